@@ -1,0 +1,35 @@
+# The same commands as .ci/run and CONTRIBUTING.md. Needs Python 3.11 or 3.12, pip and make.
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+
+.PHONY: help quickstart test lint .venv
+
+help:
+	@echo 'make quickstart   clips, shards, training, samples and a report in runs/quickstart, in minutes on two cores'
+	@echo 'make test         the tests'
+	@echo 'make lint         ruff, pyright and the import rules'
+	@echo 'make .venv        the environment alone, pinned by constraints.txt'
+
+# The stamp is made last, so that an installation that was interrupted is taken up again.
+.venv: .venv/installed
+.venv/installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo 'no Python 3.11 or 3.12 found; name one: make PYTHON=/path/to/python3.11' >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+quickstart: .venv/installed
+	$(BIN)/sora demo
+
+# One thread a process, since tests start several processes at once.
+test: export OMP_NUM_THREADS ?= 1
+test: .venv/installed
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
