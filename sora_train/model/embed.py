@@ -1,0 +1,81 @@
+"""What a token is made of: its patch, its place in space and time, the diffusion time, and the text.
+
+Sinusoids as in Vaswani et al. 2017; adaLN-single as in PixArt-alpha (arXiv 2310.00426, section 2.3), which Latte uses.
+"""
+
+import math
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+TIME_CHANNELS = 256
+
+
+def to_patches(x: Float[Tensor, "b f c hp wp"], p: int) -> Float[Tensor, "b f n cpp"]:
+    """Cuts every frame into patches of p x p latents."""
+    return rearrange(x, "b f c (h p) (w q) -> b f (h w) (c p q)", p=p, q=p)
+
+
+def from_patches(x: Float[Tensor, "b f n ppc"], p: int, h: int, w: int) -> Float[Tensor, "b f c hp wp"]:
+    """Puts patches back together; here the channels come last, as in PixArt's output layer."""
+    return rearrange(x, "b f (h w) (p q c) -> b f c (h p) (w q)", h=h, w=w, p=p, q=p)
+
+
+def sinusoid(position: Float[Tensor, "i"], d: int) -> Float[Tensor, "i d"]:
+    """Sines in the first half, cosines in the second, at d/2 wavelengths from 2 pi to 20,000 pi."""
+    frequency = 10000.0 ** (-torch.arange(d // 2, dtype=torch.float64, device=position.device) / (d // 2))
+    angle = position[:, None].double() * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def space_positions(h: int, w: int, d: int, base: int, scale: int, device: torch.device) -> Float[Tensor, "n d"]:
+    """Where a patch is in its frame: the column in the first half of d, the row in the second.
+
+    Whatever the grid, its coordinates span 0 to `base / scale`, so that other shapes and resolutions interpolate.
+    `base` is the patches on a side that the model was made for, `scale` PixArt's interpolation scale.
+    """
+    row = torch.arange(h, dtype=torch.float32, device=device) / (h / base) / scale
+    column = torch.arange(w, dtype=torch.float32, device=device) / (w / base) / scale
+    rows, columns = torch.meshgrid(row, column, indexing="ij")
+    return torch.cat([sinusoid(columns.flatten(), d // 2), sinusoid(rows.flatten(), d // 2)], dim=1).float()
+
+
+def time_positions(f: int, d: int, device: torch.device) -> Float[Tensor, "f d"]:
+    """Which frame a token belongs to, counted from 0."""
+    return sinusoid(torch.arange(f, dtype=torch.float32, device=device), d).float()
+
+
+class TimeEmbedding(nn.Module):
+    """Diffusion time, 0 (data) to 1000 (noise), as a vector of the model's width."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(TIME_CHANNELS, d)
+        self.fc2 = nn.Linear(d, d)
+
+    def forward(self, t: Float[Tensor, "b"]) -> Float[Tensor, "b d"]:
+        half = TIME_CHANNELS // 2
+        frequency = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        angle = t[:, None].float() * frequency
+        waves = torch.cat([angle.cos(), angle.sin()], dim=1)
+        return self.fc2(nn.functional.silu(self.fc1(waves.to(self.fc1.weight.dtype))))
+
+
+class TextEmbedding(nn.Module):
+    """Text embeddings as vectors of the model's width."""
+
+    def __init__(self, e: int, d: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(e, d)
+        self.fc2 = nn.Linear(d, d)
+
+    def forward(self, text: Float[Tensor, "*b e"]) -> Float[Tensor, "*b d"]:
+        return self.fc2(nn.functional.gelu(self.fc1(text), approximate="tanh"))
+
+
+def pool(text: Float[Tensor, "b l e"], mask: Bool[Tensor, "b l"]) -> Float[Tensor, "b e"]:
+    """The mean over a caption's real tokens."""
+    weight = mask[..., None].to(text.dtype)
+    return (text * weight).sum(1) / weight.sum(1).clamp(min=1)

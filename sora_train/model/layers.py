@@ -1,0 +1,93 @@
+"""The one block that every variant is built of: attention, attention to the text, feed-forward.
+
+PixArt-alpha's block (arXiv 2310.00426, figure 4) as Latte uses it (arXiv 2401.03048, section 3): scale, shift and gate
+come from the diffusion time through adaLN-single, plus a learned table of the block's own.
+
+Tokens arrive as `b g s d`: b clips, each cut into g groups of s tokens that attend to each other. Which tokens form
+a group is the caller's choice, and the only difference between spatial, temporal and joint attention.
+"""
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class Attention(nn.Module):
+    """Multi-head attention of each group's tokens to one another."""
+
+    def __init__(self, d: int, heads: int, bias: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(d, 3 * d, bias=bias)
+        self.out = nn.Linear(d, d)
+
+    def forward(self, x: Float[Tensor, "b g s d"]) -> Float[Tensor, "b g s d"]:
+        b = len(x)
+        q, k, v = rearrange(self.qkv(x), "b g s (three m k) -> three (b g) m s k", three=3, m=self.heads)
+        y = scaled_dot_product_attention(q, k, v)
+        return self.out(rearrange(y, "(b g) m s k -> b g s (m k)", b=b))
+
+
+class TextAttention(nn.Module):
+    """Attention of every token of a clip to the words of its caption: groups do not matter here."""
+
+    def __init__(self, d: int, heads: int, bias: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(d, d, bias=bias)
+        self.kv = nn.Linear(d, 2 * d, bias=bias)
+        self.out = nn.Linear(d, d)
+
+    def forward(
+        self, x: Float[Tensor, "b g s d"], text: Float[Tensor, "b l d"], mask: Bool[Tensor, "b l"]
+    ) -> Float[Tensor, "b g s d"]:
+        g = x.shape[1]
+        q = rearrange(self.q(x), "b g s (m k) -> b m (g s) k", m=self.heads)
+        k, v = rearrange(self.kv(text), "b l (two m k) -> two b m l k", two=2, m=self.heads)
+        y = scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+        return self.out(rearrange(y, "b m (g s) k -> b g s (m k)", g=g))
+
+
+class FeedForward(nn.Module):
+    """Two linear maps around a GELU, four times as wide inside."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(d, 4 * d)
+        self.fc2 = nn.Linear(4 * d, d)
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        return self.fc2(nn.functional.gelu(self.fc1(x), approximate="tanh"))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (1 + scale) + shift."""
+    return x * (1 + scale) + shift
+
+
+class Block(nn.Module):
+    """A transformer block; with `text`, its tokens also read the caption."""
+
+    def __init__(self, d: int, heads: int, text: bool, attention_bias: bool, norm_eps: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(d, eps=norm_eps, elementwise_affine=False)
+        self.attention = Attention(d, heads, attention_bias)
+        self.text_attention = TextAttention(d, heads, attention_bias) if text else None
+        self.norm2 = nn.LayerNorm(d, eps=norm_eps, elementwise_affine=False)
+        self.feed_forward = FeedForward(d)
+        self.table = nn.Parameter(torch.randn(6, d) / d**0.5)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b g s d"],
+        time: Float[Tensor, "b 6 d"],
+        text: Float[Tensor, "b l d"],
+        mask: Bool[Tensor, "b l"],
+    ) -> Float[Tensor, "b g s d"]:
+        shift1, scale1, gate1, shift2, scale2, gate2 = rearrange(self.table + time, "b six d -> six b 1 1 d")
+        x = x + gate1 * self.attention(modulate(self.norm1(x), shift1, scale1))
+        if self.text_attention is not None:
+            x = x + self.text_attention(x, text, mask)
+        return x + gate2 * self.feed_forward(modulate(self.norm2(x), shift2, scale2))

@@ -1,0 +1,99 @@
+"""Properties of the model that need no second implementation."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sora_train.model import Latte, ModelConfig
+from sora_train.model.embed import from_patches, to_patches
+
+SMALL = ModelConfig(width=32, depth=4, heads=4, text_width=12, sample_size=8)
+VARIANTS = [
+    SMALL,
+    replace(SMALL, text_in="every", frame_positions="input", pooled_text=True),
+    replace(SMALL, attention="joint", pooled_text=True, depth=3),
+]
+
+
+def awake(config: ModelConfig) -> Latte:
+    """A model with no zeros left, so that every input reaches the output."""
+    torch.manual_seed(0)
+    model = Latte(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    return model
+
+
+def inputs(f: int = 3, l: int = 5) -> tuple[torch.Tensor, ...]:  # noqa: E741
+    torch.manual_seed(1)
+    return (
+        torch.randn(2, f, 4, 8, 8),
+        torch.tensor([3.0, 900.0]),
+        torch.randn(2, l, 12),
+        torch.ones(2, l, dtype=torch.bool),
+    )
+
+
+@pytest.mark.parametrize("config", VARIANTS)
+def test_clips_of_a_batch_do_not_see_each_other(config):
+    model, (x, t, text, mask) = awake(config), inputs()
+    alone = model(x[1:], t[1:], text[1:], mask[1:])
+    assert torch.allclose(model(x, t, text, mask)[1:], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", VARIANTS)
+def test_padded_text_with_its_mask_equals_text_cut_to_length(config):
+    model, (x, t, text, mask) = awake(config), inputs()
+    mask[:, 3:] = False
+    assert torch.allclose(model(x, t, text, mask), model(x, t, text[:, :3], mask[:, :3]), atol=1e-5)
+
+
+@pytest.mark.parametrize("config", VARIANTS)
+def test_every_parameter_gets_a_gradient(config):
+    model, (x, t, text, mask) = awake(config), inputs()
+    model(x, t, text, mask).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("config", VARIANTS)
+def test_frames_know_their_place(config):
+    model, (x, t, text, mask) = awake(config), inputs()
+    x = x[:, :1].expand(-1, 3, -1, -1, -1)
+    y = model(x, t, text, mask)
+    assert not torch.allclose(y[:, 0], y[:, 2], atol=1e-3)
+
+
+def test_factorised_images_leave_the_temporal_blocks_alone():
+    model, (x, t, text, mask) = awake(SMALL), inputs(f=1)
+    model(x, t, text, mask).square().mean().backward()
+    assert all(p.grad is None for p in model.blocks[1].parameters())
+    assert all(p.grad is not None for p in model.blocks[2].parameters())
+
+
+def test_an_untrained_model_predicts_zero():
+    assert not Latte(SMALL)(*inputs()).any()
+
+
+def test_patches_come_back_from_a_round_trip():
+    x = torch.randn(2, 3, 4, 6, 8)
+    tokens = to_patches(x, 2)
+    assert tokens.shape == (2, 3, 12, 16)
+    channels_last = tokens.unflatten(-1, (4, 2, 2)).permute(0, 1, 2, 4, 5, 3).flatten(3)
+    assert torch.equal(from_patches(channels_last, 2, 3, 4), x)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"heads": 5}, "heads"), ({"depth": 3}, "even"), ({"width": 0}, "at least 1"), ({"sample_size": 7}, "patch")],
+)
+def test_a_shape_that_cannot_be_is_refused_with_the_numbers(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SMALL, **change)
+
+
+def test_latents_that_do_not_divide_into_patches_are_refused():
+    x, t, text, mask = inputs()
+    with pytest.raises(ValueError, match="7 x 8"):
+        Latte(SMALL)(x[..., :7, :], t, text, mask)
