@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -75,9 +76,9 @@ def _euler(
 def _ddim(
     denoise: Denoiser, objective: Objective, x: Tensor, steps: int, progress: Callable[[int, int], None]
 ) -> Tensor:
-    from diffusers import DDIMScheduler  # only here: everything else runs on torch alone
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler  # only here: all else runs on torch alone
 
-    scheduler = DDIMScheduler(
+    scheduler: Any = DDIMScheduler(
         num_train_timesteps=ddpm.STEPS,
         beta_start=objective.config.beta_start,
         beta_end=objective.config.beta_end,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 from sora_train.model.latte import Latte, ModelConfig
@@ -96,7 +96,8 @@ def from_diffusers(folder: str | Path) -> Latte:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder / 'config.json'} is missing: not a model in diffusers' format")
     model = Latte(config_from_diffusers(json.loads((folder / "config.json").read_text())))
-    there, here = read_weights(folder), {}
+    there = read_weights(folder)
+    here: dict[str, Tensor] = {}
     wanted = model.state_dict()
     used: set[str] = set()
 
@@ -127,7 +128,8 @@ def to_diffusers(model: Latte, folder: str | Path, frames: int = 16) -> None:
     for key, value in FULL_LATTE.items():
         if getattr(config, key) != value:
             raise ValueError(f"model.{key} is {getattr(config, key)!r}; diffusers' Latte can only express {value!r}")
-    weights, there = model.state_dict(), {}
+    weights = model.state_dict()
+    there: dict[str, Tensor] = {}
     for ours, theirs in names(config.depth):
         for part in ("weight", "bias"):
             if (key := f"{ours}.{part}") in weights:

@@ -22,7 +22,7 @@ from sora_train.model.embed import (
     time_positions,
     to_patches,
 )
-from sora_train.model.layers import Block, modulate
+from sora_train.model.layers import Block, TextAttention, modulate
 
 
 @dataclass(frozen=True)
@@ -112,15 +112,14 @@ class Latte(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
+                if module.bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
                     nn.init.zeros_(module.bias)
         embeddings = [self.time, self.text] + ([self.pooled_text] if self.pooled_text is not None else [])
         for linear in [self.time_to_blocks, *(fc for e in embeddings for fc in (e.fc1, e.fc2))]:
             nn.init.normal_(linear.weight, std=0.02)
-        for block in self.blocks:
-            if block.text_attention is not None:
-                nn.init.zeros_(block.text_attention.out.weight)
-        nn.init.zeros_(self.patch_out.weight)
+        text_attentions = [module for module in self.modules() if isinstance(module, TextAttention)]
+        for linear in [self.patch_out, *(attention.out for attention in text_attentions)]:
+            nn.init.zeros_(linear.weight)
 
     def forward(
         self,

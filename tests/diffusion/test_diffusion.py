@@ -40,7 +40,7 @@ def best_ddpm(mean: float, std: float):
 def test_sampling_with_the_best_model_gives_the_data_distribution(config, best):
     torch.manual_seed(0)
     noise = torch.randn(16, 4, 4, 16, 16)
-    made = sample(best(0.7, 0.4), make_objective(config), noise, *text(16), *NULL, steps=200, guidance=1)
+    made = sample(best(0.7, 0.4), make_objective(config), noise, *text(16), *NULL, steps=200, guidance=1.0)
     assert made.mean().item() == pytest.approx(0.7, abs=0.01)
     assert made.std().item() == pytest.approx(0.4, abs=0.01)
 
@@ -98,16 +98,10 @@ def test_guidance_goes_past_the_caption_away_from_the_empty_prompt():
 
 
 def test_progress_is_told_after_every_step():
-    told = []
+    told: list[tuple[int, int]] = []
     noise = torch.randn(1, 1, 4, 2, 2)
+    objective = make_objective(FLOW)
     sample(
-        best_flow(0, 1),
-        make_objective(FLOW),
-        noise,
-        *text(1),
-        *NULL,
-        5,
-        1,
-        lambda done, steps: told.append((done, steps)),
+        best_flow(0.0, 1.0), objective, noise, *text(1), *NULL, 5, 1.0, lambda done, steps: told.append((done, steps))
     )
     assert told == [(i, 5) for i in range(1, 6)]
