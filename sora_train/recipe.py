@@ -1,0 +1,157 @@
+"""A recipe: everything from raw video to sample in one YAML file, so that latents and model can't drift apart.
+
+Needs no Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from sora_train.codec import CodecConfig
+from sora_train.diffusion import DiffusionConfig
+from sora_train.errors import RecipeError
+from sora_train.model import ModelConfig
+from sora_train.section import Section
+from sora_train.settings import build, read_yaml
+from sora_train.train.config import TrainConfig
+
+PIXELS_PER_LATENT = 8
+"""Pixels on a side that one latent stands for: the VAEs that are read here shrink by eight."""
+
+
+class DataConfig(Section):
+    """Clips and captions, and the shards they become."""
+
+    captions: str = ""
+    """CSV with the columns `video_file_name` and `prompt`."""
+    root: str = ""
+    """Folder that the file names of the CSV are relative to; empty is the CSV's own folder."""
+    output: str = "shards"
+    """Folder of the Parquet shards: `sora prep` writes it, `sora train` reads it."""
+    frames: PositiveInt = 16
+    """Frames of a clip."""
+    fps: PositiveFloat = 8.0
+    """Frames per second, by the timestamps of the source."""
+    height: PositiveInt = 256
+    """Height of a clip in pixels, after resizing and a centre crop."""
+    width: PositiveInt = 256
+    """Width of a clip in pixels, after resizing and a centre crop."""
+    holdout_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the sources that training never sees, by a hash of the source."""
+    max_bad_fraction: float = Field(default=0.1, ge=0, le=1)
+    """Largest share of sources that can't be decoded; judged after 200 sources and at the end."""
+    timeout_s: PositiveFloat = 120.0
+    """Seconds that decoding one clip may take before it is given up as `timeout`."""
+
+
+class ValidationConfig(Section):
+    """Samples that a task of their own makes while training goes on."""
+
+    every: NonNegativeInt = 0
+    """Steps between two validations, a multiple of `train.checkpoint_every`; 0 is off."""
+    prompts: tuple[str, ...] = ()
+    """What to sample."""
+    steps: PositiveInt = 20
+    """Sampler steps."""
+    guidance: NonNegativeFloat = 4.0
+    """Classifier-free guidance scale; 1 is no guidance."""
+    timeout_s: PositiveFloat = 1800.0
+    """After this the sampling task is ended, noted in `events.jsonl`, and training goes on."""
+    resources: dict[str, float] = {"CPU": 1.0}
+    """What the task takes from the Ray cluster beside the training, for instance `{GPU: 1}`."""
+
+
+class ClusterConfig(Section):
+    """Where training runs."""
+
+    address: str = "auto"
+    """Ray cluster: `auto` joins the one this machine or job belongs to, or starts one here, as `local` always does."""
+    workers: PositiveInt = 1
+    """Training workers: one per GPU, or processes on CPUs."""
+    gpu: Literal["auto", "yes", "no"] = "auto"
+    """Whether a worker takes a GPU; `auto` does where the cluster has enough."""
+    cpus_per_worker: PositiveInt = 1
+    """CPU cores (and threads) of a worker."""
+    max_failures: NonNegativeInt = 3
+    """How many times lost workers are replaced and the run resumed from its last checkpoint."""
+
+
+class TrackingConfig(Section):
+    """Where curves and videos go beside the run's own files."""
+
+    wandb: Literal["online", "offline", "off"] = "off"
+    """Weights & Biases: `offline` writes files that `wandb sync` uploads later."""
+    project: str = "sora_train"
+    """wandb project."""
+
+
+class Recipe(Section):
+    """A training job, from videos to samples."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run; its folder is `train.output/name`."""
+    data: DataConfig = DataConfig()
+    codec: CodecConfig = CodecConfig()
+    model: ModelConfig = ModelConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    train: TrainConfig = TrainConfig()
+    validation: ValidationConfig = ValidationConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+
+def load_recipe(path: str | Path, overrides: Mapping[str, object] | None = None) -> Recipe:
+    """The recipe in a YAML file, with `overrides` ({"train.steps": 40}) laid over it.
+
+    Raises RecipeError where the file can't be read, a key is unknown, a value is wrong, or keys contradict each other.
+    """
+    recipe = build(Recipe, read_yaml(path), overrides or {}, str(path))
+    wrong = check(recipe)
+    if wrong:
+        raise RecipeError("\n".join(f"{path}: {sentence}" for sentence in wrong))
+    return recipe
+
+
+def save_recipe(recipe: Recipe, path: str | Path) -> None:
+    """Writes every key, so that the run's own recipe.yaml says what the defaults were on that day."""
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def check(recipe: Recipe) -> list[str]:
+    """The contradictions between keys that each are fine alone: a sentence each, with the keys and the remedy."""
+    data, train, validation = recipe.data, recipe.train, recipe.validation
+    wrong: list[str] = []
+
+    if validation.every % train.checkpoint_every:
+        below = validation.every // train.checkpoint_every * train.checkpoint_every
+        choices = " or ".join(str(n) for n in (below, below + train.checkpoint_every) if n)
+        wrong.append(
+            f"validation.every {validation.every} is no multiple of train.checkpoint_every {train.checkpoint_every}, "
+            f"and only checkpoints are validated; use {choices}, or 0 for none"
+        )
+    if validation.every and not validation.prompts:
+        wrong.append("validation.prompts is empty but validation.every is not 0; give prompts, or set the latter to 0")
+
+    grid = PIXELS_PER_LATENT * recipe.model.patch
+    for side in ("height", "width"):
+        size: int = getattr(data, side)
+        if size % grid:
+            choices = " or ".join(str(n) for n in (size // grid * grid, (size // grid + 1) * grid) if n)
+            wrong.append(
+                f"data.{side} {size} does not divide by {grid} (VAE {PIXELS_PER_LATENT} x model.patch "
+                f"{recipe.model.patch}); use {choices}"
+            )
+    if recipe.cluster.workers > train.batch_size:
+        wrong.append(
+            f"cluster.workers {recipe.cluster.workers} is more than train.batch_size {train.batch_size}, so that some "
+            f"would never see a clip; use at most {train.batch_size} workers or a larger batch"
+        )
+    if not all(0 <= beta < 1 for beta in train.betas):
+        wrong.append(f"train.betas are {train.betas}; both must be at least 0 and below 1")
+    return wrong

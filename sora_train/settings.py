@@ -1,0 +1,179 @@
+"""YAML and flags in, one typed section out; or one message that names the key, what it got, and the choices.
+
+Everything passes pydantic on its way, which is what turns the words of a command line, and the `1e-4` that PyYAML
+reads as a string, into numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import re
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from sora_train.errors import RecipeError
+
+S = TypeVar("S")
+TRUTHS = ("true", "false", "yes", "no", "on", "off", "1", "0")
+
+
+def build(section: type[S], settings: Mapping[str, Any], overrides: Mapping[str, object], where: str) -> S:
+    """Validates nested `settings` with dotted `overrides` laid over them; messages call the settings `where`.
+
+    Raises RecipeError with a line for each key that is unknown or has a wrong value.
+    """
+    merged: dict[str, Any] = copy.deepcopy(dict(settings))
+    for key, value in overrides.items():
+        _set(merged, key, value)
+    try:
+        return TypeAdapter(section).validate_python(merged)
+    except ValidationError as error:
+        raise RecipeError("\n".join(_explain(detail, section, overrides, where) for detail in error.errors())) from None
+
+
+def keys(section: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key of a section with its type, depth first: ("train.steps", int) …"""
+    if issubclass(section, BaseModel):
+        hints = {name: field.annotation for name, field in section.model_fields.items()}
+    else:
+        resolved = typing.get_type_hints(section)
+        hints = {field.name: resolved[field.name] for field in dataclasses.fields(section)}
+    for name, hint in hints.items():
+        if isinstance(hint, type) and (issubclass(hint, BaseModel) or dataclasses.is_dataclass(hint)):
+            yield from keys(hint, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", hint
+
+
+def nearest(key: str, section: type) -> str:
+    """What somebody who wrote `key` may have meant, as the end of a sentence."""
+    known = [name for name, _ in keys(section)]
+    last = key.rsplit(".", 1)[-1]
+    close = [name for name in known if name.rsplit(".", 1)[-1] == last]
+    close += [name for name in difflib.get_close_matches(key, known, n=3, cutoff=0.6) if name not in close]
+    if close:
+        return f"the nearest are {', '.join(close)}" if len(close) > 1 else f"did you mean {close[0]}?"
+    inside = [name for name in known if name.startswith(key.split(".", 1)[0] + ".")]
+    return f"known are {', '.join(inside or dict.fromkeys(name.split('.', 1)[0] for name in known))}"
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; only plain values, no tags. Raises RecipeError for anything else."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        settings = yaml.load(text, Loader=_Loader)
+    except FileNotFoundError:
+        raise RecipeError(f"no recipe at {path}; ready ones lie in jobs/, for instance jobs/quickstart.yaml") from None
+    except OSError as error:
+        raise RecipeError(f"can't read the recipe {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path} is no text file; a recipe is YAML in UTF-8") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: such as the 31st of February, read as a date
+        raise RecipeError(f"{path} can't be read as YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise RecipeError(f"{path} can't be read as YAML: it is nested too deeply") from None
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise RecipeError(f"{path} holds a {type(settings).__name__}; a recipe is a mapping, such as `name: run`")
+    return settings
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader whose keys are words that stand once, and for which `wandb: off` and `gpu: no` are words as well."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key.start_mark)
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} stands twice", key.start_mark)
+            seen.add(key.value)
+            if key.tag != "tag:yaml.org,2002:merge":
+                key.tag = "tag:yaml.org,2002:str"
+        return super().construct_mapping(node, deep)
+
+
+def _set(settings: dict[str, Any], key: str, value: object) -> None:
+    """Sets a dotted key in nested mappings; sections that are missing or empty (`train:` alone is null) come to be."""
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = settings.get(section)
+        if inner is None:
+            inner = settings[section] = {}
+        if not isinstance(inner, dict):
+            return  # the section is no mapping; validation says so, with its name
+        settings = inner
+    settings[last] = value
+
+
+def _explain(detail: Mapping[str, Any], section: type, overrides: Mapping[str, object], where: str) -> str:
+    """One line for one of pydantic's complaints: where, which key, what it got, what it takes."""
+    key = ".".join(str(part) for part in detail["loc"])
+    source = f"--{key}" if any(key == name or key.startswith(f"{name}.") for name in overrides) else f"{where}: {key}"
+    kind, got = detail["type"], detail["input"]
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"{source} is no known key; {nearest(key, section)}"
+    if kind == "literal_error":
+        return f"{source} is {got!r}; choices: {detail['ctx']['expected']}"
+    if kind == "value_error":  # a section's own check, whose sentence names its keys
+        return f"{where}: {detail['ctx']['error']}"
+    message = re.sub(r"^\w+ should", "it should", detail["msg"])
+    if kind in ("model_type", "dataclass_type", "model_attributes_type", "dict_type"):
+        message = "it is a section and takes keys of its own"
+    return f"{source} is {got!r}; {message}"
+
+
+def parse_flags(words: Sequence[str], section: type) -> tuple[dict[str, object], list[str]]:
+    """`--section.key value …`, with dashes or underscores or `=`, to dotted overrides; and the words of no flag.
+
+    A list takes every word up to the next flag, and more when its flag is repeated; a truth value needs no word to be
+    true. Raises RecipeError for an unknown key or a missing value.
+    """
+    known = dict(keys(section))
+    overrides: dict[str, Any] = {}
+    rest: list[str] = []
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        if not word.startswith("--"):
+            rest.append(word)
+            continue
+        key, has_value, value = word[2:].partition("=")
+        key = key.replace("-", "_")
+        hint = _type_of(key, known)
+        if hint is None:
+            raise RecipeError(f"--{key} is no known key; {nearest(key, section)}")
+        takes_many = typing.get_origin(hint) in (tuple, list)
+        values = [value] if has_value else []
+        while not has_value and queue and not queue[0].startswith("--") and (takes_many or not values):
+            if hint is bool and queue[0].lower() not in TRUTHS:
+                break
+            values.append(queue.pop(0))
+        if hint is bool and not values:
+            values = ["true"]
+        if not values and not takes_many:
+            raise RecipeError(f"--{key} needs a value")
+        overrides[key] = [*overrides.get(key, []), *values] if takes_many else values[0]
+    return overrides, rest
+
+
+def _type_of(key: str, known: Mapping[str, Any]) -> Any:
+    """The type of a dotted key; for a mapping's entry (`validation.resources.GPU`) the type of its values."""
+    if key in known:
+        return None if typing.get_origin(known[key]) is dict else known[key]
+    hint = known.get(key.rpartition(".")[0])
+    return typing.get_args(hint)[1] if typing.get_origin(hint) is dict else None

@@ -1,0 +1,171 @@
+"""Frames to files that people look at, and back: mp4 that browsers play, gif, contact sheets. No torch, no Ray."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+import unicodedata
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+GROUND, INK, FAINT, BADGE = (38, 43, 52), (230, 237, 243), (150, 158, 168), (240, 190, 80)
+
+
+def write_mp4(path: str | Path, frames: np.ndarray, fps: int | float, crf: int = 16) -> None:
+    """Writes uint8 RGB frames `F H W 3` as H.264, yuv420p, with the index at the front of the file.
+
+    Odd sizes are padded by a row or a column, since yuv420p has half as many chroma samples as pixels.
+    Raises ValueError for anything but uint8 RGB frames.
+    """
+    check_frames(frames)
+    height, width = frames.shape[1:3]
+    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as file:
+        stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": str(crf), "preset": "veryfast"}
+        stream.codec_context.thread_count = 1
+        for frame in frames:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        file.mux(stream.encode())
+
+
+def read_mp4(path: str | Path) -> np.ndarray:
+    """All frames of a video file as uint8 RGB `F H W 3`. PyAV's errors pass through; no frame is a ValueError."""
+    with av.open(str(path)) as file:
+        file.streams.video[0].codec_context.thread_count = 1
+        frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+    if not frames:
+        raise ValueError(f"{path} holds no frame")
+    return np.stack(frames)
+
+
+def write_gif(path: str | Path, frames: np.ndarray, fps: int | float, longest_side: int = 480) -> None:
+    """Writes uint8 RGB frames `F H W 3` as a gif that loops, scaled down to `longest_side` pixels where larger.
+
+    One palette of 256 colours is made from all frames, so that a still ground does not flicker. A gif's clock ticks in
+    hundredths of a second: frames last a tick more or less so that the whole clip keeps its time.
+    """
+    check_frames(frames)
+    height, width = frames.shape[1:3]
+    scale = min(1.0, longest_side / max(height, width))
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    images = [Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS) for frame in frames]
+    palette = Image.fromarray(np.concatenate([np.asarray(image) for image in images])).quantize(256)
+    indexed = [image.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for image in images]
+    ticks = np.diff(np.rint(np.arange(len(images) + 1) * 100 / fps)).astype(int)
+    durations = [10 * max(2, int(tick)) for tick in ticks]  # browsers take anything below two ticks for ten
+    indexed[0].save(path, "GIF", save_all=True, append_images=indexed[1:], duration=durations, loop=0, disposal=1)
+
+
+def contact_sheet(
+    videos: Sequence[np.ndarray],
+    labels: Sequence[str],
+    badges: Sequence[str] | None = None,
+    columns: int = 2,
+    frames: int = 8,
+    frame_height: int = 96,
+) -> Image.Image:
+    """One cell per clip: up to `frames` of its frames side by side, evenly spread, its label beneath.
+
+    A badge, where given and not empty, stands at the right end of the label's line. Labels are made harmless (one line,
+    no control characters) and cut with an ellipsis where the cell ends. Clips may differ in size and length.
+    """
+    badges = badges if badges is not None else [""] * len(videos)
+    if not videos or not len(videos) == len(labels) == len(badges):
+        raise ValueError(f"expected a label and a badge for each clip, got {len(videos)}, {len(labels)}, {len(badges)}")
+    strips = [frame_strip(video, frames, frame_height) for video in videos]
+    columns = min(columns, len(strips))
+    margin, gap, line = frame_height // 4, frame_height // 3, frame_height // 3
+    cell_width, cell_height = max(max(strip.width for strip in strips), 2 * frame_height), frame_height + line
+    rows = -(-len(strips) // columns)
+    size = (
+        2 * margin + columns * cell_width + (columns - 1) * gap,
+        2 * margin + rows * cell_height + (rows - 1) * (gap // 3),
+    )
+    sheet = Image.new("RGB", size, GROUND)
+    pen, type_face = ImageDraw.Draw(sheet), font(max(11, frame_height // 5))
+    for i, (strip, label, badge) in enumerate(zip(strips, labels, badges, strict=True)):
+        x = margin + (i % columns) * (cell_width + gap)
+        y = margin + (i // columns) * (cell_height + gap // 3)
+        sheet.paste(strip, (x, y))
+        middle, room = y + frame_height + line // 2, cell_width
+        if badge := fit(badge, type_face, cell_width // 2):
+            pen.text((x + cell_width, middle), badge, fill=BADGE, font=type_face, anchor="rm")
+            room -= round(type_face.getlength(badge)) + gap // 2
+        text = fit(label, type_face, room)
+        pen.text((x, middle), text or "(no caption)", fill=INK if text else FAINT, font=type_face, anchor="lm")
+    return sheet
+
+
+def frame_strip(video: np.ndarray, frames: int, frame_height: int) -> Image.Image:
+    """Up to `frames` frames of a clip `F H W 3` side by side, first and last among them, each `frame_height` high."""
+    check_frames(video)
+    height, width = video.shape[1:3]
+    frame_width, gap = max(1, round(width * frame_height / height)), max(1, frame_height // 32)
+    chosen = np.unique(np.rint(np.linspace(0, len(video) - 1, frames)).astype(int))
+    strip = Image.new("RGB", (len(chosen) * (frame_width + gap) - gap, frame_height), GROUND)
+    for place, index in enumerate(chosen):
+        image = Image.fromarray(video[index]).resize((frame_width, frame_height), Image.Resampling.BICUBIC)
+        strip.paste(image, (place * (frame_width + gap), 0))
+    return strip
+
+
+def check_frames(frames: np.ndarray) -> None:
+    """Raises ValueError for anything but uint8 RGB frames `F H W 3`, at least one."""
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
+        raise ValueError(f"expected uint8 frames of shape F H W 3, got {frames.dtype} {frames.shape}")
+
+
+def one_line(text: str) -> str:
+    """Text without control, format and surrogate characters (bidi overrides among them), white space as one blank."""
+    spaced = re.sub(r"\s+", " ", text)
+    return "".join(character for character in spaced if unicodedata.category(character)[0] != "C").strip()
+
+
+def fit(text: str, type_face: ImageFont.FreeTypeFont, width: int) -> str:
+    """The text on one line, cut with an ellipsis to at most `width` pixels."""
+    text = one_line(text[:2000])
+    if len(text) < 500 and type_face.getlength(text) <= width:
+        return text
+    low, high = 0, min(len(text), 500)  # the longest prefix that fits, by bisection
+    while low < high:
+        middle = (low + high + 1) // 2
+        if type_face.getlength(text[:middle].rstrip() + "…") <= width:
+            low = middle
+        else:
+            high = middle - 1
+    return text[:low].rstrip() + "…"
+
+
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans from matplotlib's own files, which knows many scripts; Pillow's built-in face where it is missing."""
+    spec = importlib.util.find_spec("matplotlib")  # found, not imported: importing it takes a second
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        path = Path(folder) / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+        if path.exists():
+            return ImageFont.truetype(str(path), size)
+    face = ImageFont.load_default(size)
+    if not isinstance(face, ImageFont.FreeTypeFont):
+        raise RuntimeError("this Pillow was built without FreeType; install the one from the package index")
+    return face
+
+
+def slug(prompt: str, longest: int = 60) -> str:
+    """A file name of lower-case ASCII letters, digits and dashes; prompts that lose something get a hash of themselves.
+
+    So two prompts share a name only if they differ in case, spaces or punctuation.
+    """
+    letters = "".join(character if character.isalnum() else "-" for character in prompt.lower())
+    readable = re.sub(r"-+", "-", re.sub(r"[^a-z0-9-]", "", letters)).strip("-")
+    if len(readable) <= longest and letters.isascii() and readable:
+        return readable
+    digest = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{readable[: longest - 9].rstrip('-')}-{digest}".lstrip("-")
