@@ -1,0 +1,106 @@
+"""Clips to the tensors of a micro-batch, with everything random that training adds to them.
+
+What is drawn for a clip depends on (seed, step, sample_id) alone: not on the rank, the micro-batch, or the clips beside
+it. So cutting a global batch otherwise changes nothing, and a resumed run draws what the unbroken one drew.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from sora_train.data.order import stable_hash
+from sora_train.diffusion import Objective
+from sora_train.schema import Clips, Manifest
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Float32 tensors that one forward and backward pass takes, and what they were made of."""
+
+    latents: Float[Tensor, "b f c h w"]
+    """Normalised per channel: about mean 0, standard deviation 1."""
+    noise: Float[Tensor, "b f c h w"]
+    t: Float[Tensor, "b"]
+    """Diffusion times, as the objective draws them."""
+    text: Float[Tensor, "b l e"]
+    """Caption embeddings, zero behind their last token."""
+    text_mask: Bool[Tensor, "b l"]
+    """True for real tokens."""
+    weight: Float[Tensor, "b"]
+    """1 for a clip, 0 for padding, which repeats a clip."""
+    dropped: Bool[Tensor, "b"]
+    """True where the empty caption took the caption's place."""
+    sample_ids: tuple[str | None, ...]
+    """None for padding."""
+
+    def to(self, device: torch.device | str) -> "MicroBatch":
+        """The same on another device."""
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What chance adds to one clip."""
+
+    latents: Float[Tensor, "f c h w"]
+    noise: Float[Tensor, "f c h w"]
+    t: Float[Tensor, ""]
+    caption: int | None
+    """Which of the clip's captions, or None for the empty one."""
+
+
+def collate(
+    clips: Clips,
+    padding: int,
+    *,
+    manifest: Manifest,
+    objective: Objective,
+    seed: int,
+    step: int,
+    caption_dropout: float,
+) -> MicroBatch:
+    """The micro-batch of these clips at a step; the last `padding` of them are repeats, which get weight 0."""
+    rows = len(clips.sample_ids)
+    draws = [draw(clips, row, objective, seed, step, caption_dropout) for row in range(rows)]
+    empty = manifest.empty_embedding()
+    captions = [empty if drawn.caption is None else clips.text[row][drawn.caption] for row, drawn in enumerate(draws)]
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (manifest.vae.mean, manifest.vae.std))
+    lengths = torch.tensor([len(caption) for caption in captions])
+    return MicroBatch(
+        latents=(torch.stack([drawn.latents for drawn in draws]) - mean) / std,
+        noise=torch.stack([drawn.noise for drawn in draws]),
+        t=torch.stack([drawn.t for drawn in draws]),
+        text=pad_sequence([torch.from_numpy(caption.astype(np.float32)) for caption in captions], batch_first=True),
+        text_mask=torch.arange(int(lengths.max())) < lengths[:, None],
+        weight=(torch.arange(rows) < rows - padding).float(),
+        dropped=torch.tensor([drawn.caption is None for drawn in draws]),
+        sample_ids=tuple(None if row >= rows - padding else clips.sample_ids[row] for row in range(rows)),
+    )
+
+
+def draw(clips: Clips, row: int, objective: Objective, seed: int, step: int, caption_dropout: float) -> Draw:
+    """Everything random about one clip at one step, always drawn in the same order."""
+    # PyTorch's CPU generator takes the lower 32 bits of a seed: two clips in 4 billion draw alike.
+    generator = torch.Generator().manual_seed(stable_hash(seed, step, clips.sample_ids[row]))
+    dropout, choice = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+    moments = torch.from_numpy(clips.latents[row].astype(np.float32))
+    noise = torch.randn(moments.shape[1:], generator=generator)
+    return Draw(
+        latents=draw_posterior(moments, generator),
+        noise=noise,
+        t=objective.draw_time(generator),
+        caption=None if dropout < caption_dropout else int(choice * len(clips.captions[row])),
+    )
+
+
+def draw_posterior(moments: Float[Tensor, "m f c h w"], generator: torch.Generator) -> Float[Tensor, "f c h w"]:
+    """A draw from the VAE's posterior where its log-variance was stored beside the mean; else the latents that were."""
+    if len(moments) == 1:
+        return moments[0]
+    mean, logvar = moments
+    return mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * torch.randn(mean.shape, generator=generator)

@@ -1,0 +1,204 @@
+"""Reads clips by number from a folder of Parquet shards, local or remote.
+
+Opening reads the footers, and where clips are held out the `source` column; a read fetches the row groups it needs and
+no others. Local files are memory mapped. Row numbers count the rows of one split of one bucket, files in order of name.
+"""
+
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pyarrow import fs
+
+from sora_train.data.order import Bucket, Plan, stable_hash
+from sora_train.errors import UserError
+from sora_train.places import resolve
+from sora_train.schema import SHARD_SCHEMA, Clips, Manifest, bucket_of, decode_rows, shard_files
+
+Split = Literal["train", "holdout"]
+OPENERS = 16  # footers of a remote folder fetched at a time
+OPEN_FILES = 64
+COLUMNS = ["sample_id", "source", "captions", "latents", "text", "tokens"]  # what `decode_rows` reads
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file: what its footer says, and which of its rows the split takes."""
+
+    path: str
+    bucket: str
+    ends: NDArray[np.int32]
+    """Rows of the file up to the end of each row group."""
+    taken: NDArray[np.uint8] | None
+    """A bit a row, 1 where the split takes it; None takes all."""
+    rows: int
+    """Rows that the split takes."""
+
+    def places(self, rows: NDArray[np.int64]) -> list[tuple[int, int]]:
+        """Row group, and row within it, of rows of the split."""
+        if self.taken is not None:
+            rows = np.flatnonzero(np.unpackbits(self.taken))[rows]
+        groups = np.searchsorted(self.ends, rows, side="right")
+        starts = np.concatenate([[0], self.ends])
+        return list(zip(groups.tolist(), (rows - starts[groups]).tolist(), strict=True))
+
+
+class ShardSet:
+    """The clips of one split of a shard folder, by bucket and number. Reading is safe from several threads."""
+
+    def __init__(
+        self,
+        folder: str,
+        holdout_fraction: float = 0.0,
+        split: Split = "train",
+        manifest: Manifest | None = None,
+        cache_bytes: int = 2**30,
+    ):
+        """Opens a folder; `manifest` is one that its clips must agree with, such as that of the run which is resumed.
+
+        `cache_bytes` bounds the row groups that are kept. Raises UserError where the folder has no manifest, no clips
+        for this split, a broken shard, or another encoding than `manifest`.
+        """
+        self.folder, self.split, self.holdout_fraction = folder, split, holdout_fraction
+        self.manifest = Manifest.load(folder)
+        if manifest is not None and manifest.encoding_hash != self.manifest.encoding_hash:
+            raise UserError(
+                f"the shards in {folder} have the encoding {self.manifest.encoding_hash}, this run was trained on "
+                f"{manifest.encoding_hash}: name the run anew (--name), or train it on the shards it began with"
+            )
+        self._filesystem, _ = resolve(folder)
+        if isinstance(self._filesystem, fs.LocalFileSystem):
+            self._filesystem = fs.LocalFileSystem(
+                use_mmap=True
+            )  # `memory_map` does nothing where a filesystem is given
+        with ThreadPoolExecutor(OPENERS) as pool:
+            shards = list(pool.map(self._open_shard, shard_files(folder)))
+        self._shards = {
+            name: [shard for shard in shards if shard.bucket == name and shard.rows]
+            for name in sorted({shard.bucket for shard in shards if shard.rows})
+        }
+        if not self._shards:
+            raise UserError(self._no_clips(sum(int(shard.ends[-1]) for shard in shards if len(shard.ends))))
+        self._ends = {name: np.cumsum([shard.rows for shard in held]) for name, held in self._shards.items()}
+        self._cache: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
+        self._cache_bytes, self._cached_bytes = cache_bytes, 0
+        self._open_file = lru_cache(OPEN_FILES)(self._parquet)
+        self._lock = threading.Lock()
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Clips of the split in each bucket."""
+        return {name: int(ends[-1]) for name, ends in self._ends.items()}
+
+    def plan(self, batch_size: int, seed: int) -> Plan:
+        """The order in which training takes these clips, in groups of the size that most row groups have."""
+        buckets: list[Bucket] = []
+        for name, rows in self.rows.items():
+            sizes = Counter[int]()
+            for shard in self._shards[name]:
+                sizes.update(np.diff(shard.ends, prepend=np.int32(0)).tolist())
+            buckets.append(Bucket(name, rows, group_rows=max(sizes, key=lambda size: (sizes[size], size))))
+        return Plan(tuple(buckets), batch_size, seed)
+
+    def read(self, bucket: str, rows: Sequence[int]) -> Clips:
+        """The clips with these numbers, in the order asked for; repeats are allowed."""
+        numbers, ends = np.asarray(rows, np.int64), self._ends[bucket]
+        if not len(rows) or numbers.min() < 0 or numbers.max() >= ends[-1]:
+            raise IndexError(f"bucket {bucket} has the rows 0 to {ends[-1] - 1}, not {list(rows)}")
+        files = np.searchsorted(ends, numbers, side="right")
+        found: dict[int, pa.Table] = {}  # by place in `rows`
+        with self._lock:
+            for file in np.unique(files):
+                shard, which = self._shards[bucket][file], np.flatnonzero(files == file)
+                places = shard.places(numbers[which] - (ends[file] - shard.rows))
+                for i, (group, inside) in zip(which.tolist(), places, strict=True):
+                    found[i] = self._group(shard.path, group).slice(inside, 1)
+        try:
+            return decode_rows(pa.concat_tables([found[i] for i in range(len(rows))]), self.manifest, bucket)
+        except ValueError as error:
+            raise UserError(
+                f"clips of {self.folder}/bucket={bucket} are not what its manifest.json says ({error}): remove what "
+                "another encoding left there, or encode into another data.output"
+            ) from error
+
+    def _group(self, path: str, group: int) -> pa.Table:
+        if (path, group) in self._cache:
+            self._cache.move_to_end((path, group))
+            return self._cache[path, group]
+        with _mended_by_prep(path):
+            table = self._open_file(path).read_row_group(group, columns=COLUMNS, use_threads=False)
+        self._cache[path, group] = table
+        self._cached_bytes += table.nbytes
+        while len(self._cache) > 1 and self._cached_bytes > self._cache_bytes:
+            self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
+        return table
+
+    def _open_shard(self, path: str) -> Shard:
+        with _mended_by_prep(path):
+            file = self._parquet(path)
+            self._check(path, file.schema_arrow, file.metadata.metadata or {})
+            sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            ends = np.cumsum(sizes, dtype=np.int32)
+            if min(sizes, default=0) < 0 or sum(sizes) != file.metadata.num_rows:
+                raise OSError(f"its row groups hold {sum(sizes)} rows, not {file.metadata.num_rows}")
+            if not self.holdout_fraction:
+                return Shard(path, bucket_of(path), ends, None, file.metadata.num_rows if self.split == "train" else 0)
+            sources = [str(source) for source in file.read(columns=["source"])["source"].to_pylist()]
+        held_out = {source: is_held_out(source, self.holdout_fraction) for source in set(sources)}
+        taken = np.array([held_out[source] == (self.split == "holdout") for source in sources], bool)
+        return Shard(path, bucket_of(path), ends, np.packbits(taken), int(taken.sum()))
+
+    def _check(self, path: str, schema: pa.Schema, metadata: dict[bytes, bytes]) -> None:
+        for column in COLUMNS:
+            wanted = SHARD_SCHEMA.field(column).type
+            if (place := schema.get_field_index(column)) < 0 or schema.field(place).type != wanted:
+                raise UserError(f"{path} is no shard (no column {column} of type {wanted}): move it out of the folder")
+        encoding = metadata.get(b"encoding_hash", self.manifest.encoding_hash.encode()).decode()
+        if encoding != self.manifest.encoding_hash:
+            raise UserError(
+                f"{path} has the encoding {encoding}, {self.folder}/manifest.json says {self.manifest.encoding_hash}: "
+                "encodings never mix, so encode into another data.output"
+            )
+
+    def _parquet(self, path: str) -> pq.ParquetFile:
+        # Checksums are verified where the writer made them: a flipped byte is an error then, not a strange clip.
+        remote = not isinstance(self._filesystem, fs.LocalFileSystem)
+        return pq.ParquetFile(path, filesystem=self._filesystem, pre_buffer=remote, page_checksum_verification=True)
+
+    def _no_clips(self, rows: int) -> str:
+        if self.split == "holdout":
+            return (
+                f"0 clips: data.holdout_fraction {self.holdout_fraction} holds out none of the {rows} clips in "
+                f"{self.folder}; raise it"
+            )
+        if rows:
+            return (
+                f"0 clips: data.holdout_fraction {self.holdout_fraction} holds out all {rows} clips in {self.folder}; "
+                "lower it, or prepare more sources"
+            )
+        return f"0 clips: the shards in {self.folder} are empty; see why with `sora inspect {self.folder}`"
+
+
+def is_held_out(source: str, fraction: float) -> bool:
+    """Whether a source is on the held-out side: by its name alone, so that clips of one video stay together."""
+    return stable_hash("holdout", source) < fraction * 2**64
+
+
+@contextmanager
+def _mended_by_prep(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path} can't be read as a shard ({error}): delete this file and run `sora prep` again, which makes only "
+            "what is missing"
+        ) from error

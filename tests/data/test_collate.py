@@ -1,0 +1,190 @@
+"""What chance adds to a clip depends on the seed, the step and the clip, and on nothing else."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from sora_train.data.collate import MicroBatch, collate, draw, draw_posterior
+from sora_train.data.loader import batches, micro_batches
+from sora_train.data.order import Batch, Plan, batch, share
+from sora_train.data.shards import ShardSet
+from sora_train.diffusion import DiffusionConfig, make_objective
+from sora_train.errors import UserError
+from sora_train.schema import Clips
+
+BUCKET = "3x16x24"
+FLOW = make_objective(DiffusionConfig())
+
+
+def steps_of(shards: ShardSet, plan: Plan, world: int, micro: int, step: int) -> list[MicroBatch]:
+    """The micro-batches of all ranks at a step."""
+    return [
+        made
+        for rank in range(world)
+        for made in micro_batches(
+            shards, plan, FLOW, step, rank=rank, world=world, micro_batch_size=micro, caption_dropout=0.3
+        )
+    ]
+
+
+def by_sample(made: list[MicroBatch]) -> dict[str, tuple[torch.Tensor, ...]]:
+    """Everything about each clip, its text cut to its own tokens; padding left out."""
+    return {
+        sample_id: (
+            part.latents[i],
+            part.noise[i],
+            part.t[i],
+            part.text[i][part.text_mask[i]],
+            part.weight[i],
+            part.dropped[i],
+        )
+        for part in made
+        for i, sample_id in enumerate(part.sample_ids)
+        if sample_id is not None
+    }
+
+
+@pytest.mark.parametrize("step", [0, 2, 4])  # 2 is short: 2 clips
+@pytest.mark.parametrize(("world", "micro"), [(1, 4), (1, 1), (2, 2), (2, 1), (3, 1), (4, 1), (1, 3)])
+def test_a_global_batch_holds_the_same_however_it_is_cut(make_shards, step: int, world: int, micro: int):
+    shards = ShardSet(make_shards(40, 2))
+    plan = shards.plan(20, seed=3)
+    expected = by_sample(steps_of(shards, plan, 1, 20, step))
+    found = by_sample(steps_of(shards, plan, world, micro, step))
+    assert list(found) == list(expected)
+    assert len(found) == len(batch(plan, step).rows)
+    for sample_id, values in expected.items():
+        assert all(torch.equal(a, b) for a, b in zip(found[sample_id], values, strict=True))
+
+
+def test_padding_repeats_a_clip_with_weight_zero_even_where_a_rank_has_none(make_shards):
+    shards = ShardSet(make_shards(2))
+    plan = shards.plan(8, seed=0)
+    ranks = [
+        micro_batches(shards, plan, FLOW, 0, rank=r, world=3, micro_batch_size=2, caption_dropout=0.0) for r in range(3)
+    ]
+    assert {len(rank) for rank in ranks} == {2}
+    parts = [part for rank in ranks for part in rank]
+    assert all(len(part.latents) == 2 for part in parts)
+    assert sum(part.weight.sum().item() for part in parts) == 2
+    for part in parts:
+        assert [sample_id is None for sample_id in part.sample_ids] == (part.weight == 0).tolist()
+        assert torch.equal(part.latents[0], part.latents[1])
+    assert sum(part.weight.sum().item() == 0 for part in parts) == 4
+
+
+def test_other_steps_seeds_and_clips_draw_otherwise(make_shards):
+    clips = ShardSet(make_shards(4)).read(BUCKET, range(4))
+    draws = [draw(clips, row, FLOW, seed, step, 0.1) for row in range(4) for seed in range(3) for step in range(3)]
+    assert len({drawn.t.item() for drawn in draws}) == len(draws)
+    assert len({drawn.noise.sum().item() for drawn in draws}) == len(draws)
+
+
+def test_noise_is_standard_normal_and_the_posterior_draw_has_its_mean_and_variance():
+    generator = torch.Generator().manual_seed(0)
+    moments = torch.stack([torch.full((8, 4, 32, 32), 1.5), torch.full((8, 4, 32, 32), math.log(0.25))])
+    drawn = draw_posterior(moments, generator)
+    assert drawn.mean().item() == pytest.approx(1.5, abs=4 * 0.5 / math.sqrt(drawn.numel()))
+    assert drawn.std().item() == pytest.approx(0.5, rel=0.02)
+    clips = Clips(["a"], ["a"], [["a"]], np.zeros((1, 1, 8, 4, 32, 32), np.float16), [[np.zeros((1, 6), np.float16)]])
+    noise = draw(clips, 0, FLOW, 0, 0, 0.0).noise
+    assert noise.mean().item() == pytest.approx(0, abs=4 / math.sqrt(noise.numel()))
+    assert noise.std().item() == pytest.approx(1, rel=0.02)
+
+
+def test_latents_without_a_posterior_are_normalised_per_channel(make_shards):
+    shards = ShardSet(make_shards(5, moments=1))
+    clips = shards.read(BUCKET, range(5))
+    made = collate(clips, 0, manifest=shards.manifest, objective=FLOW, seed=0, step=0, caption_dropout=0.0)
+    for channel, (mean, std) in enumerate(((0, 1), (1, 2), (2, 4), (3, 8))):
+        raw = torch.from_numpy(clips.latents[:, 0, :, channel].astype(np.float32))
+        assert torch.equal(made.latents[:, :, channel], (raw - mean) / std)
+
+
+def test_text_is_a_caption_of_the_clip_or_the_empty_one_and_padding_is_masked(make_shards):
+    shards = ShardSet(make_shards(30))
+    clips = shards.read(BUCKET, range(30))
+    made = collate(clips, 0, manifest=shards.manifest, objective=FLOW, seed=0, step=0, caption_dropout=0.3)
+    empty = torch.from_numpy(shards.manifest.empty_embedding().astype(np.float32))
+    assert 0 < made.dropped.sum() < 30
+    for row in range(30):
+        text = made.text[row][made.text_mask[row]]
+        assert not made.text[row][~made.text_mask[row]].any()
+        choices = [torch.from_numpy(caption.astype(np.float32)) for caption in clips.text[row]]
+        assert any(torch.equal(text, choice) for choice in ([empty] if made.dropped[row] else choices))
+    assert made.text.shape[1] == made.text_mask.sum(1).max()
+
+
+def test_captions_are_dropped_per_clip_and_drawn_evenly_as_often_as_asked():
+    captions = [["one", "two", "three"]] * 100
+    ids = [f"{i}" for i in range(100)]
+    text = [[np.zeros((1, 2), np.float16)] * 3] * 100
+    clips = Clips(ids, ids, captions, np.zeros((100, 1, 1, 1, 1, 1), np.float16), text)
+    drawn = np.array([draw(clips, row, FLOW, 0, step, 0.1).caption for step in range(100) for row in range(100)], float)
+    drawn = drawn.reshape(100, 100)  # step, clip; NaN is dropped
+    dropped = np.isnan(drawn)
+    assert abs(dropped.sum() - 1000) < 3 * math.sqrt(10_000 * 0.1 * 0.9)
+    assert abs(dropped.sum(1) - 10).max() < 5 * 3  # in no step all or none: 5 sigma
+    for caption in range(3):
+        assert abs((drawn == caption).sum() - 3000) < 3 * math.sqrt(10_000 * 0.3 * 0.7)
+
+
+def test_no_caption_or_every_caption_is_dropped_at_the_ends(make_shards):
+    shards = ShardSet(make_shards(30))
+    clips = shards.read(BUCKET, range(30))
+    for fraction, expected in ((0.0, 0), (1.0, 30)):
+        made = collate(clips, 0, manifest=shards.manifest, objective=FLOW, seed=0, step=0, caption_dropout=fraction)
+        assert made.dropped.sum() == expected
+
+
+def test_the_thread_gives_what_the_plain_function_gives_from_any_step_on(make_shards):
+    shards = ShardSet(make_shards(20))
+    plan = shards.plan(8, seed=0)
+    found = list(batches(shards, plan, FLOW, range(2, 9), rank=1, world=2, micro_batch_size=2, caption_dropout=0.1))
+    assert [step for step, _ in found] == list(range(2, 9))
+    for step, made in found:
+        expected = micro_batches(shards, plan, FLOW, step, rank=1, world=2, micro_batch_size=2, caption_dropout=0.1)
+        for a, b in zip(made, expected, strict=True):
+            assert a.sample_ids == b.sample_ids
+            assert torch.equal(a.latents, b.latents)
+            assert torch.equal(a.noise, b.noise)
+
+
+def test_an_error_of_the_thread_reaches_the_loop_at_its_step(make_shards, tmp_path):
+    shards = ShardSet(make_shards(60, 4), cache_bytes=0)
+    plan = shards.plan(4, seed=0)
+    first_bad = next(k for k in range(16) if max(batch(plan, k).rows) >= 60)
+    (tmp_path / "shards" / f"bucket={BUCKET}" / "0001.parquet").unlink()
+    shards._open_file.cache_clear()
+    made = batches(shards, plan, FLOW, range(16), micro_batch_size=4, caption_dropout=0.1)
+    assert first_bad > 0
+    assert [next(made)[0] for _ in range(first_bad)] == list(range(first_bad))
+    with pytest.raises(UserError, match=r"0001\.parquet"):
+        next(made)
+
+
+def test_a_loop_that_stops_early_ends_the_thread(make_shards):
+    shards = ShardSet(make_shards(20))
+    made = batches(shards, shards.plan(4, seed=0), FLOW, iter(int, 1), micro_batch_size=4, caption_dropout=0.1)
+    assert next(made)[0] == 0  # of endless steps
+    made.close()
+    assert list(made) == []
+
+
+def test_every_clip_is_trained_once_an_epoch_when_the_world_changes_on_the_way(make_shards):
+    shards = ShardSet(make_shards(40, 25))
+    plan = shards.plan(6, seed=1)
+    seen = [
+        sample_id
+        for step in range(plan.steps_per_epoch, 2 * plan.steps_per_epoch)
+        for sample_id in by_sample(steps_of(shards, plan, world=1 + step % 4, micro=1 + step % 2, step=step))
+    ]
+    assert sorted(seen) == [f"{number:08x}" for number in range(65)]
+
+
+def test_share_of_a_short_batch_leaves_late_ranks_with_padding():
+    assert share(Batch(0, BUCKET, (4, 9)), 0, 2, 2, 4) == [[4, None]]
+    assert share(Batch(0, BUCKET, (4, 9)), 1, 2, 2, 4) == [[9, None]]
+    assert [share(Batch(0, BUCKET, (4,)), rank, 2, 1, 4) for rank in range(2)] == [[[None], [None]], [[4], [None]]]
