@@ -1,0 +1,56 @@
+"""What the quickstart samples, and how well the samples obey: the judge's own test first, then its verdicts."""
+
+from __future__ import annotations
+
+import csv
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from sora_train.demo.judge import accuracy, judge, obedience
+from sora_train.demo.shapes import FPS, SHAPES, Scene, all_scenes, draw
+from sora_train.video import read_mp4, write_mp4
+
+SEEDS = (0, 1)
+JUDGE_BAR = 0.99
+
+
+def scenes() -> list[Scene]:
+    """What is sampled: every held-out combination, and for each a seen one of the same colour and direction."""
+    held_out = [scene for scene in all_scenes() if scene.held_out]
+    seen = [Scene(s.colour, SHAPES[(SHAPES.index(s.shape) + 1) % len(SHAPES)], s.direction) for s in held_out]
+    return seen + held_out
+
+
+def measure(clips_folder: Path, run_folder: Path, final: Path) -> dict:
+    """Stage 5: the judge's own test on real clips, then its verdicts on the samples, into obedience.json."""
+    videos, truth = real_clips(clips_folder)
+    own = accuracy(videos, truth)
+    print(f"  the judge reads {own:.1%} of {len(videos)} real clips rightly; the bar is {JUDGE_BAR:.0%}", flush=True)
+    if own < JUDGE_BAR:
+        raise RuntimeError(f"the judge reads only {own:.1%} of real clips rightly: its verdicts would mean nothing")
+    listing = json.loads((final / "samples.json").read_text(encoding="utf-8"))
+    shown = {scene.caption: scene for scene in all_scenes()}
+    verdicts = [judge(read_mp4(final / entry["file"])) for entry in listing["samples"]]
+    shares = obedience(verdicts, [shown[entry["prompt"]] for entry in listing["samples"]])
+    record = {**shares, "judge_accuracy": own, "judge_clips": len(videos), "checkpoint": listing["checkpoint"]}
+    (run_folder / "obedience.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"  {run_folder / 'obedience.json'}")
+    return shares
+
+
+def real_clips(folder: Path, count: int = 96) -> tuple[list[np.ndarray], list[Scene]]:
+    """The first `count` clips that training had, and new ones of every held-out combination, all through H.264."""
+    shown = {scene.caption: scene for scene in all_scenes()}
+    with (folder / "captions.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))[:count]
+    videos = [read_mp4(folder / row["video_file_name"]) for row in rows]
+    truth = [shown[row["prompt"]] for row in rows]
+    with tempfile.TemporaryDirectory() as place:
+        for i, scene in enumerate(scene for scene in all_scenes() if scene.held_out):
+            write_mp4(Path(place) / "clip.mp4", draw(scene, np.random.default_rng((99, i))), fps=FPS)
+            videos.append(read_mp4(Path(place) / "clip.mp4"))
+            truth.append(scene)
+    return videos, truth
