@@ -1,0 +1,246 @@
+"""`sora VERB RECIPE [--section.key value …]`: what a person types.
+
+A verb imports what it needs when it runs, so that `sora --help` answers at once and `sora sample` needs no Ray. The
+person's own mistakes end as one message without a traceback: exit code 2 for recipes and flags, 1 for the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn, TypeVar
+
+from pydantic import NonNegativeFloat, PositiveInt
+
+from sora_train import __version__
+from sora_train.errors import RecipeError, UserError
+from sora_train.settings import build, parse_flags
+
+if TYPE_CHECKING:
+    from sora_train.recipe import Recipe
+
+S = TypeVar("S")
+
+VERBS = {
+    "prep": ("RECIPE", "Encodes videos and captions into Parquet shards; run again, it does only what is missing."),
+    "inspect": ("SHARDS", "Counts what a folder of shards holds, and what was left out and why."),
+    "train": ("RECIPE", "Trains on shards; run again, it goes on from the newest checkpoint."),
+    "sample": ("RUN", "Makes videos of your prompts with a run's newest checkpoint, or with a checkpoint."),
+    "demo": ("", "Does it all on clips of moving shapes, in minutes: prep, train, sample, judge, report."),
+    "report": ("RUN", "Writes a run's report.html: curves, samples, events."),
+}
+EXIT_FAILED, EXIT_RECIPE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """How to show the counts."""
+
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """What to sample, and how."""
+
+    prompt: tuple[str, ...] = ()
+    """What the video shows; several make several videos."""
+    seed: tuple[int, ...] = (0,)
+    """Fixes the noise that a video begins as; several make several videos of each prompt."""
+    steps: PositiveInt | None = None
+    """Sampler steps; the run's own `validation.steps` if not given."""
+    guidance: NonNegativeFloat | None = None
+    """Classifier-free guidance scale; the run's own `validation.guidance` if not given."""
+    negative: str | None = None
+    """What guidance leads away from, instead of the empty prompt."""
+    out: str | None = None
+    """Folder for the videos; `samples/prompts` in the run's folder if not given."""
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """This verb has no flags."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        say(usage())
+        return 0
+    if words[0] == "--version":
+        print(f"sora_train {__version__}")
+        return 0
+    verb, words = words[0], words[1:]
+    try:
+        run(verb, words)
+    except UserError as error:
+        # Ray hands a worker's error on as a subclass that prints the worker's traceback; its cause is the bare one.
+        cause = getattr(error, "cause", None)
+        print(f"sora {verb}: {cause if isinstance(cause, UserError) else error}", file=sys.stderr)
+        return EXIT_RECIPE if isinstance(error, RecipeError) else EXIT_FAILED
+    except KeyboardInterrupt:
+        print(f"\nsora {verb}: stopped; the same command goes on from what is done", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def run(verb: str, words: Sequence[str]) -> None:
+    """One verb: its words to its arguments, and the call."""
+    match verb:
+        case "prep":
+            recipe = recipe_of(verb, words)
+            from data_prep.pipeline import prep
+
+            prep(recipe)
+        case "inspect":
+            shards, options = target_of(verb, words, InspectOptions)
+            from data_prep.inspect import format_table, inspect
+
+            counts = inspect(shards)
+            say(json.dumps(counts) if options.json else format_table(counts))
+        case "train":
+            recipe = recipe_of(verb, words)
+            from sora_train.launch.trainer import launch_training
+
+            launch_training(recipe)
+        case "sample":
+            run_folder, how = target_of(verb, words, SampleOptions)
+            if not how.prompt:
+                raise RecipeError('--prompt is missing, for instance --prompt "a blue square moving up"')
+            from sora_train.generate import sample_prompts
+
+            sample_prompts(run_folder, how.prompt, how.seed, how.steps, how.guidance, how.negative, how.out)
+        case "demo":
+            overrides = demo_overrides(words)
+            from sora_train.demo.run import demo
+
+            demo(overrides=overrides)
+        case "report":
+            run_folder, _ = target_of(verb, words, NoOptions)
+            from sora_train.report import write_report
+
+            print(write_report(run_folder))
+        case _:
+            raise RecipeError(f"there is no such verb; the verbs are {', '.join(VERBS)}")
+
+
+def recipe_of(verb: str, words: Sequence[str]) -> Recipe:
+    """The recipe that a verb's words name, with their flags laid over it; or its help, where they ask for that."""
+    from sora_train.recipe import Recipe, load_recipe
+
+    words, wants_help = without_help(words)
+    overrides, files = parse_flags(words, Recipe)
+    if wants_help:
+        show_help(verb, load_recipe(files[0], overrides) if files else Recipe())
+    return load_recipe(the_one(verb, files), overrides)
+
+
+def target_of(verb: str, words: Sequence[str], options: type[S]) -> tuple[str, S]:
+    """The folder that a verb's words name, and its options; or its help."""
+    words, wants_help = without_help(words)
+    overrides, folders = parse_flags(words, options)
+    if wants_help:
+        show_help(verb, options())
+    return the_one(verb, folders), build(options, {}, overrides, f"sora {verb}")
+
+
+def demo_overrides(words: Sequence[str]) -> dict[str, object]:
+    """The demo has a recipe of its own, which takes flags like any other."""
+    from sora_train.recipe import Recipe, load_recipe
+
+    words, wants_help = without_help(words)
+    overrides, rest = parse_flags(words, Recipe)
+    if wants_help:
+        from sora_train.demo.run import find_recipe
+
+        show_help("demo", load_recipe(find_recipe("jobs/quickstart.yaml"), overrides))
+    if rest:
+        raise RecipeError(f"the demo has its own recipe and takes only flags, but got {' '.join(rest)}")
+    return overrides
+
+
+def without_help(words: Sequence[str]) -> tuple[list[str], bool]:
+    """The words without -h and --help, and whether these were among them."""
+    rest = [word for word in words if word not in ("-h", "--help")]
+    return rest, len(rest) < len(words)
+
+
+def the_one(verb: str, words: Sequence[str]) -> str:
+    """The one word a verb takes beside its flags."""
+    what, _ = VERBS[verb]
+    if not words:
+        raise RecipeError(f"{what} is missing: sora {verb} {EXAMPLES[verb]}")
+    if len(words) > 1:
+        raise RecipeError(f"takes one {what} and flags such as --name again, but got {' '.join(words)}")
+    return words[0]
+
+
+EXAMPLES = {
+    "prep": "jobs/real_clips.yaml --data.captions my/captions.csv --data.root my/videos",
+    "inspect": "runs/quickstart/shards --json",
+    "train": "jobs/quickstart.yaml --name again --train.steps 40",
+    "sample": 'runs/quickstart --prompt "a blue square moving up"',
+    "demo": "",
+    "report": "runs/quickstart",
+}
+
+
+def show_help(verb: str, settings: object) -> NoReturn:
+    """Prints every flag with its sentence and what it stands at now, and exits."""
+    import tyro
+
+    what, sentence = VERBS[verb]
+    with to_a_listener():
+        tyro.cli(
+            type(settings),
+            prog=f"sora {verb} {what}".rstrip(),
+            description=f"{sentence}\n\nFor instance: sora {verb} {EXAMPLES[verb]}".rstrip(),
+            default=settings,
+            args=["--help"],
+            use_underscores=True,
+            config=(tyro.conf.FlagConversionOff,),
+        )
+    raise SystemExit(0)
+
+
+def say(text: str) -> None:
+    """Prints to stdout."""
+    with to_a_listener():
+        print(text, flush=True)
+
+
+@contextmanager
+def to_a_listener() -> Iterator[None]:
+    """Lets printing end quietly where `| head` has heard enough."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it exits
+
+
+def usage() -> str:
+    """The verbs with a sentence each, and an example."""
+    verbs = "\n".join(f"  {f'{verb} {what}':16}  {sentence}" for verb, (what, sentence) in VERBS.items())
+    return f"""\
+usage: sora VERB RECIPE [--section.key value …]
+
+Trains text-to-video diffusion transformers: a folder of videos and a CSV of captions go in, a model comes out.
+A recipe is a YAML file; any of its keys is a flag too.
+
+{verbs}
+
+  sora demo
+  sora train {EXAMPLES["train"]}
+  sora sample {EXAMPLES["sample"]}
+
+sora VERB --help shows every key with its meaning; sora VERB RECIPE --help, what that recipe sets."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""What several tests share."""
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real clips and reference models that lies beside a checkout; a test that needs it skips without."""
+    folder = (Path(__file__).parents[1] / ".." / "shared").resolve()
+    if not folder.is_dir():
+        pytest.skip("no ../shared beside this checkout: its real clips and reference models are needed")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of 21 clips of noise, without a VAE: 2 latent frames of 4 x 4 x 4, texts of 1 to 4 tokens, 64 wide."""
+    import base64
+
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from sora_train import schema
+
+    folder, rng = tmp_path_factory.mktemp("shards"), np.random.default_rng(0)
+    rows = [
+        schema.encode_row(
+            sample_id=f"{i:04x}",
+            source=f"{i}.mp4",
+            source_size=1,
+            source_version="1",
+            content_hash="",
+            start_s=0.0,
+            end_s=0.25,
+            captions=[f"clip {i}"],
+            latents=rng.standard_normal((1, 2, 4, 4, 4)),
+            text=[rng.standard_normal((1 + i % 4, 64))],
+        )
+        for i in range(21)
+    ]
+    place = folder / "bucket=2x32x32"
+    place.mkdir()
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema.SHARD_SCHEMA), place / "part.parquet", row_group_size=8)
+    schema.Manifest(
+        encoding_hash="tiny",
+        vae=schema.VaeFacts(name="none", hash="none", channels=4, factor=8, mean=(0.0,) * 4, std=(1.0,) * 4),
+        text=schema.TextFacts(name="none", hash="none", width=64, max_tokens=4),
+        latents=schema.LatentFormat(moments=1),
+        frames=2,
+        fps=8.0,
+        height=32,
+        width=32,
+        buckets={"2x32x32": 21},
+        empty_text=base64.b64encode(np.zeros((1, 64), np.float16).tobytes()).decode(),
+        empty_tokens=1,
+        counts=schema.Counts(rows=21, written=21, quarantined=0, filtered=0),
+        reasons={},
+    ).save(str(folder))
+    return folder

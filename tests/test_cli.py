@@ -1,0 +1,112 @@
+"""The command line: its exit codes, and that the person's own mistakes show no traceback."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sora_train import cli
+from sora_train.errors import RecipeError, UserError
+
+
+def sora(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "sora_train.cli", *words], capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def test_sora_alone_lists_every_verb_and_an_example() -> None:
+    for words in ((), ("--help",)):
+        done = sora(*words)
+        assert done.returncode == 0
+        assert all(f"\n  {verb} " in done.stdout for verb in cli.VERBS)
+        assert "sora train jobs/quickstart.yaml" in done.stdout
+
+
+def test_help_is_quick_because_it_imports_neither_torch_nor_ray() -> None:
+    program = (
+        "import sys; from sora_train import cli; cli.main(['--help']); "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'ray', 'tyro')))"
+    )
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert done.returncode == 0
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_the_help_of_a_verb_needs_no_recipe(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main([verb, "--help"])
+    assert left.value.code == 0
+    said = capsys.readouterr().out
+    assert f"usage: sora {verb}" in said
+    assert " ".join(cli.VERBS[verb][1].split()[:4]) in said
+
+
+def test_the_help_of_a_recipe_shows_what_it_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "r.yaml").write_text("train: {steps: 1234}")
+    with pytest.raises(SystemExit):
+        cli.main(["train", str(tmp_path / "r.yaml"), "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--train.steps INT" in said
+    assert "(default: 1234)" in said
+    assert "Optimizer steps of the whole run." in said
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["dance"], "the verbs are prep, inspect, train"),
+        (["train"], "RECIPE is missing: sora train jobs/quickstart.yaml"),
+        (["train", "a.yaml", "b.yaml"], "takes one RECIPE"),
+        (["train", "RECIPE", "--train.stpes", "3"], "--train.stpes is no known key; the nearest are train.steps"),
+        (["train", "RECIPE", "--train.steps", "few"], "--train.steps is 'few'"),
+        (["train", "RECIPE", "--train.zero-stage", "5"], "--train.zero_stage is '5'; choices: 0, 1, 2 or 3"),
+        (["prep", "RECIPE", "--data.width", "30"], "data.width 30 does not divide by 16"),
+        (["prep", "no/such.yaml"], "no recipe at no/such.yaml"),
+        (["sample", "runs/x"], "--prompt is missing"),
+        (["sample", "runs/x", "--prompt", "a", "--steps", "0"], "--steps is '0'; it should be greater than 0"),
+        (["inspect", "shards", "--jsno"], "--jsno is no known key; did you mean json?"),
+        (["demo", "jobs/quickstart.yaml"], "takes only flags"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], says: str
+) -> None:
+    (tmp_path / "r.yaml").write_text("name: x")
+    words = [str(tmp_path / "r.yaml") if word == "RECIPE" else word for word in words]
+    assert cli.main(words) == cli.EXIT_RECIPE
+    said = capsys.readouterr()
+    assert not said.out
+    assert says in said.err
+    assert said.err.startswith(f"sora {words[0]}: ")
+    assert said.err.count("\n") == 1
+
+
+def test_a_mistake_shows_no_traceback_in_a_real_process(tmp_path: Path) -> None:
+    done = sora("inspect", str(tmp_path / "no_shards"))
+    assert done.returncode == cli.EXIT_FAILED
+    assert "Traceback" not in done.stderr
+    assert "no_shards" in done.stderr
+
+
+def test_exit_codes_tell_failures_apart(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class WorkerError(UserError):
+        cause = UserError("the file is gone")
+
+    for error, code, says in [
+        (UserError("no disk"), 1, "sora train: no disk\n"),
+        (RecipeError("no key"), 2, "sora train: no key\n"),
+        (WorkerError("Traceback …"), 1, "sora train: the file is gone\n"),
+        (KeyboardInterrupt(), 130, "goes on from what is done"),
+    ]:
+
+        def fail(verb: str, words: object, error: BaseException = error) -> None:
+            raise error
+
+        monkeypatch.setattr(cli, "run", fail)
+        assert cli.main(["train", "x"]) == code
+        assert says in capsys.readouterr().err

@@ -1,0 +1,178 @@
+"""Recipes: what a file and flags become, and what is said about a wrong one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sora_train.errors import RecipeError
+from sora_train.recipe import Recipe, load_recipe, save_recipe
+from sora_train.settings import build, keys, parse_flags
+
+JOBS = sorted((Path(__file__).parents[1] / "jobs").glob("*.yaml"))
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def refusal(folder: Path, text: str, overrides: dict[str, object] | None = None) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(folder, text), overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+def test_a_shipped_job_loads(path: Path) -> None:
+    load_recipe(path)
+
+
+def test_a_written_recipe_reads_back_as_itself(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        write(tmp_path, "name: x\ntrain: {learning_rate: 1e-5}\nvalidation: {prompts: ['yes', 'é: #1']}\n"),
+        {"tracking.wandb": "off", "model.pooled_text": True, "cluster.gpu": "no"},
+    )
+    save_recipe(recipe, tmp_path / "again.yaml")
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+
+
+def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path, "# nothing\n")) == Recipe()
+
+
+def test_a_number_that_yaml_reads_as_a_string_is_a_number(tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path, "train: {learning_rate: 1e-4}")).train.learning_rate == 1e-4
+
+
+def test_off_and_no_are_words_not_truth_values(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, "tracking: {wandb: off}\ncluster: {gpu: no}\nmodel: {pooled_text: true}"))
+    assert (recipe.tracking.wandb, recipe.cluster.gpu, recipe.model.pooled_text) == ("off", "no", True)
+
+
+def test_overrides_lie_over_the_file_and_leave_the_rest(tmp_path: Path) -> None:
+    path = write(tmp_path, "train: {steps: 7, batch_size: 4}\nvalidation: {resources: {CPU: 2}}")
+    recipe = load_recipe(path, {"train.steps": "40", "validation.resources.GPU": "1", "data.fps": "7.5"})
+    assert (recipe.train.steps, recipe.train.batch_size, recipe.data.fps) == (40, 4, 7.5)
+    assert recipe.validation.resources == {"CPU": 2.0, "GPU": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("train: {stpes: 7}", "train.stpes is no known key; the nearest are train.steps"),
+        ("model: {widht: 7}", "model.widht is no known key; the nearest are model.width, "),
+        ("diffusion: {kin: flow}", "diffusion.kin is no known key; the nearest are diffusion.kind, "),
+        ("batch_size: 7", "batch_size is no known key; the nearest are train.batch_size, "),
+        ("nonsense: 7", "known are name, data, codec"),
+        ("train: {zero_stage: 4}", "train.zero_stage is 4; choices: 0, 1, 2 or 3"),
+        ("train: {steps: many}", "train.steps is 'many'; it should be a valid integer"),
+        ("train: {steps: -3}", "train.steps is -3; it should be greater than 0"),
+        ("train: 3", "train is 3; it is a section"),
+        ("model: 3", "model is 3; it is a section"),
+        ("train: [steps]", "train is ['steps']; it is a section"),
+        ("name: a/b", "name is 'a/b'"),
+        ("model: {attention: full}", "choices: 'factorised' or 'joint'"),
+        ("model: {width: 30, heads: 4}", "model.width 30 does not divide over model.heads 4"),
+        ("validation: {prompts: a}", "validation.prompts is 'a'; it should be a valid tuple"),
+        ("- train", "holds a list; a recipe is a mapping"),
+        ("just words", "holds a str"),
+        ("train: {steps: 1", "can't be read as YAML"),
+        ("train: {steps: 1}\ntrain: {steps: 2}", "the key train stands twice"),
+        ("name: !!python/object/apply:os.getcwd []", "can't be read as YAML"),
+        ("name: 2026-02-31", "can't be read as YAML"),
+        ("? [a, b]\n: c", "can't be read as YAML"),
+        ("[" * 5000, "can't be read as YAML"),
+        ("3: 4", "3 is no known key"),
+    ],
+)
+def test_a_wrong_recipe_is_told_which_key_and_what_fits(tmp_path: Path, text: str, says: str) -> None:
+    message = refusal(tmp_path, text)
+    assert says in message
+    assert str(tmp_path / "recipe.yaml") in message
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "validation: {every: 250, prompts: [a]}\ntrain: {checkpoint_every: 100}",
+            "validation.every 250 is no multiple of train.checkpoint_every 100, and only checkpoints are validated; "
+            "use 200 or 300, or 0",
+        ),
+        ("validation: {every: 500}", "validation.prompts is empty but validation.every is not 0"),
+        ("data: {height: 100}", "data.height 100 does not divide by 16 (VAE 8 x model.patch 2); use 96 or 112"),
+        ("data: {width: 8}", "data.width 8 does not divide by 16 (VAE 8 x model.patch 2); use 16"),
+        ("cluster: {workers: 20}", "cluster.workers 20 is more than train.batch_size 16"),
+        ("train: {betas: [0.9, 1.0]}", "train.betas are (0.9, 1.0)"),
+    ],
+)
+def test_keys_that_contradict_each_other_are_refused_with_a_remedy(tmp_path: Path, text: str, says: str) -> None:
+    assert says in refusal(tmp_path, text)
+
+
+def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
+    assert len(refusal(tmp_path, "nmae: x\ntrain: {steps: 0, zero_stage: 9}").splitlines()) == 3
+
+
+def test_a_flag_is_named_as_a_flag(tmp_path: Path) -> None:
+    assert refusal(tmp_path, "", {"train.steps": "0"}).startswith("--train.steps is '0'")
+
+
+def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"no recipe at .*missing\.yaml"):
+        load_recipe(tmp_path / "missing.yaml")
+    with pytest.raises(RecipeError, match="can't read the recipe"):
+        load_recipe(tmp_path)
+    (tmp_path / "video.mp4").write_bytes(bytes(range(256)))
+    with pytest.raises(RecipeError, match="no text file"):
+        load_recipe(tmp_path / "video.mp4")
+
+
+def test_flags_take_dashes_underscores_and_equals_signs() -> None:
+    words = ["--train.batch-size", "4", "r.yaml", "--train.micro_batch_size=2", "--train.seed", "-1"]
+    overrides, rest = parse_flags(words, Recipe)
+    assert overrides == {"train.batch_size": "4", "train.micro_batch_size": "2", "train.seed": "-1"}
+    assert rest == ["r.yaml"]
+
+
+def test_a_list_takes_words_up_to_the_next_flag_and_a_truth_value_needs_none() -> None:
+    words = ["--validation.prompts", "a b", "c", "--model.pooled_text", "r.yaml", "--validation.prompts", "d"]
+    overrides, rest = parse_flags(words, Recipe)
+    assert overrides == {"validation.prompts": ["a b", "c", "d"], "model.pooled_text": "true"}
+    assert rest == ["r.yaml"]
+
+
+@pytest.mark.parametrize("words", [["--train.stpes", "4"], ["--train", "4"], ["--"], ["--train.steps"]])
+def test_a_flag_without_key_or_value_is_refused(words: list[str]) -> None:
+    with pytest.raises(RecipeError):
+        parse_flags(words, Recipe)
+
+
+@given(steps=st.integers(1, 10**9), rate=st.floats(1e-12, 1.0))
+def test_words_of_a_command_line_keep_their_value(steps: int, rate: float) -> None:
+    words = [f"--train.steps={steps}", "--train.learning-rate", repr(rate)]
+    recipe = build(Recipe, {}, parse_flags(words, Recipe)[0], "flags")
+    assert (recipe.train.steps, recipe.train.learning_rate) == (steps, rate)
+
+
+def test_every_key_has_a_sentence() -> None:
+    schema = Recipe.model_json_schema()
+    sections = [schema, *schema["$defs"].values()]
+    missing = [
+        f"{section['title']}.{key}"
+        for section in sections
+        for key, value in section["properties"].items()
+        if "$ref" not in value and not value.get("description")
+    ]
+    assert not missing
+    assert len(dict(keys(Recipe))) == sum("$ref" not in v for s in sections for v in s["properties"].values())
+
+
+def test_recipes_need_no_ray() -> None:
+    program = "import sys, sora_train.recipe, sora_train.cli; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
