@@ -4,12 +4,14 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: help quickstart test lint .venv
+.PHONY: help quickstart bench-quickstart drill-kill test lint .venv
 
 help:
 	@echo 'make quickstart   clips, shards, training, samples and a report in runs/quickstart, in minutes on two cores'
 	@echo 'make test         the tests'
 	@echo 'make lint         ruff, pyright and the import rules'
+	@echo 'make bench-quickstart   after make quickstart: three training seeds, 192 clips each'
+	@echo 'make drill-kill   a worker killed at ten steps of a run, one after the other'
 	@echo 'make .venv        the environment alone, pinned by constraints.txt'
 
 # The stamp is made last, so that an installation that was interrupted is taken up again.
@@ -22,6 +24,12 @@ help:
 
 quickstart: .venv/installed
 	$(BIN)/sora demo
+
+bench-quickstart: .venv/installed
+	$(BIN)/python -m sora_train.demo.seeds
+
+drill-kill: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/launch -m slow -rA
 
 # One thread a process, since tests start several processes at once.
 test: export OMP_NUM_THREADS ?= 1

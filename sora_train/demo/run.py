@@ -127,7 +127,7 @@ def train(recipe: Recipe) -> None:
     launch_training(recipe)
 
 
-def sample(run_folder: Path) -> Path:
+def sample(run_folder: Path, seeds: Sequence[int] = SEEDS) -> Path:
     """Stage 4: an mp4 of every scene and seed, and the sheet. Returns their folder."""
     import torch
 
@@ -135,7 +135,7 @@ def sample(run_folder: Path) -> Path:
 
     run = load_run(run_folder)
     folder = run_folder / "samples" / "final"
-    if is_sampled(folder, run.checkpoint):
+    if is_sampled(folder, run.checkpoint, seeds):
         print(f"  {folder} holds them already")
         return folder
     for stale in (*folder.glob("*.mp4"), folder / "samples.json"):
@@ -148,26 +148,26 @@ def sample(run_folder: Path) -> Path:
         nonlocal state
         state = f"{done} of {of} sampler steps"
 
-    with heartbeat(lambda: f"  {state}, {len(list(folder.glob('*.mp4')))} of {len(prompts) * len(SEEDS)} videos"):
-        files = sample_to_folder(run, prompts, None, folder, SEEDS, progress=progress)
-    write_sheet(files, folder / "sheet.png")
+    with heartbeat(lambda: f"  {state}, {len(list(folder.glob('*.mp4')))} of {len(prompts) * len(seeds)} videos"):
+        files = sample_to_folder(run, prompts, None, folder, seeds, progress=progress)
+    write_sheet(files, len(seeds), folder / "sheet.png")
     print(f"  {len(files)} videos and sheet.png in {folder}")
     return folder
 
 
-def is_sampled(folder: Path, checkpoint: Path) -> bool:
+def is_sampled(folder: Path, checkpoint: Path, seeds: Sequence[int]) -> bool:
     """Whether the folder holds all samples of this checkpoint: samples.json is written last."""
     listing = folder / "samples.json"
     if not listing.is_file() or listing.stat().st_mtime < (checkpoint / "ema.safetensors").stat().st_mtime:
         return False
     about = json.loads(listing.read_text(encoding="utf-8"))
-    wanted = [(scene.caption, seed) for scene in scenes() for seed in SEEDS]
+    wanted = [(scene.caption, seed) for scene in scenes() for seed in seeds]
     listed = [(entry["prompt"], entry["seed"]) for entry in about["samples"]]
     files_there = all((folder / entry["file"]).is_file() for entry in about["samples"])
     return about["checkpoint"] == checkpoint.name and listed == wanted and files_there
 
 
-def write_sheet(files: Sequence[Path], path: Path) -> None:
+def write_sheet(files: Sequence[Path], seeds: int, path: Path) -> None:
     """The picture at the README's top: every colour once seen and once held out, chosen by place and not by looks."""
     everything, directions = scenes(), list(DIRECTIONS)
     wanted = [
@@ -177,7 +177,7 @@ def write_sheet(files: Sequence[Path], path: Path) -> None:
     ]
     at = {(scene.colour, scene.direction, scene.held_out): index for index, scene in enumerate(everything)}
     chosen = [at[what] for what in wanted]
-    videos = [read_mp4(files[index * len(SEEDS)]) for index in chosen]
+    videos = [read_mp4(files[index * seeds]) for index in chosen]
     badges = ["held out" if everything[index].held_out else "seen" for index in chosen]
     contact_sheet(videos, [everything[index].caption for index in chosen], badges).save(path, optimize=True)
 

@@ -103,7 +103,7 @@ def test_the_sheet_shows_every_colour_seen_and_held_out(tmp_path, monkeypatch):
         "contact_sheet",
         lambda v, labels, badges: shown.update(zip(labels, badges, strict=True)) or draw_sheet(v, labels, badges),
     )
-    write_sheet(perfect_samples(tmp_path / "final"), tmp_path / "sheet.png")
+    write_sheet(perfect_samples(tmp_path / "final"), len(SEEDS), tmp_path / "sheet.png")
     truth = {scene.caption: "held out" if scene.held_out else "seen" for scene in scenes()}
     assert len(shown) == 12
     assert all(truth[caption] == badge for caption, badge in shown.items())
@@ -119,11 +119,11 @@ def test_samples_are_made_again_for_another_checkpoint_or_where_one_is_missing(t
         checkpoint.mkdir()
         (checkpoint / "ema.safetensors").touch()
     files = perfect_samples(tmp_path / "final")
-    assert is_sampled(tmp_path / "final", old)
-    assert not is_sampled(tmp_path / "final", new)
+    assert is_sampled(tmp_path / "final", old, SEEDS)
+    assert not is_sampled(tmp_path / "final", new, SEEDS)
     files[5].unlink()
-    assert not is_sampled(tmp_path / "final", old)
-    assert not is_sampled(tmp_path / "none", old)
+    assert not is_sampled(tmp_path / "final", old, SEEDS)
+    assert not is_sampled(tmp_path / "none", old, SEEDS)
 
 
 def test_the_recipe_is_found_from_any_folder(tmp_path, monkeypatch):
