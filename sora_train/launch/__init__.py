@@ -1,0 +1,1 @@
+"""Ray: starts or joins a cluster, runs training on it, and validation beside it."""

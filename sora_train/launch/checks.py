@@ -1,0 +1,147 @@
+"""What is checked before a run starts, so that it fails at once with the numbers and the remedy, not hours later."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import ray
+import yaml
+
+from sora_train.data.shards import ShardSet
+from sora_train.errors import UserError
+from sora_train.recipe import Recipe
+from sora_train.schema import Manifest
+from sora_train.train import checkpoint
+
+MAY_CHANGE = (
+    "name",
+    "data.captions",
+    "data.root",
+    "data.output",  # the shards' own manifest is compared
+    "data.max_bad_fraction",
+    "codec.",  # likewise
+    "train.output",
+    "train.steps",
+    "train.micro_batch_size",
+    "train.zero_stage",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "validation.",
+    "cluster.",
+    "tracking.",
+)
+"""What a resumed run may have otherwise than it began with: nothing of it changes what is learned, but for rounding."""
+
+
+def absolute(recipe: Recipe) -> Recipe:
+    """The recipe with its local folders made absolute: workers and validations have other working folders."""
+    if "://" in recipe.train.output:
+        raise UserError(
+            f"train.output {recipe.train.output} is remote; name a folder that every node sees, such as one on NFS"
+        )
+
+    def place(name: str) -> str:
+        return name if "://" in name else os.path.abspath(os.path.expanduser(name))
+
+    def network(name: str) -> str:
+        return place(name) if os.path.isdir(os.path.expanduser(name)) and name != "builtin" else name
+
+    return recipe.model_copy(
+        update={
+            "data": recipe.data.model_copy(update={"output": place(recipe.data.output)}),
+            "codec": recipe.codec.model_copy(
+                update={"vae": network(recipe.codec.vae), "text": network(recipe.codec.text)}
+            ),
+            "train": recipe.train.model_copy(update={"output": place(recipe.train.output)}),
+        }
+    )
+
+
+def check_shards(recipe: Recipe) -> Manifest:
+    """The manifest of shards that are there and fit the model."""
+    shards = ShardSet(recipe.data.output, recipe.data.holdout_fraction, "train")
+    manifest, model = shards.manifest, recipe.model
+    wrong = []
+    if manifest.vae.channels != model.in_channels:
+        wrong.append(
+            f"model.in_channels is {model.in_channels}, the shards have {manifest.vae.channels} latent channels"
+        )
+    if manifest.text.width != model.text_width:
+        wrong.append(f"model.text_width is {model.text_width}, the shards' embeddings are {manifest.text.width} wide")
+    for side in ("height", "width"):
+        latents = getattr(manifest, side) // manifest.vae.factor
+        if latents % model.patch:
+            wrong.append(f"model.patch {model.patch} does not divide the shards' {side} of {latents} latents")
+    if wrong:
+        raise UserError(
+            f"{recipe.data.output} does not fit the model: {'; '.join(wrong)}. Set the former to the latter"
+        )
+    return manifest
+
+
+def check_folder(run: Path, recipe: Recipe, manifest: Manifest) -> int | None:
+    """The step of the newest whole checkpoint, if there is one; UserError if another recipe made it."""
+    found = checkpoint.whole(run / "checkpoints")
+    if not found:
+        return None
+    before = flat(yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8")))
+    now = flat(recipe.model_dump(mode="json"))
+    changed = [
+        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
+    ]
+    trained = Manifest.load(str(run))
+    if trained.encoding_hash != manifest.encoding_hash:
+        changed.append(f"the shards' encoding was {trained.encoding_hash[:12]} and is {manifest.encoding_hash[:12]}")
+    elif trained.buckets != manifest.buckets:
+        changed.append(f"the shards' clips were {trained.buckets} and are {manifest.buckets}")
+    if changed:
+        raise UserError(
+            f"{run} was begun with another recipe: {'; '.join(changed)}. Give this one another name (--name), or set "
+            "them back to go on"
+        )
+    return found[-1][0]
+
+
+def check_cluster(recipe: Recipe) -> bool:
+    """Whether workers take GPUs; UserError if training and the validation beside it do not fit the cluster together."""
+    have = ray.cluster_resources()
+    wish = recipe.cluster.gpu
+    gpu = wish == "yes" or (wish == "auto" and have.get("GPU", 0) >= resources(recipe, gpu=True)["GPU"])
+    need = resources(recipe, gpu)
+    short = [
+        f"{count:g} {kind} (it has {have.get(kind, 0):g})" for kind, count in need.items() if count > have.get(kind, 0)
+    ]
+    if short:
+        beside = f" and {recipe.validation.resources} for validation beside it" if recipe.validation.every else ""
+        raise UserError(
+            f"the cluster is too small: {recipe.cluster.workers} workers of {worker_resources(recipe, gpu)}{beside} "
+            f"need {', '.join(short)}; lower cluster.workers, set validation.every to 0, or add nodes. "
+            "Otherwise Ray would wait for ever"
+        )
+    return gpu
+
+
+def resources(recipe: Recipe, gpu: bool) -> dict[str, float]:
+    """What the whole run takes of a cluster."""
+    need = {kind: count * recipe.cluster.workers for kind, count in worker_resources(recipe, gpu).items()}
+    if recipe.validation.every:
+        for kind, count in recipe.validation.resources.items():
+            need[kind] = need.get(kind, 0) + count
+    return need
+
+
+def worker_resources(recipe: Recipe, gpu: bool) -> dict[str, float]:
+    return {"CPU": float(recipe.cluster.cpus_per_worker), **({"GPU": 1.0} if gpu else {})}
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as {"train.steps": 40}."""
+    result: dict[str, Any] = {}
+    for key, value in settings.items():
+        result.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return result

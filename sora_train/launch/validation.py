@@ -1,0 +1,187 @@
+"""Samples of a checkpoint while training goes on, in a process of its own on resources of its own.
+
+Ray runs `supervise` as a task for each checkpoint that asks for it. That is a thin supervisor: what loads a model and
+may crash, hang or run out of memory is a child process. This module imports neither Ray nor torch at the top, so that
+the supervisor is small.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from sora_train.train.metrics import Events, duration
+
+ATTEMPTS = 2
+PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
+EMBEDDINGS = "prompts.safetensors"
+
+
+def supervise(checkpoint: Any, /, *, run: str, timeout_s: float, gpu: bool) -> dict[str, Any]:
+    """Samples `checkpoint` into `samples/STEP` of the run. Always returns, never raises: Ray's controller would fall.
+
+    A child that fails or takes longer than `timeout_s` is tried once more. `checkpoint` is a ray.train.Checkpoint.
+    """
+    began, folder = time.monotonic(), Path(checkpoint.path)
+    step = int(folder.name.removeprefix("step_"))
+    try:
+        note = Outstanding(Path(run))
+        note.mark(step, "running")
+        reason = "not tried"
+        for _ in range(ATTEMPTS):
+            reason = run_child(["sample", str(folder), run], timeout_s, gpu)
+            if not reason:
+                break
+            Events(Path(run)).write("validation_failed", step, reason)
+        note.mark(step, "failed" if reason else "done")
+        if not reason:
+            took = duration(time.monotonic() - began)
+            Events(Path(run)).write("validation_done", step, f"samples in {note.folder(step)} after {took}")
+        return {"validated": not reason, "validation_s": time.monotonic() - began}
+    except Exception as error:  # such as a full disk; see the docstring
+        print(f"validation of step {step} can't be written down: {error!r}", file=sys.stderr)
+        return {"validated": False, "validation_s": time.monotonic() - began}
+
+
+def prepare(run: str, timeout_s: float, gpu: bool) -> bool:
+    """Embeds the recipe's prompts into the run's folder, once at its start. Returns whether that went well."""
+    reason = run_child(["embed", run], timeout_s, gpu)
+    if reason:
+        Events(Path(run)).write("validation_failed", 0, f"prompts can't be embedded: {reason}")
+    return not reason
+
+
+def run_child(words: list[str], timeout_s: float, gpu: bool) -> str:
+    """Runs this module as a process with these words; returns why it failed, or an empty string.
+
+    On timeout the child and whatever it started are killed. Without a GPU of its own it sees none, lest it take one
+    that trains, and it yields the cores to training.
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    if not gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, "-m", "sora_train.launch.validation", *words]
+    child = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, text=True
+    )
+    try:
+        output, _ = child.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        return f"ended after validation.timeout_s {timeout_s:g}"
+    finally:
+        # Also when Ray ends this task: nobody would wait for the child.
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+    if child.returncode == 0:
+        return ""
+    last = output.strip().splitlines()[-1:] or ["no output"]
+    died = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
+    return f"{died}: {last[0][:500]}"
+
+
+class Outstanding:
+    """Which validations were asked for and have not ended: `result.json` beside their samples."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+
+    def folder(self, step: int) -> Path:
+        return self.run / "samples" / f"step_{step:08d}"
+
+    def mark(self, step: int, status: str) -> None:
+        """`asked`, `running`, `done`, `failed`, or `lost` when whoever ran it is no more."""
+        self.folder(step).mkdir(parents=True, exist_ok=True)
+        draft = self.folder(step) / ".result.json"
+        draft.write_text(json.dumps({"step": step, "status": status, "time": time.time()}), encoding="utf-8")
+        draft.replace(self.folder(step) / "result.json")
+
+    def status(self, step: int) -> str | None:
+        note = self.folder(step) / "result.json"
+        return json.loads(note.read_text(encoding="utf-8"))["status"] if note.exists() else None
+
+    def steps(self, older_than_s: float = float("inf")) -> list[int]:
+        """Steps still asked for or running; those not heard of for `older_than_s` count as lost."""
+        notes = [json.loads(note.read_text(encoding="utf-8")) for note in self.run.glob("samples/step_*/result.json")]
+        late = time.time() - older_than_s
+        return sorted(note["step"] for note in notes if note["status"] in ("asked", "running") and note["time"] > late)
+
+
+def validate(checkpoint: Path, run: Path) -> list[Path]:
+    """Samples the recipe's prompts from a checkpoint's averaged weights into `samples/STEP`; returns the videos."""
+    from sora_train.generate import load_run, sample_to_folder
+    from sora_train.recipe import load_recipe
+
+    trained = load_run(checkpoint)
+    # The checkpoint's recipe says what the model is; the run's says what is asked for now.
+    asked = load_recipe(run / "recipe.yaml").validation
+    embeddings = embed_prompts(run, trained)
+    folder = run / "samples" / checkpoint.name
+    return sample_to_folder(
+        trained, list(asked.prompts), embeddings, folder, steps=asked.steps, guidance=asked.guidance
+    )
+
+
+def embed_prompts(run: Path, trained: Any = None) -> list:
+    """Embeddings of the recipe's prompts: read from the run's folder, or made and put there if it has not these."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    from sora_train.codec.text import load_text_encoder
+    from sora_train.recipe import load_recipe
+
+    recipe = load_recipe(run / "recipe.yaml")
+    prompts = list(recipe.validation.prompts)
+    wanted = json.dumps({"prompts": prompts, "text": recipe.codec.text, "max_tokens": recipe.codec.max_tokens})
+    place = run / EMBEDDINGS
+    if place.exists():
+        with safe_open(place, "pt") as file:
+            if (file.metadata() or {}).get("of") == wanted:
+                return [file.get_tensor(f"{i:03d}") for i in range(len(prompts))]
+    if trained is not None:
+        encoder = trained.text_encoder
+    else:
+        encoder = load_text_encoder(recipe.codec.text, max_tokens=recipe.codec.max_tokens, device=_device())
+    embeddings = [embedding.float().cpu().contiguous() for embedding in encoder.encode(prompts)]
+    draft = place.with_suffix(".draft")
+    save_file({f"{i:03d}": embedding for i, embedding in enumerate(embeddings)}, draft, {"of": wanted})
+    draft.replace(place)
+    return embeddings
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def main(words: list[str]) -> int:
+    """What the child process does."""
+    delay = float(os.environ.get("SORA_VALIDATION_DELAY_S", "0"))  # for drills: a slow validation
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # not to outlive a supervisor that was killed
+    try:
+        if not os.environ.get("CUDA_VISIBLE_DEVICES"):
+            os.nice(10)
+        if words[0] == "embed":
+            embed_prompts(Path(words[1]))
+        else:
+            time.sleep(delay)
+            validate(Path(words[1]), Path(words[2]))
+    except Exception as error:
+        traceback.print_exc()
+        print(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,164 @@
+"""The whole road on Ray, on a few small clips, with the networks' own output as the oracle."""
+
+import csv
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from data_prep.buckets import Bucket
+from data_prep.clips import read_clip
+from data_prep.encode import share_out
+from data_prep.inspect import inspect
+from data_prep.pipeline import prep
+from sora_train.codec import CodecConfig
+from sora_train.codec.text import load_text_encoder
+from sora_train.codec.vae import load_vae
+from sora_train.errors import RecipeError, UserError
+from sora_train.recipe import ClusterConfig, DataConfig, Recipe
+from sora_train.schema import Manifest, decode_rows, shard_files
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vae")
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[None]:
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False)
+    yield
+    ray.shutdown()
+
+
+def make_source(folder: Path, write, names: dict[str, str], extra: list[tuple[str, str]]) -> Path:
+    for name in names:
+        write(folder / name, np.arange(36) / 30)
+    save_captions(folder, [*names.items(), *extra])
+    return folder / "captions.csv"
+
+
+def save_captions(folder: Path, rows: list[tuple[str, str]]) -> None:
+    with (folder / "captions.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("video_file_name", "prompt"), *rows])
+
+
+def recipe(folder: Path, vae: Path, **data: object) -> Recipe:
+    settings = {"captions": str(folder / "captions.csv"), "output": str(folder / "shards"), "frames": 4, "fps": 4,
+                "height": 16, "width": 32, "max_bad_fraction": 0.3}  # fmt: skip
+    return Recipe(
+        data=DataConfig.model_validate(settings | data),
+        codec=CodecConfig(vae=str(vae)),
+        cluster=ClusterConfig(address="local"),
+    )
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {file: os.stat(file).st_mtime_ns for file in shard_files(str(folder / "shards"))}
+
+
+def clips_of(folder: Path) -> dict[str, dict]:
+    rows = [row for file in shard_files(str(folder / "shards")) for row in pq.read_table(file).to_pylist()]
+    assert len({row["sample_id"] for row in rows}) == len(rows)
+    return {row["source"]: row for row in rows}
+
+
+@pytest.mark.ray
+def test_clips_become_shards_once_and_only_what_changed_is_made_again(
+    tmp_path: Path, write, vae_folder: Path, ray_here
+):
+    names = {f"{i}.mp4": f"a red thing {i % 2}" for i in range(6)}
+    (tmp_path / "bad.mp4").write_text("this is no video")
+    write(tmp_path / "short.mp4", np.arange(10) / 30)
+    extra = [
+        ("bad.mp4", "bad"),
+        ("short.mp4", "short"),
+        ("../out.mp4", "out"),
+        ("0.mp4", ""),
+        ("0.mp4", "a red thing 0"),
+    ]
+    make_source(tmp_path, write, names, extra)
+    made = recipe(tmp_path, vae_folder)
+
+    manifest = prep(made)
+
+    counts = {"rows": 11, "written": 6, "quarantined": 2, "filtered": 3}
+    reasons = {"duplicate_row": 1, "no_caption": 1, "outside_root": 1, "too_short": 1, "unreadable": 1}
+    assert manifest.counts.model_dump() == counts
+    assert manifest == Manifest.load(made.data.output)
+    assert inspect(made.data.output) == counts | {"buckets": {"4x16x32": 6}, "reasons": reasons}
+    lost = {row["source"]: row for row in pq.read_table(tmp_path / "shards" / "quarantine.parquet").to_pylist()}
+    assert (lost["bad.mp4"]["stage"], lost["bad.mp4"]["reason"]) == ("open", "unreadable")
+
+    # Every row holds what the networks make of the same frames and words.
+    vae, text = load_vae(str(vae_folder)), load_text_encoder("builtin")
+    clips = decode_rows(pq.read_table(shard_files(made.data.output)[0]), manifest, "4x16x32")
+    assert clips.sources == sorted(names)
+    for i, source in enumerate(clips.sources):
+        frames = torch.from_numpy(read_clip(str(tmp_path / source), Bucket(4, 16, 32, 4)).frames)
+        expected = vae.encode(frames[None])[0].numpy()
+        np.testing.assert_allclose(clips.latents[i], expected, atol=2e-3, rtol=2e-3)
+        assert clips.captions[i] == [names[source]]
+        np.testing.assert_allclose(clips.text[i][0], text.encode([names[source]])[0], atol=2e-3, rtol=2e-3)
+    np.testing.assert_allclose(manifest.empty_embedding(), text.encode([""])[0], atol=2e-3, rtol=2e-3)
+    assert (manifest.latents.moments, manifest.vae.factor) == (2, 2)
+
+    # Again: nothing is touched, and the manifest is the same.
+    before = stamps(tmp_path)
+    assert prep(made) == manifest
+    assert stamps(tmp_path) == before
+
+    # A changed file, a changed caption, a new clip, a repaired one; one that left. Everything else stays.
+    old = clips_of(tmp_path)
+    write(tmp_path / "1.mp4", np.arange(48) / 30)
+    write(tmp_path / "bad.mp4", np.arange(36) / 30)
+    write(tmp_path / "new.mp4", np.arange(36) / 30)
+    changed = {name: caption for name, caption in names.items() if name != "5.mp4"} | {"2.mp4": "another caption"}
+    save_captions(tmp_path, [*changed.items(), ("bad.mp4", "good now"), ("new.mp4", "new")])
+    assert prep(made).counts.model_dump() == {"rows": 7, "written": 7, "quarantined": 0, "filtered": 0}
+    new = clips_of(tmp_path)
+    assert sorted(new) == ["0.mp4", "1.mp4", "2.mp4", "3.mp4", "4.mp4", "bad.mp4", "new.mp4"]
+    assert new["1.mp4"]["content_hash"] != old["1.mp4"]["content_hash"]
+    assert new["2.mp4"]["captions"] == ["another caption"]
+    assert [new[name] == old[name] for name in ("0.mp4", "3.mp4", "4.mp4")] == [True] * 3
+
+    # Another encoding, or a stranger's captions, never touch these shards.
+    with pytest.raises(UserError, match="another encoding"):
+        prep(recipe(tmp_path, vae_folder, fps=5))
+    make_source(tmp_path, write, {"stranger.mp4": "x"}, [])
+    with pytest.raises(UserError, match="holds 7 clips of other sources"):
+        prep(made)
+    assert clips_of(tmp_path) == new
+
+
+def test_missing_files_are_found_out_before_ray_starts(tmp_path: Path, vae_folder: Path):
+    save_captions(tmp_path, [(f"{i}.mp4", "x") for i in range(5)])
+    with pytest.raises(UserError, match=r"5 of 5 sources can't be decoded.*5 missing_file .*data.root"):
+        prep(recipe(tmp_path, vae_folder))
+    assert inspect(str(tmp_path / "shards"))["reasons"] == {"missing_file": 5}
+
+
+def test_a_size_that_the_vae_can_not_halve_is_refused_by_key(tmp_path: Path, vae_folder: Path):
+    with pytest.raises(RecipeError, match="data.height 15 and data.width 32 must be multiples of the VAE's 2"):
+        prep(recipe(tmp_path, vae_folder, height=15))
+
+
+@pytest.mark.parametrize(("cpus", "gpus"), [(1, 0), (2, 0), (3, 0), (8, 0), (64, 0), (4, 1), (128, 8), (8, 8)])
+def test_the_stages_together_fit_into_the_cluster(cpus: int, gpus: int):
+    shares = share_out(cpus, gpus)
+    assert all(share.workers >= 1 for share in shares)
+    assert sum(share.workers * share.cpus for share in shares) <= cpus
+    assert sum(share.workers * share.gpus for share in shares) <= gpus

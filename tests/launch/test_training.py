@@ -1,0 +1,160 @@
+"""The whole of `sora train` on a Ray of this machine: an unbroken run is made once, and others are held against it."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from sora_train.errors import UserError
+from sora_train.launch.trainer import launch_training
+from sora_train.train.checkpoint import whole
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
+
+
+@pytest.fixture(scope="module")
+def unbroken(local_ray: None, builtin_shards: Path, recipe_of, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 12 steps with a checkpoint and a validation every 4, each of which sleeps 5 s, and wandb offline."""
+    recipe = recipe_of(
+        builtin_shards,
+        tmp_path_factory.mktemp("runs"),
+        validation__every=4,
+        validation__prompts=["a red circle", "a blue square"],
+        validation__steps=2,
+        tracking__wandb="offline",
+    )
+    return launch_training(recipe)
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in lines(run / "metrics.jsonl")]
+
+
+def events(run: Path, kind: str) -> list[dict]:
+    return [event for event in lines(run / "events.jsonl") if event["event"] == kind]
+
+
+def test_a_run_leaves_what_the_design_says(unbroken: Path):
+    assert [step for step, _ in losses(unbroken)] == list(range(1, 13))
+    assert [step for step, _ in whole(unbroken / "checkpoints")] == [4, 8, 12]
+    assert {path.name for path in (unbroken / "checkpoints/step_00000012").iterdir()} == {
+        "part_00000_of_00002.safetensors",
+        "part_00001_of_00002.safetensors",
+        "ema.safetensors",
+        "state.json",
+        "recipe.yaml",
+        "manifest.json",
+    }
+    for name in ("recipe.yaml", "environment.json", "manifest.json", "prompts.safetensors"):
+        assert (unbroken / name).is_file()
+    assert [event["step"] for event in events(unbroken, "checkpoint")] == [4, 8, 12]
+    assert events(unbroken, "end")
+
+
+def test_validation_makes_no_step_wait(unbroken: Path):
+    """Each validation sleeps 5 s; had a step waited for it, one would be as long."""
+    assert max(line["step_s"] for line in lines(unbroken / "metrics.jsonl")) < 4
+    assert [event["step"] for event in events(unbroken, "validation_done")] == [4, 12]
+    assert [event["step"] for event in events(unbroken, "validation_dropped")] == [8]
+    assert not events(unbroken, "validation_failed")
+    for step in (4, 12):
+        names = {path.name for path in (unbroken / f"samples/step_{step:08d}").iterdir()}
+        assert {"000-a-red-circle.mp4", "001-a-blue-square.mp4", "sheet.png", "result.json", "samples.json"} <= names
+
+
+def test_wandb_holds_curves_and_videos(unbroken: Path):
+    (folder,) = (unbroken / "wandb").glob("offline-run-*")
+    assert sorted(path.suffix for path in (folder / "files/media/videos/samples").iterdir()) == [".mp4"] * 4
+    record = next(folder.glob("*.wandb")).read_bytes()
+    assert b"train/loss" in record
+    assert b"train_step" in record
+
+
+def kill_a_worker_at(step: int, run: Path) -> threading.Thread:
+    """Kills one training worker of this process's Ray with SIGKILL, once a step is logged."""
+
+    def kill() -> None:
+        metrics = run / "metrics.jsonl"
+        while not (metrics.exists() and any(done >= step for done, _ in losses(run))):
+            time.sleep(0.05)
+        workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+        os.kill(workers[-1].pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_run_whose_worker_was_killed_repeats_the_losses_of_the_unbroken_one(
+    unbroken: Path, builtin_shards: Path, tmp_path: Path, recipe_of
+):
+    recipe = recipe_of(builtin_shards, tmp_path, name="killed")
+    killer = kill_a_worker_at(6, tmp_path / "killed")
+    run = launch_training(recipe)
+    assert not killer.is_alive()
+    assert len(events(run, "worker_lost")) == 1
+    assert [event["step"] for event in events(run, "resume")] in ([4], [8])
+    assert losses(run) == losses(unbroken)
+    assert [step for step, _ in whole(run / "checkpoints")] == [4, 8, 12]
+    last = "checkpoints/step_00000012/ema.safetensors"
+    ours, theirs = load_file(run / last), load_file(unbroken / last)
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
+
+
+def test_the_same_command_goes_on_and_keeps_the_newest_checkpoints(unbroken: Path, builtin_shards: Path, recipe_of):
+    before = losses(unbroken)
+    torn = unbroken / "checkpoints/step_00000012/part_00001_of_00002.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-1])
+    recipe = recipe_of(builtin_shards, unbroken.parent, train__steps=14, train__keep_checkpoints=2)
+    run = launch_training(recipe)
+    assert run == unbroken
+    assert [event["step"] for event in events(run, "resume")] == [8]
+    assert losses(run)[:12] == before
+    assert [step for step, _ in losses(run)] == list(range(1, 15))
+    assert [step for step, _ in whole(run / "checkpoints")] == [12, 14]
+
+
+def test_a_finished_run_says_so_and_starts_nothing(unbroken: Path, builtin_shards: Path, recipe_of, capsys):
+    launch_training(recipe_of(builtin_shards, unbroken.parent, train__steps=14))
+    assert "is finished: 14 steps" in capsys.readouterr().out
+
+
+def test_a_run_folder_of_another_recipe_is_refused_with_the_keys_that_differ(
+    unbroken: Path, builtin_shards: Path, recipe_of
+):
+    recipe = recipe_of(builtin_shards, unbroken.parent, train__steps=20, model__width=32, train__seed=1)
+    with pytest.raises(UserError, match=r"model.width was 16 and is 32; train.seed was 0 and is 1"):
+        launch_training(recipe)
+
+
+def test_a_cluster_that_is_too_small_is_refused_with_the_numbers(builtin_shards: Path, tmp_path: Path, recipe_of):
+    recipe = recipe_of(builtin_shards, tmp_path, cluster__workers=4, validation__every=4, validation__prompts=["a"])
+    with pytest.raises(UserError, match=r"need 5 CPU \(it has 4\).*lower cluster.workers"):
+        launch_training(recipe)
+    assert not (tmp_path / "tiny").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("step", [1, 5, 9, 13, 18, 22, 27, 31, 36, 39])
+def test_a_worker_killed_at_any_step_changes_no_loss(
+    step: int, builtin_shards: Path, tmp_path_factory: pytest.TempPathFactory, recipe_of
+):
+    output = tmp_path_factory.getbasetemp() / "drill"
+    settings = {"train__steps": 40, "train__checkpoint_every": 6}
+    whole_run = launch_training(recipe_of(builtin_shards, output, name="whole", **settings))
+    killer = kill_a_worker_at(step, output / f"killed{step}")
+    run = launch_training(recipe_of(builtin_shards, output, name=f"killed{step}", **settings))
+    killer.join(timeout=0)
+    assert losses(run) == losses(whole_run)
+    assert events(run, "worker_lost") or step > 36  # so late a kill may come after the work is done

@@ -1,0 +1,86 @@
+"""The supervisor of a validation, called as Ray calls it, without Ray."""
+
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from sora_train.launch.follow import Tail
+from sora_train.launch.validation import Outstanding, run_child, supervise
+from sora_train.launch.worker import ask_for_validation
+from sora_train.train.metrics import Events, JsonLines
+
+
+def events(run: Path) -> list[tuple[str, int, str]]:
+    return [(event["event"], event["step"], event["reason"]) for event in Events(run).lines.read()]
+
+
+def test_a_validation_that_takes_too_long_is_ended_tried_once_more_and_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("SORA_VALIDATION_DELAY_S", "60")
+    checkpoint = SimpleNamespace(path=str(tmp_path / "checkpoints/step_00000007"))
+    began = time.monotonic()
+    result = supervise(checkpoint, run=str(tmp_path), timeout_s=1.0, gpu=False)
+    assert time.monotonic() - began < 20
+    assert result["validated"] is False
+    assert events(tmp_path) == [("validation_failed", 7, "ended after validation.timeout_s 1")] * 2
+    assert Outstanding(tmp_path).status(7) == "failed"
+
+
+def test_a_child_that_fails_gives_its_reason_and_the_supervisor_returns(tmp_path: Path):
+    reason = run_child(["sample", str(tmp_path / "checkpoints/step_00000007"), str(tmp_path)], 100.0, gpu=False)
+    assert reason.startswith("exit code 1: UserError: no run at")
+
+
+def test_the_supervisor_returns_even_where_nothing_can_be_written(tmp_path: Path):
+    (tmp_path / "samples").write_text("a file where a folder should be")
+    checkpoint = SimpleNamespace(path=str(tmp_path / "checkpoints/step_00000007"))
+    assert supervise(checkpoint, run=str(tmp_path), timeout_s=1.0, gpu=False)["validated"] is False
+
+
+def test_a_validation_is_asked_for_when_none_is_outstanding_and_what_falls_away_is_noted(tmp_path: Path, recipe_of):
+    recipe = recipe_of(tmp_path, tmp_path, train__steps=20, validation__every=4, validation__prompts=["a"])
+    outstanding = Outstanding(tmp_path)
+    assert not ask_for_validation(recipe, tmp_path, 2)
+    assert ask_for_validation(recipe, tmp_path, 4)
+    assert not ask_for_validation(recipe, tmp_path, 8)
+    assert events(tmp_path) == [("validation_dropped", 8, "the one of step 4 is still running")]
+    outstanding.mark(4, "done")
+    assert not ask_for_validation(recipe, tmp_path, 4)  # a resumed run does not sample again
+    assert ask_for_validation(recipe, tmp_path, 12)
+    assert ask_for_validation(recipe, tmp_path, 20)  # the last is always asked for
+    outstanding.mark(12, "lost")
+    outstanding.mark(20, "failed")
+    assert outstanding.steps() == []
+
+
+def test_a_validation_nobody_has_heard_of_for_long_counts_as_lost(tmp_path: Path):
+    outstanding = Outstanding(tmp_path)
+    outstanding.mark(4, "running")
+    note = tmp_path / "samples/step_00000004/result.json"
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"time": time.time() - 100}))
+    assert outstanding.steps(older_than_s=200.0) == [4]
+    assert outstanding.steps(older_than_s=50.0) == []
+
+
+def test_a_follower_sees_each_new_line_once_also_where_a_resume_cut_the_file_back(tmp_path: Path):
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    lines.write({"step": 1, "step_s": 0.1})
+    tail = Tail(lines.path)
+    assert tail.new() == []
+    for step in (2, 3, 4):
+        lines.write({"step": step, "step_s": 0.1})
+    assert [record["step"] for record in tail.new()] == [2, 3, 4]
+    lines.cut_back(2)
+    for step in (3, 4, 5):
+        lines.write({"step": step, "step_s": 0.2})
+    assert [record["step"] for record in tail.new()] == [3, 4, 5]
+    with lines.path.open("ab") as file:
+        file.write(b'{"step": 6')
+    assert tail.new() == []
+    with lines.path.open("ab") as file:
+        file.write(b"}\n")
+    assert tail.new() == [{"step": 6}]
