@@ -70,7 +70,7 @@ def encode(recipe: Recipe, bucket: Bucket, vae: VaeFiles, todo: list[Row], outco
 
     empty = b""
     writer = ShardWriter(recipe.data.output, bucket.name, key)
-    with Progress(len(todo)) as progress, connect(recipe.cluster.address):
+    with Progress(len(todo)) as progress, connect(recipe.cluster.address, log_to_driver=False):
         try:
             for table in chain(recipe, bucket, vae, todo):
                 empty = empty or next(filter(None, table.column("empty_text").to_pylist()), b"")
