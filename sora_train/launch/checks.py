@@ -9,6 +9,7 @@ from typing import Any
 import ray
 import yaml
 
+from sora_train.codec.files import find_text_encoder, find_vae
 from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
 from sora_train.recipe import Recipe
@@ -75,11 +76,28 @@ def check_shards(recipe: Recipe) -> Manifest:
         latents = getattr(manifest, side) // manifest.vae.factor
         if latents % model.patch:
             wrong.append(f"model.patch {model.patch} does not divide the shards' {side} of {latents} latents")
+    for key in ("frames", "height", "width"):
+        if getattr(recipe.data, key) != getattr(manifest, key):
+            wrong.append(f"data.{key} is {getattr(recipe.data, key)}, the shards' clips have {getattr(manifest, key)}")
     if wrong:
         raise UserError(
-            f"{recipe.data.output} does not fit the model: {'; '.join(wrong)}. Set the former to the latter"
+            f"{recipe.data.output} does not fit the recipe: {'; '.join(wrong)}. Set the former to the latter"
         )
     return manifest
+
+
+def check_codec(recipe: Recipe, manifest: Manifest) -> None:
+    """UserError where validation could not make videos: its networks are out of reach, or not those of the shards."""
+    found = (
+        ("codec.vae", recipe.codec.vae, find_vae(recipe.codec.vae), manifest.vae),
+        ("codec.text", recipe.codec.text, find_text_encoder(recipe.codec.text), manifest.text),
+    )
+    for key, name, files, facts in found:
+        if name != facts.name and files.hash != facts.hash:
+            raise UserError(
+                f"{key} {name!r} is not what {recipe.data.output} was encoded with ({facts.name!r}), so that samples "
+                f"would be wrong; give the same as for `sora prep`: --{key} {facts.name}"
+            )
 
 
 def check_folder(run: Path, recipe: Recipe, manifest: Manifest) -> int | None:

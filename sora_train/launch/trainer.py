@@ -29,7 +29,15 @@ from ray.train import (
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from sora_train.errors import UserError
-from sora_train.launch.checks import absolute, check_cluster, check_folder, check_shards, resources, worker_resources
+from sora_train.launch.checks import (
+    absolute,
+    check_cluster,
+    check_codec,
+    check_folder,
+    check_shards,
+    resources,
+    worker_resources,
+)
 from sora_train.launch.cluster import connect
 from sora_train.launch.environment import environment
 from sora_train.launch.follow import Follower
@@ -54,6 +62,8 @@ def launch_training(recipe: Recipe) -> Path:
     if at is not None and at >= recipe.train.steps:
         print(f"{run} is finished: {at} steps are done; raise train.steps to train on", flush=True)
         return run
+    if recipe.validation.every:
+        check_codec(recipe, manifest)
     print("starting Ray", flush=True)
     need = resources(recipe, gpu=False)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")  # a lost worker is noticed so soon
