@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 from collections import Counter
 
+import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow import fs
 
 from sora_train.errors import UserError
 from sora_train.places import read_bytes, resolve
@@ -19,12 +21,18 @@ def inspect(folder: str) -> dict:
     """
     system, path = resolve(folder)
     buckets: Counter[str] = Counter()
+    if system.get_file_info(path).type == fs.FileType.File:
+        raise UserError(f"{folder} is a file; name the folder of the shards (data.output)")
     for file in shard_files(folder):
-        with system.open_input_file(file) as opened:
-            buckets[bucket_of(file)] += pq.read_metadata(opened).num_rows
+        try:
+            with system.open_input_file(file) as opened:
+                buckets[bucket_of(file)] += pq.read_metadata(opened).num_rows
+        except (pa.ArrowInvalid, OSError) as error:
+            raise UserError(f"shard {file} can't be read ({error}); delete it and run `sora prep` again") from None
     content = read_bytes(system, f"{path}/quarantine.parquet")
     if content is None and not buckets:
-        raise UserError(f"{folder} holds no shards; encode clips into it with `sora prep RECIPE`")
+        inner = f"; its shards are in {folder}/shards" if shard_files(f"{folder}/shards") else ""
+        raise UserError(f"{folder} holds no shards{inner or '; encode clips into it with `sora prep RECIPE`'}")
     lost = (
         pq.read_table(io.BytesIO(content), columns=["kind", "reason"]).to_pydict()
         if content

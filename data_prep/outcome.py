@@ -20,6 +20,7 @@ class Outcome:
         self.failures: list[dict] = []
         self.written = len(done)
         self.sources = len({row.source for row in rows})
+        self.files = {row.sample_id: (row.size, row.version) for row in rows}
         self.seen: set[str] = set()  # sources that were opened
         self.bad: dict[str, str] = {}  # source -> reason
         self._remarks = 0
@@ -42,7 +43,9 @@ class Outcome:
             return "written"
         kind = kind_of(row["reason"])
         columns = {name: row[name] for name in ("sample_id", "source", "start_s", "end_s", "reason", "message")}
-        self.failures.append(columns | {"stage": stage_of(row["reason"]), "kind": kind})
+        size, version = self.files[row["sample_id"]]
+        file = {"source_size": size, "source_version": version}
+        self.failures.append(columns | file | {"stage": stage_of(row["reason"]), "kind": kind})
         if row["reason"] in UNDECODABLE:
             self.bad[row["source"]] = row["reason"]
         self._say(f"{row['source']} is {kind}: {row['reason']}: {row['message']}")
@@ -64,7 +67,7 @@ class Outcome:
         for bad, total in ((len(self.bad), self.sources), (len(self.bad.keys() & self.seen), opened)):
             if bad > self.max_bad_fraction * total:
                 raise UserError(
-                    f"{bad} of {total} sources can't be decoded, more than data.max_bad_fraction "
+                    f"{bad} of {total} sources can't be read or decoded, more than data.max_bad_fraction "
                     f"{self.max_bad_fraction:g} allows: {self._commonest(self.bad)}. {self.folder}/quarantine.parquet "
                     "names each; mend or remove them, check data.root, or raise data.max_bad_fraction"
                 )

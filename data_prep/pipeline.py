@@ -9,7 +9,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,7 +17,15 @@ import pyarrow.compute as pc
 from data_prep.buckets import TRANSFORM_VERSION, Bucket
 from data_prep.outcome import Outcome
 from data_prep.progress import Progress
-from data_prep.shards import ShardWriter, finished_clips, manifest_or_none, sweep, take_out, write_quarantine
+from data_prep.shards import (
+    ShardWriter,
+    finished_clips,
+    known_failures,
+    manifest_or_none,
+    sweep,
+    take_out,
+    write_quarantine,
+)
 from data_prep.source import Row, data_root, read_rows
 from sora_train.codec.files import TextFiles, VaeFiles, find_text_encoder, find_vae
 from sora_train.errors import RecipeError, UserError
@@ -45,6 +53,8 @@ def prep(recipe: Recipe) -> Manifest:
     rows = read_rows(data, bucket)
     sweep(data.output)
     done = keep_current(data.output, rows, key)
+    known = known_failures(data.output, key)
+    rows = [recalled(row, known) for row in rows]
     outcome = Outcome(rows, done, data.max_bad_fraction, data.output)
     todo = [row for row in rows if not row.reason and row.sample_id not in done]
     shape = f"{bucket.name} at {bucket.fps:g} fps"
@@ -57,7 +67,7 @@ def prep(recipe: Recipe) -> Manifest:
             empty = encode(recipe, bucket, vae, todo, outcome, key)
         outcome.judge(finished=True)
     finally:
-        write_quarantine(data.output, outcome.failures)
+        write_quarantine(data.output, outcome.failures, key)
     manifest = describe(recipe, bucket, vae, text, key, empty or empty_prompt(recipe), outcome)
     manifest.save(data.output)
     print(f"prep: {outcome.summary()} in {time.monotonic() - started:.0f} s; shards in {data.output}", flush=True)
@@ -145,6 +155,12 @@ def keep_current(folder: str, rows: list[Row], key: str) -> set[str]:
             take_out(folder, file, outdated)
         stay |= clips.keys() - outdated
     return stay
+
+
+def recalled(row: Row, known: dict[tuple[str, int, str], tuple[str, str]]) -> Row:
+    """The row with the reason that an earlier run found, where its file is still the same."""
+    found = known.get((row.sample_id, row.size, row.version))
+    return row if row.reason or found is None else replace(row, reason=found[0], message=found[1])
 
 
 def _is_current(row: Row | None, size: int, version: str) -> bool:

@@ -25,6 +25,8 @@ FILTERED = {
 """Why a clip was left out though nothing is wrong with its file, and at which stage."""
 UNDECODABLE = frozenset(QUARANTINED) - {"outside_root", "encode_failed", "not_finite"}
 """The reasons that count for `data.max_bad_fraction`: the file is to blame."""
+LASTING = frozenset({"unreadable", "no_video_stream", "too_large", "truncated", "corrupt", "too_short"})
+"""The reasons that hold for as long as the file is the same: such a clip is not tried again."""
 
 
 class ClipError(Exception):

@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from data_prep.reasons import LASTING
 from sora_train.errors import UserError
-from sora_train.places import resolve, write_whole
+from sora_train.places import read_bytes, resolve, write_whole
 from sora_train.schema import QUARANTINE_SCHEMA, ROW_GROUP, SHARD_SCHEMA, Manifest, shard_files
 
 SHARD_ROWS = 8 * ROW_GROUP
@@ -101,12 +102,33 @@ class ShardWriter:
         self.written_at = time.monotonic()
 
 
-def write_quarantine(folder: str, rows: list[dict]) -> None:
+def write_quarantine(folder: str, rows: list[dict], encoding_hash: str) -> None:
     """Writes `quarantine.parquet`: every clip that was asked for and isn't in the shards, with its reason."""
     system, path = resolve(folder)
     sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, QUARANTINE_SCHEMA), sink)
+    schema = QUARANTINE_SCHEMA.with_metadata({HASH_KEY: encoding_hash.encode()})
+    pq.write_table(pa.Table.from_pylist(rows, schema), sink)
     write_whole(system, f"{path}/quarantine.parquet", sink.getvalue())
+
+
+def known_failures(folder: str, encoding_hash: str) -> dict[tuple[str, int, str], tuple[str, str]]:
+    """Reason and message of clips that can't be made of their files, by (sample_id, size, version) of the file.
+
+    Empty for a quarantine of another encoding, or one that can't be read: then they are tried again.
+    """
+    system, path = resolve(folder)
+    content = read_bytes(system, f"{path}/quarantine.parquet")
+    try:
+        table = pq.read_table(io.BytesIO(content)) if content else None
+    except pa.ArrowInvalid:
+        table = None
+    if table is None or (table.schema.metadata or {}).get(HASH_KEY, b"").decode() != encoding_hash:
+        return {}
+    return {
+        (row["sample_id"], row["source_size"], row["source_version"]): (row["reason"], row["message"])
+        for row in table.to_pylist()
+        if row["reason"] in LASTING
+    }
 
 
 def manifest_or_none(folder: str) -> Manifest | None:
@@ -119,8 +141,15 @@ def manifest_or_none(folder: str) -> Manifest | None:
 
 def _write(system: fs.FileSystem, path: str, table: pa.Table) -> None:
     sink = io.BytesIO()
-    # Latents are noise to a compressor, and uncompressed pages can be read where they lie in a memory map.
+    # Latents are noise to a compressor, and uncompressed pages can be read where they lie in a memory map. Checksums,
+    # since nothing else would tell a flipped byte among latents from a latent.
     pq.write_table(
-        table, sink, row_group_size=ROW_GROUP, compression="none", use_dictionary=False, write_statistics=False
+        table,
+        sink,
+        row_group_size=ROW_GROUP,
+        compression="none",
+        use_dictionary=False,
+        write_statistics=False,
+        write_page_checksum=True,
     )
     write_whole(system, path, sink.getvalue())

@@ -76,7 +76,7 @@ def read_csv(place: str) -> list[tuple[str, str]]:
     except (OSError, ValueError) as error:
         raise RecipeError(f"data.captions: {place} can't be read: {error}") from None
     if content is None:
-        raise RecipeError(f"data.captions: there is no file {place}; set data.captions to your CSV")
+        raise RecipeError(f"data.captions: {place} is no file; set data.captions to your CSV")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -5,12 +5,13 @@ Needs no Ray.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from sora_train.codec import CodecConfig
 from sora_train.diffusion import DiffusionConfig
@@ -93,7 +94,7 @@ class TrackingConfig(Section):
 class Recipe(Section):
     """A training job, from videos to samples."""
 
-    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = "run"
     """Name of the run; its folder is `train.output/name`."""
     data: DataConfig = DataConfig()
     codec: CodecConfig = CodecConfig()
@@ -103,6 +104,17 @@ class Recipe(Section):
     validation: ValidationConfig = ValidationConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("name")
+    @classmethod
+    def names_a_folder(cls, name: str) -> str:
+        """A run's name is its folder's, so it may not lead anywhere else."""
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError(
+                f"name {name!r} can't be a run's folder; use letters, digits, '.', '_' and '-', beginning with "
+                "a letter or digit, such as `first-run`"
+            )
+        return name
 
 
 def load_recipe(path: str | Path, overrides: Mapping[str, object] | None = None) -> Recipe:

@@ -41,6 +41,8 @@ QUARANTINE_SCHEMA = pa.schema(
     [
         ("sample_id", pa.string()),
         ("source", pa.string()),
+        ("source_size", pa.int64()),
+        ("source_version", pa.string()),
         ("start_s", pa.float64()),
         ("end_s", pa.float64()),
         ("stage", pa.string()),

@@ -75,7 +75,7 @@ def test_overrides_lie_over_the_file_and_leave_the_rest(tmp_path: Path) -> None:
         ("train: 3", "train is 3; it is a section"),
         ("model: 3", "model is 3; it is a section"),
         ("train: [steps]", "train is ['steps']; it is a section"),
-        ("name: a/b", "name is 'a/b'"),
+        ("name: a/b", "name 'a/b' can't be a run's folder"),
         ("model: {attention: full}", "choices: 'factorised' or 'joint'"),
         ("model: {width: 30, heads: 4}", "model.width 30 does not divide over model.heads 4"),
         ("validation: {prompts: a}", "validation.prompts is 'a'; it should be a valid tuple"),

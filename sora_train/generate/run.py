@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -96,6 +97,7 @@ def find_checkpoint(path: str | Path) -> tuple[Path, Path]:
     for checkpoint in sorted(folder.glob("checkpoints/step_*"), reverse=True):
         if _is_whole(checkpoint / WEIGHTS):
             return folder, checkpoint
+        print(f"warning: {checkpoint} is unfinished or damaged; looking for one before it", file=sys.stderr, flush=True)
     raise UserError(
         f"{folder} has no complete checkpoint yet; one is written every train.checkpoint_every steps and at the end: "
         "wait, or run `sora train` again to resume"

@@ -55,6 +55,7 @@ def generate_each(
     guidance = run.recipe.validation.guidance if guidance is None else guidance
     if steps < 1:
         raise UserError(f"steps is {steps}; it must be at least 1")
+    vae = run.vae  # first: should it not be there, that is better known before the sampling
     texts = embed(run, prompts) if embeddings is None else list(embeddings)
     empty = torch.from_numpy(run.manifest.empty_embedding().astype(np.float32))
     null_text, null_mask = pad_text(embed(run, [negative]) if negative else [empty])
@@ -77,7 +78,7 @@ def generate_each(
             guidance=guidance,
             progress=report,
         )
-        yield from run.vae.decode(run.vae.denormalise(latents)).numpy()
+        yield from vae.decode(vae.denormalise(latents)).numpy()
 
 
 def latent_shape(run: Run) -> tuple[int, int, int, int]:

@@ -33,7 +33,10 @@ def sample_to_folder(
     Files are called `000-a-red-circle.mp4`, counted over prompts and, within each, seeds. Returns the mp4s' paths.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} can't be made ({error.strerror}); name another folder with --out") from None
     pairs = [(i, seed) for i in range(len(prompts)) for seed in seeds]
     texts = None if embeddings is None else [embeddings[i] for i, _ in pairs]
     videos = generate_each(

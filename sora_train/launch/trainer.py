@@ -62,8 +62,7 @@ def launch_training(recipe: Recipe) -> Path:
     if at is not None and at >= recipe.train.steps:
         print(f"{run} is finished: {at} steps are done; raise train.steps to train on", flush=True)
         return run
-    if recipe.validation.every:
-        check_codec(recipe, manifest)
+    check_codec(recipe, manifest)
     print("starting Ray", flush=True)
     need = resources(recipe, gpu=False)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")  # a lost worker is noticed so soon

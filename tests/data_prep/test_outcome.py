@@ -25,7 +25,7 @@ def test_a_tenth_of_bad_sources_passes_and_one_more_does_not():
     worse = Outcome(rows(100), set(), 0.1, "out")
     worse.add(results(0, 89))
     worse.add(results(89, 100, "unreadable"))
-    with pytest.raises(UserError, match=r"11 of 100 sources can't be decoded.*11 unreadable \(89.mp4: words\)"):
+    with pytest.raises(UserError, match=r"11 of 100 sources can't be read or decoded.*11 unreadable \(89.mp4: words\)"):
         worse.judge(finished=True)
 
 

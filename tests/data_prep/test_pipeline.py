@@ -78,7 +78,7 @@ def clips_of(folder: Path) -> dict[str, dict]:
 
 @pytest.mark.ray
 def test_clips_become_shards_once_and_only_what_changed_is_made_again(
-    tmp_path: Path, write, vae_folder: Path, ray_here
+    tmp_path: Path, write, vae_folder: Path, ray_here, capsys: pytest.CaptureFixture[str]
 ):
     names = {f"{i}.mp4": f"a red thing {i % 2}" for i in range(6)}
     (tmp_path / "bad.mp4").write_text("this is no video")
@@ -116,9 +116,11 @@ def test_clips_become_shards_once_and_only_what_changed_is_made_again(
     np.testing.assert_allclose(manifest.empty_embedding(), text.encode([""])[0], atol=2e-3, rtol=2e-3)
     assert (manifest.latents.moments, manifest.vae.factor) == (2, 2)
 
-    # Again: nothing is touched, and the manifest is the same.
+    # Again: nothing is touched, what is known to be bad is not tried again, and the manifest is the same.
     before = stamps(tmp_path)
+    capsys.readouterr()
     assert prep(made) == manifest
+    assert "6 encoded already, 0 to encode" in capsys.readouterr().out
     assert stamps(tmp_path) == before
 
     # A changed file, a changed caption, a new clip, a repaired one; one that left. Everything else stays.
@@ -146,7 +148,7 @@ def test_clips_become_shards_once_and_only_what_changed_is_made_again(
 
 def test_missing_files_are_found_out_before_ray_starts(tmp_path: Path, vae_folder: Path):
     save_captions(tmp_path, [(f"{i}.mp4", "x") for i in range(5)])
-    with pytest.raises(UserError, match=r"5 of 5 sources can't be decoded.*5 missing_file .*data.root"):
+    with pytest.raises(UserError, match=r"5 of 5 sources can't be read or decoded.*5 missing_file .*data.root"):
         prep(recipe(tmp_path, vae_folder))
     assert inspect(str(tmp_path / "shards"))["reasons"] == {"missing_file": 5}
 

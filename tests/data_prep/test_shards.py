@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.inspect import format_table, inspect
-from data_prep.shards import ShardWriter, finished_clips, sweep, take_out, write_quarantine
+from data_prep.shards import ShardWriter, finished_clips, known_failures, sweep, take_out, write_quarantine
 from sora_train.errors import UserError
 from sora_train.schema import SHARD_SCHEMA, encode_row, shard_files
 
@@ -98,6 +98,7 @@ def test_inspect_counts_shards_and_quarantine(tmp_path: Path):
         str(tmp_path),
         [lost | {"reason": "unreadable", "kind": "quarantined"}] * 2
         + [lost | {"reason": "too_short", "kind": "filtered"}],
+        "key",
     )
     counts = inspect(str(tmp_path))
     assert counts == {
@@ -107,3 +108,20 @@ def test_inspect_counts_shards_and_quarantine(tmp_path: Path):
     assert "unreadable" in format_table(counts)
     with pytest.raises(UserError, match="holds no shards"):
         inspect(str(tmp_path / "nowhere"))
+    file = next((tmp_path / "bucket=1x8x8").glob("*.parquet"))
+    with pytest.raises(UserError, match="is a file"):
+        inspect(str(file))
+    file.write_bytes(b"no parquet")
+    with pytest.raises(UserError, match=f"{file.name} can't be read .* delete it"):
+        inspect(str(tmp_path))
+
+
+def test_a_lasting_reason_is_known_again_for_the_same_file_and_encoding_alone(tmp_path: Path):
+    common = {"source": "a.mp4", "source_size": 5, "source_version": "7", "message": "m", "kind": "quarantined"}
+    reasons = {"s": "corrupt", "t": "timeout"}
+    write_quarantine(str(tmp_path), [common | {"sample_id": i, "reason": r} for i, r in reasons.items()], "key")
+    assert known_failures(str(tmp_path), "key") == {("s", 5, "7"): ("corrupt", "m")}
+    assert known_failures(str(tmp_path), "another key") == {}
+    assert known_failures(str(tmp_path / "nowhere"), "key") == {}
+    (tmp_path / "quarantine.parquet").write_bytes(b"no parquet")
+    assert known_failures(str(tmp_path), "key") == {}
