@@ -146,7 +146,9 @@ def test_sampling_prompts_writes_mp4_and_gif_beside_the_run(made_run, capsys):
     assert [entry["prompt"] for entry in listed] == ["a blue square moving up", "Ein Kreis\nganz rot"]
 
 
-def test_the_newest_checkpoint_whose_weights_are_whole_is_used(made_run, tmp_path):
+def test_the_newest_checkpoint_whose_weights_are_whole_is_used_and_those_passed_over_are_named(
+    made_run, tmp_path, capsys
+):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "recipe.yaml").write_text("name: x\n")
@@ -156,6 +158,8 @@ def test_the_newest_checkpoint_whose_weights_are_whole_is_used(made_run, tmp_pat
         place.mkdir(parents=True)
         (place / "ema.safetensors").write_bytes(part)
     assert find_checkpoint(folder) == (folder, folder / "checkpoints" / "step_00000010")
+    said = capsys.readouterr().err
+    assert said.index("step_00000200 is unfinished or damaged") < said.index("step_00000100 is unfinished or damaged")
     assert find_checkpoint(folder / "checkpoints" / "step_00000009")[1].name == "step_00000009"
     with pytest.raises(UserError, match="cut short"):
         find_checkpoint(folder / "checkpoints" / "step_00000100")
@@ -175,6 +179,8 @@ def test_what_cannot_be_sampled_is_refused_with_what_to_do(made_run, run, tmp_pa
         sample_prompts(made_run, [])
     with pytest.raises(UserError, match="out of range"):
         sample_prompts(made_run, ["a"], seeds=(-1,))
+    with pytest.raises(UserError, match=r"can't be made .*--out"):
+        sample_prompts(made_run, ["a"], output=tmp_path / "recipe.yaml" / "inside")
     with pytest.raises(UserError, match="at least 1"):
         generate(run, ["a"], [0], steps=0)
 

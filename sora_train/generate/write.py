@@ -33,10 +33,7 @@ def sample_to_folder(
     Files are called `000-a-red-circle.mp4`, counted over prompts and, within each, seeds. Returns the mp4s' paths.
     """
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} can't be made ({error.strerror}); name another folder with --out") from None
+    folder.mkdir(parents=True, exist_ok=True)
     pairs = [(i, seed) for i in range(len(prompts)) for seed in seeds]
     texts = None if embeddings is None else [embeddings[i] for i, _ in pairs]
     videos = generate_each(
@@ -86,7 +83,10 @@ def sample_prompts(
             raise UserError(f"seed {seed} is out of range; use 0 to 2^63 - 1")
     run = load_run(path)
     folder = Path(output) if output is not None else run.folder / "samples" / "prompts"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} can't be made ({error.strerror}); name another folder with --out") from None
     pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
     print(f"sampling {len(pairs)} from {run.checkpoint} on {run.device}", flush=True)
     each_prompt, each_seed = zip(*pairs, strict=True)
