@@ -13,11 +13,10 @@ from pyarrow import fs
 from data_prep.reasons import LASTING
 from sora_train.errors import UserError
 from sora_train.places import read_bytes, resolve, write_whole
-from sora_train.schema import QUARANTINE_SCHEMA, ROW_GROUP, SHARD_SCHEMA, Manifest, shard_files
+from sora_train.schema import ENCODING_KEY, QUARANTINE_SCHEMA, ROW_GROUP, SHARD_SCHEMA, Manifest, shard_files
 
 SHARD_ROWS = 8 * ROW_GROUP
 PATIENCE_S = 60.0  # then a shard is written though it isn't full: so much work can be lost, not more
-HASH_KEY = b"encoding_hash"
 
 
 def finished_clips(folder: str, encoding_hash: str) -> dict[str, dict[str, tuple[str, int, str]]]:
@@ -35,7 +34,7 @@ def finished_clips(folder: str, encoding_hash: str) -> dict[str, dict[str, tuple
             raise UserError(
                 f"data.output: shard {file} can't be read ({error}); delete it and run the same again"
             ) from None
-        if (table.schema.metadata or {}).get(HASH_KEY, b"").decode() != encoding_hash:
+        if (table.schema.metadata or {}).get(ENCODING_KEY, b"").decode() != encoding_hash:
             raise UserError(
                 f"data.output: {folder} holds shards of another encoding ({file.rpartition('/')[2]}): other frames, "
                 "fps, size, VAE, text encoder, or code version. Encodings never mix: set data.output to another "
@@ -72,7 +71,7 @@ class ShardWriter:
     def __init__(self, folder: str, bucket: str, encoding_hash: str):
         self.system, path = resolve(folder)
         self.folder = f"{path}/bucket={bucket}"
-        self.schema = SHARD_SCHEMA.with_metadata({HASH_KEY: encoding_hash.encode()})
+        self.schema = SHARD_SCHEMA.with_metadata({ENCODING_KEY: encoding_hash.encode()})
         names = [file.rpartition("/")[2] for file in shard_files(folder)]
         self.next = 1 + max((int(name.split("-")[1]) for name in names if name.startswith("part-")), default=-1)
         self.rows: list[pa.Table] = []
@@ -106,7 +105,7 @@ def write_quarantine(folder: str, rows: list[dict], encoding_hash: str) -> None:
     """Writes `quarantine.parquet`: every clip that was asked for and isn't in the shards, with its reason."""
     system, path = resolve(folder)
     sink = io.BytesIO()
-    schema = QUARANTINE_SCHEMA.with_metadata({HASH_KEY: encoding_hash.encode()})
+    schema = QUARANTINE_SCHEMA.with_metadata({ENCODING_KEY: encoding_hash.encode()})
     pq.write_table(pa.Table.from_pylist(rows, schema), sink)
     write_whole(system, f"{path}/quarantine.parquet", sink.getvalue())
 
@@ -122,7 +121,7 @@ def known_failures(folder: str, encoding_hash: str) -> dict[tuple[str, int, str]
         table = pq.read_table(io.BytesIO(content)) if content else None
     except pa.ArrowInvalid:
         table = None
-    if table is None or (table.schema.metadata or {}).get(HASH_KEY, b"").decode() != encoding_hash:
+    if table is None or (table.schema.metadata or {}).get(ENCODING_KEY, b"").decode() != encoding_hash:
         return {}
     return {
         (row["sample_id"], row["source_size"], row["source_version"]): (row["reason"], row["message"])

@@ -21,6 +21,8 @@ from sora_train.section import Section
 SCHEMA_VERSION = 1
 ROW_GROUP = 32
 """Rows of a row group: a reader must take a whole one."""
+ENCODING_KEY = b"encoding_hash"
+"""Under this key a Parquet file's own metadata says which encoding it is of."""
 
 SHARD_SCHEMA = pa.schema(
     [

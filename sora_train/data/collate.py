@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
+from sora_train.codec.text import pad_text
 from sora_train.data.order import stable_hash
 from sora_train.diffusion import Objective
 from sora_train.schema import Clips, Manifest
@@ -70,13 +70,13 @@ def collate(
     empty = manifest.empty_embedding()
     captions = [empty if drawn.caption is None else clips.text[row][drawn.caption] for row, drawn in enumerate(draws)]
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (manifest.vae.mean, manifest.vae.std))
-    lengths = torch.tensor([len(caption) for caption in captions])
+    text, text_mask = pad_text([torch.from_numpy(caption.astype(np.float32)) for caption in captions])
     return MicroBatch(
         latents=(torch.stack([drawn.latents for drawn in draws]) - mean) / std,
         noise=torch.stack([drawn.noise for drawn in draws]),
         t=torch.stack([drawn.t for drawn in draws]),
-        text=pad_sequence([torch.from_numpy(caption.astype(np.float32)) for caption in captions], batch_first=True),
-        text_mask=torch.arange(int(lengths.max())) < lengths[:, None],
+        text=text,
+        text_mask=text_mask,
         weight=(torch.arange(rows) < rows - padding).float(),
         dropped=torch.tensor([drawn.caption is None for drawn in draws]),
         sample_ids=tuple(None if row >= rows - padding else clips.sample_ids[row] for row in range(rows)),

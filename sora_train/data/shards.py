@@ -22,7 +22,7 @@ from pyarrow import fs
 from sora_train.data.order import Bucket, Plan, stable_hash
 from sora_train.errors import UserError
 from sora_train.places import resolve
-from sora_train.schema import SHARD_SCHEMA, Clips, Manifest, bucket_of, decode_rows, shard_files
+from sora_train.schema import ENCODING_KEY, SHARD_SCHEMA, Clips, Manifest, bucket_of, decode_rows, shard_files
 
 Split = Literal["train", "holdout"]
 OPENERS = 16  # footers of a remote folder fetched at a time
@@ -162,7 +162,7 @@ class ShardSet:
             wanted = SHARD_SCHEMA.field(column).type
             if (place := schema.get_field_index(column)) < 0 or schema.field(place).type != wanted:
                 raise UserError(f"{path} is no shard (no column {column} of type {wanted}): move it out of the folder")
-        encoding = metadata.get(b"encoding_hash", self.manifest.encoding_hash.encode()).decode()
+        encoding = metadata.get(ENCODING_KEY, self.manifest.encoding_hash.encode()).decode()
         if encoding != self.manifest.encoding_hash:
             raise UserError(
                 f"{path} has the encoding {encoding}, {self.folder}/manifest.json says {self.manifest.encoding_hash}: "

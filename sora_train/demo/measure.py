@@ -24,6 +24,11 @@ def scenes() -> list[Scene]:
     return seen + held_out
 
 
+def by_caption() -> dict[str, Scene]:
+    """Every scene under its caption."""
+    return {scene.caption: scene for scene in all_scenes()}
+
+
 def measure(clips_folder: Path, run_folder: Path, final: Path) -> dict:
     """Stage 5: the judge's own test on real clips, then its verdicts on the samples, into obedience.json."""
     videos, truth = real_clips(clips_folder)
@@ -32,7 +37,7 @@ def measure(clips_folder: Path, run_folder: Path, final: Path) -> dict:
     if own < JUDGE_BAR:
         raise RuntimeError(f"the judge reads only {own:.1%} of real clips rightly: its verdicts would mean nothing")
     listing = json.loads((final / "samples.json").read_text(encoding="utf-8"))
-    shown = {scene.caption: scene for scene in all_scenes()}
+    shown = by_caption()
     verdicts = [judge(read_mp4(final / entry["file"])) for entry in listing["samples"]]
     shares = obedience(verdicts, [shown[entry["prompt"]] for entry in listing["samples"]])
     record = {**shares, "judge_accuracy": own, "judge_clips": len(videos), "checkpoint": listing["checkpoint"]}
@@ -43,7 +48,7 @@ def measure(clips_folder: Path, run_folder: Path, final: Path) -> dict:
 
 def real_clips(folder: Path, count: int = 96) -> tuple[list[np.ndarray], list[Scene]]:
     """The first `count` clips that training had, and new ones of every held-out combination, all through H.264."""
-    shown = {scene.caption: scene for scene in all_scenes()}
+    shown = by_caption()
     with (folder / "captions.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))[:count]
     videos = [read_mp4(folder / row["video_file_name"]) for row in rows]

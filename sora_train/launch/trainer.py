@@ -153,14 +153,14 @@ def write_folder(run: Path, recipe: Recipe, manifest: Manifest) -> None:
     (run / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
     # Ray's list of checkpoints would bring a whole run down over one that somebody removed; workers report anew.
     (folder / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
-    whole = {path for _, path in checkpoint.whole(folder)}
+    whole = {path: step for step, path in checkpoint.whole(folder)}
     for path in folder.glob("step_*"):
         if path not in whole:
             shutil.rmtree(path)
     outstanding = Outstanding(run)
     for step in outstanding.steps():
         outstanding.mark(step, "lost")
-    JsonLines(run / "metrics.jsonl").cut_back(max((step for step, _ in checkpoint.whole(folder)), default=0))
+    JsonLines(run / "metrics.jsonl").cut_back(max(whole.values(), default=0))
 
 
 def remote_options(wanted: dict[str, float]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from einops import rearrange
 
-from sora_train.codec import BUILTIN
 from sora_train.codec.files import find_vae
 from sora_train.codec.vae import Vae, load_vae
 from sora_train.demo.shapes import all_scenes, draw
@@ -121,7 +120,6 @@ def test_a_network_of_another_class_is_refused(tmp_path: Path):
         load_vae(str(tmp_path))
 
 
-@pytest.mark.skipif(not (BUILTIN / "vae").is_dir(), reason="the embedded VAE has not been trained")
 def test_the_embedded_vae_brings_the_demos_clips_back():
     builtin = load_vae("builtin")
     clip = torch.from_numpy(np.stack([draw(all_scenes()[i], np.random.default_rng(i)) for i in (0, 17, 40, 71)]))
