@@ -1,35 +1,114 @@
-"""Places that may be remote: a local path or a URI such as `s3://bucket/folder`, always as a string."""
+"""Places that may be remote: a local path or a URI such as `s3://bucket/folder`, always as a string.
+
+Folders and files are named by what is put behind a place, so that a place has no query string: another S3 store than
+Amazon's is set by the environment variable AWS_ENDPOINT_URL, which pyarrow reads.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from urllib.parse import quote
 
+import pyarrow as pa
 from pyarrow import fs
+
+from sora_train.errors import UserError
+
+OBJECT_STORES = ("s3", "gcs", "abfs")
+"""Filesystems, by pyarrow's names, where an upload is there whole or not at all, and a rename is a copy."""
+GCS_PATIENCE_S = 60  # else a store that can't be reached is tried for a quarter of an hour
 
 
 def resolve(place: str) -> tuple[fs.FileSystem, str]:
     """The filesystem of a place and its path there; a local path is made absolute.
 
-    Strings and not `Path`: `Path("s3://b/x")` becomes `s3:/b/x`.
+    Strings and not `Path`: `Path("s3://b/x")` becomes `s3:/b/x`. Raises UserError where the place is none, or its
+    bucket can't be reached.
     """
-    if "://" in place:
-        return fs.FileSystem.from_uri(place)
-    return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(place))
+    scheme, mark, rest = place.partition("://")
+    if not mark:
+        return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(place))
+    if "?" in rest:
+        raise UserError(
+            f"{place} has a query string, and shards and files are named by what is put behind a place: leave out "
+            f"{place[place.index('?') :]}, and set the environment variable AWS_ENDPOINT_URL for another S3 store"
+        )
+    authority, slash, path = rest.partition("/")
+    path = path.rstrip("/")  # or an object's name had two
+    path = quote(re.sub("%(?![0-9A-Fa-f]{2})", "%25", path), safe="/:@!$&'()*+,;=~%")  # as people write names
+    limit = f"?retry_limit_seconds={GCS_PATIENCE_S}" if scheme.lower() in ("gs", "gcs") else ""
+    with named(place, "reached"):
+        return fs.FileSystem.from_uri(f"{scheme}://{authority}{slash}{path}{limit}")
+
+
+@contextmanager
+def named(place: str, what: str, system: fs.FileSystem | None = None) -> Iterator[None]:
+    """Turns what storage raises within into one UserError: the place can't be `what`, why, and what to look at.
+
+    The place may be a path on the system.
+    """
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        if system and "://" not in place and not isinstance(system, fs.LocalFileSystem):
+            place = f"{system.type_name}://{place}"
+        raise UserError(f"{place} can't be {what}: {' '.join(str(error).split())}{remedy(place)}") from None
+
+
+def remedy(place: str) -> str:
+    """What to look at where a place can't be reached, to be put behind a message; empty for a local one."""
+    scheme = place.partition("://")[0].lower() if "://" in place else ""
+    if scheme == "s3":
+        endpoint = os.environ.get("AWS_ENDPOINT_URL")
+        return (
+            "; look at the bucket's name, the credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile) "
+            "and the network; the environment variable AWS_ENDPOINT_URL, which names another store than Amazon's, is "
+            + (endpoint or "not set")
+        )
+    if scheme in ("gs", "gcs"):
+        return "; look at the bucket's name, the credentials (GOOGLE_APPLICATION_CREDENTIALS) and the network"
+    return ""
 
 
 def read_bytes(system: fs.FileSystem, path: str) -> bytes | None:
-    """The whole of a file, or None where there is none."""
-    if system.get_file_info(path).type != fs.FileType.File:
-        return None
-    with system.open_input_stream(path) as file:
-        return file.read()
+    """The whole of a file, unpacked where its name ends in `.gz` or the like, or None where there is none.
+
+    Raises UserError where it can't be read.
+    """
+    with named(path, "read", system):
+        if system.get_file_info(path).type != fs.FileType.File:
+            return None
+        with system.open_input_stream(path) as file:
+            return file.read()
 
 
 def write_whole(system: fs.FileSystem, path: str, content: bytes) -> None:
-    """Writes a file that is there whole or not at all: under another name first, then renamed."""
-    folder, _, name = path.rpartition("/")
-    system.create_dir(folder, recursive=True)
-    unfinished = f"{folder}/.unfinished-{name}"
-    with system.open_output_stream(unfinished) as file:
+    """Writes a file that is there whole or not at all. Raises UserError where it can't be written.
+
+    On an object store an upload is so by itself; elsewhere the file is written under another name, brought to the disk
+    (or a power cut leaves it empty), and renamed.
+    """
+    with named(path, "written", system):
+        if system.type_name in OBJECT_STORES:
+            # A stream that is closed before its time leaves half an object, so that Ctrl-C must not come between: it
+            # interrupts the main thread only, and leaving the pool waits for the other.
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(_write, system, path, content).result()
+            return
+        folder, _, name = path.rpartition("/")
+        unfinished = f"{folder}/.unfinished-{name}"
+        system.create_dir(folder, recursive=True)
+        _write(system, unfinished, content)
+        if isinstance(system, fs.LocalFileSystem):
+            with open(unfinished, "rb") as file:
+                os.fsync(file.fileno())
+        system.move(unfinished, path)
+
+
+def _write(system: fs.FileSystem, path: str, content: bytes) -> None:
+    with system.open_output_stream(path, compression=None) as file:
         file.write(content)
-    system.move(unfinished, path)

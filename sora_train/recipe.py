@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from sora_train.codec import CodecConfig
+from sora_train.data.config import DataConfig, PrepConfig, SelectionConfig
 from sora_train.diffusion import DiffusionConfig
 from sora_train.errors import RecipeError
 from sora_train.model import ModelConfig
@@ -23,31 +24,6 @@ from sora_train.train.config import TrainConfig
 
 PIXELS_PER_LATENT = 8
 """Pixels on a side that one latent stands for: the VAEs that are read here shrink by eight."""
-
-
-class DataConfig(Section):
-    """Clips and captions, and the shards they become."""
-
-    captions: str = ""
-    """CSV with the columns `video_file_name` and `prompt`."""
-    root: str = ""
-    """Folder that the file names of the CSV are relative to; empty is the CSV's own folder."""
-    output: str = "shards"
-    """Folder of the Parquet shards: `sora prep` writes it, `sora train` reads it."""
-    frames: PositiveInt = 16
-    """Frames of a clip."""
-    fps: PositiveFloat = 8.0
-    """Frames per second, by the timestamps of the source."""
-    height: PositiveInt = 256
-    """Height of a clip in pixels, after resizing and a centre crop."""
-    width: PositiveInt = 256
-    """Width of a clip in pixels, after resizing and a centre crop."""
-    holdout_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the sources that training never sees, by a hash of the source."""
-    max_bad_fraction: float = Field(default=0.1, ge=0, le=1)
-    """Largest share of sources that can't be decoded; judged after 200 sources and at the end."""
-    timeout_s: PositiveFloat = 120.0
-    """Seconds that decoding one clip may take before it is given up as `timeout`."""
 
 
 class ValidationConfig(Section):
@@ -97,6 +73,8 @@ class Recipe(Section):
     name: str = "run"
     """Name of the run; its folder is `train.output/name`."""
     data: DataConfig = DataConfig()
+    selection: SelectionConfig = SelectionConfig()
+    prep: PrepConfig = PrepConfig()
     codec: CodecConfig = CodecConfig()
     model: ModelConfig = ModelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -151,14 +129,24 @@ def check(recipe: Recipe) -> list[str]:
         wrong.append("validation.prompts is empty but validation.every is not 0; give prompts, or set the latter to 0")
 
     grid = PIXELS_PER_LATENT * recipe.model.patch
-    for side in ("height", "width"):
-        size: int = getattr(data, side)
-        if size % grid:
-            choices = " or ".join(str(n) for n in (size // grid * grid, (size // grid + 1) * grid) if n)
-            wrong.append(
-                f"data.{side} {size} does not divide by {grid} (VAE {PIXELS_PER_LATENT} x model.patch "
-                f"{recipe.model.patch}); use {choices}"
-            )
+    for frames, height, width in data.shapes:
+        for side, size in (("height", height), ("width", width)):
+            if size % grid:
+                key = f"data.buckets: {side} of {frames}x{height}x{width}" if data.buckets else f"data.{side} {size}"
+                choices = " or ".join(str(n) for n in (size // grid * grid, (size // grid + 1) * grid) if n)
+                wrong.append(
+                    f"{key} does not divide by {grid} (VAE {PIXELS_PER_LATENT} x model.patch {recipe.model.patch}); "
+                    f"use {choices}"
+                )
+    if data.clips_per_video and not data.stride_s:
+        wrong.append(
+            f"data.clips_per_video {data.clips_per_video} needs data.stride_s: without it every video gives one clip"
+        )
+    low, high = recipe.selection.min_motion, recipe.selection.max_motion
+    if high and low > high:
+        wrong.append(f"selection.min_motion {low:g} is above selection.max_motion {high:g}; nothing would be left")
+    if recipe.selection.max_seconds and recipe.selection.min_seconds > recipe.selection.max_seconds:
+        wrong.append("selection.min_seconds is above selection.max_seconds; nothing would be left")
     if recipe.cluster.workers > train.batch_size:
         wrong.append(
             f"cluster.workers {recipe.cluster.workers} is more than train.batch_size {train.batch_size}, so that some "

@@ -1,4 +1,4 @@
-"""The contract of a shard: its columns, a row in and out of it, and the manifest beside the shards.
+"""The contract of a shard: its columns, and a row in and out of it.
 
 One row is one clip. Tensors are float16 bytes whose shapes follow from the bucket's name and the manifest, so that
 anything that reads Parquet reads them. Latents are raw, as the VAE gives them. No torch here.
@@ -6,7 +6,6 @@ anything that reads Parquet reads them. Latents are raw, as the VAE gives them. 
 
 from __future__ import annotations
 
-import base64
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +13,9 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import fs
 
-from sora_train.errors import UserError
-from sora_train.places import read_bytes, resolve, write_whole
-from sora_train.section import Section
+from sora_train.manifest import Manifest
+from sora_train.places import named, resolve
 
-SCHEMA_VERSION = 1
 ROW_GROUP = 32
 """Rows of a row group: a reader must take a whole one."""
 ENCODING_KEY = b"encoding_hash"
@@ -31,6 +28,7 @@ SHARD_SCHEMA = pa.schema(
         ("source_size", pa.int64()),
         ("source_version", pa.string()),
         ("content_hash", pa.string()),
+        ("perceptual_hash", pa.string()),
         ("start_s", pa.float64()),
         ("end_s", pa.float64()),
         ("captions", pa.list_(pa.string())),
@@ -51,95 +49,9 @@ QUARANTINE_SCHEMA = pa.schema(
         ("reason", pa.string()),
         ("message", pa.string()),
         ("kind", pa.string()),
+        ("duplicate_of", pa.string()),
     ]
 )
-
-
-class VaeFacts(Section):
-    """The VAE that made the latents; `mean` and `std` per channel take raw latents to what a model sees."""
-
-    name: str
-    hash: str
-    channels: int
-    factor: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-class TextFacts(Section):
-    """The text encoder that made the embeddings."""
-
-    name: str
-    hash: str
-    width: int
-    max_tokens: int
-
-
-class LatentFormat(Section):
-    """How latents lie in a row: `[moments, frames, channels, h, w]`."""
-
-    dtype: str = "float16"
-    moments: int
-    """2: mean and log-variance of the posterior; 1: the VAE has none."""
-
-
-class Counts(Section):
-    """`rows` asked for = `written` + `quarantined` + `filtered`."""
-
-    rows: int
-    written: int
-    quarantined: int
-    filtered: int
-
-
-class Manifest(Section):
-    """What a reader must know of a shard set; `manifest.json` beside the shards, and in runs made from them."""
-
-    schema_version: int = SCHEMA_VERSION
-    encoding_hash: str
-    """Over transform, VAE, text encoder and the version of that code: shards of two encodings never mix."""
-    vae: VaeFacts
-    text: TextFacts
-    latents: LatentFormat
-    frames: int
-    fps: float
-    height: int
-    width: int
-    buckets: dict[str, int]
-    """Rows of each bucket."""
-    empty_text: str
-    """The empty prompt's embedding, `[empty_tokens, width]`, base64 of float16."""
-    empty_tokens: int
-    counts: Counts
-    reasons: dict[str, int]
-    """How many clips are missing for which reason."""
-
-    def save(self, folder: str) -> None:
-        """Writes `folder/manifest.json`, whole or not at all."""
-        system, path = resolve(folder)
-        write_whole(system, f"{path}/manifest.json", self.model_dump_json(indent=1).encode())
-
-    @classmethod
-    def load(cls, folder: str) -> Manifest:
-        """Reads `folder/manifest.json`; UserError where there is none, or one of another schema version."""
-        system, path = resolve(folder)
-        content = read_bytes(system, f"{path}/manifest.json")
-        if content is None:
-            raise UserError(f"no manifest.json in {folder}: encode the clips first with `sora prep RECIPE`")
-        try:
-            return cls.model_validate_json(content)
-        except ValueError as error:
-            if f'"schema_version":{SCHEMA_VERSION},' in content.decode(errors="replace").replace(" ", ""):
-                raise UserError(f"{folder}/manifest.json can't be read: {error}") from error
-            raise UserError(
-                f"{folder}/manifest.json is not of schema version {SCHEMA_VERSION}, which this version of sora_train "
-                "reads: encode the clips again with `sora prep RECIPE` into another data.output"
-            ) from None
-
-    def empty_embedding(self) -> np.ndarray:
-        """The empty prompt's embedding, float16 `[tokens, width]`."""
-        content = base64.b64decode(self.empty_text)
-        return np.frombuffer(content, np.float16).reshape(self.empty_tokens, self.text.width)
 
 
 @dataclass
@@ -160,6 +72,7 @@ def encode_row(
     source_size: int,
     source_version: str,
     content_hash: str,
+    perceptual_hash: str = "",
     start_s: float,
     end_s: float,
     captions: list[str],
@@ -181,6 +94,7 @@ def encode_row(
         "source_size": source_size,
         "source_version": source_version,
         "content_hash": content_hash,
+        "perceptual_hash": perceptual_hash,
         "start_s": start_s,
         "end_s": end_s,
         "captions": list(captions),
@@ -202,8 +116,7 @@ def to_float16(array: np.ndarray, what: str) -> np.ndarray:
 def decode_rows(table: pa.Table, manifest: Manifest, bucket: str) -> Clips:
     """Rows of SHARD_SCHEMA as arrays; ValueError, naming the sample, where a row doesn't have the manifest's shape."""
     frames, height, width = bucket_size(bucket)
-    factor, moments = manifest.vae.factor, manifest.latents.moments
-    shape = (moments, frames, manifest.vae.channels, height // factor, width // factor)
+    shape = (manifest.latents.moments, *manifest.vae.latent_shape(frames, height, width))
     latents = np.empty((len(table), *shape), np.float16)
     text: list[list[np.ndarray]] = []
     columns: dict[str, list[Any]] = {
@@ -237,11 +150,12 @@ def bucket_size(bucket: str) -> tuple[int, int, int]:
 def shard_files(folder: str) -> list[str]:
     """Paths of the finished shards `bucket=*/*.parquet` on the folder's filesystem, sorted."""
     system, path = resolve(folder)
-    found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
-    buckets = [
-        info.path for info in found if info.type == fs.FileType.Directory and info.base_name.startswith("bucket=")
-    ]
-    files = [info for bucket in buckets for info in system.get_file_info(fs.FileSelector(bucket))]
+    with named(folder, "listed"):
+        found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        buckets = [
+            info.path for info in found if info.type == fs.FileType.Directory and info.base_name.startswith("bucket=")
+        ]
+        files = [info for bucket in buckets for info in system.get_file_info(fs.FileSelector(bucket))]
     return sorted(info.path for info in files if info.extension == "parquet" and not info.base_name.startswith("."))
 
 

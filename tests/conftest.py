@@ -23,7 +23,7 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from sora_train import schema
+    from sora_train import manifest, schema
 
     folder, rng = tmp_path_factory.mktemp("shards"), np.random.default_rng(0)
     rows = [
@@ -44,11 +44,11 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = folder / "bucket=2x32x32"
     place.mkdir()
     pq.write_table(pa.Table.from_pylist(rows, schema=schema.SHARD_SCHEMA), place / "part.parquet", row_group_size=8)
-    schema.Manifest(
+    manifest.Manifest(
         encoding_hash="tiny",
-        vae=schema.VaeFacts(name="none", hash="none", channels=4, factor=8, mean=(0.0,) * 4, std=(1.0,) * 4),
-        text=schema.TextFacts(name="none", hash="none", width=64, max_tokens=4),
-        latents=schema.LatentFormat(moments=1),
+        vae=manifest.VaeFacts(name="none", hash="none", channels=4, factor=8, mean=(0.0,) * 4, std=(1.0,) * 4),
+        text=manifest.TextFacts(name="none", hash="none", width=64, max_tokens=4),
+        latents=manifest.LatentFormat(moments=1),
         frames=2,
         fps=8.0,
         height=32,
@@ -56,7 +56,7 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         buckets={"2x32x32": 21},
         empty_text=base64.b64encode(np.zeros((1, 64), np.float16).tobytes()).decode(),
         empty_tokens=1,
-        counts=schema.Counts(rows=21, written=21, quarantined=0, filtered=0),
+        counts=manifest.Counts(asked=21, written=21, quarantined=0, filtered=0),
         reasons={},
     ).save(str(folder))
     return folder

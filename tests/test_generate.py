@@ -17,9 +17,9 @@ from sora_train.codec.text import load_text_encoder
 from sora_train.codec.vae import load_vae
 from sora_train.errors import UserError
 from sora_train.generate import embed, find_checkpoint, generate, load_run, sample_prompts, sample_to_folder
+from sora_train.manifest import Counts, LatentFormat, Manifest, TextFacts, VaeFacts
 from sora_train.model import Latte, ModelConfig
 from sora_train.recipe import Recipe, save_recipe
-from sora_train.schema import Counts, LatentFormat, Manifest, TextFacts, VaeFacts
 from sora_train.video import read_mp4
 
 MODEL = ModelConfig(width=16, depth=2, heads=2, text_width=64, sample_size=8)
@@ -64,7 +64,7 @@ def made_run(tmp_path_factory):
         buckets={},
         empty_text=base64.b64encode(empty.tobytes()).decode(),
         empty_tokens=len(empty),
-        counts=Counts(rows=0, written=0, quarantined=0, filtered=0),
+        counts=Counts(asked=0, written=0, quarantined=0, filtered=0),
         reasons={},
     )
     save_recipe(recipe, folder / "recipe.yaml")

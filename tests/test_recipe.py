@@ -68,7 +68,7 @@ def test_overrides_lie_over_the_file_and_leave_the_rest(tmp_path: Path) -> None:
         ("model: {widht: 7}", "model.widht is no known key; the nearest are model.width, "),
         ("diffusion: {kin: flow}", "diffusion.kin is no known key; the nearest are diffusion.kind, "),
         ("batch_size: 7", "batch_size is no known key; the nearest are train.batch_size, "),
-        ("nonsense: 7", "known are name, data, codec"),
+        ("nonsense: 7", "known are name, data, selection, prep, codec"),
         ("train: {zero_stage: 4}", "train.zero_stage is 4; choices: 0, 1, 2 or 3"),
         ("train: {steps: many}", "train.steps is 'many'; it should be a valid integer"),
         ("train: {steps: -3}", "train.steps is -3; it should be greater than 0"),

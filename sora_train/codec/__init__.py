@@ -1,6 +1,7 @@
 """Frozen networks: pixels to latents and back (`vae.py`), captions to embeddings (`text.py`)."""
 
 from pathlib import Path
+from typing import Literal
 
 from sora_train.section import Section
 
@@ -8,12 +9,22 @@ BUILTIN = Path(__file__).parent / "builtin"
 """The folder of the embedded VAE and text encoder, which recipes call `builtin`."""
 
 
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+"""A recipe's word for a number format, and torch's."""
+
+
 class CodecConfig(Section):
     """The frozen networks that latents and embeddings are made with."""
 
     vae: str = "builtin"
-    """VAE: `builtin`, a folder in diffusers' format, or a hub id; the subfolder `vae` is found by itself."""
+    """VAE: `builtin`, a folder in diffusers' format, or a hub id, `owner/name` or `owner/name@revision`."""
     text: str = "builtin"
-    """T5 text encoder: `builtin`, a folder, or a hub id; its `text_encoder` and `tokenizer` are found by themselves."""
+    """T5 text encoder and its tokenizer: `builtin`, a folder, or a hub id, `owner/name` or `owner/name@revision`."""
+    models: str = ""
+    """Folder that `sora download` filled: hub ids above are looked for there first."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Number format the VAE computes in; latents are stored in float16 either way."""
+    text_precision: Literal["bf16", "fp32"] = "bf16"
+    """Number format the text encoder computes in."""
     max_tokens: int = 120
     """Text tokens that are kept of a caption; the rest is cut."""

@@ -13,23 +13,38 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sora_train.codec import DTYPES, CodecConfig
 from sora_train.codec.files import TextFiles, find_text_encoder
+from sora_train.codec.memory import give_back, is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
-BATCH = 32  # captions at once
-
 
 class TextEncoder:
-    """A frozen T5 encoder and its tokenizer."""
+    """A frozen T5 encoder and its tokenizer.
 
-    def __init__(self, model: T5EncoderModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int, files: TextFiles):
+    On the CPU captions go through one by one (`one_by_one`), because float32 embeddings made in a batch differ in their
+    last bits from those made alone. Elsewhere `batch` go together at most; `remarks` says where memory made that fewer,
+    and whoever reports them empties the list.
+    """
+
+    def __init__(
+        self,
+        model: T5EncoderModel,
+        tokenizer: PreTrainedTokenizerBase,
+        max_tokens: int,
+        files: TextFiles,
+        batch: int = 32,
+    ):
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.width = files.width
         self.files = files
+        self.batch = batch
+        self.one_by_one = model.device.type == "cpu"
+        self.remarks: list[str] = []
 
     @property
     def hash(self) -> str:
@@ -38,39 +53,56 @@ class TextEncoder:
 
     @torch.inference_mode()
     def encode(self, captions: list[str]) -> list[Float[Tensor, "l e"]]:
-        """Embeddings of each caption's own tokens, float32 on the CPU, cut at `max_tokens`; "" is its `</s>` alone."""
+        """Embeddings of each caption's own tokens, float32 on the CPU, cut at `max_tokens`; "" is its `</s>` alone.
+
+        Raises torch.OutOfMemoryError (on the CPU RuntimeError) where not even one caption fits.
+        """
         if not captions:
             return []
         ids = self.tokenizer(captions, truncation=True, max_length=self.max_tokens)["input_ids"]
         order = sorted(range(len(captions)), key=lambda i: len(ids[i]))  # alike lengths together: little padding
         embeddings: dict[int, Tensor] = {}
-        for start in range(0, len(order), BATCH):
-            part = order[start : start + BATCH]
-            longest = len(ids[part[-1]])
-            tokens = torch.zeros(len(part), longest, dtype=torch.long)
-            mask = torch.zeros(len(part), longest, dtype=torch.long)
-            for row, i in enumerate(part):
-                tokens[row, : len(ids[i])] = torch.tensor(ids[i])
-                mask[row, : len(ids[i])] = 1
-            device = self.model.device
-            hidden = self.model(input_ids=tokens.to(device), attention_mask=mask.to(device)).last_hidden_state
-            hidden = hidden.float().cpu()
-            embeddings |= {i: hidden[row, : len(ids[i])].clone() for row, i in enumerate(part)}
+        while left := order[len(embeddings) :]:
+            part = left[: 1 if self.one_by_one else self.batch]
+            try:
+                hidden = self._forward([ids[i] for i in part])
+                embeddings |= {i: hidden[row, : len(ids[i])].clone() for row, i in enumerate(part)}
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or len(part) == 1:
+                    raise
+                self.batch = len(part) // 2
+            self.remarks.append(f"text: out of memory with {len(part)} captions at once; goes on with {self.batch}")
+            give_back(self.model.device)
         return [embeddings[i] for i in range(len(captions))]
+
+    def _forward(self, ids: list[list[int]]) -> Float[Tensor, "b l e"]:
+        longest = max(map(len, ids))
+        tokens = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids])
+        device = self.model.device
+        hidden = self.model(input_ids=tokens.to(device), attention_mask=mask.to(device)).last_hidden_state
+        return hidden.float().cpu()
 
 
 def load_text_encoder(
-    name: str, max_tokens: int = 120, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    name: str,
+    max_tokens: int = 120,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    models: str = "",
+    batch: int = 32,
 ) -> TextEncoder:
     """The text encoder that `codec.text` names: `builtin`, a folder, or a hub id; also a whole pipeline's.
 
+    `models` is a folder that `sora download` filled; `batch` captions go through at once, on the CPU always one.
     Raises UserError, with what to do, where it can't be had, and ValueError for float16, in which T5 v1.1 overflows.
     """
     import transformers
 
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"T5 overflows in {dtype}; use torch.bfloat16 or torch.float32")
-    files = find_text_encoder(name)
+    files = find_text_encoder(name, models)
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -81,7 +113,13 @@ def load_text_encoder(
         if bars:
             transformers.utils.logging.enable_progress_bar()
     model.to(device)  # pyright: ignore[reportArgumentType]
-    return TextEncoder(model, load_tokenizer(files.tokenizer), max_tokens, files)
+    return TextEncoder(model, load_tokenizer(files.tokenizer), max_tokens, files, batch)
+
+
+def text_encoder_of(codec: CodecConfig, device: str | torch.device = "cpu", batch: int = 32) -> TextEncoder:
+    """A recipe's text encoder in its precision."""
+    dtype = getattr(torch, DTYPES[codec.text_precision])
+    return load_text_encoder(codec.text, codec.max_tokens, device, dtype, codec.models, batch)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

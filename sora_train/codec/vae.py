@@ -1,76 +1,86 @@
-"""Frames to latents and back with a frozen image VAE of diffusers: `AutoencoderKL`, or `AutoencoderTiny` (TAESD).
+"""Frames to latents and back with a frozen VAE of diffusers: one that takes images, frame by frame, or a causal video
+VAE, which makes one latent of the first frame and one of each `time_factor` further frames (arXiv 2408.06072, 3.1).
 
-Each frame is encoded alone. Latents leave `encode` and enter `decode` raw, as the VAE has them; the model sees them
-normalised per channel, `(z - mean) / std`.
+Latents leave `encode` and enter `decode` raw, as the VAE has them; the model sees them normalised per channel,
+`(z - mean) / std`. Clips never share a forward pass where the numbers could show it, so that a clip's latents don't
+depend on what else is in the batch: on the CPU each goes alone, elsewhere only small ones go together, whole.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from sora_train.codec import DTYPES, CodecConfig
 from sora_train.codec.files import VaeFiles, find_vae
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, AutoencoderTiny
+from sora_train.codec.memory import give_back, is_out_of_memory
 
 PIXELS_AT_ONCE = 2**20  # 4 frames of 512 x 512: about 2 GB of activations with the Stable Diffusion VAE in float32
 PIXELS_AT_ONCE_CPU = 2**17  # activations of the small VAEs then stay in the cache: 1.7 times as fast as 2**19
 
 
 class Vae:
-    """A frozen VAE. `moments` is 2 where it has a posterior (mean, log-variance) and 1 where it has none."""
+    """A frozen VAE. `moments` is 2 where it has a posterior (mean, log-variance) and 1 where it has none.
 
-    def __init__(self, model: AutoencoderKL | AutoencoderTiny, files: VaeFiles):
-        # Channels last is 1.4 times as fast on the CPU (AMD EPYC, oneDNN, float32) and no slower elsewhere.
-        self.model: Any = model.eval().requires_grad_(False)
-        self.model.to(memory_format=torch.channels_last)
+    `remarks` gathers what it had to do to go on, such as halving its batch: whoever reports them empties the list.
+    """
+
+    def __init__(self, model: Any, files: VaeFiles):
+        self.model = model.eval().requires_grad_(False)
         self.files = files
-        self.moments, self.channels, self.factor = files.moments, files.channels, files.factor
+        self.moments, self.channels = files.moments, files.channels
+        self.factor, self.time_factor = files.factor, files.time_factor
         self.mean, self.std = torch.tensor(files.mean), torch.tensor(files.std)
+        self.remarks: list[str] = []
+        pixels = PIXELS_AT_ONCE_CPU if model.device.type == "cpu" else PIXELS_AT_ONCE
+        self.pixels_at_once = {"encode": pixels, "decode": pixels}
+        if files.kind == "AutoencoderKLTemporalDecoder":  # its decoder looks along time: a whole clip, if that fits
+            self.pixels_at_once["decode"] = sys.maxsize
+        if self.time_factor == 1:
+            # Channels last is 1.4 times as fast on the CPU (AMD EPYC, oneDNN, float32) and no slower elsewhere. It is
+            # for 2-d convolutions; its kin for 3-d ones sped Wan's VAE up as much and halved CogVideoX's speed.
+            for module in model.modules():
+                if isinstance(module, torch.nn.Conv2d):
+                    module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     @property
     def hash(self) -> str:
         """Hash of weights and configuration."""
         return self.files.hash
 
-    def _pixels_at_once(self) -> int:
-        return PIXELS_AT_ONCE_CPU if self.model.device.type == "cpu" else PIXELS_AT_ONCE
-
     @torch.inference_mode()
     def encode(self, frames: UInt8[Tensor, "b F H W 3"]) -> Float[Tensor, "b moments f c h w"]:
-        """Raw moments of the posterior, float32 on the CPU. Height and width must be multiples of `factor`."""
-        batch, _, height, width, _ = frames.shape
+        """Raw moments of the posterior, float32 on the CPU: of F frames `f = 1 + (F - 1) / time_factor`.
+
+        Raises ValueError where height and width are no multiples of `factor`, or F is not `k time_factor + 1`, and
+        torch.OutOfMemoryError (on the CPU RuntimeError) where not even one frame fits, or one clip of a video VAE.
+        """
+        _, count, height, width, _ = frames.shape
         if height % self.factor or width % self.factor:
             raise ValueError(f"frames of {height}x{width} don't divide by the VAE's factor {self.factor}")
-        images = rearrange(frames, "b F H W c -> (b F) c H W")
-        parts = []
-        for part in images.split(max(1, self._pixels_at_once() // (height * width))):
-            x = (part.to(self.model.device).float() / 127.5 - 1).to(self.model.dtype, memory_format=torch.channels_last)
-            encoded = self.model.encode(x)
-            if self.moments == 2:
-                posterior = encoded.latent_dist
-                moments = torch.stack((posterior.mean, posterior.logvar), dim=1)
-            else:
-                moments = encoded.latents[:, None]
-            parts.append(moments.float().cpu())
-        return rearrange(torch.cat(parts), "(b f) m c h w -> b m f c h w", b=batch).contiguous()
+        if over := (count - 1) % self.time_factor:
+            raise ValueError(
+                f"the VAE takes {self.time_factor}k+1 frames, not {count}; use {count - over} or "
+                f"{count - over + self.time_factor}"
+            )
+        together = self._together("encode", count * height * width)
+        return torch.cat([self._encode_clips(clips) for clips in frames.split(together)])
 
     @torch.inference_mode()
     def decode(self, latents: Float[Tensor, "b f c h w"]) -> UInt8[Tensor, "b F H W 3"]:
-        """Frames of raw (denormalised) latents, on the CPU."""
-        batch, _, _, height, width = latents.shape
-        images = rearrange(latents, "b f c h w -> (b f) c h w")
-        parts = []
-        for part in images.split(max(1, self._pixels_at_once() // (height * width * self.factor**2))):
-            z = part.to(self.model.device, self.model.dtype, memory_format=torch.channels_last)
-            made = self.model.decode(z).sample.float()
-            parts.append(((made.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu())
-        return rearrange(torch.cat(parts), "(b F) c H W -> b F H W c", b=batch).contiguous()
+        """Frames of raw (denormalised) latents, on the CPU: `F = 1 + (f - 1) time_factor`.
+
+        Raises as `encode` does where memory is short.
+        """
+        _, count, _, height, width = latents.shape
+        together = self._together("decode", self._frames(count) * height * width * self.factor**2)
+        return torch.cat([self._decode_clips(clips) for clips in latents.split(together)])
 
     def normalise(self, latents: Float[Tensor, "*b c h w"]) -> Float[Tensor, "*b c h w"]:
         """Raw latents to what the model sees: mean 0 and spread 1 in each channel."""
@@ -82,22 +92,116 @@ class Vae:
         mean, std = (value[:, None, None].to(latents.device) for value in (self.mean, self.std))
         return latents * std + mean
 
+    def _frames(self, count: int) -> int:
+        return 1 + (count - 1) * self.time_factor
 
-def load_vae(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Vae:
+    def _together(self, way: str, pixels: int) -> int:
+        """Whole clips of so many pixels that may share a forward pass; a clip alone always gives the same bits."""
+        return 1 if self.model.device.type == "cpu" else max(1, self.pixels_at_once[way] // pixels)
+
+    def _encode_clips(self, frames: Tensor) -> Tensor:
+        batch, count, height, width, _ = frames.shape
+        if self.time_factor > 1:
+            x = rearrange(frames, "b F H W c -> b c F H W")
+            moments = self._in_parts("encode", x, count * height * width, self._moments)
+            return rearrange(moments, "b m c f h w -> b m f c h w").contiguous()
+        x = rearrange(frames, "b F H W c -> (b F) c H W")
+        moments = self._in_parts("encode", x, height * width, self._moments)
+        return rearrange(moments, "(b f) m c h w -> b m f c h w", b=batch).contiguous()
+
+    def _moments(self, x: Tensor) -> Tensor:
+        """Moments, along axis 1, of a batch of images or videos `b c ... H W`, uint8."""
+        x = (x.to(self.model.device).float() / 127.5 - 1).to(self.model.dtype, memory_format=self._format(x))
+        encoded = self.model.encode(x)
+        if self.moments == 1:
+            return encoded.latents[:, None].float().cpu()
+        posterior = encoded.latent_dist
+        return torch.stack((posterior.mean, posterior.logvar), dim=1).float().cpu()
+
+    def _decode_clips(self, latents: Tensor) -> Tensor:
+        batch, count, _, height, width = latents.shape
+        pixels = height * width * self.factor**2
+        if self.time_factor > 1:
+            z = rearrange(latents, "b f c h w -> b c f h w")
+            frames = self._in_parts("decode", z, self._frames(count) * pixels, self._pixels)
+            return rearrange(frames, "b c F H W -> b F H W c").contiguous()
+        if self.files.kind == "AutoencoderKLTemporalDecoder":
+            clips = torch.stack([self._in_parts("decode", z, pixels, self._pixels) for z in latents])
+            return rearrange(clips, "b F c H W -> b F H W c").contiguous()
+        z = rearrange(latents, "b f c h w -> (b f) c h w")
+        frames = self._in_parts("decode", z, pixels, self._pixels)
+        return rearrange(frames, "(b F) c H W -> b F H W c", b=batch).contiguous()
+
+    def _pixels(self, z: Tensor) -> Tensor:
+        """Images or videos `b c ... H W`, uint8, of their latents `b c ... h w`; `f c h w` with a temporal decoder."""
+        kind, count = self.files.kind, z.shape[2]
+        if kind == "AutoencoderKLCogVideoX" and count > 1 and count % 2 == 0:
+            # Its decoder makes 8 frames of 2 latents, not 5: only of an odd number does the first stand for one frame.
+            # So the last is given twice and what it makes more is cut: convolutions there look only backwards.
+            z = torch.cat((z, z[:, :, -1:]), dim=2)
+        z = z.to(self.model.device, self.model.dtype, memory_format=self._format(z))
+        options = {"num_frames": len(z)} if kind == "AutoencoderKLTemporalDecoder" else {}
+        made = self.model.decode(z, **options).sample.float()
+        made = made[:, :, : self._frames(count)] if self.time_factor > 1 else made
+        return ((made.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+
+    def _format(self, x: Tensor) -> torch.memory_format:
+        return torch.channels_last if x.ndim == 4 else torch.contiguous_format
+
+    def _in_parts(self, way: str, x: Tensor, pixels: int, step: Callable[[Tensor], Tensor]) -> Tensor:
+        """`step` of all x, whose items have so many pixels each, as many at once as memory has held so far."""
+        done: list[Tensor] = []
+        at = 0
+        while at < len(x):
+            count = min(len(x) - at, max(1, self.pixels_at_once[way] // pixels))
+            try:
+                done.append(step(x[at : at + count]))
+                at += count
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or not self._make_room(way, count, pixels):
+                    raise
+            if hasattr(self.model, "clear_cache"):
+                self.model.clear_cache()  # Wan's keeps the last frames of every layer
+            give_back(self.model.device)
+        return torch.cat(done)
+
+    def _make_room(self, way: str, count: int, pixels: int) -> bool:
+        """Halves what goes through at once, or has the model work in tiles; False where nothing is left to do."""
+        items = "frames" if self.time_factor == 1 else "clips"
+        if count > 1:
+            self.pixels_at_once[way] = count // 2 * pixels
+            self.remarks.append(f"VAE: out of memory with {count} {items} at once; goes on with {count // 2}")
+            return True
+        if not hasattr(self.model, "use_tiling") or self.model.use_tiling:
+            return False
+        self.model.enable_tiling()
+        self.remarks.append(f"VAE: out of memory with one {items[:-1]}; goes on in tiles, whose seams are blended")
+        return True
+
+
+def load_vae(
+    name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, models: str = ""
+) -> Vae:
     """The VAE that `codec.vae` names: `builtin`, a folder, or a hub id; also the `vae` of a whole pipeline.
 
-    Raises UserError, with what to do, where it can't be had.
+    `models` is a folder that `sora download` filled. The weights are held in `dtype`, float32 or bfloat16. Raises
+    UserError, with what to do, where the VAE can't be had.
     """
     import diffusers
 
-    files = find_vae(name)
-    kind = {"AutoencoderKL": diffusers.AutoencoderKL, "AutoencoderTiny": diffusers.AutoencoderTiny}[files.kind]
+    files = find_vae(name, models)
     verbosity = diffusers.utils.logging.get_verbosity()
     diffusers.utils.logging.set_verbosity_error()  # it warns of keys of TAESD's config that its own class wrote
     try:
-        model = kind.from_pretrained(
+        model = getattr(diffusers, files.kind).from_pretrained(
             str(files.place), local_files_only=True, use_safetensors=True, torch_dtype=dtype, low_cpu_mem_usage=False
         )
     finally:
         diffusers.utils.logging.set_verbosity(verbosity)
     return Vae(model.to(device), files)
+
+
+def vae_of(codec: CodecConfig, device: str | torch.device = "cpu") -> Vae:
+    """A recipe's VAE in its precision."""
+    return load_vae(codec.vae, device, getattr(torch, DTYPES[codec.precision]), codec.models)

@@ -14,7 +14,8 @@ from torch import Tensor
 from sora_train.codec.text import pad_text
 from sora_train.data.order import stable_hash
 from sora_train.diffusion import Objective
-from sora_train.schema import Clips, Manifest
+from sora_train.manifest import Manifest
+from sora_train.schema import Clips
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from pyarrow import fs
 
 from sora_train.data.order import Bucket, Plan, stable_hash
 from sora_train.errors import UserError
+from sora_train.manifest import Manifest
 from sora_train.places import resolve
-from sora_train.schema import ENCODING_KEY, SHARD_SCHEMA, Clips, Manifest, bucket_of, decode_rows, shard_files
+from sora_train.schema import ENCODING_KEY, SHARD_SCHEMA, Clips, bucket_of, decode_rows, shard_files
 
 Split = Literal["train", "holdout"]
 OPENERS = 16  # footers of a remote folder fetched at a time

@@ -11,13 +11,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from sora_train.codec.text import TextEncoder, load_text_encoder
+from sora_train.codec.text import TextEncoder, text_encoder_of
 from sora_train.codec.vae import Vae, load_vae
 from sora_train.diffusion import Objective, make_objective
 from sora_train.errors import UserError
+from sora_train.manifest import Manifest
 from sora_train.model import Latte
 from sora_train.recipe import Recipe, load_recipe
-from sora_train.schema import Manifest
 
 WEIGHTS = "ema.safetensors"
 
@@ -36,14 +36,14 @@ class Run:
 
     @cached_property
     def vae(self) -> Vae:
-        vae = load_vae(self.recipe.codec.vae, device=self.device)
+        vae = load_vae(self.recipe.codec.vae, device=self.device, models=self.recipe.codec.models)
         self._same("codec.vae", self.recipe.codec.vae, vae.hash, self.manifest.vae.hash)
         return vae
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
         codec = self.recipe.codec
-        encoder = load_text_encoder(codec.text, max_tokens=codec.max_tokens, device=self.device)
+        encoder = text_encoder_of(codec, device=self.device)
         self._same("codec.text", codec.text, encoder.hash, self.manifest.text.hash)
         return encoder
 

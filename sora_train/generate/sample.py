@@ -84,8 +84,7 @@ def generate_each(
 def latent_shape(run: Run) -> tuple[int, int, int, int]:
     """Axes `f c h w` of one clip's latents."""
     manifest = run.manifest
-    factor = manifest.vae.factor
-    return manifest.frames, manifest.vae.channels, manifest.height // factor, manifest.width // factor
+    return manifest.vae.latent_shape(manifest.frames, manifest.height, manifest.width)
 
 
 def noise(seed: int, shape: tuple[int, ...]) -> Float[Tensor, "f c h w"]:

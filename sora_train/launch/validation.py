@@ -135,12 +135,13 @@ def embed_prompts(run: Path, trained: Any = None) -> list:
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    from sora_train.codec.text import load_text_encoder
+    from sora_train.codec.text import text_encoder_of
     from sora_train.recipe import load_recipe
 
     recipe = load_recipe(run / "recipe.yaml")
     prompts = list(recipe.validation.prompts)
-    wanted = json.dumps({"prompts": prompts, "text": recipe.codec.text, "max_tokens": recipe.codec.max_tokens})
+    codec = recipe.codec
+    wanted = json.dumps([prompts, codec.text, codec.max_tokens, codec.text_precision])
     place = run / EMBEDDINGS
     if place.exists():
         with safe_open(place, "pt") as file:
@@ -149,7 +150,7 @@ def embed_prompts(run: Path, trained: Any = None) -> list:
     if trained is not None:
         encoder = trained.text_encoder
     else:
-        encoder = load_text_encoder(recipe.codec.text, max_tokens=recipe.codec.max_tokens, device=_device())
+        encoder = text_encoder_of(recipe.codec, device=_device())
     embeddings = [embedding.float().cpu().contiguous() for embedding in encoder.encode(prompts)]
     draft = place.with_suffix(".draft")
     save_file({f"{i:03d}": embedding for i, embedding in enumerate(embeddings)}, draft, {"of": wanted})

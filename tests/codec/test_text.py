@@ -52,10 +52,20 @@ def test_a_words_embedding_is_nearest_to_the_same_word_elsewhere(encoder: TextEn
             assert (alike > 0.9) if word == other else (alike < 0.5)
 
 
-def test_a_caption_is_encoded_the_same_alone_and_beside_longer_ones(encoder: TextEncoder):
+def test_a_caption_is_encoded_the_same_alone_and_in_a_batch_of_longer_ones(encoder: TextEncoder):
+    together = load_text_encoder("builtin")
+    together.one_by_one = False  # as on a GPU
     captions = ["a red circle moving left", "", "a much longer caption than the others", *ODD]
-    for caption, embedding in zip(captions, encoder.encode(captions), strict=True):
+    for caption, embedding in zip(captions, together.encode(captions), strict=True):
         torch.testing.assert_close(embedding, encoder.encode([caption])[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_the_cpu_an_embedding_does_not_depend_on_its_batch_by_a_bit(dtype: torch.dtype):
+    exact = load_text_encoder("builtin", dtype=dtype)
+    captions = [scene.caption for scene in all_scenes()] + ODD
+    for caption, embedding in zip(captions, exact.encode(captions), strict=True):
+        assert torch.equal(embedding, exact.encode([caption])[0])
 
 
 def test_the_empty_caption_is_one_token(encoder: TextEncoder):

@@ -116,7 +116,7 @@ def test_two_folders_with_the_same_content_hash_alike_and_other_weights_do_not(t
 
 def test_a_network_of_another_class_is_refused(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
-    with pytest.raises(UserError, match="holds a UNet2DModel; known are AutoencoderKL and AutoencoderTiny"):
+    with pytest.raises(UserError, match="holds a UNet2DModel; known are AutoencoderKL, AutoencoderTiny, "):
         load_vae(str(tmp_path))
 
 

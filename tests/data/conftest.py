@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sora_train.schema import ROW_GROUP, SHARD_SCHEMA, Manifest, bucket_name, encode_row
+from sora_train.manifest import Manifest
+from sora_train.schema import ROW_GROUP, SHARD_SCHEMA, bucket_name, encode_row
 
 WIDTH = 6  # of a text embedding
 MakeShards = Callable[..., str]
@@ -30,7 +31,7 @@ def manifest_of(moments: int, encoding_hash: str) -> Manifest:
             "buckets": {},
             "empty_text": base64.b64encode(empty.tobytes()).decode(),
             "empty_tokens": 1,
-            "counts": {"rows": 0, "written": 0, "quarantined": 0, "filtered": 0},
+            "counts": {"asked": 0, "written": 0, "quarantined": 0, "filtered": 0},
             "reasons": {},
         }
     )

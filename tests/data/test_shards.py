@@ -9,7 +9,8 @@ import pytest
 from sora_train.data.order import Bucket, batch
 from sora_train.data.shards import ShardSet, is_held_out
 from sora_train.errors import UserError
-from sora_train.schema import Manifest, decode_rows
+from sora_train.manifest import Manifest
+from sora_train.schema import decode_rows
 
 BUCKET = "3x16x24"
 

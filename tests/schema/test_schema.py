@@ -8,16 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from sora_train.errors import UserError
-from sora_train.schema import (
-    SHARD_SCHEMA,
-    Manifest,
-    bucket_name,
-    bucket_of,
-    bucket_size,
-    decode_rows,
-    encode_row,
-    shard_files,
-)
+from sora_train.manifest import SCHEMA_VERSION, Manifest
+from sora_train.schema import SHARD_SCHEMA, bucket_name, bucket_of, bucket_size, decode_rows, encode_row, shard_files
 
 BUCKET = "2x32x32"  # what the fixture tiny_shards has: 1 moment, 2 frames, 4 channels, 4 x 4
 
@@ -79,9 +71,11 @@ def test_a_folder_without_a_manifest_says_what_to_run(tmp_path: Path):
 
 def test_a_manifest_of_another_schema_version_is_refused(tiny_shards: Path, tmp_path: Path):
     text = (tiny_shards / "manifest.json").read_text()
-    changed = text.replace('"schema_version": 1', '"schema_version": 99').replace('"frames"', '"clip_frames"')
+    changed = text.replace(f'"schema_version": {SCHEMA_VERSION}', '"schema_version": 99').replace(
+        '"frames"', '"clip_frames"'
+    )
     (tmp_path / "manifest.json").write_text(changed)
-    with pytest.raises(UserError, match=r"schema version 1.*another data.output"):
+    with pytest.raises(UserError, match=rf"schema version {SCHEMA_VERSION}.*another data.output"):
         Manifest.load(str(tmp_path))
 
 

@@ -1,0 +1,18 @@
+"""Running out of memory: how it looks, and giving back what a failed try held."""
+
+import torch
+
+SIGNS = ("can't allocate memory", "could not create a primitive", "out of memory", "_ALLOC_FAILED")
+"""What PyTorch's CPU allocator, oneDNN, an accelerator's driver, and cuDNN or cuBLAS say, without a class for it."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
+    )
+
+
+def give_back(device: torch.device) -> None:
+    """Hands cached blocks back to the device. To be called outside the `except`: the error itself holds tensors."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,113 @@
+"""`manifest.json` beside the shards: what made them, and what a reader must know of them. No torch here."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import numpy as np
+
+from sora_train.errors import UserError
+from sora_train.places import read_bytes, resolve, write_whole
+from sora_train.section import Section
+
+SCHEMA_VERSION = 2
+
+
+class VaeFacts(Section):
+    """The VAE that made the latents; `mean` and `std` per channel take raw latents to what a model sees."""
+
+    name: str
+    hash: str
+    channels: int
+    factor: int
+    """Pixels on a side that one latent stands for."""
+    time_factor: int = 1
+    """Frames that one latent stands for, but for the first, which stands alone: `k time_factor + 1` frames."""
+    precision: str = "fp32"
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Axes `f c h w` of the latents of so many frames of so many pixels."""
+        return 1 + (frames - 1) // self.time_factor, self.channels, height // self.factor, width // self.factor
+
+
+class TextFacts(Section):
+    """The text encoder that made the embeddings."""
+
+    name: str
+    hash: str
+    width: int
+    max_tokens: int
+    precision: str = "fp32"
+
+
+class LatentFormat(Section):
+    """How latents lie in a row: `[moments, frames, channels, h, w]`."""
+
+    dtype: str = "float16"
+    moments: int
+    """2: mean and log-variance of the posterior; 1: the VAE has none."""
+
+
+class Counts(Section):
+    """Clips: `asked` for = `written` + `quarantined` + `filtered`; a source that can't be opened counts as one."""
+
+    asked: int
+    written: int
+    quarantined: int
+    filtered: int
+
+
+class Manifest(Section):
+    """What a reader must know of a shard set; `manifest.json` beside the shards, and in runs made from them."""
+
+    schema_version: int = SCHEMA_VERSION
+    encoding_hash: str
+    """Over transform, VAE, text encoder and the version of that code: shards of two encodings never mix."""
+    vae: VaeFacts
+    text: TextFacts
+    latents: LatentFormat
+    frames: int
+    fps: float
+    height: int
+    width: int
+    """The shape that samples take by default: that of the largest bucket that holds clips."""
+    buckets: dict[str, int]
+    """Rows of each bucket, those that the recipe asks for and that are empty too."""
+    settings: dict[str, Any] = {}
+    """The recipe's `data` and `selection` as they stood: by them a clip's frames can be made again."""
+    empty_text: str
+    """The empty prompt's embedding, `[empty_tokens, width]`, base64 of float16."""
+    empty_tokens: int
+    counts: Counts
+    reasons: dict[str, int]
+    """How many clips are missing for which reason."""
+
+    def save(self, folder: str) -> None:
+        """Writes `folder/manifest.json`, whole or not at all."""
+        system, path = resolve(folder)
+        write_whole(system, f"{path}/manifest.json", self.model_dump_json(indent=1).encode())
+
+    @classmethod
+    def load(cls, folder: str) -> Manifest:
+        """Reads `folder/manifest.json`; UserError where there is none, or one of another schema version."""
+        system, path = resolve(folder)
+        content = read_bytes(system, f"{path}/manifest.json")
+        if content is None:
+            raise UserError(f"no manifest.json in {folder}: encode the clips first with `sora prep RECIPE`")
+        try:
+            return cls.model_validate_json(content)
+        except ValueError as error:
+            if f'"schema_version":{SCHEMA_VERSION},' in content.decode(errors="replace").replace(" ", ""):
+                raise UserError(f"{folder}/manifest.json can't be read: {error}") from error
+            raise UserError(
+                f"{folder}/manifest.json is not of schema version {SCHEMA_VERSION}, which this version of sora_train "
+                "reads: encode the clips again with `sora prep RECIPE` into another data.output"
+            ) from None
+
+    def empty_embedding(self) -> np.ndarray:
+        """The empty prompt's embedding, float16 `[tokens, width]`."""
+        content = base64.b64decode(self.empty_text)
+        return np.frombuffer(content, np.float16).reshape(self.empty_tokens, self.text.width)
