@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ import ray
 import yaml
 
 from sora_train.codec.files import find_text_encoder, find_vae
+from sora_train.codec.folders import find_folder
 from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
+from sora_train.manifest import Manifest
+from sora_train.model.convert import check_fit
 from sora_train.recipe import Recipe
-from sora_train.schema import Manifest
+from sora_train.schema import bucket_name, bucket_size
 from sora_train.train import checkpoint
 
 MAY_CHANGE = (
@@ -22,7 +26,12 @@ MAY_CHANGE = (
     "data.root",
     "data.output",  # the shards' own manifest is compared
     "data.max_bad_fraction",
+    "data.timeout_s",
+    "data.file_column",
+    "data.caption_column",
+    "prep.",
     "codec.",  # likewise
+    "model.init_from",
     "train.output",
     "train.steps",
     "train.micro_batch_size",
@@ -54,11 +63,18 @@ def absolute(recipe: Recipe) -> Recipe:
         update={
             "data": recipe.data.model_copy(update={"output": place(recipe.data.output)}),
             "codec": recipe.codec.model_copy(
-                update={"vae": network(recipe.codec.vae), "text": network(recipe.codec.text)}
+                update={key: network(getattr(recipe.codec, key)) for key in ("vae", "text", "models")}
             ),
+            "model": replace(recipe.model, init_from=_start(recipe)),
             "train": recipe.train.model_copy(update={"output": place(recipe.train.output)}),
         }
     )
+
+
+def _start(recipe: Recipe) -> str:
+    """The local folder that `model.init_from` names, fetched where it is a hub id."""
+    name = recipe.model.init_from
+    return name and os.path.abspath(find_folder(name, "model.init_from", ("transformer",), recipe.codec.models))
 
 
 def check_shards(recipe: Recipe) -> Manifest:
@@ -72,18 +88,33 @@ def check_shards(recipe: Recipe) -> Manifest:
         )
     if manifest.text.width != model.text_width:
         wrong.append(f"model.text_width is {model.text_width}, the shards' embeddings are {manifest.text.width} wide")
-    for side in ("height", "width"):
-        latents = getattr(manifest, side) // manifest.vae.factor
-        if latents % model.patch:
-            wrong.append(f"model.patch {model.patch} does not divide the shards' {side} of {latents} latents")
-    for key in ("frames", "height", "width"):
-        if getattr(recipe.data, key) != getattr(manifest, key):
-            wrong.append(f"data.{key} is {getattr(recipe.data, key)}, the shards' clips have {getattr(manifest, key)}")
+    asked = [bucket_name(*shape) for shape in recipe.data.shapes]
+    if set(asked) != set(manifest.buckets):
+        wrong.append(f"data asks for clips of {', '.join(asked)}, the shards have {', '.join(manifest.buckets)}")
+    for name in manifest.buckets:
+        _, _, h, w = manifest.vae.latent_shape(*bucket_size(name))
+        if h % model.patch or w % model.patch:
+            wrong.append(f"model.patch {model.patch} does not divide the {h}x{w} latents of the bucket {name}")
     if wrong:
         raise UserError(
             f"{recipe.data.output} does not fit the recipe: {'; '.join(wrong)}. Set the former to the latter"
         )
+    if empty := [name for name, count in manifest.buckets.items() if not count]:
+        raise UserError(
+            f"{recipe.data.output} has no clip in the buckets {', '.join(empty)} that the recipe asks for; "
+            "`sora prep RECIPE --plan` says why. Add clips that fill them, or take them out of data.buckets"
+        )
     return manifest
+
+
+def check_start(recipe: Recipe) -> None:
+    """UserError where training can't start from `model.init_from`."""
+    folder = recipe.model.init_from
+    try:
+        if folder:
+            check_fit(recipe.model, Path(folder))
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"model.init_from: training can't start from {folder}: {error}") from None
 
 
 def check_codec(recipe: Recipe, manifest: Manifest) -> None:
@@ -96,7 +127,7 @@ def check_codec(recipe: Recipe, manifest: Manifest) -> None:
     ):
         if name == facts.name and not recipe.validation.every:
             continue
-        files = find(name)
+        files = find(name, recipe.codec.models)
         if name != facts.name and files.hash != facts.hash:
             raise UserError(
                 f"{key} {name!r} is not what {recipe.data.output} was encoded with ({facts.name!r}), so that samples "

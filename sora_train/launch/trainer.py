@@ -35,6 +35,7 @@ from sora_train.launch.checks import (
     check_codec,
     check_folder,
     check_shards,
+    check_start,
     resources,
     worker_resources,
 )
@@ -43,8 +44,8 @@ from sora_train.launch.environment import environment
 from sora_train.launch.follow import Follower
 from sora_train.launch.validation import Outstanding, prepare, supervise
 from sora_train.launch.worker import train_worker
+from sora_train.manifest import Manifest
 from sora_train.recipe import Recipe, save_recipe
-from sora_train.schema import Manifest
 from sora_train.train import checkpoint
 from sora_train.train.metrics import Events, JsonLines
 
@@ -63,6 +64,7 @@ def launch_training(recipe: Recipe) -> Path:
         print(f"{run} is finished: {at} steps are done; raise train.steps to train on", flush=True)
         return run
     check_codec(recipe, manifest)
+    check_start(recipe)
     print("starting Ray", flush=True)
     need = resources(recipe, gpu=False)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")  # a lost worker is noticed so soon

@@ -5,6 +5,7 @@ A renaming: query, key and value maps are one matrix here and three there; the p
 
 import json
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,26 @@ def config_from_diffusers(config: dict[str, Any]) -> ModelConfig:
     )
 
 
+def transformer_folder(folder: Path) -> Path:
+    """The folder itself, or `transformer` in it where it is a whole pipeline's. FileNotFoundError if neither."""
+    for place in (folder / "transformer", folder):
+        if (place / "config.json").is_file():
+            return place
+    raise FileNotFoundError(f"{folder / 'config.json'} is missing: not a model in diffusers' format")
+
+
+def check_fit(config: ModelConfig, folder: Path) -> None:
+    """ValueError, with every key that differs, where a model of this shape can't take the weights in a folder."""
+    found = config_from_diffusers(json.loads((transformer_folder(folder) / "config.json").read_text()))
+    wrong = [
+        f"model.{field.name} is {getattr(config, field.name)!r}, there it is {getattr(found, field.name)!r}"
+        for field in fields(ModelConfig)
+        if field.name != "init_from" and getattr(config, field.name) != getattr(found, field.name)
+    ]
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a diffusers folder, in one file or in several with an index."""
     index = folder / f"{WEIGHTS}.index.json"
@@ -91,10 +112,7 @@ def from_diffusers(folder: str | Path) -> Latte:
 
     Raises FileNotFoundError where there is none, ValueError naming unexpected or missing tensors and settings.
     """
-    folder = Path(folder)
-    folder = folder / "transformer" if (folder / "transformer" / "config.json").is_file() else folder
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder / 'config.json'} is missing: not a model in diffusers' format")
+    folder = transformer_folder(Path(folder))
     model = Latte(config_from_diffusers(json.loads((folder / "config.json").read_text())))
     there = read_weights(folder)
     here: dict[str, Tensor] = {}

@@ -59,6 +59,8 @@ class ModelConfig:
     """Biases in the query, key and value maps."""
     norm_eps: float = 1e-6
     """Added to the variance in layer norms."""
+    init_from: str = ""
+    """Latte whose weights training starts from: a folder in diffusers' format, or a hub id; empty is from scratch."""
 
     def __post_init__(self) -> None:
         for key in ("width", "depth", "heads", "patch", "in_channels", "text_width", "sample_size"):

@@ -16,6 +16,7 @@ from sora_train.data.order import Plan, batch
 from sora_train.data.shards import ShardSet
 from sora_train.diffusion import DiffusionConfig, make_objective
 from sora_train.model import Latte, ModelConfig
+from sora_train.model.convert import from_diffusers
 from sora_train.train import checkpoint
 from sora_train.train.config import TrainConfig
 from sora_train.train.ema import Ema
@@ -50,6 +51,8 @@ def train(
 
     torch.manual_seed(config.seed)  # the same initial weights on every rank
     model = Latte(model_config)
+    if model_config.init_from and resume is None:
+        model.load_state_dict(from_diffusers(model_config.init_from).state_dict())
     objective = make_objective(diffusion)
     engine = Engine(model, config, accumulation=accumulation(config, world), device=device)
     ema = Ema(engine, config.ema_decay)

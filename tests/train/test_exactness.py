@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sora_train.model import Latte
+from sora_train.model import Latte, ModelConfig
+from sora_train.model.convert import from_diffusers, to_diffusers
 
 HERE = Path(__file__).parent
 SETTINGS = {
@@ -67,6 +68,9 @@ def runs(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = [process.communicate(timeout=200)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], "\n".join(output)
     one = [task("two_to_one", "zero3", zero_stage=1), task("zero0_clip", zero_stage=0, gradient_clip=0.1)]
+    torch.manual_seed(5)
+    to_diffusers(Latte(ModelConfig(width=16, depth=2, heads=2, text_width=64, sample_size=4)), root / "start")
+    one += [task("started", steps=1, learning_rate=1e-12) | {"init_from": str(root / "start")}]
     (process,) = start(1, tiny_shards, root / "store3", one)
     output = process.communicate(timeout=200)[0]
     assert process.returncode == 0, output
@@ -172,3 +176,8 @@ def test_stage_0_clips_and_measures_the_gradient_as_deepspeed_does_in_the_others
     norms = [line["grad_norm"] for line in lines]
     assert norms == pytest.approx([norms[0]] * 3, rel=1e-5)
     assert norms[0] > 0.1
+
+
+def test_a_run_begins_with_the_weights_it_is_to_start_from(runs: Path):
+    wanted = {name: tensor.flatten() for name, tensor in from_diffusers(runs / "start").state_dict().items()}
+    assert distance(parts(runs / "started" / "step_00000001"), wanted) < 1e-9
