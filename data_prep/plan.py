@@ -1,0 +1,46 @@
+"""What `sora prep` would do, by the headers alone and a few clips: `sora prep RECIPE --plan`."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+from data_prep.buckets import buckets_of
+from data_prep.measure import CAPTIONS, CLIPS, has_cluster, measure_on_cluster, spread, tokens_of
+from data_prep.pipeline import check_shapes, find_codec
+from data_prep.plan_text import format_plan, judge
+from data_prep.reckon import Plan, cost, giving, reckon
+from data_prep.source import read_rows
+from data_prep.survey import is_large, survey
+from sora_train.recipe import Recipe
+
+
+def show_plan(recipe: Recipe) -> None:
+    """Prints the plan; then raises UserError or RecipeError where it comes to nothing, or a bucket stays empty."""
+    found = plan(recipe)
+    print(format_plan(found), flush=True)
+    judge(found, recipe.data)
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Opens every source's header, and decodes and encodes a few clips.
+
+    Raises UserError where captions or networks are no good; `judge` says what is wrong with a plan.
+    """
+    from sora_train.launch.cluster import connect
+
+    data = recipe.data
+    vae, text = find_codec(recipe)
+    check_shapes(buckets_of(data), vae)
+    rows = read_rows(data)
+    joined = is_large(rows, data) or has_cluster(recipe.cluster.address)
+    with connect(recipe.cluster.address, log_to_driver=False) if joined else nullcontext():
+        looks = survey(rows, data, recipe.selection)
+        draft = reckon(recipe, rows, looks, vae, text.width, tokens_of(text, recipe.codec.max_tokens))
+        good = sorted(giving(rows, looks), key=lambda row: sorted(looks[row.path].clips))  # bucket by bucket
+        if not good:
+            return draft
+        print(f"plan: {len(looks)} files opened; now a few clips are encoded, to see how long they take", flush=True)
+        captions = spread(sorted({caption for row in good for caption in row.captions}), CAPTIONS)
+        measured = measure_on_cluster(recipe, spread(good, CLIPS), captions)
+    return replace(draft, work=cost(draft, buckets_of(data), measured)) if measured else draft
