@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: help quickstart bench-quickstart drill-kill test lint .venv
+.PHONY: help quickstart bench-quickstart drill-kill drill-prep test lint .venv
 
 help:
 	@echo 'make quickstart   clips, shards, training, samples and a report in runs/quickstart, in minutes on two cores'
@@ -12,6 +12,7 @@ help:
 	@echo 'make lint         ruff, pyright and the import rules'
 	@echo 'make bench-quickstart   after make quickstart: three training seeds, 192 clips each'
 	@echo 'make drill-kill   a worker killed at ten steps of a run, one after the other'
+	@echo 'make drill-prep   sora prep killed at ten moments, driver and actors in turn'
 	@echo 'make .venv        the environment alone, pinned by constraints.txt'
 
 # The stamp is made last, so that an installation that was interrupted is taken up again.
@@ -30,6 +31,9 @@ bench-quickstart: .venv/installed
 
 drill-kill: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/launch -m slow -rA
+
+drill-prep: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/data_prep/test_drill.py -m slow -rA
 
 # One thread a process, since tests start several processes at once.
 test: export OMP_NUM_THREADS ?= 1

@@ -1,143 +1,246 @@
-"""One clip of one local file: open, pick frames by their timestamps, turn, crop, resize. No Ray, no torch.
-
-decord (its maintained fork, decord2) goes first, because it seeks and turns frames by itself; what it can't read PyAV
-reads from the beginning.
-"""
+"""What a local file is cut into, and the clips themselves: picked by time, cropped, resized. No Ray, no torch."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import av
 import decord
 import numpy as np
-from PIL import Image
 
-from data_prep.buckets import Bucket, nearest_frames
-from data_prep.headers import Header, plain, read_header
+from data_prep.buckets import Bucket, buckets_of, choose_bucket, takes
+from data_prep.fitting import drawn, fit
+from data_prep.frames import Anywhere, Forward
+from data_prep.headers import Header, demuxed_seconds, read_header
 from data_prep.reasons import ClipError
+from data_prep.stills import read_still, read_still_header, still_kind
+from sora_train.data.config import DataConfig, SelectionConfig
 
-decord.logging.set_level(decord.logging.QUIET)  # what FFmpeg says of a bad file comes back as the error's own text
 CUT_SHARE, CUT_S = 0.1, 0.5  # less missing at the end than this is how containers round
 
 
 @dataclass(frozen=True)
+class Span:
+    """A clip's place: seconds since the video's first frame, and the bucket it goes to; 0 to 0 in a still picture."""
+
+    start_s: float
+    end_s: float
+    bucket: Bucket
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a source is cut into: at least one span. Its size as it is shown, its length, a remark on it, or none."""
+
+    spans: tuple[Span, ...]
+    width: int
+    height: int
+    seconds: float
+    still: bool
+    remark: str
+    frames_per_second: float = 0.0
+
+
+@dataclass(frozen=True)
 class Clip:
-    """Frames uint8 `F H W 3`, the file's sha256, and a remark on the file, or none."""
+    """Frames uint8 `F H W 3`, the file's sha256, 48 digits of how it looks, and a remark on the file, or none."""
 
     frames: np.ndarray
     content_hash: str
+    perceptual_hash: str
     remark: str
 
 
-def read_clip(path: str, bucket: Bucket) -> Clip:
-    """The clip at the start of a local file. Raises ClipError with the reason why there is none."""
-    header = read_header(path)
-    try:
-        frames, end = frames_by_decord(path, header, bucket)
-    except (decord.DECORDError, RuntimeError, IndexError, ValueError, MemoryError) as first:
-        frames, end = frames_by_av(path, header, bucket, f"decord: {first_line(first)}")
-    missing = header.promised_s - end if end else 0.0
-    remark = ""
-    if missing > max(CUT_S, CUT_SHARE * header.promised_s):
-        remark = f"breaks off at {end:.1f} s of {header.promised_s:.1f} s; its clip lies before the break"
-    return Clip(frames, file_hash(path), remark)
+class Source:
+    """One opened file: its spans, and its clips, of which those that rise in time are read fastest.
 
-
-def frames_by_decord(path: str, header: Header, bucket: Bucket) -> tuple[np.ndarray, float]:
-    """The bucket's frames and where the video ends; raises ClipError, and whatever decord raises."""
-    if header.container in ("mpegts", "mpeg"):  # decord 3.4.0 loses their first group of pictures and says nothing
-        raise ValueError(f"{header.container} is left to PyAV")
-    reader = decord.VideoReader(path, num_threads=1)
-    if not len(reader):
-        raise ValueError("no frames")
-    spans = reader.get_frame_timestamp(range(len(reader))).astype(np.float64)  # [frames, 2]: start and end of each
-    starts, end = spans[:, 0] - spans[0, 0], float(spans[-1, 1] - spans[0, 0])
-    if (np.diff(starts) <= 0).any():  # VP8's hidden frames are counted as frames: its times belong to other pictures
-        raise ValueError("frames that share a timestamp")
-    check_length(end, header, bucket)
-    indices = nearest_frames(starts, bucket.times())
-    wanted, position = np.unique(indices, return_inverse=True)
-    frames = reader.get_batch(wanted.tolist()).asnumpy()
-    aspect = header.pixel_aspect
-    if header.width != header.height and frames.shape[1:3] == (header.width, header.height):
-        aspect = 1 / aspect  # turned on its side
-    return np.stack([fit(frame, bucket, aspect) for frame in frames])[position], end
-
-
-def frames_by_av(path: str, header: Header, bucket: Bucket, before: str) -> tuple[np.ndarray, float]:
-    """The same through PyAV, which decodes from the beginning; the end is 0 where it was not reached.
-
-    `before` is what the first decoder said, for the message.
+    `alive` is called now and then where reading takes long.
     """
-    due, chosen = bucket.times(), []
-    last: tuple[float, np.ndarray] | None = None
-    try:
-        for time, frame in decoded(path):
-            while len(chosen) < len(due) and time >= due[len(chosen)]:
-                moment = due[len(chosen)]
-                nearer_before = last is not None and moment - last[0] <= time - moment + 1e-6
-                chosen.append(last[1] if nearer_before and last is not None else fit_av(frame, bucket, header))
-            if len(chosen) == len(due):
-                return np.stack(chosen), 0.0
-            last = time, fit_av(frame, bucket, header)
-    except (av.FFmpegError, ValueError) as error:
-        at = f"at {last[0]:.2f} s" if last else "at the first frame"
-        raise ClipError("corrupt", f"decoding fails {at}: {plain(error)} ({before})") from None
-    if last is None:
-        raise ClipError("corrupt", f"no frame of it decodes ({before})")
-    end = last[0] + header.frame_s
-    check_length(end, header, bucket)
-    return np.stack(chosen + [last[1]] * (len(due) - len(chosen))), end
+
+    def __init__(
+        self, path: str, data: DataConfig, selection: SelectionConfig, alive: Callable[[], None] = lambda: None
+    ):
+        self.path, self.data, self.selection, self.alive = path, data, selection, alive
+        self.still = read_still_header(path) if still_kind(path) else None
+        self.header = None if self.still else read_header(path)
+        self.forward: Forward | None = None
+        self.anywhere: Anywhere | None = None
+        self.refusal = ""  # what decord said
+        self.remarked = False
+        self._hash = ""
+
+    def cut(self, headers_only: bool = False) -> Cut:
+        """Its spans. Raises ClipError `too_short`, `too_long`, `too_small` or `crosses_cut`."""
+        buckets, data, selection = buckets_of(self.data), self.data, self.selection
+        if self.still:
+            check_side(self.still.width, self.still.height, selection)
+            size = self.still.width, self.still.height
+            bucket = choose_bucket(buckets, *size, 0.0, data.max_enlarge, still=True)
+            return Cut((Span(0.0, 0.0, bucket),), *size, 0.0, True, self.still.remark)
+        assert self.header is not None
+        width, height = self.header.shown
+        check_side(width, height, selection)
+        shortest = min(buckets, key=lambda b: (b.frames == 1, b.frames))
+        seconds = self.header.promised_s
+        if not shortest.is_filled_by(seconds - data.start_s):  # a promise too small is none
+            seconds = max(seconds, demuxed_seconds(self.path))
+        if seconds < selection.min_seconds:
+            raise ClipError(
+                "too_short", f"lasts {seconds:.2f} s; at least {selection.min_seconds:g} (selection.min_seconds)"
+            )
+        if 0 < selection.max_seconds < seconds:
+            raise ClipError(
+                "too_long", f"lasts {seconds:.2f} s; at most {selection.max_seconds:g} (selection.max_seconds)"
+            )
+        scenes = [(0.0, seconds)]
+        if selection.scene_cuts and not headers_only:
+            from data_prep.selection import scene_spans
+
+            scenes = scene_spans(self.path, selection.scene_threshold, self.alive)
+        spans = spans_of(scenes, seconds, self.header, data)
+        return Cut(
+            spans, round(width), round(height), seconds, False, "", frames_per_second=self.header.frames_per_second
+        )
+
+    def read(self, span: Span, seed: str) -> Clip:
+        """One clip. Raises ClipError with the reason why there is none."""
+        from data_prep.selection import check_pixels, perceptual_hash
+
+        place, mirrored = drawn(seed, self.data)
+        remark = ""
+        if self.still:
+            picture = read_still(self.path, max(span.bucket.height, span.bucket.width))
+            frames, remark = fit(picture, span.bucket, 1.0, place, mirrored)[None], self.still.remark
+        else:
+            assert self.header is not None
+            header = self.header
+
+            def fitted(frame: np.ndarray) -> np.ndarray:
+                on_its_side = frame.shape[:2] == (header.width, header.height)
+                turned = header.turned if header.width == header.height else on_its_side
+                aspect = 1 / header.pixel_aspect if turned else header.pixel_aspect
+                return fit(frame, span.bucket, aspect, place, mirrored)
+
+            frames, remark = self.frames(span, header, fitted)
+        check_pixels(frames, span.bucket.fps, self.selection)
+        remark, self.remarked = "" if self.remarked else remark, self.remarked or bool(remark)
+        return Clip(frames, self.content_hash(), perceptual_hash(frames), remark)
+
+    def frames(self, span: Span, header: Header, fitted: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, str]:
+        """A span's frames by decord where it can, else by PyAV; and a remark where the file breaks off behind it."""
+        due = span.start_s + span.bucket.times()
+        if self.forward is None and not self.refusal:
+            try:
+                self.forward = Forward(self.path, header)
+            except DECORD_ERRORS as error:
+                self.refusal = first_line(error)
+        if self.forward is not None:
+            check_length(self.forward.end, header, span)
+            if self.forward.reaches(due):
+                try:
+                    frames = np.stack(self.forward.frames(due, fitted))
+                    remark = breaks_off(self.forward.end, header)
+                    if not self.data.stride_s:  # no other clip follows, and decord would decode on
+                        self.forward = None
+                    return frames, remark
+                except DECORD_ERRORS as error:
+                    self.forward, self.refusal = None, first_line(error)
+        self.anywhere = self.anywhere or Anywhere(self.path, header)
+        before = f" (decord: {self.refusal})" if self.refusal else ""
+        try:
+            frames = self.anywhere.frames(due, fitted)
+        except ClipError as error:
+            raise ClipError(error.reason, error.message + before) from None
+        if len(frames) < len(due):
+            if not self.anywhere.end:
+                raise ClipError("corrupt", f"no frame of it decodes{before}")
+            check_length(self.anywhere.end, header, span)
+            raise ClipError("corrupt", f"frames are missing before {self.anywhere.end:.2f} s{before}")
+        return np.stack(frames), breaks_off(self.anywhere.end, header)
+
+    def content_hash(self) -> str:
+        """sha256 of the file's bytes, computed once."""
+        if not self._hash:
+            digest = hashlib.sha256()
+            with open(self.path, "rb") as file:
+                while chunk := file.read(1 << 22):
+                    digest.update(chunk)
+                    self.alive()
+            self._hash = digest.hexdigest()
+        return self._hash
 
 
-def check_length(end: float, header: Header, bucket: Bucket) -> None:
-    """Raises ClipError `truncated` or `too_short` where a video that ends so early doesn't fill a clip."""
-    if bucket.is_filled_by(end):
+DECORD_ERRORS = (decord.DECORDError, RuntimeError, IndexError, ValueError, MemoryError, StopIteration)
+
+
+def cut_source(path: str, data: DataConfig, selection: SelectionConfig, headers_only: bool = False) -> Cut:
+    """What a file is cut into; `headers_only` looks for no scene cuts. Raises ClipError."""
+    return Source(path, data, selection).cut(headers_only)
+
+
+def read_clip(path: str, span: Span, data: DataConfig, selection: SelectionConfig, seed: str) -> Clip:
+    """One clip of a file; `seed` fixes its random crop and flip. Raises ClipError."""
+    return Source(path, data, selection).read(span, seed)
+
+
+def spans_of(scenes: list[tuple[float, float]], seconds: float, header: Header, data: DataConfig) -> tuple[Span, ...]:
+    """Clips from `data.start_s` on, every `data.stride_s`, in each scene anew. Raises ClipError where there is none."""
+    most = 1 if not data.stride_s else data.clips_per_video or None
+    spans: list[Span] = []
+    refusal: ClipError | None = None
+    for number, (begin, end) in enumerate(scenes):
+        if number < len(scenes) - 1:  # of frames further apart than a clip's, the nearest may be the next scene's first
+            end -= max(0.0, header.frame_s / 2 - 1 / data.fps)
+        begin, step = max(begin, data.start_s), 0
+        while most is None or len(spans) < most:
+            start = round(begin + step * data.stride_s, 6)
+            try:
+                bucket = choose_bucket(buckets_of(data), *header.shown, end - start, data.max_enlarge)
+            except ClipError as error:
+                refusal = refusal or error
+                break
+            spans.append(Span(start, round(start + bucket.seconds, 6), bucket))
+            step += 1
+            if not data.stride_s:
+                break
+    if spans:
+        return tuple(spans)
+    assert refusal is not None
+    if refusal.reason == "too_short" and len(scenes) > 1:
+        longest = max(end - begin for begin, end in scenes)
+        raise ClipError("crosses_cut", f"has {len(scenes)} scenes, the longest of {longest:.2f} s; {refusal.message}")
+    late = f" after data.start_s ({data.start_s:g})" if data.start_s else ""
+    raise ClipError(refusal.reason, f"lasts {seconds:.2f} s; {refusal.message}{late}")
+
+
+def check_side(width: float, height: float, selection: SelectionConfig) -> None:
+    """Raises ClipError `too_small`."""
+    if min(width, height) < selection.min_side:
+        raise ClipError(
+            "too_small", f"is {width:.0f}x{height:.0f}; each side at least {selection.min_side} (selection.min_side)"
+        )
+
+
+def check_length(end: float, header: Header, span: Span) -> None:
+    """Raises ClipError `truncated` or `too_short` where a video that ends so early doesn't fill a span."""
+    if span.bucket.is_filled_by(end - span.start_s):
         return
-    wanted = f"a clip of {bucket.frames} frames at {bucket.fps:g} fps takes {bucket.seconds:.2f} s"
-    if bucket.is_filled_by(header.promised_s) and header.promised_s - end > 2 * header.frame_s:
+    wanted = f"the clip from {span.start_s:.2f} to {span.end_s:.2f} s lies beyond"
+    if header.promised_s - end > 2 * header.frame_s:
         raise ClipError("truncated", f"{end:.2f} s of the {header.promised_s:.2f} s that it promises decode; {wanted}")
-    raise ClipError("too_short", f"lasts {end:.2f} s; {wanted}")
+    raise ClipError("too_short", f"lasts {end:.2f} s; {takes(span.bucket)}, and {wanted}")
 
 
-def decoded(path: str) -> Iterator[tuple[float, Any]]:
-    """Frames of the first video stream, with their seconds since the first one."""
-    with av.open(path) as file:
-        stream = file.streams.video[0]
-        rate = float(stream.average_rate or stream.guessed_rate or 25)
-        first = None
-        for count, frame in enumerate(file.decode(stream)):
-            time = count / rate if frame.time is None else frame.time
-            first = time if first is None else first
-            yield time - first, frame
+def breaks_off(end: float, header: Header) -> str:
+    """A remark where a video whose end is known (not 0) lacks much of what it promises."""
+    missing = header.promised_s - end if end else 0.0
+    if missing <= max(CUT_S, CUT_SHARE * header.promised_s):
+        return ""
+    return f"breaks off at {end:.1f} s of {header.promised_s:.1f} s; clips before the break are kept"
 
 
-def fit_av(frame: Any, bucket: Bucket, header: Header) -> np.ndarray:
-    """A frame of PyAV's, turned by its rotation tag, which decord does by itself."""
-    turns = round(frame.rotation / 90) % 4
-    aspect = 1 / header.pixel_aspect if turns % 2 else header.pixel_aspect
-    return fit(np.rot90(frame.to_ndarray(format="rgb24"), turns), bucket, aspect)
-
-
-def fit(frame: np.ndarray, bucket: Bucket, pixel_aspect: float) -> np.ndarray:
-    """The centre of a frame uint8 `H W 3`, resized to the bucket; antialiased where it shrinks."""
-    height, width = frame.shape[:2]
-    box = bucket.crop_box(width, height, pixel_aspect)
-    image = Image.fromarray(np.ascontiguousarray(frame))
-    return np.asarray(image.resize((bucket.width, bucket.height), Image.Resampling.BICUBIC, box=box))
-
-
-def file_hash(path: str) -> str:
-    """sha256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What a decoder's error says, without its stack trace and source position."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].rpartition("] ")[2][:200] if lines else type(error).__name__

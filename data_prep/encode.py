@@ -1,6 +1,6 @@
-"""The three stages between a row and a shard, each an actor that takes and gives Arrow tables.
+"""The three stages between a source and a shard, each an actor that takes and gives Arrow tables.
 
-What fails, fails clip by clip: a row that got a `reason` passes through the later stages untouched, since an exception
+What fails, fails clip by clip: a row that has a `reason` passes through the later stages untouched, since an exception
 would end Ray Data's whole job. torch is imported by the actors that need it, not by the driver.
 """
 
@@ -8,135 +8,124 @@ from __future__ import annotations
 
 import tempfile
 from collections import OrderedDict
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from pyarrow import fs
 
-from data_prep.buckets import Bucket
 from data_prep.decoder import Decoder
 from data_prep.reasons import ClipError
-from data_prep.source import Row
+from data_prep.source import data_root, sample_id
+from data_prep.tables import DECODED, ENCODED, END, WITH_LATENTS
 from sora_train.codec import CodecConfig
+from sora_train.data.config import DataConfig, SelectionConfig
 from sora_train.places import resolve
-from sora_train.schema import SHARD_SCHEMA, encode_row
+from sora_train.schema import bucket_size, encode_row
 
-REMEMBERED = 4096  # captions whose embeddings an actor keeps, so that each distinct one is embedded once
-FAILED = pa.schema([("reason", pa.string()), ("message", pa.string())])
-ROWS = pa.schema(
-    [
-        ("sample_id", pa.string()),
-        ("source", pa.string()),
-        ("captions", pa.list_(pa.string())),
-        ("start_s", pa.float64()),
-        ("end_s", pa.float64()),
-        ("path", pa.string()),
-        ("size", pa.int64()),
-        ("version", pa.string()),
-    ]
-)
-KEPT = pa.schema([("content_hash", pa.string()), ("remark", pa.string())])
-DECODED = pa.schema([*ROWS, *FAILED, *KEPT, pa.field("frames", pa.large_binary())])
-WITH_LATENTS = pa.schema([*ROWS, *FAILED, *KEPT, pa.field("latents", pa.large_binary())])
-ENCODED = pa.schema(
-    [*SHARD_SCHEMA, *FAILED, pa.field("remark", pa.string()), pa.field("empty_text", pa.large_binary())]
-)
+CAPTION_BYTES = 2**30  # embeddings that an actor keeps, so that each distinct caption is embedded once
 
 
-@dataclass(frozen=True)
-class Share:
-    """How many workers a stage has, and what each takes."""
+@contextmanager
+def local_copy(system: fs.FileSystem, path: str) -> Iterator[str]:
+    """A local path of a file; of a remote one by way of a temporary file, since decoders seek.
 
-    workers: int
-    cpus: float
-    gpus: float = 0.0
-    threads: int = 1
-
-
-def share_out(cpus: int, gpus: int) -> tuple[Share, Share, Share]:
-    """A cluster's processors among decoders, VAEs, and text encoders.
-
-    Without GPUs the VAE is the work: its threads are on every core, and the others what they need beside it. With GPUs
-    each holds a VAE and a text encoder, and the cores decode.
+    Raises ClipError `fetch_failed`.
     """
-    if gpus:
-        spare = max(0.5, cpus - gpus)
-        decoders = max(1, int(spare / 0.5) // 2)
-        return Share(decoders, 0.5), Share(gpus, 0.25, 0.5), Share(gpus, 0.25, 0.5)
-    vaes = -(-cpus // 4)
-    decoders = -(-cpus // 2)
-    return (
-        Share(decoders, 0.25 * cpus / decoders),
-        Share(vaes, 0.5 * cpus / vaes, threads=-(-cpus // vaes)),
-        Share(1, 0.1, threads=-(-cpus // 4)),
-    )
-
-
-def to_table(rows: list[Row]) -> pa.Table:
-    """Rows as the first stage takes them."""
-    return pa.Table.from_pylist([asdict(row) for row in rows], ROWS)
+    if isinstance(system, fs.LocalFileSystem):
+        yield path
+        return
+    with tempfile.NamedTemporaryFile(suffix=Path(path).suffix) as local:
+        try:
+            with system.open_input_stream(path) as file:
+                while chunk := file.read(1 << 22):
+                    local.write(chunk)
+            local.flush()
+        except OSError as error:
+            raise ClipError("fetch_failed", f"{path} can't be fetched: {error}") from None
+        yield local.name
 
 
 class Decode:
-    """Files to frames, through a child process."""
+    """Sources to clips, through a child process; a source gives as many rows as clips, and then its END."""
 
-    def __init__(self, root: str, bucket: Bucket, timeout_s: float):
-        self.system, _ = resolve(root)
-        self.remote = "://" in root and not root.startswith("file:")
-        self.decoder = Decoder(bucket, timeout_s)
+    def __init__(self, data: DataConfig, selection: SelectionConfig, clips_at_once: int):
+        self.system, _ = resolve(data_root(data))
+        self.decoder = Decoder(data, selection)
+        self.clips_at_once = clips_at_once
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        return pa.Table.from_pylist([self.decode(row) for row in table.to_pylist()], DECODED)
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        pending: list[dict] = []
+        for source in table.to_pylist():
+            for clip in self.clips(source):
+                pending.append(clip)
+                if sum("frames" in clip for clip in pending) >= self.clips_at_once:
+                    yield pa.Table.from_pylist(pending, DECODED)
+                    pending = []
+        if pending:
+            yield pa.Table.from_pylist(pending, DECODED)
 
-    def decode(self, row: dict) -> dict:
+    def clips(self, source: dict) -> Iterator[dict]:
+        """Rows of DECODED for one source."""
+        common = {name: source[name] for name in ("row_id", "source", "captions", "size", "version")}
+        whole = common | {"sample_id": source["row_id"], "start_s": 0.0, "end_s": 0.0}
+        asked: list[str] = []
         try:
-            clip = self.decoder.read(row["path"]) if not self.remote else self.fetched(row["path"])
+            with local_copy(self.system, source["path"]) as path:
+                cut = self.decoder.cut(path)
+                remark = cut.remark
+                for span in cut.spans:
+                    sample = sample_id(source["source"], span.start_s, span.end_s, tuple(source["captions"]))
+                    asked.append(sample)
+                    if sample in source["done"]:
+                        continue
+                    row = common | {"sample_id": sample, "start_s": span.start_s, "end_s": span.end_s}
+                    row |= {"bucket": span.bucket.name, "remark": remark}
+                    try:
+                        clip = self.decoder.read(path, span, sample)
+                    except ClipError as error:
+                        yield row | {"reason": error.reason, "message": error.message}
+                        continue
+                    row |= {"content_hash": clip.content_hash, "perceptual_hash": clip.perceptual_hash}
+                    yield row | {"frames": clip.frames.tobytes(), "remark": clip.remark or remark}
+                    remark = ""
         except ClipError as error:
-            return row | {"reason": error.reason, "message": error.message}
-        return row | {"frames": clip.frames.tobytes(), "content_hash": clip.content_hash, "remark": clip.remark}
-
-    def fetched(self, path: str):
-        """The clip of a remote file, by way of a temporary one: decoders seek."""
-        with tempfile.NamedTemporaryFile(suffix=Path(path).suffix) as local:
-            try:
-                with self.system.open_input_stream(path) as file:
-                    while chunk := file.read(1 << 22):
-                        local.write(chunk)
-            except OSError as error:
-                raise ClipError("missing_file", f"can't be fetched: {error}") from None
-            local.flush()
-            return self.decoder.read(local.name)
+            asked = [source["row_id"]]
+            yield whole | {"reason": error.reason, "message": error.message}
+        yield whole | {"reason": END, "asked": asked}
 
 
 class EncodeVideo:
     """Frames to raw latents, float32 until the row is made."""
 
-    def __init__(self, codec: CodecConfig, bucket: Bucket, threads: int, device: str):
+    def __init__(self, codec: CodecConfig, threads: int, device: str):
         import torch
 
-        from sora_train.codec.vae import load_vae
+        from sora_train.codec.vae import vae_of
 
         torch.set_num_threads(threads)
-        self.bucket = bucket
-        self.vae = load_vae(codec.vae, device)
+        self.vae = vae_of(codec, device)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows = table.drop_columns(["frames"]).to_pylist()
-        good = [i for i, row in enumerate(rows) if not row["reason"]]
-        column, shape = table.column("frames"), (self.bucket.frames, self.bucket.height, self.bucket.width, 3)
-        clips = [np.frombuffer(column[i].as_buffer(), np.uint8).reshape(shape) for i in good]
-        for i, latents in zip(good, self.encode(clips), strict=True):
-            failed = isinstance(latents, str)
-            rows[i] |= {"reason": "encode_failed", "message": latents} if failed else {"latents": latents.tobytes()}
-        return pa.Table.from_pylist(rows, WITH_LATENTS)
+        column = table.column("frames")
+        by_bucket: dict[str, list[int]] = {}
+        for i, row in enumerate(rows):
+            if not row["reason"]:
+                by_bucket.setdefault(row["bucket"], []).append(i)
+        for bucket, places in by_bucket.items():
+            clips = [np.frombuffer(column[i].as_buffer(), np.uint8).reshape(*bucket_size(bucket), 3) for i in places]
+            for i, latents in zip(places, self.encode(clips), strict=True):
+                failed = isinstance(latents, str)
+                rows[i] |= {"reason": "encode_failed", "message": latents} if failed else {"latents": latents.tobytes()}
+        return noted(rows, self.vae.remarks, WITH_LATENTS)
 
     def encode(self, clips: list[np.ndarray]) -> list[np.ndarray | str]:
         """Float32 latents of each clip, or what went wrong with it; a batch that fails is tried clip by clip."""
         import torch
 
-        if not clips:
-            return []
         try:
             return list(self.vae.encode(torch.from_numpy(np.stack(clips))).numpy())
         except RuntimeError as error:
@@ -148,51 +137,73 @@ class EncodeVideo:
 class EmbedText:
     """Captions to embeddings, and the row of the shard; the first row of each table carries the empty prompt's too.
 
-    `shape` is that of a clip's latents, `[moments, f, c, h, w]`.
+    `moments` and `latent_shapes`, axes `f c h w` per bucket, say how the latents lie in their bytes.
     """
 
-    def __init__(self, codec: CodecConfig, shape: tuple[int, ...], threads: int, device: str):
+    def __init__(
+        self,
+        codec: CodecConfig,
+        moments: int,
+        latent_shapes: dict[str, tuple[int, ...]],
+        batch: int,
+        threads: int,
+        device: str,
+    ):
         import torch
 
-        from sora_train.codec.text import load_text_encoder
+        from sora_train.codec.text import text_encoder_of
 
         torch.set_num_threads(threads)
-        self.shape = shape
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        self.encoder = load_text_encoder(codec.text, codec.max_tokens, device, dtype)
+        self.moments, self.latent_shapes = moments, latent_shapes
+        self.encoder = text_encoder_of(codec, device, batch)
         self.known: OrderedDict[str, np.ndarray] = OrderedDict()
+        self.known_bytes = 0
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows = table.to_pylist()
         embeddings = self.embed({"", *(caption for row in rows if not row["reason"] for caption in row["captions"])})
         encoded = [self.encode(row, embeddings) for row in rows]
-        encoded[0]["empty_text"] = embeddings[""].astype(np.float16).tobytes()
-        return pa.Table.from_pylist(encoded, ENCODED)
+        encoded[0]["empty_text"] = embeddings[""].tobytes()
+        return noted(encoded, self.encoder.remarks, ENCODED)
 
     def embed(self, captions: set[str]) -> dict[str, np.ndarray]:
-        """Float32 `[tokens, width]` of each caption."""
+        """Float16 `[tokens, width]` of each caption; infinite where that overflows."""
         new = sorted(captions - self.known.keys())
-        self.known |= {caption: e.numpy() for caption, e in zip(new, self.encoder.encode(new), strict=True)}
-        found = {caption: self.known[caption] for caption in captions}
-        while len(self.known) > REMEMBERED:
-            self.known.popitem(last=False)
+        for caption, embedding in zip(new, self.encoder.encode(new), strict=True):
+            with np.errstate(over="ignore"):
+                self.known[caption] = embedding.numpy().astype(np.float16)
+            self.known_bytes += self.known[caption].nbytes
+        found: dict[str, np.ndarray] = {}
+        for caption in captions:
+            self.known.move_to_end(caption)
+            found[caption] = self.known[caption]
+        while self.known_bytes > CAPTION_BYTES:
+            self.known_bytes -= self.known.popitem(last=False)[1].nbytes
         return found
 
     def encode(self, row: dict, embeddings: dict[str, np.ndarray]) -> dict:
-        """The row as the shard has it, or with its reason."""
-        common = {name: row[name] for name in ("sample_id", "source", "start_s", "end_s", "captions")}
-        failure = {name: row[name] for name in ("reason", "message", "remark")}
+        """The row with all that the shard has, or with its reason."""
+        latents = row.pop("latents")
         if row["reason"]:
-            return common | failure
-        latents = np.frombuffer(row["latents"], np.float32).reshape(self.shape)
+            return row
+        shape = (self.moments, *self.latent_shapes[row["bucket"]])
         try:
-            return failure | encode_row(
-                **common,
+            return row | encode_row(
+                **{name: row[name] for name in ("sample_id", "source", "start_s", "end_s", "captions")},
                 source_size=row["size"],
                 source_version=row["version"],
                 content_hash=row["content_hash"],
-                latents=latents,
+                perceptual_hash=row["perceptual_hash"],
+                latents=np.frombuffer(latents, np.float32).reshape(shape),
                 text=[embeddings[caption] for caption in row["captions"]],
             )
         except ValueError as error:
-            return common | {"reason": "not_finite", "message": str(error)}
+            return row | {"reason": "not_finite", "message": str(error)}
+
+
+def noted(rows: list[dict], remarks: list[str], schema: pa.Schema) -> pa.Table:
+    """Rows as a table, of which the first carries what a network had to say; `remarks` is emptied."""
+    if remarks:
+        rows[0]["note"] = "; ".join(filter(None, (rows[0]["note"], *remarks)))
+        remarks.clear()
+    return pa.Table.from_pylist(rows, schema)

@@ -2,33 +2,55 @@
 
 from __future__ import annotations
 
-import struct
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import av
+from av.stream import Disposition
 
+from data_prep.boxes import mp4_facts
 from data_prep.reasons import ClipError
 
 LARGEST_SIDE = 8192
-LARGEST_FRAME = 64 * 10**6  # pixels
-MP4_STARTS = {b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"}
-CONTAINERS = {b"moov", b"trak", b"mdia", b"minf", b"stbl"}
+LARGEST_FRAME = 64 * 10**6  # pixels; 8192x8192 is 67 million
+EBML, CLUSTER, PROJECTION = b"\x1a\x45\xdf\xa3", b"\x1f\x43\xb6\x75", b"\x76\x70"  # RFC 9559, 5.1
+STRANGEST_PIXEL = 8.0  # a pixel's width over its height; beyond it (or below its inverse) the tag is nonsense
+LEADING = 16  # packets in which the pictures that are shown before the first keyframe would stand
 
 
 @dataclass(frozen=True)
 class Header:
-    """A video as its container describes it. `promised_s` is 0 where nothing is promised."""
+    """A video as its container describes it; times in seconds. `promised_s` is 0 where nothing is promised.
+
+    `start_s` is the first frame's timestamp, None where there is none; `turned` says that it is shown on its side;
+    `plain_start` that the first frame in the file is the first one shown.
+    """
 
     container: str
     width: int
     height: int
     pixel_aspect: float
     promised_s: float
-    frame_s: float
+    frames_per_second: float
+    start_s: float | None
+    turned: bool
+    alpha: bool
+    plain_start: bool
+
+    @property
+    def frame_s(self) -> float:
+        """How long a frame is shown, on average."""
+        return 1 / self.frames_per_second
+
+    @property
+    def shown(self) -> tuple[float, float]:
+        """Width and height as a viewer sees them: pixels square, turned upright."""
+        width, height = self.width * self.pixel_aspect, float(self.height)
+        return (height, width) if self.turned else (width, height)
 
 
 def read_header(path: str) -> Header:
@@ -36,38 +58,134 @@ def read_header(path: str) -> Header:
 
     Raises ClipError `unreadable`, `no_video_stream`, or `too_large`.
     """
-    check_size(path, mp4_sizes(path))
-    try:
-        file = av.open(path)
-    except (av.FFmpegError, ValueError) as error:
-        raise ClipError("unreadable", f"no decoder can open it: {plain(error)}") from None
-    with file:
-        if not file.streams.video:
-            raise ClipError("no_video_stream", f"{len(file.streams)} streams, none of them video")
-        stream = file.streams.video[0]
-        check_size(path, [(stream.codec_context.width, stream.codec_context.height)])
+    sizes, turned = mp4_facts(path)
+    check_size(sizes)
+    with opened(path) as file:
+        stream = video_of(file)
+        context = stream.codec_context
+        if not context.width:  # some decoders forget the size that they were not to look at
+            check_size(sizes_without_limit(path))
+        check_size([(context.width, context.height)])
+        if not (context.width and context.height):
+            raise ClipError("unreadable", "names no frame size")
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-        promised = 0.0
-        if stream.duration and stream.time_base:
-            promised = float(stream.duration * stream.time_base)
-        elif stream.frames:
-            promised = float(stream.frames / rate)
-        elif "DURATION" in stream.metadata:  # Matroska's own, per track: 00:00:02.567000000
-            hours, minutes, seconds = stream.metadata["DURATION"].split(":")
-            promised = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-        elif file.duration:
-            promised = file.duration / av.time_base
+        start = None if stream.start_time is None else float(stream.start_time * stream.time_base)
+        aspect = float(stream.sample_aspect_ratio or 1)
+        plain_start = starts_plainly(file, stream)  # before `promised`, which may read the tail
         return Header(
-            file.format.name,
-            stream.codec_context.width,
-            stream.codec_context.height,
-            float(stream.sample_aspect_ratio or 1),
-            promised,
-            float(1 / rate),
+            container=file.format.name,
+            width=context.width,
+            height=context.height,
+            pixel_aspect=aspect if 1 / STRANGEST_PIXEL <= aspect <= STRANGEST_PIXEL else 1.0,
+            promised_s=promised(file, stream, start or 0.0),
+            frames_per_second=float(rate),
+            start_s=start,
+            turned=turned or is_turned_matroska(path),
+            alpha=stream.metadata.get("alpha_mode") == "1" or has_alpha(context.format),
+            plain_start=plain_start,
         )
 
 
-def check_size(path: str, sizes: list[tuple[int, int]]) -> None:
+def opened(path: str, largest: int = LARGEST_FRAME) -> Any:
+    """A file opened by PyAV. FFmpeg may look at a frame, but at none of more than `largest` pixels.
+
+    Raises ClipError `unreadable`.
+    """
+    try:
+        return av.open(path, options={"max_pixels": str(largest)})
+    except (av.FFmpegError, ValueError) as error:
+        raise ClipError("unreadable", f"no decoder can open it: {plain(error)}") from None
+
+
+def sizes_without_limit(path: str) -> list[tuple[int, int]]:
+    """The frame size of a video, at whatever cost: FFmpeg's own limit is 268 million pixels."""
+    with opened(path, (1 << 31) - 1) as file:
+        context = video_of(file).codec_context
+        return [(context.width, context.height)]
+
+
+def video_of(file: Any) -> Any:
+    """The best video stream, a cover picture apart. Raises ClipError `no_video_stream`."""
+    stream = file.streams.best("video")
+    if stream is None or stream.disposition & Disposition.attached_pic:
+        raise ClipError("no_video_stream", f"{len(file.streams)} streams, none of them video")
+    return stream
+
+
+def has_alpha(form: Any) -> bool:
+    """Whether a pixel format, or None, carries transparency; palettes may."""
+    return form is not None and (form.has_palette or any(component.is_alpha for component in form.components))
+
+
+def promised(file: Any, stream: Any, start: float) -> float:
+    """How long a container says that its video lasts."""
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    if stream.frames:
+        return float(stream.frames / (stream.average_rate or stream.guessed_rate or 25))
+    if "DURATION" in stream.metadata:  # Matroska's own, per track: 00:00:02.567000000 is where it ends
+        hours, minutes, seconds = stream.metadata["DURATION"].split(":")
+        return max(0.0, int(hours) * 3600 + int(minutes) * 60 + float(seconds) - start)
+    if not file.duration:
+        return 0.0
+    whole = file.duration / av.time_base
+    if len(file.streams) == 1:
+        return whole
+    # The longest stream's duration, not the video's: where the file's tail is there, it says when the video ends.
+    ends: dict[int, float] = {}
+    for index, _, end in packet_times(file, file.streams, from_s=whole):
+        ends[index] = max(end, ends.get(index, 0.0))
+    video = ends.get(stream.index, 0.0)
+    return video - start if video > start and max(ends.values()) >= whole - 0.1 else whole
+
+
+def demuxed_seconds(path: str) -> float:
+    """How long a video lasts by its packets, none of which is decoded; 0 where nothing can be read."""
+    with opened(path) as file:
+        stream = video_of(file)
+        frame_s = float(1 / (stream.average_rate or stream.guessed_rate or 25))
+        first, last, count = None, 0.0, 0
+        for _, start, end in packet_times(file, [stream]):
+            count += 1
+            if start is not None:
+                first, last = start if first is None else min(first, start), max(last, end)
+        return count * frame_s if first is None else max(0.0, last - first)
+
+
+def packet_times(file: Any, streams: Any, from_s: float | None = None) -> Iterator[tuple[int, float | None, float]]:
+    """Stream, start and end in seconds of a file's packets that are shown, as far as it can be read."""
+    ticks = {stream.index: float(stream.time_base) for stream in streams}
+    try:
+        if from_s is not None:
+            file.seek(int(from_s * av.time_base), backward=True)
+        for packet in file.demux(*streams):
+            if packet.size and not packet.is_discard:
+                tick, stamp = ticks[packet.stream_index], packet.dts if packet.pts is None else packet.pts
+                start = None if stamp is None else stamp * tick
+                yield packet.stream_index, start, (start or 0.0) + (packet.duration or 0) * tick
+    except (av.FFmpegError, ValueError):
+        return
+
+
+def starts_plainly(file: Any, stream: Any) -> bool:
+    """Whether nothing in the file comes before its first shown frame: no cut by an edit list, no picture that refers to
+    one cut off. decord counts such frames, and then gives others than it is asked for."""
+    first = None
+    try:
+        for packet in itertools.islice(file.demux(stream), LEADING):
+            if not packet.size or packet.pts is None:
+                continue
+            if packet.is_discard or (first is None and not packet.is_keyframe):
+                return False
+            first = packet.pts if first is None else first
+            if packet.pts < first:
+                return False
+    except (av.FFmpegError, ValueError):
+        return False
+    return True
+
+
+def check_size(sizes: list[tuple[int, int]]) -> None:
     """Raises ClipError `too_large` where a frame would pass the limits."""
     for width, height in sizes:
         if max(width, height) > LARGEST_SIDE or width * height > LARGEST_FRAME:
@@ -75,47 +193,18 @@ def check_size(path: str, sizes: list[tuple[int, int]]) -> None:
             raise ClipError("too_large", f"declares frames of {width}x{height}; the limit is {limit}")
 
 
-def mp4_sizes(path: str) -> list[tuple[int, int]]:
-    """The frame sizes that an mp4's sample descriptions name; nothing for other files.
-
-    FFmpeg replaces them by what the stream itself says, but a decoder may have made room for them by then. ISO/IEC
-    14496-12, 8.5.2 and 12.1.3: width and height stand 24 bytes into a visual sample entry.
-    """
-    sizes: list[tuple[int, int]] = []
-    handler = b""
+def is_turned_matroska(path: str) -> bool:
+    """Whether a Matroska file that has a projection (which is how it says so) is shown on its side: a frame tells."""
     with Path(path).open("rb") as file:
-        if file.read(8)[4:] not in MP4_STARTS:
-            return sizes
-        for kind, start, end in boxes(file, 0, Path(path).stat().st_size):
-            file.seek(start)
-            if kind == b"hdlr" and (described := file.read(12))[4:8] != b"dhlr":  # QuickTime also has data handlers
-                handler = described[8:]
-            elif kind == b"stsd" and handler == b"vide":
-                for _, entry, stop in boxes(file, start + 8, end):
-                    if stop - entry >= 28:
-                        file.seek(entry + 24)
-                        sizes.append(struct.unpack(">HH", file.read(4)))
-    return sizes
-
-
-def boxes(file: BinaryIO, start: int, end: int, depth: int = 0) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, first byte of the content, and end of each box, those inside containers too. Stops at nonsense."""
-    while start + 8 <= end:
-        file.seek(start)
-        head = file.read(16)
-        if len(head) < 8:
-            return
-        size, kind = struct.unpack(">I4s", head[:8])
-        content = start + 8
-        if size == 1 and len(head) == 16:
-            size, content = struct.unpack(">Q", head[8:])[0], start + 16
-        stop = min(end, start + size) if size else end
-        if stop < content:
-            return
-        yield kind, content, stop
-        if kind in CONTAINERS and depth < 8:
-            yield from boxes(file, content, stop, depth + 1)
-        start = stop
+        head = file.read(1 << 16)
+    tracks = head.partition(CLUSTER)[0]
+    if not head.startswith(EBML) or PROJECTION not in tracks:
+        return False
+    try:
+        with opened(path) as file:
+            return round(next(file.decode(video_of(file))).rotation / 90) % 2 == 1
+    except (av.FFmpegError, StopIteration):
+        return False
 
 
 def plain(error: Exception) -> str:

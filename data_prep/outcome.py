@@ -1,11 +1,11 @@
-"""What became of every row: the failures with their reasons, the judgement over them, the closing line."""
+"""What became of every clip: counts, the failures with their reasons, the judgement over them, the closing line."""
 
 from __future__ import annotations
 
 from collections import Counter
 
+from data_prep.ledger import Record
 from data_prep.reasons import UNDECODABLE, kind_of, stage_of
-from data_prep.source import Row
 from sora_train.errors import UserError
 
 JUDGED_AFTER = 200  # sources
@@ -13,45 +13,44 @@ REMARKS = 20  # lines about single files
 
 
 class Outcome:
-    """Counts rows by how they ended. `failures` are rows of the quarantine."""
+    """Counts clips by how they ended. `failures` are rows of the quarantine, `records` what the ledger keeps."""
 
-    def __init__(self, rows: list[Row], done: set[str], max_bad_fraction: float, folder: str):
-        self.rows, self.max_bad_fraction, self.folder = rows, max_bad_fraction, folder
+    def __init__(self, sources: int, max_bad_fraction: float, folder: str):
+        self.sources, self.max_bad_fraction, self.folder = sources, max_bad_fraction, folder
+        self.asked = self.written = 0
         self.failures: list[dict] = []
-        self.written = len(done)
-        self.sources = len({row.source for row in rows})
-        self.files = {row.sample_id: (row.size, row.version) for row in rows}
-        self.seen: set[str] = set()  # sources that were opened
-        self.bad: dict[str, str] = {}  # source -> reason
+        self.records: dict[str, Record] = {}
+        self.seen: set[str] = set()  # sources that were opened in this run
+        self.fine: set[str] = set()  # sources of which a clip is written
+        self.bad: dict[str, str] = {}  # source that gave no clip -> reason
         self._remarks = 0
-        self.add(
-            [vars(row) for row in rows if row.reason and not (row.sample_id in done and row.reason == "missing_file")]
-        )
-        self.seen.clear()
 
-    def add(self, rows: list[dict]) -> tuple[int, int, int]:
-        """Takes rows as they come out of the chain; returns how many were written, quarantined and filtered."""
-        counts = Counter(self._add(row) for row in rows)
-        return counts["written"], counts["quarantined"], counts["filtered"]
+    def settle(self, row_id: str, record: Record) -> None:
+        """Takes note of all that was asked of a source; once per row."""
+        self.asked += len(record.sample_ids)
+        self.records[row_id] = record
 
-    def _add(self, row: dict) -> str:
-        self.seen.add(row["source"])
-        if not row["reason"]:
-            self.written += 1
-            if row["remark"]:
-                self._say(f"{row['source']} {row['remark']}")
-            return "written"
-        kind = kind_of(row["reason"])
-        columns = {name: row[name] for name in ("sample_id", "source", "start_s", "end_s", "reason", "message")}
-        size, version = self.files[row["sample_id"]]
-        file = {"source_size": size, "source_version": version}
-        self.failures.append(columns | file | {"stage": stage_of(row["reason"]), "kind": kind})
-        if row["reason"] in UNDECODABLE:
-            self.bad[row["source"]] = row["reason"]
-        self._say(f"{row['source']} is {kind}: {row['reason']}: {row['message']}")
+    def keep(self, source: str) -> None:
+        """Counts a clip that is in the shards."""
+        self.written += 1
+        self.fine.add(source)
+        self.bad.pop(source, None)
+
+    def fail(self, failure: dict) -> str:
+        """Counts a clip that is not; returns `quarantined` or `filtered`.
+
+        `failure` has the quarantine's columns, but for `stage` and `kind`, which follow from the reason.
+        """
+        reason, source = failure["reason"], failure["source"]
+        kind = kind_of(reason)
+        self.failures.append({"duplicate_of": ""} | failure | {"stage": stage_of(reason), "kind": kind})
+        if reason in UNDECODABLE and source not in self.fine:
+            self.bad[source] = reason
+        self.say(f"{source} is {kind}: {reason}: {failure['message']}")
         return kind
 
-    def _say(self, remark: str) -> None:
+    def say(self, remark: str) -> None:
+        """Prints a line about one file, the first few times."""
         self._remarks += 1
         if self._remarks <= REMARKS:
             print(f"prep: {remark}", flush=True)
@@ -74,7 +73,7 @@ class Outcome:
         if finished and not self.written:
             reasons = {failure["source"]: failure["reason"] for failure in self.failures}
             raise UserError(
-                f"no clip is left of {len(self.rows)} rows: {self._commonest(reasons)}. "
+                f"no clip is left of {self.sources} sources: {self._commonest(reasons)}. "
                 f"{self.folder}/quarantine.parquet names each"
             )
 
@@ -85,10 +84,10 @@ class Outcome:
         return "; ".join(f"{count} {reason} ({example[reason]})" for reason, count in commonest)
 
     def summary(self) -> str:
-        """`1500 rows = 1490 written + 8 quarantined + 2 filtered (too_short 2, unreadable 8)`."""
+        """`1500 clips asked for = 1490 written + 8 quarantined + 2 filtered (too_short 2, unreadable 8)`."""
         kinds = Counter(failure["kind"] for failure in self.failures)
         reasons = Counter(failure["reason"] for failure in self.failures)
         named = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
         lost = f"{kinds['quarantined']} quarantined + {kinds['filtered']} filtered"
-        counts = f"{len(self.rows)} rows = {self.written} written + {lost}"
+        counts = f"{self.asked} clips asked for = {self.written} written + {lost}"
         return f"{counts} ({named})" if named else counts

@@ -1,4 +1,4 @@
-"""The road from a recipe's videos to its shards, as one chain of Ray Data: rows -> decode -> VAE -> text -> shards."""
+"""The road from a recipe's videos to its shards, as one chain of Ray Data: clips -> VAE -> text -> shards."""
 
 from __future__ import annotations
 
@@ -6,34 +6,31 @@ import base64
 import hashlib
 import json
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, replace
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from data_prep.buckets import TRANSFORM_VERSION, Bucket
+from data_prep.buckets import TRANSFORM_VERSION, Bucket, buckets_of
+from data_prep.harvest import Harvest
+from data_prep.ledger import Ledger
 from data_prep.outcome import Outcome
 from data_prep.progress import Progress
-from data_prep.shards import (
-    ShardWriter,
-    finished_clips,
-    known_failures,
-    manifest_or_none,
-    sweep,
-    take_out,
-    write_quarantine,
-)
-from data_prep.source import Row, data_root, read_rows
+from data_prep.shards import finished_clips, manifest_or_none, only_one, sweep
+from data_prep.source import read_rows
+from data_prep.stock import Work, take_stock
+from data_prep.tables import to_table
+from data_prep.workers import Share, share_out
 from sora_train.codec.files import TextFiles, VaeFiles, find_text_encoder, find_vae
-from sora_train.errors import RecipeError, UserError
+from sora_train.errors import RecipeError
+from sora_train.manifest import SCHEMA_VERSION, Counts, LatentFormat, Manifest, TextFacts, VaeFacts
 from sora_train.recipe import Recipe
-from sora_train.schema import SCHEMA_VERSION, SHARD_SCHEMA, Counts, LatentFormat, Manifest, TextFacts, VaeFacts
+from sora_train.schema import bucket_name, bucket_of, bucket_size
 
-BLOCK_BYTES = 2**23  # frames that travel between two stages at once: small, so that the first clips are out soon
-BLOCK_CLIPS = 32
+BLOCK_BYTES, BLOCK_BYTES_GPU = 2**23, 2**27  # frames that travel between two stages at once: the VAE's batch
+BLOCK_SOURCES = 32
 
 
 def prep(recipe: Recipe) -> Manifest:
@@ -43,62 +40,57 @@ def prep(recipe: Recipe) -> Manifest:
     left; clips that fail are named in `quarantine.parquet` and don't stop anything.
     """
     started = time.monotonic()
-    data, bucket = recipe.data, Bucket(recipe.data.frames, recipe.data.height, recipe.data.width, recipe.data.fps)
-    vae, text = find_vae(recipe.codec.vae), find_text_encoder(recipe.codec.text)
-    if bucket.height % vae.factor or bucket.width % vae.factor:
-        raise RecipeError(
-            f"data.height {bucket.height} and data.width {bucket.width} must be multiples of the VAE's {vae.factor}"
+    data = recipe.data
+    buckets = buckets_of(data)
+    vae, text = find_codec(recipe)
+    check_shapes(buckets, vae)
+    key = encoding_hash(recipe, vae, text)
+    settings = settings_hash(recipe, key)
+    rows = read_rows(data)
+    with only_one(data.output):
+        sweep(data.output)
+        held, twice = finished_clips(data.output, key)
+        ledger = Ledger.load(data.output, settings)
+        outcome = Outcome(len({row.source for row in rows}), data.max_bad_fraction, data.output)
+        stock = take_stock(rows, held, twice, ledger, outcome, data.output)
+        stock.clear_out(data.output)
+        shapes = ", ".join(bucket.name for bucket in buckets)
+        print(
+            f"prep: {len(rows)} sources, {outcome.written} clips encoded already, {len(stock.todo)} sources to go "
+            f"through; {shapes} at {data.fps:g} fps",
+            flush=True,
         )
-    key = encoding_hash(recipe, bucket, vae, text)
-    rows = read_rows(data, bucket)
-    sweep(data.output)
-    done = keep_current(data.output, rows, key)
-    known = known_failures(data.output, key)
-    rows = [recalled(row, known) for row in rows]
-    outcome = Outcome(rows, done, data.max_bad_fraction, data.output)
-    todo = [row for row in rows if not row.reason and row.sample_id not in done]
-    shape = f"{bucket.name} at {bucket.fps:g} fps"
-    print(f"prep: {len(rows)} rows, {len(done)} encoded already, {len(todo)} to encode as {shape}", flush=True)
-    previous = manifest_or_none(data.output)
-    empty = base64.b64decode(previous.empty_text) if previous and previous.encoding_hash == key else b""
-    try:
-        outcome.judge()
-        if todo:
-            empty = encode(recipe, bucket, vae, todo, outcome, key)
-        outcome.judge(finished=True)
-    finally:
-        write_quarantine(data.output, outcome.failures, key)
-    manifest = describe(recipe, bucket, vae, text, key, empty or empty_prompt(recipe), outcome)
-    manifest.save(data.output)
+        harvest = Harvest(recipe, key, settings, outcome, stock)
+        try:
+            outcome.judge()
+            if stock.todo:
+                encode(recipe, buckets, vae, stock.todo, harvest)
+            outcome.judge(finished=True)
+        finally:
+            harvest.close()
+        manifest = describe(recipe, vae, text, key, harvest.empty_text or empty_prompt(recipe, key), outcome)
+        manifest.save(data.output)
     print(f"prep: {outcome.summary()} in {time.monotonic() - started:.0f} s; shards in {data.output}", flush=True)
+    for name in (name for name, count in manifest.buckets.items() if not count):
+        print(f"prep: no clip fills the bucket {name}; `sora prep RECIPE --plan` says why", flush=True)
     return manifest
 
 
-def encode(recipe: Recipe, bucket: Bucket, vae: VaeFiles, todo: list[Row], outcome: Outcome, key: str) -> bytes:
-    """Sends rows down the chain and writes what comes out; returns the empty prompt's embedding."""
+def encode(recipe: Recipe, buckets: tuple[Bucket, ...], vae: VaeFiles, todo: list[Work], harvest: Harvest) -> None:
+    """Sends sources down the chain and brings in what comes out."""
     from sora_train.launch.cluster import connect
 
-    empty = b""
-    writer = ShardWriter(recipe.data.output, bucket.name, key)
-    with Progress(len(todo)) as progress, connect(recipe.cluster.address, log_to_driver=False):
-        try:
-            for table in chain(recipe, bucket, vae, todo):
-                empty = empty or next(filter(None, table.column("empty_text").to_pylist()), b"")
-                good = pc.is_null(table.column("reason"))
-                writer.add(table.filter(good).select(SHARD_SCHEMA.names))
-                progress.add(*outcome.add(table.drop_columns(["latents", "text"]).to_pylist()))
-                outcome.judge()
-        finally:
-            writer.close()
-    return empty
+    with connect(recipe.cluster.address, log_to_driver=False), Progress(len(todo), metrics=True) as progress:
+        for table in chain(recipe, buckets, vae, todo):
+            progress.add(*harvest.bring_in(table))
 
 
-def chain(recipe: Recipe, bucket: Bucket, vae: VaeFiles, todo: list[Row]) -> Iterator[pa.Table]:
-    """Tables of encoded and failed rows, in the order of `todo`."""
+def chain(recipe: Recipe, buckets: tuple[Bucket, ...], vae: VaeFiles, todo: list[Work]) -> Iterator[pa.Table]:
+    """Tables of ENCODED, in the order of `todo`."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
-    from data_prep.encode import Decode, EmbedText, EncodeVideo, Share, share_out, to_table
+    from data_prep.encode import Decode, EmbedText, EncodeVideo
 
     context = DataContext.get_current()
     context.enable_progress_bars = False
@@ -108,10 +100,11 @@ def chain(recipe: Recipe, bucket: Bucket, vae: VaeFiles, todo: list[Row]) -> Ite
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says that the bars are off
     total = ray.cluster_resources()
-    decoders, vaes, texts = share_out(int(total.get("CPU", 1)), int(total.get("GPU", 0)))
-    device = "cuda" if vaes.gpus else "cpu"
-    size = max(1, min(BLOCK_CLIPS, BLOCK_BYTES // bucket.clip_bytes))
-    shape = (vae.moments, bucket.frames, vae.channels, bucket.height // vae.factor, bucket.width // vae.factor)
+    shares = share_out(int(total.get("CPU", 1)), int(total.get("GPU", 0)), recipe.prep)
+    device = "cuda" if shares.vae.gpus else "cpu"
+    at_once = clips_at_once(recipe, gpus=shares.vae.gpus)
+    facts = vae_facts(recipe, vae)
+    shapes = {b.name: facts.latent_shape(b.frames, b.height, b.width) for b in buckets}
 
     def stage(dataset: ray.data.Dataset, work: type, share: Share, **arguments: object) -> ray.data.Dataset:
         pool = ActorPoolStrategy(size=share.workers)
@@ -120,92 +113,118 @@ def chain(recipe: Recipe, bucket: Bucket, vae: VaeFiles, todo: list[Row]) -> Ite
             compute=pool, num_cpus=share.cpus, num_gpus=share.gpus or None,
         )  # fmt: skip
 
-    rows = ray.data.from_arrow([to_table(todo[i : i + size]) for i in range(0, len(todo), size)])
-    decoded = stage(rows, Decode, decoders, root=data_root(recipe.data), bucket=bucket, timeout_s=recipe.data.timeout_s)
-    latents = stage(decoded, EncodeVideo, vaes, codec=recipe.codec, bucket=bucket, threads=vaes.threads, device=device)
-    encoded = stage(latents, EmbedText, texts, codec=recipe.codec, shape=shape, threads=texts.threads, device=device)
+    size = max(1, min(BLOCK_SOURCES, at_once, -(-len(todo) // (2 * shares.decode.workers))))
+    sources = ray.data.from_arrow([to_table(todo[i : i + size]) for i in range(0, len(todo), size)])
+    clips = stage(sources, Decode, shares.decode, data=recipe.data, selection=recipe.selection, clips_at_once=at_once)
+    latents = stage(clips, EncodeVideo, shares.vae, codec=recipe.codec, threads=shares.vae.threads, device=device)
+    encoded = stage(
+        latents, EmbedText, shares.text, codec=recipe.codec, moments=vae.moments, latent_shapes=shapes,
+        batch=recipe.prep.text_batch, threads=shares.text.threads, device=device if shares.text.gpus else "cpu",
+    )  # fmt: skip
     for table in encoded.iter_batches(batch_size=None, batch_format="pyarrow"):
         assert isinstance(table, pa.Table)
         yield table
 
 
-def keep_current(folder: str, rows: list[Row], key: str) -> set[str]:
-    """Takes out of the shards what the rows no longer ask for, or whose file has changed; returns the ids that stay.
-
-    Raises UserError where the shards hold nothing but other sources: that is a wrong folder, not a change.
-    """
-    shards = finished_clips(folder, key)
-    asked = {row.sample_id: row for row in rows if not row.reason or row.reason == "missing_file"}
-    held = {source for clips in shards.values() for source, _, _ in clips.values()}
-    if held and held.isdisjoint(row.source for row in rows):
-        raise UserError(
-            f"data.output: {folder} holds {sum(map(len, shards.values()))} clips of other sources (as {min(held)}), "
-            "none that data.captions names; set data.output to another folder, or delete this one"
-        )
-    stay: set[str] = set()
-    for file, clips in shards.items():
-        outdated = {
-            sample
-            for sample, (_, size, version) in clips.items()
-            if sample in stay or not _is_current(asked.get(sample), size, version)
-        }
-        if outdated:
-            name = file.rpartition("/")[2]
-            print(f"prep: {len(outdated)} clips of {name} are outdated (file or captions changed) and go", flush=True)
-            take_out(folder, file, outdated)
-        stay |= clips.keys() - outdated
-    return stay
+def clips_at_once(recipe: Recipe, gpus: float) -> int:
+    """Clips that travel between two stages at once, which is what the VAE gets."""
+    block = BLOCK_BYTES_GPU if gpus else BLOCK_BYTES
+    return recipe.prep.vae_batch or max(1, block // max(bucket.clip_bytes for bucket in buckets_of(recipe.data)))
 
 
-def recalled(row: Row, known: dict[tuple[str, int, str], tuple[str, str]]) -> Row:
-    """The row with the reason that an earlier run found, where its file is still the same."""
-    found = known.get((row.sample_id, row.size, row.version))
-    return row if row.reason or found is None else replace(row, reason=found[0], message=found[1])
+def find_codec(recipe: Recipe) -> tuple[VaeFiles, TextFiles]:
+    """The recipe's VAE and text encoder on disk. Raises UserError where they can't be had."""
+    codec = recipe.codec
+    return find_vae(codec.vae, codec.models), find_text_encoder(codec.text, codec.models)
 
 
-def _is_current(row: Row | None, size: int, version: str) -> bool:
-    """Whether an encoded clip is still asked for and its file as it was; of a file that is gone the clip stays."""
-    return row is not None and (row.reason == "missing_file" or (row.size, row.version) == (size, version))
+def check_shapes(buckets: tuple[Bucket, ...], vae: VaeFiles) -> None:
+    """Raises RecipeError where a bucket doesn't divide by what the VAE shrinks by."""
+    for bucket in buckets:
+        if bucket.height % vae.factor or bucket.width % vae.factor:
+            raise RecipeError(f"{bucket.name}: height and width must be multiples of the VAE's {vae.factor}")
+        if (bucket.frames - 1) % vae.time_factor:
+            below = bucket.frames - 1 - (bucket.frames - 1) % vae.time_factor + 1
+            raise RecipeError(
+                f"{bucket.name}: this VAE takes {vae.time_factor} k + 1 frames, not {bucket.frames}; "
+                f"use {below} or {below + vae.time_factor} (data.frames or data.buckets)"
+            )
 
 
-def encoding_hash(recipe: Recipe, bucket: Bucket, vae: VaeFiles, text: TextFiles) -> str:
+def encoding_hash(recipe: Recipe, vae: VaeFiles, text: TextFiles) -> str:
     """Over all that decides what a clip's row holds, but for the clip itself."""
-    parts = [SCHEMA_VERSION, TRANSFORM_VERSION, asdict(bucket), vae.hash, text.hash, recipe.codec.max_tokens]
+    data, codec = recipe.data, recipe.codec
+    frames = [TRANSFORM_VERSION, data.shapes, data.fps, data.crop, data.flip]
+    return _hash(
+        [SCHEMA_VERSION, *frames, vae.hash, codec.precision, text.hash, codec.text_precision, codec.max_tokens]
+    )
+
+
+def settings_hash(recipe: Recipe, key: str) -> str:
+    """Over all that decides which clips there are."""
+    data = recipe.data
+    cutting = [data.start_s, data.stride_s, data.clips_per_video, data.max_enlarge]
+    return _hash([key, *cutting, recipe.selection.model_dump(mode="json")])
+
+
+def _hash(parts: list) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def empty_prompt(recipe: Recipe) -> bytes:
-    """The empty prompt's embedding, made in this process: only where a run was killed between shards and manifest."""
-    from sora_train.codec.text import load_text_encoder
+def vae_facts(recipe: Recipe, vae: VaeFiles) -> VaeFacts:
+    """What the manifest says of the VAE."""
+    return VaeFacts(
+        name=recipe.codec.vae,
+        hash=vae.hash,
+        channels=vae.channels,
+        factor=vae.factor,
+        time_factor=vae.time_factor,
+        precision=recipe.codec.precision,
+        mean=vae.mean,
+        std=vae.std,
+    )
 
-    return load_text_encoder(recipe.codec.text, recipe.codec.max_tokens).encode([""])[0].half().numpy().tobytes()
+
+def empty_prompt(recipe: Recipe, key: str) -> bytes:
+    """The empty prompt's embedding where this run made none: the manifest's, or else it is made in this process."""
+    previous = manifest_or_none(recipe.data.output)
+    if previous and previous.encoding_hash == key:
+        return base64.b64decode(previous.empty_text)
+    from sora_train.codec.text import text_encoder_of
+
+    return text_encoder_of(recipe.codec).encode([""])[0].half().numpy().tobytes()
 
 
-def describe(
-    recipe: Recipe, bucket: Bucket, vae: VaeFiles, text: TextFiles, key: str, empty: bytes, outcome: Outcome
-) -> Manifest:
+def describe(recipe: Recipe, vae: VaeFiles, text: TextFiles, key: str, empty: bytes, outcome: Outcome) -> Manifest:
     """The manifest, its counts taken from the shards themselves. RuntimeError where they don't add up."""
-    clips = [sample for ids in finished_clips(recipe.data.output, key).values() for sample in ids]
+    clips, twice = finished_clips(recipe.data.output, key)
     kinds = Counter(failure["kind"] for failure in outcome.failures)
     counts = Counts(
-        rows=len(outcome.rows), written=len(clips), quarantined=kinds["quarantined"], filtered=kinds["filtered"]
+        asked=outcome.asked, written=len(clips), quarantined=kinds["quarantined"], filtered=kinds["filtered"]
     )
-    if len(set(clips)) != len(clips) or counts.rows != counts.written + counts.quarantined + counts.filtered:
+    if twice or counts.asked != counts.written + counts.quarantined + counts.filtered:
         raise RuntimeError(
-            f"the counts of {recipe.data.output} don't add up: {counts}, {len(set(clips))} different clips"
+            f"the counts of {recipe.data.output} don't add up: {counts}, {len(twice)} shards repeat clips"
         )
+    found = Counter(bucket_of(clip.shard) for clip in clips.values())
+    frames, height, width = max(map(bucket_size, found), key=math.prod)
     return Manifest(
         encoding_hash=key,
-        vae=VaeFacts(
-            name=recipe.codec.vae, hash=vae.hash, channels=vae.channels, factor=vae.factor, mean=vae.mean, std=vae.std
+        vae=vae_facts(recipe, vae),
+        text=TextFacts(
+            name=recipe.codec.text,
+            hash=text.hash,
+            width=text.width,
+            max_tokens=recipe.codec.max_tokens,
+            precision=recipe.codec.text_precision,
         ),
-        text=TextFacts(name=recipe.codec.text, hash=text.hash, width=text.width, max_tokens=recipe.codec.max_tokens),
         latents=LatentFormat(moments=vae.moments),
-        frames=bucket.frames,
-        fps=bucket.fps,
-        height=bucket.height,
-        width=bucket.width,
-        buckets={bucket.name: len(clips)},
+        frames=frames,
+        fps=recipe.data.fps,
+        height=height,
+        width=width,
+        buckets={bucket: found[bucket] for bucket in (bucket_name(*shape) for shape in recipe.data.shapes)},
+        settings=recipe.model_dump(mode="json", include={"data", "selection"}, exclude={"data": {"output"}}),
         empty_text=base64.b64encode(empty).decode(),
         empty_tokens=len(empty) // 2 // text.width,
         counts=counts,

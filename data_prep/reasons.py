@@ -6,6 +6,7 @@ QUARANTINED = {
     "outside_root": "source",  # the name leaves the data root
     "missing_file": "source",
     "empty_file": "source",
+    "fetch_failed": "source",  # remote storage did not hand it over
     "unreadable": "open",  # no container that any decoder knows
     "no_video_stream": "open",
     "too_large": "open",  # declares more pixels than a frame may have; refused before it is decoded
@@ -20,13 +21,23 @@ QUARANTINED = {
 FILTERED = {
     "no_caption": "source",
     "duplicate_row": "source",  # an earlier row has the same file and caption
-    "too_short": "decode",  # the video is shorter than frames / fps
+    "too_short": "open",  # shorter than the shortest bucket, or than selection.min_seconds; or a picture, and no 1x…
+    "too_long": "open",  # longer than selection.max_seconds
+    "too_small": "open",  # would be enlarged more than data.max_enlarge, or is below selection.min_side
+    "crosses_cut": "open",  # between two scene cuts there is no room for a clip
+    "black": "select",
+    "frozen": "select",
+    "too_still": "select",
+    "too_lively": "select",
+    "blurred": "select",
+    "duplicate": "select",  # the same bytes as an earlier clip's file, at the same place
+    "near_duplicate": "select",  # looks like an earlier clip
 }
 """Why a clip was left out though nothing is wrong with its file, and at which stage."""
 UNDECODABLE = frozenset(QUARANTINED) - {"outside_root", "encode_failed", "not_finite"}
 """The reasons that count for `data.max_bad_fraction`: the file is to blame."""
-LASTING = frozenset({"unreadable", "no_video_stream", "too_large", "truncated", "corrupt", "too_short"})
-"""The reasons that hold for as long as the file is the same: such a clip is not tried again."""
+LASTING = frozenset({"unreadable", "no_video_stream", "too_large", "truncated", "corrupt"}) | frozenset(FILTERED)
+"""The reasons that hold for as long as the file and the recipe are the same: such a clip is not tried again."""
 
 
 class ClipError(Exception):
@@ -44,5 +55,5 @@ def kind_of(reason: str) -> str:
 
 
 def stage_of(reason: str) -> str:
-    """Where on its road a clip stopped: `source`, `open`, `decode` or `encode`."""
+    """Where on its road a clip stopped: `source`, `open`, `decode`, `select` or `encode`."""
     return QUARANTINED.get(reason) or FILTERED[reason]

@@ -2,47 +2,80 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from data_prep.reasons import LASTING
+from data_prep.source import row_id
 from sora_train.errors import UserError
-from sora_train.places import read_bytes, resolve, write_whole
-from sora_train.schema import ENCODING_KEY, QUARANTINE_SCHEMA, ROW_GROUP, SHARD_SCHEMA, Manifest, shard_files
+from sora_train.manifest import Manifest
+from sora_train.places import named, resolve, write_whole
+from sora_train.schema import ENCODING_KEY, ROW_GROUP, SHARD_SCHEMA, shard_files
 
 SHARD_ROWS = 8 * ROW_GROUP
+COLUMNS = [field.name for field in SHARD_SCHEMA if field.name not in ("latents", "text", "tokens")]
 PATIENCE_S = 60.0  # then a shard is written though it isn't full: so much work can be lost, not more
 
 
-def finished_clips(folder: str, encoding_hash: str) -> dict[str, dict[str, tuple[str, int, str]]]:
-    """Per shard, the `sample_id`s it holds with source, size and version of the file.
+@dataclass(slots=True)
+class Held:
+    """A clip that a shard holds: what of it decides whether it may stay, and what tells it from others."""
+
+    row_id: str
+    source: str
+    size: int
+    version: str
+    shard: str
+    content_hash: str
+    perceptual_hash: str
+    span: tuple[float, float]
+
+
+def finished_clips(folder: str, encoding_hash: str) -> tuple[dict[str, Held], dict[str, set[str]]]:
+    """The clips in the shards by `sample_id`; and per shard the ids that it holds though an earlier one does too.
 
     Raises UserError for a shard of another encoding, or one that can't be read.
     """
     system, _ = resolve(folder)
-    clips = {}
+    clips: dict[str, Held] = {}
+    twice: dict[str, set[str]] = {}
     for file in shard_files(folder):
         try:
             with system.open_input_file(file) as opened:
-                table = pq.read_table(opened, columns=["sample_id", "source", "source_size", "source_version"])
+                table = pq.read_table(opened, columns=COLUMNS)
         except (pa.ArrowInvalid, OSError) as error:
             raise UserError(
                 f"data.output: shard {file} can't be read ({error}); delete it and run the same again"
             ) from None
         if (table.schema.metadata or {}).get(ENCODING_KEY, b"").decode() != encoding_hash:
             raise UserError(
-                f"data.output: {folder} holds shards of another encoding ({file.rpartition('/')[2]}): other frames, "
-                "fps, size, VAE, text encoder, or code version. Encodings never mix: set data.output to another "
-                "folder, or delete this one to encode anew"
+                f"data.output: {folder} holds shards of another encoding ({file.rpartition('/')[2]}): other buckets, "
+                "fps, crop, VAE, text encoder, precision, or code version. Encodings never mix: set data.output to "
+                "another folder, or delete this one to encode anew"
             )
-        columns = [table.column(name).to_pylist() for name in table.column_names]
-        clips[file] = {sample: (source, size, version) for sample, source, size, version in zip(*columns, strict=True)}
-    return clips
+        for row in table.to_pylist():
+            if row["sample_id"] in clips:
+                twice.setdefault(file, set()).add(row["sample_id"])
+                continue
+            clips[row["sample_id"]] = Held(
+                row_id(row["source"], tuple(row["captions"])),
+                row["source"],
+                row["source_size"],
+                row["source_version"],
+                file,
+                row["content_hash"],
+                row["perceptual_hash"],
+                (row["start_s"], row["end_s"]),
+            )
+    return clips, twice
 
 
 def take_out(folder: str, file: str, sample_ids: set[str]) -> None:
@@ -60,9 +93,10 @@ def take_out(folder: str, file: str, sample_ids: set[str]) -> None:
 def sweep(folder: str) -> None:
     """Deletes what a killed run left unfinished."""
     system, path = resolve(folder)
-    for info in system.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=True)):
-        if info.type == fs.FileType.File and info.base_name.startswith(".unfinished-"):
-            system.delete_file(info.path)
+    with named(folder, "swept"):
+        for info in system.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=True)):
+            if info.type == fs.FileType.File and info.base_name.startswith(".unfinished-"):
+                system.delete_file(info.path)
 
 
 class ShardWriter:
@@ -101,33 +135,20 @@ class ShardWriter:
         self.written_at = time.monotonic()
 
 
-def write_quarantine(folder: str, rows: list[dict], encoding_hash: str) -> None:
-    """Writes `quarantine.parquet`: every clip that was asked for and isn't in the shards, with its reason."""
+@contextmanager
+def only_one(folder: str) -> Iterator[None]:
+    """Keeps a second run off the same local folder; UserError where another holds it. Ends with the process."""
     system, path = resolve(folder)
-    sink = io.BytesIO()
-    schema = QUARANTINE_SCHEMA.with_metadata({ENCODING_KEY: encoding_hash.encode()})
-    pq.write_table(pa.Table.from_pylist(rows, schema), sink)
-    write_whole(system, f"{path}/quarantine.parquet", sink.getvalue())
-
-
-def known_failures(folder: str, encoding_hash: str) -> dict[tuple[str, int, str], tuple[str, str]]:
-    """Reason and message of clips that can't be made of their files, by (sample_id, size, version) of the file.
-
-    Empty for a quarantine of another encoding, or one that can't be read: then they are tried again.
-    """
-    system, path = resolve(folder)
-    content = read_bytes(system, f"{path}/quarantine.parquet")
-    try:
-        table = pq.read_table(io.BytesIO(content)) if content else None
-    except pa.ArrowInvalid:
-        table = None
-    if table is None or (table.schema.metadata or {}).get(ENCODING_KEY, b"").decode() != encoding_hash:
-        return {}
-    return {
-        (row["sample_id"], row["source_size"], row["source_version"]): (row["reason"], row["message"])
-        for row in table.to_pylist()
-        if row["reason"] in LASTING
-    }
+    if not isinstance(system, fs.LocalFileSystem):
+        yield
+        return
+    system.create_dir(path, recursive=True)
+    with open(f"{path}/.lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"data.output: another `sora prep` is writing to {folder}; wait for its end") from None
+        yield
 
 
 def manifest_or_none(folder: str) -> Manifest | None:

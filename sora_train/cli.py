@@ -11,60 +11,19 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, TypeVar
-
-from pydantic import NonNegativeFloat, PositiveInt
 
 from sora_train import __version__
 from sora_train.errors import RecipeError, UserError
 from sora_train.settings import build, parse_flags
+from sora_train.verbs import EXAMPLES, VERBS, InspectOptions, NoOptions, SampleOptions, usage
 
 if TYPE_CHECKING:
     from sora_train.recipe import Recipe
 
 S = TypeVar("S")
 
-VERBS = {
-    "prep": ("RECIPE", "Encodes videos and captions into Parquet shards; run again, it does only what is missing."),
-    "inspect": ("SHARDS", "Counts what a folder of shards holds, and what was left out and why."),
-    "train": ("RECIPE", "Trains on shards; run again, it goes on from the newest checkpoint."),
-    "sample": ("RUN", "Makes videos of your prompts with a run's newest checkpoint, or with a checkpoint."),
-    "demo": ("", "Does it all on clips of moving shapes, in minutes: prep, train, sample, judge, report."),
-    "report": ("RUN", "Writes a run's report.html: curves, samples, events."),
-}
 EXIT_FAILED, EXIT_RECIPE, EXIT_INTERRUPTED = 1, 2, 130
-
-
-@dataclass(frozen=True)
-class InspectOptions:
-    """How to show the counts."""
-
-    json: bool = False
-    """Print one JSON object instead of a table."""
-
-
-@dataclass(frozen=True)
-class SampleOptions:
-    """What to sample, and how."""
-
-    prompt: tuple[str, ...] = ()
-    """What the video shows; several make several videos."""
-    seed: tuple[int, ...] = (0,)
-    """Fixes the noise that a video begins as; several make several videos of each prompt."""
-    steps: PositiveInt | None = None
-    """Sampler steps; the run's own `validation.steps` if not given."""
-    guidance: NonNegativeFloat | None = None
-    """Classifier-free guidance scale; the run's own `validation.guidance` if not given."""
-    negative: str | None = None
-    """What guidance leads away from, instead of the empty prompt."""
-    out: str | None = None
-    """Folder for the videos; `samples/prompts` in the run's folder if not given."""
-
-
-@dataclass(frozen=True)
-class NoOptions:
-    """This verb has no flags."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,17 +52,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(verb: str, words: Sequence[str]) -> None:
     """One verb: its words to its arguments, and the call."""
     match verb:
-        case "prep":
+        case "download":
+            words, to = without_flag(words, "--to")
             recipe = recipe_of(verb, words)
-            from data_prep.pipeline import prep
+            if not to:
+                raise RecipeError(f"--to is missing: sora download {EXAMPLES[verb]}")
+            from sora_train.codec.download import download
 
-            prep(recipe)
+            download(recipe.codec, to, {"model.init_from": recipe.model.init_from})
+        case "prep":
+            rest = [word for word in words if word != "--plan"]
+            recipe = recipe_of(verb, rest)
+            if len(rest) < len(words):
+                from data_prep.plan import show_plan
+
+                show_plan(recipe)
+            else:
+                from data_prep.pipeline import prep
+
+                prep(recipe)
         case "inspect":
             shards, options = target_of(verb, words, InspectOptions)
             from data_prep.inspect import format_table, inspect
 
             counts = inspect(shards)
             say(json.dumps(counts) if options.json else format_table(counts))
+            if options.html:
+                from data_prep.gallery import write_page
+
+                print(write_page(shards, options.html, options.clips, options.root), file=sys.stderr)
         case "train":
             recipe = recipe_of(verb, words)
             from sora_train.launch.trainer import launch_training
@@ -126,6 +103,16 @@ def run(verb: str, words: Sequence[str]) -> None:
             from sora_train.report import write_report
 
             print(write_report(run_folder))
+        case "bench":
+            what, *words = words or [""]
+            if what in ("-h", "--help"):
+                words = [what]
+            elif what != "prep":
+                raise RecipeError(f"what to measure is missing, `prep`: sora bench {EXAMPLES[verb]}")
+            recipe = recipe_of(verb, words)
+            from data_prep.bench import bench_prep, format_result
+
+            say(format_result(bench_prep(recipe)))
         case _:
             raise RecipeError(f"there is no such verb; the verbs are {', '.join(VERBS)}")
 
@@ -171,6 +158,19 @@ def without_help(words: Sequence[str]) -> tuple[list[str], bool]:
     return rest, len(rest) < len(words)
 
 
+def without_flag(words: Sequence[str], flag: str) -> tuple[list[str], str]:
+    """The words without `flag VALUE` or `flag=VALUE`, and the value, "" where the flag is not among them."""
+    rest, value = list(words), ""
+    for i, word in enumerate(words):
+        if word == flag:
+            value = words[i + 1] if len(words) > i + 1 else ""
+            del rest[i : i + 2]
+        elif word.startswith(f"{flag}="):
+            value = word.partition("=")[2]
+            del rest[i]
+    return rest, value
+
+
 def the_one(verb: str, words: Sequence[str]) -> str:
     """The one word a verb takes beside its flags."""
     what, _ = VERBS[verb]
@@ -179,16 +179,6 @@ def the_one(verb: str, words: Sequence[str]) -> str:
     if len(words) > 1:
         raise RecipeError(f"takes one {what} and flags such as --name again, but got {' '.join(words)}")
     return words[0]
-
-
-EXAMPLES = {
-    "prep": "jobs/real_clips.yaml --data.captions my/captions.csv --data.root my/videos",
-    "inspect": "runs/quickstart/shards --json",
-    "train": "jobs/quickstart.yaml --name again --train.steps 40",
-    "sample": 'runs/quickstart --prompt "a blue square moving up"',
-    "demo": "",
-    "report": "runs/quickstart",
-}
 
 
 def show_help(verb: str, settings: object) -> NoReturn:
@@ -222,24 +212,6 @@ def to_a_listener() -> Iterator[None]:
         yield
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it exits
-
-
-def usage() -> str:
-    """The verbs with a sentence each, and an example."""
-    verbs = "\n".join(f"  {f'{verb} {what}':16}  {sentence}" for verb, (what, sentence) in VERBS.items())
-    return f"""\
-usage: sora VERB RECIPE [--section.key value …]
-
-Trains text-to-video diffusion transformers: a folder of videos and a CSV of captions go in, a model comes out.
-A recipe is a YAML file; any of its keys is a flag too.
-
-{verbs}
-
-  sora demo
-  sora train {EXAMPLES["train"]}
-  sora sample {EXAMPLES["sample"]}
-
-sora VERB --help shows every key with its meaning; sora VERB RECIPE --help, what that recipe sets."""
 
 
 if __name__ == "__main__":

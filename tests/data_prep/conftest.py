@@ -1,6 +1,8 @@
 """Videos whose frames carry their own number, so that a test can read off which frame it got."""
 
-from collections.abc import Callable
+import os
+import uuid
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -27,19 +29,41 @@ def number_of(frame: np.ndarray) -> int:
 
 
 def write(
-    path: Path, times: np.ndarray, codec: str = "libx264", size: tuple[int, int] = (128, 64), gop: int = 12
+    path: Path,
+    times: np.ndarray,
+    codec: str = "libx264",
+    size: tuple[int, int] = (128, 64),
+    gop: int = 12,
+    options: dict[str, str] | None = None,
+    b_frames: int | None = None,
+    rotation: int = 0,
+    pixel_aspect: Fraction | None = None,
+    pictures: Callable[[int], np.ndarray] | None = None,
+    pix_fmt: str = "yuv420p",
 ) -> Path:
-    """A video whose frame i is `picture(i)`, shown at `times[i]` seconds."""
+    """A video whose frame i is `picture(i)` (`i % 256` where there are more), shown at `times[i]` seconds.
+
+    `rotation` is in degrees counter-clockwise, as FFmpeg has it; `pictures` draws others than `picture`.
+    """
     with av.open(str(path), "w") as file:
         stream = file.add_stream(codec, rate=30)
         stream.width, stream.height = size
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = pix_fmt
         stream.gop_size = gop
-        stream.codec_context.thread_count = 1
+        context = stream.codec_context
+        context.thread_count = 1
+        context.options = options or {}
+        if b_frames is not None:
+            context.max_b_frames = b_frames
+        if pixel_aspect:
+            context.sample_aspect_ratio = pixel_aspect
+        if rotation:
+            stream.set_display_rotation(rotation)
         base = Fraction(1, 3000 if codec == "libx264" else 30)  # MPEG codecs know only common rates
-        stream.time_base = stream.codec_context.time_base = base
+        stream.time_base = context.time_base = base
         for number, time in enumerate(times):
-            frame = av.VideoFrame.from_ndarray(picture(number, *size), format="rgb24")
+            image = pictures(number) if pictures else picture(number % 2**BITS, *size)
+            frame = av.VideoFrame.from_ndarray(image, format="rgba" if image.shape[2] == 4 else "rgb24")
             frame.pts, frame.time_base = round(time / base), base
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
@@ -54,3 +78,38 @@ def _write() -> Callable[..., Path]:
 @pytest.fixture(name="number_of")
 def _number_of() -> Callable[[np.ndarray], int]:
     return number_of
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """Address of an S3-compatible server on loopback."""
+    import logging
+
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line per request
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A fresh bucket as `s3://NAME`, by environment variables, so that processes started later reach it too."""
+    from pyarrow import fs
+
+    for name in [name for name in os.environ if name.startswith("AWS_") and name != "AWS_CA_BUNDLE"]:
+        monkeypatch.delenv(name)
+    for name, value in {
+        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+    bucket = f"clips-{uuid.uuid4().hex[:12]}"
+    fs.S3FileSystem(endpoint_override=s3_server, allow_bucket_creation=True).create_dir(bucket)
+    return f"s3://{bucket}"

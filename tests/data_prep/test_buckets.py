@@ -1,15 +1,33 @@
-"""Which frames and which part of them a bucket takes."""
+"""Which frames and which part of them a bucket takes, and which bucket a clip goes to."""
+
+import itertools
 
 import numpy as np
 import pytest
 
-from data_prep.buckets import Bucket, nearest_frames
+from data_prep.buckets import TIE_S, Bucket, buckets_of, choose_bucket, nearest_frames
+from data_prep.reasons import ClipError
+from sora_train.data.config import DataConfig
+
+WIDE, TALL, SQUARE = Bucket(16, 256, 448, 8), Bucket(16, 448, 256, 8), Bucket(16, 256, 256, 8)
+SMALL, LARGE, LONG, STILL = (
+    Bucket(16, 128, 224, 8),
+    Bucket(16, 512, 896, 8),
+    Bucket(48, 256, 256, 8),
+    Bucket(1, 256, 256, 8),
+)
+ALL = (WIDE, TALL, SQUARE, SMALL, LARGE, LONG, STILL)
 
 
 def test_the_crop_of_a_wide_frame_is_its_centre_in_the_buckets_shape():
     assert Bucket(1, 100, 100, 8).crop_box(400, 200) == (100, 0, 300, 200)
     assert Bucket(1, 100, 100, 8).crop_box(200, 400) == (0, 100, 200, 300)
     assert Bucket(1, 90, 160, 8).crop_box(1920, 1080) == (0, 0, 1920, 1080)
+
+
+def test_another_place_takes_another_part_of_what_stands_out():
+    assert Bucket(1, 100, 100, 8).crop_box(400, 200, place=(0.0, 0.7)) == (0, 0, 200, 200)
+    assert Bucket(1, 100, 100, 8).crop_box(400, 200, place=(1.0, 0.7)) == (200, 0, 400, 200)
 
 
 def test_pixels_that_are_not_square_are_cropped_by_how_they_look():
@@ -29,7 +47,8 @@ def test_nearest_agrees_with_looking_at_every_frame():
     rng = np.random.default_rng(0)
     starts = np.sort(rng.uniform(0, 10, 50))
     due = rng.uniform(0, 11, 200)
-    assert nearest_frames(starts, due).tolist() == np.abs(starts - due[:, None]).argmin(1).tolist()
+    apart = np.abs(starts - due[:, None])
+    assert (apart[np.arange(200), nearest_frames(starts, due)] <= apart.min(1) + TIE_S).all()
 
 
 def test_a_clip_is_filled_by_its_own_length_and_by_what_containers_round_it_to():
@@ -37,3 +56,50 @@ def test_a_clip_is_filled_by_its_own_length_and_by_what_containers_round_it_to()
     assert bucket.is_filled_by(1.0)
     assert bucket.is_filled_by(0.999)
     assert not bucket.is_filled_by(0.96)
+
+
+def test_a_recipes_buckets_are_its_shapes_at_its_rate():
+    assert buckets_of(DataConfig(buckets=("16x256x448", "1x64x64"), fps=12.0)) == (
+        Bucket(16, 256, 448, 12.0),
+        Bucket(1, 64, 64, 12.0),
+    )
+    assert buckets_of(DataConfig()) == (Bucket(16, 256, 256, 8.0),)
+
+
+@pytest.mark.parametrize(
+    ("size", "seconds", "bucket"),
+    [
+        ((1920, 1080), 3.0, LARGE),  # the largest of its shape that needs no enlarging
+        ((640, 360), 3.0, WIDE),
+        ((200, 110), 3.0, SMALL),  # all of its shape enlarge: the one that does so least
+        ((1080, 1920), 3.0, TALL),
+        ((500, 480), 3.0, SQUARE),
+        ((1920, 1080), 7.0, LONG),  # the most frames come before the nearest shape
+    ],
+)
+def test_a_clip_goes_to_the_longest_it_fills_then_the_nearest_shape_then_the_largest(size, seconds, bucket):
+    for buckets in (ALL, ALL[::-1]):
+        assert choose_bucket(buckets, *size, seconds) == bucket
+
+
+def test_a_picture_goes_to_a_bucket_of_one_frame_and_a_video_only_where_there_are_no_others():
+    assert choose_bucket(ALL, 1920, 1080, 0.0, still=True) == STILL
+    assert choose_bucket((STILL,), 1920, 1080, 5.0) == STILL
+    with pytest.raises(ClipError, match="of one frame") as error:
+        choose_bucket((WIDE,), 1920, 1080, 0.0, still=True)
+    assert error.value.reason == "too_short"
+    with pytest.raises(ClipError, match=r"has 1\.00 s to give; a clip of 16 frames at 8 fps takes 2\.00 s") as error:
+        choose_bucket(ALL, 1920, 1080, 1.0)
+    assert error.value.reason == "too_short"
+
+
+def test_what_would_be_enlarged_beyond_the_bound_is_too_small():
+    assert choose_bucket((WIDE, SQUARE), 300, 171, 3.0) == WIDE
+    assert choose_bucket((WIDE, SQUARE), 320, 200, 3.0, max_enlarge=1.3) == SQUARE
+    with pytest.raises(ClipError, match=r"is 300x171; 16x256x448 would enlarge it 1\.50 times") as error:
+        choose_bucket((WIDE, SQUARE), 300, 171, 3.0, max_enlarge=1.2)
+    assert error.value.reason == "too_small"
+
+
+def test_a_square_between_portrait_and_landscape_goes_the_same_way_whatever_the_order():
+    assert {choose_bucket(order, 300, 300, 3.0) for order in itertools.permutations((WIDE, TALL))} == {WIDE}

@@ -10,18 +10,20 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 
-from data_prep.buckets import Bucket
-from data_prep.clips import read_clip
-from data_prep.encode import share_out
+from data_prep.clips import cut_source, read_clip
 from data_prep.inspect import inspect
 from data_prep.pipeline import prep
+from data_prep.workers import share_out
 from sora_train.codec import CodecConfig
 from sora_train.codec.text import load_text_encoder
 from sora_train.codec.vae import load_vae
+from sora_train.data.config import DataConfig, PrepConfig, SelectionConfig
 from sora_train.errors import RecipeError, UserError
-from sora_train.recipe import ClusterConfig, DataConfig, Recipe
-from sora_train.schema import Manifest, decode_rows, shard_files
+from sora_train.manifest import Manifest
+from sora_train.recipe import ClusterConfig, Recipe
+from sora_train.schema import decode_rows, shard_files
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +58,21 @@ def save_captions(folder: Path, rows: list[tuple[str, str]]) -> None:
         csv.writer(file).writerows([("video_file_name", "prompt"), *rows])
 
 
-def recipe(folder: Path, vae: Path, **data: object) -> Recipe:
+def recipe(folder: Path, vae: Path, selection: SelectionConfig | None = None, **data: object) -> Recipe:
     settings = {"captions": str(folder / "captions.csv"), "output": str(folder / "shards"), "frames": 4, "fps": 4,
                 "height": 16, "width": 32, "max_bad_fraction": 0.3}  # fmt: skip
     return Recipe(
         data=DataConfig.model_validate(settings | data),
-        codec=CodecConfig(vae=str(vae)),
+        selection=selection or SelectionConfig(),
+        codec=CodecConfig(vae=str(vae), precision="fp32", text_precision="fp32"),
         cluster=ClusterConfig(address="local"),
     )
+
+
+def frames_of(path: Path, made: Recipe) -> np.ndarray:
+    """Of a file's first clip."""
+    span = cut_source(str(path), made.data, made.selection).spans[0]
+    return read_clip(str(path), span, made.data, made.selection, "").frames
 
 
 def stamps(folder: Path) -> dict[str, int]:
@@ -95,11 +104,14 @@ def test_clips_become_shards_once_and_only_what_changed_is_made_again(
 
     manifest = prep(made)
 
-    counts = {"rows": 11, "written": 6, "quarantined": 2, "filtered": 3}
+    counts = {"asked": 11, "written": 6, "quarantined": 2, "filtered": 3}
     reasons = {"duplicate_row": 1, "no_caption": 1, "outside_root": 1, "too_short": 1, "unreadable": 1}
     assert manifest.counts.model_dump() == counts
     assert manifest == Manifest.load(made.data.output)
-    assert inspect(made.data.output) == counts | {"buckets": {"4x16x32": 6}, "reasons": reasons}
+    assert manifest.reasons == reasons
+    seen = inspect(made.data.output)
+    assert {name: seen[name] for name in counts} == counts
+    assert seen["buckets"] == {"4x16x32": 6}
     lost = {row["source"]: row for row in pq.read_table(tmp_path / "shards" / "quarantine.parquet").to_pylist()}
     assert (lost["bad.mp4"]["stage"], lost["bad.mp4"]["reason"]) == ("open", "unreadable")
 
@@ -108,8 +120,7 @@ def test_clips_become_shards_once_and_only_what_changed_is_made_again(
     clips = decode_rows(pq.read_table(shard_files(made.data.output)[0]), manifest, "4x16x32")
     assert clips.sources == sorted(names)
     for i, source in enumerate(clips.sources):
-        frames = torch.from_numpy(read_clip(str(tmp_path / source), Bucket(4, 16, 32, 4)).frames)
-        expected = vae.encode(frames[None])[0].numpy()
+        expected = vae.encode(torch.from_numpy(frames_of(tmp_path / source, made))[None])[0].numpy()
         np.testing.assert_allclose(clips.latents[i], expected, atol=2e-3, rtol=2e-3)
         assert clips.captions[i] == [names[source]]
         np.testing.assert_allclose(clips.text[i][0], text.encode([names[source]])[0], atol=2e-3, rtol=2e-3)
@@ -120,7 +131,7 @@ def test_clips_become_shards_once_and_only_what_changed_is_made_again(
     before = stamps(tmp_path)
     capsys.readouterr()
     assert prep(made) == manifest
-    assert "6 encoded already, 0 to encode" in capsys.readouterr().out
+    assert "6 clips encoded already, 0 sources to go through" in capsys.readouterr().out
     assert stamps(tmp_path) == before
 
     # A changed file, a changed caption, a new clip, a repaired one; one that left. Everything else stays.
@@ -130,7 +141,7 @@ def test_clips_become_shards_once_and_only_what_changed_is_made_again(
     write(tmp_path / "new.mp4", np.arange(36) / 30)
     changed = {name: caption for name, caption in names.items() if name != "5.mp4"} | {"2.mp4": "another caption"}
     save_captions(tmp_path, [*changed.items(), ("bad.mp4", "good now"), ("new.mp4", "new")])
-    assert prep(made).counts.model_dump() == {"rows": 7, "written": 7, "quarantined": 0, "filtered": 0}
+    assert prep(made).counts.model_dump() == {"asked": 7, "written": 7, "quarantined": 0, "filtered": 0}
     new = clips_of(tmp_path)
     assert sorted(new) == ["0.mp4", "1.mp4", "2.mp4", "3.mp4", "4.mp4", "bad.mp4", "new.mp4"]
     assert new["1.mp4"]["content_hash"] != old["1.mp4"]["content_hash"]
@@ -146,21 +157,61 @@ def test_clips_become_shards_once_and_only_what_changed_is_made_again(
     assert clips_of(tmp_path) == new
 
 
+@pytest.mark.ray
+def test_one_video_gives_many_clips_in_several_buckets_and_other_settings_make_only_what_is_missing(
+    tmp_path: Path, write, vae_folder: Path, ray_here
+):
+    write(tmp_path / "long.mp4", np.arange(90) / 30)
+    write(tmp_path / "short.mp4", np.arange(36) / 30)
+    write(tmp_path / "copy.mp4", np.arange(36) / 30)
+    write(tmp_path / "tall.mp4", np.arange(36) / 30, size=(64, 128))
+    Image.fromarray(np.full((32, 32, 3), 99, np.uint8)).save(tmp_path / "still.png")
+    names = ("long.mp4", "short.mp4", "copy.mp4", "tall.mp4", "still.png")
+    save_captions(tmp_path, [(name, f"caption of {name}") for name in names])
+    buckets = ["4x16x32", "8x16x32", "4x32x16", "1x16x16"]
+    made = recipe(tmp_path, vae_folder, SelectionConfig(duplicates=True), buckets=buckets, stride_s=1.0)
+
+    manifest = prep(made)
+
+    # 8 frames at 4 fps last 2 s: of 3 s, the clips from 0 and 1 s on fill that bucket, and the one from 2 s the other.
+    assert manifest.buckets == {"4x16x32": 2, "8x16x32": 2, "4x32x16": 1, "1x16x16": 1}
+    assert manifest.counts.model_dump() == {"asked": 7, "written": 6, "quarantined": 0, "filtered": 1}
+    assert manifest.reasons == {"duplicate": 1}
+    assert (manifest.frames, manifest.height, manifest.width) == (8, 16, 32)
+    rows = [row for file in shard_files(made.data.output) for row in pq.read_table(file).to_pylist()]
+    assert sorted((row["source"], row["start_s"], row["end_s"]) for row in rows) == [
+        ("long.mp4", 0.0, 2.0), ("long.mp4", 1.0, 3.0), ("long.mp4", 2.0, 3.0),
+        ("short.mp4", 0.0, 1.0), ("still.png", 0.0, 0.0), ("tall.mp4", 0.0, 1.0),
+    ]  # fmt: skip
+    before = stamps(tmp_path)
+    assert prep(made) == manifest
+    assert stamps(tmp_path) == before
+
+    # A wider stride asks for fewer clips: what it no longer asks for goes, the rest is not made again.
+    old = {row["sample_id"]: row for row in rows}
+    wider = prep(recipe(tmp_path, vae_folder, SelectionConfig(duplicates=True), buckets=buckets, stride_s=2.0))
+    assert wider.buckets == {"4x16x32": 2, "8x16x32": 1, "4x32x16": 1, "1x16x16": 1}
+    new = [row for file in shard_files(made.data.output) for row in pq.read_table(file).to_pylist()]
+    assert all(old[row["sample_id"]] == row for row in new)
+
+
 def test_missing_files_are_found_out_before_ray_starts(tmp_path: Path, vae_folder: Path):
     save_captions(tmp_path, [(f"{i}.mp4", "x") for i in range(5)])
     with pytest.raises(UserError, match=r"5 of 5 sources can't be read or decoded.*5 missing_file .*data.root"):
         prep(recipe(tmp_path, vae_folder))
-    assert inspect(str(tmp_path / "shards"))["reasons"] == {"missing_file": 5}
+    lost = pq.read_table(tmp_path / "shards" / "quarantine.parquet").to_pylist()
+    assert [row["reason"] for row in lost] == ["missing_file"] * 5
 
 
 def test_a_size_that_the_vae_can_not_halve_is_refused_by_key(tmp_path: Path, vae_folder: Path):
-    with pytest.raises(RecipeError, match="data.height 15 and data.width 32 must be multiples of the VAE's 2"):
+    with pytest.raises(RecipeError, match="4x15x32: height and width must be multiples of the VAE's 2"):
         prep(recipe(tmp_path, vae_folder, height=15))
 
 
 @pytest.mark.parametrize(("cpus", "gpus"), [(1, 0), (2, 0), (3, 0), (8, 0), (64, 0), (4, 1), (128, 8), (8, 8)])
 def test_the_stages_together_fit_into_the_cluster(cpus: int, gpus: int):
-    shares = share_out(cpus, gpus)
+    found = share_out(cpus, gpus, PrepConfig())
+    shares = (found.decode, found.vae, found.text)
     assert all(share.workers >= 1 for share in shares)
     assert sum(share.workers * share.cpus for share in shares) <= cpus
     assert sum(share.workers * share.gpus for share in shares) <= gpus

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.inspect import format_table, inspect
-from data_prep.shards import ShardWriter, finished_clips, known_failures, sweep, take_out, write_quarantine
+from data_prep.ledger import Ledger, Record, save_ledger
+from data_prep.shards import ShardWriter, finished_clips, only_one, sweep, take_out
 from sora_train.errors import UserError
 from sora_train.schema import SHARD_SCHEMA, encode_row, shard_files
 
@@ -32,7 +32,9 @@ def write(folder: Path, start: int, stop: int, key: str = "key") -> None:
 
 
 def ids(folder: Path) -> list[str]:
-    return [sample for clips in finished_clips(str(folder), "key").values() for sample in clips]
+    clips, twice = finished_clips(str(folder), "key")
+    assert not twice
+    return list(clips)
 
 
 def test_rows_keep_their_order_in_several_shards_of_small_row_groups(tmp_path: Path):
@@ -62,7 +64,8 @@ def test_what_is_taken_out_is_gone_and_the_rest_stays(tmp_path: Path):
     after = pq.read_table(file)
     kept = [i for i in range(50) if i not in (3, 49)]
     assert after.equals(before.take(kept))
-    assert finished_clips(str(tmp_path), "key")[file]["00004"] == ("4.mp4", 4, "v")
+    clip = finished_clips(str(tmp_path), "key")[0]["00004"]
+    assert (clip.source, clip.size, clip.version, clip.shard) == ("4.mp4", 4, "v", file)
     take_out(str(tmp_path), file, {f"{i:05d}" for i in range(50)})
     assert shard_files(str(tmp_path)) == []
 
@@ -91,37 +94,43 @@ def test_what_a_killed_run_left_is_swept_away(tmp_path: Path):
     assert len(ids(tmp_path)) == 5
 
 
-def test_inspect_counts_shards_and_quarantine(tmp_path: Path):
-    write(tmp_path, 0, 40)
-    lost = {"sample_id": "s", "source": "a.mp4", "start_s": 0.0, "end_s": 1.0, "stage": "open", "message": "m"}
-    write_quarantine(
-        str(tmp_path),
-        [lost | {"reason": "unreadable", "kind": "quarantined"}] * 2
-        + [lost | {"reason": "too_short", "kind": "filtered"}],
-        "key",
-    )
-    counts = inspect(str(tmp_path))
-    assert counts == {
-        "rows": 43, "written": 40, "quarantined": 2, "filtered": 1,
-        "buckets": {"1x8x8": 40}, "reasons": {"too_short": 1, "unreadable": 2},
-    }  # fmt: skip
-    assert "unreadable" in format_table(counts)
-    with pytest.raises(UserError, match="holds no shards"):
-        inspect(str(tmp_path / "nowhere"))
-    file = next((tmp_path / "bucket=1x8x8").glob("*.parquet"))
-    with pytest.raises(UserError, match="is a file"):
-        inspect(str(file))
-    file.write_bytes(b"no parquet")
-    with pytest.raises(UserError, match=f"{file.name} can't be read .* delete it"):
-        inspect(str(tmp_path))
+def test_a_clip_that_two_shards_hold_is_named(tmp_path: Path):
+    write(tmp_path, 0, 5)
+    write(tmp_path, 3, 8)
+    clips, twice = finished_clips(str(tmp_path), "key")
+    assert len(clips) == 8
+    assert list(twice.values()) == [{"00003", "00004"}]
+    assert next(iter(twice)) == shard_files(str(tmp_path))[1]
 
 
-def test_a_lasting_reason_is_known_again_for_the_same_file_and_encoding_alone(tmp_path: Path):
-    common = {"source": "a.mp4", "source_size": 5, "source_version": "7", "message": "m", "kind": "quarantined"}
-    reasons = {"s": "corrupt", "t": "timeout"}
-    write_quarantine(str(tmp_path), [common | {"sample_id": i, "reason": r} for i, r in reasons.items()], "key")
-    assert known_failures(str(tmp_path), "key") == {("s", 5, "7"): ("corrupt", "m")}
-    assert known_failures(str(tmp_path), "another key") == {}
-    assert known_failures(str(tmp_path / "nowhere"), "key") == {}
+def test_a_second_run_is_kept_off_the_same_folder(tmp_path: Path):
+    with (
+        only_one(str(tmp_path)),
+        pytest.raises(UserError, match="another `sora prep` is writing"),
+        only_one(str(tmp_path)),
+    ):
+        pass
+    with only_one(str(tmp_path)):
+        pass
+
+
+def failure(sample: str, reason: str, duplicate_of: str = "") -> dict:
+    file = {"source": "a.mp4", "source_size": 5, "source_version": "7", "start_s": 0.0, "end_s": 1.0}
+    why = {"stage": "decode", "reason": reason, "message": "m", "kind": "quarantined", "duplicate_of": duplicate_of}
+    return {"sample_id": sample} | file | why
+
+
+def test_the_ledger_comes_back_for_the_same_settings_alone(tmp_path: Path):
+    failures = [failure("s", "corrupt"), failure("t", "timeout"), failure("u", "duplicate", "v")]
+    records = {"row": Record("a.mp4", 5, "7", ["s", "t", "u", "v"])}
+    save_ledger(str(tmp_path), "settings", records, failures)
+    ledger = Ledger.load(str(tmp_path), "settings")
+    assert ledger.records == records
+    assert ledger.lasting("s", {"v"}) == failures[0]
+    assert ledger.lasting("t", {"v"}) is None, "what may go better next time is tried again"
+    assert ledger.lasting("u", {"v"}) == failures[2]
+    assert ledger.lasting("u", set()) is None, "the clip it was a duplicate of is gone"
+    assert Ledger.load(str(tmp_path), "others") == Ledger()
+    assert Ledger.load(str(tmp_path / "nowhere"), "settings") == Ledger()
     (tmp_path / "quarantine.parquet").write_bytes(b"no parquet")
-    assert known_failures(str(tmp_path), "key") == {}
+    assert Ledger.load(str(tmp_path), "settings").failures == {}

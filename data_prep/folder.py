@@ -1,0 +1,86 @@
+"""A folder of media with captions beside them: `walk.mp4` and `walk.txt`, in the folder or one within."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from pyarrow import fs
+
+from data_prep.captions import Line
+from sora_train.errors import RecipeError
+from sora_train.places import named
+
+PICTURES = "avif bmp jpeg jpg png tif tiff webp"
+VIDEOS = "3g2 3gp asf avi f4v flv gif m2ts m4v mkv mov mp4 mpe mpeg mpg mts mxf ogg ogv ts vob webm wmv y4m"
+MEDIA = frozenset(f".{name}" for name in f"{PICTURES} {VIDEOS}".split())
+READERS = 16  # texts read at a time
+
+
+def read_folder(place: str, system: fs.FileSystem, path: str) -> list[Line]:
+    """A line for every video and picture of the folder, sorted by name; hidden ones are left out.
+
+    One without a text is `no_caption`; texts without media are counted in one printed line. Raises RecipeError where
+    there is no media at all, UserError where the folder can't be read.
+    """
+    with named(place, "read", system):
+        names = sorted(_walk(path) if isinstance(system, fs.LocalFileSystem) else _list(system, path))
+    media = [name for name in names if posixpath.splitext(name)[1].lower() in MEDIA]
+    texts = {name[:-4]: name for name in names if name.lower().endswith(".txt")}
+    if not media:
+        raise RecipeError(
+            f"data.captions: {place} is a folder without a video or picture; name one with media and a .txt of the "
+            "same name beside each, or a CSV, JSONL or Parquet file"
+        )
+    if alone := sorted(set(texts) - {posixpath.splitext(name)[0] for name in media}):
+        print(f"{place}: {len(alone)} .txt without a video or picture, such as {_plain(texts[alone[0]])}", flush=True)
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(lambda name: _line(system, path, name, texts), media))
+
+
+def _line(system: fs.FileSystem, path: str, name: str, texts: dict[str, str]) -> Line:
+    """The line of a file by the text beside it, which is one caption, line breaks and all."""
+    plain, stem = _plain(name), posixpath.splitext(name)[0]
+    if plain != name:
+        return Line(plain, plain, (), "missing_file", "the file's name is not UTF-8, and can't be passed on; rename it")
+    text = texts.get(stem)
+    if text is None:
+        return Line(name, name, (), "no_caption", f"there is no {posixpath.basename(stem)}.txt beside it")
+    try:
+        with system.open_input_stream(f"{path}/{text}", compression=None) as file:
+            caption = file.read().decode("utf-8-sig").strip()
+    except UnicodeDecodeError:
+        return Line(name, name, (), "no_caption", f"{text} is not UTF-8 text; save it as UTF-8")
+    except OSError as error:
+        return Line(name, name, (), "fetch_failed", f"its caption {text} can't be read: {error}")
+    return Line(name, name, (caption,)) if caption else Line(name, name, (), "no_caption", f"{text} is empty")
+
+
+def _plain(name: str) -> str:
+    """The name with a mark for every byte that is no UTF-8."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _walk(root: str, below: str = "", above: tuple[str, ...] = ()) -> Iterator[str]:
+    """Names below a local folder. Not by pyarrow, which runs in circles where a link does, and fails at odd names."""
+    real = os.path.realpath(os.path.join(root, below))
+    if real in above:
+        return
+    with os.scandir(real) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _walk(root, f"{below}{entry.name}/", (*above, real))
+            else:
+                yield f"{below}{entry.name}"
+
+
+def _list(system: fs.FileSystem, root: str) -> Iterator[str]:
+    """Names below a remote folder."""
+    for info in system.get_file_info(fs.FileSelector(root, recursive=True)):
+        name = posixpath.relpath(info.path, root)
+        if info.type == fs.FileType.File and not any(part.startswith(".") for part in name.split("/")):
+            yield name

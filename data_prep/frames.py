@@ -1,0 +1,244 @@
+"""The two decoders: which frames of a video are nearest to the times they are due, each fitted as soon as it is there.
+
+Time zero is the first frame's timestamp. decord (its maintained fork, decord2) goes first, within what is sound: it
+counts frames, and its seeks count wrong where a group of pictures refers to the one before (HEVC, MPEG-2, MPEG-4,
+x264's open-gop), so it only goes forward; and it decodes ahead of what is asked for without a bound (dmlc/decord issues
+157, 197, 208), so it gets no video that would fill more than AHEAD_BYTES. PyAV gives every frame with its timestamp,
+seeks and checks where it came to, and holds two raw frames, however long the video is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import av
+import decord
+import numpy as np
+
+from data_prep.buckets import TIE_S, nearest_frames
+from data_prep.headers import Header, check_size, opened, plain, video_of
+from data_prep.reasons import ClipError
+
+decord.logging.set_level(decord.logging.QUIET)  # what FFmpeg says of a bad file comes back as the error's own text
+Fit = Callable[[np.ndarray], np.ndarray]
+"""A raw frame uint8 `H W 3`, turned upright, to one of the clip's size."""
+AHEAD_BYTES = 256 << 20  # of raw frames
+NEAR_S = 10.0  # decoding on is about as quick as a seek that lands at the keyframe before
+SEEKS = {"mov,mp4,m4a,3gp,3g2,mj2": 0.0, "matroska,webm": 0.0, "mpegts": 5.0}
+"""Containers in which a seek is sound, and how many seconds early it has to aim: MPEG-TS has no index of keyframes."""
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own drop the transparency of WebM
+
+
+class Forward:
+    """decord, from the beginning on. `end` is where the video ends, in seconds since its first frame.
+
+    Raises ValueError where it is known to be wrong, and whatever decord raises.
+    """
+
+    def __init__(self, path: str, header: Header):
+        if header.container in ("mpegts", "mpeg"):  # decord 3.4.0 loses their first group of pictures and says nothing
+            raise ValueError(f"{header.container} is left to PyAV")
+        if header.alpha:
+            raise ValueError("transparency is left to PyAV")
+        if not header.plain_start:
+            raise ValueError("a video whose first frames are cut off is left to PyAV")
+        bound = AHEAD_BYTES / (header.width * header.height * 3 or 1)
+        if header.promised_s * header.frames_per_second > bound:
+            raise ValueError("what is long is left to PyAV")
+        self.reader = decord.VideoReader(path, num_threads=1)
+        if not 0 < len(self.reader) <= bound:
+            raise ValueError(f"{len(self.reader)} frames are left to PyAV")
+        spans = self.reader.get_frame_timestamp(range(len(self.reader))).astype(np.float64)  # [frames, start and end]
+        self.starts, self.end = spans[:, 0] - spans[0, 0], float(spans[-1, 1] - spans[0, 0])
+        if not (np.diff(self.starts) > 0).all():  # VP8's hidden frames count as frames; AVI's B-frames have no times
+            raise ValueError("frames that share a timestamp")
+        if header.start_s is not None and abs(spans[0, 0] - header.start_s) > header.frame_s:
+            raise ValueError("another first frame than the container's")
+        self.keys = np.array(self.reader.get_key_indices())
+        self.position = 0
+
+    def reaches(self, due: np.ndarray) -> bool:
+        """Whether the first frame that is due lies ahead."""
+        return bool(nearest_frames(self.starts, due[:1])[0] >= self.position)
+
+    def frames(self, due: np.ndarray, fit: Fit) -> list[np.ndarray]:
+        """The fitted frames nearest to `due`, seconds since the first frame, rising."""
+        fitted: list[np.ndarray] = []
+        indices = nearest_frames(self.starts, due)
+        for index, repeats in zip(*np.unique(indices, return_counts=True), strict=True):
+            self.skip_to(int(index))
+            frame = self.reader.next().asnumpy()
+            self.position += 1
+            if frame.shape[2] != 3:  # narrow frames come with the padding of their rows
+                raise ValueError(f"a frame of {frame.shape[2]} channels")
+            fitted += [fit(frame)] * int(repeats)
+        return fitted
+
+    def skip_to(self, index: int) -> None:
+        """Goes on to a frame. decord seeks when it skips past a keyframe, so it is led there frame by frame."""
+        while self.position < index:
+            keys = self.keys[np.searchsorted(self.keys, self.position, side="right") :]
+            stop = min(index, int(keys[0]) - 1) if len(keys) else index
+            if stop > self.position:
+                self.reader.skip_frames(stop - self.position)
+                self.position = stop
+            else:
+                self.reader.next()
+                self.position += 1
+
+
+class Anywhere:
+    """PyAV. It goes on forward to what is near, seeks to what is far, and begins anew where a seek can't be trusted."""
+
+    def __init__(self, path: str, header: Header):
+        self.path, self.header = path, header
+        self.stream: Iterator[tuple[float, Any]] | None = None
+        self.before: tuple[float, Any] | None = None  # the last frame that was passed, and the one after it
+        self.after: tuple[float, Any] | None = None
+        self.zero: float | None = None  # the first frame's timestamp
+        self.end = 0.0  # where the video ends, once that was reached
+        self.file: Any = None
+
+    def frames(self, due: np.ndarray, fit: Fit) -> list[np.ndarray]:
+        """The fitted frames nearest to `due`; fewer where the video ends before. Raises ClipError `corrupt`."""
+        refusal = ClipError("corrupt", "no frame of it decodes")
+        if self.end and due[-1] > self.end:  # known to end before: a broken file's later clips need no decoding
+            return []
+        for seeking in (False, True):
+            try:
+                if seeking and not self.seeks(due[0]):
+                    break
+                if not seeking and not self.holds(due[0]) and not (due[0] > NEAR_S and self.seeks(due[0])):
+                    self.begins()
+                return self.collect(due, fit)
+            except (av.FFmpegError, ValueError) as error:
+                at = f"at {self.before[0]:.2f} s" if self.before else "at the first frame"
+                refusal = ClipError("corrupt", f"decoding fails {at}: {plain(error)}")
+                if self.before and self.before[0] >= due[0]:  # else the damage lies before the clip: seek beyond it
+                    break
+        self.close()
+        raise refusal
+
+    def collect(self, due: np.ndarray, fit: Fit) -> list[np.ndarray]:
+        fitted: list[np.ndarray] = []
+        latest: tuple[Any, np.ndarray] | None = None  # a frame that is due twice is fitted once
+        for moment in due:
+            while self.after is None or self.after[0] < moment:
+                if not self.step():
+                    break
+            frame = self.nearest(moment)
+            if frame is None:
+                return fitted
+            if latest is None or latest[0] is not frame:
+                latest = frame, fit(self.pixels(frame))
+            fitted.append(latest[1])
+        return fitted
+
+    def nearest(self, moment: float) -> Any:
+        """Of the two frames around a moment the nearer one, the earlier of equals; none past the video's end."""
+        if self.after is None:
+            return self.before[1] if self.before and moment < self.end else None
+        if self.before and moment - self.before[0] <= self.after[0] - moment + TIE_S:
+            return self.before[1]
+        return self.after[1]
+
+    def step(self) -> bool:
+        """Goes on by a frame; whether there is one."""
+        if self.stream is None:
+            return False
+        if self.after is not None:
+            self.before = self.after
+        self.after = next(self.stream, None)
+        if self.after is None:
+            self.stream = None
+            self.end = self.before[0] + self.shown_s(self.before[1]) if self.before else 0.0
+        return self.after is not None
+
+    def begins(self) -> None:
+        """Opens the file, and stands before its first frame."""
+        self.close()
+        self.file = opened(self.path)
+        self.stream = self.decoded()
+
+    def holds(self, moment: float) -> bool:
+        """Whether a moment lies ahead, and near enough to decode on."""
+        if self.after is None or self.stream is None:
+            return False
+        return (self.before or self.after)[0] <= moment <= self.after[0] + NEAR_S
+
+    def seeks(self, moment: float) -> bool:
+        """Goes to the keyframe before a moment; whether that is where it came to."""
+        early = SEEKS.get(self.header.container)
+        if early is None:
+            return False
+        if self.zero is None:
+            self.begins()
+            self.step()
+        self.begins()
+        try:
+            stream = video_of(self.file)
+            aim = (self.zero or 0.0) + moment - early
+            self.file.seek(int(aim / stream.time_base), stream=stream, backward=True)
+            self.stream = self.decoded(after_seek=True)
+            return self.step() and self.after is not None and self.after[0] <= moment
+        except (av.FFmpegError, ValueError):
+            return False
+
+    def shown_s(self, frame: Any) -> float:
+        """How long a frame is shown."""
+        tick = frame.time_base or 0
+        return float(frame.duration * tick) or self.header.frame_s
+
+    def decoded(self, after_seek: bool = False) -> Iterator[tuple[float, Any]]:
+        """Frames with their seconds since the first one. After a seek it begins at a keyframe, since what comes before
+        may refer to pictures that were not decoded, and ends at a frame without a timestamp."""
+        stream = video_of(self.file)
+        stream.codec_context.thread_count = 1  # the other cores have work of their own
+        tick, last = float(stream.time_base), None
+        for frame in self.pictures(stream):
+            check_size([(frame.width, frame.height)])
+            if after_seek and last is None and not frame.key_frame:
+                continue
+            # AVI knows no presentation times: of a frame it has only when it was handed to the decoder.
+            stamp = frame.dts if self.header.container == "avi" else frame.pts
+            if stamp is None and after_seek:
+                return
+            time = None if stamp is None else stamp * tick
+            if time is None or (last is not None and time <= last):
+                time = 0.0 if last is None else last + self.header.frame_s
+            zero = self.zero = time if self.zero is None else self.zero
+            last = time
+            yield time - zero, frame
+
+    def pictures(self, stream: Any) -> Iterator[Any]:
+        """Frames in the order in which they are shown; at damage first those that lie before it, then the error."""
+        name = ALPHA_DECODERS.get(stream.codec_context.name) if self.header.alpha else None
+        context: Any = av.CodecContext.create(name, "r") if name else stream.codec_context
+        for packet in self.file.demux(stream):
+            try:
+                yield from context.decode(packet)
+            except av.FFmpegError:
+                for frame in context.decode(None):
+                    if None not in (frame.pts, packet.pts) and frame.pts < packet.pts:
+                        yield frame
+                raise
+
+    def pixels(self, frame: Any) -> np.ndarray:
+        """A frame uint8 `H W 3`, transparency on black, turned by its rotation tag, which decord does by itself."""
+        alpha = self.header.alpha
+        image = on_black(frame.to_ndarray(format="rgba")) if alpha else frame.to_ndarray(format="rgb24")
+        return np.rot90(image, round(frame.rotation / 90) % 4)
+
+    def close(self) -> None:
+        """Lets go of the file and its frames."""
+        self.stream = self.before = self.after = None
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+
+
+def on_black(rgba: np.ndarray) -> np.ndarray:
+    """uint8 `H W 4` with straight alpha to `H W 3`."""
+    alpha = rgba[..., 3:].astype(np.uint16)
+    return ((rgba[..., :3] * alpha + 127) // 255).astype(np.uint8)

@@ -1,0 +1,106 @@
+"""Brings in what comes out of the chain: duplicates are found, shards written, failures and records kept."""
+
+from __future__ import annotations
+
+import time
+
+import pyarrow as pa
+
+from data_prep.ledger import Record, save_ledger
+from data_prep.outcome import Outcome
+from data_prep.selection import Duplicates
+from data_prep.shards import PATIENCE_S, ShardWriter
+from data_prep.stock import Stock
+from data_prep.tables import END
+from sora_train.recipe import Recipe
+from sora_train.schema import SHARD_SCHEMA
+
+
+class Harvest:
+    """Takes tables of ENCODED in the order of the sources, so that of two duplicates the first is always kept."""
+
+    def __init__(self, recipe: Recipe, encoding_hash: str, settings_hash: str, outcome: Outcome, stock: Stock):
+        self.folder, self.encoding_hash, self.settings_hash = recipe.data.output, encoding_hash, settings_hash
+        self.outcome, self.stock = outcome, stock
+        self.writers: dict[str, ShardWriter] = {}
+        self.duplicates = Duplicates(recipe.selection)
+        for sample, clip in stock.held.items():
+            self.duplicates.remember(sample, clip.content_hash, clip.perceptual_hash, clip.span)
+        self.empty_text = b""
+        self.saved_at = time.monotonic()
+
+    def bring_in(self, table: pa.Table) -> tuple[int, int, int, int]:
+        """Returns how many sources were finished, and clips written, quarantined and filtered.
+
+        Raises UserError where too many sources are bad.
+        """
+        rows = table.drop_columns(["latents", "text", "tokens"]).to_pylist()
+        counts = {"sources": 0, "written": 0, "quarantined": 0, "filtered": 0}
+        good: dict[str, list[int]] = {}
+        for i, row in enumerate(rows):
+            self.empty_text = self.empty_text or row["empty_text"] or b""
+            if row["note"]:
+                self.outcome.say(row["note"])
+            if row["reason"] == END:
+                self._end(row)
+                counts["sources"] += 1
+            elif self._is_good(row):
+                good.setdefault(row["bucket"], []).append(i)
+                counts["written"] += 1
+            else:
+                counts[self.outcome.fail(_failure(row))] += 1
+        for bucket, places in good.items():
+            if bucket not in self.writers:
+                self.writers[bucket] = ShardWriter(self.folder, bucket, self.encoding_hash)
+            self.writers[bucket].add(table.take(places).select(SHARD_SCHEMA.names))
+        if time.monotonic() - self.saved_at > PATIENCE_S:
+            self._save()
+        self.outcome.judge()
+        return counts["sources"], counts["written"], counts["quarantined"], counts["filtered"]
+
+    def close(self) -> None:
+        """Writes what is left, and takes out of the shards what their sources turned out not to be asked for."""
+        for writer in self.writers.values():
+            writer.close()
+        self.stock.clear_out(self.folder)
+        self._save()
+
+    def _is_good(self, row: dict) -> bool:
+        """Enters a clip among those that are kept, unless it has a reason or is found to be a duplicate."""
+        if row["reason"]:
+            return False
+        span = (row["start_s"], row["end_s"])
+        if found := self.duplicates.of(row["content_hash"], row["perceptual_hash"], span):
+            row["reason"], row["duplicate_of"] = found
+            row["message"] = f"as clip {found[1]}"
+            return False
+        self.duplicates.remember(row["sample_id"], row["content_hash"], row["perceptual_hash"], span)
+        self.outcome.keep(row["source"])
+        if row["remark"]:
+            self.outcome.say(f"{row['source']} {row['remark']}")
+        return True
+
+    def _end(self, row: dict) -> None:
+        """Settles a source that was gone through."""
+        mine, asked = self.stock.of_row.get(row["row_id"], []), row["asked"]
+        if asked == [row["row_id"]]:  # it could not be cut: what the shards hold of it stays
+            asked = [*asked, *mine]
+        for sample in set(mine) - set(asked):
+            self.stock.drop(sample)
+            self.outcome.written -= 1
+        self.outcome.seen.add(row["source"])
+        self.outcome.settle(row["row_id"], Record(row["source"], row["size"], row["version"], asked))
+
+    def _save(self) -> None:
+        save_ledger(self.folder, self.settings_hash, self.outcome.records, self.outcome.failures)
+        self.saved_at = time.monotonic()
+
+
+def _failure(row: dict) -> dict:
+    """A row of the quarantine, but for `stage` and `kind`."""
+    names = ("sample_id", "source", "start_s", "end_s", "reason", "message")
+    return {name: row[name] for name in names} | {
+        "source_size": row["size"],
+        "source_version": row["version"],
+        "duplicate_of": row.get("duplicate_of", ""),
+    }

@@ -1,0 +1,93 @@
+"""What earlier runs found out: which clips each source was cut into, and why some of them are not in the shards.
+
+`sources.parquet` and `quarantine.parquet` beside the shards, each written whole. Losing them costs time, never a clip:
+a source without a record is opened again, and those of its clips that the shards hold are left alone.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_prep.reasons import LASTING
+from sora_train.places import read_bytes, resolve, write_whole
+from sora_train.schema import QUARANTINE_SCHEMA
+
+SETTINGS_KEY = b"settings_hash"
+SOURCES_SCHEMA = pa.schema(
+    [
+        ("row_id", pa.string()),
+        ("source", pa.string()),
+        ("source_size", pa.int64()),
+        ("source_version", pa.string()),
+        ("sample_ids", pa.list_(pa.string())),
+    ]
+)
+
+
+@dataclass(slots=True)
+class Record:
+    """A source that was gone through to its end: the file as it was, and the ids of all clips asked of it."""
+
+    source: str
+    size: int
+    version: str
+    sample_ids: list[str]
+
+
+@dataclass
+class Ledger:
+    """Records by `row_id`, and rows of the quarantine by `sample_id`."""
+
+    records: dict[str, Record] = field(default_factory=dict)
+    failures: dict[str, dict] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, folder: str, settings_hash: str) -> Ledger:
+        """What runs with the same settings wrote; empty where there is nothing, or nothing that can be read."""
+        sources, failures = (_read(folder, name, settings_hash) for name in ("sources", "quarantine"))
+        records = {
+            row["row_id"]: Record(row["source"], row["source_size"], row["source_version"], row["sample_ids"])
+            for row in sources
+        }
+        return cls(records, {row["sample_id"]: row for row in failures})
+
+    def lasting(self, sample_id: str, held: set[str]) -> dict | None:
+        """The failure of a clip, where trying again would find the same."""
+        failure = self.failures.get(sample_id)
+        if failure is None or failure["reason"] not in LASTING:
+            return None
+        return failure if not failure["duplicate_of"] or failure["duplicate_of"] in held else None
+
+
+def save_ledger(folder: str, settings_hash: str, records: dict[str, Record], failures: list[dict]) -> None:
+    """Writes both files; the quarantine first, since a record says that the failures of its source are known."""
+    _write(folder, "quarantine", failures, QUARANTINE_SCHEMA, settings_hash)
+    rows = [
+        {"row_id": row_id, "source": record.source, "source_size": record.size, "source_version": record.version,
+         "sample_ids": record.sample_ids}
+        for row_id, record in records.items()
+    ]  # fmt: skip
+    _write(folder, "sources", rows, SOURCES_SCHEMA, settings_hash)
+
+
+def _read(folder: str, name: str, settings_hash: str) -> list[dict]:
+    system, path = resolve(folder)
+    content = read_bytes(system, f"{path}/{name}.parquet")
+    try:
+        table = pq.read_table(io.BytesIO(content)) if content else None
+    except (pa.ArrowInvalid, OSError):
+        table = None
+    if table is None or (table.schema.metadata or {}).get(SETTINGS_KEY, b"").decode() != settings_hash:
+        return []
+    return table.to_pylist()
+
+
+def _write(folder: str, name: str, rows: list[dict], schema: pa.Schema, settings_hash: str) -> None:
+    system, path = resolve(folder)
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema.with_metadata({SETTINGS_KEY: settings_hash.encode()})), sink)
+    write_whole(system, f"{path}/{name}.parquet", sink.getvalue())

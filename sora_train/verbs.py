@@ -1,0 +1,86 @@
+"""The verbs of `sora`: what each takes, what it does, an example, and the flags of those that take no recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pydantic import NonNegativeFloat, PositiveInt
+
+VERBS = {
+    "download": ("RECIPE", "Fetches the recipe's VAE and text encoder to a folder that all nodes share (--to DIR)."),
+    "prep": (
+        "RECIPE",
+        "Encodes videos and captions into Parquet shards; again, only what is missing. --plan: what it would cost.",
+    ),
+    "inspect": ("SHARDS", "Counts what shards hold, and what was left out and why; --html OUT shows the clips."),
+    "train": ("RECIPE", "Trains on shards; run again, it goes on from the newest checkpoint."),
+    "sample": ("RUN", "Makes videos of your prompts with a run's newest checkpoint, or with a checkpoint."),
+    "demo": ("", "Does it all on clips of moving shapes, in minutes: prep, train, sample, judge, report."),
+    "bench": ("prep RECIPE", "Measures the pipeline's clips per second beside a bare VAE loop's."),
+    "report": ("RUN", "Writes a run's report.html: curves, samples, events."),
+}
+EXAMPLES = {
+    "download": "jobs/real_clips.yaml --to /shared/models",
+    "prep": "jobs/real_clips.yaml --data.captions my/captions.csv --data.root my/videos",
+    "inspect": "runs/quickstart/shards --json",
+    "train": "jobs/quickstart.yaml --name again --train.steps 40",
+    "sample": 'runs/quickstart --prompt "a blue square moving up"',
+    "demo": "",
+    "bench": "prep jobs/real_clips.yaml",
+    "report": "runs/quickstart",
+}
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """How to show the counts."""
+
+    json: bool = False
+    """Print one JSON object instead of a table."""
+    html: str | None = None
+    """Write one HTML page with clips decoded from their latents, distributions, and what was left out."""
+    clips: PositiveInt = 12
+    """How many clips of each bucket the page shows."""
+    root: str = ""
+    """Folder of the source videos, where it is no longer the one they were encoded from."""
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """What to sample, and how."""
+
+    prompt: tuple[str, ...] = ()
+    """What the video shows; several make several videos."""
+    seed: tuple[int, ...] = (0,)
+    """Fixes the noise that a video begins as; several make several videos of each prompt."""
+    steps: PositiveInt | None = None
+    """Sampler steps; the run's own `validation.steps` if not given."""
+    guidance: NonNegativeFloat | None = None
+    """Classifier-free guidance scale; the run's own `validation.guidance` if not given."""
+    negative: str | None = None
+    """What guidance leads away from, instead of the empty prompt."""
+    out: str | None = None
+    """Folder for the videos; `samples/prompts` in the run's folder if not given."""
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """This verb has no flags."""
+
+
+def usage() -> str:
+    """The verbs with a sentence each, and an example."""
+    verbs = "\n".join(f"  {f'{verb} {what}':17}  {sentence}" for verb, (what, sentence) in VERBS.items())
+    return f"""\
+usage: sora VERB RECIPE [--section.key value …]
+
+Trains text-to-video diffusion transformers: a folder of videos and a CSV of captions go in, a model comes out.
+A recipe is a YAML file; any of its keys is a flag too.
+
+{verbs}
+
+  sora demo
+  sora train {EXAMPLES["train"]}
+  sora sample {EXAMPLES["sample"]}
+
+sora VERB --help shows every key with its meaning; sora VERB RECIPE --help, what that recipe sets."""

@@ -1,0 +1,144 @@
+"""`kill -9` of the driver or of an actor, while it encodes: the same clips come out as of a run that nobody touched."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from sora_train.demo.shapes import make_clips
+from sora_train.manifest import Manifest
+from sora_train.schema import shard_files
+
+ACTORS = ("Decode", "EncodeVideo", "EmbedText")
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """500 sources of two clips each, and 20 that are no videos."""
+    folder = tmp_path_factory.mktemp("videos")
+    make_clips(folder, 500)
+    with (folder / "captions.csv").open("a", newline="") as file:
+        for i in range(20):
+            (folder / f"bad_{i}.mp4").write_text("no video")
+            file.write(f"bad_{i}.mp4,nothing to see {i}\r\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unbroken(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken")
+    assert start(videos, folder).wait(timeout=240) == 0
+    return folder
+
+
+def start(videos: Path, folder: Path) -> subprocess.Popen:
+    """`sora prep` in a process of its own, its lines in `folder/log`."""
+    data = {"captions": str(videos / "captions.csv"), "output": str(folder / "shards"), "frames": 4, "fps": 8,
+            "height": 64, "width": 64, "stride_s": 0.5}  # fmt: skip
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"data": data, "cluster": {"address": "local"}}))
+    with (folder / "log").open("a") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "sora_train.cli", "prep", str(folder / "recipe.yaml")],
+            stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "RAY_ADDRESS": ""},
+        )  # fmt: skip
+
+
+def contents(folder: Path) -> dict[str, dict]:
+    rows = [row for file in shard_files(str(folder / "shards")) for row in pq.read_table(file).to_pylist()]
+    clips = {row["sample_id"]: row for row in rows}
+    assert len(clips) == len(rows), "a clip stands twice"
+    return clips
+
+
+def lost(folder: Path) -> set[tuple[str, str]]:
+    rows = pq.read_table(folder / "shards" / "quarantine.parquet").to_pylist()
+    return {(row["source"], row["reason"]) for row in rows}
+
+
+def assert_equal(folder: Path, unbroken: Path) -> None:
+    found, wanted = contents(folder), contents(unbroken)
+    assert found.keys() == wanted.keys()
+    assert [name for name in found if found[name] != wanted[name]] == []
+    assert lost(folder) == lost(unbroken)
+    assert Manifest.load(str(folder / "shards")) == Manifest.load(str(unbroken / "shards"))
+
+
+def kill(process: subprocess.Popen, whom: str) -> list[psutil.Process]:
+    """Kills the driver, or an actor of a stage; returns the processes that the driver had started."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    if whom == "driver":
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    else:
+        next(child for child in family if whom in "".join(child.cmdline()[:1])).kill()
+    return family
+
+
+def wait_for_shard(folder: Path, process: subprocess.Popen) -> None:
+    until = time.monotonic() + 120
+    while not shard_files(str(folder / "shards")):
+        assert process.poll() is None, (folder / "log").read_text()
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def left_over(family: list[psutil.Process], seconds: float = 30.0) -> list[str]:
+    """What is still there after a while, but for Ray's two agents, which take a minute to notice; they are ended."""
+    _, alive = psutil.wait_procs(family, timeout=seconds)
+    agents = [process for process in alive if process.name().endswith("Agent")]
+    for process in agents:
+        process.kill()
+    return [process.name() for process in alive if process not in agents]
+
+
+@pytest.mark.ray
+def test_a_run_whose_driver_was_killed_is_taken_up_where_it_was(videos: Path, unbroken: Path, tmp_path: Path):
+    process = start(videos, tmp_path)
+    wait_for_shard(tmp_path, process)
+    assert left_over(kill(process, "driver"), seconds=10.0) == []
+    before = {file: os.stat(file).st_mtime_ns for file in shard_files(str(tmp_path / "shards"))}
+    assert start(videos, tmp_path).wait(timeout=240) == 0, (tmp_path / "log").read_text()
+    assert {file: os.stat(file).st_mtime_ns for file in before} == before, "what was done was done again"
+    assert_equal(tmp_path, unbroken)
+    assert Manifest.load(str(tmp_path / "shards")).counts.model_dump() == {
+        "asked": 1020, "written": 1000, "quarantined": 20, "filtered": 0,
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("number", range(10))
+def test_a_kill_at_any_moment_changes_nothing(videos: Path, unbroken: Path, tmp_path: Path, number: int):
+    draw = random.Random(number)
+    whom, moment = ("driver", *ACTORS)[number % 4], draw.uniform(0, 14)
+    process = start(videos, tmp_path)
+    while not (tmp_path / "log").read_text().count("under way") and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(moment)
+    finished = process.poll() is not None
+    found = len(contents(tmp_path))
+    if not finished:
+        try:
+            family = kill(process, whom)
+        except StopIteration:
+            whom = f"{whom} (not there yet)"
+    code = process.wait(timeout=240)
+    if whom == "driver" and not finished:
+        assert left_over(family, seconds=10.0) == []
+    again = ""
+    if code:
+        assert start(videos, tmp_path).wait(timeout=240) == 0, (tmp_path / "log").read_text()
+        again = ", run again"
+    assert_equal(tmp_path, unbroken)
+    print(f"{whom} killed {moment:.1f} s in, {found} clips written: exit code {code}{again}; equal")
+    shutil.rmtree(tmp_path)

@@ -1,0 +1,87 @@
+"""Duplicates against a comparison of every pair, and real clips of which it is known who is whose copy."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep import selection
+from data_prep.clips import cut_source, read_clip
+from data_prep.selection import Duplicates
+from sora_train.data.config import DataConfig, SelectionConfig
+
+
+def hexed(*numbers: int) -> str:
+    return "".join(f"{number:016x}" for number in numbers)
+
+
+def test_a_clip_with_the_bytes_and_the_place_of_an_earlier_one_is_its_duplicate():
+    kept = Duplicates(SelectionConfig(duplicates=True))
+    for name in ("first", "second"):
+        kept.remember(name, "bytes", hexed(1, 2, 3), (0.0, 1.0))
+    assert kept.of("bytes", hexed(9, 9, 9), (0.0, 1.0)) == ("duplicate", "first")
+    assert kept.of("bytes", hexed(1, 2, 3), (1.0, 2.0)) is None
+    assert kept.of("others", hexed(1, 2, 3), (0.0, 1.0)) is None
+
+
+def test_a_near_duplicate_is_found_as_by_comparing_every_pair_bit_by_bit(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(selection, "BLOCK", 700)
+    rng = np.random.default_rng(0)
+    clips = rng.integers(0, 2, (2000, 3, 64), dtype=np.uint8)
+    for i in range(1000, 2000):  # half of them differ from another clip by 0 to 6 bits of each frame
+        clips[i] = clips[rng.integers(0, i)]
+        for frame in clips[i]:
+            frame[rng.permutation(64)[: rng.integers(0, 7)]] ^= 1
+    kept, names, found, due = Duplicates(SelectionConfig(near_duplicates=4)), [], [], []
+    stored = np.empty_like(clips)
+    for i, clip in enumerate(clips):
+        code = hexed(*(int("".join(map(str, frame)), 2) for frame in clip))
+        like = np.flatnonzero(((stored[: len(names)] != clip).sum(2) <= 4).all(1))
+        due.append(("near_duplicate", names[like[0]]) if len(like) else None)
+        found.append(kept.of(str(i), code, (0.0, 1.0)))
+        if found[-1] is None:
+            kept.remember(str(i), str(i), code, (0.0, 1.0))
+            stored[len(names)] = clip
+            names.append(str(i))
+    assert found == due
+    assert len(names) > 1024  # the arrays grew
+    assert len(names) < 1800
+
+
+def test_a_clip_without_a_hash_is_no_ones_near_duplicate():
+    kept = Duplicates(SelectionConfig(near_duplicates=64))
+    kept.remember("old", "a", "", (0.0, 1.0))
+    assert kept.of("b", hexed(1, 2, 3), (0.0, 1.0)) is None
+    kept.remember("new", "b", hexed(1, 2, 3), (0.0, 1.0))
+    assert kept.of("c", "", (0.0, 1.0)) is None
+
+
+def test_nothing_is_stored_where_both_are_off():
+    kept = Duplicates(SelectionConfig())
+    for i in range(2000):
+        kept.remember(str(i), "same", hexed(1, 2, 3), (0.0, 1.0))
+    assert kept.of("same", hexed(1, 2, 3), (0.0, 1.0)) is None
+    assert not kept.ids
+    assert not kept.seen
+    assert kept.hashes.shape == (3, 1024)
+
+
+def test_of_real_clips_those_of_one_video_are_near_duplicates_and_no_others(shared: Path):
+    derived = ("flower_hevc10.mkv", "flower.gif", "flower_theora.ogv", "gray.mp4", "tiny_32x18.mp4", "fps60.mp4")
+    families = {
+        "flower": ["flower.mp4", "flower.webm", *(f"derived/{name}" for name in derived)],
+        "frog": ["mdn_frog.mp4", "mdn_frog.webm", "derived/vfr_frog.mp4"],
+        "rabbit": ["mdn_rabbit.webm", "rabbit320.mp4"],
+        "friday": ["friday.mp4", "derived/rot90_meta.mp4"],
+        "water": ["stream_of_water.mp4", "stream_of_water.webm"],
+    } | {name: [f"{name}.mkv"] for name in ("asl_milk", "asl_sorry", "asl_please", "asl_bird", "asl_again", "asl_no")}
+    data, kept = DataConfig(frames=16, fps=16.0), Duplicates(SelectionConfig(near_duplicates=4))
+    for family, names in families.items():
+        for number, name in enumerate(names):
+            path = str(shared / "data/clips" / name)
+            span = cut_source(path, data, SelectionConfig()).spans[0]
+            clip = read_clip(path, span, data, SelectionConfig(), name)
+            found = kept.of(clip.content_hash, clip.perceptual_hash, (span.start_s, span.end_s))
+            assert found == (("near_duplicate", family) if number else None), name
+            if not found:
+                kept.remember(family, clip.content_hash, clip.perceptual_hash, (span.start_s, span.end_s))
