@@ -12,7 +12,7 @@ help:
 	@echo 'make lint         ruff, pyright and the import rules'
 	@echo 'make bench-quickstart   after make quickstart: three training seeds, 192 clips each'
 	@echo 'make drill-kill   a worker killed at ten steps of a run, one after the other'
-	@echo 'make drill-prep   sora prep killed at ten moments, driver and actors in turn'
+	@echo 'make drill-prep   sora prep killed at ten moments, driver and actors in turn; memory over 1,000 clips'
 	@echo 'make .venv        the environment alone, pinned by constraints.txt'
 
 # The stamp is made last, so that an installation that was interrupted is taken up again.
@@ -33,7 +33,7 @@ drill-kill: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/launch -m slow -rA
 
 drill-prep: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/data_prep/test_drill.py -m slow -rA
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/data_prep -m slow -rA
 
 # One thread a process, since tests start several processes at once.
 test: export OMP_NUM_THREADS ?= 1

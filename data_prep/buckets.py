@@ -96,7 +96,7 @@ def choose_bucket(
         filled = [bucket for bucket in moving if bucket.is_filled_by(seconds)]
         if not filled:
             least = min(moving, key=lambda bucket: bucket.frames)
-            raise ClipError("too_short", f"has {seconds:.2f} s to give; {takes(least)}")
+            raise ClipError("too_short", f"lasts {seconds:.2f} s; {takes(least)}")
         most = max(bucket.frames for bucket in filled)
         filled = [bucket for bucket in filled if bucket.frames == most]
     large_enough = [b for b in filled if not max_enlarge or b.enlarges(width, height) <= max_enlarge + 1e-9]

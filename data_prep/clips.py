@@ -210,8 +210,8 @@ def spans_of(scenes: list[tuple[float, float]], seconds: float, header: Header, 
     if refusal.reason == "too_short" and len(scenes) > 1:
         longest = max(end - begin for begin, end in scenes)
         raise ClipError("crosses_cut", f"has {len(scenes)} scenes, the longest of {longest:.2f} s; {refusal.message}")
-    late = f" after data.start_s ({data.start_s:g})" if data.start_s else ""
-    raise ClipError(refusal.reason, f"lasts {seconds:.2f} s; {refusal.message}{late}")
+    late = f" after data.start_s ({data.start_s:g}) of {seconds:.2f} s" if data.start_s else ""
+    raise ClipError(refusal.reason, f"{refusal.message}{late}")
 
 
 def check_side(width: float, height: float, selection: SelectionConfig) -> None:

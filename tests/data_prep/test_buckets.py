@@ -88,7 +88,7 @@ def test_a_picture_goes_to_a_bucket_of_one_frame_and_a_video_only_where_there_ar
     with pytest.raises(ClipError, match="of one frame") as error:
         choose_bucket((WIDE,), 1920, 1080, 0.0, still=True)
     assert error.value.reason == "too_short"
-    with pytest.raises(ClipError, match=r"has 1\.00 s to give; a clip of 16 frames at 8 fps takes 2\.00 s") as error:
+    with pytest.raises(ClipError, match=r"lasts 1\.00 s; a clip of 16 frames at 8 fps takes 2\.00 s") as error:
         choose_bucket(ALL, 1920, 1080, 1.0)
     assert error.value.reason == "too_short"
 

@@ -13,6 +13,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from ray.cluster_utils import Cluster
 
 from sora_train.demo.shapes import make_clips
 from sora_train.manifest import Manifest
@@ -40,11 +41,11 @@ def unbroken(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(videos: Path, folder: Path) -> subprocess.Popen:
+def start(videos: Path, folder: Path, address: str = "local") -> subprocess.Popen:
     """`sora prep` in a process of its own, its lines in `folder/log`."""
     data = {"captions": str(videos / "captions.csv"), "output": str(folder / "shards"), "frames": 4, "fps": 8,
             "height": 64, "width": 64, "stride_s": 0.5}  # fmt: skip
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({"data": data, "cluster": {"address": "local"}}))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"data": data, "cluster": {"address": address}}))
     with (folder / "log").open("a") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "sora_train.cli", "prep", str(folder / "recipe.yaml")],
@@ -120,10 +121,14 @@ def test_a_run_whose_driver_was_killed_is_taken_up_where_it_was(videos: Path, un
 @pytest.mark.parametrize("number", range(10))
 def test_a_kill_at_any_moment_changes_nothing(videos: Path, unbroken: Path, tmp_path: Path, number: int):
     draw = random.Random(number)
-    whom, moment = ("driver", *ACTORS)[number % 4], draw.uniform(0, 14)
+    whom, early = ("driver", *ACTORS)[number % 4], number < 4
     process = start(videos, tmp_path)
-    while not (tmp_path / "log").read_text().count("under way") and process.poll() is None:
-        time.sleep(0.05)
+    if early:  # while actors start and first clips are under way
+        while not (tmp_path / "log").read_text().count("under way") and process.poll() is None:
+            time.sleep(0.05)
+    else:
+        wait_for_shard(tmp_path, process)
+    moment = draw.uniform(0, 14 if early else 4)
     time.sleep(moment)
     finished = process.poll() is not None
     found = len(contents(tmp_path))
@@ -140,5 +145,25 @@ def test_a_kill_at_any_moment_changes_nothing(videos: Path, unbroken: Path, tmp_
         assert start(videos, tmp_path).wait(timeout=240) == 0, (tmp_path / "log").read_text()
         again = ", run again"
     assert_equal(tmp_path, unbroken)
-    print(f"{whom} killed {moment:.1f} s in, {found} clips written: exit code {code}{again}; equal")
+    since = "the start" if early else "the first shard"
+    print(f"{whom} killed {moment:.1f} s after {since}, {found} clips written: exit code {code}{again}; equal")
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_the_loss_of_a_node_changes_nothing(videos: Path, unbroken: Path, tmp_path: Path):
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    try:
+        node = cluster.add_node(num_cpus=2)
+        process = start(videos, tmp_path, cluster.address)
+        wait_for_shard(tmp_path, process)
+        cluster.remove_node(node, allow_graceful=False)
+        code = process.wait(timeout=240)
+        if code:
+            assert start(videos, tmp_path, cluster.address).wait(timeout=240) == 0, (tmp_path / "log").read_text()
+    finally:
+        cluster.shutdown()
+    assert_equal(tmp_path, unbroken)
+    print(f"a node of two lost: exit code {code}{', run again' if code else ''}; equal")
