@@ -64,7 +64,7 @@ def run(verb: str, words: Sequence[str]) -> None:
             rest = [word for word in words if word != "--plan"]
             recipe = recipe_of(verb, rest)
             if len(rest) < len(words):
-                from data_prep.plan import show_plan
+                from data_prep.planning.plan import show_plan
 
                 show_plan(recipe)
             else:
@@ -73,12 +73,12 @@ def run(verb: str, words: Sequence[str]) -> None:
                 prep(recipe)
         case "inspect":
             shards, options = target_of(verb, words, InspectOptions)
-            from data_prep.inspect import format_table, inspect
+            from data_prep.looking.inspect import format_table, inspect
 
             counts = inspect(shards)
             say(json.dumps(counts) if options.json else format_table(counts))
             if options.html:
-                from data_prep.gallery import write_page
+                from data_prep.looking.gallery import write_page
 
                 print(write_page(shards, options.html, options.clips, options.root), file=sys.stderr)
         case "train":

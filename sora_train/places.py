@@ -112,3 +112,12 @@ def write_whole(system: fs.FileSystem, path: str, content: bytes) -> None:
 def _write(system: fs.FileSystem, path: str, content: bytes) -> None:
     with system.open_output_stream(path, compression=None) as file:
         file.write(content)
+
+
+def in_bytes(count: int | float) -> str:
+    """`1.5 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.4g} TB"

@@ -6,7 +6,7 @@ import pytest
 from pyarrow import fs
 
 from sora_train.errors import UserError
-from sora_train.places import read_bytes, resolve, write_whole
+from sora_train.places import in_bytes, read_bytes, resolve, write_whole
 
 
 @pytest.mark.parametrize("name", ["ä b.txt", "50%.txt", "a#b.txt", "[1] {2} |^`.txt", "100%41.txt"])
@@ -37,3 +37,7 @@ def test_a_file_that_can_not_be_written_is_named(tmp_path: Path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match=f"{tmp_path}/file/inner/x can't be written"):
         write_whole(fs.LocalFileSystem(), f"{tmp_path}/file/inner/x", b"content")
+
+
+def test_sizes_are_said_as_people_say_them():
+    assert [in_bytes(size) for size in (0, 999, 999.6, 1_500_000, 2e12)] == ["0 B", "999 B", "1 kB", "1.5 MB", "2 TB"]

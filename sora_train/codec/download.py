@@ -17,6 +17,7 @@ from sora_train.codec import CodecConfig
 from sora_train.codec.folders import STATE, downloaded_folder, hub_id
 from sora_train.codec.hub import File, Repository, resolve
 from sora_train.errors import UserError
+from sora_train.places import in_bytes
 
 
 def download(codec: CodecConfig, to: str, extra: dict[str, str] | None = None) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def print_table(found: list[Repository]) -> None:
         print(f"\n{repository.name}  {asked_for} = commit {repository.commit}  ({', '.join(repository.keys)})")
         width = max(len(file.path) for file in repository.files)
         for file in repository.files:
-            print(f"  {file.path:{width}}  {size(file.size):>9}  {file.sha256 or f'git {file.blob}'}")
+            print(f"  {file.path:{width}}  {in_bytes(file.size):>9}  {file.sha256 or f'git {file.blob}'}")
 
 
 def check_disk(found: list[Repository], to: str) -> None:
@@ -83,9 +84,14 @@ def check_disk(found: list[Repository], to: str) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if found:
-        print(f"\n{size(total)} in all, {size(here)} of it here already; {size(free)} free in {to}\n", flush=True)
+        print(
+            f"\n{in_bytes(total)} in all, {in_bytes(here)} of it here already; {in_bytes(free)} free in {to}\n",
+            flush=True,
+        )
     if total - here > free:
-        raise UserError(f"{to} has {size(free)} free, {size(total - here)} are still to come; name a larger disk")
+        raise UserError(
+            f"{to} has {in_bytes(free)} free, {in_bytes(total - here)} are still to come; name a larger disk"
+        )
 
 
 def fetch(repository: Repository, folder: Path) -> dict[str, Any]:
@@ -101,7 +107,7 @@ def fetch(repository: Repository, folder: Path) -> dict[str, Any]:
         state = {"repository": repository.name, "revision": repository.revision, "commit": repository.commit}
         write_state(folder, state | {"complete": False, "files": files})
         for number, file in enumerate(repository.files, 1):
-            told = f"{repository.name} {number}/{len(repository.files)} {file.path} {size(file.size)}"
+            told = f"{repository.name} {number}/{len(repository.files)} {file.path} {in_bytes(file.size)}"
             if file.is_at(folder / file.path):
                 print(f"{told}: is here", flush=True)
                 continue
@@ -133,8 +139,8 @@ def fetch_file(repository: Repository, file: File, folder: Path) -> None:
                 out.flush()
                 if (now := part.stat().st_size) <= have:
                     raise UserError(
-                        f"{repository.name}: {file.path} broke off at {size(now)} of {size(file.size)}: {error}; the "
-                        "same command goes on from there"
+                        f"{repository.name}: {file.path} broke off at {in_bytes(now)} of {in_bytes(file.size)}: "
+                        f"{error}; the same command goes on from there"
                     ) from None
     if not file.is_at(part):
         part.unlink()
@@ -155,9 +161,3 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
     new = folder / f"{STATE}.new"
     new.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
     new.replace(folder / STATE)
-
-
-def size(count: int) -> str:
-    """Bytes as people read them."""
-    power = min(4, max(0, (len(str(count)) - 1) // 3))
-    return f"{count / 1000**power:.{1 if power else 0}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.exhibits import drawn, pictures, rows_at
-from data_prep.gallery import chart
-from data_prep.inspect import take_inventory
-from data_prep.reference import psnr
+from data_prep.looking.exhibits import drawn, pictures, rows_at
+from data_prep.looking.gallery import chart
+from data_prep.looking.inspect import take_inventory
+from data_prep.looking.reference import psnr
 
 
 def test_clips_are_drawn_evenly():

@@ -17,7 +17,7 @@ from pyarrow import fs
 from data_prep.buckets import Bucket
 from data_prep.clips import Span
 from data_prep.decoder import Decoder
-from data_prep.gallery import write_page
+from data_prep.looking.gallery import write_page
 from sora_train import manifest, schema
 from sora_train.codec.vae import Vae, load_vae
 from sora_train.data.config import DataConfig, SelectionConfig

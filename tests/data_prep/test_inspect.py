@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.inspect import format_table, in_bytes, inspect, spread
+from data_prep.looking.inspect import format_table, inspect, spread
 from sora_train.errors import UserError
 from sora_train.manifest import Manifest
 from sora_train.schema import QUARANTINE_SCHEMA
@@ -138,7 +138,3 @@ def test_a_folder_that_is_no_bucket_is_named(shards: Path):
     (shards / "bucket=2x32x32").rename(shards / "bucket=large")
     with pytest.raises(UserError, match="bucket=large is no bucket FRAMESxHEIGHTxWIDTH"):
         inspect(str(shards))
-
-
-def test_sizes_are_said_as_people_say_them():
-    assert [in_bytes(size) for size in (0, 999, 999.6, 1_500_000, 2e12)] == ["0 B", "999 B", "1 kB", "1.5 MB", "2 TB"]

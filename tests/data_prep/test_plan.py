@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from data_prep.buckets import buckets_of
-from data_prep.measure import Measured, spread, tokens_of
-from data_prep.plan_text import empty_buckets, format_plan, judge
-from data_prep.reckon import Plan, cost, reckon
+from data_prep.planning.measure import Measured, spread, tokens_of
+from data_prep.planning.reckon import Plan, cost, reckon
+from data_prep.planning.survey import Look
+from data_prep.planning.text import empty_buckets, format_plan, judge
 from data_prep.source import Row
-from data_prep.survey import Look
 from sora_train.codec.files import find_text_encoder, find_vae
 from sora_train.codec.text import load_text_encoder
 from sora_train.data.config import SelectionConfig

@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 from pyarrow import fs
 
-from data_prep import survey as surveys
-from data_prep.plan import plan, show_plan
-from data_prep.plan_text import format_plan, judge
+from data_prep.planning import survey as surveys
+from data_prep.planning.plan import plan, show_plan
+from data_prep.planning.survey import ends_of
+from data_prep.planning.text import format_plan, judge
 from data_prep.source import read_rows
-from data_prep.survey import ends_of
 from sora_train.data.config import SelectionConfig
 from sora_train.errors import RecipeError, UserError
 from sora_train.recipe import Recipe

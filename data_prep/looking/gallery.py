@@ -15,11 +15,11 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from pyarrow import fs
 
-from data_prep.exhibits import sheets_of
-from data_prep.inspect import KINDS, MOST_LOST, Inventory, counts_of, in_bytes, take_inventory
+from data_prep.looking.exhibits import sheets_of
+from data_prep.looking.inspect import KINDS, MOST_LOST, Inventory, counts_of, take_inventory
 from sora_train.errors import UserError
 from sora_train.manifest import Manifest
-from sora_train.places import named, resolve, write_whole
+from sora_train.places import in_bytes, named, resolve, write_whole
 from sora_train.schema import bucket_size
 from sora_train.video import one_line
 
@@ -41,7 +41,7 @@ def write_page(folder: str, out: str, clips: int = 12, root: str = "", models: s
     sheets = list(sheets_of(inventory, manifest, clips, root, models)) if manifest else []
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters["decibels"] = decibels
-    template = resources.files("data_prep").joinpath("gallery.html").read_text(encoding="utf-8")
+    template = resources.files("data_prep.looking").joinpath("gallery.html").read_text(encoding="utf-8")
     html = environment.from_string(template).render(**contents(inventory, manifest, sheets))
     write_whole(system, path, html.encode("utf-8", "replace"))
     return out

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from data_prep.reckon import BucketPlan, Plan
-from data_prep.survey import cores
+from data_prep.planning.reckon import BucketPlan, Plan
+from data_prep.planning.survey import cores
 from sora_train.data.config import DataConfig
 from sora_train.errors import RecipeError, UserError
+from sora_train.places import in_bytes
 from sora_train.schema import bucket_name, bucket_size
 
 
@@ -69,7 +70,7 @@ def format_plan(plan: Plan) -> str:
         lines.append(
             f"{'all':<16}{plan.clips:>10,}{sum(b.held_out for b in plan.buckets):>10,}"
             f"{sum(b.clips * b.seconds for b in plan.buckets) / 3600:>10.2f}{'':>13}"
-            f"{sum(b.clips * b.tokens for b in plan.buckets):>16,}{size(plan.latent_bytes):>10}{plan.steps:>13,}"
+            f"{sum(b.clips * b.tokens for b in plan.buckets):>16,}{in_bytes(plan.latent_bytes):>10}{plan.steps:>13,}"
         )
     if plan.dropped:
         lines += ["", "left out (rows, reason, an example)"]
@@ -88,7 +89,7 @@ def row_of(bucket: BucketPlan) -> str:
     """A line of the table."""
     return (
         f"{bucket.name:<16}{bucket.clips:>10,}{bucket.held_out:>10,}{bucket.clips * bucket.seconds / 3600:>10.2f}"
-        f"{bucket.tokens:>13,}{bucket.clips * bucket.tokens:>16,}{size(bucket.clips * bucket.clip_bytes):>10}"
+        f"{bucket.tokens:>13,}{bucket.clips * bucket.tokens:>16,}{in_bytes(bucket.clips * bucket.clip_bytes):>10}"
         f"{bucket.steps:>13,}"
     )
 
@@ -96,15 +97,15 @@ def row_of(bucket: BucketPlan) -> str:
 def disk(plan: Plan) -> list[str]:
     """What the shards take, and whether there is room."""
     total = plan.latent_bytes + plan.text_bytes
-    line = f"disk: {size(total)} in {plan.output} (latents {size(plan.latent_bytes)}, text {size(plan.text_bytes)} by "
-    line += f"{plan.tokenized:,} captions)"
+    parts = f"latents {in_bytes(plan.latent_bytes)}, text {in_bytes(plan.text_bytes)} by {plan.tokenized:,} captions"
+    line = f"disk: {in_bytes(total)} in {plan.output} ({parts})"
     if plan.held_bytes:
-        line += f", of which {size(plan.held_bytes)} are there"
+        line += f", of which {in_bytes(plan.held_bytes)} are there"
     if plan.free_bytes is None:
         return [line]
     lacking = total - plan.held_bytes - plan.free_bytes
-    warning = [f"WARNING: that disk lacks {size(lacking)}; set data.output to a larger one"] if lacking > 0 else []
-    return [f"{line}; {size(plan.free_bytes)} free", *warning]
+    warning = [f"WARNING: that disk lacks {in_bytes(lacking)}; set data.output to a larger one"] if lacking > 0 else []
+    return [f"{line}; {in_bytes(plan.free_bytes)} free", *warning]
 
 
 def work(plan: Plan) -> list[str]:
@@ -131,15 +132,6 @@ def work(plan: Plan) -> list[str]:
         f"      {hours(total)} of a core: decoding {hours(cost.decode)}, VAE {hours(cost.vae * took.threads)}, text "
         f"{hours(cost.text * took.threads)}; {hours(total / cores())} on this machine's {cores()} cores",
     ]
-
-
-def size(count: float) -> str:
-    """Bytes as `1.2 GB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.4g} TB"
 
 
 def hours(count: float) -> str:

@@ -11,10 +11,10 @@ from pathlib import Path
 from pyarrow import fs
 
 from data_prep.buckets import Bucket, buckets_of
-from data_prep.measure import Measured, spread
+from data_prep.planning.measure import Measured, spread
+from data_prep.planning.survey import Look
 from data_prep.reasons import UNDECODABLE, kind_of
 from data_prep.source import Row
-from data_prep.survey import Look
 from sora_train.codec.files import VaeFiles
 from sora_train.data import order
 from sora_train.data.config import SelectionConfig

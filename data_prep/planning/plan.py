@@ -6,12 +6,12 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 from data_prep.buckets import buckets_of
-from data_prep.measure import CAPTIONS, CLIPS, has_cluster, measure_on_cluster, spread, tokens_of
 from data_prep.pipeline import check_shapes, find_codec
-from data_prep.plan_text import format_plan, judge
-from data_prep.reckon import Plan, cost, giving, reckon
+from data_prep.planning.measure import CAPTIONS, CLIPS, has_cluster, measure_on_cluster, spread, tokens_of
+from data_prep.planning.reckon import Plan, cost, giving, reckon
+from data_prep.planning.survey import is_large, survey
+from data_prep.planning.text import format_plan, judge
 from data_prep.source import read_rows
-from data_prep.survey import is_large, survey
 from sora_train.recipe import Recipe
 
 

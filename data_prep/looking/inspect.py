@@ -16,7 +16,7 @@ from pyarrow import fs
 from data_prep.shards import manifest_or_none
 from sora_train.errors import UserError
 from sora_train.manifest import Manifest
-from sora_train.places import named, resolve
+from sora_train.places import in_bytes, named, resolve
 from sora_train.schema import bucket_of, shard_files
 from sora_train.video import one_line
 
@@ -231,12 +231,3 @@ def table_lines(counts: dict) -> Iterator[str]:
                 yield f"  {reason:<22}{lost['clips']:>12,}  {lost['example']}"
     if not counts["settled"]:
         yield "\nno run came to its end over these shards: `sora prep` is under way, or goes on where it was stopped"
-
-
-def in_bytes(size: float) -> str:
-    """`1.5 GB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 999.5:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:,.3g} TB"

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from data_prep.inspect import Inventory, by_numbers, unreadable
-from data_prep.reference import References, psnr
+from data_prep.looking.inspect import Inventory, by_numbers, unreadable
+from data_prep.looking.reference import References, psnr
 from sora_train.errors import UserError
 from sora_train.manifest import Manifest
 from sora_train.places import resolve

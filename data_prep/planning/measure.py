@@ -17,9 +17,9 @@ from data_prep.buckets import buckets_of
 from data_prep.decoder import Decoder
 from data_prep.encode import local_copy
 from data_prep.pipeline import BLOCK_BYTES_GPU
+from data_prep.planning.survey import cores
 from data_prep.reasons import ClipError
 from data_prep.source import Row, data_root
-from data_prep.survey import cores
 from data_prep.workers import share_out
 from sora_train.codec.files import TextFiles
 from sora_train.data.config import DataConfig

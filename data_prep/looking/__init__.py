@@ -1,0 +1,1 @@
+"""`sora inspect`: what shards hold, as counts and as a page."""

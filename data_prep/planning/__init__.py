@@ -1,0 +1,1 @@
+"""`sora prep --plan`: what there would be, from headers and a measured sample."""
