@@ -186,7 +186,7 @@ def test_what_can_not_be_is_said_before_anything_is_fetched(hub: Any, tmp_path: 
     assert "has no revision 'v9'" in run(hub, to, vae="acme/pipe@v9")[1]
     assert "codec.vae: no folder './x'" in run(hub, to, vae="./x")[1]
     assert "one folder holds one revision" in run(hub, to, vae="acme/pipe@v1", text="acme/pipe@v2")[1]
-    assert f"{to} has 1.0 kB free" in run(hub, to, free=1000)[1]
+    assert f"{to} has 1 kB free" in run(hub, to, free=1000)[1]
     del hub.files[WEIGHTS], hub.files["vae/diffusion_pytorch_model.fp16.safetensors"]
     assert "has no safetensors for codec.vae: pickled weights are never loaded" in run(hub, to)[1]
     assert hub.gets == []
