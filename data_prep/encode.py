@@ -72,6 +72,7 @@ class Decode:
         common = {name: source[name] for name in ("row_id", "source", "captions", "size", "version")}
         whole = common | {"sample_id": source["row_id"], "start_s": 0.0, "end_s": 0.0}
         asked: list[str] = []
+        done = set(source["done"])
         try:
             with local_copy(self.system, source["path"]) as path:
                 cut = self.decoder.cut(path)
@@ -79,7 +80,7 @@ class Decode:
                 for span in cut.spans:
                     sample = sample_id(source["source"], span.start_s, span.end_s, tuple(source["captions"]))
                     asked.append(sample)
-                    if sample in source["done"]:
+                    if sample in done or f"{span.bucket.name}/{sample}" in done:
                         continue
                     row = common | {"sample_id": sample, "start_s": span.start_s, "end_s": span.end_s}
                     row |= {"bucket": span.bucket.name, "remark": remark}

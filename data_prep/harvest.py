@@ -23,9 +23,10 @@ class Harvest:
         self.folder, self.encoding_hash, self.settings_hash = recipe.data.output, encoding_hash, settings_hash
         self.outcome, self.stock = outcome, stock
         self.writers: dict[str, ShardWriter] = {}
-        self.duplicates = Duplicates(recipe.selection)
+        self.duplicates, self.sources = Duplicates(recipe.selection), dict[str, str]()
+        self.finds_duplicates = recipe.selection.duplicates or recipe.selection.near_duplicates is not None
         for sample, clip in stock.held.items():
-            self.duplicates.remember(sample, clip.content_hash, clip.perceptual_hash, clip.span)
+            self._remember(sample, clip.source, clip.content_hash, clip.perceptual_hash, clip.span)
         self.empty_text = b""
         self.saved_at = time.monotonic()
 
@@ -44,7 +45,11 @@ class Harvest:
             if row["reason"] == END:
                 self._end(row)
                 counts["sources"] += 1
-            elif self._is_good(row):
+                continue
+            if row["sample_id"] in self.stock.held:  # the shards have it in a bucket that it no longer belongs to
+                self.stock.drop(row["sample_id"])
+                self.outcome.written -= 1
+            if self._is_good(row):
                 good.setdefault(row["bucket"], []).append(i)
                 counts["written"] += 1
             else:
@@ -62,7 +67,6 @@ class Harvest:
         """Writes what is left, and takes out of the shards what their sources turned out not to be asked for."""
         for writer in self.writers.values():
             writer.close()
-        self.stock.clear_out(self.folder)
         self._save()
 
     def _is_good(self, row: dict) -> bool:
@@ -70,28 +74,36 @@ class Harvest:
         if row["reason"]:
             return False
         span = (row["start_s"], row["end_s"])
-        if found := self.duplicates.of(row["content_hash"], row["perceptual_hash"], span):
+        found = self.duplicates.of(row["content_hash"], row["perceptual_hash"], span)
+        if found and found[1] != row["sample_id"]:
             row["reason"], row["duplicate_of"] = found
-            row["message"] = f"as clip {found[1]}"
+            row["message"] = f"as {self.sources.get(found[1], 'another')} (clip {found[1]})"
             return False
-        self.duplicates.remember(row["sample_id"], row["content_hash"], row["perceptual_hash"], span)
+        self._remember(row["sample_id"], row["source"], row["content_hash"], row["perceptual_hash"], span)
         self.outcome.keep(row["source"])
         if row["remark"]:
             self.outcome.say(f"{row['source']} {row['remark']}")
         return True
+
+    def _remember(self, sample: str, source: str, content: str, looks: str, span: tuple[float, float]) -> None:
+        """Takes note of a clip that is kept, for those that come after it."""
+        if self.finds_duplicates:
+            self.duplicates.remember(sample, content, looks, span)
+            self.sources[sample] = source
 
     def _end(self, row: dict) -> None:
         """Settles a source that was gone through."""
         mine, asked = self.stock.of_row.get(row["row_id"], []), row["asked"]
         if asked == [row["row_id"]]:  # it could not be cut: what the shards hold of it stays
             asked = [*asked, *mine]
-        for sample in set(mine) - set(asked):
+        for sample in (set(mine) - set(asked)) & self.stock.held.keys():
             self.stock.drop(sample)
             self.outcome.written -= 1
         self.outcome.seen.add(row["source"])
         self.outcome.settle(row["row_id"], Record(row["source"], row["size"], row["version"], asked))
 
     def _save(self) -> None:
+        self.stock.clear_out(self.folder)  # first: what the ledger calls finished must not be in the shards twice
         save_ledger(self.folder, self.settings_hash, self.outcome.records, self.outcome.failures)
         self.saved_at = time.monotonic()
 

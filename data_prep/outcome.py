@@ -53,7 +53,7 @@ class Outcome:
         """Prints a line about one file, the first few times."""
         self._remarks += 1
         if self._remarks <= REMARKS:
-            print(f"prep: {remark}", flush=True)
+            print("prep: " + remark.replace("\n", "\\n"), flush=True)
         elif self._remarks == REMARKS + 1:
             print(f"prep: more such files are named in {self.folder}/quarantine.parquet only", flush=True)
 
@@ -84,10 +84,10 @@ class Outcome:
         return "; ".join(f"{count} {reason} ({example[reason]})" for reason, count in commonest)
 
     def summary(self) -> str:
-        """`1500 clips asked for = 1490 written + 8 quarantined + 2 filtered (too_short 2, unreadable 8)`."""
-        kinds = Counter(failure["kind"] for failure in self.failures)
-        reasons = Counter(failure["reason"] for failure in self.failures)
-        named = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
-        lost = f"{kinds['quarantined']} quarantined + {kinds['filtered']} filtered"
-        counts = f"{self.asked} clips asked for = {self.written} written + {lost}"
-        return f"{counts} ({named})" if named else counts
+        """`1500 clips asked for = 1490 written + 8 quarantined (unreadable 8) + 2 filtered (too_short 2)`."""
+        text = f"{self.asked} clips asked for = {self.written} written"
+        for kind in ("quarantined", "filtered"):
+            reasons = Counter(failure["reason"] for failure in self.failures if failure["kind"] == kind)
+            named = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
+            text += f" + {reasons.total()} {kind}{f' ({named})' if named else ''}"
+        return text

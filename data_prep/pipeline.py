@@ -49,10 +49,10 @@ def prep(recipe: Recipe) -> Manifest:
     rows = read_rows(data)
     with only_one(data.output):
         sweep(data.output)
-        held, twice = finished_clips(data.output, key)
+        held, twice = finished_clips(data.output, key, what_differs(recipe, vae, text))
         ledger = Ledger.load(data.output, settings)
         outcome = Outcome(len({row.source for row in rows}), data.max_bad_fraction, data.output)
-        stock = take_stock(rows, held, twice, ledger, outcome, data.output)
+        stock = take_stock(data, rows, held, twice, ledger, outcome)
         stock.clear_out(data.output)
         shapes = ", ".join(bucket.name for bucket in buckets)
         print(
@@ -154,16 +154,36 @@ def check_shapes(buckets: tuple[Bucket, ...], vae: VaeFiles) -> None:
 def encoding_hash(recipe: Recipe, vae: VaeFiles, text: TextFiles) -> str:
     """Over all that decides what a clip's row holds, but for the clip itself."""
     data, codec = recipe.data, recipe.codec
-    frames = [TRANSFORM_VERSION, data.shapes, data.fps, data.crop, data.flip]
+    frames = [TRANSFORM_VERSION, data.fps, data.crop, data.flip]
     return _hash(
         [SCHEMA_VERSION, *frames, vae.hash, codec.precision, text.hash, codec.text_precision, codec.max_tokens]
     )
 
 
+def what_differs(recipe: Recipe, vae: VaeFiles, text: TextFiles) -> str:
+    """In what the shards that are there were encoded otherwise, by their manifest: "data.fps was 8.0, is 5.0"."""
+    data, codec, there = recipe.data, recipe.codec, manifest_or_none(recipe.data.output)
+    if there is None:
+        return "other frames, VAE, text encoder or code"
+    before = there.settings.get("data", {})
+    pairs = {
+        "data.fps": (there.fps, data.fps),
+        "data.crop": (before.get("crop"), data.crop),
+        "data.flip": (before.get("flip"), data.flip),
+        "codec.vae": (f"{there.vae.name} ({there.vae.hash[:8]})", f"{codec.vae} ({vae.hash[:8]})"),
+        "codec.precision": (there.vae.precision, codec.precision),
+        "codec.text": (f"{there.text.name} ({there.text.hash[:8]})", f"{codec.text} ({text.hash[:8]})"),
+        "codec.text_precision": (there.text.precision, codec.text_precision),
+        "codec.max_tokens": (there.text.max_tokens, codec.max_tokens),
+    }
+    changed = [f"{key} was {was}, is {now}" for key, (was, now) in pairs.items() if was != now]
+    return "; ".join(changed) or "this version of sora_train cuts or encodes otherwise"
+
+
 def settings_hash(recipe: Recipe, key: str) -> str:
     """Over all that decides which clips there are."""
     data = recipe.data
-    cutting = [data.start_s, data.stride_s, data.clips_per_video, data.max_enlarge]
+    cutting = [data.shapes, data.start_s, data.stride_s, data.clips_per_video, data.max_enlarge]
     return _hash([key, *cutting, recipe.selection.model_dump(mode="json")])
 
 

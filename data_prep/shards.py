@@ -22,7 +22,7 @@ from sora_train.schema import ENCODING_KEY, ROW_GROUP, SHARD_SCHEMA, shard_files
 
 SHARD_ROWS = 8 * ROW_GROUP
 COLUMNS = [field.name for field in SHARD_SCHEMA if field.name not in ("latents", "text", "tokens")]
-PATIENCE_S = 60.0  # then a shard is written though it isn't full: so much work can be lost, not more
+PATIENCE_S = 30.0  # then a shard is written though it isn't full: so much work can be lost, not more
 
 
 @dataclass(slots=True)
@@ -39,10 +39,12 @@ class Held:
     span: tuple[float, float]
 
 
-def finished_clips(folder: str, encoding_hash: str) -> tuple[dict[str, Held], dict[str, set[str]]]:
+def finished_clips(
+    folder: str, encoding_hash: str, otherwise: str = "other frames, VAE, text encoder or code"
+) -> tuple[dict[str, Held], dict[str, set[str]]]:
     """The clips in the shards by `sample_id`; and per shard the ids that it holds though an earlier one does too.
 
-    Raises UserError for a shard of another encoding, or one that can't be read.
+    Raises UserError for a shard of another encoding, which says what is `otherwise`, or one that can't be read.
     """
     system, _ = resolve(folder)
     clips: dict[str, Held] = {}
@@ -57,9 +59,8 @@ def finished_clips(folder: str, encoding_hash: str) -> tuple[dict[str, Held], di
             ) from None
         if (table.schema.metadata or {}).get(ENCODING_KEY, b"").decode() != encoding_hash:
             raise UserError(
-                f"data.output: {folder} holds shards of another encoding ({file.rpartition('/')[2]}): other buckets, "
-                "fps, crop, VAE, text encoder, precision, or code version. Encodings never mix: set data.output to "
-                "another folder, or delete this one to encode anew"
+                f"data.output: {folder} holds shards of another encoding ({file.rpartition('/')[2]}): {otherwise}. "
+                "Encodings never mix: set data.output to another folder, or delete this one to encode anew"
             )
         for row in table.to_pylist():
             if row["sample_id"] in clips:
@@ -142,8 +143,10 @@ def only_one(folder: str) -> Iterator[None]:
     if not isinstance(system, fs.LocalFileSystem):
         yield
         return
-    system.create_dir(path, recursive=True)
-    with open(f"{path}/.lock", "a") as lock:
+    with named(folder, "written"):
+        system.create_dir(path, recursive=True)
+        lock = open(f"{path}/.lock", "a")  # noqa: SIM115
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -205,7 +205,8 @@ def _remote(system: fs.FileSystem, paths: list[str]) -> dict[str, File]:
 
 def _file(info: fs.FileInfo, grain_ns: int) -> File:
     if info.type != fs.FileType.File:
-        what = "a folder, not a file" if info.type == fs.FileType.Directory else "no such file"
+        names = {fs.FileType.Directory: "a folder, not a file", fs.FileType.NotFound: "no such file"}
+        what = names.get(info.type, "no regular file")
         return File(missing=what)
     return File(info.size or 0, str(info.mtime_ns // grain_ns * grain_ns) if info.mtime_ns else "")
 

@@ -8,10 +8,12 @@ from data_prep.ledger import Ledger, Record
 from data_prep.outcome import Outcome
 from data_prep.shards import Held, take_out
 from data_prep.source import Row
+from sora_train.data.config import DataConfig
 from sora_train.errors import UserError
+from sora_train.schema import bucket_name, bucket_of
 
 Work = tuple[Row, list[str]]
-"""A source to go through, and the ids of those of its clips that need not be made."""
+"""A source to go through, and those of its clips that need not be made: `bucket/sample_id`, or `sample_id` alone."""
 
 
 @dataclass
@@ -30,6 +32,10 @@ class Stock:
         """Marks a clip of the shards as outdated."""
         self.outdated.setdefault(self.held.pop(sample_id).shard, set()).add(sample_id)
 
+    def done(self, sample_ids: list[str]) -> list[str]:
+        """Clips of the shards as the decoder is told of them: in another bucket they are made anew."""
+        return [f"{bucket_of(self.held[sample].shard)}/{sample}" for sample in sample_ids]
+
     def clear_out(self, folder: str) -> None:
         """Takes what is outdated out of the shards."""
         for shard, samples in self.outdated.items():
@@ -42,23 +48,36 @@ class Stock:
 
 
 def take_stock(
-    rows: list[Row], held: dict[str, Held], twice: dict[str, set[str]], ledger: Ledger, outcome: Outcome, folder: str
+    data: DataConfig,
+    rows: list[Row],
+    held: dict[str, Held],
+    twice: dict[str, set[str]],
+    ledger: Ledger,
+    outcome: Outcome,
 ) -> Stock:
     """Sorts the rows by what is known of them, and enters into `outcome` all that needs no work.
 
-    Raises UserError where the shards hold nothing but other sources: that is a wrong folder, not a change.
+    Raises UserError where the shards hold nothing but other sources, or clips of other buckets: that is a wrong folder,
+    not a change.
     """
+    folder = data.output
     if held and not {clip.source for clip in held.values()} & {row.source for row in rows}:
         raise UserError(
             f"data.output: {folder} holds {len(held)} clips of other sources (as {next(iter(held.values())).source}), "
             "none that data.captions names; set data.output to another folder, or delete this one"
+        )
+    in_use, wanted = {bucket_of(clip.shard) for clip in held.values()}, {bucket_name(*shape) for shape in data.shapes}
+    if held and not in_use & wanted:
+        raise UserError(
+            f"data.output: {folder} holds clips of {', '.join(sorted(in_use))} and the recipe asks for "
+            f"{', '.join(sorted(wanted))}; set data.output to another folder, or delete this one"
         )
     stock = Stock(held=dict(held), outdated={shard: set(samples) for shard, samples in twice.items()})
     asked = {row.row_id: row for row in rows if not row.reason or row.reason == "missing_file"}
     for sample, clip in held.items():
         row = asked.get(clip.row_id)
         record = ledger.records.get(clip.row_id)
-        if row is None or _has_changed(row, clip.size, clip.version):
+        if row is None or _has_changed(row, clip.size, clip.version) or bucket_of(clip.shard) not in wanted:
             stock.drop(sample)
         elif record and not _has_changed(row, record.size, record.version) and sample not in record.sample_ids:
             stock.drop(sample)  # the recipe cuts otherwise now
@@ -84,7 +103,7 @@ def _sort(row: Row, stock: Stock, ledger: Ledger, known: set[str], outcome: Outc
         return
     record = ledger.records.get(row.row_id)
     if record is None or _has_changed(row, record.size, record.version):
-        stock.todo.append((row, mine))
+        stock.todo.append((row, stock.done(mine)))
         return
     failures = [ledger.lasting(sample, known) for sample in record.sample_ids if sample not in stock.held]
     for failure in filter(None, failures):
@@ -92,7 +111,7 @@ def _sort(row: Row, stock: Stock, ledger: Ledger, known: set[str], outcome: Outc
     if all(failures):
         outcome.settle(row.row_id, record)
     else:
-        stock.todo.append((row, mine + [failure["sample_id"] for failure in failures if failure]))
+        stock.todo.append((row, stock.done(mine) + [failure["sample_id"] for failure in failures if failure]))
 
 
 def _failure(row: Row) -> dict:

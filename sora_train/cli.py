@@ -73,8 +73,10 @@ def run(verb: str, words: Sequence[str]) -> None:
                 prep(recipe)
         case "inspect":
             shards, options = target_of(verb, words, InspectOptions)
-            from data_prep.looking.inspect import format_table, inspect
+            from data_prep.looking.inspect import check_shards, format_table, inspect
 
+            if options.check:
+                check_shards(shards)
             counts = inspect(shards)
             say(json.dumps(counts) if options.json else format_table(counts))
             if options.html:

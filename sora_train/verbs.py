@@ -37,6 +37,8 @@ class InspectOptions:
 
     json: bool = False
     """Print one JSON object instead of a table."""
+    check: bool = False
+    """Read every byte of the shards against its checksum, and name what is damaged."""
     html: str | None = None
     """Write one HTML page with clips decoded from their latents, distributions, and what was left out."""
     clips: PositiveInt = 12

@@ -202,6 +202,22 @@ def example(row: dict) -> str:
     return one_line(f"{row['source']}: {row['message']}"[:300])
 
 
+def check_shards(folder: str) -> None:
+    """Reads all there is in the shards. Raises UserError that names those whose bytes are not what was written."""
+    system, _ = resolve(folder)
+    damaged: list[str] = []
+    for file in shard_files(folder):
+        try:
+            with system.open_input_file(file) as opened:
+                parquet = pq.ParquetFile(opened, page_checksum_verification=True)
+                for group in range(parquet.num_row_groups):
+                    parquet.read_row_group(group, use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            damaged.append(f"{file} ({' '.join(str(error).split())})")
+    if damaged:
+        raise UserError(f"damaged: {'; '.join(damaged)}. Delete these files and run `sora prep` again")
+
+
 def format_table(counts: dict) -> str:
     """The same for people."""
     return "\n".join(table_lines(counts))
@@ -230,4 +246,7 @@ def table_lines(counts: dict) -> Iterator[str]:
             for reason, lost in counts["reasons"][kind].items():
                 yield f"  {reason:<22}{lost['clips']:>12,}  {lost['example']}"
     if not counts["settled"]:
-        yield "\nno run came to its end over these shards: `sora prep` is under way, or goes on where it was stopped"
+        yield (
+            "\nthese are not the clips that manifest.json counts: a run is under way or was stopped, or a shard is "
+            "gone; `sora prep` makes what is missing"
+        )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from data_prep.planning.reckon import BucketPlan, Plan
+from data_prep.planning.reckon import BucketPlan, Dropped, Plan
 from data_prep.planning.survey import cores
+from data_prep.reasons import UNDECODABLE
 from sora_train.data.config import DataConfig
 from sora_train.errors import RecipeError, UserError
 from sora_train.places import in_bytes
@@ -17,11 +18,16 @@ def empty_buckets(asked: tuple[tuple[int, int, int], ...], counts: dict[str, int
 
 def judge(plan: Plan, data: DataConfig) -> None:
     """Raises UserError or RecipeError, with the remedy, where prep or training on such shards could only fail."""
-    commonest = "; ".join(f"{drop.rows} {drop.reason} ({drop.example})" for drop in plan.dropped[:3])
+
+    def three(dropped: list[Dropped]) -> str:
+        return "; ".join(f"{drop.rows} {drop.reason} ({drop.example})" for drop in dropped[:3])
+
+    commonest = three(list(plan.dropped))
     if plan.undecodable > data.max_bad_fraction * plan.sources:
+        bad = three([drop for drop in plan.dropped if drop.reason in UNDECODABLE])
         raise UserError(
             f"{plan.undecodable} of {plan.sources} sources can't be read, more than data.max_bad_fraction "
-            f"{data.max_bad_fraction:g} allows: {commonest}; mend or remove them, check data.root, or raise "
+            f"{data.max_bad_fraction:g} allows: {bad}; mend or remove them, check data.root, or raise "
             "data.max_bad_fraction"
         )
     if not plan.clips:

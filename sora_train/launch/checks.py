@@ -89,9 +89,10 @@ def check_shards(recipe: Recipe) -> Manifest:
     if manifest.text.width != model.text_width:
         wrong.append(f"model.text_width is {model.text_width}, the shards' embeddings are {manifest.text.width} wide")
     asked = [bucket_name(*shape) for shape in recipe.data.shapes]
-    if set(asked) != set(manifest.buckets):
-        wrong.append(f"data asks for clips of {', '.join(asked)}, the shards have {', '.join(manifest.buckets)}")
-    for name in manifest.buckets:
+    there = [name for name, count in manifest.buckets.items() if count or name in asked]
+    if set(asked) != set(there):
+        wrong.append(f"data asks for clips of {', '.join(asked)}, the shards have {', '.join(there)}")
+    for name in there:
         _, _, h, w = manifest.vae.latent_shape(*bucket_size(name))
         if h % model.patch or w % model.patch:
             wrong.append(f"model.patch {model.patch} does not divide the {h}x{w} latents of the bucket {name}")
@@ -99,7 +100,7 @@ def check_shards(recipe: Recipe) -> Manifest:
         raise UserError(
             f"{recipe.data.output} does not fit the recipe: {'; '.join(wrong)}. Set the former to the latter"
         )
-    if empty := [name for name, count in manifest.buckets.items() if not count]:
+    if empty := [name for name in there if not manifest.buckets[name]]:
         raise UserError(
             f"{recipe.data.output} has no clip in the buckets {', '.join(empty)} that the recipe asks for; "
             "`sora prep RECIPE --plan` says why. Add clips that fill them, or take them out of data.buckets"

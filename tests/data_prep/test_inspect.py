@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.looking.inspect import format_table, inspect, spread
+from data_prep.looking.inspect import check_shards, format_table, inspect, spread
 from sora_train.errors import UserError
 from sora_train.manifest import Manifest
-from sora_train.schema import QUARANTINE_SCHEMA
+from sora_train.schema import QUARANTINE_SCHEMA, shard_files
 
 LOST = {"source": "a.mp4", "stage": "open", "message": "no moov atom"}
 
@@ -103,7 +103,7 @@ def test_shards_that_no_run_finished_are_counted_and_said_to_be_unsettled(shards
     assert counts["written"] == 21
     assert not counts["settled"]
     assert counts["captions_at_limit"] is None
-    assert "no run came to its end" in format_table(counts)
+    assert "not the clips that manifest.json counts" in format_table(counts)
 
 
 def test_a_folder_with_a_quarantine_alone_is_counted(tmp_path: Path):
@@ -138,3 +138,13 @@ def test_a_folder_that_is_no_bucket_is_named(shards: Path):
     (shards / "bucket=2x32x32").rename(shards / "bucket=large")
     with pytest.raises(UserError, match="bucket=large is no bucket FRAMESxHEIGHTxWIDTH"):
         inspect(str(shards))
+
+
+def test_a_flipped_byte_among_latents_is_found_by_a_check_and_named(shards: Path):
+    check_shards(str(shards))
+    file = Path(shard_files(str(shards))[0])
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 1
+    file.write_bytes(bytes(content))
+    with pytest.raises(UserError, match=rf"damaged: .*{file.name}.*Delete"):
+        check_shards(str(shards))

@@ -25,7 +25,7 @@ def test_a_tenth_of_bad_sources_passes_and_one_more_does_not():
     run(outcome, 0, 90)
     run(outcome, 90, 100, "unreadable")
     outcome.judge(finished=True)
-    assert outcome.summary() == "100 clips asked for = 90 written + 10 quarantined + 0 filtered (unreadable 10)"
+    assert outcome.summary() == "100 clips asked for = 90 written + 10 quarantined (unreadable 10) + 0 filtered"
     worse = Outcome(100, 0.1, "out")
     run(worse, 0, 89)
     run(worse, 89, 100, "unreadable")

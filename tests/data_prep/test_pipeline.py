@@ -149,7 +149,7 @@ def test_clips_become_shards_once_and_only_what_changed_is_made_again(
     assert [new[name] == old[name] for name in ("0.mp4", "3.mp4", "4.mp4")] == [True] * 3
 
     # Another encoding, or a stranger's captions, never touch these shards.
-    with pytest.raises(UserError, match="another encoding"):
+    with pytest.raises(UserError, match=r"another encoding .*: data.fps was 4.0, is 5.0. Encodings never mix"):
         prep(recipe(tmp_path, vae_folder, fps=5))
     make_source(tmp_path, write, {"stranger.mp4": "x"}, [])
     with pytest.raises(UserError, match="holds 7 clips of other sources"):
@@ -193,6 +193,18 @@ def test_one_video_gives_many_clips_in_several_buckets_and_other_settings_make_o
     assert wider.buckets == {"4x16x32": 2, "8x16x32": 1, "4x32x16": 1, "1x16x16": 1}
     new = [row for file in shard_files(made.data.output) for row in pq.read_table(file).to_pylist()]
     assert all(old[row["sample_id"]] == row for row in new)
+
+    # Without one of the buckets and with another: what belongs elsewhere now is made anew, the rest stays.
+    buckets = ["4x16x32", "8x16x32", "4x32x16", "4x64x32"]
+    other = prep(recipe(tmp_path, vae_folder, SelectionConfig(duplicates=True), buckets=buckets, stride_s=2.0))
+    assert other.buckets == {"4x16x32": 2, "8x16x32": 1, "4x32x16": 0, "4x64x32": 1}
+    assert other.reasons == {"duplicate": 1, "too_short": 1}
+    latest = {
+        row["sample_id"]: row for file in shard_files(made.data.output) for row in pq.read_table(file).to_pylist()
+    }
+    assert [row["source"] for sample, row in latest.items() if old[sample] != row] == ["tall.mp4"]
+    with pytest.raises(UserError, match="holds clips of 4x16x32, 4x64x32, 8x16x32 and the recipe asks for 4x16x16"):
+        prep(recipe(tmp_path, vae_folder, height=16, width=16))
 
 
 def test_missing_files_are_found_out_before_ray_starts(tmp_path: Path, vae_folder: Path):
