@@ -46,17 +46,15 @@ def test_no_process_grows_by_a_tenth_between_clip_200_and_clip_1000(shared: Path
     with (tmp_path / "log").open("w") as log:
         command = [sys.executable, "-m", "sora_train.cli", "prep", str(tmp_path / "recipe.yaml")]
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-    driver, marks = psutil.Process(process.pid), {}
+    driver, early, late = psutil.Process(process.pid), {}, {}
     while process.poll() is None:
         done = max(map(int, re.findall(r"(\d+) clips,", (tmp_path / "log").read_text())), default=0)
-        if done >= (CLIPS if 200 in marks else 200):
-            marks[CLIPS if 200 in marks else 200] = peaks(driver)
-        elif 200 in marks:
-            marks["last"] = peaks(driver) or marks.get("last")
+        if done >= 200:
+            late |= peaks(driver)  # of a process that has ended already, what it had last
+            early = early or dict(late)
         time.sleep(0.5)
     assert process.returncode == 0, (tmp_path / "log").read_text()
     assert Manifest.load(str(tmp_path / "shards")).counts.written >= CLIPS
-    early, late = marks[200], marks.get(CLIPS) or marks["last"]
     assert len(early) >= 5, early
     for pid, (name, before) in early.items():
         after = late[pid][1]
