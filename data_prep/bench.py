@@ -9,7 +9,6 @@ which don't count. Both run in turn, A B A B.
 from __future__ import annotations
 
 import multiprocessing as mp
-import os
 import statistics
 import tempfile
 import time
@@ -27,7 +26,7 @@ from data_prep.pipeline import chain, clips_at_once, encoding_hash, find_codec, 
 from data_prep.reasons import ClipError
 from data_prep.source import Row, data_root, read_rows, row_id
 from data_prep.stock import Stock
-from data_prep.workers import share_out
+from data_prep.workers import cores, share_out
 from sora_train.errors import UserError
 from sora_train.places import resolve
 from sora_train.recipe import Recipe
@@ -51,8 +50,8 @@ def bench_prep(recipe: Recipe, clips: int = 64, rounds: int = 2, seconds: float 
 
     Raises UserError where the recipe has no clip to measure with.
     """
-    cores = len(os.sched_getaffinity(0))
-    layouts = [Layout(1, cores), *([Layout(cores, 1)] if cores > 1 else [])]
+    available = cores()
+    layouts = [Layout(1, available), *([Layout(available, 1)] if available > 1 else [])]
     sources, frames = sample(recipe, clips)
     batch = clips_at_once(recipe, gpus=0)
     found: dict[str, list[float]] = {str(layout): [] for layout in layouts} | {"pipeline": []}
@@ -68,7 +67,7 @@ def bench_prep(recipe: Recipe, clips: int = 64, rounds: int = 2, seconds: float 
         "clips": len(sources),
         "batch": batch,
         "precision": recipe.codec.precision,
-        "cores": cores,
+        "cores": available,
         "rounds": found,
         "medians": medians,
         "best_bare": best,
@@ -163,7 +162,7 @@ def pipeline(recipe: Recipe, sources: list[Row]) -> float:
                 marks.append((time.monotonic(), outcome.written))
         harvest.close()
     # When each VAE has brought its first batch they all begin another: of what counts from here on nothing is done yet.
-    begins = [mark for mark in marks if mark[1]][: share_out(len(os.sched_getaffinity(0)), 0, recipe.prep).vae.workers]
+    begins = [mark for mark in marks if mark[1]][: share_out(cores(), 0, recipe.prep).vae.workers]
     (begin, before), (end, after) = begins[-1], marks[-1]
     return (after - before) / (end - begin)
 

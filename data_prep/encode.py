@@ -58,12 +58,14 @@ class Decode:
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         pending: list[dict] = []
+        good = 0
         for source in table.to_pylist():
             for clip in self.clips(source):
                 pending.append(clip)
-                if sum("frames" in clip for clip in pending) >= self.clips_at_once:
+                good += "frames" in clip
+                if good >= self.clips_at_once:
                     yield pa.Table.from_pylist(pending, DECODED)
-                    pending = []
+                    pending, good = [], 0
         if pending:
             yield pa.Table.from_pylist(pending, DECODED)
 

@@ -24,7 +24,6 @@ class Harvest:
         self.outcome, self.stock = outcome, stock
         self.writers: dict[str, ShardWriter] = {}
         self.duplicates, self.sources = Duplicates(recipe.selection), dict[str, str]()
-        self.finds_duplicates = recipe.selection.duplicates or recipe.selection.near_duplicates is not None
         for sample, clip in stock.held.items():
             self._remember(sample, clip.source, clip.content_hash, clip.perceptual_hash, clip.span)
         self.empty_text = b""
@@ -87,7 +86,7 @@ class Harvest:
 
     def _remember(self, sample: str, source: str, content: str, looks: str, span: tuple[float, float]) -> None:
         """Takes note of a clip that is kept, for those that come after it."""
-        if self.finds_duplicates:
+        if self.duplicates.are_looked_for:
             self.duplicates.remember(sample, content, looks, span)
             self.sources[sample] = source
 

@@ -7,6 +7,7 @@ a source without a record is opened again, and those of its clips that the shard
 from __future__ import annotations
 
 import io
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -55,7 +56,7 @@ class Ledger:
         }
         return cls(records, {row["sample_id"]: row for row in failures})
 
-    def lasting(self, sample_id: str, held: set[str]) -> dict | None:
+    def lasting(self, sample_id: str, held: Container[str]) -> dict | None:
         """The failure of a clip, where trying again would find the same."""
         failure = self.failures.get(sample_id)
         if failure is None or failure["reason"] not in LASTING:

@@ -92,19 +92,13 @@ def chain(recipe: Recipe, buckets: tuple[Bucket, ...], vae: VaeFiles, todo: list
 
     from data_prep.encode import Decode, EmbedText, EncodeVideo
 
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.execution_options.preserve_order = True  # the same captions give the same shards
-    context.issue_detectors_config.detectors = []  # they warn of the memory that importing torch takes
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says that the bars are off
+    quiet_ray_data()
+    DataContext.get_current().execution_options.preserve_order = True  # the same captions give the same shards
     total = ray.cluster_resources()
     shares = share_out(int(total.get("CPU", 1)), int(total.get("GPU", 0)), recipe.prep)
     device = "cuda" if shares.vae.gpus else "cpu"
     at_once = clips_at_once(recipe, gpus=shares.vae.gpus)
-    facts = vae_facts(recipe, vae)
-    shapes = {b.name: facts.latent_shape(b.frames, b.height, b.width) for b in buckets}
+    shapes = {b.name: vae.latent_shape(b.frames, b.height, b.width) for b in buckets}
 
     def stage(dataset: ray.data.Dataset, work: type, share: Share, **arguments: object) -> ray.data.Dataset:
         pool = ActorPoolStrategy(size=share.workers)
@@ -124,6 +118,18 @@ def chain(recipe: Recipe, buckets: tuple[Bucket, ...], vae: VaeFiles, todo: list
     for table in encoded.iter_batches(batch_size=None, batch_format="pyarrow"):
         assert isinstance(table, pa.Table)
         yield table
+
+
+def quiet_ray_data() -> None:
+    """Keeps Ray Data from telling of itself: `sora` has progress lines of its own."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.issue_detectors_config.detectors = []  # they warn of the memory that importing torch takes
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says that the bars are off
 
 
 def clips_at_once(recipe: Recipe, gpus: float) -> int:

@@ -161,6 +161,11 @@ class Duplicates:
         self.hashes = np.empty((3, 1024), np.uint64)  # of the first, the middle and the last frame; doubled when full
         self.seen: dict[tuple[str, tuple[float, float]], str] = {}
 
+    @property
+    def are_looked_for(self) -> bool:
+        """Whether any kind of duplicate is left out."""
+        return self.exact or self.bits is not None
+
     def remember(self, sample_id: str, content_hash: str, perceptual_hash: str, span: tuple[float, float]) -> None:
         """Enters a clip that is kept; `perceptual_hash` may be empty."""
         if self.exact:

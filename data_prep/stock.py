@@ -85,13 +85,12 @@ def take_stock(
             stock.of_row.setdefault(clip.row_id, []).append(sample)
     for clip in stock.held.values():
         outcome.keep(clip.source)
-    known = set(stock.held)
     for row in rows:
-        _sort(row, stock, ledger, known, outcome)
+        _sort(row, stock, ledger, outcome)
     return stock
 
 
-def _sort(row: Row, stock: Stock, ledger: Ledger, known: set[str], outcome: Outcome) -> None:
+def _sort(row: Row, stock: Stock, ledger: Ledger, outcome: Outcome) -> None:
     """Enters a row where it belongs: settled, failed, or to be worked on."""
     mine = stock.of_row.get(row.row_id, [])
     if row.reason == "missing_file" and mine:  # of a file that is gone the clips stay
@@ -105,7 +104,7 @@ def _sort(row: Row, stock: Stock, ledger: Ledger, known: set[str], outcome: Outc
     if record is None or _has_changed(row, record.size, record.version):
         stock.todo.append((row, stock.done(mine)))
         return
-    failures = [ledger.lasting(sample, known) for sample in record.sample_ids if sample not in stock.held]
+    failures = [ledger.lasting(sample, stock.held) for sample in record.sample_ids if sample not in stock.held]
     for failure in filter(None, failures):
         outcome.fail(failure)
     if all(failures):

@@ -1,7 +1,8 @@
-"""How a cluster's processors are shared among the stages of `sora prep`. Pure arithmetic."""
+"""How a cluster's processors are shared among the stages of `sora prep`. Arithmetic, but for `cores`."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from sora_train.data.config import PrepConfig
@@ -47,3 +48,8 @@ def share_out(cpus: int, gpus: int, prep: PrepConfig) -> Shares:
         Share(vaes, 0.5 * cpus / vaes, threads=-(-cpus // vaes)),
         Share(texts, 0.1 * cpus / texts / 2, threads=max(1, cpus // 4)),
     )
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

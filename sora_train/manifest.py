@@ -14,6 +14,13 @@ from sora_train.section import Section
 SCHEMA_VERSION = 2
 
 
+def latent_shape(
+    channels: int, factor: int, time_factor: int, frames: int, height: int, width: int
+) -> tuple[int, int, int, int]:
+    """Axes `f c h w` of the latents of so many frames of so many pixels."""
+    return 1 + (frames - 1) // time_factor, channels, height // factor, width // factor
+
+
 class VaeFacts(Section):
     """The VAE that made the latents; `mean` and `std` per channel take raw latents to what a model sees."""
 
@@ -30,7 +37,7 @@ class VaeFacts(Section):
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Axes `f c h w` of the latents of so many frames of so many pixels."""
-        return 1 + (frames - 1) // self.time_factor, self.channels, height // self.factor, width // self.factor
+        return latent_shape(self.channels, self.factor, self.time_factor, frames, height, width)
 
 
 class TextFacts(Section):

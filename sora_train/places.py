@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from urllib.parse import quote
 
 import pyarrow as pa
@@ -112,6 +114,12 @@ def write_whole(system: fs.FileSystem, path: str, content: bytes) -> None:
 def _write(system: fs.FileSystem, path: str, content: bytes) -> None:
     with system.open_output_stream(path, compression=None) as file:
         file.write(content)
+
+
+def free_bytes(path: str) -> int:
+    """Free bytes of the disk of a local path that need not exist yet."""
+    place = Path(path).absolute()
+    return shutil.disk_usage(next(above for above in (place, *place.parents) if above.is_dir())).free
 
 
 def in_bytes(count: int | float) -> str:

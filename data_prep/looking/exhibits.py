@@ -16,6 +16,7 @@ from PIL import Image
 
 from data_prep.looking.inspect import Inventory, by_numbers, unreadable
 from data_prep.looking.reference import References, psnr
+from sora_train.codec import DTYPES
 from sora_train.errors import UserError
 from sora_train.manifest import Manifest
 from sora_train.places import resolve
@@ -60,7 +61,7 @@ def vae_of(manifest: Manifest, models: str) -> Vae:
 
     from sora_train.codec.vae import load_vae
 
-    dtype = torch.bfloat16 if manifest.vae.precision == "bf16" else torch.float32  # as it encoded
+    dtype = getattr(torch, DTYPES.get(manifest.vae.precision, "float32"))  # as it encoded
     vae = load_vae(manifest.vae.name, "cuda" if torch.cuda.is_available() else "cpu", dtype, models)
     if vae.hash != manifest.vae.hash:
         raise UserError(

@@ -13,14 +13,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from data_prep.buckets import buckets_of
 from data_prep.decoder import Decoder
 from data_prep.encode import local_copy
-from data_prep.pipeline import BLOCK_BYTES_GPU
-from data_prep.planning.survey import cores
+from data_prep.pipeline import clips_at_once
 from data_prep.reasons import ClipError
 from data_prep.source import Row, data_root
-from data_prep.workers import share_out
+from data_prep.workers import cores, share_out
 from sora_train.codec.files import TextFiles
 from sora_train.data.config import DataConfig
 from sora_train.places import resolve
@@ -68,16 +66,14 @@ def measure(recipe: Recipe, rows: list[Row], captions: list[str], seconds: float
     """
     import torch
 
-    from sora_train.codec.text import load_text_encoder
-    from sora_train.codec.vae import load_vae
+    from sora_train.codec.text import text_encoder_of
+    from sora_train.codec.vae import vae_of
 
-    codec, before = recipe.codec, torch.get_num_threads()
-    types = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    before = torch.get_num_threads()
     device, at_once = "cpu", 1
     clock: Clock = time.monotonic
     if torch.cuda.is_available():
-        largest = max(bucket.clip_bytes for bucket in buckets_of(recipe.data))
-        device, at_once = "cuda", recipe.prep.vae_batch or max(1, BLOCK_BYTES_GPU // largest)
+        device, at_once = "cuda", clips_at_once(recipe, gpus=1)
     else:
         threads = share_out(cores(), 0, recipe.prep).vae.threads
         torch.set_num_threads(threads)
@@ -87,7 +83,7 @@ def measure(recipe: Recipe, rows: list[Row], captions: list[str], seconds: float
 
     decoder = Decoder(recipe.data, recipe.selection)
     try:
-        vae = load_vae(codec.vae, device, types[codec.precision], codec.models)
+        vae = vae_of(recipe.codec, device)
 
         def encode(frames: np.ndarray) -> None:
             vae.encode(torch.from_numpy(np.repeat(frames[None], at_once, axis=0)))
@@ -95,9 +91,7 @@ def measure(recipe: Recipe, rows: list[Row], captions: list[str], seconds: float
         clips = measure_clips(recipe.data, rows, decoder, encode, seconds, clock)
         if not clips:
             return None
-        text = load_text_encoder(
-            codec.text, codec.max_tokens, device, types[codec.text_precision], codec.models, recipe.prep.text_batch
-        )
+        text = text_encoder_of(recipe.codec, device, recipe.prep.text_batch)
         text_s = measure_text(text.encode, captions, seconds / 2, clock)
         name, used = torch.cuda.get_device_name() if device == "cuda" else "cpu", torch.get_num_threads()
     finally:
@@ -164,9 +158,9 @@ def has_cluster(address: str) -> bool:
     """Whether `cluster.address` means a cluster that is running already."""
     import ray
 
-    from sora_train.launch.cluster import _running_cluster
+    from sora_train.launch.cluster import running_cluster
 
-    return ray.is_initialized() or (address == "auto" and bool(_running_cluster())) or address not in ("auto", "local")
+    return ray.is_initialized() or (address == "auto" and bool(running_cluster())) or address not in ("auto", "local")
 
 
 def measure_text(encode: Callable[[list[str]], Any], captions: list[str], seconds: float, clock: Clock) -> float:

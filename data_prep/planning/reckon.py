@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from pyarrow import fs
 
@@ -20,7 +18,7 @@ from sora_train.data import order
 from sora_train.data.config import SelectionConfig
 from sora_train.data.shards import is_held_out
 from sora_train.errors import UserError
-from sora_train.places import resolve
+from sora_train.places import free_bytes, resolve
 from sora_train.recipe import Recipe
 from sora_train.schema import shard_files
 
@@ -126,8 +124,8 @@ def reckon(
             held_out.update(looks[row.path].clips)
     buckets: list[BucketPlan] = []
     for bucket in buckets_of(data):
-        f, h, w = latent_size(bucket, vae)
-        name, size = bucket.name, HALF * vae.moments * vae.channels * f * h * w
+        f, c, h, w = vae.latent_shape(bucket.frames, bucket.height, bucket.width)
+        name, size = bucket.name, HALF * vae.moments * f * c * h * w
         left = clips[name] - held_out[name]
         steps = order.Plan((order.Bucket(name, left),), recipe.train.batch_size, 0).steps_per_epoch if left else 0
         tokens = f * (h // patch) * (w // patch)
@@ -164,11 +162,6 @@ def reckon(
     )
 
 
-def latent_size(bucket: Bucket, vae: VaeFiles) -> tuple[int, int, int]:
-    """Frames, height and width of a clip's latents."""
-    return 1 + (bucket.frames - 1) // vae.time_factor, bucket.height // vae.factor, bucket.width // vae.factor
-
-
 def reason_of(row: Row, looks: dict[str, Look]) -> tuple[str, str]:
     """Why a row gives no clip, and the message; both empty where it gives some."""
     found = row if row.reason else looks[row.path]
@@ -202,7 +195,7 @@ def room(output: str) -> tuple[int, int | None]:
         raise UserError(f"data.output: {output} can't be reached: {error}") from None
     if not isinstance(system, fs.LocalFileSystem):
         return held, None
-    return held, shutil.disk_usage(next(place for place in (Path(path), *Path(path).parents) if place.is_dir())).free
+    return held, free_bytes(path)
 
 
 def cost(draft: Plan, buckets: tuple[Bucket, ...], measured: Measured) -> Work:

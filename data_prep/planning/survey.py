@@ -6,8 +6,6 @@ Of a large remote file only both ends are fetched, where containers keep their h
 from __future__ import annotations
 
 import json
-import logging
-import os
 import tempfile
 import time
 from collections import Counter
@@ -23,8 +21,10 @@ from pyarrow import fs
 
 from data_prep.decoder import Decoder
 from data_prep.encode import local_copy
+from data_prep.pipeline import quiet_ray_data
 from data_prep.reasons import ClipError
 from data_prep.source import Row, data_root
+from data_prep.workers import cores
 from sora_train.data.config import DataConfig, SelectionConfig
 from sora_train.places import resolve
 
@@ -159,16 +159,12 @@ def on_ray(
 ) -> Iterator[tuple[str, Look]]:
     """Looks, by actors on all of the cluster's cores."""
     import ray
-    from ray.data import ActorPoolStrategy, DataContext
+    from ray.data import ActorPoolStrategy
 
     from sora_train.launch.cluster import connect
 
     with connect(cluster, log_to_driver=False):
-        context = DataContext.get_current()
-        context.enable_progress_bars = context.print_on_execution_start = False
-        context.issue_detectors_config.detectors = []
-        logging.getLogger("ray.data").setLevel(logging.WARNING)
-        logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+        quiet_ray_data()
         paths = list(files)
         parts = [paths[start : start + BLOCK_FILES] for start in range(0, len(paths), BLOCK_FILES)]
         tables: list[pa.Table | bytes] = [
@@ -187,8 +183,3 @@ def on_ray(
             assert isinstance(table, pa.Table)
             for row in table.to_pylist():
                 yield row["path"], Look(**json.loads(row["look"]))
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from data_prep.planning.reckon import BucketPlan, Dropped, Plan
-from data_prep.planning.survey import cores
 from data_prep.reasons import UNDECODABLE
+from data_prep.workers import cores
 from sora_train.data.config import DataConfig
 from sora_train.errors import RecipeError, UserError
 from sora_train.places import in_bytes

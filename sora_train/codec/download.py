@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from sora_train.codec import CodecConfig
 from sora_train.codec.folders import STATE, downloaded_folder, hub_id
 from sora_train.codec.hub import File, Repository, resolve
 from sora_train.errors import UserError
-from sora_train.places import in_bytes
+from sora_train.places import free_bytes, in_bytes
 
 
 def download(codec: CodecConfig, to: str, extra: dict[str, str] | None = None) -> dict[str, Any]:
@@ -79,10 +78,7 @@ def check_disk(found: list[Repository], to: str) -> None:
         for file in repository.files:
             places = (folder / file.path, part_of(folder, file))
             here += min(file.size, max(place.stat().st_size if place.is_file() else 0 for place in places))
-    place = Path(to)
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = free_bytes(to)
     if found:
         print(
             f"\n{in_bytes(total)} in all, {in_bytes(here)} of it here already; {in_bytes(free)} free in {to}\n",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sora_train.codec.folders import PARTS, find_folder, is_wanted
 from sora_train.errors import UserError
+from sora_train.manifest import latent_shape
 
 SCALING_FACTORS = {  # what the classes take where a config is silent
     "AutoencoderKL": 0.18215,
@@ -44,6 +45,10 @@ class VaeFiles:
     def hash(self) -> str:
         """Hash of weights and configuration; reads all their bytes the first time."""
         return content_hash(self.files)
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Axes `f c h w` of the latents of so many frames of so many pixels."""
+        return latent_shape(self.channels, self.factor, self.time_factor, frames, height, width)
 
 
 @dataclass(frozen=True)

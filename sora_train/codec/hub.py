@@ -32,9 +32,7 @@ class File:
             return False
         digest = hashlib.sha256() if self.sha256 else hashlib.sha1(b"blob %d\0" % self.size)
         with place.open("rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
-        return digest.hexdigest() == (self.sha256 or self.blob)
+            return hashlib.file_digest(file, lambda: digest).hexdigest() == (self.sha256 or self.blob)
 
 
 @dataclass(frozen=True)

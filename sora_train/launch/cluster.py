@@ -30,7 +30,7 @@ def connect(
     if ray.is_initialized():
         yield
         return
-    address = (_running_cluster() or "local") if address == "auto" else address
+    address = (running_cluster() or "local") if address == "auto" else address
     # Its warning that a cluster of one's own has a password needs nobody's attention.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     try:
@@ -58,7 +58,7 @@ def connect(
         ray.shutdown()
 
 
-def _running_cluster() -> str | None:
+def running_cluster() -> str | None:
     """The address in RAY_ADDRESS, else of the cluster that `ray start` noted on this machine, if it still answers."""
     if address := os.environ.get("RAY_ADDRESS"):
         return address

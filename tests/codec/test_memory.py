@@ -1,5 +1,6 @@
 """What the frozen networks do when memory runs out: real allocation failures on the CPU, and every way back."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -65,7 +66,9 @@ def small(tmp_path: Path, **options) -> Vae:
 
 
 def test_an_allocation_that_really_fails_is_halved_until_it_fits():
-    done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=120)
+    # One thread: each further one takes address space of its own, which is what is limited.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", LIMITED], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     remarks = done.stdout.splitlines()
     assert remarks[0] == "VAE: out of memory with 64 frames at once; goes on with 32"

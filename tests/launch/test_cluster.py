@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sora_train.launch.cluster import _running_cluster
+from sora_train.launch.cluster import running_cluster
 
 
 @pytest.fixture
@@ -18,15 +18,15 @@ def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_jobs_own_cluster_comes_first(notes: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert _running_cluster() == "10.0.0.1:6379"
+    assert running_cluster() == "10.0.0.1:6379"
 
 
 def test_a_cluster_that_is_gone_is_not_joined(notes: Path):
-    assert _running_cluster() is None
+    assert running_cluster() is None
     notes.write_text("127.0.0.1:1")  # nothing listens there
-    assert _running_cluster() is None
+    assert running_cluster() is None
     notes.write_text("nonsense")
-    assert _running_cluster() is None
+    assert running_cluster() is None
 
 
 def test_a_cluster_that_answers_is_joined(notes: Path):
@@ -35,4 +35,4 @@ def test_a_cluster_that_answers_is_joined(notes: Path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         notes.write_text(address + "\n")
-        assert _running_cluster() == address
+        assert running_cluster() == address
