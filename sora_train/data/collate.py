@@ -90,11 +90,12 @@ def draw(clips: Clips, row: int, objective: Objective, seed: int, step: int, cap
     generator = torch.Generator().manual_seed(stable_hash(seed, step, clips.sample_ids[row]))
     dropout, choice = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
     moments = torch.from_numpy(clips.latents[row].astype(np.float32))
-    noise = torch.randn(moments.shape[1:], generator=generator)
+    f, c, h, w = moments.shape[1:]
+    noise = torch.randn((f, c, h, w), generator=generator)
     return Draw(
         latents=draw_posterior(moments, generator),
         noise=noise,
-        t=objective.draw_time(generator),
+        t=objective.draw_time(generator, (f, c, h, w)),
         caption=None if dropout < caption_dropout else int(choice * len(clips.captions[row])),
     )
 

@@ -1,6 +1,9 @@
-"""Diffusion: what is learned (`objective.py`, `flow.py`, `ddpm.py`) and how samples are drawn (`sampler.py`)."""
+"""Diffusion: what is learned (`objective.py`) and how samples are drawn (`sampler.py`).
 
-from sora_train.diffusion.objective import DiffusionConfig, Objective, make_objective
+`flow.py`, `ddpm.py` and `variance.py` are the equations.
+"""
+
+from sora_train.diffusion.objective import DiffusionConfig, Model, Objective, make_objective
 from sora_train.diffusion.sampler import sample
 
-__all__ = ["DiffusionConfig", "Objective", "make_objective", "sample"]
+__all__ = ["DiffusionConfig", "Model", "Objective", "make_objective", "sample"]

@@ -3,6 +3,8 @@
 Time runs from 0, data, to 1, noise. Times are drawn and shifted as in Esser et al. 2024 (arXiv 2403.03206).
 """
 
+import math
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -23,3 +25,13 @@ def velocity(x: Float[Tensor, "*b"], noise: Float[Tensor, "*b"]) -> Float[Tensor
 def shifted(t: Float[Tensor, "*b"], shift: float) -> Float[Tensor, "*b"]:
     """Moves times toward noise: s t / (1 + (s - 1) t)  (Esser et al., eq. 23)."""
     return shift * t / (1 + (shift - 1) * t)
+
+
+def shift_for(shift: float, shift_tokens: int, shape: tuple[int, int, int, int]) -> float:
+    """The shift for latents of `shape`, f c h w: shift sqrt(m / shift_tokens) for their m = f h w positions (eq. 23).
+
+    More positions show more of the same scene, so that it takes more noise to hide it. With `shift_tokens` 0 the shift
+    is the same for every shape.
+    """
+    f, _, h, w = shape
+    return shift * math.sqrt(f * h * w / shift_tokens) if shift_tokens else shift

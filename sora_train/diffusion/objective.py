@@ -12,29 +12,52 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sora_train.diffusion import ddpm, flow
+from sora_train.diffusion import ddpm, flow, variance
 
 Model = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+READ_ONLY_WITH = (
+    (("kind", "flow"), ("times", "time_mean", "time_std", "shift", "shift_tokens")),
+    (("times", "logit_normal"), ("time_mean", "time_std")),
+    (("kind", "ddpm"), ("prediction", "beta_schedule", "beta_start", "beta_end")),
+    (("kind", "ddpm"), ("zero_terminal_snr", "min_snr_gamma", "vlb_weight")),
+    (("beta_schedule", "linear"), ("beta_start", "beta_end")),
+)
+"""Settings, and the keys that nothing reads under another."""
 
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """What the model learns to predict, and at which times."""
+    """What the model learns to predict, and at which times. A key that nothing would read is refused."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid", "use_attribute_docstrings": True}
 
     kind: Literal["flow", "ddpm"] = "flow"
-    """Rectified flow (the model predicts noise minus data), or DDPM (it predicts the noise, as Latte)."""
+    """Rectified flow (the model predicts noise minus data), or DDPM of 1000 steps, as Latte."""
+    times: Literal["logit_normal", "uniform"] = "logit_normal"
+    """Flow: how training times are drawn; logit-normal ones lie mostly between data and noise."""
     time_mean: float = 0.0
     """Flow: mean of the logit-normal times; above 0 is toward noise."""
     time_std: float = 1.0
     """Flow: standard deviation of the logit-normal times."""
     shift: float = 1.0
     """Flow: shift of times toward noise, in training and sampling, for higher resolutions; 1 is none."""
+    shift_tokens: int = 0
+    """Flow: latent positions (f h w) that `shift` is for; clips of m get shift x sqrt(m / this). 0: all get `shift`."""
+    prediction: Literal["epsilon", "v", "sample"] = "epsilon"
+    """DDPM: what the model predicts: the noise (as Latte), v (for zero_terminal_snr), or the data."""
+    beta_schedule: Literal["linear", "cosine"] = "linear"
+    """DDPM: how the variance that a step adds rises: from beta_start to beta_end (as Latte), or by a squared cosine."""
     beta_start: float = 1e-4
-    """DDPM: variance added by the first of 1000 steps."""
+    """DDPM, linear: variance added by the first of 1000 steps."""
     beta_end: float = 0.02
-    """DDPM: variance added by the last step."""
+    """DDPM, linear: variance added by the last step."""
+    zero_terminal_snr: bool = False
+    """DDPM: rescales the steps so that the last is pure noise, which sampling starts from; not with epsilon."""
+    min_snr_gamma: float = 0.0
+    """DDPM: no step's error in the data counts more than this many times (5 in the paper); 0 weighs steps alike."""
+    vlb_weight: float = 0.001
+    """DDPM with `model.learned_variance`: weight of the variational bound, which is what the variance learns from."""
 
     def __post_init__(self) -> None:
         if self.time_std <= 0 or self.shift <= 0:
@@ -43,29 +66,60 @@ class DiffusionConfig:
             raise ValueError(
                 f"diffusion.beta_start {self.beta_start} and beta_end {self.beta_end} must rise within 0 to 1"
             )
+        for key in ("shift_tokens", "min_snr_gamma", "vlb_weight"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"diffusion.{key} is {getattr(self, key)}; it must be at least 0")
+        for (setting, needed), keys in READ_ONLY_WITH:
+            for key in keys:
+                if getattr(self, setting) != needed and getattr(self, key) != getattr(DiffusionConfig, key):
+                    raise ValueError(
+                        f"diffusion.{key} {getattr(self, key)} is read only where diffusion.{setting} is {needed}, and "
+                        f"it is {getattr(self, setting)}; set that, or leave {key} at {getattr(DiffusionConfig, key)}"
+                    )
+        if self.zero_terminal_snr and self.prediction == "epsilon":
+            raise ValueError(
+                "diffusion.zero_terminal_snr needs diffusion.prediction v or sample: where x is all noise, to predict "
+                "the noise says nothing of the data"
+            )
 
 
 class Objective:
-    """The configured objective; it holds no state beyond its settings."""
+    """The configured objective; it holds no state beyond its settings and what follows from them."""
 
-    def __init__(self, config: DiffusionConfig) -> None:
-        self.config = config
-        self.alphas = ddpm.alphas_cumprod(config.beta_start, config.beta_end)
+    def __init__(self, config: DiffusionConfig, learned_variance: bool) -> None:
+        if learned_variance and config.kind != "ddpm":
+            raise ValueError("model.learned_variance needs diffusion.kind ddpm: a flow has no variance to learn")
+        self.config, self.learned_variance = config, learned_variance
+        linear = config.beta_schedule == "linear"
+        betas = ddpm.linear_betas(config.beta_start, config.beta_end) if linear else ddpm.cosine_betas()
+        self.schedule = ddpm.make_schedule(ddpm.zero_terminal_snr(betas) if config.zero_terminal_snr else betas)
+        self.weights = ddpm.min_snr_weights(self.schedule.snr, config.min_snr_gamma, config.prediction)
 
-    def draw_time(self, generator: torch.Generator) -> Float[Tensor, ""]:
-        """One sample's time: 0 to 1 for flow, a step 0 to 999 for DDPM."""
+    def shift(self, shape: tuple[int, int, int, int]) -> float:
+        """Flow's shift for latents of axes f c h w."""
+        return flow.shift_for(self.config.shift, self.config.shift_tokens, shape)
+
+    def draw_time(self, generator: torch.Generator, shape: tuple[int, int, int, int]) -> Float[Tensor, ""]:
+        """The time for one sample's latents of axes f c h w: 0 to 1 for flow, a step 0 to 999 for DDPM."""
         if self.config.kind == "ddpm":
             return torch.randint(ddpm.STEPS, (), generator=generator).float()
+        if self.config.times == "uniform":
+            return flow.shifted(torch.rand((), generator=generator), self.shift(shape))
         normal = torch.randn((), generator=generator)
-        return flow.shifted(torch.sigmoid(self.config.time_mean + self.config.time_std * normal), self.config.shift)
+        return flow.shifted(torch.sigmoid(self.config.time_mean + self.config.time_std * normal), self.shift(shape))
+
+    def told(self, t: Float[Tensor, "b"]) -> Float[Tensor, "b"]:
+        """Times as the model is told them: 0, data, to 1000, noise."""
+        return t if self.config.kind == "ddpm" else 1000 * t
 
     def mix(
         self, x: Float[Tensor, "b f c h w"], noise: Float[Tensor, "b f c h w"], t: Float[Tensor, "b"]
-    ) -> tuple[Float[Tensor, "b f c h w"], Float[Tensor, "b f c h w"], Float[Tensor, "b"]]:
-        """Noisy latents, what to predict there, and the time as the model is told it."""
-        if self.config.kind == "ddpm":
-            return ddpm.add_noise(x, noise, self.alphas.to(x.device)[t.long()]), noise, t
-        return flow.interpolate(x, noise, t), flow.velocity(x, noise), 1000 * t
+    ) -> tuple[Float[Tensor, "b f c h w"], Float[Tensor, "b f c h w"]]:
+        """Noisy latents, and what to predict there."""
+        if self.config.kind == "flow":
+            return flow.interpolate(x, noise, t), flow.velocity(x, noise)
+        alpha = self.schedule.alphas.to(x.device)[t.long()]
+        return ddpm.add_noise(x, noise, alpha), ddpm.target(self.config.prediction, x, noise, alpha)
 
     def loss(
         self,
@@ -76,12 +130,36 @@ class Objective:
         text: Float[Tensor, "b l e"],
         text_mask: Bool[Tensor, "b l"],
     ) -> Float[Tensor, "b"]:
-        """Mean squared error of each sample's prediction, at times that `draw_time` drew."""
-        x_t, target, told = self.mix(x.float(), noise.float(), t)
-        predicted = model(x_t, told, text, text_mask).float()[:, :, : x.shape[2]]
-        return (predicted - target).square().mean(dim=(1, 2, 3, 4))
+        """Mean squared error of each sample's prediction, at times that `draw_time` drew.
+
+        With a learned variance: L_simple + vlb_weight L_vlb (Nichol and Dhariwal 2021, eq. 16). L_vlb is a sum over the
+        1000 steps, of which a sample is at one: so it counts that step's term a thousandfold.
+
+        Raises ValueError if the model gives another number of channels than asked for.
+        """
+        x, noise, c = x.float(), noise.float(), x.shape[2]
+        x_t, target = self.mix(x, noise, t)
+        output = model(x_t, self.told(t), text, text_mask).float()
+        if output.shape[2] != (2 if self.learned_variance else 1) * c:
+            raise ValueError(
+                f"the model gives {output.shape[2]} channels for latents of {c}; it should be {c}, or {2 * c} with "
+                f"model.learned_variance, which is {self.learned_variance} here"
+            )
+        predicted = output[:, :, :c]
+        error = (predicted - target).square().mean(dim=(1, 2, 3, 4))
+        if self.config.kind == "flow":
+            return error
+        error = self.weights.to(x.device)[t.long()] * error
+        if not self.learned_variance:
+            return error
+        data = ddpm.to_sample(self.config.prediction, predicted, x_t, self.schedule.alphas.to(x.device)[t.long()])
+        bound = variance.bound(self.schedule, x, x_t, data, output[:, :, c:], t)
+        return error + self.config.vlb_weight * ddpm.STEPS * bound
 
 
-def make_objective(config: DiffusionConfig) -> Objective:
-    """The objective that a recipe asks for."""
-    return Objective(config)
+def make_objective(config: DiffusionConfig, learned_variance: bool = False) -> Objective:
+    """The objective that a recipe asks for; with a learned variance (DDPM only) the model gives twice the channels.
+
+    Raises ValueError for a variance to learn where there is none.
+    """
+    return Objective(config, learned_variance)

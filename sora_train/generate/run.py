@@ -75,7 +75,8 @@ def load_run(path: str | Path, device: str | torch.device | None = None) -> Run:
         first = str(error).splitlines()[-1].strip()
         raise UserError(f"{checkpoint / WEIGHTS} does not fit the model in its recipe.yaml: {first}") from None
     model.requires_grad_(False).eval().to(device)
-    return Run(folder, checkpoint, recipe, manifest, model, make_objective(recipe.diffusion), device)
+    objective = make_objective(recipe.diffusion, recipe.model.learned_variance)
+    return Run(folder, checkpoint, recipe, manifest, model, objective, device)
 
 
 def find_checkpoint(path: str | Path) -> tuple[Path, Path]:

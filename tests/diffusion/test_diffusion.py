@@ -1,59 +1,79 @@
-"""Diffusion against closed forms: on Gaussian data the best prediction is known."""
+"""Objectives and samplers against closed forms: on Gaussian data the best prediction is known."""
+
+import itertools
+import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from scipy import stats
 
 from sora_train.diffusion import DiffusionConfig, make_objective, sample
 
 NULL = (torch.zeros(1, 1, 2), torch.ones(1, 1, dtype=torch.bool))
+SHAPE = (2, 4, 8, 8)
 FLOW, DDPM = DiffusionConfig(kind="flow"), DiffusionConfig(kind="ddpm")
+ALL = {
+    "flow": FLOW,
+    "flow uniform": DiffusionConfig(times="uniform"),
+    "flow shifted": DiffusionConfig(shift=1.5, shift_tokens=512),
+    "epsilon": DDPM,
+    "epsilon cosine": DiffusionConfig(kind="ddpm", beta_schedule="cosine"),
+    "v": DiffusionConfig(kind="ddpm", prediction="v"),
+    "v zero SNR": DiffusionConfig(kind="ddpm", prediction="v", zero_terminal_snr=True),
+    "v cosine min-SNR": DiffusionConfig(kind="ddpm", prediction="v", beta_schedule="cosine", min_snr_gamma=5.0),
+    "sample cosine zero SNR": DiffusionConfig(
+        kind="ddpm", prediction="sample", beta_schedule="cosine", zero_terminal_snr=True
+    ),
+}
+every_config = pytest.mark.parametrize("config", ALL.values(), ids=ALL.keys())
 
 
 def text(b: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.ones(b, 3, 2), torch.ones(b, 3, dtype=torch.bool)
 
 
-def best_flow(mean: float, std: float):
-    """E[noise - x | x_t] for x ~ N(mean, std^2) and x_t = (1 - t) x + t noise."""
-
-    def model(x_t, told, text, mask):
-        t = (told / 1000)[:, None, None, None, None]
-        variance = (1 - t) ** 2 * std**2 + t**2
-        residual = (x_t - (1 - t) * mean) / variance
-        return t * residual - (mean + (1 - t) * std**2 * residual)
-
-    return model
-
-
-def best_ddpm(mean: float, std: float):
-    """E[noise | x_t] for x ~ N(mean, std^2) and x_t = sqrt(a) x + sqrt(1 - a) noise."""
-
-    def model(x_t, told, text, mask):
-        a = make_objective(DDPM).alphas[told.long()][:, None, None, None, None]
-        return (1 - a).sqrt() * (x_t - a.sqrt() * mean) / (a * std**2 + 1 - a)
-
-    return model
-
-
-@pytest.mark.parametrize(("config", "best"), [(FLOW, best_flow), (DDPM, best_ddpm)])
+@every_config
 def test_sampling_with_the_best_model_gives_the_data_distribution(config, best):
     torch.manual_seed(0)
-    noise = torch.randn(16, 4, 4, 16, 16)
-    made = sample(best(0.7, 0.4), make_objective(config), noise, *text(16), *NULL, steps=200, guidance=1.0)
+    noise, objective = torch.randn(16, 4, 4, 16, 16), make_objective(config)
+    made = sample(best(objective, 0.7, 0.4), objective, noise, *text(16), *NULL, steps=200, guidance=1.0)
     assert made.mean().item() == pytest.approx(0.7, abs=0.01)
     assert made.std().item() == pytest.approx(0.4, abs=0.01)
 
 
-@pytest.mark.parametrize(("config", "best"), [(FLOW, best_flow), (DDPM, best_ddpm)])
+@every_config
 def test_no_prediction_beats_the_best_one(config, best):
     torch.manual_seed(0)
     objective, g = make_objective(config), torch.Generator().manual_seed(0)
     x, noise = 0.7 + 0.4 * torch.randn(512, 1, 4, 4, 4), torch.randn(512, 1, 4, 4, 4)
-    t = torch.stack([objective.draw_time(g) for _ in range(512)])
-    good = objective.loss(best(0.7, 0.4), x, noise, t, *text(512)).mean()
-    for wrong in (best(0.6, 0.4), best(0.7, 0.5)):
+    t = torch.stack([objective.draw_time(g, (1, 4, 4, 4)) for _ in range(512)])
+    good = objective.loss(best(objective, 0.7, 0.4), x, noise, t, *text(512)).mean()
+    for wrong in (best(objective, 0.6, 0.4), best(objective, 0.7, 0.5)):
         assert objective.loss(wrong, x, noise, t, *text(512)).mean() > good
+
+
+@pytest.mark.parametrize("config", [FLOW, DDPM])
+@pytest.mark.parametrize("learned_variance", [False, True])
+def test_arithmetic_is_float32_whatever_comes_in(config, learned_variance):
+    if learned_variance and config.kind == "flow":
+        return
+    torch.manual_seed(0)
+    objective = make_objective(config, learned_variance)
+    x, noise = torch.randn(64, *SHAPE).bfloat16(), torch.randn(64, *SHAPE).bfloat16()
+    t = torch.stack([objective.draw_time(torch.Generator().manual_seed(i), SHAPE) for i in range(64)])
+    output = torch.randn(64, 2, 8 if learned_variance else 4, 8, 8).bfloat16()
+    seen = []
+    half = objective.loss(lambda x_t, *_: seen.append(x_t) or output, x, noise, t, *text(64))
+    full = objective.loss(lambda *_: output.float(), x.float(), noise.float(), t, *text(64))
+    assert torch.equal(half, full)
+    assert {seen[0].dtype, half.dtype} == {torch.float32}
+
+
+@pytest.mark.parametrize(("config", "far"), [(FLOW, 1.0), (DDPM, 999.0)])
+def test_the_model_is_told_a_time_from_0_to_1000(config, far):
+    told = make_objective(config).told(torch.tensor([0.0, far]))
+    assert told[0] == 0
+    assert 999 <= told[1] <= 1000
 
 
 def test_a_perfect_prediction_costs_nothing():
@@ -61,30 +81,68 @@ def test_a_perfect_prediction_costs_nothing():
     assert not make_objective(FLOW).loss(lambda *_: noise - x, x, noise, t, *text(3)).any()
 
 
-def test_flow_times_are_logit_normal_and_shifted():
-    draw, g = (
-        make_objective(DiffusionConfig(time_mean=1.0, time_std=0.5, shift=3.0)).draw_time,
-        torch.Generator().manual_seed(0),
-    )
-    t = torch.stack([draw(g) for _ in range(20000)])
-    unshifted = t / (3 - 2 * t)
-    normal = torch.logit(unshifted)
-    assert normal.mean().item() == pytest.approx(1.0, abs=0.02)
-    assert normal.std().item() == pytest.approx(0.5, abs=0.02)
+def test_a_model_of_another_number_of_channels_is_refused():
+    x, t = torch.zeros(1, 1, 4, 2, 2), torch.zeros(1)
+    with pytest.raises(ValueError, match="8 channels for latents of 4; it should be 4"):
+        make_objective(DDPM).loss(lambda *_: torch.zeros(1, 1, 8, 2, 2), x, x, t, *text(1))
 
 
-def test_ddpm_times_are_uniform_over_the_steps():
-    draw, g = make_objective(DDPM).draw_time, torch.Generator().manual_seed(0)
-    t = torch.stack([draw(g) for _ in range(20000)])
-    assert (t.min(), t.max()) == (0, 999)
-    assert t.mean().item() == pytest.approx(499.5, abs=6)
+@pytest.mark.parametrize(
+    ("config", "unshifted"),
+    [
+        (DiffusionConfig(time_mean=1.0, time_std=0.5, shift=3.0), lambda t: stats.norm(1.0, 0.5).cdf(torch.logit(t))),
+        (DiffusionConfig(times="uniform", shift=3.0), lambda t: t.numpy()),
+    ],
+    ids=["logit-normal", "uniform"],
+)
+def test_flow_times_have_the_asked_distribution_and_are_shifted(config, unshifted):
+    draw, g = make_objective(config).draw_time, torch.Generator().manual_seed(0)
+    t = torch.stack([draw(g, SHAPE) for _ in range(5000)])
+    assert stats.kstest(unshifted(t / (3 - 2 * t)), "uniform").pvalue > 0.01
 
 
-def test_ddpm_mixes_as_diffusers_scheduler_does():
-    objective = make_objective(DDPM)
-    x, noise, t = torch.randn(3, 2, 4, 4, 4), torch.randn(3, 2, 4, 4, 4), torch.tensor([0.0, 500.0, 999.0])
-    theirs = DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear").add_noise(x, noise, t.long())
-    assert torch.allclose(objective.mix(x, noise, t)[0], theirs, atol=1e-6)
+def test_shift_grows_with_the_root_of_the_latent_positions_in_training_and_sampling():
+    plain, g = make_objective(DiffusionConfig(times="uniform")), torch.Generator()
+    objective = make_objective(DiffusionConfig(times="uniform", shift=1.5, shift_tokens=2 * 8 * 8))
+    for shape, ratio in (((2, 4, 8, 8), 1), ((2, 4, 16, 16), 2), ((1, 4, 4, 8), 0.5), ((16, 4, 8, 16), 4)):
+        s = 1.5 * ratio
+        u, t = plain.draw_time(g.manual_seed(1), shape), objective.draw_time(g.manual_seed(1), shape)
+        assert t.item() == pytest.approx(s * u.item() / (1 + (s - 1) * u.item()))  # Esser et al. 2024, eq. 23
+        told: list[float] = []
+
+        def model(x, t, text, mask, told=told):
+            told.append(t.item())
+            return torch.zeros_like(x)
+
+        sample(model, objective, torch.zeros(1, *shape), *text(1), *NULL, steps=4, guidance=1.0)
+        assert told == pytest.approx([1000 * s * u / (1 + (s - 1) * u) for u in (1, 0.75, 0.5, 0.25)])
+
+
+def test_a_shift_of_the_root_keeps_how_uncertain_the_mean_of_all_positions_is():
+    # The argument of Esser et al., section 5.3.2: n positions of the same value c show it as t / (1 - t) / sqrt(n).
+    objective, t = make_objective(DiffusionConfig(shift_tokens=100)), 0.3
+    s = objective.shift((4, 1, 10, 10))
+    moved = s * t / (1 + (s - 1) * t)
+    assert moved / (1 - moved) / math.sqrt(400) == pytest.approx(t / (1 - t) / math.sqrt(100))
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"kind": "ddpm", "shift": 3.0}, "diffusion.shift 3.0 is read only where diffusion.kind is flow"),
+        ({"prediction": "v"}, "diffusion.prediction v is read only where diffusion.kind is ddpm"),
+        ({"min_snr_gamma": 5.0}, "leave min_snr_gamma at 0.0"),
+        ({"times": "uniform", "time_mean": 1.0}, "only where diffusion.times is logit_normal"),
+        ({"kind": "ddpm", "beta_schedule": "cosine", "beta_end": 0.03}, "only where diffusion.beta_schedule is linear"),
+        ({"kind": "ddpm", "zero_terminal_snr": True}, "needs diffusion.prediction v or sample"),
+        ({"kind": "ddpm", "vlb_weight": -1.0}, "diffusion.vlb_weight is -1.0; it must be at least 0"),
+        ({"shift_tokens": -1}, "diffusion.shift_tokens is -1; it must be at least 0"),
+        ({"shift": 0.0}, "must be above 0"),
+    ],
+)
+def test_keys_that_nothing_reads_or_that_contradict_each_other_are_refused(keys, says):
+    with pytest.raises(ValueError, match=says):
+        DiffusionConfig(**keys)
 
 
 def test_guidance_goes_past_the_caption_away_from_the_empty_prompt():
@@ -97,11 +155,30 @@ def test_guidance_goes_past_the_caption_away_from_the_empty_prompt():
         assert torch.allclose(made, torch.full_like(made, wanted))
 
 
-def test_progress_is_told_after_every_step():
-    told: list[tuple[int, int]] = []
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_learned_variance_changes_nothing_about_the_samples(best, guidance):
+    torch.manual_seed(0)
+    plain, learned, noise = make_objective(DDPM), make_objective(DDPM, True), torch.randn(2, 1, 4, 4, 4)
+    model = best(plain, 0.7, 0.4)
+
+    def both(x, *rest):
+        return torch.cat([model(x, *rest), torch.full_like(x, torch.nan)], dim=2)
+
+    made = [
+        sample(each, objective, noise, *text(2), *NULL, steps=5, guidance=guidance)
+        for each, objective in ((model, plain), (both, learned))
+    ]
+    assert torch.equal(*made)
+
+
+def test_progress_is_told_after_every_step(best):
     noise = torch.randn(1, 1, 4, 2, 2)
-    objective = make_objective(FLOW)
-    sample(
-        best_flow(0.0, 1.0), objective, noise, *text(1), *NULL, 5, 1.0, lambda done, steps: told.append((done, steps))
-    )
-    assert told == [(i, 5) for i in range(1, 6)]
+    for config, steps in itertools.product((FLOW, DDPM), (1, 7)):
+        told: list[tuple[int, int]] = []
+        objective = make_objective(config)
+
+        def progress(done: int, of: int, told=told) -> None:
+            told.append((done, of))
+
+        sample(best(objective, 0.0, 1.0), objective, noise, *text(1), *NULL, steps, 1.0, progress)
+        assert told == [(i, steps) for i in range(1, steps + 1)]
