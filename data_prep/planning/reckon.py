@@ -93,6 +93,8 @@ class Plan:
     """Of shards that are there already."""
     free_bytes: int | None
     """On the output's disk; None where it is remote."""
+    image_ratio: float | None = None
+    """Share of the training steps that take pictures, where it is set."""
     work: Work | None = None
 
     @property
@@ -159,6 +161,7 @@ def reckon(
         output=data.output,
         held_bytes=held_bytes,
         free_bytes=free_bytes,
+        image_ratio=data.image_ratio,
     )
 
 

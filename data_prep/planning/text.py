@@ -83,12 +83,28 @@ def format_plan(plan: Plan) -> str:
         lines += [f"{drop.rows:>8,}  {drop.reason:<16}{drop.example}" for drop in plan.dropped]
     lines += ["", f"not known from headers: damaged frames{''.join(f', {key}' for key in plan.unknown)}"]
     if plan.steps:
-        epochs = plan.train_steps / plan.steps
+        lines += training(plan)
+    return "\n".join([*lines, *disk(plan), *work(plan)])
+
+
+def training(plan: Plan) -> list[str]:
+    """How often training takes every clip; with data.image_ratio pictures and videos have epochs of their own."""
+    pictures = sum(bucket.steps for bucket in plan.buckets if bucket_size(bucket.name)[0] == 1)
+    kinds = [("", plan.steps, 1.0)]
+    if plan.image_ratio is not None:
+        kinds = [
+            (" of videos", plan.steps - pictures, 1 - plan.image_ratio),
+            (" of pictures", pictures, plan.image_ratio),
+        ]
+    lines: list[str] = []
+    for kind, steps, ratio in kinds:
+        epochs = ratio * plan.train_steps / max(1, steps)
+        taken = "" if ratio == 1 else f"{ratio:.3g} of "
         lines.append(
-            f"training: {plan.steps:,} steps per epoch at train.batch_size {plan.batch_size}; train.steps "
+            f"training: {steps:,} steps per epoch{kind} at train.batch_size {plan.batch_size}; {taken}train.steps "
             f"{plan.train_steps:,} is {epochs:,.{1 if epochs < 100 else 0}f} epochs"
         )
-    return "\n".join([*lines, *disk(plan), *work(plan)])
+    return lines
 
 
 def row_of(bucket: BucketPlan) -> str:

@@ -6,6 +6,7 @@ Imports neither torch nor Ray: the processes that decode read these too.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
@@ -50,6 +51,9 @@ class DataConfig(Section):
     """Most clips that a video gives; 0 is no bound."""
     holdout_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Share of the sources that training never sees, by a hash of the source."""
+    image_ratio: float | None = Field(default=None, ge=0, lt=1)
+    """Share of the steps that take pictures (buckets of one frame), with epochs of their own; 0 leaves pictures out,
+    unset lets all buckets take turns by their clips."""
     max_bad_fraction: float = Field(default=0.1, ge=0, le=1)
     """Largest share of sources that can't be decoded; judged after 200 sources and at the end."""
     timeout_s: PositiveFloat = 120.0
@@ -72,6 +76,17 @@ class DataConfig(Section):
         if not self.buckets:
             return ((self.frames, self.height, self.width),)
         return tuple((int(f), int(h), int(w)) for f, h, w in (name.split("x") for name in self.buckets))
+
+
+def misfit(image_ratio: float | None, shapes: Iterable[tuple[int, int, int]]) -> str:
+    """What data.image_ratio lacks among buckets of these frames, heights and widths; empty where it fits."""
+    shapes = list(shapes)
+    videos, pictures = any(shape[0] > 1 for shape in shapes), any(shape[0] == 1 for shape in shapes)
+    if image_ratio is None or (videos and (pictures or not image_ratio)):
+        return ""
+    wanted = "of videos and of pictures (one frame)" if image_ratio else "of videos"
+    names = ", ".join(f"{frames}x{height}x{width}" for frames, height, width in shapes)
+    return f"data.image_ratio {image_ratio:g} needs buckets {wanted}; there is only {names}: add some, or leave it out"
 
 
 class SelectionConfig(Section):

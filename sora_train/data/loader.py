@@ -1,4 +1,4 @@
-"""The micro-batches of a run's steps, read and collated ahead of the loop by one thread."""
+"""The micro-batches of a run's batches, read and collated ahead of the loop by one thread."""
 
 from collections import deque
 from collections.abc import Generator, Iterable
@@ -14,15 +14,19 @@ def micro_batches(
     shards: ShardSet,
     plan: Plan,
     objective: Objective,
-    step: int,
+    number: int,
     *,
     rank: int = 0,
     world: int = 1,
     micro_batch_size: int,
     caption_dropout: float,
 ) -> list[MicroBatch]:
-    """What one rank takes at a step; on every rank equally many micro-batches, of equal size. A pure function."""
-    taken = batch(plan, step)
+    """What one rank takes of a batch of the run; on every rank equally many micro-batches, of equal size.
+
+    A pure function: what chance adds to a clip hangs on the batch's number, whichever step takes it. Raises UserError
+    where a shard can't be read.
+    """
+    taken = batch(plan, number)
     result: list[MicroBatch] = []
     for rows in share(taken, rank, world, micro_batch_size, plan.batch_size):
         real = [row for row in rows if row is not None]
@@ -35,7 +39,7 @@ def micro_batches(
                 manifest=shards.manifest,
                 objective=objective,
                 seed=plan.seed,
-                step=step,
+                step=number,
                 caption_dropout=caption_dropout,
             )
         )
@@ -46,7 +50,7 @@ def batches(
     shards: ShardSet,
     plan: Plan,
     objective: Objective,
-    steps: Iterable[int],
+    numbers: Iterable[int],
     *,
     rank: int = 0,
     world: int = 1,
@@ -54,17 +58,18 @@ def batches(
     caption_dropout: float,
     ahead: int = 2,
 ) -> Generator[tuple[int, list[MicroBatch]], None, None]:
-    """(step, its micro-batches) for each of `steps`, up to `ahead` steps made before they are asked for.
+    """(number, its micro-batches) for each of the batches `numbers`, up to `ahead` made before they are asked for.
 
-    An error of the thread is raised here, at the step it belongs to. The time spent in `next` is the wait for data.
+    An error of the thread is raised here, at the batch it belongs to. The time spent in `next` is the wait for data.
+    `close()` returns at once: what is not begun is given up, and the thread ends with the batch that it has in hand.
     """
 
-    def make(step: int) -> tuple[int, list[MicroBatch]]:
-        return step, micro_batches(
+    def make(number: int) -> tuple[int, list[MicroBatch]]:
+        return number, micro_batches(
             shards,
             plan,
             objective,
-            step,
+            number,
             rank=rank,
             world=world,
             micro_batch_size=micro_batch_size,
@@ -74,8 +79,8 @@ def batches(
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
     pending: deque[Future[tuple[int, list[MicroBatch]]]] = deque()
     try:
-        for step in steps:
-            pending.append(pool.submit(make, step))
+        for number in numbers:
+            pending.append(pool.submit(make, number))
             if len(pending) > ahead:
                 yield pending.popleft().result()
         while pending:

@@ -5,7 +5,11 @@ shards; a keyed permutation orders the groups; `window` groups at a time are lai
 orders the rows of that window. So a run reads its shards one window of row groups after the other, and no two epochs
 agree. Buckets take turns in proportion to their batches, one bucket per global step.
 
-Every row comes exactly once an epoch. The last batch of a bucket may be short: it is served short, and `share` pads it.
+With an `image_ratio`, pictures and videos are two streams, each with epochs of its own: a share of the steps, fixed by
+number, takes the next batch of pictures; the other steps take the next of the videos.
+
+Every row comes exactly once an epoch of its stream. The last batch of a bucket may be short: it is served short, and
+`share` pads it.
 
 The permutation is a Feistel network over a grid that just covers the range, with cycle walking (Black and Rogaway 2002,
 "Ciphers with arbitrary finite domains", section 5): it is computed per index, so 10⁹ rows take no more memory than ten.
@@ -13,7 +17,9 @@ The permutation is a Feistel network over a grid that just covers the range, wit
 
 import hashlib
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import numpy as np
 from jaxtyping import Int64
@@ -24,11 +30,15 @@ WINDOW_GROUPS = 64
 
 @dataclass(frozen=True)
 class Bucket:
-    """Clips of one shape: `rows` in the split, in groups of `group_rows` neighbours, the last of which may be short."""
+    """Clips of one shape: `rows` in the split, in groups of `group_rows` neighbours, the last of which may be short.
+
+    `pictures` says that they have one frame; it matters only where a plan has an `image_ratio`.
+    """
 
     name: str
     rows: int
     group_rows: int = 32
+    pictures: bool = False
 
     def __post_init__(self):
         if self.rows < 1 or self.group_rows < 1:
@@ -42,29 +52,64 @@ class Plan:
     """All that the order of samples depends on; two equal plans give the same batches on any machine.
 
     `window` counts groups: it bounds what is read at a time, and a batch has some batch_size / window clips of a group.
+    `image_ratio` is the share of the steps that take pictures, 0 <= ratio < 1; None lets all buckets take turns.
     """
 
     buckets: tuple[Bucket, ...]
     batch_size: int
     seed: int
     window: int = WINDOW_GROUPS
+    image_ratio: Fraction | None = None
 
     def __post_init__(self):
         if not self.buckets or self.batch_size < 1 or self.window < 1:
             raise ValueError(
                 f"a plan needs a bucket, got {len(self.buckets)}; batch_size {self.batch_size}, window {self.window}"
             )
+        kinds, ratio = {bucket.pictures for bucket in self.buckets}, self.image_ratio
+        if ratio is not None and (not 0 <= ratio < 1 or False not in kinds or (ratio and True not in kinds)):
+            names = ", ".join(bucket.name for bucket in self.buckets)
+            raise ValueError(
+                f"image_ratio {ratio} must be at least 0 and below 1, with videos and pictures as buckets, not {names}"
+            )
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of an epoch, short ones counted."""
+        """Batches that hold every row once, short ones counted: an epoch, where no `image_ratio` makes it two."""
         return sum(self._steps(bucket) for bucket in self.buckets)
+
+    def stream(self, pictures: bool) -> "Plan":
+        """The plan of the pictures alone, or of the videos alone. ValueError where there are none."""
+        mine = tuple(bucket for bucket in self.buckets if bucket.pictures == pictures)
+        return replace(self, buckets=mine, image_ratio=None)
+
+    def place(self, k: int) -> tuple["Plan", int]:
+        """The stream that batch k of the run is of, and its number there; without an `image_ratio` this plan and k."""
+        if self.image_ratio is None:
+            return self, k
+        before = self._pictures_before(k)
+        pictures = self._pictures_before(k + 1) > before
+        return self.stream(pictures), before if pictures else k - before
+
+    def epoch(self, k: int) -> int:
+        """The epoch that a run is in at batch k: with an `image_ratio` that of the videos, also where k is of pictures.
+
+        `Batch.epoch` is that of the batch's own stream.
+        """
+        if self.image_ratio is None:
+            return k // self.steps_per_epoch
+        return (k - self._pictures_before(k)) // self.stream(pictures=False).steps_per_epoch
+
+    def _pictures_before(self, k: int) -> int:
+        """Batches of pictures before batch k: floor(k ratio + u) with a phase 0 <= u < 1, in whole numbers."""
+        count, total = (self.image_ratio or Fraction(0)).as_integer_ratio()
+        return (k * count + stable_hash(self.seed, "pictures") % total) // total
 
     def _steps(self, bucket: Bucket) -> int:
         return -(-bucket.rows // self.batch_size)
 
     def turn(self, epoch: int, step: int) -> tuple[Bucket, int]:
-        """The bucket whose turn it is at a step of an epoch, and how many batches of it came before in this epoch.
+        """The bucket whose turn it is at a step of a stream's epoch, and how many of its batches came before in it.
 
         The first bucket's count after j of S steps is floor((j n + u) / S) with a phase 0 <= u < S: n in all, evenly
         spread. The other buckets share the remaining steps in the same way.
@@ -83,6 +128,7 @@ class Plan:
 class Batch:
     """The clips of one global step, all of one bucket: indices of the split's rows, ascending.
 
+    `epoch` counts the epochs of the batch's stream: a bucket's rows come exactly once for each value of it.
     Within a step the order means nothing to the gradient; ascending, a rank's share lies in few row groups, and in
     nearly the same ones from step to step of a window.
     """
@@ -94,15 +140,32 @@ class Batch:
 
 def batch(plan: Plan, k: int) -> Batch:
     """Batch k >= 0 of a run."""
-    epoch, step = divmod(k, plan.steps_per_epoch)
-    bucket, turn = plan.turn(epoch, step)
+    stream, number = plan.place(k)
+    epoch, step = divmod(number, stream.steps_per_epoch)
+    bucket, turn = stream.turn(epoch, step)
     first = turn * plan.batch_size
-    rows = ordered_rows(plan, bucket, epoch, first, min(first + plan.batch_size, bucket.rows))
+    rows = ordered_rows(stream, bucket, epoch, first, min(first + plan.batch_size, bucket.rows))
     return Batch(epoch, bucket.name, tuple(np.sort(rows).tolist()))
 
 
+def batch_number(step: int, skipped: Iterable[int]) -> int:
+    """The number of the batch that a step takes, both counted from 0, where the batches `skipped` are never taken.
+
+    It is the step-th of the numbers that are left. Each skipped number that is not above it moves it up by one.
+    """
+    number = step
+    for left_out in sorted(set(skipped)):
+        if left_out > number:
+            break
+        number += 1
+    return number
+
+
 def share(batch: Batch, rank: int, world: int, micro_batch_size: int, batch_size: int) -> list[list[int | None]]:
-    """A rank's micro-batches of row indices, None for padding: on every rank equally many, of equal size."""
+    """A rank's micro-batches of row indices, None for padding: on every rank equally many, of equal size.
+
+    Any world size will do. Shares differ by at most one row, so those of a short batch may be nothing but padding.
+    """
     count = -(-batch_size // (world * micro_batch_size))
     mine = batch.rows[len(batch.rows) * rank // world : len(batch.rows) * (rank + 1) // world]
     padded = [*mine, *[None] * (count * micro_batch_size - len(mine))]

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from typing import Literal
 
@@ -19,11 +20,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyarrow import fs
 
+from sora_train.data.config import misfit
 from sora_train.data.order import Bucket, Plan, stable_hash
 from sora_train.errors import UserError
 from sora_train.manifest import Manifest
 from sora_train.places import resolve
-from sora_train.schema import ENCODING_KEY, SHARD_SCHEMA, Clips, bucket_of, decode_rows, shard_files
+from sora_train.schema import ENCODING_KEY, SHARD_SCHEMA, Clips, bucket_of, bucket_size, decode_rows, shard_files
 
 Split = Literal["train", "holdout"]
 OPENERS = 16  # footers of a remote folder fetched at a time
@@ -100,15 +102,22 @@ class ShardSet:
         """Clips of the split in each bucket."""
         return {name: int(ends[-1]) for name, ends in self._ends.items()}
 
-    def plan(self, batch_size: int, seed: int) -> Plan:
-        """The order in which training takes these clips, in groups of the size that most row groups have."""
+    def plan(self, batch_size: int, seed: int, image_ratio: float | None = None) -> Plan:
+        """The order in which training takes these clips, in groups of the size that most row groups have.
+
+        UserError where the split lacks the pictures or the videos that `image_ratio` (data.image_ratio) asks for.
+        """
+        if wrong := misfit(image_ratio, map(bucket_size, self.rows)):
+            raise UserError(f"{wrong} (clips of {self.folder} that the {self.split} split takes)")
         buckets: list[Bucket] = []
         for name, rows in self.rows.items():
             sizes = Counter[int]()
             for shard in self._shards[name]:
                 sizes.update(np.diff(shard.ends, prepend=np.int32(0)).tolist())
-            buckets.append(Bucket(name, rows, group_rows=max(sizes, key=lambda size: (sizes[size], size))))
-        return Plan(tuple(buckets), batch_size, seed)
+            group_rows = max(sizes, key=lambda size: (sizes[size], size))
+            buckets.append(Bucket(name, rows, group_rows, pictures=bucket_size(name)[0] == 1))
+        ratio = None if image_ratio is None else Fraction(str(image_ratio))  # 0.1 is a tenth, as it is written
+        return Plan(tuple(buckets), batch_size, seed, image_ratio=ratio)
 
     def read(self, bucket: str, rows: Sequence[int]) -> Clips:
         """The clips with these numbers, in the order asked for; repeats are allowed."""
@@ -130,6 +139,19 @@ class ShardSet:
                 f"clips of {self.folder}/bucket={bucket} are not what its manifest.json says ({error}): remove what "
                 "another encoding left there, or encode into another data.output"
             ) from error
+
+    def sample_ids(self, bucket: str, rows: Sequence[int]) -> list[str]:
+        """The ids of clips with these numbers; their latents are not read."""
+        ids: list[str] = []
+        ends = self._ends[bucket]
+        for row in rows:
+            file = int(np.searchsorted(ends, row, side="right"))
+            shard = self._shards[bucket][file]
+            ((group, inside),) = shard.places(np.array([row - (ends[file] - shard.rows)]))
+            with self._lock, _mended_by_prep(shard.path):
+                table = self._open_file(shard.path).read_row_group(group, columns=["sample_id"], use_threads=False)
+            ids.append(str(table["sample_id"][inside]))
+        return ids
 
     def _group(self, path: str, group: int) -> pa.Table:
         if (path, group) in self._cache:

@@ -1,6 +1,7 @@
 """What chance adds to a clip depends on the seed, the step and the clip, and on nothing else."""
 
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -126,7 +127,10 @@ def test_captions_are_dropped_per_clip_and_drawn_evenly_as_often_as_asked():
     drawn = drawn.reshape(100, 100)  # step, clip; NaN is dropped
     dropped = np.isnan(drawn)
     assert abs(dropped.sum() - 1000) < 3 * math.sqrt(10_000 * 0.1 * 0.9)
-    assert abs(dropped.sum(1) - 10).max() < 5 * 3  # in no step all or none: 5 sigma
+    for axis in (0, 1):  # independent over the clips of a step, and over the steps of a clip: binomial, sigma 3
+        drops = dropped.sum(axis)
+        assert abs(drops - 10).max() < 5 * 3
+        assert drops.var(ddof=1) == pytest.approx(9, abs=3 * 9 * math.sqrt(2 / 99))
     for caption in range(3):
         assert abs((drawn == caption).sum() - 3000) < 3 * math.sqrt(10_000 * 0.3 * 0.7)
 
@@ -163,14 +167,36 @@ def test_an_error_of_the_thread_reaches_the_loop_at_its_step(make_shards, tmp_pa
     assert [next(made)[0] for _ in range(first_bad)] == list(range(first_bad))
     with pytest.raises(UserError, match=r"0001\.parquet"):
         next(made)
+    for thread in data_threads():
+        thread.join(timeout=30)
+    assert not data_threads()
 
 
 def test_a_loop_that_stops_early_ends_the_thread(make_shards):
     shards = ShardSet(make_shards(20))
     made = batches(shards, shards.plan(4, seed=0), FLOW, iter(int, 1), micro_batch_size=4, caption_dropout=0.1)
     assert next(made)[0] == 0  # of endless steps
+    thread, *others = data_threads()
+    assert not others
     made.close()
     assert list(made) == []
+    thread.join(timeout=30)
+    assert not data_threads()
+
+
+def test_batches_that_are_not_begun_are_given_up_when_the_loop_stops(make_shards):
+    shards = ShardSet(make_shards(20))
+    numbers, plan = range(20_000), shards.plan(20, seed=0)  # a minute of work
+    made = batches(shards, plan, FLOW, numbers, micro_batch_size=20, caption_dropout=0.1, ahead=len(numbers) - 1)
+    assert next(made)[0] == 0
+    (thread,) = data_threads()
+    made.close()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+
+
+def data_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("data")]
 
 
 def test_every_clip_is_trained_once_an_epoch_when_the_world_changes_on_the_way(make_shards):

@@ -1,8 +1,11 @@
 """The order of samples: exactly once, another each epoch, in proportion, and the same whoever asks."""
 
+import hashlib
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
+from fractions import Fraction
 from itertools import permutations
 
 import numpy as np
@@ -10,24 +13,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sora_train.data.order import Batch, Bucket, Plan, batch, ordered_rows, permute, share, stable_hash
+from sora_train.data.order import Batch, Bucket, Plan, batch, batch_number, ordered_rows, permute, share, stable_hash
 
 COST = """
 import time, tracemalloc
+from fractions import Fraction
 import numpy as np
 from sora_train.data.order import Bucket, Plan, batch
 steps = np.random.default_rng(0).integers(0, 10**8, 500).tolist()
-tracemalloc.start()
-plan = Plan((Bucket("16x256x256", 10**9 - 70_001), Bucket("1x256x256", 70_001)), 256, 0)
-batch(plan, steps[0])
-memory = tracemalloc.get_traced_memory()[1]
-tracemalloc.stop()
-times = []
-for k in steps:
-    start = time.thread_time()
-    batch(plan, k)
-    times.append(time.thread_time() - start)
-print(memory, np.median(times))
+for ratio in (None, Fraction("0.2")):
+    tracemalloc.start()
+    buckets = Bucket("16x256x256", 10**9 - 70_001), Bucket("1x256x256", 70_001, pictures=True)
+    plan = Plan(buckets, 256, 0, image_ratio=ratio)
+    batch(plan, steps[0])
+    memory = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    times = []
+    for k in steps:
+        start = time.thread_time()
+        batch(plan, k)
+        times.append(time.thread_time() - start)
+    print(memory, np.median(times))
 """
 
 Spec = tuple[list[tuple[int, int]], int, int, int]
@@ -57,6 +63,11 @@ def order_of(plan: Plan, epoch: int) -> np.ndarray:
 
 def rows_of(batches: list[Batch], bucket: Bucket) -> list[int]:
     return [row for taken in batches if taken.bucket == bucket.name for row in taken.rows]
+
+
+def digest(plan: Plan) -> str:
+    batches = [(taken.epoch, taken.bucket, taken.rows) for taken in (batch(plan, k) for k in range(600))]
+    return hashlib.sha256(repr(batches).encode()).hexdigest()[:16]
 
 
 @quick
@@ -96,6 +107,30 @@ def test_the_order_is_this_one_on_every_machine():
     assert batch(Plan((Bucket("8x64x64", 1000),), 8, 5), 200) == Batch(
         1, "8x64x64", (23, 106, 162, 342, 459, 704, 958, 975)
     )
+    buckets = Bucket("16x64x64", 1000), Bucket("1x64x64", 77, 16, pictures=True), Bucket("8x64x64", 5)
+    plan = Plan(buckets, 8, 5, window=3)
+    assert digest(plan) == "0bc76c2b6fa4426d"
+    assert digest(replace(plan, image_ratio=Fraction("0.3"))) == "63d7e5434c2eda03"
+
+
+@quick
+@given(st.integers(1, 10**9), st.integers(1, 5000), st.integers(1, 100), seeds, st.data())
+def test_rows_of_any_size_of_bucket_are_within_it_and_none_comes_twice(
+    rows: int, group_rows: int, window: int, seed: int, data: st.DataObject
+):
+    plan = Plan((Bucket("any", rows, group_rows),), 64, seed, window)
+    steps = data.draw(st.sets(st.integers(0, plan.steps_per_epoch - 1), min_size=1, max_size=8))
+    found = [row for step in steps for row in batch(plan, step).rows]
+    assert len(set(found)) == len(found)
+    assert min(found) >= 0
+    assert max(found) < rows
+
+
+@quick
+@given(st.integers(30, 2000), st.integers(1, 40), st.integers(1, 6), seeds, st.integers(0, 10**6))
+def test_no_two_epochs_have_the_same_order(rows: int, group_rows: int, window: int, seed: int, epoch: int):
+    plan = Plan((Bucket("any", rows, group_rows),), 8, seed, window)
+    assert order_of(plan, epoch).tolist() != order_of(plan, epoch + 1).tolist()
 
 
 @quick
@@ -124,7 +159,7 @@ def test_only_the_last_batch_of_a_bucket_is_short(spec: Spec):
 
 
 @quick
-@given(specs, st.integers(1, 9), st.integers(1, 5))
+@given(specs, st.integers(1, 40), st.integers(1, 9))
 def test_the_ranks_of_any_world_share_a_batch_in_equally_many_micro_batches(spec: Spec, world: int, micro: int):
     plan = plan_of(spec)
     for taken in epoch_of(plan, 0):
@@ -145,6 +180,12 @@ def test_any_stretch_of_steps_keeps_the_proportions_of_the_buckets(spec: Spec):
         share_of_steps = -(-bucket.rows // plan.batch_size) / len(names)
         excess = np.cumsum([0, *(float(name == bucket.name) - share_of_steps for name in names)])
         assert excess.max() - excess.min() < 1 + len(plan.buckets)
+
+
+@given(st.integers(0, 300), st.lists(st.integers(0, 300)))
+def test_steps_take_the_batches_that_are_not_skipped_in_order(step: int, skipped: list[int]):
+    left = [number for number in range(step + len(skipped) + 1) if number not in skipped]
+    assert batch_number(step, skipped) == left[step]
 
 
 def test_two_epochs_and_two_seeds_order_the_same_rows_otherwise():
@@ -182,9 +223,12 @@ def test_a_batch_touches_no_more_groups_than_a_window_has_and_a_rank_takes_neigh
 def test_a_billion_rows_cost_less_than_a_millisecond_a_batch_and_next_to_no_memory():
     """In a process of its own, where no annotation is checked."""
     found = subprocess.run([sys.executable, "-c", COST], capture_output=True, text=True, check=True)
-    memory, seconds = map(float, found.stdout.split())
-    assert memory < 2**20  # bytes
-    assert seconds < 1e-3
+    lines = found.stdout.splitlines()
+    assert len(lines) == 2  # without and with an image_ratio
+    for line in lines:
+        memory, seconds = map(float, line.split())
+        assert memory < 2**20  # bytes
+        assert seconds < 1e-3
 
 
 def test_a_plan_without_rows_is_refused():

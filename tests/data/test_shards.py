@@ -67,7 +67,10 @@ def test_the_share_of_sources_held_out_is_what_was_asked_for():
 def test_a_plan_orders_the_clips_of_the_split_alone(make_shards):
     make_shards(70, 33)
     folder = make_shards(40, start=103, bucket=(1, 16, 24))
-    assert ShardSet(folder).plan(8, seed=5).buckets == (Bucket("1x16x24", 40, 32), Bucket(BUCKET, 103, 32))
+    assert ShardSet(folder).plan(8, seed=5).buckets == (
+        Bucket("1x16x24", 40, 32, pictures=True),
+        Bucket(BUCKET, 103, 32),
+    )
     shards = ShardSet(folder, 0.3)
     plan = shards.plan(8, seed=5)
     seen = [

@@ -109,6 +109,16 @@ def test_held_out_clips_are_no_steps(tmp_path: Path):
     assert found.steps == -(-(200 - held_out) // 16)
 
 
+def test_pictures_and_videos_of_a_ratio_are_reckoned_in_epochs_of_their_own(tmp_path: Path):
+    wanted = recipe(tmp_path, buckets=["16x256x448", "1x256x256"], image_ratio=0.2)
+    asked = rows(2000)
+    looks = {row.path: Look({"1x256x256": 1}, 300, 300, 0.0, still=True) for row in asked[:400]}
+    looks |= {row.path: landscape() for row in asked[400:]}
+    text = format_plan(reckoned(wanted, asked, looks))
+    assert "100 steps per epoch of videos at train.batch_size 16; 0.8 of train.steps 1,000 is 8.0 epochs" in text
+    assert "25 steps per epoch of pictures at train.batch_size 16; 0.2 of train.steps 1,000 is 8.0 epochs" in text
+
+
 def test_what_is_left_out_is_counted_by_reason_with_an_example(tmp_path: Path):
     asked = [
         *rows(3),
