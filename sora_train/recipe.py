@@ -6,21 +6,30 @@ Needs no Ray.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+)
 
 from sora_train.codec import CodecConfig
-from sora_train.data.config import DataConfig, PrepConfig, SelectionConfig
+from sora_train.data.config import DataConfig, PrepConfig, SelectionConfig, misfit
 from sora_train.diffusion import DiffusionConfig
 from sora_train.errors import RecipeError
 from sora_train.model import ModelConfig
+from sora_train.model.config import with_preset
 from sora_train.section import Section
 from sora_train.settings import build, read_yaml
 from sora_train.train.config import TrainConfig
+from sora_train.train.deepspeed_config import contradictions
 
 PIXELS_PER_LATENT = 8
 """Pixels on a side that one latent stands for: the VAEs that are read here shrink by eight."""
@@ -48,14 +57,41 @@ class ClusterConfig(Section):
 
     address: str = "auto"
     """Ray cluster: `auto` joins the one this machine or job belongs to, or starts one here, as `local` always does."""
-    workers: PositiveInt = 1
-    """Training workers: one per GPU, or processes on CPUs."""
+    workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
+    """Training workers: one per GPU, or processes on CPUs. With two numbers, the fewest and the most, training goes on
+    with those that are left when nodes are lost, and takes more when nodes come."""
+    resize_s: PositiveFloat = 60.0
+    """Seconds between two looks for nodes that have come, where `workers` are two numbers."""
     gpu: Literal["auto", "yes", "no"] = "auto"
     """Whether a worker takes a GPU; `auto` does where the cluster has enough."""
     cpus_per_worker: PositiveInt = 1
     """CPU cores (and threads) of a worker."""
     max_failures: NonNegativeInt = 3
     """How many times lost workers are replaced and the run resumed from its last checkpoint."""
+
+    @field_validator("workers", mode="wrap")
+    @classmethod
+    def is_a_number_or_two(
+        cls, given: object, take: Callable[[object], int | tuple[int, int]]
+    ) -> int | tuple[int, int]:
+        """pydantic has a complaint for each of the two forms; a person needs one."""
+        try:
+            return take(given)
+        except ValidationError:
+            raise ValueError(
+                f"cluster.workers is {given!r}; it takes a number of workers, such as 4, or the fewest and the most, "
+                "such as [2, 4]"
+            ) from None
+
+    @property
+    def fewest(self) -> int:
+        """Workers that training needs at least."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most(self) -> int:
+        """Workers that training takes at most."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class TrackingConfig(Section):
@@ -82,6 +118,12 @@ class Recipe(Section):
     validation: ValidationConfig = ValidationConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def lays_the_preset_under(cls, model: object) -> object:
+        """What `model.preset` stands for, under the keys that are given."""
+        return with_preset(model) if isinstance(model, dict) else model
 
     @field_validator("name")
     @classmethod
@@ -138,20 +180,31 @@ def check(recipe: Recipe) -> list[str]:
                     f"{key} does not divide by {grid} (VAE {PIXELS_PER_LATENT} x model.patch {recipe.model.patch}); "
                     f"use {choices}"
                 )
+    if recipe.model.learned_variance and recipe.diffusion.kind == "flow":
+        wrong.append(
+            "model.learned_variance is true, but with diffusion.kind flow there is no variance to learn; "
+            "use diffusion.kind ddpm, or model.learned_variance false"
+        )
     if data.clips_per_video and not data.stride_s:
         wrong.append(
             f"data.clips_per_video {data.clips_per_video} needs data.stride_s: without it every video gives one clip"
         )
+    if lacking := misfit(data.image_ratio, data.shapes):
+        wrong.append(lacking)
     low, high = recipe.selection.min_motion, recipe.selection.max_motion
     if high and low > high:
         wrong.append(f"selection.min_motion {low:g} is above selection.max_motion {high:g}; nothing would be left")
     if recipe.selection.max_seconds and recipe.selection.min_seconds > recipe.selection.max_seconds:
         wrong.append("selection.min_seconds is above selection.max_seconds; nothing would be left")
-    if recipe.cluster.workers > train.batch_size:
+    fewest, most = recipe.cluster.fewest, recipe.cluster.most
+    if fewest > most:
+        wrong.append(f"cluster.workers are {fewest} at least and {most} at most; use [{most}, {fewest}]")
+    if max(fewest, most) > train.batch_size:
         wrong.append(
-            f"cluster.workers {recipe.cluster.workers} is more than train.batch_size {train.batch_size}, so that some "
+            f"cluster.workers {max(fewest, most)} is more than train.batch_size {train.batch_size}, so that some "
             f"would never see a clip; use at most {train.batch_size} workers or a larger batch"
         )
     if not all(0 <= beta < 1 for beta in train.betas):
         wrong.append(f"train.betas are {train.betas}; both must be at least 0 and below 1")
+    wrong += contradictions(train)
     return wrong

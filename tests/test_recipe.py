@@ -41,6 +41,28 @@ def test_a_written_recipe_reads_back_as_itself(tmp_path: Path) -> None:
     assert load_recipe(tmp_path / "again.yaml") == recipe
 
 
+def test_a_preset_lies_under_the_keys_that_are_given(tmp_path: Path) -> None:
+    path = write(tmp_path, "model: {preset: XL, depth: 4}")
+    model = load_recipe(path, {"model.attention": "joint", "model.heads": "18"}).model
+    assert (model.width, model.depth, model.heads, model.attention) == (1152, 4, 18, "joint")
+    model = load_recipe(write(tmp_path, "name: x"), {"model.preset": "latte_t2v", "model.learned_variance": "no"}).model
+    assert (model.depth, model.sample_size, model.learned_variance) == (56, 64, False)
+    with_flags, _ = parse_flags(["--model.preset", "L", "--model.attention", "joint"], Recipe)
+    model = build(Recipe, {}, with_flags, "flags").model
+    assert (model.preset, model.width, model.depth, model.attention) == ("L", 1024, 24, "joint")
+    assert "model.preset is 'M'; choices: " in refusal(tmp_path, "model: {preset: M}")
+    assert "model.preset is ['S']; " in refusal(tmp_path, "model: {preset: [S]}")
+
+
+@pytest.mark.parametrize("name", ["", "S", "B", "L", "XL", "latte_t2v"])
+def test_a_written_recipe_holds_what_its_preset_stood_for(tmp_path: Path, name: str) -> None:
+    recipe = load_recipe(write(tmp_path, f"model: {{preset: '{name}', norm_eps: 1e-5}}\ndiffusion: {{kind: ddpm}}"), {})
+    save_recipe(recipe, tmp_path / "again.yaml")
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+    assert f"width: {recipe.model.width}\n" in (tmp_path / "again.yaml").read_text()
+    assert recipe.model.norm_eps == 1e-5
+
+
 def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
     assert load_recipe(write(tmp_path, "# nothing\n")) == Recipe()
 
@@ -109,6 +131,10 @@ def test_a_wrong_recipe_is_told_which_key_and_what_fits(tmp_path: Path, text: st
         ("data: {width: 8}", "data.width 8 does not divide by 16 (VAE 8 x model.patch 2); use 16"),
         ("cluster: {workers: 20}", "cluster.workers 20 is more than train.batch_size 16"),
         ("train: {betas: [0.9, 1.0]}", "train.betas are (0.9, 1.0)"),
+        ("model: {learned_variance: true}", "with diffusion.kind flow there is no variance to learn; use"),
+        ("diffusion: {prediction: v}", "diffusion.prediction v is read only where diffusion.kind is ddpm"),
+        ("data: {image_ratio: 0.2}", "data.image_ratio 0.2 needs buckets of videos and of pictures (one frame); there"),
+        ("data: {image_ratio: 0, frames: 1}", "data.image_ratio 0 needs buckets of videos; there is only 1x256x256"),
     ],
 )
 def test_keys_that_contradict_each_other_are_refused_with_a_remedy(tmp_path: Path, text: str, says: str) -> None:
@@ -145,6 +171,17 @@ def test_a_list_takes_words_up_to_the_next_flag_and_a_truth_value_needs_none() -
     overrides, rest = parse_flags(words, Recipe)
     assert overrides == {"validation.prompts": ["a b", "c", "d"], "model.pooled_text": "true"}
     assert rest == ["r.yaml"]
+
+
+def test_workers_are_a_number_or_the_fewest_and_the_most(tmp_path: Path) -> None:
+    words = ["--cluster.workers", "2", "4", "r.yaml"]
+    overrides, rest = parse_flags(words, Recipe)
+    recipe = load_recipe(write(tmp_path, "cluster: {workers: 3}"), overrides)
+    assert (recipe.cluster.fewest, recipe.cluster.most, rest) == (2, 4, ["r.yaml"])
+    save_recipe(recipe, tmp_path / "again.yaml")
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+    overrides, rest = parse_flags(["--cluster.workers", "2", "r.yaml"], Recipe)
+    assert (load_recipe(write(tmp_path, ""), overrides).cluster.workers, rest) == (2, ["r.yaml"])
 
 
 @pytest.mark.parametrize("words", [["--train.stpes", "4"], ["--train", "4"], ["--"], ["--train.steps"]])

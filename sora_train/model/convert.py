@@ -1,27 +1,42 @@
-"""Latte's weights to and from diffusers' `LatteTransformer3DModel` (the released text-to-video model has that form).
+"""Weights to and from diffusers: `LatteTransformer3DModel` both ways, PixArt-alpha's `PixArtTransformer2DModel` in.
 
-A renaming: query, key and value maps are one matrix here and three there; the patch map is a convolution there.
+A renaming: query, key and value maps are one matrix here and three there; the patch map is a convolution there. The
+released Latte has Latte's form. An image model (PixArt-alpha, arXiv 2310.00426) has the same blocks: they become the
+spatial ones, and the temporal ones start as the identity, so that each frame is at first what the image model makes.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
-from torch import Tensor
+from torch import Tensor, nn
 
-from sora_train.model.latte import Latte, ModelConfig
+from sora_train.model.config import ModelConfig
+from sora_train.model.latte import Latte
+from sora_train.model.layers import Block
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 EXPECTED = {"norm_type": "ada_norm_single", "activation_fn": "gelu-approximate", "norm_elementwise_affine": False}
-FULL_LATTE = {"attention": "factorised", "text_in": "spatial", "frame_positions": "temporal", "pooled_text": False}
+FULL_LATTE = {
+    "attention": "factorised",
+    "text_in": "spatial",
+    "positions": "sinusoid",
+    "frame_positions": "temporal",
+    "pooled_text": False,
+}
+VIDEO, IMAGE = ("LatteTransformer3DModel",), ("PixArtTransformer2DModel", "Transformer2DModel")
+BUFFERS = {"pos_embed.pos_embed", "temp_pos_embed"}  # positions, which some versions of diffusers write; made anew here
 
 
-def names(depth: int) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Pairs of a module here and the one, or the ones stacked in order, that it is in diffusers."""
+def names(depth: int, image: bool = False) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Pairs of a module here and the one, or the ones stacked in order, that it is in diffusers.
+
+    An `image` model has the spatial blocks alone, which are the even ones.
+    """
     yield "patch_in", ("pos_embed.proj",)
     yield "time.fc1", ("adaln_single.emb.timestep_embedder.linear_1",)
     yield "time.fc2", ("adaln_single.emb.timestep_embedder.linear_2",)
@@ -29,7 +44,7 @@ def names(depth: int) -> Iterator[tuple[str, tuple[str, ...]]]:
     yield "text.fc1", ("caption_projection.linear_1",)
     yield "text.fc2", ("caption_projection.linear_2",)
     yield "patch_out", ("proj_out",)
-    for i in range(depth):
+    for i in range(0, depth, 2 if image else 1):
         here = f"blocks.{i}"
         there = f"{'temporal_' if i % 2 else ''}transformer_blocks.{i // 2}"
         yield f"{here}.attention.qkv", tuple(f"{there}.attn1.to_{letter}" for letter in "qkv")
@@ -42,15 +57,24 @@ def names(depth: int) -> Iterator[tuple[str, tuple[str, ...]]]:
         yield f"{here}.feed_forward.fc2", (f"{there}.ff.net.2",)
 
 
-def tables(depth: int) -> Iterator[tuple[str, str]]:
+def tables(depth: int, image: bool = False) -> Iterator[tuple[str, str]]:
     """Names of the adaLN tables, here and in diffusers."""
     yield "table_out", "scale_shift_table"
-    for i in range(depth):
+    for i in range(0, depth, 2 if image else 1):
         yield f"blocks.{i}.table", f"{'temporal_' if i % 2 else ''}transformer_blocks.{i // 2}.scale_shift_table"
 
 
+def is_image(config: dict[str, Any]) -> bool:
+    """Whether diffusers' settings are an image model's; ValueError for a class that can't be read."""
+    name = config.get("_class_name")
+    if name not in VIDEO + IMAGE:
+        raise ValueError(f"_class_name is {name!r}; {', '.join(VIDEO + IMAGE)} can be read")
+    return name in IMAGE
+
+
 def config_from_diffusers(config: dict[str, Any]) -> ModelConfig:
-    """The shape of a `LatteTransformer3DModel`; ValueError names what this project has no counterpart for."""
+    """The shape of a Latte or a PixArt-alpha; ValueError names what this project has no counterpart for."""
+    image = is_image(config)
     for key, value in EXPECTED.items():
         if config.get(key) != value:
             raise ValueError(f"{key} is {config.get(key)!r}; only the released Latte's {value!r} can be read")
@@ -61,6 +85,18 @@ def config_from_diffusers(config: dict[str, Any]) -> ModelConfig:
         raise ValueError(f"out_channels is {out}; expected {channels}, or {2 * channels} with a learned variance")
     if config.get("cross_attention_dim") != width:
         raise ValueError(f"cross_attention_dim is {config.get('cross_attention_dim')}; expected the width, {width}")
+    if not config.get("caption_channels"):
+        raise ValueError("caption_channels is not given; expected the width of the text embeddings")
+    size = config.get("sample_size", 64)
+    conditions = config.get("use_additional_conditions")
+    if image and (size == 128 if conditions is None else conditions):
+        raise ValueError(
+            f"use_additional_conditions is {conditions} with sample_size {size}: a PixArt-alpha for 1024 px, which is "
+            "told resolution and aspect ratio, and a Latte is not; start from its 512 px weights"
+        )
+    scale = config.get("interpolation_scale")
+    if scale not in (None, max(size // 64, 1)):
+        raise ValueError(f"interpolation_scale is {scale}; expected {max(size // 64, 1)} for sample_size {size}")
     return ModelConfig(
         width=width,
         depth=2 * config["num_layers"],
@@ -69,7 +105,8 @@ def config_from_diffusers(config: dict[str, Any]) -> ModelConfig:
         in_channels=channels,
         learned_variance=out == 2 * channels,
         text_width=config["caption_channels"],
-        sample_size=config.get("sample_size", 64),
+        frame_positions="rotary" if image else "temporal",
+        sample_size=size,
         attention_bias=config.get("attention_bias", False),
         norm_eps=config.get("norm_eps", 1e-5),
     )
@@ -85,12 +122,19 @@ def transformer_folder(folder: Path) -> Path:
 
 def check_fit(config: ModelConfig, folder: Path) -> None:
     """ValueError, with every key that differs, where a model of this shape can't take the weights in a folder."""
-    found = config_from_diffusers(json.loads((transformer_folder(folder) / "config.json").read_text()))
+    settings = json.loads((transformer_folder(folder) / "config.json").read_text())
+    found = config_from_diffusers(settings)
+    free = ("preset", "sample_frames", "init_from")  # a Latte may be made for other lengths than it was trained on
     wrong = [
         f"model.{field.name} is {getattr(config, field.name)!r}, there it is {getattr(found, field.name)!r}"
         for field in fields(ModelConfig)
-        if field.name != "init_from" and getattr(config, field.name) != getattr(found, field.name)
+        if field.name not in free and getattr(config, field.name) != getattr(found, field.name)
     ]
+    if wrong and is_image(settings):
+        wrong.append(
+            "it is an image model: its blocks become the spatial ones of a factorised model, half of model.depth, and "
+            "each frame stays its image only where model.frame_positions adds nothing to tokens, as rotary"
+        )
     if wrong:
         raise ValueError("; ".join(wrong))
 
@@ -108,33 +152,51 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def from_diffusers(folder: str | Path) -> Latte:
-    """Reads a `LatteTransformer3DModel`, from its own folder or from a pipeline's.
+    """Reads a Latte, or a PixArt-alpha as a Latte's spatial blocks, from its own folder or from a pipeline's.
 
     Raises FileNotFoundError where there is none, ValueError naming unexpected or missing tensors and settings.
     """
     folder = transformer_folder(Path(folder))
-    model = Latte(config_from_diffusers(json.loads((folder / "config.json").read_text())))
-    there = read_weights(folder)
-    here: dict[str, Tensor] = {}
-    wanted = model.state_dict()
-    used: set[str] = set()
-
-    def take(name: str) -> Tensor:
-        if name not in there:
-            raise ValueError(f"{folder} has no tensor {name}")
-        used.add(name)
-        return there[name]
-
-    for ours, theirs in names(model.config.depth):
-        for part in ("weight", "bias"):
-            if (key := f"{ours}.{part}") in wanted:
-                here[key] = torch.cat([take(f"{name}.{part}") for name in theirs]).reshape(wanted[key].shape)
-    for ours, name in tables(model.config.depth):
-        here[ours] = take(name)
-    if unexpected := sorted(set(there) - used):
-        raise ValueError(f"{folder} has tensors that a Latte has no place for: {', '.join(unexpected[:5])}")
-    model.load_state_dict(here)
+    settings = json.loads((folder / "config.json").read_text())
+    model, image = Latte(config_from_diffusers(settings)), is_image(settings)
+    depth, wanted = model.config.depth, model.state_dict()
+    there = {name: tensor for name, tensor in read_weights(folder).items() if name not in BUFFERS}
+    sources = {
+        f"{ours}.{part}": [f"{name}.{part}" for name in theirs]
+        for ours, theirs in names(depth, image)
+        for part in ("weight", "bias")
+        if f"{ours}.{part}" in wanted
+    }
+    sources |= {ours: [name] for ours, name in tables(depth, image)}
+    known = [name for theirs in sources.values() for name in theirs]
+    if missing := [name for name in known if name not in there]:
+        raise ValueError(f"{folder} lacks {first_five(missing)}")
+    if unexpected := there.keys() - set(known):
+        raise ValueError(f"{folder} has what a Latte has no place for: {first_five(sorted(unexpected))}")
+    here = {ours: torch.cat([there[name] for name in theirs]) for ours, theirs in sources.items()}
+    if image:
+        rest_at_identity(model)
+    model.load_state_dict({ours: here[ours].reshape(w.shape) if ours in here else w for ours, w in wanted.items()})
     return model
+
+
+def first_five(tensors: Collection[str]) -> str:
+    """How many tensors there are, and the names of the first."""
+    more = ", …" if len(tensors) > 5 else ""
+    return f"{len(tensors)} tensors: {', '.join(list(tensors)[:5])}{more}"
+
+
+@torch.no_grad()
+def rest_at_identity(model: Latte) -> None:
+    """Temporal blocks that change nothing yet: what comes out of attention and feed-forward is zero.
+
+    The gates stay open, so that the maps set to zero get gradients at the first step, and all others from the second.
+    """
+    for block in list(model.blocks)[1::2]:
+        assert isinstance(block, Block)
+        for linear in (block.attention.out, block.feed_forward.fc2):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
 
 
 def to_diffusers(model: Latte, folder: str | Path, frames: int = 16) -> None:
@@ -146,6 +208,11 @@ def to_diffusers(model: Latte, folder: str | Path, frames: int = 16) -> None:
     for key, value in FULL_LATTE.items():
         if getattr(config, key) != value:
             raise ValueError(f"model.{key} is {getattr(config, key)!r}; diffusers' Latte can only express {value!r}")
+    if config.sample_frames not in (0, frames):
+        raise ValueError(
+            f"model.sample_frames is {config.sample_frames}; for clips of {frames} frames diffusers' Latte can only "
+            f"express {frames}, or 0"
+        )
     weights = model.state_dict()
     there: dict[str, Tensor] = {}
     for ours, theirs in names(config.depth):

@@ -1,6 +1,7 @@
 """What a token is made of: its patch, its place in space and time, the diffusion time, and the text.
 
-Sinusoids as in Vaswani et al. 2017; adaLN-single as in PixArt-alpha (arXiv 2310.00426, section 2.3), which Latte uses.
+Sinusoids as in Vaswani et al. 2017; adaLN-single as in PixArt-alpha (arXiv 2310.00426, section 2.3), which Latte uses;
+rotations as in RoFormer (Su et al. 2021, arXiv 2104.09864, equation 34).
 """
 
 import math
@@ -23,10 +24,15 @@ def from_patches(x: Float[Tensor, "b f n ppc"], p: int, h: int, w: int) -> Float
     return rearrange(x, "b f (h w) (p q c) -> b f c (h p) (w q)", h=h, w=w, p=p, q=p)
 
 
-def sinusoid(position: Float[Tensor, "i"], d: int) -> Float[Tensor, "i d"]:
-    """Sines in the first half, cosines in the second, at d/2 wavelengths from 2 pi to 20,000 pi."""
+def angles(position: Float[Tensor, "i"], d: int) -> Float[Tensor, "i {d}//2"]:
+    """Positions as angles at d/2 wavelengths from 2 pi to 20,000 pi, in float64."""
     frequency = 10000.0 ** (-torch.arange(d // 2, dtype=torch.float64, device=position.device) / (d // 2))
-    angle = position[:, None].double() * frequency
+    return position[:, None].double() * frequency
+
+
+def sinusoid(position: Float[Tensor, "i"], d: int) -> Float[Tensor, "i d"]:
+    """Sines in the first half, cosines in the second."""
+    angle = angles(position, d)
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
@@ -42,9 +48,30 @@ def space_positions(h: int, w: int, d: int, base: int, scale: int, device: torch
     return torch.cat([sinusoid(columns.flatten(), d // 2), sinusoid(rows.flatten(), d // 2)], dim=1).float()
 
 
-def time_positions(f: int, d: int, device: torch.device) -> Float[Tensor, "f d"]:
-    """Which frame a token belongs to, counted from 0."""
-    return sinusoid(torch.arange(f, dtype=torch.float32, device=device), d).float()
+def frame_positions(f: int, base: int, device: torch.device) -> Float[Tensor, "f"]:
+    """Frames counted from 0; with a `base`, scaled so that a clip of any length spans 0 to `base`."""
+    frame = torch.arange(f, dtype=torch.float32, device=device)
+    return frame * (base / f) if base else frame
+
+
+def rotation(places: Float[Tensor, "axes s"], k: int) -> Float[Tensor, "2 s {k}//2"]:
+    """Cosines and sines that turn heads of width `k` by their tokens' places, for `rotate`.
+
+    The pairs of a head are dealt out to the axes as even shares, the first axis taking what is left over.
+    """
+    count = len(places)
+    share = 2 * (k // (2 * count))
+    widths = [k - share * (count - 1)] + [share] * (count - 1)
+    angle = torch.cat([angles(place, width) for place, width in zip(places, widths, strict=True)], dim=1)
+    return torch.stack([angle.cos(), angle.sin()]).float()
+
+
+def rotate(x: Float[Tensor, "*b s k"], turn: Float[Tensor, "2 s half"]) -> Float[Tensor, "*b s k"]:
+    """Turns element i of a head with element i + k/2, in float32, so that scores of two tokens depend on how far apart
+    they are, and not on where.
+    """
+    (cos, sin), (a, b) = turn, x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
 class TimeEmbedding(nn.Module):

@@ -5,81 +5,26 @@ frame, odd ones along time. Joint, every block attends over all of space and tim
 are grouped by another line of einops.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from sora_train.model.config import ModelConfig
 from sora_train.model.embed import (
     TextEmbedding,
     TimeEmbedding,
+    frame_positions,
     from_patches,
     pool,
+    rotation,
+    sinusoid,
     space_positions,
-    time_positions,
     to_patches,
 )
 from sora_train.model.layers import Block, TextAttention, modulate
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The transformer's shape."""
-
-    __pydantic_config__: ClassVar = {"extra": "forbid", "use_attribute_docstrings": True}
-
-    width: int = 384
-    """Width of the token vectors."""
-    depth: int = 12
-    """Number of blocks; factorised, spatial and temporal ones together, so an even number."""
-    heads: int = 6
-    """Attention heads; they divide the width."""
-    patch: int = 2
-    """Side of a patch in latents."""
-    in_channels: int = 4
-    """Channels of the latents, as the VAE makes them."""
-    learned_variance: bool = False
-    """Twice as many output channels: the second half is the variance of DDPM's reverse step."""
-    text_width: int = 4096
-    """Width of the text embeddings, as the text encoder makes them (4096 for T5-XXL)."""
-    attention: Literal["factorised", "joint"] = "factorised"
-    """Space and time in turns, as Latte; or full attention over all of space and time in every block."""
-    text_in: Literal["spatial", "every"] = "spatial"
-    """Which blocks read the caption when factorised: the spatial ones, as the released Latte, or every block."""
-    frame_positions: Literal["temporal", "input"] = "temporal"
-    """Where a token learns its frame: at the first temporal block, as Latte, or at the input, as joint always does."""
-    pooled_text: bool = False
-    """Whether the mean of the caption's embeddings is added to the time embedding, which reaches every block."""
-    sample_size: int = 32
-    """Latents on a side that positions are scaled for; other shapes interpolate (64 for 512 px and an 8x VAE)."""
-    attention_bias: bool = True
-    """Biases in the query, key and value maps."""
-    norm_eps: float = 1e-6
-    """Added to the variance in layer norms."""
-    init_from: str = ""
-    """Latte whose weights training starts from: a folder in diffusers' format, or a hub id; empty is from scratch."""
-
-    def __post_init__(self) -> None:
-        for key in ("width", "depth", "heads", "patch", "in_channels", "text_width", "sample_size"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"model.{key} is {getattr(self, key)}; it must be at least 1")
-        if self.width % self.heads:
-            raise ValueError(f"model.width {self.width} does not divide over model.heads {self.heads}")
-        if self.width % 4:
-            raise ValueError(
-                f"model.width {self.width} must be a multiple of 4: positions take sines and cosines of two axes"
-            )
-        if self.attention == "factorised" and self.depth % 2:
-            raise ValueError(f"model.depth {self.depth} must be even: spatial and temporal blocks take turns")
-        if self.sample_size % self.patch:
-            raise ValueError(f"model.sample_size {self.sample_size} must be a multiple of model.patch {self.patch}")
-
-    @property
-    def out_channels(self) -> int:
-        return self.in_channels * (2 if self.learned_variance else 1)
 
 
 class Latte(nn.Module):
@@ -123,6 +68,25 @@ class Latte(nn.Module):
         for linear in [self.patch_out, *(attention.out for attention in text_attentions)]:
             nn.init.zeros_(linear.weight)
 
+    def checkpoint(self, mode: Literal["none", "selective", "full"]) -> None:
+        """Saves memory in training: `full` computes every block again in the backward pass, `selective` all of it but
+        matmuls and attention, `none` nothing.
+        """
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.checkpointing = mode
+
+    def compile_blocks(self) -> None:
+        """Lets torch compile what a block computes, when a shape is first seen; blocks of a kind share it."""
+        import torch._dynamo  # takes a second
+
+        # Torch's own 8 are for a function whose shapes never end. Ours are the buckets, each for two kinds of blocks.
+        torch._dynamo.config.recompile_limit = 64
+        for module in self.modules():
+            if isinstance(module, Block):
+                run = torch.compile(module.run, fullgraph=True, dynamic=False)  # pyright: ignore[reportUnknownMemberType]
+                module.run = run
+
     def forward(
         self,
         x: Float[Tensor, "b f c h w"],
@@ -136,7 +100,7 @@ class Latte(nn.Module):
         Raises ValueError if the latents do not divide into patches.
         """
         f, h, w = x.shape[1], x.shape[3], x.shape[4]
-        p, d = self.config.patch, self.config.width
+        p = self.config.patch
         if h % p or w % p:
             raise ValueError(f"latents of {h} x {w} do not divide into patches of {p} x {p}")
         joint = self.config.attention == "joint"
@@ -147,25 +111,73 @@ class Latte(nn.Module):
         time6 = rearrange(self.time_to_blocks(nn.functional.silu(time)), "b (six d) -> b six d", six=6)
         text = self.text(text)
 
-        size = self.config.sample_size
-        place = space_positions(h // p, w // p, d, base=size // p, scale=max(size // 64, 1), device=x.device)
-        frame = time_positions(f, d, x.device)[:, None]  # f 1 d
-        x = self.patch_in(to_patches(x, p)) + place.to(x.dtype)
-        frames_at_input = joint or self.config.frame_positions == "input"
-        if frames_at_input and f > 1:
-            x = x + frame.to(x.dtype)
+        place, frame = self.added_positions(f, h // p, w // p, x.device)
+        turn_space, turn_time = self.rotations(f, h // p, w // p, x.device)
+        x = self.patch_in(to_patches(x, p))
+        if place is not None:
+            x = x + place.to(x.dtype)
+        if frame is not None and (joint or self.config.frame_positions == "input"):
+            x, frame = x + frame.to(x.dtype), None
 
         for i, block in enumerate(self.blocks):
             if joint:
-                x = rearrange(
-                    block(rearrange(x, "b f n d -> b 1 (f n) d"), time6, text, text_mask), "b 1 (f n) d -> b f n d", f=f
-                )
+                tokens = rearrange(x, "b f n d -> b 1 (f n) d")
+                x = rearrange(block(tokens, time6, text, text_mask, turn_space), "b 1 (f n) d -> b f n d", f=f)
             elif i % 2 == 0:
-                x = block(x, time6, text, text_mask)
+                x = block(x, time6, text, text_mask, turn_space)
             elif f > 1:
-                if i == 1 and not frames_at_input:
+                if i == 1 and frame is not None:
                     x = x + frame.to(x.dtype)
-                x = rearrange(block(rearrange(x, "b f n d -> b n f d"), time6, text, text_mask), "b n f d -> b f n d")
+                tokens = rearrange(x, "b f n d -> b n f d")
+                x = rearrange(block(tokens, time6, text, text_mask, turn_time), "b n f d -> b f n d")
+            elif self.training and torch.is_grad_enabled():
+                x = x + nothing_of(block, x, turn_time)
 
         shift, scale = rearrange(self.table_out + time[:, None], "b two d -> two b 1 1 d")
         return from_patches(self.patch_out(modulate(self.norm_out(x), shift, scale)), p, h // p, w // p)
+
+    def added_positions(
+        self, f: int, h: int, w: int, device: torch.device
+    ) -> tuple[Float[Tensor, "n d"] | None, Float[Tensor, "f 1 d"] | None]:
+        """What tokens of f frames of h x w patches are given to know their place and their frame; None is nothing."""
+        config = self.config
+        if config.positions == "rotary":
+            return None, None
+        base, scale = config.sample_size // config.patch, max(config.sample_size // 64, 1)
+        place = space_positions(h, w, config.width, base=base, scale=scale, device=device)
+        if f == 1 or config.frame_positions == "rotary":
+            return place, None
+        frame = sinusoid(frame_positions(f, config.sample_frames, device), config.width).float()
+        return place, frame[:, None]
+
+    def rotations(
+        self, f: int, h: int, w: int, device: torch.device
+    ) -> tuple[Float[Tensor, "2 s half"] | None, Float[Tensor, "2 f half"] | None]:
+        """How queries and keys turn in spatial (or joint) and in temporal blocks, made once for all; None is no turn.
+
+        A block turns them on the axes along which its tokens differ, which share the head's width.
+        """
+        config = self.config
+        k, rotary, joint = config.width // config.heads, config.positions == "rotary", config.attention == "joint"
+        if not rotary and config.frame_positions != "rotary":
+            return None, None
+        frame = frame_positions(f, config.sample_frames, device)
+        if joint and not rotary:
+            return rotation(frame.repeat_interleave(h * w)[None], k), None
+        row, column = (torch.arange(side, dtype=torch.float32, device=device) for side in (h, w))
+        axes = [frame, row, column] if joint else [row, column]
+        space = torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")])
+        return rotation(space, k) if rotary else None, None if joint else rotation(frame[None], k)
+
+
+def nothing_of(block: nn.Module, x: Float[Tensor, "b f n d"], turn: Tensor | None) -> Float[Tensor, "1 1 1 d"]:
+    """Zero, by way of every parameter of a block that is left out, so that each gets a gradient of zero.
+
+    Without one, ZeRO-3 would keep the gradients of the step before, AdamW's moments would stand still at stage 0 alone,
+    and modules' hooks would come in another order than for videos. One token of zeros goes in and no data, so that
+    nothing but weights that are not finite themselves could make 0 x infinity of it.
+    """
+    d = x.shape[-1]
+    zeros = x.new_zeros(1, 1, 1, d).requires_grad_()  # as a video's tokens, for the hooks that wait behind the block
+    heard = torch.ones(1, 1, dtype=torch.bool, device=x.device)
+    return 0 * block(zeros, zeros[0].expand(1, 6, d), zeros[0], heard, turn)

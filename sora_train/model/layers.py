@@ -7,11 +7,46 @@ Tokens arrive as `b g s d`: b clips, each cut into g groups of s tokens that att
 a group is the caller's choice, and the only difference between spatial, temporal and joint attention.
 """
 
+from functools import partial
+from typing import Any, Literal
+
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,  # pyright: ignore[reportUnknownVariableType]
+    create_selective_checkpoint_contexts,  # pyright: ignore[reportUnknownVariableType]
+    noop_context_fn,
+)
+
+from sora_train.model.embed import rotate
+
+DEAR: set[Any] = {torch.ops.aten.add_.Tensor} | {
+    getattr(torch.ops.aten, name).default
+    for name in (
+        "mm",
+        "addmm",
+        "bmm",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+    )
+    if hasattr(torch.ops.aten, name)  # torch's versions differ
+}
+"""What selective checkpointing keeps: the outputs of matmuls and attention, where nearly all of the time goes.
+
+The sum in place is a linear map's bias, where torch or ZeRO-3's own linear function adds it after the matmul: what was
+kept of the matmul has it then, and it would be added once more.
+"""
+
+
+def dear(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Torch's policy for selective checkpointing; the signature is torch's."""
+    return CheckpointPolicy.MUST_SAVE if operation in DEAR else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Attention(nn.Module):
@@ -23,9 +58,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(d, 3 * d, bias=bias)
         self.out = nn.Linear(d, d)
 
-    def forward(self, x: Float[Tensor, "b g s d"]) -> Float[Tensor, "b g s d"]:
+    def forward(
+        self, x: Float[Tensor, "b g s d"], turn: Float[Tensor, "2 s half"] | None = None
+    ) -> Float[Tensor, "b g s d"]:
         b = len(x)
         q, k, v = rearrange(self.qkv(x), "b g s (three m k) -> three (b g) m s k", three=3, m=self.heads)
+        if turn is not None:
+            q, k = rotate(q, turn), rotate(k, turn)
         y = scaled_dot_product_attention(q, k, v)
         return self.out(rearrange(y, "(b g) m s k -> b g s (m k)", b=b))
 
@@ -78,6 +117,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(d, eps=norm_eps, elementwise_affine=False)
         self.feed_forward = FeedForward(d)
         self.table = nn.Parameter(torch.randn(6, d) / d**0.5)
+        self.checkpointing: Literal["none", "selective", "full"] = "none"
 
     def forward(
         self,
@@ -85,9 +125,46 @@ class Block(nn.Module):
         time: Float[Tensor, "b 6 d"],
         text: Float[Tensor, "b l d"],
         mask: Bool[Tensor, "b l"],
+        turn: Float[Tensor, "2 s half"] | None = None,
     ) -> Float[Tensor, "b g s d"]:
-        shift1, scale1, gate1, shift2, scale2, gate2 = rearrange(self.table + time, "b six d -> six b 1 1 d")
-        x = x + gate1 * self.attention(modulate(self.norm1(x), shift1, scale1))
+        """`turn` rotates the attention's queries and keys (`embed.rotation`)."""
+        return self.run(x, rearrange(self.table + time, "b six d -> six b 1 1 d"), text, mask, turn)
+
+    def run(
+        self,
+        x: Float[Tensor, "b g s d"],
+        modulation: Float[Tensor, "6 b 1 1 d"],
+        text: Float[Tensor, "b l d"],
+        mask: Bool[Tensor, "b l"],
+        turn: Float[Tensor, "2 s half"] | None,
+    ) -> Float[Tensor, "b g s d"]:
+        """`compute`, and what of it is kept for the backward pass. Modules' hooks, as ZeRO-3's, fire outside of this
+        method: it is what is compiled, and where recomputation begins.
+        """
+        if self.checkpointing == "none" or not torch.is_grad_enabled():
+            return self.compute(x, modulation, text, mask, turn)
+        selective = partial(create_selective_checkpoint_contexts, dear, allow_cache_entry_mutation=True)
+        y: Tensor | None = checkpoint(  # pyright: ignore[reportUnknownVariableType]
+            self.compute,
+            *(x, modulation, text, mask, turn),
+            use_reentrant=False,
+            preserve_rng_state=False,  # nothing in a block is random
+            context_fn=selective if self.checkpointing == "selective" else noop_context_fn,
+        )
+        assert isinstance(y, Tensor)
+        return y
+
+    def compute(
+        self,
+        x: Float[Tensor, "b g s d"],
+        modulation: Float[Tensor, "6 b 1 1 d"],
+        text: Float[Tensor, "b l d"],
+        mask: Bool[Tensor, "b l"],
+        turn: Float[Tensor, "2 s half"] | None,
+    ) -> Float[Tensor, "b g s d"]:
+        """The block, its adaLN table and the diffusion time already added up."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+        x = x + gate1 * self.attention(modulate(self.norm1(x), shift1, scale1), turn)
         if self.text_attention is not None:
             x = x + self.text_attention(x, text, mask)
         return x + gate2 * self.feed_forward(modulate(self.norm2(x), shift2, scale2))

@@ -1,5 +1,7 @@
 """Our Latte beside diffusers' `LatteTransformer3DModel`, a second implementation, with the same random weights."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import LatteTransformer3DModel
@@ -113,7 +115,22 @@ def test_a_missing_or_unexpected_tensor_and_a_foreign_setting_are_named(tmp_path
         from_diffusers(tmp_path / "nowhere")
 
 
-def test_a_model_that_diffusers_cannot_express_is_refused_by_its_setting(tmp_path):
-    model = Latte(ModelConfig(width=32, depth=2, heads=2, text_width=8, attention="joint"))
-    with pytest.raises(ValueError, match="model.attention"):
+@pytest.mark.parametrize(
+    "change", [{"attention": "joint"}, {"positions": "rotary"}, {"frame_positions": "rotary"}, {"sample_frames": 8}]
+)
+def test_a_model_that_diffusers_cannot_express_is_refused_by_its_setting(tmp_path, change):
+    model = Latte(replace(ModelConfig(width=32, depth=2, heads=2, text_width=8), **change))
+    with pytest.raises(ValueError, match=f"model.{next(iter(change))} is"):
         to_diffusers(model, tmp_path)
+
+
+def test_positions_scaled_for_the_frames_of_a_clip_are_diffusers_own(tmp_path):
+    reference().save_pretrained(tmp_path)
+    model = from_diffusers(tmp_path)
+    scaled = Latte(replace(model.config, sample_frames=16))
+    scaled.load_state_dict(model.state_dict())
+    x, t, text, mask = inputs(16)
+    with torch.no_grad():
+        assert torch.equal(scaled(x, t, text, mask), model(x, t, text, mask))
+        assert not torch.allclose(scaled(x[:, :8], t, text, mask), model(x[:, :8], t, text, mask), atol=1e-3)
+    to_diffusers(scaled, tmp_path / "out", frames=16)

@@ -1,0 +1,109 @@
+"""The transformer's shape, and the shapes that have names.
+
+S, B, L and XL are Latte's (Ma et al. 2024, arXiv 2401.03048, section 3: the sizes of DiT); `latte_t2v` is the released
+text-to-video model, `maxin-cn/Latte-1`.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The transformer's shape."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid", "use_attribute_docstrings": True}
+
+    preset: Literal["", "S", "B", "L", "XL", "latte_t2v"] = ""
+    """Named shape that fills the keys of `model` not given here: Latte's S, B, L, XL, or `latte_t2v` as released."""
+    width: int = 384
+    """Width of the token vectors."""
+    depth: int = 12
+    """Number of blocks; factorised, spatial and temporal ones together, so an even number."""
+    heads: int = 6
+    """Attention heads; they divide the width."""
+    patch: int = 2
+    """Side of a patch in latents."""
+    in_channels: int = 4
+    """Channels of the latents, as the VAE makes them."""
+    learned_variance: bool = False
+    """Twice as many output channels: the second half is the variance of DDPM's reverse step."""
+    text_width: int = 4096
+    """Width of the text embeddings, as the text encoder makes them (4096 for T5-XXL)."""
+    attention: Literal["factorised", "joint"] = "factorised"
+    """Space and time in turns, as Latte; or full attention over all of space and time in every block."""
+    text_in: Literal["spatial", "every"] = "spatial"
+    """Which blocks read the caption when factorised: the spatial ones, as the released Latte, or every block."""
+    positions: Literal["sinusoid", "rotary"] = "sinusoid"
+    """How a token learns its place: a sinusoid added to it, as Latte, or rotations in every attention, for any size."""
+    frame_positions: Literal["temporal", "input", "rotary"] = "temporal"
+    """Where a token learns its frame: at the first temporal block (joint: the input), the input, or by rotations."""
+    pooled_text: bool = False
+    """Whether the mean of the caption's embeddings is added to the time embedding, which reaches every block."""
+    sample_size: int = 32
+    """Latents on a side that positions are scaled for; other shapes interpolate (64 for 512 px and an 8x VAE)."""
+    sample_frames: int = 0
+    """Latent frames that positions in time are scaled for: clips of other lengths span as much; 0 counts 0, 1, 2 …"""
+    attention_bias: bool = True
+    """Biases in the query, key and value maps."""
+    norm_eps: float = 1e-6
+    """Added to the variance in layer norms."""
+    init_from: str = ""
+    """Weights to start from: a Latte, or a PixArt-alpha; a folder in diffusers' format, or a hub id; empty is none."""
+
+    def __post_init__(self) -> None:
+        for key in ("width", "depth", "heads", "patch", "in_channels", "text_width", "sample_size"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"model.{key} is {getattr(self, key)}; it must be at least 1")
+        if self.sample_frames < 0:
+            raise ValueError(f"model.sample_frames is {self.sample_frames}; it must be 0 or more")
+        if self.width % self.heads:
+            raise ValueError(f"model.width {self.width} does not divide over model.heads {self.heads}")
+        if self.width % 4:
+            raise ValueError(
+                f"model.width {self.width} must be a multiple of 4: positions take sines and cosines of two axes"
+            )
+        if self.attention == "factorised" and self.depth % 2:
+            raise ValueError(f"model.depth {self.depth} must be even: spatial and temporal blocks take turns")
+        if self.sample_size % self.patch:
+            raise ValueError(f"model.sample_size {self.sample_size} must be a multiple of model.patch {self.patch}")
+        head = self.width // self.heads
+        if "rotary" in (self.positions, self.frame_positions) and (head % 2 or head < 6):
+            raise ValueError(
+                f"model.width {self.width} over model.heads {self.heads} is {head} a head; rotary positions turn pairs "
+                "on three axes, so it must be even and at least 6"
+            )
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.learned_variance else 1)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "S": {"depth": 12, "width": 384, "heads": 6, "patch": 2},
+    "B": {"depth": 12, "width": 768, "heads": 12, "patch": 2},
+    "L": {"depth": 24, "width": 1024, "heads": 16, "patch": 2},
+    "XL": {"depth": 28, "width": 1152, "heads": 16, "patch": 2},
+    "latte_t2v": {
+        "depth": 56,
+        "width": 1152,
+        "heads": 16,
+        "patch": 2,
+        "learned_variance": True,
+        "text_width": 4096,
+        "sample_size": 64,
+        "attention_bias": True,
+        "norm_eps": 1e-6,
+    },
+}
+
+
+def preset(name: str) -> ModelConfig:
+    """The shape of that name, for code without a recipe; `dataclasses.replace` changes its keys. KeyError if none."""
+    return ModelConfig(preset=name, **PRESETS[name])  # pyright: ignore[reportArgumentType]
+
+
+def with_preset(keys: dict[str, Any]) -> dict[str, Any]:
+    """The keys of `model` as a recipe gives them, laid over those of the preset that they name."""
+    name = keys.get("preset")
+    return {**PRESETS[name], **keys} if isinstance(name, str) and name in PRESETS else keys

@@ -1,0 +1,45 @@
+"""What a model costs: its parameters, and the floating-point operations of a forward pass, from its shape alone.
+
+Two for every multiply-add of a matrix product, as torch's `FlopCounterMode` counts; norms, activations and softmax, a
+few in a thousand, are left out. A training step is three forward passes: the backward pass makes two products of each.
+"""
+
+import torch
+
+from sora_train.model.config import ModelConfig
+from sora_train.model.embed import TIME_CHANNELS
+from sora_train.model.latte import Latte
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Parameters of a model of this shape; nothing is allocated."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in Latte(config).parameters())
+
+
+def forward_flops(config: ModelConfig, f: int, h: int, w: int, l: int) -> int:  # noqa: E741
+    """FLOPs of one sample's forward pass: f latent frames of h x w latents and a caption of l tokens.
+
+    A single frame leaves the temporal blocks of a factorised model out, as the model does.
+    """
+    d, e, p = config.width, config.text_width, config.patch
+    n = h * w // p**2
+    tokens, joint = f * n, config.attention == "joint"
+
+    def embedding(channels: int) -> int:
+        return channels * d + d * d
+
+    # A token in a block: maps of d x d, four for attention and eight for feed-forward; then scores and their sums.
+    products = embedding(TIME_CHANNELS) + 6 * d * d + l * embedding(e)
+    if config.pooled_text:
+        products += embedding(e)
+    for i in range(config.depth):
+        temporal = not joint and i % 2 == 1
+        if temporal and f == 1:
+            continue
+        seen = tokens if joint else f if temporal else n
+        products += tokens * (12 * d * d + 2 * seen * d)
+        if joint or not temporal or config.text_in == "every":
+            products += tokens * (2 * d * d + 2 * l * d) + l * 2 * d * d
+    products += tokens * d * p**2 * (config.in_channels + config.out_channels)
+    return 2 * products

@@ -1,0 +1,112 @@
+"""Activation checkpointing and compilation change what a step costs and nothing that it computes."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from shutil import which
+
+import pytest
+import torch
+from torch.profiler import profile
+
+from sora_train.model import Latte, ModelConfig
+
+SMALL = ModelConfig(width=32, depth=4, heads=4, text_width=12, sample_size=8)
+VARIANTS = [
+    SMALL,
+    replace(SMALL, text_in="every", frame_positions="rotary", pooled_text=True),
+    replace(SMALL, attention="joint", positions="rotary", depth=2),
+]
+
+
+def awake(config: ModelConfig) -> Latte:
+    torch.manual_seed(0)
+    model = Latte(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def clip(f: int) -> tuple[torch.Tensor, ...]:
+    g = torch.Generator().manual_seed(1)
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    mask[0, 3:] = False
+    return torch.randn(2, f, 4, 8, 8, generator=g), torch.tensor([3.0, 900.0]), torch.randn(2, 5, 12, generator=g), mask
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("frames", [3, 1])
+@pytest.mark.parametrize("config", VARIANTS)
+def test_checkpointing_changes_neither_outputs_nor_gradients(config, frames, mode):
+    model, inputs = awake(config), clip(frames)
+
+    def outcome() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        model.zero_grad()
+        y = model(*inputs)
+        y.square().mean().backward()
+        return y, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    y, gradients = outcome()
+    model.checkpoint(mode)
+    y_again, gradients_again = outcome()
+    assert torch.equal(y, y_again)
+    assert len(gradients) == len(list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(gradients, gradients_again, strict=True))
+
+
+def test_selective_checkpointing_holds_a_linear_map_s_bias_added_in_place_once(monkeypatch):
+    def linear(x, weight, bias=None):  # as DeepSpeed's for ZeRO-3, and torch's own where x is not contiguous
+        class Linear(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x, weight, bias):
+                ctx.save_for_backward(x, weight)
+                y = x.matmul(weight.t())
+                y += bias
+                return y
+
+            @staticmethod
+            def backward(ctx, grad):
+                x, weight = ctx.saved_tensors
+                flat = grad.flatten(0, -2)
+                return grad @ weight, flat.t() @ x.flatten(0, -2), flat.sum(0)
+
+        return Linear.apply(x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    test_checkpointing_changes_neither_outputs_nor_gradients(SMALL, 3, "selective")
+
+
+def test_checkpointing_saves_memory_selectively_and_in_full():
+    model, inputs = awake(SMALL), clip(4)
+    kept = {}
+    for mode in ("none", "selective", "full"):
+        model.checkpoint(mode)
+        with profile(profile_memory=True) as forward:
+            y = model(*inputs)
+        kept[mode] = sum(event.self_cpu_memory_usage for event in forward.key_averages())  # allocated and not freed
+        del y
+    assert kept["selective"] < 0.7 * kept["none"]
+    assert kept["full"] < 0.2 * kept["none"]
+
+
+@pytest.mark.skipif(which("c++") is None, reason="torch compiles for the CPU by a C++ compiler, and there is none")
+def test_compiled_blocks_equal_plain_ones_without_a_graph_break():
+    # A process of its own: jaxtyping's checks, which this one runs under, can't be compiled. Without gradients, since
+    # compiling these as well takes as long again.
+    program = """
+import torch, torch._dynamo
+from sora_train.model import Latte, ModelConfig
+torch.manual_seed(0)
+plain, compiled = (Latte(ModelConfig(width=16, depth=2, heads=2, text_width=12, sample_size=8, attention="joint",
+                                     positions="rotary")) for _ in range(2))
+for parameter in plain.parameters():
+    torch.nn.init.normal_(parameter, std=0.2)
+compiled.load_state_dict(plain.state_dict())
+compiled.compile_blocks()
+inputs = torch.randn(2, 3, 4, 8, 8), torch.rand(2) * 1000, torch.randn(2, 5, 12), torch.ones(2, 5, dtype=torch.bool)
+with torch.no_grad():
+    torch.testing.assert_close(compiled(*inputs), plain(*inputs), rtol=1e-5, atol=1e-5)
+print(torch._dynamo.utils.counters["stats"]["unique_graphs"], sum(torch._dynamo.utils.counters["graph_break"].values()))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=280)
+    assert done.stdout.split() == ["1", "0"], done.stderr[-2000:]
