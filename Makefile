@@ -4,14 +4,14 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: help quickstart bench-quickstart drill-kill drill-prep test lint .venv
+.PHONY: help quickstart bench-quickstart drill-train drill-prep test lint .venv
 
 help:
 	@echo 'make quickstart   clips, shards, training, samples and a report in runs/quickstart, in minutes on two cores'
 	@echo 'make test         the tests'
 	@echo 'make lint         ruff, pyright and the import rules'
 	@echo 'make bench-quickstart   after make quickstart: three training seeds, 192 clips each'
-	@echo 'make drill-kill   a worker killed at ten steps of a run, one after the other'
+	@echo 'make drill-train  sora train under kills, lost nodes, poison, damage, full disks, and the quickstart: one table'
 	@echo 'make drill-prep   sora prep killed at ten moments, driver and actors in turn; memory over 1,000 clips'
 	@echo 'make .venv        the environment alone, pinned by constraints.txt'
 
@@ -29,8 +29,9 @@ quickstart: .venv/installed
 bench-quickstart: .venv/installed
 	$(BIN)/python -m sora_train.demo.seeds
 
-drill-kill: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/launch -m slow -rA
+# Some of it: make drill-train ARGS='--only worker-killed node-lost'; --out FILE.md writes the table for docs/benchmarks.
+drill-train: .venv/installed
+	$(BIN)/python -m tests.drills.train $(ARGS)
 
 drill-prep: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/data_prep -m slow -rA

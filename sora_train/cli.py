@@ -1,7 +1,8 @@
 """`sora VERB RECIPE [--section.key value …]`: what a person types.
 
 A verb imports what it needs when it runs, so that `sora --help` answers at once and `sora sample` needs no Ray. The
-person's own mistakes end as one message without a traceback: exit code 2 for recipes and flags, 1 for the rest.
+person's own mistakes end as one message without a traceback: exit code 2 for recipes and flags, 1 for the rest. 75 says
+that a run was asked to stop (SIGTERM) and can go on: what EX_TEMPFAIL of sysexits.h means to schedulers.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from sora_train import __version__
-from sora_train.errors import RecipeError, UserError
+from sora_train.errors import RecipeError, Stopped, UserError
 from sora_train.settings import build, parse_flags
-from sora_train.verbs import EXAMPLES, VERBS, InspectOptions, NoOptions, SampleOptions, usage
+from sora_train.verbs import EXAMPLES, MORE, VERBS, InspectOptions, NoOptions, SampleOptions, usage
 
 if TYPE_CHECKING:
     from sora_train.recipe import Recipe
 
 S = TypeVar("S")
 
-EXIT_FAILED, EXIT_RECIPE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_RECIPE, EXIT_RESUMABLE, EXIT_INTERRUPTED = 1, 2, 75, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         cause = getattr(error, "cause", None)
         print(f"sora {verb}: {cause if isinstance(cause, UserError) else error}", file=sys.stderr)
         return EXIT_RECIPE if isinstance(error, RecipeError) else EXIT_FAILED
+    except Stopped as stopped:
+        print(f"sora {verb}: {stopped}", file=sys.stderr)
+        return EXIT_RESUMABLE
     except KeyboardInterrupt:
         print(f"\nsora {verb}: stopped; the same command goes on from what is done", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -84,10 +88,13 @@ def run(verb: str, words: Sequence[str]) -> None:
 
                 print(write_page(shards, options.html, options.clips, options.root), file=sys.stderr)
         case "train":
-            recipe = recipe_of(verb, words)
+            rest = [word for word in words if word not in ("--fresh", "--overwrite")]
+            recipe, fresh, overwrite = recipe_of(verb, rest), "--fresh" in words, "--overwrite" in words
+            if overwrite and not fresh:
+                raise RecipeError("--overwrite goes with --fresh: without it a run goes on from its newest checkpoint")
             from sora_train.launch.trainer import launch_training
 
-            launch_training(recipe)
+            launch_training(recipe, fresh, overwrite)
         case "sample":
             run_folder, how = target_of(verb, words, SampleOptions)
             if not how.prompt:
@@ -188,11 +195,12 @@ def show_help(verb: str, settings: object) -> NoReturn:
     import tyro
 
     what, sentence = VERBS[verb]
+    paragraphs = (sentence, MORE.get(verb, ""), f"For instance: sora {verb} {EXAMPLES[verb]}".rstrip())
     with to_a_listener():
         tyro.cli(
             type(settings),
             prog=f"sora {verb} {what}".rstrip(),
-            description=f"{sentence}\n\nFor instance: sora {verb} {EXAMPLES[verb]}".rstrip(),
+            description="\n\n".join(filter(None, paragraphs)),
             default=settings,
             args=["--help"],
             use_underscores=True,

@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class RecipeError(UserError):
     """The recipe or a flag is wrong. The message names the key, what it got, and the choices."""
+
+
+class Stopped(Exception):  # noqa: N818  nothing is wrong
+    """The run was asked to end and did; the same command goes on. The message says where it stands."""

@@ -140,8 +140,9 @@ def _explain(detail: Mapping[str, Any], section: type, overrides: Mapping[str, o
 def parse_flags(words: Sequence[str], section: type) -> tuple[dict[str, object], list[str]]:
     """`--section.key value …`, with dashes or underscores or `=`, to dotted overrides; and the words of no flag.
 
-    A list takes every word up to the next flag, and more when its flag is repeated; a truth value needs no word to be
-    true. Raises RecipeError for an unknown key or a missing value.
+    A list takes every word up to the next flag, and more when its flag is repeated; what is one number or several
+    (`cluster.workers`) takes every number; a truth value needs no word to be true. Raises RecipeError for an unknown
+    key or a missing value.
     """
     known = dict(keys(section))
     overrides: dict[str, Any] = {}
@@ -156,10 +157,15 @@ def parse_flags(words: Sequence[str], section: type) -> tuple[dict[str, object],
         key = key.replace("-", "_")
         hint = _type_of(key, known)
         if hint is None:
+            if typing.get_origin(known.get(key)) is dict:
+                raise RecipeError(f"--{key} takes keys of its own, such as --{key}.KEY VALUE")
             raise RecipeError(f"--{key} is no known key; {nearest(key, section)}")
         takes_many = typing.get_origin(hint) in (tuple, list)
+        takes_more = not takes_many and any(typing.get_origin(form) is tuple for form in typing.get_args(hint))
         values = [value] if has_value else []
-        while not has_value and queue and not queue[0].startswith("--") and (takes_many or not values):
+        while not has_value and queue and not queue[0].startswith("--"):
+            if values and not takes_many and not (takes_more and queue[0].isdigit()):
+                break
             if hint is bool and queue[0].lower() not in TRUTHS:
                 break
             values.append(queue.pop(0))
@@ -167,13 +173,24 @@ def parse_flags(words: Sequence[str], section: type) -> tuple[dict[str, object],
             values = ["true"]
         if not values and not takes_many:
             raise RecipeError(f"--{key} needs a value")
-        overrides[key] = [*overrides.get(key, []), *values] if takes_many else values[0]
+        if typing.get_origin(hint) is typing.Literal:  # pydantic takes 3 for a choice of numbers, but not "3"
+            choices = {str(choice): choice for choice in typing.get_args(hint)}
+            values = [choices.get(value, value) for value in values]
+        if takes_many:
+            overrides[key] = [*overrides.get(key, []), *values]
+        else:
+            overrides[key] = values if len(values) > 1 else values[0]
     return overrides, rest
 
 
 def _type_of(key: str, known: Mapping[str, Any]) -> Any:
-    """The type of a dotted key; for a mapping's entry (`validation.resources.GPU`) the type of its values."""
+    """The type of a dotted key; for an entry of a mapping (`validation.resources.GPU`) the type of its values, which
+    may be mappings again where that is `Any` (`train.deepspeed.zero_optimization.overlap_comm`).
+    """
     if key in known:
         return None if typing.get_origin(known[key]) is dict else known[key]
-    hint = known.get(key.rpartition(".")[0])
-    return typing.get_args(hint)[1] if typing.get_origin(hint) is dict else None
+    section, _, last = key.rpartition(".")
+    hint = known.get(section)
+    if typing.get_origin(hint) is dict and last:
+        return typing.get_args(hint)[1]
+    return Any if section and _type_of(section, known) is Any else None

@@ -13,12 +13,21 @@ VERBS = {
         "Encodes videos and captions into Parquet shards; again, only what is missing. --plan: what it would cost.",
     ),
     "inspect": ("SHARDS", "Counts what shards hold, and what was left out and why; --html OUT shows the clips."),
-    "train": ("RECIPE", "Trains on shards; run again, it goes on from the newest checkpoint."),
+    "train": (
+        "RECIPE",
+        "Trains on shards; run again, it goes on from the newest checkpoint. --fresh: from step 0.",
+    ),
     "sample": ("RUN", "Makes videos of your prompts with a run's newest checkpoint, or with a checkpoint."),
     "demo": ("", "Does it all on clips of moving shapes, in minutes: prep, train, sample, judge, report."),
     "bench": ("prep RECIPE", "Measures the pipeline's clips per second beside a bare VAE loop's."),
     "report": ("RUN", "Writes a run's report.html: curves, samples, events."),
 }
+MORE = {
+    "train": "SIGTERM, or a file named `leave` in the run's folder, has it make a checkpoint and end with exit status "
+    "75: the same command goes on. A second SIGTERM ends it at once. --fresh begins at step 0, and only with "
+    "--overwrite where the folder holds a run: what that run wrote is removed, but no shards.",
+}
+"""What the help of a verb says beyond its sentence."""
 EXAMPLES = {
     "download": "jobs/real_clips.yaml --to /shared/models",
     "prep": "jobs/real_clips.yaml --data.captions my/captions.csv --data.root my/videos",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sora_train import cli
-from sora_train.errors import RecipeError, UserError
+from sora_train.errors import RecipeError, Stopped, UserError
 
 
 def sora(*words: str) -> subprocess.CompletedProcess[str]:
@@ -71,6 +71,16 @@ def test_the_help_of_a_recipe_shows_what_it_sets(tmp_path: Path, capsys: pytest.
         (["sample", "runs/x", "--prompt", "a", "--steps", "0"], "--steps is '0'; it should be greater than 0"),
         (["inspect", "shards", "--jsno"], "--jsno is no known key; did you mean json?"),
         (["demo", "jobs/quickstart.yaml"], "takes only flags"),
+        (["train", "RECIPE", "--overwrite"], "--overwrite goes with --fresh"),
+        (
+            ["train", "RECIPE", "--cluster.workers", "2", "3", "4"],
+            "such as 4, or the fewest and the most, such as [2, 4]",
+        ),
+        (
+            ["train", "RECIPE", "--cluster.workers", "4", "2"],
+            "cluster.workers are 4 at least and 2 at most; use [2, 4]",
+        ),
+        (["train", "RECIPE", "--cluster.workers", "2", "17"], "cluster.workers 17 is more than train.batch_size 16"),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(
@@ -102,6 +112,7 @@ def test_exit_codes_tell_failures_apart(monkeypatch: pytest.MonkeyPatch, capsys:
         (RecipeError("no key"), 2, "sora train: no key\n"),
         (WorkerError("Traceback …"), 1, "sora train: the file is gone\n"),
         (KeyboardInterrupt(), 130, "goes on from what is done"),
+        (Stopped("SIGTERM: the same command goes on"), 75, "sora train: SIGTERM: the same command goes on\n"),
     ]:
 
         def fail(verb: str, words: object, error: BaseException = error) -> None:

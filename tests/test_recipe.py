@@ -197,6 +197,12 @@ def test_words_of_a_command_line_keep_their_value(steps: int, rate: float) -> No
     assert (recipe.train.steps, recipe.train.learning_rate) == (steps, rate)
 
 
+def test_a_choice_of_numbers_takes_the_word_of_a_command_line() -> None:
+    overrides, _ = parse_flags(["--train.zero_stage", "3", "--train.precision", "bf16"], Recipe)
+    train = build(Recipe, {}, overrides, "flags").train
+    assert (train.zero_stage, train.precision) == (3, "bf16")
+
+
 def test_every_key_has_a_sentence() -> None:
     schema = Recipe.model_json_schema()
     sections = [schema, *schema["$defs"].values()]

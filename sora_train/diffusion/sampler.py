@@ -93,10 +93,11 @@ def _ddim(
     usable = int((alphas >= LEAST_ALPHA).sum()) if prediction == "epsilon" else ddpm.STEPS
     steps = min(steps, usable)
     times = [-(-usable * left // steps) - 1 for left in range(steps, 0, -1)]  # evenly, from the last usable step on
+    betas: Any = objective.schedule.betas.clamp(max=1 - 2**-24)  # at 1 it would divide by zero
     scheduler: Any = DPMSolverMultistepScheduler(
         num_train_timesteps=ddpm.STEPS,
-        trained_betas=objective.schedule.betas.clamp(max=1 - 2**-24).tolist(),  # at 1 it would divide by zero
-        prediction_type={"v": "v_prediction"}.get(prediction, prediction),
+        trained_betas=betas.tolist(),
+        prediction_type="v_prediction" if prediction == "v" else prediction,
         solver_order=1,
         lower_order_final=False,
         final_sigmas_type="zero",

@@ -32,13 +32,21 @@ MAY_CHANGE = (
     "prep.",
     "codec.",  # likewise
     "model.init_from",
+    "model.preset",  # the keys that it stands for are compared
     "train.output",
     "train.steps",
     "train.micro_batch_size",
     "train.zero_stage",
     "train.log_every",
+    "train.log_samples",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.keep_by",
+    "train.offload",
+    "train.activation_checkpointing",
+    "train.compile",
+    "train.guard_",
+    "train.deepspeed",
     "validation.",
     "cluster.",
     "tracking.",
@@ -105,6 +113,7 @@ def check_shards(recipe: Recipe) -> Manifest:
             f"{recipe.data.output} has no clip in the buckets {', '.join(empty)} that the recipe asks for; "
             "`sora prep RECIPE --plan` says why. Add clips that fill them, or take them out of data.buckets"
         )
+    shards.plan(recipe.train.batch_size, recipe.train.seed, recipe.data.image_ratio)  # what is held out may lack
     return manifest
 
 
@@ -173,16 +182,24 @@ def check_cluster(recipe: Recipe) -> bool:
     if short:
         beside = f" and {recipe.validation.resources} for validation beside it" if recipe.validation.every else ""
         raise UserError(
-            f"the cluster is too small: {recipe.cluster.workers} workers of {worker_resources(recipe, gpu)}{beside} "
+            f"the cluster is too small: {recipe.cluster.fewest} workers of {worker_resources(recipe, gpu)}{beside} "
             f"need {', '.join(short)}; lower cluster.workers, set validation.every to 0, or add nodes. "
             "Otherwise Ray would wait for ever"
+        )
+    full = resources(recipe, gpu, most=True)
+    if recipe.validation.every and any(count > have.get(kind, 0) >= 1 for kind, count in full.items()):
+        print(
+            f"with more than the fewest of cluster.workers {recipe.cluster.workers} there may be no room left for "
+            "validation, which then waits for the end of the run",
+            flush=True,
         )
     return gpu
 
 
-def resources(recipe: Recipe, gpu: bool) -> dict[str, float]:
-    """What the whole run takes of a cluster."""
-    need = {kind: count * recipe.cluster.workers for kind, count in worker_resources(recipe, gpu).items()}
+def resources(recipe: Recipe, gpu: bool, most: bool = False) -> dict[str, float]:
+    """What the whole run takes of a cluster, with the fewest of its workers or with the most."""
+    workers = recipe.cluster.most if most else recipe.cluster.fewest
+    need = {kind: count * workers for kind, count in worker_resources(recipe, gpu).items()}
     if recipe.validation.every:
         for kind, count in recipe.validation.resources.items():
             need[kind] = need.get(kind, 0) + count

@@ -25,6 +25,7 @@ class Follower:
         self.run, self.steps, self.tracking, self.config = run, steps, tracking, config
         self.metrics, self.events = Tail(run / "metrics.jsonl"), Tail(run / "events.jsonl")
         self.doing, self.said_at, self.began = "starting workers", time.monotonic(), time.monotonic()
+        self.training = False  # whether workers are there that would hear of a wish
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._follow, name="follow", daemon=True)
 
@@ -51,8 +52,10 @@ class Follower:
                 tracker.log(record)
             for event in self.events.new():
                 self._say(f"{event['event'].replace('_', ' ')} at step {event['step']}: {event['reason']}")
+                if event["event"] in ("start", "resume"):
+                    self.doing, self.training = "training", True
                 if event["event"] == "worker_lost":
-                    self.doing = "replacing workers"
+                    self.doing, self.training = "replacing workers", False
                 if event["event"] == "validation_done":
                     tracker.log_samples(self.run / "samples" / f"step_{event['step']:08d}", event["step"])
             if time.monotonic() - self.said_at > QUIET_S:

@@ -1,15 +1,15 @@
 """`sora train`: checks everything that can be checked, then hands the run to Ray and watches it.
 
 Resuming is running the same command again. What decides is on disk: the newest whole checkpoint in the run's folder.
+SIGTERM, which schedulers send before they take a machine away, has the run make a checkpoint and end.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import math
 import os
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from ray.train import (
 )
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from sora_train.errors import UserError
+from sora_train.errors import Stopped, UserError
 from sora_train.launch.checks import (
     absolute,
     check_cluster,
@@ -40,45 +40,83 @@ from sora_train.launch.checks import (
     worker_resources,
 )
 from sora_train.launch.cluster import connect
-from sora_train.launch.environment import environment
+from sora_train.launch.folder import (
+    check_fresh,
+    check_writable,
+    clear,
+    last_checkpoint,
+    last_step,
+    newest,
+    stopped_because,
+    write_folder,
+)
 from sora_train.launch.follow import Follower
-from sora_train.launch.validation import Outstanding, prepare, supervise
+from sora_train.launch.sigterm import Sigterm
+from sora_train.launch.validation import prepare, supervise
 from sora_train.launch.worker import train_worker
-from sora_train.manifest import Manifest
-from sora_train.recipe import Recipe, save_recipe
-from sora_train.train import checkpoint
-from sora_train.train.metrics import Events, JsonLines
+from sora_train.recipe import Recipe
+from sora_train.train.home import LEAVE
+from sora_train.train.metrics import Events
 
 
-def launch_training(recipe: Recipe) -> Path:
-    """Trains the recipe's model, or goes on where it stopped; returns the run's folder.
+def launch_training(recipe: Recipe, fresh: bool = False, overwrite: bool = False) -> Path:
+    """Trains the recipe's model, or goes on where it stopped; returns the run's folder. `fresh` begins at step 0, and
+    with `overwrite` also where the folder holds a run, which it removes.
 
     Raises UserError, before anything starts, for shards that are missing or do not fit, a cluster that is too small, or
-    a run folder that another recipe made; and where training failed more often than `cluster.max_failures`.
+    a run folder that another recipe made or that can't be written; and where training failed for a reason that no
+    repetition mends, or more often than `cluster.max_failures`. Raises Stopped where SIGTERM, or a file `leave` in the
+    run's folder, ended it before its last step.
     """
     recipe = absolute(recipe)
     run = Path(recipe.train.output) / recipe.name
+    check_writable(run)
     manifest = check_shards(recipe)
-    at = check_folder(run, recipe, manifest)
-    if at is not None and at >= recipe.train.steps:
+    if fresh:
+        check_fresh(run, overwrite)
+    elif (at := check_folder(run, recipe, manifest) or 0) >= recipe.train.steps:
         print(f"{run} is finished: {at} steps are done; raise train.steps to train on", flush=True)
         return run
     check_codec(recipe, manifest)
     check_start(recipe)
     print("starting Ray", flush=True)
-    need = resources(recipe, gpu=False)
+    need = resources(recipe, gpu=False, most=True)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")  # a lost worker is noticed so soon
-    with connect(recipe.cluster.address, min_cpus=math.ceil(need.get("CPU", 0)), log_to_driver=False):
+    if recipe.cluster.fewest < recipe.cluster.most:
+        # Ray takes up to 20 s to see that a node is gone; until then it waits for workers on it, so long at a time.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
+    with (
+        Sigterm(run) as sigterm,
+        connect(recipe.cluster.address, min_cpus=math.ceil(need.get("CPU", 0)), log_to_driver=False),
+    ):
+        sigterm.listen_again()
         gpu = check_cluster(recipe)
+        if fresh:
+            clear(run)
         write_folder(run, recipe, manifest)
-        with Follower(run, recipe.train.steps, tracking(recipe), recipe.model_dump(mode="json")):
-            fit(recipe, run, gpu)
+        with Follower(run, recipe.train.steps, tracking(recipe), recipe.model_dump(mode="json")) as follower:
+            sigterm.can_wait = lambda: follower.training
+            sigterm.check()
+            try:
+                why = fit(recipe, run, gpu)
+            except KeyboardInterrupt:
+                by = "SIGTERM" if sigterm.count else "by hand"
+                why = f"{by}; the same command goes on from the last checkpoint"
+                Events(run).write("interrupted", last_step(run), why)
+                raise
+            finally:
+                (run / LEAVE).unlink(missing_ok=True)
+            if why:
+                asked = "SIGTERM" if sigterm.count else f"somebody made {run / LEAVE}"
+                step, _ = newest(run) or (0, None)
+                Events(run).write("preempted", step, f"{asked}; the same command goes on")
+                raise Stopped(f"{asked}: {last_checkpoint(run)}; the same command goes on from there")
     print(f"done: {recipe.train.steps} steps. Checkpoints, samples and metrics are in {run}", flush=True)
     return run
 
 
-def fit(recipe: Recipe, run: Path, gpu: bool) -> None:
-    """Ray's part: worker group, restarts, checkpoints to keep, validations."""
+def fit(recipe: Recipe, run: Path, gpu: bool) -> str:
+    """Ray's part: worker group, restarts, checkpoints to keep, validations. Returns "", or why training ended early."""
     events = Events(run)
     validation = None
     if recipe.validation.every:
@@ -96,39 +134,54 @@ def fit(recipe: Recipe, run: Path, gpu: bool) -> None:
         train_loop_config={"recipe": recipe.model_dump(mode="json"), "run": str(run)},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=recipe.cluster.workers, use_gpu=gpu, resources_per_worker=worker_resources(recipe, gpu)
+            num_workers=recipe.cluster.workers,
+            use_gpu=gpu,
+            resources_per_worker=worker_resources(recipe, gpu),
+            elastic_resize_monitor_interval_s=recipe.cluster.resize_s,
         ),
         run_config=RunConfig(
             name="checkpoints",
             storage_path=str(run),
             failure_config=FailureConfig(max_failures=recipe.cluster.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=recipe.train.keep_checkpoints),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=recipe.train.keep_checkpoints,
+                checkpoint_score_attribute="loss" if recipe.train.keep_by == "loss" else None,
+                checkpoint_score_order="min",
+            ),
             callbacks=[NoteEvents(str(run))],
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
         validation_config=validation,
     )
     handler = signal.getsignal(signal.SIGINT)  # Ray sets its own and leaves it there
+    account = ""
     try:
-        trainer.fit()
+        why = trainer.fit().return_value or ""
     except ray.train.TrainingFailedError as error:
-        step = last_step(run)
-        (run / "failure.txt").write_text(str(error), encoding="utf-8")
-        why = reason_of(error)
-        events.write("failed", step, why)
-        raise UserError(
-            f"training stopped near step {step}: {why}\nThe whole account is in {run / 'failure.txt'}; "
-            "the same command goes on from the last checkpoint"
-        ) from error
+        why, account = reason_of(error), str(error)
     except SystemExit:  # what Ray makes of Ctrl-C, after it has ended the workers
         raise KeyboardInterrupt from None
-    except KeyboardInterrupt:
-        events.write("interrupted", last_step(run), "by hand; the same command goes on from the last checkpoint")
-        raise
     finally:
         if signal.getsignal(signal.SIGINT) is not handler:
             signal.signal(signal.SIGINT, handler)
-    events.write("end", last_step(run), "all steps are done")
+    if (reason := stopped_because(run)) or account:
+        raise failed(run, events, reason or why, account)
+    if not why:
+        events.write("end", last_step(run), "all steps are done")
+    return why
+
+
+def failed(run: Path, events: Events, why: str, account: str) -> UserError:
+    """Notes a failure, as far as the disk has room, and says it."""
+    step, where = last_step(run), ""
+    with contextlib.suppress(OSError):
+        events.write("failed", step, why)
+        if account:
+            (run / "failure.txt").write_text(account, encoding="utf-8")
+            where = f"The whole account is in {run / 'failure.txt'}; "
+    return UserError(
+        f"training stopped near step {step}: {why}\n{where}{last_checkpoint(run)}; the same command goes on from there"
+    )
 
 
 class NoteEvents(UserCallback):
@@ -139,30 +192,16 @@ class NoteEvents(UserCallback):
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         if checkpoint is not None and "again" not in metrics[0]:
-            Events(Path(self.run)).write("checkpoint", metrics[0]["step"], checkpoint.path)
+            self.note("checkpoint", metrics[0]["step"], checkpoint.path)
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        why = "; ".join(f"rank {rank}: {reason_of(error)}" for rank, error in sorted(worker_exceptions.items()))
-        Events(Path(self.run)).write("worker_lost", last_step(Path(self.run)), why)
+        if not stopped_because(Path(self.run)):
+            why = "; ".join(f"rank {rank}: {reason_of(error)}" for rank, error in sorted(worker_exceptions.items()))
+            self.note("worker_lost", last_step(Path(self.run)), why)
 
-
-def write_folder(run: Path, recipe: Recipe, manifest: Manifest) -> None:
-    """What a run says of itself; leftovers of a run that was cut off are cleared away."""
-    folder = run / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    save_recipe(recipe, run / "recipe.yaml")
-    manifest.save(str(run))
-    (run / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
-    # Ray's list of checkpoints would bring a whole run down over one that somebody removed; workers report anew.
-    (folder / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
-    whole = {path: step for step, path in checkpoint.whole(folder)}
-    for path in folder.glob("step_*"):
-        if path not in whole:
-            shutil.rmtree(path)
-    outstanding = Outstanding(run)
-    for step in outstanding.steps():
-        outstanding.mark(step, "lost")
-    JsonLines(run / "metrics.jsonl").cut_back(max(whole.values(), default=0))
+    def note(self, event: str, step: int, reason: str) -> None:
+        with contextlib.suppress(OSError):  # a full disk must not bring Ray's controller down as well
+            Events(Path(self.run)).write(event, step, reason)
 
 
 def remote_options(wanted: dict[str, float]) -> dict[str, Any]:
@@ -175,12 +214,6 @@ def tracking(recipe: Recipe) -> dict[str, Any]:
     return {"mode": recipe.tracking.wandb, "project": recipe.tracking.project}
 
 
-def last_step(run: Path) -> int:
-    """The last step that was written down."""
-    records = JsonLines(run / "metrics.jsonl").read()
-    return records[-1]["step"] if records else 0
-
-
 def reason_of(error: BaseException) -> str:
     """The first cause of what Ray wraps, in one line."""
     failures = getattr(error, "worker_failures", None)
@@ -189,7 +222,7 @@ def reason_of(error: BaseException) -> str:
     cause = getattr(error, "cause", None) or error
     lines = [line for line in str(cause).strip().splitlines() if line.strip()]
     text = lines[-1] if lines and lines[0].startswith("Traceback") else " ".join(lines[:3])
-    return f"{type(cause).__name__}: {text}"[:500]
+    return text if isinstance(cause, UserError) else f"{type(cause).__name__}: {text}"[:500]
 
 
 logging.getLogger("ray.train").setLevel(logging.ERROR)

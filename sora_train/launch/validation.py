@@ -21,6 +21,8 @@ from typing import Any
 from sora_train.train.metrics import Events, duration
 
 ATTEMPTS = 2
+LEAVE = "leave"  # as `sora_train.train.home` has it, which imports torch
+LOOK_S = 1.0  # between two looks for it
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 EMBEDDINGS = "prompts.safetensors"
 
@@ -28,7 +30,8 @@ EMBEDDINGS = "prompts.safetensors"
 def supervise(checkpoint: Any, /, *, run: str, timeout_s: float, gpu: bool) -> dict[str, Any]:
     """Samples `checkpoint` into `samples/STEP` of the run. Always returns, never raises: Ray's controller would fall.
 
-    A child that fails or takes longer than `timeout_s` is tried once more. `checkpoint` is a ray.train.Checkpoint.
+    A child that fails or takes longer than `timeout_s` is tried once more; none outlives a run that was asked to leave.
+    `checkpoint` is a ray.train.Checkpoint.
     """
     began, folder = time.monotonic(), Path(checkpoint.path)
     step = int(folder.name.removeprefix("step_"))
@@ -38,10 +41,11 @@ def supervise(checkpoint: Any, /, *, run: str, timeout_s: float, gpu: bool) -> d
         reason = "not tried"
         for _ in range(ATTEMPTS):
             reason = run_child(["sample", str(folder), run], timeout_s, gpu)
-            if not reason:
+            if not reason or (Path(run) / LEAVE).exists():
                 break
             Events(Path(run)).write("validation_failed", step, reason)
-        note.mark(step, "failed" if reason else "done")
+        left = bool(reason) and (Path(run) / LEAVE).exists()
+        note.mark(step, "lost" if left else "failed" if reason else "done")
         if not reason:
             took = duration(time.monotonic() - began)
             Events(Path(run)).write("validation_done", step, f"samples in {note.folder(step)} after {took}")
@@ -60,10 +64,11 @@ def prepare(run: str, timeout_s: float, gpu: bool) -> bool:
 
 
 def run_child(words: list[str], timeout_s: float, gpu: bool) -> str:
-    """Runs this module as a process with these words; returns why it failed, or an empty string.
+    """Runs this module as a process with these words, the last of which is the run's folder; returns why it failed, or
+    an empty string.
 
-    On timeout the child and whatever it started are killed. Without a GPU of its own it sees none, lest it take one
-    that trains, and it yields the cores to training.
+    On timeout, and when the run is asked to leave, the child and whatever it started are killed. Without a GPU of its
+    own it sees none, lest it take one that trains, and it yields the cores to training.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     if not gpu:
@@ -72,10 +77,16 @@ def run_child(words: list[str], timeout_s: float, gpu: bool) -> str:
     child = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, text=True
     )
+    ends, leave, output = time.monotonic() + timeout_s, Path(words[-1]) / LEAVE, None
     try:
-        output, _ = child.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        return f"ended after validation.timeout_s {timeout_s:g}"
+        while output is None:
+            try:
+                output, _ = child.communicate(timeout=min(LOOK_S, max(0, ends - time.monotonic())))
+            except subprocess.TimeoutExpired:
+                if leave.exists():
+                    return "ended with the run"
+                if time.monotonic() >= ends:
+                    return f"ended after validation.timeout_s {timeout_s:g}"
     finally:
         # Also when Ray ends this task: nobody would wait for the child.
         if child.poll() is None:

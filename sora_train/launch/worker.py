@@ -2,100 +2,189 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
-import tempfile
+import socket
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.train import Checkpoint, CheckpointUploadMode
+from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode
 from ray.train.torch import get_device
 
 from sora_train.data.shards import ShardSet
+from sora_train.errors import UserError
+from sora_train.launch.folder import stop, stopped_because
 from sora_train.launch.validation import Outstanding
 from sora_train.recipe import Recipe, save_recipe
 from sora_train.train import checkpoint
+from sora_train.train.home import LEAVE, Home, Report
 from sora_train.train.loop import train
-from sora_train.train.metrics import Events, JsonLines
+from sora_train.train.metrics import Events
 
 STALE_S = 600.0  # beyond both attempts of a validation: its supervisor is gone
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
-def train_worker(config: dict[str, Any]) -> None:
-    """`config` is {"recipe": model_dump of the recipe, "run": absolute folder of the run}."""
+def train_worker(config: dict[str, Any]) -> str:
+    """`config` is {"recipe": model_dump of the recipe, "run": absolute folder of the run}. Returns "", or why training
+    ended before its last step.
+
+    Ray starts workers anew after any exception. What that would not mend is noted in the run's folder, so that the new
+    ones end at once, and the driver says it.
+    """
     recipe, run = Recipe.model_validate(config["recipe"]), Path(config["run"])
+    try:
+        return work(recipe, run)
+    except UserError as error:
+        stop(run, str(error))
+        raise
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            stop(run, f"{run} can't be written: {error}; make room there")
+        raise
+
+
+def work(recipe: Recipe, run: Path) -> str:
+    """What `train_worker` guards."""
     world, rank = ray.train.get_context().get_world_size(), dist.get_rank()
     if (dist.get_world_size(), rank) != (world, ray.train.get_context().get_world_rank()):
         raise RuntimeError(f"torch.distributed has rank {rank} of {dist.get_world_size()}, Ray another of {world}")
     torch.set_num_threads(recipe.cluster.cpus_per_worker)
     if get_device().type == "cuda":
         torch.cuda.set_device(get_device())  # where NCCL sends objects; a worker sees all GPUs of its machine
-    shards = ShardSet(recipe.data.output, recipe.data.holdout_fraction, "train")
 
-    # Rank 0 looks, so that all ranks go on from the same checkpoint.
-    found = checkpoint.whole(run / "checkpoints") if rank == 0 else []
-    agreed = [found]
-    dist.broadcast_object_list(agreed, src=0)
-    found = agreed[0]
-    step, resume = found[-1] if found else (0, None)
-    metrics, events = JsonLines(run / "metrics.jsonl"), Events(run)
-    if rank == 0:
-        metrics.cut_back(step)
-        where = f"{world} workers on {get_device()}, ZeRO {recipe.train.zero_stage}, {recipe.train.precision}"
-        events.write("resume" if resume else "start", step, f"from {resume.name if resume else 'scratch'}; {where}")
-    report_again(found)
-
-    def keep(step: int, write: Callable[[Path], None]) -> None:
-        folder = Path(tempfile.mkdtemp(prefix=f"sora_{checkpoint.name_of(step)}_"))
-        write(folder)
-        if rank == 0:
-            # With these a checkpoint is sampled without its run or its shards.
-            save_recipe(recipe, folder / "recipe.yaml")
-            shutil.copy(run / "manifest.json", folder / "manifest.json")
-        ray.train.report(
-            {"step": step},
-            checkpoint=Checkpoint(folder),
-            checkpoint_dir_name=checkpoint.name_of(step),
-            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-            validation=rank == 0 and ask_for_validation(recipe, run, step),
+    blind = [""] * world
+    dist.all_gather_object(blind, "" if (run / "recipe.yaml").is_file() else socket.gethostname())
+    if any(blind):
+        raise UserError(
+            f"{run} is not there on {', '.join(sorted({*blind} - {''}))}: train.output must be a folder that every "
+            "node sees, such as one on NFS"
         )
-
-    train(
+    # Rank 0 looks, so that all ranks do the same, and go on from the same checkpoint.
+    agreed: list[Any] = [look(run) if rank == 0 else None]
+    dist.broadcast_object_list(agreed, src=0)
+    why, found = agreed[0]
+    if why:
+        return why
+    step, resume = found[-1] if found else (0, None)
+    home = Home(run, reporting(recipe, run, found), noticing(recipe, run))
+    if rank == 0:
+        home.cut_back(step)
+        workers = f"{world} worker{'s' if world > 1 else ''} on {get_device()}"
+        where = f"{workers}, ZeRO {recipe.train.zero_stage}, {recipe.train.precision}"
+        home.note("resume" if resume else "start", step, f"from {resume.name if resume else 'scratch'}; {where}")
+    return train(
         recipe.train,
         recipe.model,
         recipe.diffusion,
-        shards,
+        ShardSet(recipe.data.output, recipe.data.holdout_fraction, "train"),
         device=get_device(),
-        log=metrics.write,
-        keep=keep,
+        home=home,
         resume=resume,
+        image_ratio=recipe.data.image_ratio,
     )
 
 
-def report_again(found: list[tuple[int, Path]]) -> None:
-    """Tells Ray of the checkpoints on disk that it has not heard of, so that it keeps the newest N of all.
+def look(run: Path) -> tuple[str, list[tuple[int, Path]]]:
+    """Why not to begin, or an empty string; and the whole checkpoints."""
+    if why := stopped_because(run):
+        return why, []
+    if (run / LEAVE).exists():
+        return "asked to leave before it went on", []
+    return "", checkpoint.whole(run / "checkpoints")
 
-    A run that starts again has a new controller; and a worker may die between an upload and its registration.
+
+def reporting(recipe: Recipe, run: Path, found: list[tuple[int, Path]]) -> Report:
+    """What tells Ray of each checkpoint. Tells it first of those on disk that it has not heard of, so that it keeps the
+    right ones of all: a run that starts again has a new controller, and a worker may die before one is registered.
+
+    Ray must not hear of a folder twice: it would be deleted while the second still counts. A rollback, or a checkpoint
+    that was damaged since, has steps done again; Ray is asked what it holds before such a one is told.
     """
-    known = ray.train.get_checkpoint()
-    known_step = int(Path(known.path).name.removeprefix("step_")) if known else -1
+    told = held_by_ray()
+
+    def tell(folder: Path, metrics: dict[str, Any], wait: Callable[[], None], validate: bool) -> None:
+        def when_there(of: Checkpoint, name: str) -> Checkpoint:
+            try:
+                wait()
+            except UserError as error:  # in a thread of Ray's, which ends the workers before the loop meets it
+                stop(run, str(error))
+                raise
+            return of
+
+        told.add(folder.name)
+        ray.train.report(
+            metrics,
+            checkpoint=Checkpoint(folder),
+            checkpoint_dir_name=folder.name,
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,  # in the background: the controller takes one a poll
+            checkpoint_upload_fn=when_there,
+            delete_local_checkpoint_after_upload=False,
+            validation=validate,
+        )
+
     for step, path in found:
-        if step > known_step:
-            ray.train.report(
-                {"step": step, "again": True},
-                checkpoint=Checkpoint(path),
-                checkpoint_dir_name=path.name,
-                checkpoint_upload_mode=CheckpointUploadMode.ASYNC,  # in the background: the controller takes one a poll
-                checkpoint_upload_fn=_already_there,
-                delete_local_checkpoint_after_upload=False,
-            )
+        if path.name not in told:
+            about = checkpoint.read_state(path) or {}
+            tell(path, {"step": step, "again": True, "loss": figure(about.get("loss"))}, lambda: None, validate=False)
+
+    def report(step: int, metrics: dict[str, float], folder: Path, wait: Callable[[], None]) -> None:
+        if dist.get_rank() == 0:
+            # With these a checkpoint is sampled without its run or its shards.
+            folder.mkdir(parents=True, exist_ok=True)
+            save_recipe(recipe, folder / "recipe.yaml")
+            shutil.copy(run / "manifest.json", folder / "manifest.json")
+        if folder.name in told and folder.name in held_by_ray():
+            return
+        validate = dist.get_rank() == 0 and ask_for_validation(recipe, run, step)
+        tell(folder, {"step": step, "loss": figure(metrics.get("loss"))}, wait, validate)
+
+    return report
 
 
-def _already_there(found: Checkpoint, name: str) -> Checkpoint:
-    return found
+def held_by_ray() -> set[str]:
+    """Names of the checkpoint folders that Ray keeps count of, once it has taken in all that it was told. Collective:
+    what it keeps may change at any time with a validation that ends, so that rank 0 asks for all.
+    """
+    held: list[Any] = [None]
+    if dist.get_rank() == 0:
+        reported = ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
+        held = [{Path(one.checkpoint.path).name for one in reported}]
+    dist.broadcast_object_list(held, src=0)
+    return held[0]
+
+
+def figure(loss: float | None) -> float:
+    """A loss that Ray can order by: not-a-number, which comes last, where there is none."""
+    return float("nan") if loss is None else loss
+
+
+def noticing(recipe: Recipe, run: Path) -> Callable[[int], bool]:
+    """Whether Ray has said since the last time that nodes are about to be taken away.
+
+    Asking is a barrier over all workers, so that it is done where a line of the log is due.
+    """
+    known: list[Any] = [None]
+
+    def notice(step: int) -> bool:
+        if step % recipe.train.log_every:
+            return False
+        said = ray.train.get_preemption_info()
+        if said is None or said == known[0]:
+            return False
+        known[0] = said
+        if dist.get_rank() == 0:
+            by = f" by {datetime.fromtimestamp(said.deadline_ms / 1000, UTC):%H:%M:%S} UTC" if said.deadline_ms else ""
+            ranks = ", ".join(map(str, said.preempted_ranks))
+            Events(run).write("preempted", step, f"the nodes of ranks {ranks} go{by}; a checkpoint is made at once")
+        return True
+
+    return notice
 
 
 def ask_for_validation(recipe: Recipe, run: Path, step: int) -> bool:
@@ -105,7 +194,7 @@ def ask_for_validation(recipe: Recipe, run: Path, step: int) -> bool:
     """
     every, last = recipe.validation.every, step == recipe.train.steps
     outstanding = Outstanding(run)
-    if not every or (step % every and not last) or outstanding.status(step) == "done":
+    if not every or (step % every and not last) or outstanding.status(step) == "done" or (run / LEAVE).exists():
         return False
     running = outstanding.steps(older_than_s=2 * recipe.validation.timeout_s + STALE_S)
     if running and not last:

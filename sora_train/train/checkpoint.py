@@ -1,19 +1,27 @@
 """Checkpoints: each rank one safetensors file with the runs of elements it owns, and one `state.json`. No pickles.
 
     step_00000500/
-      part_00000_of_00002.safetensors   weights/NAME, exp_avg/NAME, exp_avg_sq/NAME, ema/NAME: flat float32;
-                                        the file's metadata says at which element of NAME each begins
+      part_00000_of_00002.safetensors   weights/NAME, exp_avg/NAME, exp_avg_sq/NAME, ema/NAME: flat float32; the file's
+                                        metadata says at which element of NAME each begins, and its CRC-32
       ema.safetensors                   the whole averaged model, for sampling
-      state.json                        step, samples seen, and every file with its size
+      state.json                        where the run stands: `State`, and the world size: which parts there are
 
-A reader puts the runs together as it needs them, so world size and ZeRO stage may differ between writer and reader. A
-checkpoint is whole when `state.json` is there and each file that it names has the size that it says.
+A reader puts the runs together as it needs them, so world size and ZeRO stage may differ between writer and reader.
+Files get their names only when they are written through, a safetensors file says how long it must be, and all files of
+a checkpoint carry one token, so that what an interrupted attempt left never fills a gap. A checkpoint is whole when
+`state.json` is there and every part that it implies opens and has its token.
 """
 
 import json
+import math
+import os
+import secrets
+import zlib
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,87 +33,146 @@ from sora_train.errors import UserError
 from sora_train.train.ema import Ema
 from sora_train.train.engine import Engine
 
-FORMAT = 1
+FORMAT = 2
+AVERAGED = "ema.safetensors"
 
 
 @dataclass(frozen=True)
 class State:
     """Where a run stands. With the recipe's seed it fixes everything that follows."""
 
-    step: int
-    """Optimizer steps done."""
-    samples_seen: int
-    """Clips in those steps, padding left out."""
+    step: int = 0
+    """Steps done, those that the guard skipped among them."""
+    samples_seen: int = 0
+    """Clips that the weights learned from: padding and skipped steps left out."""
+    updates: int = 0
+    """AdamW's own count of steps, which its bias correction uses: without the skipped ones."""
+    skipped: tuple[int, ...] = ()
+    """Numbers of the batches that are never taken again, after a rollback."""
+    streak: tuple[int, ...] = ()
+    """Numbers of the batches of the last steps, as far as they were skipped in a row."""
+    rollbacks: int = 0
+    """How many times the guard went back to a checkpoint."""
+    norms: tuple[float, ...] = ()
+    """Gradient norms of the last good steps, which the guard judges by."""
+    loss: float | None = None
+    """Mean loss since the checkpoint before."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of what one rank puts into a checkpoint, in the CPU's memory: it can be written while training goes on."""
+
+    state: State
+    rank: int
+    world: int
+    stage: int
+    owned: dict[str, Tensor]
+    offsets: dict[str, int]
+    averaged: dict[str, Tensor]
+    """The whole averaged model on rank 0; empty on the others."""
+    token: str
+    """The same on all ranks, and another for every checkpoint."""
+
+    def write(self, folder: Path) -> None:
+        """Writes this rank's files into `folder`, which all ranks share.
+
+        Raises UserError where that fails, such as on a full disk, and leaves nothing half written behind.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            sums = {key: checksum(key, tensor, self.offsets) for key, tensor in self.owned.items()}
+            metadata = {"offsets": json.dumps(self.offsets), "crc32": json.dumps(sums), "token": self.token}
+            _write(folder / part_name(self.rank, self.world), lambda draft: save_file(self.owned, draft, metadata))
+            if self.rank == 0:
+                _write(folder / AVERAGED, lambda draft: save_file(self.averaged, draft, {"token": self.token}))
+                about = {"format": FORMAT, "token": self.token, **asdict(self.state)}
+                about |= {"world_size": self.world, "zero_stage": self.stage}
+                text = json.dumps(about | {"crc32": _checksum(about)}, indent=1)
+                _write(folder / "state.json", lambda draft: draft.write_text(text, encoding="utf-8"))
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"the checkpoint of step {self.state.step} can't be written to {folder}: {error}. Make room there "
+                "(train.keep_checkpoints says how many stay) or make it writable; then the same command goes on from "
+                "the last whole checkpoint"
+            ) from error
+
+
+def part_name(rank: int, world: int) -> str:
+    return f"part_{rank:05d}_of_{world:05d}.safetensors"
 
 
 def name_of(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def save(folder: Path, engine: Engine, ema: Ema, state: State) -> None:
-    """Writes this rank's part into `folder`, and on rank 0 the averaged model and `state.json`. Collective.
-
-    Each rank may write into a folder of its own; together their files are the checkpoint.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
+def snapshot(engine: Engine, ema: Ema, state: State) -> Snapshot:
+    """Copies what this rank owns. Collective."""
     owned = {name: part for name, part in engine.slices().items() if part.owned}
-    tensors: dict[str, Tensor] = {}
-    for name, part in owned.items():
-        tensors[f"weights/{name}"] = part.master
-        tensors[f"exp_avg/{name}"] = part.exp_avg
-        tensors[f"exp_avg_sq/{name}"] = part.exp_avg_sq
-        tensors[f"ema/{name}"] = ema.shadow[name]
-    part_file = folder / f"part_{engine.rank:05d}_of_{engine.world:05d}.safetensors"
-    offsets = json.dumps({name: part.offset for name, part in owned.items()})
-    # Copies: the views share memory, which safetensors refuses.
-    save_file({key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}, part_file, {"offsets": offsets})
-    written = [part_file]
-    averaged = ema.full_weights()
-    if engine.rank == 0:
-        save_file(averaged, folder / "ema.safetensors", {"format": "pt"})
-        written.append(folder / "ema.safetensors")
-    sizes: list[dict[str, int]] = [{}] * engine.world
-    dist.all_gather_object(sizes, {file.name: file.stat().st_size for file in written})
-    if engine.rank == 0:
-        files = {name: size for part in sizes for name, size in part.items()}
-        about = {
-            "format": FORMAT,
-            **asdict(state),
-            "world_size": engine.world,
-            "zero_stage": engine.stage,
-            "files": files,
-        }
-        (folder / "state.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+    tensors = {f"{kind}/{name}": source for name in owned for kind, source in targets(engine, ema, name)}
+    # Copies in any case: the originals change with the next step, and share memory, which safetensors refuses.
+    copies = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+    offsets = {name: part.offset for name, part in owned.items()}
+    token = [secrets.token_hex(8)]
+    dist.broadcast_object_list(token, src=0)
+    return Snapshot(state, engine.rank, engine.world, engine.stage, copies, offsets, ema.full_weights(), token[0])
 
 
 def load(folder: Path, engine: Engine, ema: Ema) -> State:
     """Reads weights, moments and EMA of a checkpoint written at any world size and ZeRO stage. Collective.
 
-    Raises UserError, naming the file, for a checkpoint that is incomplete, damaged, or of another model.
+    Raises UserError on every rank, naming the file, for a checkpoint that is incomplete, damaged, or of another model.
     """
+    problem = ""
+    try:
+        state = _load(folder, engine, ema)
+    except UserError as error:
+        problem, state = str(error), State()
+    problems = [problem] * engine.world
+    dist.all_gather_object(problems, problem)  # or the others would wait for this rank in vain
+    if found := [problem for problem in problems if problem]:
+        raise UserError(found[0])
+    engine.set_adam_step(state.updates)
+    engine.sync()
+    return state
+
+
+def _load(folder: Path, engine: Engine, ema: Ema) -> State:
     about = read_state(folder)
     if about is None:
         raise UserError(f"{folder} is no whole checkpoint; remove it, and the run goes on from the one before")
-    missing = {name: sum(target.numel() for _, target in targets(engine, ema, name)) for name in engine.slices()}
-    for part in sorted(name for name in about["files"] if name.startswith("part_")):
+    slices, found = engine.slices(), Counter[str]()
+    for rank in range(about["world_size"]):
+        part = folder / part_name(rank, about["world_size"])
         try:
-            with safe_open(folder / part, "pt") as file:
-                offsets = json.loads(file.metadata()["offsets"])
-                for name in offsets.keys() & engine.slices().keys():
-                    begin = engine.slices()[name].offset
+            with safe_open(part, "pt") as file:
+                offsets, sums = (json.loads(file.metadata()[key]) for key in ("offsets", "crc32"))
+                for name, begin in offsets.items():
+                    count = file.get_slice(f"weights/{name}").get_shape()[0]
+                    found[name] += count
+                    own = slices.get(name)
+                    if own is None or begin >= own.offset + own.master.numel() or own.offset >= begin + count:
+                        continue
                     for kind, target in targets(engine, ema, name):
-                        missing[name] -= _copy_overlap(file.get_slice(f"{kind}/{name}"), offsets[name], target, begin)
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+                        key = f"{kind}/{name}"
+                        source = file.get_tensor(key)
+                        if checksum(key, source, offsets) != sums[key]:
+                            raise ValueError(f"{key} has another checksum than was written")
+                        _copy_overlap(source, begin, target, own.offset)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"{folder / part} can't be read ({error}); remove {folder} to go on from the one before"
+                f"{part} can't be read ({error}); remove {folder} to go on from the checkpoint before"
             ) from None
-    if lacking := [name for name, count in missing.items() if count]:
+    wanted = {name: math.prod(shape) for name, shape in engine.shapes.items()}
+    if wrong := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name, 0) != found[name]):
         raise UserError(
-            f"{folder} does not hold all of {lacking[0]} and {len(lacking) - 1} more: it is of another model"
+            f"{folder} is of another model: it holds {found[wrong[0]]} numbers of {wrong[0]}, this model has "
+            f"{wanted.get(wrong[0], 0)}, and {len(wrong) - 1} more differ. Give the run the model it began with, or "
+            "another name (--name)"
         )
-    engine.set_adam_step(about["step"])
-    engine.sync()
-    return State(about["step"], about["samples_seen"])
+    known = {field.name for field in fields(State)}
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in about.items() if key in known}
+    return State(**values)
 
 
 def targets(engine: Engine, ema: Ema, name: str) -> Iterator[tuple[str, Tensor]]:
@@ -119,28 +186,62 @@ def targets(engine: Engine, ema: Ema, name: str) -> Iterator[tuple[str, Tensor]]
 
 
 @torch.no_grad()
-def _copy_overlap(source, source_offset: int, target: Tensor, target_offset: int) -> int:
-    """Copies the elements that both runs hold of a parameter; returns how many. `source` is read only where needed."""
+def _copy_overlap(source: Tensor, source_offset: int, target: Tensor, target_offset: int) -> None:
+    """Copies the elements that both runs hold of a parameter."""
     begin = max(source_offset, target_offset)
-    end = min(source_offset + source.get_shape()[0], target_offset + target.numel())
-    if begin >= end:
-        return 0
+    end = min(source_offset + source.numel(), target_offset + target.numel())
     target[begin - target_offset : end - target_offset] = source[begin - source_offset : end - source_offset].to(target)
-    return end - begin
 
 
-def read_state(folder: Path) -> dict | None:
-    """`state.json` of a whole checkpoint; None if anything of it is missing or cut short. Raises for a newer format."""
+def checksum(key: str, tensor: Tensor, offsets: dict[str, int]) -> int:
+    """CRC-32 of a tensor called KIND/NAME, with where in NAME it begins: a flipped bit on a disk is noticed."""
+    place = f"{key} {offsets[key.partition('/')[2]]}"
+    return zlib.crc32(tensor.contiguous().numpy().data, zlib.crc32(place.encode()))
+
+
+def _checksum(about: dict[str, Any]) -> int:
+    """CRC-32 of what `state.json` says; JSON gives every float back as it was."""
+    return zlib.crc32(json.dumps(about).encode())
+
+
+def _write(path: Path, write: Any) -> None:
+    """Writes a file through to the disk under another name, and then renames it."""
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        write(draft)
+        with draft.open("rb+") as file:
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def read_state(folder: Path) -> dict[str, Any] | None:
+    """`state.json` of a whole checkpoint; None if anything of it is missing, cut short or, in this file, changed.
+
+    Raises UserError for another format.
+    """
     try:
         about = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if any((folder / name).stat().st_size != size for name, size in about["files"].items()):
-            return None
-    except (OSError, ValueError, KeyError):
+        written = int(about["format"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    if about["format"] > FORMAT:
+    if written != FORMAT:
         raise UserError(
-            f"{folder} has checkpoint format {about['format']}, this version reads {FORMAT}: update sora_train"
+            f"{folder} has checkpoint format {written}, this version reads {FORMAT}: use the version of sora_train "
+            "that wrote it (environment.json of the run names it)"
         )
+    try:
+        if about.pop("crc32") != _checksum(about):
+            return None
+        names = [AVERAGED, *(part_name(rank, about["world_size"]) for rank in range(about["world_size"]))]
+        for name in names:
+            with safe_open(folder / name, "pt") as file:  # it compares the file's length with what its header says
+                if file.metadata()["token"] != about["token"]:
+                    return None
+    except (SafetensorError, OSError, KeyError, TypeError):
+        return None
     return about
 
 

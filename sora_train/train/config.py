@@ -1,6 +1,6 @@
 """What a training run can be told."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -27,22 +27,41 @@ class TrainConfig(Section):
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of AdamW's two moments."""
     weight_decay: NonNegativeFloat = 0.0
-    """AdamW's weight decay."""
+    """AdamW's weight decay, of the matrices; biases and the adaLN tables are left out."""
     gradient_clip: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0 leaves gradients as they are."""
     log_every: PositiveInt = 10
     """Steps between two lines of `metrics.jsonl` and of the log."""
+    log_samples: bool = False
+    """Every rank writes down which clips it learned from at each step, in the run's `trained` folder."""
     checkpoint_every: PositiveInt = 500
     """Steps between two checkpoints; the last step always makes one."""
     keep_checkpoints: PositiveInt = 3
-    """How many of the newest checkpoints stay."""
+    """How many checkpoints stay."""
+    keep_by: Literal["newest", "loss"] = "newest"
+    """Which ones stay: the newest, or those of the lowest loss since the one before, and always the newest."""
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
     """Decay of the exponential moving average of the weights, which sampling uses; 0 is the weights themselves."""
     caption_dropout: float = Field(default=0.1, ge=0, le=1)
     """Share of samples whose caption is replaced by the empty one, for classifier-free guidance."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage: what is sharded over the workers (1 optimizer, 2 and gradients, 3 and parameters)."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What waits in the CPU's memory: master weights and moments (ZeRO 1 to 3), or parameters too (ZeRO 3)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of the forward and backward pass; the master weights are float32 in either."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Saves memory by computing again in the backward pass: what is cheap to compute, or every block."""
+    compile: bool = False
+    """torch.compile for every block: needs a C++ compiler, and minutes for each shape; pays on GPUs."""
+    guard_spike: NonNegativeFloat = 5.0
+    """A step is skipped whose gradient norm is so many times the largest of the last 100, as one that is not finite
+    always is; 0 lets any finite norm pass."""
+    guard_patience: PositiveInt = 5
+    """After so many skipped steps in a row training goes back to a checkpoint and leaves those batches out."""
+    guard_rollbacks: NonNegativeInt = 2
+    """How many times it may; the next time it stops with a message."""
+    deepspeed: dict[str, Any] = {}
+    """Further keys of DeepSpeed's own configuration, such as `{zero_optimization: {overlap_comm: true}}`."""
     seed: int = 0
     """Fixes initial weights, order of samples, noise, times and dropout."""

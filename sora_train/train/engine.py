@@ -1,8 +1,10 @@
 """DeepSpeed ZeRO 0 to 3 behind six verbs: call, backward, step, slices, assemble, sync.
 
-ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054) lays the float32 master weights and Adam's moments out over the ranks,
-each stage its own way. `Engine.slices` says in one form what this rank holds: for every parameter, by name, a run of
-its flattened elements. EMA and checkpoints are written against that form: they know no stage and no world size.
+DeepSpeed takes the global gradient norm only inside its optimizer's step, and has a way out of that step for gradients
+that overflowed. The engine stands at that point: it shows the norm to a judge, and a refused step takes DeepSpeed's own
+way out, with weights and moments untouched.
+
+How each stage lays weights and moments out over the ranks is `slices.py`'s knowledge.
 """
 
 import contextlib
@@ -10,7 +12,7 @@ import logging
 import math
 import os
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,31 +20,30 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from sora_train.errors import UserError
+from sora_train.model.layers import Block
 from sora_train.train.config import TrainConfig
+from sora_train.train.deepspeed_config import complaint, deepspeed_config
+from sora_train.train.slices import Slice, bucketed, find_slices
 
-
-@dataclass(frozen=True)
-class Slice:
-    """Elements `offset` to `offset + master.numel()` of a flattened parameter. The tensors are views of what trains."""
-
-    offset: int
-    owned: bool  # in exactly one rank's keeping; false for the copies that stage 0 leaves on the other ranks
-    master: Float[Tensor, "m"]
-    exp_avg: Float[Tensor, "m"]
-    exp_avg_sq: Float[Tensor, "m"]
+Judge = Callable[[float], str]
+"""Why a step of this global gradient norm, before clipping, must not be taken, or "". All ranks ask with the same."""
 
 
 class Engine:
     """A model, AdamW and ZeRO on the process group that is already there.
 
     Gradients of `accumulation` calls of `backward` are summed, then averaged over the ranks; nothing else is divided,
-    so the caller scales the loss. Raises RuntimeError where no process group was started.
+    so the caller scales the loss. Raises RuntimeError where no process group was started, and UserError for values of
+    `train.deepspeed` that DeepSpeed does not take.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig, *, accumulation: int, device: torch.device) -> None:
         if not dist.is_initialized():
             raise RuntimeError("the engine needs a process group: call torch.distributed.init_process_group first")
         deepspeed = _quiet_deepspeed(device)
+        from deepspeed.runtime.config import DeepSpeedConfigError
+
         self.world, self.rank = dist.get_world_size(), dist.get_rank()
         self.device, self.clip, self.stage = device, config.gradient_clip, config.zero_stage
         self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
@@ -51,28 +52,39 @@ class Engine:
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
         model = model.to(device)
         optimizer = torch.optim.AdamW(
-            model.parameters(),
+            decay_groups(model, config.weight_decay),
             lr=config.learning_rate,
             betas=config.betas,
-            weight_decay=config.weight_decay,
-            fused=device.type == "cuda",
+            fused=device.type == "cuda" or config.offload != "none",
         )
+        self._judge: Judge = lambda norm: ""
+        self._verdict = (0.0, "")
+        if self.stage == 3:
+            # A block's parameters are gathered together: what recomputes or compiles a block finds them whole.
+            deepspeed.utils.set_z3_leaf_modules(model, [Block])
         deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
         self.inner: Any
-        with contextlib.redirect_stdout(None):  # the bf16 optimizer prints the machine's memory
-            self.inner, *_ = deepspeed.initialize(
-                model=model,
-                optimizer=optimizer,
-                dist_init_required=False,
-                config=deepspeed_config(config, accumulation=accumulation, world=self.world),
-            )
+        try:
+            with contextlib.redirect_stdout(None):  # the bf16 optimizer prints the machine's memory
+                self.inner, *_ = deepspeed.initialize(
+                    model=model,
+                    optimizer=optimizer,
+                    dist_init_required=False,
+                    config=deepspeed_config(config, accumulation=accumulation, world=self.world),
+                )
+        except (ValueError, TypeError, AttributeError, AssertionError, DeepSpeedConfigError) as error:
+            if not config.deepspeed:
+                raise
+            raise UserError(complaint(error)) from error
         if self.inner.world_size != self.world or self.inner.global_rank != self.rank:
             raise RuntimeError(
                 f"DeepSpeed took rank {self.inner.global_rank} of {self.inner.world_size}, "
                 f"the process group says {self.rank} of {self.world}"
             )
         self.adam: torch.optim.AdamW = self.inner.basic_optimizer
-        self._slices = self._find_slices()
+        if self.stage:
+            self._stand_in_its_step()
+        self._slices = find_slices(self.inner, self.stage, self.rank, self.world)
 
     @property
     def model(self) -> nn.Module:
@@ -94,17 +106,22 @@ class Engine:
     def backward(self, loss: Float[Tensor, ""]) -> None:
         """Adds the gradients of `loss`; with the last micro-batch of a step they are averaged over the ranks."""
         self.inner.backward(loss, scale_wrt_gas=False)
-
-    def step(self, learning_rate: float) -> float | None:
-        """Ends a micro-batch. After a step's last: clips, updates the weights, returns the norm before clipping."""
         if not self.inner.is_gradient_accumulation_boundary():
-            self.inner.step()
-            return None
+            self.inner.step()  # DeepSpeed counts micro-batches by these calls
+
+    def step(self, learning_rate: float, judge: Judge) -> tuple[float, str]:
+        """After a step's last micro-batch: clips and updates the weights, unless `judge` refuses the gradient norm.
+
+        Returns that norm, taken before clipping over all ranks, and the judge's reason, which is empty for a step that
+        was taken. A refused one leaves weights and moments untouched.
+        """
         for group in self.adam.param_groups:
             group["lr"] = learning_rate
-        norm = self._clip_replicated() if self.stage == 0 else None
+        self._judge = judge
+        if self.stage == 0:
+            self._clip_replicated()
         self.inner.step()
-        return float(self.inner.get_global_grad_norm() if norm is None else norm)
+        return self._verdict
 
     def slices(self) -> dict[str, Slice]:
         """What this rank holds, by parameter name; a parameter of which it holds nothing is left out."""
@@ -122,15 +139,18 @@ class Engine:
         Each element comes from one rank and the rest send zeros, so the sum is exact.
         """
         whole = {}
-        for name, shape in self.shapes.items():
-            buffer = torch.zeros(math.prod(shape), dtype=torch.float32, device=self.device)
-            if name in parts:
-                offset, elements = parts[name]
-                buffer[offset : offset + elements.numel()] = elements.to(self.device)
+        for names in bucketed(self.shapes):
+            counts = [math.prod(self.shapes[name]) for name in names]
+            buffer = torch.zeros(sum(counts), dtype=torch.float32, device=self.device)
+            for name, room in zip(names, buffer.split(counts), strict=True):
+                if name in parts:
+                    offset, elements = parts[name]
+                    room[offset : offset + elements.numel()] = elements
             if self.world > 1:
                 dist.reduce(buffer, dst=0)
             if self.rank == 0:
-                whole[name] = buffer.view(shape).cpu()
+                rooms = zip(names, buffer.cpu().split(counts), strict=True)
+                whole |= {name: room.view(self.shapes[name]) for name, room in rooms}
         return whole
 
     @torch.no_grad()
@@ -146,63 +166,66 @@ class Engine:
         elif self.stage:
             optimizer.update_lp_params()
 
-    def _clip_replicated(self) -> float:
+    def _refuses(self, norm: Tensor | float) -> bool:
+        norm = float(norm) if norm >= 0 else math.nan  # DeepSpeed says -1 for what is not finite
+        self._verdict = norm, self._judge(norm)
+        return bool(self._verdict[1])
+
+    def _clip_replicated(self) -> None:
         """Stage 0: clips as the other stages do. DeepSpeed would, but keeps the norm to itself."""
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]  # averaged by the last backward
-        norm = float(torch.nn.utils.get_total_norm(grads))
-        if self.clip and (excess := (norm + 1e-6) / self.clip) > 1:
+        if self._refuses(torch.nn.utils.get_total_norm(grads)):
+            self.adam.zero_grad(set_to_none=True)  # AdamW leaves alone what has no gradient
+        elif self.clip and (excess := (self._verdict[0] + 1e-6) / self.clip) > 1:
             for grad in grads:
                 grad.div_(excess)
-        return norm
 
-    def _find_slices(self) -> dict[str, Slice]:
-        optimizer, found = self.inner.optimizer, {}
-        params: list[tuple[str, Any]] = list(self.model.named_parameters())  # with DeepSpeed's own attributes
-        for i, (name, p) in enumerate(params):
-            if self.stage == 0:
-                flat, start, offset, count, owned = p, 0, 0, p.numel(), i % self.world == self.rank
-            elif self.stage == 3:
-                group, start, count = optimizer.grad_position[optimizer.get_param_id(p)]
-                flat, offset, owned = optimizer.fp32_partitioned_groups_flat[group], count * self.rank, True
-                count = min(count, p.ds_numel - offset)  # the last ranks' parts are padded
-            else:
-                mapping = p._hp_mapping
-                if mapping is None:
-                    continue
-                flat = self.adam.param_groups[mapping.param_group_index]["params"][0]
-                start, count = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
-                offset, owned = mapping.lp_fragment_address.start, True
-            if count > 0:
-                m, v = _moments(self.adam, flat)
-                part = [tensor.detach().view(-1)[start : start + count] for tensor in (flat, m, v)]
-                found[name] = Slice(offset, owned, *part)
-        return found
+    def _stand_in_its_step(self) -> None:
+        """Has DeepSpeed's optimizer show its gradient norm to the judge, and take a refused one for an overflow."""
+        optimizer = self.inner.optimizer
+        if self.stage == 3:
+            from deepspeed.runtime.utils import combine_grad_norm_groups
+
+            groups_of = optimizer._get_norm_groups
+
+            def groups() -> list[Tensor]:
+                found = groups_of()
+                refused = self._refuses(combine_grad_norm_groups(found))
+                return [torch.tensor(-1.0, device=self.device)] if refused else found
+
+            optimizer._get_norm_groups = groups
+        elif hasattr(optimizer, "scaled_global_norm"):
+            norm_of = optimizer.scaled_global_norm
+            optimizer.check_grad_overflow = True  # or bf16 would take a refused norm for one to clip by
+
+            def norm() -> Tensor:
+                found = norm_of()
+                return torch.full_like(found, -1.0) if self._refuses(found) else found
+
+            optimizer.check_overflow = lambda partition_gradients=True: None
+            optimizer.scaled_global_norm = norm
+        else:  # the bf16 optimizer of stage 1, which asks for gradients twice: for their norm, and to clip them
+            from deepspeed.runtime.utils import get_global_norm_of_tensors
+
+            grads_of = optimizer.get_grads_for_norm
+
+            def grads(for_clipping: bool = False) -> Any:
+                found = grads_of(for_clipping=for_clipping)
+                if for_clipping:
+                    return found
+                norm = get_global_norm_of_tensors(input_tensors=found[0], mpu=None, norm_type=2)
+                return ([torch.full((1,), math.inf, device=self.device)], {}) if self._refuses(norm) else found
+
+            optimizer.get_grads_for_norm = grads
 
 
-def _moments(adam: torch.optim.AdamW, flat: Tensor) -> tuple[Tensor, Tensor]:
-    """Adam's two moments of a tensor; made here, as AdamW would at its first step, so that they can be loaded into."""
-    state = adam.state[flat]
-    if not state:
-        device = flat.device if adam.defaults["fused"] else None
-        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat.detach()), torch.zeros_like(flat.detach())
-    return state["exp_avg"], state["exp_avg_sq"]
-
-
-def deepspeed_config(config: TrainConfig, *, accumulation: int, world: int) -> dict:
-    """The recipe in DeepSpeed's words."""
-    half = config.precision == "bf16" and config.zero_stage > 0
-    return {
-        "train_batch_size": config.micro_batch_size * accumulation * world,
-        "train_micro_batch_size_per_gpu": config.micro_batch_size,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.gradient_clip if config.zero_stage else 0.0,  # stage 0: see _clip_replicated
-        "bf16": {"enabled": half},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {"stage": config.zero_stage},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
-    }
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups: matrices decay; biases and adaLN tables, which hold no direction to forget, do not."""
+    tables = {name for name, _ in model.named_parameters() if name.split(".")[-1].startswith("table")}
+    named = list(model.named_parameters())
+    matrices = [p for name, p in named if p.ndim >= 2 and name not in tables]
+    rest = [p for name, p in named if p.ndim < 2 or name in tables]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
 def _quiet_deepspeed(device: torch.device):

@@ -1,33 +1,37 @@
 """The training loop: a plain function of a process group, without Ray.
 
-Read it from top to bottom: fetch, forward and backward, step, average; and once in a while something else.
+Read it from top to bottom: fetch, forward and backward, judge and step, average; and once in a while something else.
 """
 
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Generator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from sora_train.data.collate import MicroBatch
 from sora_train.data.loader import batches
-from sora_train.data.order import Plan, batch
+from sora_train.data.order import Plan, batch, batch_number
 from sora_train.data.shards import ShardSet
 from sora_train.diffusion import DiffusionConfig, make_objective
+from sora_train.errors import UserError
 from sora_train.model import Latte, ModelConfig
 from sora_train.model.convert import from_diffusers
-from sora_train.train import checkpoint
+from sora_train.model.flops import forward_flops
+from sora_train.train import checkpoint, guard
+from sora_train.train.checkpoint import State
 from sora_train.train.config import TrainConfig
 from sora_train.train.ema import Ema
 from sora_train.train.engine import Engine
+from sora_train.train.hardware import memory_gb, peak_flops
+from sora_train.train.home import Home
+from sora_train.train.metrics import Tally
 
 HEARTBEAT_S = 10.0  # a record at least this often, if a step is not longer
-
-Log = Callable[[dict], None]
-"""Takes a metrics record. Called on rank 0 alone."""
-Keep = Callable[[int, Callable[[Path], None]], None]
-"""Takes a step and what writes this rank's part of a checkpoint into a folder. Called on every rank."""
 
 
 def train(
@@ -37,13 +41,14 @@ def train(
     shards: ShardSet,
     *,
     device: torch.device,
-    log: Log,
-    keep: Keep,
+    home: Home,
     resume: Path | None = None,
-) -> None:
-    """Trains from step 0, or from the checkpoint in `resume`, to `config.steps`.
+    image_ratio: float | None = None,
+) -> str:
+    """Trains from step 0, or from the checkpoint in `resume`, to `config.steps`; returns "" or why it ended before.
 
-    Works on the process group that is there, and starts one for this process alone where there is none.
+    Works on the process group that is there, and starts one for this process alone where there is none. Raises
+    UserError for what no repetition mends: damaged shards or checkpoints, a full disk, a guard that gave up.
     """
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -53,75 +58,160 @@ def train(
     model = Latte(model_config)
     if model_config.init_from and resume is None:
         model.load_state_dict(from_diffusers(model_config.init_from).state_dict())
-    objective = make_objective(diffusion)
+    model.checkpoint(config.activation_checkpointing)
+    if config.compile:
+        model.compile_blocks()
+    objective = make_objective(diffusion, model_config.learned_variance)
     engine = Engine(model, config, accumulation=accumulation(config, world), device=device)
     ema = Ema(engine, config.ema_decay)
-    state = checkpoint.State(step=0, samples_seen=0)
-    if resume is not None:
-        state = checkpoint.load(resume, engine, ema)
+    state = State() if resume is None else checkpoint.load(resume, engine, ema)
+    plan = shards.plan(config.batch_size, config.seed, image_ratio)
+    peak = peak_flops(device, config.precision == "bf16")
 
-    plan: Plan = shards.plan(config.batch_size, config.seed)
-    data = batches(
-        shards,
-        plan,
-        objective,
-        range(state.step, config.steps),
-        rank=rank,
-        world=world,
-        micro_batch_size=config.micro_batch_size,
-        caption_dropout=config.caption_dropout,
-    )
-    seen = state.samples_seen
-    waited, logged_step, logged_seen, logged_at = 0.0, state.step, seen, time.perf_counter()
-    for step in range(state.step, config.steps):
-        # fetch
-        asked_at = time.perf_counter()
-        _, micro_batches = next(data)
-        waited += time.perf_counter() - asked_at
-        global_batch = batch(plan, step)
-        clips = len(global_batch.rows)
+    def feed() -> Generator[tuple[int, list[MicroBatch]], None, None]:
+        """The batches from here on."""
+        skipped = state.skipped
+        numbers = (batch_number(step, skipped) for step in range(state.step, config.steps))
+        return batches(
+            shards,
+            plan,
+            objective,
+            numbers,
+            rank=rank,
+            world=world,
+            micro_batch_size=config.micro_batch_size,
+            caption_dropout=config.caption_dropout,
+        )
 
-        # forward and backward: DeepSpeed averages over the ranks, so world / clips makes it the mean over all clips
-        total, norm, rate = torch.zeros((), device=device), None, learning_rate(config, step)
-        for micro in micro_batches:
-            micro = micro.to(device)
-            losses = objective.loss(engine, micro.latents, micro.noise, micro.t, micro.text, micro.text_mask)
-            weighted = (losses * micro.weight).sum()
-            engine.backward(weighted * (world / clips))
-            norm = engine.step(rate)  # the last one updates the weights
-            total += weighted.detach()
-        ema.update(step)
-        dist.all_reduce(total)  # every step, since only rank 0 knows when a line is due
-        done, seen = step + 1, seen + clips
+    data, tally, kept = feed(), Tally(), (0.0, 0.0)
+    try:
+        while state.step < config.steps:
+            # fetch
+            number, micro_batches = tally.wait(partial(next, data))
+            clips, rate = len(batch(plan, number).rows), learning_rate(config, state.step)
 
-        # once in a while: a line of the log
-        now = time.perf_counter()
-        due = done % config.log_every == 0 or done == config.steps or now - logged_at > HEARTBEAT_S
-        if rank == 0 and due:
-            loss = total.item() / clips  # .item() waits for the device
-            now = time.perf_counter()
-            per_s = (seen - logged_seen) / (now - logged_at)
-            f, _, h, w = micro_batches[0].latents.shape[1:]
-            log(
-                {
-                    "step": done,
-                    "samples_seen": seen,
-                    "epoch": global_batch.epoch,
-                    "loss": loss,
-                    "lr": rate,
-                    "grad_norm": norm,
-                    "step_s": (now - logged_at) / (done - logged_step),
-                    "samples_per_s": per_s,
-                    "tokens_per_s": per_s * f * h * w / model_config.patch**2,
-                    "data_wait_share": waited / (now - logged_at),
-                }
-            )
-            waited, logged_step, logged_seen, logged_at = 0.0, done, seen, now
+            # forward and backward: DeepSpeed averages over the ranks, so world / clips makes it the mean over all clips
+            sums = torch.zeros(4, 2, dtype=torch.float64, device=device)  # loss and clips by quarter of diffusion time
+            for micro in micro_batches:
+                micro = micro.to(device)
+                losses = objective.loss(engine, micro.latents, micro.noise, micro.t, micro.text, micro.text_mask)
+                engine.backward((losses * micro.weight).sum() * (world / clips))
+                sums += by_quarter(objective.told(micro.t), losses.detach(), micro.weight)
 
-        # once in a while: a checkpoint
-        if done % config.checkpoint_every == 0 or done == config.steps:
-            here = checkpoint.State(done, seen)
-            keep(done, lambda folder, here=here: checkpoint.save(folder, engine, ema, here))
+            # judge and step: every rank has the same sums and the same norm, so all decide alike
+            wishes = torch.tensor(home.wish(state.step + 1), dtype=torch.float64, device=device)
+            figures = torch.cat([sums.flatten(), wishes])
+            dist.all_reduce(figures)
+            *parts, asked, leave = figures.tolist()  # waits for the device
+            loss = sum(parts[0::2]) / clips
+            judge = partial(guard.verdict, loss=loss, recent=state.norms, spike=config.guard_spike)
+            norm, why = engine.step(rate, judge)
+            step = state.step + 1
+            if why:
+                state = replace(state, step=step, streak=(*state.streak, number))
+                if rank == 0:
+                    home.note("skipped", step, f"{why}; batch {number}: {named(shards, plan, number)}")
+                if config.log_samples:
+                    home.trained(rank, step, number, [])  # it may come again in place of one that was taken
+            else:
+                ema.update(state.updates)
+                state = replace(
+                    state,
+                    step=step,
+                    samples_seen=state.samples_seen + clips,
+                    updates=state.updates + 1,
+                    streak=(),
+                    norms=guard.remembered(state.norms, norm),
+                )
+                f, _, h, w = micro_batches[0].latents.shape[1:]
+                flops = clips * forward_flops(model_config, f, h, w, micro_batches[0].text.shape[1])
+                tally.add(clips, clips * f * h * w // model_config.patch**2, flops, parts[0::2], parts[1::2])
+                kept = (kept[0] + loss, kept[1] + 1)
+                if config.log_samples:
+                    home.trained(
+                        rank, step, number, [name for micro in micro_batches for name in micro.sample_ids if name]
+                    )
+
+            # once in a while: too many bad steps in a row
+            if len(state.streak) >= config.guard_patience:
+                state = go_back(state, config, home, shards, plan, engine, ema)
+                if state.step < step:
+                    data.close()
+                    data, tally, kept = feed(), Tally(), (0.0, 0.0)
+                    continue
+
+            # once in a while: a line of the log
+            due = step % config.log_every == 0 or step == config.steps or tally.seconds > HEARTBEAT_S
+            if rank == 0 and due and not why:
+                home.log(
+                    {
+                        "step": step,
+                        "samples_seen": state.samples_seen,
+                        "epoch": plan.epoch(number),
+                        "loss": loss,
+                        "lr": rate,
+                        "grad_norm": norm,
+                        **tally.record(peak and peak * world),
+                        "memory_gb": memory_gb(device),
+                    }
+                )
+                tally = Tally()
+
+            # once in a while: a checkpoint; not amid bad steps, since the guard may yet go back behind them
+            due = step % config.checkpoint_every == 0 and not state.streak
+            if due or asked or leave or step == config.steps:
+                state = replace(state, loss=kept[0] / kept[1] if kept[1] else None)
+                home.keep(checkpoint.snapshot(engine, ema, state))
+                kept = (0.0, 0.0)
+            if leave:
+                break
+    finally:
+        data.close()
+    home.settle()
+    return "" if state.step == config.steps else f"asked to leave at step {state.step}"
+
+
+def go_back(
+    state: State, config: TrainConfig, home: Home, shards: ShardSet, plan: Plan, engine: Engine, ema: Ema
+) -> State:
+    """The guard's last means: the state of the last good checkpoint, with the batches around the bad steps left out.
+
+    Where there is none yet, the run goes on from where it is, since skipped steps changed nothing. Collective. Raises
+    UserError when that was done `guard_rollbacks` times before.
+    """
+    first_bad = state.step - len(state.streak)
+    if state.rollbacks >= config.guard_rollbacks:
+        home.settle()
+        raise UserError(
+            f"training stopped at step {state.step}: {len(state.streak)} steps in a row had to be skipped, after "
+            f"{state.rollbacks} rollbacks; events.jsonl of the run names the clips. Lower train.learning_rate, look at "
+            "those clips with `sora inspect`, or raise train.guard_rollbacks"
+        )
+    folder = home.newest(first_bad)
+    back = state if folder is None else checkpoint.load(folder, engine, ema)
+    skipped = tuple(sorted({*state.skipped, *back.skipped}))
+    if folder is not None:
+        skipped = guard.left_out(batch_number(back.step, skipped), state.streak, skipped)
+    if dist.get_rank() == 0:
+        to = "no checkpoint is there yet: goes on with what comes next" if folder is None else f"back to {folder.name}"
+        home.note("rollback", state.step, f"{len(state.streak)} bad steps in a row; {to}")
+        for number in sorted(set(skipped) - set(state.skipped)):
+            home.note("left_out", back.step, f"batch {number}: {named(shards, plan, number)}")
+        home.cut_back(back.step)
+    return replace(back, skipped=skipped, streak=(), rollbacks=state.rollbacks + 1)
+
+
+def named(shards: ShardSet, plan: Plan, number: int) -> str:
+    """The sample ids of a batch."""
+    taken = batch(plan, number)
+    return " ".join(shards.sample_ids(taken.bucket, taken.rows))
+
+
+def by_quarter(told: Tensor, losses: Tensor, weight: Tensor) -> Tensor:
+    """Sums of losses and of weights by quarter of the diffusion time, 0 to 1000: 4 x 2, float64."""
+    quarter = (told / 250).long().clamp(0, 3)
+    sums = torch.zeros(4, 2, dtype=torch.float64, device=losses.device)
+    return sums.index_add_(0, quarter, torch.stack([losses * weight, weight], dim=1).double())
 
 
 def accumulation(config: TrainConfig, world: int) -> int:

@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from sora_train.errors import UserError
+
+T = TypeVar("T")
 
 
 class JsonLines:
-    """A file of one JSON object a line; each is on disk before `write` returns. Floats are written in full."""
+    """A file of one JSON object a line; each is on disk before `write` returns. Floats are written in full.
+
+    Writing raises UserError where that fails, such as on a full disk.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def write(self, record: dict[str, Any]) -> None:
         # One write of a whole line in append mode: driver, worker and validation may write the same file.
-        with self.path.open("ab") as file:
-            file.write((json.dumps(record) + "\n").encode())
+        try:
+            with self.path.open("ab") as file:
+                file.write((json.dumps(record) + "\n").encode())
+        except OSError as error:
+            raise UserError(
+                f"{self.path} can't be written: {error.strerror or error}. Make room there or make it "
+                "writable; then the same command goes on from the last whole checkpoint"
+            ) from error
 
     def read(self) -> list[dict[str, Any]]:
         """Every whole line; one that a crash cut short is left out."""
@@ -49,6 +64,55 @@ class Events:
         self.lines.write(
             {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, "step": step, "reason": reason}
         )
+
+
+QUARTERS = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")
+"""Mean loss at diffusion times from 0 to 250, the data's end, to 500, to 750, to 1000, which is noise."""
+
+
+class Tally:
+    """What happened since the last line of the log. Sums over all ranks, but for the clock, which is this rank's."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.waited = 0.0
+        self.steps = self.clips = self.positions = self.flops = 0
+        self.losses, self.counts = [0.0] * 4, [0.0] * 4
+
+    def wait(self, make: Callable[[], T]) -> T:
+        """Calls `make`, and counts the time as waiting for data."""
+        began = time.perf_counter()
+        made = make()
+        self.waited += time.perf_counter() - began
+        return made
+
+    def add(self, clips: int, positions: int, flops: int, losses: list[float], counts: list[float]) -> None:
+        """A step: its clips, their tokens and forward FLOPs, and loss sums and counts by quarter of diffusion time."""
+        self.steps += 1
+        self.clips += clips
+        self.positions += positions
+        self.flops += flops
+        self.losses = [a + b for a, b in zip(self.losses, losses, strict=True)]
+        self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+    def record(self, peak_flops: float | None) -> dict[str, float | None]:
+        """Means and rates. A quarter that no clip fell into is None, as is `mfu` where `peak_flops` (of all devices
+        together, per second) is not known. A step costs three forward passes; what is computed twice counts once.
+        """
+        seconds = max(self.seconds, 1e-9)
+        quarters = zip(QUARTERS, self.losses, self.counts, strict=True)
+        return {
+            **{name: loss / count if count else None for name, loss, count in quarters},
+            "step_s": seconds / max(self.steps, 1),
+            "samples_per_s": self.clips / seconds,
+            "tokens_per_s": self.positions / seconds,
+            "data_wait_share": self.waited / seconds,
+            "mfu": 3 * self.flops / seconds / peak_flops if peak_flops else None,
+        }
 
 
 def parse(line: bytes) -> dict[str, Any] | None:

@@ -33,7 +33,7 @@ class Tracker:
     def log(self, record: dict[str, Any]) -> None:
         """Curves of a metrics record."""
         if self.writer is not None:
-            values = {f"train/{key}": value for key, value in record.items() if key != "step"}
+            values = {f"train/{key}": value for key, value in record.items() if key != "step" and value is not None}
             self._guarded(lambda: self.writer.log({**values, STEP: record["step"]}))
 
     def log_samples(self, folder: Path, step: int) -> None:

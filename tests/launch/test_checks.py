@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from sora_train.errors import UserError
-from sora_train.launch.checks import check_codec, check_shards, check_start
+from sora_train.launch.checks import MAY_CHANGE, check_codec, check_shards, check_start, flat
+from sora_train.launch.folder import check_writable, clear
+from sora_train.launch.trainer import launch_training
 from sora_train.model import Latte, ModelConfig
 from sora_train.model.convert import to_diffusers
 from sora_train.recipe import Recipe
@@ -54,3 +56,40 @@ def test_training_starts_from_weights_of_the_same_shape_alone(builtin_shards: Pa
     (tmp_path / "start" / "config.json").unlink()
     with pytest.raises(UserError, match=r"can't start from .*config.json is missing"):
         check_start(starting(shape))
+
+
+@pytest.mark.parametrize("place", ["a file", "/proc/self"])
+def test_a_run_folder_that_cannot_be_written_is_refused_before_anything_starts(
+    place: str, builtin_shards: Path, tmp_path: Path, recipe_of
+):
+    (tmp_path / "a file").write_text("")
+    output = tmp_path / place
+    with pytest.raises(UserError, match=rf"the run's folder {output}/tiny can't be written.*--train.output"):
+        launch_training(recipe_of(builtin_shards, output))
+
+
+def test_a_check_of_the_run_folder_leaves_nothing_behind(tmp_path: Path):
+    check_writable(tmp_path / "runs/new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_clearing_a_run_removes_what_it_wrote_and_nothing_else(tmp_path: Path):
+    files = "metrics.jsonl events.jsonl wandb.json report.html failure.txt stop.json leave trained/rank_00000.jsonl"
+    wrote = ["checkpoints/step_00000004/state.json", "samples/step_00000004/sheet.png", *files.split()]
+    others = ["shards/manifest.json", "clips/a.mp4", "notes.txt", "samples/final/mine.mp4", "checkpoints/mine.txt"]
+    for name in wrote + others:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    clear(tmp_path)
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == set(others)
+
+
+def test_what_changes_nothing_that_is_learned_may_change_in_a_run_that_goes_on(
+    builtin_shards: Path, tmp_path: Path, recipe_of
+):
+    recipe = recipe_of(builtin_shards, tmp_path)
+    before = flat(recipe.model_dump(mode="json"))
+    free = {key for key in before if key.startswith(MAY_CHANGE)}
+    assert {"train.compile", "train.guard_spike", "train.keep_by", "cluster.workers"} <= free
+    learned = {"train.seed", "train.learning_rate", "train.batch_size", "model.width", "data.image_ratio"}
+    assert not learned & free

@@ -10,6 +10,7 @@ import pytest
 from sora_train.launch.follow import Tail
 from sora_train.launch.validation import Outstanding, run_child, supervise
 from sora_train.launch.worker import ask_for_validation
+from sora_train.train.home import LEAVE
 from sora_train.train.metrics import Events, JsonLines
 
 
@@ -28,6 +29,18 @@ def test_a_validation_that_takes_too_long_is_ended_tried_once_more_and_noted(
     assert result["validated"] is False
     assert events(tmp_path) == [("validation_failed", 7, "ended after validation.timeout_s 1")] * 2
     assert Outstanding(tmp_path).status(7) == "failed"
+
+
+def test_a_validation_ends_with_a_run_that_was_asked_to_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SORA_VALIDATION_DELAY_S", "60")
+    (tmp_path / LEAVE).touch()
+    began = time.monotonic()
+    result = supervise(SimpleNamespace(path=str(tmp_path / "checkpoints/step_00000007")), run=str(tmp_path),
+                       timeout_s=60.0, gpu=False)  # fmt: skip
+    assert time.monotonic() - began < 20
+    assert result["validated"] is False
+    assert Outstanding(tmp_path).status(7) == "lost"
+    assert not events(tmp_path)
 
 
 def test_a_child_that_fails_gives_its_reason_and_the_supervisor_returns(tmp_path: Path):

@@ -1,52 +1,68 @@
-"""One of several gloo ranks that train in this process what they are told. A script: spawned by the tests beside it.
+"""One of several gloo ranks that train in this process what they are told: what `conftest.start` runs.
 
-python ranks.py RANK WORLD STORE SHARDS TASKS
-
-TASKS is JSON, a list of {"out": folder, "train": {…}, "resume": folder or null, "init_from": folder or ""}.
+A task is {"out": folder, "train": {…}} with, as needed, "resume": a checkpoint, "init_from": a folder, "shards": other
+shards than the others', "model": keys of the model, "act": instead of training, a function of `acts.py`, "largest":
+bytes that a file of rank 1 may have from then on, as if its disk were full. With "refused": true the task is to end in
+a UserError: its message goes to refused_RANK.txt in `out`, and the next task begins, on the same group.
 """
 
-import json
 import os
-import sys
+import resource
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import acts
 import torch
 import torch.distributed as dist
 
 from sora_train.data.shards import ShardSet
 from sora_train.diffusion import DiffusionConfig
+from sora_train.errors import UserError
 from sora_train.model import ModelConfig
-from sora_train.train import checkpoint
 from sora_train.train.config import TrainConfig
+from sora_train.train.home import Home
 from sora_train.train.loop import train
-from sora_train.train.metrics import JsonLines
 
 MODEL = ModelConfig(width=16, depth=2, heads=2, text_width=64, sample_size=4)
 
 
-def run(shards: str, out: str, settings: dict, resume: str | None = None, init_from: str = "") -> None:
+def run(shards: str, out: Path, settings: dict, resume: str | None = None, init_from: str = "", **model: Any) -> None:
     """Trains, and leaves every checkpoint and a line for every step in `out`."""
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     train(
         TrainConfig(**settings),
-        replace(MODEL, init_from=init_from),
+        replace(MODEL, init_from=init_from, **model),
         DiffusionConfig(),
         ShardSet(shards),
         device=torch.device("cpu"),
-        log=JsonLines(folder / "metrics.jsonl").write,
-        keep=lambda step, write: write(folder / checkpoint.name_of(step)),
+        home=Home(out),
         resume=Path(resume) if resume else None,
     )
 
 
-if __name__ == "__main__":
+def main(rank: int, world: int, store: Path, shards: str, tasks: list[dict], log: Path) -> None:
+    """What one rank does, with what it prints in `log`."""
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
-    rank, world, store, shards, tasks = sys.argv[1:]
-    dist.init_process_group("gloo", store=dist.FileStore(store, int(world)), rank=int(rank), world_size=int(world))
-    for task in json.loads(tasks):
-        run(shards, task["out"], task["train"], task.get("resume"), task.get("init_from", ""))
+    dist.init_process_group("gloo", store=dist.FileStore(str(store), world), rank=rank, world_size=world)
+    for task in tasks:
+        out = Path(task["out"])
+        if "largest" in task and rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (task["largest"],) * 2)
+        try:
+            if "act" in task:
+                model = replace(MODEL, **task.get("model", {}))
+                getattr(acts, task["act"])(model, out, task["train"], task.get("resume"))
+                continue
+            rest = task.get("resume"), task.get("init_from", "")
+            run(task.get("shards", shards), out, task["train"], *rest, **task.get("model", {}))
+        except UserError as error:
+            if not task.get("refused"):
+                raise
+            (out / f"refused_{rank}.txt").write_text(str(error))
     dist.barrier()
     # Past Python's teardown: once in some tens of times a thread of gloo's lets go of a tensor then, which aborts.
     os._exit(0)

@@ -1,0 +1,125 @@
+"""A run's folder as the driver and the workers see it: whether it can be written, what begins and what ends a run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from sora_train.errors import UserError
+from sora_train.launch.environment import environment
+from sora_train.launch.validation import EMBEDDINGS, Outstanding
+from sora_train.manifest import Manifest
+from sora_train.recipe import Recipe, save_recipe
+from sora_train.train import checkpoint
+from sora_train.train.home import LEAVE
+from sora_train.train.metrics import JsonLines
+
+STOP = "stop.json"
+"""Why a worker ended the run, where no repetition would mend it: workers that Ray starts anew find it and end too."""
+RAYS_LIST = "checkpoints/checkpoint_manager_snapshot.json"
+"""Ray's list of checkpoints. It would bring a whole run down over one that somebody removed; workers report anew."""
+RECORDS = (
+    "metrics.jsonl",
+    "events.jsonl",
+    "recipe.yaml",
+    "environment.json",
+    "manifest.json",
+    "wandb.json",
+    "report.html",
+    "failure.txt",
+    EMBEDDINGS,
+    RAYS_LIST,
+    STOP,
+    LEAVE,
+)
+"""Files that a run writes, beside its checkpoints and its samples."""
+
+
+def check_writable(run: Path) -> None:
+    """UserError where the run's folder can't be made or written. Leaves nothing behind."""
+    above = next(place for place in (run, *run.parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=above) as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+    except OSError as error:
+        raise UserError(
+            f"the run's folder {run} can't be written: {error.strerror or error} ({above}); "
+            "give another place with --train.output, or make room there"
+        ) from None
+
+
+def check_fresh(run: Path, overwrite: bool) -> None:
+    """UserError where the folder holds a run that nobody said may go."""
+    steps = sorted((run / "checkpoints").glob("step_*"))
+    if not overwrite and (steps or (run / "metrics.jsonl").exists()):
+        held = f"a run with checkpoints up to {steps[-1].name}" if steps else "the records of a run"
+        raise UserError(
+            f"{run} holds {held}, which --fresh would remove; add --overwrite if it may go, give this one another name "
+            "(--name), or leave --fresh out to go on"
+        )
+
+
+def clear(run: Path) -> None:
+    """Removes what a run wrote, and nothing else: neither shards nor anybody's own files."""
+    for path in (*run.glob("checkpoints/step_*"), *run.glob("samples/step_*"), *run.glob("trained")):
+        shutil.rmtree(path)
+    for name in RECORDS:
+        (run / name).unlink(missing_ok=True)
+
+
+def write_folder(run: Path, recipe: Recipe, manifest: Manifest) -> None:
+    """What a run says of itself; leftovers of a run that was cut off are cleared away."""
+    folder = run / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (RAYS_LIST, STOP, LEAVE):
+        (run / name).unlink(missing_ok=True)
+    save_recipe(recipe, run / "recipe.yaml")
+    manifest.save(str(run))
+    (run / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
+    whole = {path: step for step, path in checkpoint.whole(folder)}
+    for path in folder.glob("step_*"):
+        if path not in whole:
+            shutil.rmtree(path)
+    outstanding = Outstanding(run)
+    for step in outstanding.steps():
+        outstanding.mark(step, "lost")
+    JsonLines(run / "metrics.jsonl").cut_back(max(whole.values(), default=0))
+
+
+def stop(run: Path, reason: str) -> None:
+    """Notes why the run must end; the first reason stays. On a full disk there is no note, and Ray tries again."""
+    note = run / STOP
+    with contextlib.suppress(OSError), note.open("x", encoding="utf-8") as file:
+        json.dump({"reason": reason}, file)
+
+
+def stopped_because(run: Path) -> str:
+    """The reason in `stop.json`; an empty string where there is none."""
+    try:
+        return str(json.loads((run / STOP).read_text(encoding="utf-8"))["reason"])
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError, KeyError):  # cut off by a full disk
+        return f"a worker met what can't be mended, and could not write it into {run / STOP}"
+
+
+def last_step(run: Path) -> int:
+    """The last step that was written down."""
+    records = JsonLines(run / "metrics.jsonl").read()
+    return records[-1]["step"] if records else 0
+
+
+def newest(run: Path) -> tuple[int, Path] | None:
+    """Step and folder of the newest whole checkpoint."""
+    found = checkpoint.whole(run / "checkpoints")
+    return found[-1] if found else None
+
+
+def last_checkpoint(run: Path) -> str:
+    """The newest whole checkpoint, in words."""
+    found = newest(run)
+    return f"the last whole checkpoint is {found[1]}" if found else "there is no checkpoint yet"

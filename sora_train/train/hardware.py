@@ -1,0 +1,54 @@
+"""What the device can do at best, and what it holds: for `mfu` and `memory_gb`."""
+
+import resource
+import sys
+
+import torch
+
+PEAKS = {
+    "A100": (312e12, 19.5e12),
+    "A800": (312e12, 19.5e12),
+    "A10": (125e12, 31.2e12),
+    "A40": (149.7e12, 37.4e12),
+    "A6000": (154.8e12, 38.7e12),
+    "L4": (121e12, 30.3e12),
+    "L40S": (362e12, 91.6e12),
+    "L40": (181e12, 90.5e12),
+    "H100 PCIe": (756e12, 51e12),
+    "H100": (989e12, 67e12),
+    "H800": (989e12, 67e12),
+    "H100 NVL": (835e12, 60e12),
+    "H200": (989e12, 67e12),
+    "H200 NVL": (835e12, 60e12),
+    "GH200": (989e12, 67e12),
+    "H20": (148e12, 44e12),
+    "B200": (2250e12, 75e12),
+    "RTX 3090": (71e12, 35.6e12),
+    "RTX 4090": (165.2e12, 82.6e12),
+    "RTX 5090": (209.5e12, 104.8e12),
+}
+"""FLOP/s of the makers' data sheets, dense: bfloat16 with float32 accumulation, and float32."""
+LESS = {"Laptop", "Max", "D", "MIG"}
+"""Words behind a name for a smaller device, or a part of one: `RTX 4090 Laptop GPU`, `RTX 4090 D`, `… MIG 1g.10gb`."""
+
+
+def peak_flops(device: torch.device, half: bool) -> float | None:
+    """FLOP/s that the makers promise of a device in bfloat16 or float32; None for one that is not in the table."""
+    if device.type != "cuda":
+        return None
+    return peak_of(torch.cuda.get_device_name(device), half)
+
+
+def peak_of(name: str, half: bool) -> float | None:
+    """The same by the name that CUDA gives, such as `NVIDIA H100 80GB HBM3`; the longest name that fits counts."""
+    words = f" {name.replace('-', ' ')} "
+    fits = [known for known in PEAKS if f" {known} " in words]
+    return PEAKS[max(fits, key=len)][0 if half else 1] if fits and not LESS & set(words.split()) else None
+
+
+def memory_gb(device: torch.device) -> float:
+    """Most memory that was in use so far, in 10⁹ bytes: of the GPU by tensors, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -1,0 +1,97 @@
+"""What a run was really trained on, from what every rank wrote down, against what it should have been trained on.
+
+A rank writes a line for each step it has done (`train.log_samples`). Lines of steps that a resume or a rollback undid
+stay in the files: of several attempts at a step the last holds, and in an attempt a rank's last line for it.
+"""
+
+import math
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from sora_train.data.order import Plan, batch, batch_number
+from sora_train.data.shards import ShardSet
+from sora_train.recipe import load_recipe
+from sora_train.train.checkpoint import read_state, whole
+from tests.drills.commands import lines
+
+
+@dataclass(frozen=True)
+class Account:
+    """Counts of a finished run's final history."""
+
+    lost: int
+    """Clips of an epoch that were neither trained on nor named."""
+    repeated: int
+    """Clips that were trained on more than once an epoch, or although they are named as left out."""
+    named: int
+    """Clips that `events.jsonl` names as skipped or left out."""
+    again: int
+    """Steps that were done and did not stay."""
+    unseen: int
+    """Clips that `state.json` counts beyond those that the ranks wrote down."""
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in lines(run / "metrics.jsonl")}
+
+
+def events(run: Path, kind: str) -> list[dict]:
+    return [event for event in lines(run / "events.jsonl") if event["event"] == kind]
+
+
+def difference(run: Path, unbroken: Path, until: int | None = None) -> float:
+    """The largest difference of a step's loss, relative to the unbroken run's; infinite where steps are missing."""
+    ours, theirs = losses(run), losses(unbroken)
+    steps = [step for step in theirs if until is None or step <= until]
+    if missing := [step for step in steps if step not in ours]:
+        print(f"    {len(missing)} steps are not in metrics.jsonl: {missing}", flush=True)
+        return math.inf
+    return max(abs(ours[step] - theirs[step]) / abs(theirs[step]) for step in steps)
+
+
+def account(run: Path, shards: Path) -> Account:
+    """Counts clips by epoch: each of `shards` must have come once, but for those that are named."""
+    train, clips = load_recipe(run / "recipe.yaml").train, ShardSet(str(shards))
+    plan, ids = clips.plan(train.batch_size, train.seed), ids_of(clips)
+    state = read_state(whole(run / "checkpoints")[-1][1])
+    assert state is not None
+    assert state["step"] == train.steps, f"{run} stands at step {state['step']} of {train.steps}"
+    batches = batch_number(train.steps - 1, state["skipped"]) + 1  # that the run went through, left out ones too
+
+    by_rank = [lines(path) for path in sorted((run / "trained").glob("rank_*.jsonl"))]
+    last = dict(sorted((line["step"], line["attempt"]) for said in by_rank for line in said))  # attempt at each step
+    trained: dict[int, Counter] = defaultdict(Counter)
+    for said in by_rank:
+        for line in {line["step"]: line for line in said if line["attempt"] == last[line["step"]]}.values():
+            trained[plan.epoch(line["batch"])].update(line["sample_ids"])
+    again = len(by_rank[0]) - len(last)  # rank 0 is there at any world size
+
+    named: dict[int, set[str]] = defaultdict(set)
+    for event in events(run, "skipped") + events(run, "left_out"):
+        found = re.search(r"batch (\d+): (.+)", event["reason"])
+        assert found is not None, f"no clips are named: {event}"
+        named[plan.epoch(int(found[1]))].update(found[2].split())
+
+    lost = repeated = 0
+    for epoch, wanted in by_epoch(plan, batches, clips, ids).items():
+        wanted = wanted - Counter(named[epoch])
+        lost += (wanted - trained[epoch]).total()
+        repeated += (trained[epoch] - wanted).total()
+    unseen = state["samples_seen"] - sum(counts.total() for counts in trained.values())
+    return Account(lost, repeated, sum(map(len, named.values())), again, unseen)
+
+
+def ids_of(clips: ShardSet) -> list[str]:
+    return [name for bucket, rows in clips.rows.items() for name in clips.sample_ids(bucket, range(rows))]
+
+
+def by_epoch(plan: Plan, batches: int, clips: ShardSet, ids: list[str]) -> dict[int, Counter]:
+    """What so many batches must hold: in a whole epoch every clip once, in the last one what the plan says."""
+    whole_epochs, rest = divmod(batches, plan.steps_per_epoch)
+    wanted = {epoch: Counter(ids) for epoch in range(whole_epochs)}
+    for number in range(batches - rest, batches):
+        taken = batch(plan, number)
+        wanted.setdefault(whole_epochs, Counter()).update(clips.sample_ids(taken.bucket, taken.rows))
+    return wanted

@@ -1,0 +1,142 @@
+"""What the drills share: a recipe, shards, the run that nobody touched, and how another one is held against it."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import yaml
+
+from sora_train.demo.shapes import make_clips
+from sora_train.train.checkpoint import whole
+from tests.drills.commands import Command, end, lines, start
+from tests.drills.history import Account, account, difference
+
+STEPS, CLIPS, BATCH, EVERY, SEED = 60, 48, 4, 6, 0
+HALF = 24
+"""The step of the checkpoint that half runs go on from."""
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table."""
+
+    fault: str
+    times: int = 1
+    exits: str = "—"
+    again: int | str = "—"
+    lost: int | str = "—"
+    repeated: int | str = "—"
+    difference: str = "—"
+    verdict: str = "holds"
+    holds: bool = True
+
+
+class Stage:
+    """What the drills share: a folder, a recipe, shards, and the run that nobody touched."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.runs, self.logs = root / "runs", root / "logs"
+        self.runs.mkdir(exist_ok=True)
+        self.logs.mkdir(exist_ok=True)
+        self.recipe = root / "recipe.yaml"
+        settings = {
+            "data": {"captions": str(root / "clips" / "captions.csv"), "output": str(root / "shards"),
+                     "frames": 4, "fps": 8, "height": 64, "width": 64},
+            "codec": {"vae": "builtin", "text": "builtin", "precision": "fp32", "text_precision": "fp32"},
+            "model": {"width": 32, "depth": 2, "heads": 2, "sample_size": 8, "text_width": 64},
+            "train": {"output": str(self.runs), "steps": STEPS, "batch_size": BATCH, "micro_batch_size": 2,
+                      "learning_rate": 3e-4, "warmup_steps": 5, "schedule": "cosine", "ema_decay": 0.99, "seed": SEED,
+                      "precision": "fp32", "zero_stage": 1, "log_every": 1, "log_samples": True,
+                      "checkpoint_every": EVERY, "keep_checkpoints": 100},
+            "validation": {"every": 0},
+            "cluster": {"address": "local", "workers": 2, "gpu": "no", "max_failures": 20, "resize_s": 5},
+        }  # fmt: skip
+        self.recipe.write_text(yaml.safe_dump(settings))
+
+    def train(self, name: str, *flags: str, delay_s: float = 0.0, output: Path | None = None) -> Command:
+        """Starts `sora train` of a run; the same name and flags again are the same command."""
+        output = output or self.runs
+        words = ["train", str(self.recipe), "--name", name, "--train.output", str(output), *flags]
+        return start(words, output / name, self.logs, {**ONE_THREAD, "SORA_STEP_DELAY_S": str(delay_s)})
+
+    @cached_property
+    def shards(self) -> Path:
+        make_clips(self.root / "clips", CLIPS)
+        prep = start(["prep", str(self.recipe)], self.root / "prep", self.logs, ONE_THREAD)
+        assert end(prep) == 0, prep.output()
+        return self.root / "shards"
+
+    @cached_property
+    def unbroken(self) -> Path:
+        """The run that nobody touched."""
+        assert self.shards.is_dir()
+        command = self.train("unbroken")
+        assert end(command) == 0, command.output()
+        found = account(command.run, self.shards)
+        assert found == Account(0, 0, 0, 0, 0), found
+        return command.run
+
+    def half(self, name: str, output: Path | None = None) -> Path:
+        """A copy of the unbroken run as it was at step `HALF`."""
+        run = (output or self.runs) / name
+        shutil.copytree(self.unbroken, run)
+        for step, path in whole(run / "checkpoints"):
+            if step > HALF:
+                shutil.rmtree(path)
+        for path in (run / "metrics.jsonl", run / "events.jsonl", *(run / "trained").iterdir()):
+            kept = [line for line in lines(path) if line["step"] <= HALF and line.get("event") != "end"]
+            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        return run
+
+
+def say(line: str) -> None:
+    print(f"    {line}", flush=True)
+
+
+def held_against(
+    stage: Stage, fault: str, run: Path, exits: list[int], *, want: list[int], times: int = 1, tolerance: float = 0.0,
+    until: int | None = None, wrong: list[str] | None = None, remark: str = "",
+) -> Row:  # fmt: skip
+    """The row of a run that got to its end: held against the unbroken one up to the step `until`."""
+    wrong, codes = list(wrong or []), ", ".join(map(str, exits))
+    if exits != want:
+        wrong.append(f"exit {exits}, not {want}")
+        return Row(fault, times, codes, verdict=ruling(wrong)[0], holds=False)
+    found, off = account(run, stage.shards), difference(run, stage.unbroken, until)
+    if found.lost or found.repeated:
+        wrong.append("samples are not exact")
+    if found.unseen:
+        wrong.append(f"state.json counts {found.unseen} clips more than the ranks wrote down")
+    if off > tolerance:
+        wrong.append(f"losses differ by {off:.1e}, more than {tolerance:g}")
+    if until is None and found.named:
+        wrong.append(f"{found.named} clips left out")
+    shown = "0, bit for bit" if off == 0 else f"{off:.1e}"
+    if until is not None:
+        shown += f", to step {until}"
+    return Row(fault, times, codes, found.again, found.lost, found.repeated, shown, *ruling(wrong, remark))
+
+
+def ruling(wrong: list[str], remark: str = "") -> tuple[str, bool]:
+    """The verdict in words, and whether all is well."""
+    return (f"FAILED: {'; '.join(wrong)}" if wrong else f"holds{remark and ': '}{remark}"), not wrong
+
+
+def refusal(command: Command, code: int, *needles: str) -> list[str]:
+    """What is wrong with how a command gave up: it must say so once, name what it is about, and show no traceback."""
+    output = command.output()
+    said = [line for line in output.splitlines() if line.startswith("sora ")]
+    say(f"exit {code}: {said[0] if said else output[-300:]}")
+    wrong = [] if code == 1 else [f"exit {code}, not 1"]
+    wrong += [f"{len(said)} messages"] if len(said) != 1 else []
+    wrong += ["a traceback is shown"] if "Traceback" in output else []
+    return wrong + [f"the message does not say {needle!r}" for needle in needles if needle not in output]
+
+
+def newest_is(run: Path, step: int) -> list[str]:
+    found = [at for at, _ in whole(run / "checkpoints")]
+    return [] if found[-1:] == [step] else [f"whole checkpoints are {found}, not up to {step}"]

@@ -1,0 +1,129 @@
+"""How a run ends before its last step, and what the same command does then."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from sora_train import cli
+from sora_train.errors import UserError
+from sora_train.launch.trainer import launch_training
+from sora_train.recipe import Recipe, save_recipe
+from sora_train.train.checkpoint import read_state, whole
+
+pytestmark = pytest.mark.ray
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def terminated(recipe: Recipe, when: Callable[[str], bool]) -> tuple[int, str, float]:
+    """Runs `sora train` and sends it SIGTERM once `when` holds for what it has printed; returns its exit code, its
+    output, and the seconds that it took to end."""
+    path = Path(recipe.train.output) / f"{recipe.name}.yaml"
+    save_recipe(recipe, path)
+    said = path.with_suffix(".txt")
+    with said.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sora_train.cli", "train", str(path)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "SORA_STEP_DELAY_S": "0.3"},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            while process.poll() is None and not when(said.read_text()):
+                time.sleep(0.1)
+            process.send_signal(signal.SIGTERM)
+            began = time.monotonic()
+            code = process.wait(timeout=120)
+        finally:
+            process.kill()
+    return code, said.read_text(), time.monotonic() - began
+
+
+@pytest.mark.timeout(200)
+def test_sigterm_makes_a_checkpoint_and_leaves_with_the_status_that_says_resumable(
+    builtin_shards: Path, tmp_path: Path, recipe_of
+):
+    recipe = recipe_of(builtin_shards, tmp_path, cluster__address="local", train__steps=500,
+                       train__checkpoint_every=500, validation__every=500, validation__prompts=["a"])  # fmt: skip
+    code, said, _ = terminated(recipe, lambda said: "step   3/500" in said)
+    assert code == cli.EXIT_RESUMABLE == 75, said
+    assert "Traceback" not in said
+    run = tmp_path / "tiny"
+    ((step, folder),) = whole(run / "checkpoints")
+    assert 3 <= step < 20
+    assert f"SIGTERM: the last whole checkpoint is {folder}; the same command goes on from there" in said
+    told = [(event["event"], event["step"]) for event in lines(run / "events.jsonl")]
+    assert ("preempted", step) in told
+    assert not (run / "leave").exists()
+    assert [line["step"] for line in lines(run / "metrics.jsonl")] == list(range(1, step + 1))
+
+
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize("moment", ["starting Ray", "starting workers"])
+def test_sigterm_while_a_run_starts_ends_it_soon(moment: str, builtin_shards: Path, tmp_path: Path, recipe_of):
+    recipe = recipe_of(builtin_shards, tmp_path, cluster__address="local", train__steps=500)
+    code, said, seconds = terminated(recipe, lambda said: moment in said)
+    assert code == cli.EXIT_RESUMABLE, said
+    assert "there is no checkpoint yet" in said
+    assert "Traceback" not in said
+    assert seconds < 20
+
+
+def test_damage_that_no_retry_mends_ends_a_run_at_once_and_says_what_it_was(
+    local_ray: None, builtin_shards: Path, tmp_path: Path, recipe_of, monkeypatch: pytest.MonkeyPatch
+):
+    shards = tmp_path / "shards"
+    shutil.copytree(builtin_shards, shards)
+    (file,) = shards.glob("bucket=*/*.parquet")
+    table = pq.ParquetFile(file).read()
+    pq.write_table(table, file, row_group_size=8, compression="none", use_dictionary=False, write_page_checksum=True)
+    content = bytearray(file.read_bytes())
+    content[content.index(table["latents"][20].as_py()) + 10] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"(?s)near step \d+: .*bucket=2x32x32/part.parquet.*the same command goes on"):
+        launch_training(recipe_of(shards, tmp_path, train__steps=30))
+    told = [event["event"] for event in lines(tmp_path / "tiny/events.jsonl")]
+    assert told.count("failed") == told.count("start") == 1
+    assert "worker_lost" not in told
+
+
+@pytest.mark.timeout(200)
+def test_the_checkpoints_of_the_lowest_loss_stay_and_the_newest(
+    local_ray: None, builtin_shards: Path, tmp_path: Path, recipe_of
+):
+    settings = {"train__keep_by": "loss", "train__keep_checkpoints": 2, "train__checkpoint_every": 2}
+    mean = {}
+    for steps in (8, 14):  # the second time a new controller of Ray's is told of what is there
+        run = launch_training(recipe_of(builtin_shards, tmp_path, train__steps=steps, **settings))
+        kept = {step: read_state(path) for step, path in whole(run / "checkpoints")}
+        losses = [line["loss"] for line in lines(run / "metrics.jsonl")]
+        mean = {step: (losses[step - 2] + losses[step - 1]) / 2 for step in range(2, steps + 1, 2)}
+        assert all(state["loss"] == pytest.approx(mean[step]) for step, state in kept.items())
+        assert set(kept) == {*sorted(mean, key=mean.__getitem__)[:2], steps}
+
+
+def test_fresh_begins_anew_only_where_it_was_told_to_overwrite(
+    local_ray: None, builtin_shards: Path, tmp_path: Path, recipe_of
+):
+    run = tmp_path / "tiny"
+    first = recipe_of(builtin_shards, tmp_path, train__steps=2)
+    launch_training(first, fresh=True)  # nothing is there: nothing to refuse
+    before = lines(run / "metrics.jsonl")
+    with pytest.raises(UserError, match=r"holds a run with checkpoints up to step_00000002.*--overwrite"):
+        launch_training(first, fresh=True)
+    assert lines(run / "metrics.jsonl") == before
+    launch_training(recipe_of(builtin_shards, tmp_path, train__steps=3, train__seed=1), fresh=True, overwrite=True)
+    assert [line["step"] for line in lines(run / "metrics.jsonl")] == [1, 2, 3]
+    assert [step for step, _ in whole(run / "checkpoints")] == [3]
+    assert [event["event"] for event in lines(run / "events.jsonl")] == ["start", "checkpoint", "end"]

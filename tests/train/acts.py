@@ -1,0 +1,97 @@
+"""What ranks do with an engine alone, without the loop. `ranks.py` calls them: act(model, out, train, resume)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from sora_train.model import Latte, ModelConfig
+from sora_train.train import checkpoint
+from sora_train.train.checkpoint import State
+from sora_train.train.config import TrainConfig
+from sora_train.train.ema import Ema
+from sora_train.train.engine import Engine
+
+
+def opened(model: ModelConfig, settings: dict, resume: str | None) -> tuple[Engine, Ema, State]:
+    """An engine that has the state of a checkpoint, if there is one."""
+    config = TrainConfig(**settings)
+    torch.manual_seed(config.seed)
+    engine = Engine(Latte(model), config, accumulation=2, device=torch.device("cpu"))
+    ema = Ema(engine, config.ema_decay)
+    return engine, ema, State() if resume is None else checkpoint.load(Path(resume), engine, ema)
+
+
+def write_again(model: ModelConfig, out: Path, settings: dict, resume: str) -> None:
+    """A checkpoint, read and written again as it is."""
+    checkpoint.snapshot(*opened(model, settings, resume)).write(out)
+
+
+def convert(model: ModelConfig, out: Path, settings: dict, resume: str) -> None:
+    """DeepSpeed's own checkpoint, and what its own script makes of it, of what was read from a checkpoint of ours."""
+    engine, _, _ = opened(model, settings, resume)
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # the engine's way in comes first
+
+    engine.inner.save_checkpoint(str(out), tag="theirs")
+    if engine.rank == 0:
+        theirs = get_fp32_state_dict_from_zero_checkpoint(str(out), tag="theirs")
+        save_file({name: tensor.contiguous() for name, tensor in theirs.items()}, out / "theirs.safetensors")
+
+
+def step_without_gradient(model: ModelConfig, out: Path, settings: dict, resume: str | None) -> None:
+    """Checkpoints `before` and `after` a step whose every gradient is zero."""
+    engine, ema, state = opened(model, settings, resume)
+    checkpoint.snapshot(engine, ema, state).write(out / "before")
+    learn(engine, seed=0, scale=0.0)
+    engine.step(settings["learning_rate"], lambda norm: "")
+    checkpoint.snapshot(engine, ema, state).write(out / "after")
+
+
+def refuse_a_step(model: ModelConfig, out: Path, settings: dict, resume: str | None) -> None:
+    """Checkpoints `before` and `refused`, around a step that a judge refused; `then`, after one more that was taken;
+    and `alone`, of an engine that never saw the first.
+    """
+    for seen in (True, False):
+        engine, ema, state = opened(model, settings, resume)
+        if seen:
+            checkpoint.snapshot(engine, ema, state).write(out / "before")
+            learn(engine, seed=1)
+            _, why = engine.step(settings["learning_rate"], lambda norm: "too large" if norm > 0 else "")
+            assert why == "too large"
+            checkpoint.snapshot(engine, ema, state).write(out / "refused")
+        learn(engine, seed=2)
+        assert not engine.step(settings["learning_rate"], lambda norm: "")[1]
+        checkpoint.snapshot(engine, ema, state).write(out / ("then" if seen else "alone"))
+
+
+def learn(engine: Engine, seed: int, scale: float = 1.0) -> None:
+    """The two micro-batches of a step, of noise, which differs between the ranks."""
+    model = engine.model.config
+    for micro in range(2):
+        draw = torch.Generator().manual_seed(100 * seed + 10 * micro + engine.rank)
+        x = torch.randn(1, 2, model.in_channels, 4, 4, generator=draw)
+        text = torch.randn(1, 3, model.text_width, generator=draw)
+        y = engine(x, torch.tensor([500.0]), text, torch.ones(1, 3, dtype=torch.bool))
+        engine.backward(scale * (y - x).square().mean())
+
+
+def tell(model: ModelConfig, out: Path, settings: dict, resume: str | None) -> None:
+    """What the engine came to know of raw keys."""
+    engine, _, _ = opened(model, settings, resume)
+    inner = engine.inner
+    told: dict[str, Any] = {
+        "reduce_bucket_size": inner.zero_reduce_bucket_size(),
+        "overlap_comm": inner.zero_overlap_comm(),
+        "reduce_scatter": inner.zero_reduce_scatter(),
+        "wall_clock_breakdown": inner.wall_clock_breakdown(),
+        "steps_per_print": inner.steps_per_print(),
+        "sub_group_size": inner.zero_sub_group_size(),
+        "param_persistence_threshold": inner.zero_param_persistence_threshold(),
+        "sub_groups": len(getattr(inner.optimizer, "fp32_partitioned_groups_flat", ())),
+        "stage": inner.zero_optimization_stage(),
+    }
+    if engine.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "told.json").write_text(json.dumps(told))
