@@ -152,7 +152,9 @@ def load_recipe(path: str | Path, overrides: Mapping[str, object] | None = None)
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
     """Writes every key, so that the run's own recipe.yaml says what the defaults were on that day."""
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
-    Path(path).write_text(text, encoding="utf-8")
+    draft = Path(path).with_name(f".{Path(path).name}.draft")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)  # a kill leaves the one before
 
 
 def check(recipe: Recipe) -> list[str]:
@@ -203,6 +205,11 @@ def check(recipe: Recipe) -> list[str]:
         wrong.append(
             f"cluster.workers {max(fewest, most)} is more than train.batch_size {train.batch_size}, so that some "
             f"would never see a clip; use at most {train.batch_size} workers or a larger batch"
+        )
+    if 0 < train.guard_spike < 1:
+        wrong.append(
+            f"train.guard_spike {train.guard_spike:g} would refuse steps like all others; use 1 or more, such as 5, or "
+            "0 to let any finite gradient norm pass"
         )
     if not all(0 <= beta < 1 for beta in train.betas):
         wrong.append(f"train.betas are {train.betas}; both must be at least 0 and below 1")

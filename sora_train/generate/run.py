@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 from sora_train.codec.text import TextEncoder, text_encoder_of
 from sora_train.codec.vae import Vae, load_vae
@@ -18,6 +17,7 @@ from sora_train.errors import UserError
 from sora_train.manifest import Manifest
 from sora_train.model import Latte
 from sora_train.recipe import Recipe, load_recipe
+from sora_train.train.checkpoint import read_averaged, step_folders
 
 WEIGHTS = "ema.safetensors"
 
@@ -70,7 +70,7 @@ def load_run(path: str | Path, device: str | torch.device | None = None) -> Run:
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = Latte(recipe.model)
     try:
-        model.load_state_dict(load_file(checkpoint / WEIGHTS))
+        model.load_state_dict(read_averaged(checkpoint / WEIGHTS))
     except RuntimeError as error:
         first = str(error).splitlines()[-1].strip()
         raise UserError(f"{checkpoint / WEIGHTS} does not fit the model in its recipe.yaml: {first}") from None
@@ -95,7 +95,7 @@ def find_checkpoint(path: str | Path) -> tuple[Path, Path]:
         return (above if (above / "recipe.yaml").is_file() else folder), folder
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder} is no run: it has no recipe.yaml; name the folder that `sora train` made")
-    for checkpoint in sorted(folder.glob("checkpoints/step_*"), reverse=True):
+    for checkpoint in reversed(step_folders(folder / "checkpoints")):
         if _is_whole(checkpoint / WEIGHTS):
             return folder, checkpoint
         print(f"warning: {checkpoint} is unfinished or damaged; looking for one before it", file=sys.stderr, flush=True)

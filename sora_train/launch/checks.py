@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import yaml
 
 from sora_train.codec.files import find_text_encoder, find_vae
 from sora_train.codec.folders import find_folder
 from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
 from sora_train.manifest import Manifest
-from sora_train.model.convert import check_fit
+from sora_train.model.convert import check_fit, check_readable
 from sora_train.recipe import Recipe
 from sora_train.schema import bucket_name, bucket_size
+from sora_train.settings import build, read_yaml
 from sora_train.train import checkpoint
 
 MAY_CHANGE = (
@@ -39,6 +39,7 @@ MAY_CHANGE = (
     "train.zero_stage",
     "train.log_every",
     "train.log_samples",
+    "train.log_samples",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.keep_by",
@@ -52,6 +53,9 @@ MAY_CHANGE = (
     "tracking.",
 )
 """What a resumed run may have otherwise than it began with: nothing of it changes what is learned, but for rounding."""
+
+STEERS = ("train.learning_rate", "train.warmup_steps", "train.schedule", "train.gradient_clip", "train.weight_decay")
+"""What it may have otherwise too, from the resumed step on, since people steer by it; `events.jsonl` says so."""
 
 
 def absolute(recipe: Recipe) -> Recipe:
@@ -123,7 +127,8 @@ def check_start(recipe: Recipe) -> None:
     try:
         if folder:
             check_fit(recipe.model, Path(folder))
-    except (ValueError, KeyError, OSError) as error:
+            check_readable(Path(folder))
+    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
         raise UserError(f"model.init_from: training can't start from {folder}: {error}") from None
 
 
@@ -150,13 +155,11 @@ def check_folder(run: Path, recipe: Recipe, manifest: Manifest) -> int | None:
     found = checkpoint.whole(run / "checkpoints")
     if not found:
         return None
-    before = flat(yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8")))
-    now = flat(recipe.model_dump(mode="json"))
-    changed = [
-        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
-    ]
+    if not (run / "recipe.yaml").is_file():
+        raise UserError(f"{run / 'recipe.yaml'} is missing: put a copy of its newest checkpoint's there")
+    changed = [change for change in differences(run, recipe) if not change.startswith(MAY_CHANGE + STEERS)]
+    if not (run / "manifest.json").is_file():
+        raise UserError(f"{run / 'manifest.json'} is missing: put a copy of its shards' there")
     trained = Manifest.load(str(run))
     if trained.encoding_hash != manifest.encoding_hash:
         changed.append(f"the shards' encoding was {trained.encoding_hash[:12]} and is {manifest.encoding_hash[:12]}")
@@ -168,6 +171,17 @@ def check_folder(run: Path, recipe: Recipe, manifest: Manifest) -> int | None:
             "them back to go on"
         )
     return found[-1][0]
+
+
+def differences(run: Path, recipe: Recipe, of: tuple[str, ...] = ("",)) -> list[str]:
+    """Keys that begin with any of `of` and are otherwise than when the run last started, a phrase each."""
+    then = build(Recipe, read_yaml(run / "recipe.yaml"), {}, str(run / "recipe.yaml"))
+    before, now = flat(then.model_dump(mode="json")), flat(recipe.model_dump(mode="json"))
+    return [
+        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key.startswith(of)
+    ]
 
 
 def check_cluster(recipe: Recipe) -> bool:

@@ -37,16 +37,17 @@ def connect(
         if address == "local":
             # Given `local`, Ray never joins what another process left running, which `num_cpus` alone would raise for.
             cpus = max(os.cpu_count() or 1, min_cpus)
-            ray.init(
-                "local",
-                num_cpus=cpus,
-                include_dashboard=dashboard,
-                logging_level=logging.WARNING,
-                log_to_driver=log_to_driver,
-            )
+            with known_address():
+                ray.init(
+                    "local",
+                    num_cpus=cpus,
+                    include_dashboard=dashboard,
+                    logging_level=logging.WARNING,
+                    log_to_driver=log_to_driver,
+                )
         else:
             ray.init(address, logging_level=logging.WARNING, log_to_driver=log_to_driver)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # a node that takes too long to start is no more than that to Ray
         failed = "start Ray here" if address == "local" else f"join the Ray cluster at {address}"
         raise UserError(
             f"cluster.address: can't {failed}: {error}; unset RAY_ADDRESS or set cluster.address to `local` to run on "
@@ -56,6 +57,28 @@ def connect(
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def known_address() -> Iterator[None]:
+    """Lets a Ray that is started in a `with` block, and all its processes, know the address that it will have.
+
+    Without it Train's cleaner, which looks whether the controller is alive, asks the cluster that `ray start` noted on
+    this machine; that one knows no such controller, and so the cleaner ends workers that train.
+    """
+    with socket.create_server(("", 0)) as free:
+        port = free.getsockname()[1]
+    names = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}"}
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def running_cluster() -> str | None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import os
 import shutil
+import socket
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sora_train.errors import UserError
@@ -15,7 +20,7 @@ from sora_train.manifest import Manifest
 from sora_train.recipe import Recipe, save_recipe
 from sora_train.train import checkpoint
 from sora_train.train.home import LEAVE
-from sora_train.train.metrics import JsonLines
+from sora_train.train.metrics import Events, JsonLines
 
 STOP = "stop.json"
 """Why a worker ended the run, where no repetition would mend it: workers that Ray starts anew find it and end too."""
@@ -54,7 +59,7 @@ def check_writable(run: Path) -> None:
 
 def check_fresh(run: Path, overwrite: bool) -> None:
     """UserError where the folder holds a run that nobody said may go."""
-    steps = sorted((run / "checkpoints").glob("step_*"))
+    steps = checkpoint.step_folders(run / "checkpoints")
     if not overwrite and (steps or (run / "metrics.jsonl").exists()):
         held = f"a run with checkpoints up to {steps[-1].name}" if steps else "the records of a run"
         raise UserError(
@@ -65,8 +70,9 @@ def check_fresh(run: Path, overwrite: bool) -> None:
 
 def clear(run: Path) -> None:
     """Removes what a run wrote, and nothing else: neither shards nor anybody's own files."""
-    for path in (*run.glob("checkpoints/step_*"), *run.glob("samples/step_*"), *run.glob("trained")):
-        shutil.rmtree(path)
+    checkpoints = checkpoint.step_folders(run / "checkpoints")
+    for path in (*checkpoints, *run.glob("checkpoints/damaged_step_*"), *run.glob("samples/step_*"), run / "trained"):
+        shutil.rmtree(path, ignore_errors=True)
     for name in RECORDS:
         (run / name).unlink(missing_ok=True)
 
@@ -80,14 +86,70 @@ def write_folder(run: Path, recipe: Recipe, manifest: Manifest) -> None:
     save_recipe(recipe, run / "recipe.yaml")
     manifest.save(str(run))
     (run / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
-    whole = {path: step for step, path in checkpoint.whole(folder)}
-    for path in folder.glob("step_*"):
-        if path not in whole:
-            shutil.rmtree(path)
+    set_aside(run)
+    last = max((step for step, _ in checkpoint.whole(folder)), default=0)
     outstanding = Outstanding(run)
     for step in outstanding.steps():
         outstanding.mark(step, "lost")
-    JsonLines(run / "metrics.jsonl").cut_back(max(whole.values(), default=0))
+    JsonLines(run / "metrics.jsonl").cut_back(last)
+
+
+def set_aside(run: Path) -> None:
+    """Removes checkpoints that a kill left unfinished; what is damaged is kept under another name, and named."""
+    for path in checkpoint.step_folders(run / "checkpoints"):
+        if checkpoint.unfinished(path):
+            shutil.rmtree(path)
+        elif isinstance(flaw := checkpoint.examine(path), str):
+            aside = path.with_name(f"damaged_{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            Events(run).write("damaged", int(path.name[5:]), f"{flaw}: put aside as {aside}")
+
+
+def check_whole(run: Path) -> None:
+    """UserError where a run has checkpoints and none is whole: it would begin anew, and nobody asked for that."""
+    flaws = {
+        path: flaw
+        for path in checkpoint.step_folders(run / "checkpoints")
+        if not checkpoint.unfinished(path) and isinstance(flaw := checkpoint.examine(path), str)
+    }
+    if flaws and not checkpoint.whole(run / "checkpoints"):
+        named = "; ".join(f"{path.name}: {flaw}" for path, flaw in flaws.items())
+        raise UserError(
+            f"no checkpoint in {run / 'checkpoints'} is whole ({named}). Put a whole one there, or begin anew with "
+            "--fresh --overwrite"
+        )
+
+
+@contextmanager
+def only_one(run: Path) -> Iterator[None]:
+    """Keeps a second `sora train` off a run's folder; UserError where another is at work. Ends with the process."""
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / ".lock").open("a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise UserError(
+                f"another `sora train` is at work in {run} ({lock.read().strip()}): wait for its end, end it, or give "
+                "this one another name (--name)"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        yield
+
+
+@contextmanager
+def clear_words(run: Path) -> Iterator[None]:
+    """Files of a run that can't be read or written as UserErrors."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or run} can't be read or written ({error.strerror or error}): it belongs to the run; "
+            "move it away, or mend its permissions"
+        ) from None
 
 
 def stop(run: Path, reason: str) -> None:

@@ -30,23 +30,28 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from sora_train.errors import Stopped, UserError
 from sora_train.launch.checks import (
+    STEERS,
     absolute,
     check_cluster,
     check_codec,
     check_folder,
     check_shards,
     check_start,
+    differences,
     resources,
     worker_resources,
 )
 from sora_train.launch.cluster import connect
 from sora_train.launch.folder import (
     check_fresh,
+    check_whole,
     check_writable,
     clear,
+    clear_words,
     last_checkpoint,
     last_step,
     newest,
+    only_one,
     stopped_because,
     write_folder,
 )
@@ -72,11 +77,16 @@ def launch_training(recipe: Recipe, fresh: bool = False, overwrite: bool = False
     run = Path(recipe.train.output) / recipe.name
     check_writable(run)
     manifest = check_shards(recipe)
-    if fresh:
-        check_fresh(run, overwrite)
-    elif (at := check_folder(run, recipe, manifest) or 0) >= recipe.train.steps:
-        print(f"{run} is finished: {at} steps are done; raise train.steps to train on", flush=True)
-        return run
+    steered: list[str] = []
+    with clear_words(run):
+        if fresh:
+            check_fresh(run, overwrite)
+        elif (at := check_folder(run, recipe, manifest) or 0) >= recipe.train.steps:
+            print(f"{run} is finished: {at} steps are done; raise train.steps to train on", flush=True)
+            return run
+        else:
+            check_whole(run)
+            steered = differences(run, recipe, STEERS) if at else []
     check_codec(recipe, manifest)
     check_start(recipe)
     print("starting Ray", flush=True)
@@ -91,26 +101,30 @@ def launch_training(recipe: Recipe, fresh: bool = False, overwrite: bool = False
     ):
         sigterm.listen_again()
         gpu = check_cluster(recipe)
-        if fresh:
-            clear(run)
-        write_folder(run, recipe, manifest)
-        with Follower(run, recipe.train.steps, tracking(recipe), recipe.model_dump(mode="json")) as follower:
-            sigterm.can_wait = lambda: follower.training
-            sigterm.check()
-            try:
-                why = fit(recipe, run, gpu)
-            except KeyboardInterrupt:
-                by = "SIGTERM" if sigterm.count else "by hand"
-                why = f"{by}; the same command goes on from the last checkpoint"
-                Events(run).write("interrupted", last_step(run), why)
-                raise
-            finally:
-                (run / LEAVE).unlink(missing_ok=True)
-            if why:
-                asked = "SIGTERM" if sigterm.count else f"somebody made {run / LEAVE}"
-                step, _ = newest(run) or (0, None)
-                Events(run).write("preempted", step, f"{asked}; the same command goes on")
-                raise Stopped(f"{asked}: {last_checkpoint(run)}; the same command goes on from there")
+        with only_one(run):
+            with clear_words(run):
+                if fresh:
+                    clear(run)
+                write_folder(run, recipe, manifest)
+                if steered:
+                    Events(run).write("changed", at, f"from here on {'; '.join(steered)}")
+            with Follower(run, recipe.train.steps, tracking(recipe), recipe.model_dump(mode="json")) as follower:
+                sigterm.can_wait = lambda: follower.training
+                sigterm.check()
+                try:
+                    why = fit(recipe, run, gpu)
+                except KeyboardInterrupt:
+                    by = "SIGTERM" if sigterm.count else "by hand"
+                    why = f"{by}; the same command goes on from the last checkpoint"
+                    Events(run).write("interrupted", last_step(run), why)
+                    raise
+                finally:
+                    (run / LEAVE).unlink(missing_ok=True)
+                if why:
+                    asked = "SIGTERM" if sigterm.count else f"somebody made {run / LEAVE}"
+                    step, _ = newest(run) or (0, None)
+                    Events(run).write("preempted", step, f"{asked}; the same command goes on")
+                    raise Stopped(f"{asked}: {last_checkpoint(run)}; the same command goes on from there")
     print(f"done: {recipe.train.steps} steps. Checkpoints, samples and metrics are in {run}", flush=True)
     return run
 
@@ -179,9 +193,7 @@ def failed(run: Path, events: Events, why: str, account: str) -> UserError:
         if account:
             (run / "failure.txt").write_text(account, encoding="utf-8")
             where = f"The whole account is in {run / 'failure.txt'}; "
-    return UserError(
-        f"training stopped near step {step}: {why}\n{where}{last_checkpoint(run)}; the same command goes on from there"
-    )
+    return UserError(f"training stopped near step {step}: {why}\n{where}{last_checkpoint(run)}, and is untouched")
 
 
 class NoteEvents(UserCallback):
@@ -219,7 +231,7 @@ def reason_of(error: BaseException) -> str:
     failures = getattr(error, "worker_failures", None)
     if failures:
         error = failures[min(failures)]
-    cause = getattr(error, "cause", None) or error
+    cause = getattr(error, "cause", None) or getattr(error, "health_check_failure", None) or error
     lines = [line for line in str(cause).strip().splitlines() if line.strip()]
     text = lines[-1] if lines and lines[0].startswith("Traceback") else " ".join(lines[:3])
     return text if isinstance(cause, UserError) else f"{type(cause).__name__}: {text}"[:500]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
@@ -139,15 +140,31 @@ def check_fit(config: ModelConfig, folder: Path) -> None:
         raise ValueError("; ".join(wrong))
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a diffusers folder, in one file or in several with an index."""
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a diffusers folder's tensors: one, or several with an index. FileNotFoundError if not."""
     index = folder / f"{WEIGHTS}.index.json"
-    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [WEIGHTS]
-    weights: dict[str, Tensor] = {}
-    for name in files:
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [WEIGHTS]
+    for name in names:
         if not (folder / name).is_file() or Path(name).name != name:
             raise FileNotFoundError(f"{folder / name} is missing: expected safetensors weights beside config.json")
-        weights |= load_file(folder / name)
+    return [folder / name for name in names]
+
+
+def check_readable(folder: Path) -> None:
+    """ValueError, naming the file, where weights are cut short: a file says how long it must be."""
+    for path in weight_files(transformer_folder(folder)):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a diffusers folder."""
+    weights: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        weights |= load_file(path)
     return weights
 
 

@@ -15,6 +15,7 @@ a checkpoint carry one token, so that what an interrupted attempt left never fil
 import json
 import math
 import os
+import re
 import secrets
 import zlib
 from collections import Counter
@@ -53,6 +54,8 @@ class State:
     """Numbers of the batches of the last steps, as far as they were skipped in a row."""
     rollbacks: int = 0
     """How many times the guard went back to a checkpoint."""
+    back_at: int = -1
+    """The step of the checkpoint that it last went back to; -1 where it never did."""
     norms: tuple[float, ...] = ()
     """Gradient norms of the last good steps, which the guard judges by."""
     loss: float | None = None
@@ -85,7 +88,9 @@ class Snapshot:
             metadata = {"offsets": json.dumps(self.offsets), "crc32": json.dumps(sums), "token": self.token}
             _write(folder / part_name(self.rank, self.world), lambda draft: save_file(self.owned, draft, metadata))
             if self.rank == 0:
-                _write(folder / AVERAGED, lambda draft: save_file(self.averaged, draft, {"token": self.token}))
+                sums = {name: _crc32(name, tensor) for name, tensor in self.averaged.items()}
+                metadata = {"crc32": json.dumps(sums), "token": self.token}
+                _write(folder / AVERAGED, lambda draft: save_file(self.averaged, draft, metadata))
                 about = {"format": FORMAT, "token": self.token, **asdict(self.state)}
                 about |= {"world_size": self.world, "zero_stage": self.stage}
                 text = json.dumps(about | {"crc32": _checksum(about)}, indent=1)
@@ -107,7 +112,15 @@ def name_of(step: int) -> str:
 
 
 def snapshot(engine: Engine, ema: Ema, state: State) -> Snapshot:
-    """Copies what this rank owns. Collective."""
+    """Copies what this rank owns. Collective. Raises UserError on every rank where weights are not finite."""
+    finite = torch.tensor(all(bool(part.master.isfinite().all()) for part in engine.slices().values())).int()
+    finite = finite.to(engine.device)
+    dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+    if not finite.item():
+        raise UserError(
+            f"at step {state.step} weights are no longer finite, so that no checkpoint was made of "
+            "them; lower train.learning_rate"
+        )
     owned = {name: part for name, part in engine.slices().items() if part.owned}
     tensors = {f"{kind}/{name}": source for name in owned for kind, source in targets(engine, ema, name)}
     # Copies in any case: the originals change with the next step, and share memory, which safetensors refuses.
@@ -195,8 +208,22 @@ def _copy_overlap(source: Tensor, source_offset: int, target: Tensor, target_off
 
 def checksum(key: str, tensor: Tensor, offsets: dict[str, int]) -> int:
     """CRC-32 of a tensor called KIND/NAME, with where in NAME it begins: a flipped bit on a disk is noticed."""
-    place = f"{key} {offsets[key.partition('/')[2]]}"
+    return _crc32(f"{key} {offsets[key.partition('/')[2]]}", tensor)
+
+
+def _crc32(place: str, tensor: Tensor) -> int:
     return zlib.crc32(tensor.contiguous().numpy().data, zlib.crc32(place.encode()))
+
+
+def read_averaged(path: Path) -> dict[str, Tensor]:
+    """The averaged model in an `ema.safetensors`; UserError where its bytes are not those that were written."""
+    with safe_open(path, "pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
+        sums = json.loads((file.metadata() or {}).get("crc32", "{}"))
+    damaged = [name for name, tensor in weights.items() if name in sums and _crc32(name, tensor) != sums[name]]
+    if damaged:
+        raise UserError(f"{path} is damaged: {damaged[0]} has another checksum than was written; use another one")
+    return weights
 
 
 def _checksum(about: dict[str, Any]) -> int:
@@ -218,15 +245,25 @@ def _write(path: Path, write: Any) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:
-    """`state.json` of a whole checkpoint; None if anything of it is missing, cut short or, in this file, changed.
+    """`state.json` of a whole checkpoint, or None; raises UserError as `examine`."""
+    found = examine(folder)
+    return found if isinstance(found, dict) else None
 
-    Raises UserError for another format.
+
+def examine(folder: Path) -> dict[str, Any] | str:
+    """`state.json` of a whole checkpoint, or what is missing, cut short or, in this file, changed.
+
+    Raises UserError for another format, and where files that are there can't be read: that may pass.
     """
     try:
         about = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         written = int(about["format"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return "it has no state.json"
+    except OSError as error:
+        raise UserError(f"{folder / 'state.json'} can't be read: {error}; try again when it can") from None
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return "its state.json is damaged"
     if written != FORMAT:
         raise UserError(
             f"{folder} has checkpoint format {written}, this version reads {FORMAT}: use the version of sora_train "
@@ -234,18 +271,37 @@ def read_state(folder: Path) -> dict[str, Any] | None:
         )
     try:
         if about.pop("crc32") != _checksum(about):
-            return None
+            return "its state.json was changed"
         names = [AVERAGED, *(part_name(rank, about["world_size"]) for rank in range(about["world_size"]))]
         for name in names:
+            if not (folder / name).is_file():
+                return f"it has no {name}"
             with safe_open(folder / name, "pt") as file:  # it compares the file's length with what its header says
                 if file.metadata()["token"] != about["token"]:
-                    return None
-    except (SafetensorError, OSError, KeyError, TypeError):
-        return None
+                    return f"its {name} is of another attempt"
+    except SafetensorError:
+        return f"its {name} is cut short or damaged"
+    except OSError as error:
+        raise UserError(f"{folder} can't be read: {error}; try again when it can") from None
+    except (KeyError, TypeError):
+        return "its state.json or a part lacks what it should say"
     return about
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """What is named as a checkpoint in a folder of checkpoints, oldest first: not the copies that people make."""
+    return sorted(path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name) and path.is_dir())
 
 
 def whole(folder: Path) -> list[tuple[int, Path]]:
     """The whole checkpoints in a folder of checkpoints, oldest first, with their steps."""
-    found = ((read_state(path), path) for path in folder.glob("step_*"))
+    found = ((read_state(path), path) for path in step_folders(folder))
     return sorted((about["step"], path) for about, path in found if about is not None)
+
+
+def unfinished(folder: Path) -> bool:
+    """Whether a checkpoint is what a kill leaves while one is written: no state.json, and not all other files."""
+    parts = {int(path.stem.rpartition("_")[2]) for path in folder.glob("part_*_of_*.safetensors")}
+    count = len(list(folder.glob("part_*_of_*.safetensors")))
+    complete = len(parts) == 1 and count == max(parts) and (folder / AVERAGED).is_file()
+    return not (folder / "state.json").exists() and not complete

@@ -183,11 +183,13 @@ def go_back(
     if state.rollbacks >= config.guard_rollbacks:
         home.settle()
         raise UserError(
-            f"training stopped at step {state.step}: {len(state.streak)} steps in a row had to be skipped, after "
-            f"{state.rollbacks} rollbacks; events.jsonl of the run names the clips. Lower train.learning_rate, look at "
-            "those clips with `sora inspect`, or raise train.guard_rollbacks"
+            f"at step {state.step} {len(state.streak)} steps in a row had to be skipped, after {state.rollbacks} "
+            "rollbacks; events.jsonl of the run names the clips. Lower train.learning_rate, look at those clips with "
+            "`sora inspect`, or raise train.guard_rollbacks"
         )
     folder = home.newest(first_bad)
+    if folder is not None and folder.name == checkpoint.name_of(state.back_at):
+        folder = home.newest(state.back_at - 1) or folder  # that one led here before
     back = state if folder is None else checkpoint.load(folder, engine, ema)
     skipped = tuple(sorted({*state.skipped, *back.skipped}))
     if folder is not None:
@@ -198,7 +200,8 @@ def go_back(
         for number in sorted(set(skipped) - set(state.skipped)):
             home.note("left_out", back.step, f"batch {number}: {named(shards, plan, number)}")
         home.cut_back(back.step)
-    return replace(back, skipped=skipped, streak=(), rollbacks=state.rollbacks + 1)
+    at = state.back_at if folder is None else back.step
+    return replace(back, skipped=skipped, streak=(), rollbacks=state.rollbacks + 1, back_at=at)
 
 
 def named(shards: ShardSet, plan: Plan, number: int) -> str:

@@ -42,16 +42,18 @@ class JsonLines:
         return [record for line in self.path.read_bytes().splitlines() if (record := parse(line)) is not None]
 
     def cut_back(self, step: int) -> None:
-        """Ends the file before the first line that is of a later step than `step`, or that a crash cut short."""
+        """Takes out lines of later steps than `step`, and what is no record, such as a line that a crash cut short."""
         if not self.path.exists():
             return
-        keep = 0
-        for line in self.path.read_bytes().splitlines(keepends=True):
-            record = parse(line)
-            if record is None or record["step"] > step:
-                break
-            keep += len(line)
-        os.truncate(self.path, keep)
+        before = self.path.read_bytes()
+        lines = before.splitlines(keepends=True)
+        after = b"".join(line for line in lines if (record := parse(line)) is not None and record["step"] <= step)
+        if before.startswith(after):
+            os.truncate(self.path, len(after))
+        else:
+            draft = self.path.with_name(f".{self.path.name}.draft")
+            draft.write_bytes(after)
+            draft.replace(self.path)
 
 
 class Events:
@@ -116,12 +118,12 @@ class Tally:
 
 
 def parse(line: bytes) -> dict[str, Any] | None:
-    """A line's object, or None where it holds none, such as one cut short."""
+    """A line's record, which says its step, or None where it holds none, such as one cut short."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) else None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 def log_line(record: dict[str, Any], steps: int) -> str:

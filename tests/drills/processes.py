@@ -106,13 +106,15 @@ def driver_killed(stage: Stage) -> Row:
     """`kill -9` of the driver; the same command, started at once, goes on, and nothing of the first one stays."""
     command = stage.train("driver-killed", delay_s=0.3)
     wait_for_step(command, 20)
-    orphans = family(command)
+    orphans, workers = family(command), training_workers(command)
     command.process.kill()
     code, second = end(command), stage.train("driver-killed")
-    _, alive = psutil.wait_procs(orphans, timeout=10)  # sooner than the second has workers
-    left = [process.name() for process in alive if "agent" not in title(process).lower()]  # these take a minute
-    wrong = [f"10 s later there are still {left}"] if left else []
+    _, training = psutil.wait_procs(workers, timeout=5)  # sooner than the second has workers
+    wrong = ["its workers train on 5 s later"] if training else []
     again = end(second)
+    _, alive = psutil.wait_procs(orphans, timeout=10)
+    left = [process.name() for process in alive if "agent" not in title(process).lower()]  # these take a minute
+    wrong += [f"when the second command has ended there are still {left}"] if left else []
     return held_against(stage, "kill -9 of the driver", command.run, [code, again], want=[-9, 0], wrong=wrong)
 
 

@@ -1,6 +1,7 @@
 """What the tests of launching share: Ray, started once, and a recipe small enough for it."""
 
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,9 +10,15 @@ import ray
 
 from sora_train.codec.text import load_text_encoder
 from sora_train.codec.vae import load_vae
+from sora_train.launch.cluster import known_address
 from sora_train.manifest import Manifest, TextFacts, VaeFacts
 from sora_train.recipe import Recipe
 from sora_train.settings import build
+
+
+def free_port() -> int:
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
 
 
 @pytest.fixture(scope="package")
@@ -21,7 +28,12 @@ def local_ray() -> Iterator[None]:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("SORA_VALIDATION_DELAY_S", "5")
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+        with known_address():
+            # A Ray without a dashboard believes that it has one at 8265, where another Ray of this machine may answer
+            # Train's cleaner that it knows no such controller: the workers would be ended.
+            ray.init(
+                address="local", num_cpus=4, include_dashboard=False, dashboard_port=free_port(), log_to_driver=False
+            )
         yield
         ray.shutdown()
 

@@ -9,8 +9,11 @@ one per process, and nodes must come and go from its main thread.
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -36,8 +39,15 @@ def alone(recipe: Recipe, run: Path) -> int:
 
 
 def on_nodes(recipe: Recipe, run: Path, acts: list[str]) -> int:
-    os.environ |= {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "3"}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    os.environ |= {
+        "RAY_health_check_period_ms": "500",
+        "RAY_health_check_failure_threshold": "3",
+        "RAY_TMPDIR": tempfile.mkdtemp(prefix="ray"),  # where it notes its address, beside no other Ray's
+    }
+    with socket.create_server(("", 0)) as server:
+        nowhere = server.getsockname()[1]  # else Train's cleaner asks whatever Ray of this machine answers at 8265
+    head = {"num_cpus": 1, "include_dashboard": False, "dashboard_port": nowhere}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     ray.init(address=cluster.address, log_to_driver=False)
     failures: list[Exception] = []
@@ -64,6 +74,7 @@ def on_nodes(recipe: Recipe, run: Path, acts: list[str]) -> int:
     thread.join()
     ray.shutdown()
     cluster.shutdown()
+    shutil.rmtree(os.environ["RAY_TMPDIR"], ignore_errors=True)
     for failure in failures:
         print(f"{type(failure).__name__}: {failure}", flush=True)
     return len(failures)

@@ -1,5 +1,7 @@
 """Which cluster a process belongs to, found out without starting one."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,3 +38,19 @@ def test_a_cluster_that_answers_is_joined(notes: Path):
         address = f"127.0.0.1:{server.getsockname()[1]}"
         notes.write_text(address + "\n")
         assert running_cluster() == address
+
+
+@pytest.mark.ray
+def test_all_processes_of_a_ray_started_here_know_its_address():
+    """In a process of its own: this one may be connected to another."""
+    program = """
+import os, ray
+from sora_train.launch.cluster import connect
+with connect("local", dashboard=False):
+    print(ray.get_runtime_context().gcs_address, ray.get(ray.remote(os.getenv).remote("RAY_ADDRESS")))
+print(os.getenv("RAY_ADDRESS"))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    here, told, after = done.stdout.split()
+    assert here == told
+    assert after == "None"

@@ -1,0 +1,118 @@
+"""A run's folder before Ray starts: nothing of value is removed, and what is wrong is named."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from sora_train.data.shards import ShardSet
+from sora_train.errors import UserError
+from sora_train.launch.checks import STEERS, check_folder, differences
+from sora_train.launch.folder import check_whole, only_one, set_aside
+from sora_train.manifest import Manifest
+from sora_train.model import Latte
+from sora_train.recipe import save_recipe
+from sora_train.train import checkpoint
+from sora_train.train.ema import Ema
+from sora_train.train.engine import Engine
+from sora_train.train.home import Home
+from sora_train.train.loop import train
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_shards: Path, recipe_of):
+    changes = {"cluster__workers": 1, "train__zero_stage": 0, "train__steps": 3, "train__checkpoint_every": 1}
+    return recipe_of(tiny_shards, Path("runs"), name="run", **changes)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory, recipe) -> Path:
+    """Three steps in this process, with a checkpoint of each. Once: DeepSpeed wants one process group a process."""
+    folder = tmp_path_factory.mktemp("trained")
+    save_recipe(recipe, folder / "recipe.yaml")
+    Manifest.load(str(tiny_shards)).save(str(folder))
+    shards = ShardSet(str(tiny_shards))
+    train(recipe.train, recipe.model, recipe.diffusion, shards, device=torch.device("cpu"), home=Home(folder))
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def test_a_damaged_checkpoint_is_kept_aside_and_named_and_a_persons_copy_is_left_alone(run: Path):
+    folder = run / "checkpoints"
+    (folder / "step_00000002/state.json").write_text("{")
+    (folder / "step_00000003/state.json").unlink()
+    (folder / "step_00000003/ema.safetensors").unlink()  # as a kill leaves it
+    (folder / "step_00000001_mine").mkdir()
+    (folder / "step_note.txt").write_text("a note")
+    set_aside(run)
+    assert sorted(path.name for path in folder.glob("*step_*")) == [
+        "damaged_step_00000002",
+        "step_00000001",
+        "step_00000001_mine",
+        "step_note.txt",
+    ]
+    (event,) = [line for line in map(json.loads, (run / "events.jsonl").open()) if line["event"] == "damaged"]
+    assert "its state.json is damaged" in event["reason"]
+    assert [step for step, _ in checkpoint.whole(folder)] == [1]
+
+
+def test_a_run_with_no_whole_checkpoint_left_does_not_begin_anew_by_itself(run: Path):
+    check_whole(run)
+    for path in checkpoint.step_folders(run / "checkpoints"):
+        (path / "state.json").unlink()
+    with pytest.raises(UserError, match=r"step_00000001: it has no state.json.*--fresh --overwrite"):
+        check_whole(run)
+
+
+def test_weights_that_are_not_finite_never_become_a_checkpoint(run: Path, recipe):
+    engine = Engine(Latte(recipe.model), recipe.train, accumulation=1, device=torch.device("cpu"))
+    ema = Ema(engine, 0.9)
+    assert checkpoint.snapshot(engine, ema, checkpoint.State())
+    next(iter(engine.slices().values())).master[0] = torch.inf
+    with pytest.raises(UserError, match="weights are no longer finite"):
+        checkpoint.snapshot(engine, ema, checkpoint.State())
+
+
+def test_a_flipped_byte_in_the_averaged_weights_is_noticed(run: Path):
+    path = run / "checkpoints/step_00000003/ema.safetensors"
+    assert checkpoint.read_averaged(path)
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 64
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="another checksum"):
+        checkpoint.read_averaged(path)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path):
+    refused = pytest.raises(UserError, match=r"another `sora train` is at work.*process \d+")
+    with only_one(tmp_path), refused, only_one(tmp_path):
+        pass
+    with only_one(tmp_path):
+        pass
+
+
+def test_the_learning_rate_may_change_on_resume_and_the_seed_may_not(tiny_shards: Path, run: Path, recipe):
+    lower = recipe.model_copy(update={"train": recipe.train.model_copy(update={"learning_rate": 1e-5})})
+    manifest = Manifest.load(str(tiny_shards))
+    assert check_folder(run, lower, manifest) == 3
+    assert differences(run, lower, STEERS) == ["train.learning_rate was 0.0001 and is 1e-05"]
+    other = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": 1})})
+    with pytest.raises(UserError, match="train.seed was 0 and is 1"):
+        check_folder(run, other, manifest)
+    (run / "recipe.yaml").unlink()
+    with pytest.raises(UserError, match="recipe.yaml is missing"):
+        check_folder(run, recipe, manifest)
+
+
+def test_a_garbled_line_of_metrics_costs_only_itself(run: Path):
+    metrics = run / "metrics.jsonl"
+    lines = metrics.read_text().splitlines()
+    metrics.write_text("\n".join([lines[0], "garbage", "{}", lines[1], lines[2]]) + "\n")
+    Home(run).cut_back(2)
+    assert metrics.read_text().splitlines() == lines[:2]
