@@ -4,11 +4,12 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: help quickstart bench-quickstart drill-train drill-prep test lint .venv
+.PHONY: help quickstart bench-quickstart test-slow drill-train drill-prep test lint .venv
 
 help:
 	@echo 'make quickstart   clips, shards, training, samples and a report in runs/quickstart, in minutes on two cores'
 	@echo 'make test         the tests'
+	@echo 'make test-slow    the slow tests of the model and of lost and returning nodes'
 	@echo 'make lint         ruff, pyright and the import rules'
 	@echo 'make bench-quickstart   after make quickstart: three training seeds, 192 clips each'
 	@echo 'make drill-train  sora train under kills, lost nodes, poison, damage, full disks, and the quickstart: one table'
@@ -40,6 +41,9 @@ drill-prep: .venv/installed
 test: export OMP_NUM_THREADS ?= 1
 test: .venv/installed
 	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/launch tests/model -m slow -rA
 
 lint: .venv/installed
 	$(BIN)/ruff check .

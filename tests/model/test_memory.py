@@ -89,6 +89,7 @@ def test_checkpointing_saves_memory_selectively_and_in_full():
     assert kept["full"] < 0.2 * kept["none"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(which("c++") is None, reason="torch compiles for the CPU by a C++ compiler, and there is none")
 def test_compiled_blocks_equal_plain_ones_without_a_graph_break():
     # A process of its own: jaxtyping's checks, which this one runs under, can't be compiled. Without gradients, since
