@@ -193,7 +193,8 @@ def failed(run: Path, events: Events, why: str, account: str) -> UserError:
         if account:
             (run / "failure.txt").write_text(account, encoding="utf-8")
             where = f"The whole account is in {run / 'failure.txt'}; "
-    return UserError(f"training stopped near step {step}: {why}\n{where}{last_checkpoint(run)}, and is untouched")
+    mended = "once that is mended, the same command goes on"
+    return UserError(f"training stopped near step {step}: {why}\n{where}{last_checkpoint(run)}; {mended}")
 
 
 class NoteEvents(UserCallback):

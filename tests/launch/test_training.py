@@ -104,7 +104,11 @@ def test_a_run_whose_worker_was_killed_repeats_the_losses_of_the_unbroken_one(
     run = launch_training(recipe)
     assert not killer.is_alive()
     assert len(events(run, "worker_lost")) == 1
-    assert [event["step"] for event in events(run, "resume")] in ([4], [8])
+    assert [event["step"] for event in events(run, "resume")] in (
+        [],
+        [4],
+        [8],
+    )  # written in the background: on a busy machine that of step 4 may not be whole yet
     assert losses(run) == losses(unbroken)
     assert [step for step, _ in whole(run / "checkpoints")] == [4, 8, 12]
     last = "checkpoints/step_00000012/ema.safetensors"
