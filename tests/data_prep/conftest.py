@@ -67,6 +67,10 @@ def write(
             frame.pts, frame.time_base = round(time / base), base
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
+    if hasattr(os, "sched_setscheduler"):
+        # For root SVT-AV1's encoder makes the thread that calls it a real-time one of the highest priority, and so all
+        # that it starts from then on: Ray and ranks, whose waiting threads then keep each other off the cores.
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     return path
 
 

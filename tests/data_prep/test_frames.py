@@ -1,5 +1,6 @@
 """Both decoders against ground truth: videos whose frames carry their own number, and an arrow for which way is up."""
 
+import os
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -245,3 +246,10 @@ def test_pixels_that_are_not_square_are_known(tmp_path: Path, write):
     header = read_header(str(path))
     assert header.pixel_aspect == pytest.approx(16 / 9)
     assert header.shown == pytest.approx((64, 128 * 16 / 9))
+
+
+def test_writing_av1_leaves_no_realtime_thread_behind(tmp_path: Path, write):
+    """Which would starve every process that later tests start."""
+    write(tmp_path / "av1.mp4", STEADY, "libsvtav1", options={"preset": "12"})
+    if hasattr(os, "sched_getscheduler"):
+        assert os.sched_getscheduler(0) == os.SCHED_OTHER
