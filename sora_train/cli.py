@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 from sora_train import __version__
 from sora_train.errors import RecipeError, Stopped, UserError
 from sora_train.settings import build, parse_flags
-from sora_train.verbs import EXAMPLES, MORE, VERBS, InspectOptions, NoOptions, SampleOptions, usage
+from sora_train.verbs import EXAMPLES, MORE, VERBS, ExportOptions, InspectOptions, NoOptions, SampleOptions, usage
 
 if TYPE_CHECKING:
     from sora_train.recipe import Recipe
@@ -97,11 +97,16 @@ def run(verb: str, words: Sequence[str]) -> None:
             launch_training(recipe, fresh, overwrite)
         case "sample":
             run_folder, how = target_of(verb, words, SampleOptions)
-            if not how.prompt:
+            if not how.prompt and not how.prompts:
                 raise RecipeError('--prompt is missing, for instance --prompt "a blue square moving up"')
             from sora_train.generate import sample_prompts
 
-            sample_prompts(run_folder, how.prompt, how.seed, how.steps, how.guidance, how.negative, how.out)
+            sample_prompts(run_folder, how)
+        case "export":
+            run_folder, out, options = two_targets_of(verb, words, ExportOptions)
+            from sora_train.export import export
+
+            export(run_folder, out, options.weights_only, options.weights)
         case "demo":
             overrides = demo_overrides(words)
             from sora_train.demo.run import demo
@@ -144,6 +149,18 @@ def target_of(verb: str, words: Sequence[str], options: type[S]) -> tuple[str, S
     if wants_help:
         show_help(verb, options())
     return the_one(verb, folders), build(options, {}, overrides, f"sora {verb}")
+
+
+def two_targets_of(verb: str, words: Sequence[str], options: type[S]) -> tuple[str, str, S]:
+    """The two folders that a verb's words name, and its options; or its help."""
+    words, wants_help = without_help(words)
+    overrides, folders = parse_flags(words, options)
+    if wants_help:
+        show_help(verb, options())
+    if len(folders) != 2:
+        got = " ".join(folders) or "neither"
+        raise RecipeError(f"takes {VERBS[verb][0]}, but got {got}: sora {verb} {EXAMPLES[verb]}")
+    return folders[0], folders[1], build(options, {}, overrides, f"sora {verb}")
 
 
 def demo_overrides(words: Sequence[str]) -> dict[str, object]:

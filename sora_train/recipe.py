@@ -22,8 +22,8 @@ from pydantic import (
 
 from sora_train.codec import CodecConfig
 from sora_train.data.config import DataConfig, PrepConfig, SelectionConfig, misfit
-from sora_train.diffusion import DiffusionConfig
-from sora_train.errors import RecipeError
+from sora_train.diffusion import DiffusionConfig, Sampler, Sampling, fitting
+from sora_train.errors import RecipeError, UserError
 from sora_train.model import ModelConfig
 from sora_train.model.config import with_preset
 from sora_train.section import Section
@@ -44,12 +44,27 @@ class ValidationConfig(Section):
     """What to sample."""
     steps: PositiveInt = 20
     """Sampler steps."""
+    sampler: Sampler = "auto"
+    """Flow models take `euler` or `heun`, DDPM's `ddim`, `dpm++` or `ddpm`; `auto` is the first of them."""
     guidance: NonNegativeFloat = 4.0
     """Classifier-free guidance scale; 1 is no guidance."""
+    guidance_interval: tuple[float, float] = (0.0, 1000.0)
+    """Diffusion times, 0 (data) to 1000 (noise), between which guidance is on; elsewhere it costs nothing."""
+    guidance_rescale: float = 0.0
+    """How far guided predictions are brought back to the spread of those without guidance, 0 to 1: less glaring."""
+    negative: str = ""
+    """What guidance leads away from, instead of the empty prompt."""
+    seed: NonNegativeInt = 0
+    """Fixes the noise that videos begin as: the same at every step, so that one sees them change over training."""
     timeout_s: PositiveFloat = 1800.0
     """After this the sampling task is ended, noted in `events.jsonl`, and training goes on."""
     resources: dict[str, float] = {"CPU": 1.0}
     """What the task takes from the Ray cluster beside the training, for instance `{GPU: 1}`."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """How to sample. Raises UserError where a number is out of range."""
+        return Sampling(self.sampler, self.steps, self.guidance, self.guidance_interval, self.guidance_rescale)
 
 
 class ClusterConfig(Section):
@@ -171,6 +186,10 @@ def check(recipe: Recipe) -> list[str]:
         )
     if validation.every and not validation.prompts:
         wrong.append("validation.prompts is empty but validation.every is not 0; give prompts, or set the latter to 0")
+    try:
+        fitting(validation.sampling.sampler, recipe.diffusion.kind)
+    except UserError as error:
+        wrong.append(f"validation.{error}")
 
     grid = PIXELS_PER_LATENT * recipe.model.patch
     for frames, height, width in data.shapes:

@@ -164,7 +164,7 @@ def parse_flags(words: Sequence[str], section: type) -> tuple[dict[str, object],
         takes_more = not takes_many and any(typing.get_origin(form) is tuple for form in typing.get_args(hint))
         values = [value] if has_value else []
         while not has_value and queue and not queue[0].startswith("--"):
-            if values and not takes_many and not (takes_more and queue[0].isdigit()):
+            if values and not takes_many and not (takes_more and queue[0].replace(".", "", 1).isdigit()):
                 break
             if hint is bool and queue[0].lower() not in TRUTHS:
                 break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from pydantic import NonNegativeFloat, PositiveInt
 
@@ -17,7 +18,8 @@ VERBS = {
         "RECIPE",
         "Trains on shards; run again, it goes on from the newest checkpoint. --fresh: from step 0.",
     ),
-    "sample": ("RUN", "Makes videos of your prompts with a run's newest checkpoint, or with a checkpoint."),
+    "sample": ("RUN", "Makes videos of your prompts with a run's newest checkpoint, a checkpoint, or an export."),
+    "export": ("RUN OUT", "Writes a run's model as a LattePipeline of diffusers, or --weights_only."),
     "demo": ("", "Does it all on clips of moving shapes, in minutes: prep, train, sample, judge, report."),
     "bench": ("prep RECIPE", "Measures the pipeline's clips per second beside a bare VAE loop's."),
     "report": ("RUN", "Writes a run's report.html: curves, samples, events."),
@@ -26,6 +28,12 @@ MORE = {
     "train": "SIGTERM, or a file named `leave` in the run's folder, has it make a checkpoint and end with exit status "
     "75: the same command goes on. A second SIGTERM ends it at once. --fresh begins at step 0, and only with "
     "--overwrite where the folder holds a run: what that run wrote is removed, but no shards.",
+    "sample": "A file is named after its prompt and seed. Made again with the same settings it is replaced; with other "
+    "settings, or of a prompt that differs only in case or punctuation, it gets another name (-2, -3, …). samples.json "
+    "says what made each.",
+    "export": "OUT is a new folder. `LattePipeline.from_pretrained(OUT)` reads it, as its README.md shows, and so do "
+    "`sora sample OUT` and `model.init_from: OUT`. A pipeline holds factorised models of DDPM that predict epsilon; "
+    "--weights_only holds any.",
 }
 """What the help of a verb says beyond its sentence."""
 EXAMPLES = {
@@ -34,6 +42,7 @@ EXAMPLES = {
     "inspect": "runs/quickstart/shards --json",
     "train": "jobs/quickstart.yaml --name again --train.steps 40",
     "sample": 'runs/quickstart --prompt "a blue square moving up"',
+    "export": "runs/my_run my_model",
     "demo": "",
     "bench": "prep jobs/real_clips.yaml",
     "report": "runs/quickstart",
@@ -58,20 +67,48 @@ class InspectOptions:
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """What to sample, and how."""
+    """What to sample, and how. What is not given is as the run's `validation` has it, the size as it was trained."""
 
     prompt: tuple[str, ...] = ()
     """What the video shows; several make several videos."""
+    prompts: str | None = None
+    """Text file with a prompt on each line, in UTF-8."""
     seed: tuple[int, ...] = (0,)
     """Fixes the noise that a video begins as; several make several videos of each prompt."""
+    sampler: Literal["auto", "ddim", "dpm++", "ddpm", "euler", "heun"] | None = None
+    """Flow models take `euler` or `heun`, DDPM's `ddim`, `dpm++` or `ddpm`; `auto` is the first of them."""
     steps: PositiveInt | None = None
-    """Sampler steps; the run's own `validation.steps` if not given."""
+    """Sampler steps."""
     guidance: NonNegativeFloat | None = None
-    """Classifier-free guidance scale; the run's own `validation.guidance` if not given."""
+    """Classifier-free guidance scale; 1 is none."""
+    guidance_interval: tuple[float, float] | None = None
+    """Diffusion times, 0 (data) to 1000 (noise), between which guidance is on, such as `100 900`."""
+    guidance_rescale: NonNegativeFloat | None = None
+    """How far guided predictions are brought back to the spread of those without guidance, 0 to 1."""
     negative: str | None = None
     """What guidance leads away from, instead of the empty prompt."""
+    frames: PositiveInt | None = None
+    """Frames of a video."""
+    height: PositiveInt | None = None
+    """Height in pixels."""
+    width: PositiveInt | None = None
+    """Width in pixels."""
+    format: tuple[Literal["mp4", "gif", "png"], ...] = ("mp4", "gif")
+    """Files to write of each video, one or several; png is a strip of its frames."""
+    weights: Literal["ema", "raw"] | None = None
+    """The averaged weights (ema, unless it is an export of raw ones), or those that were trained (raw)."""
     out: str | None = None
     """Folder for the videos; `samples/prompts` in the run's folder if not given."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What the folder is to hold."""
+
+    weights_only: bool = False
+    """One safetensors file that `sora sample` reads, instead of a whole pipeline of diffusers; for any run."""
+    weights: Literal["ema", "raw"] | None = None
+    """The averaged weights (ema), or those that were trained (raw)."""
 
 
 @dataclass(frozen=True)

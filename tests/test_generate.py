@@ -15,11 +15,13 @@ from safetensors.torch import save_file
 
 from sora_train.codec.text import load_text_encoder
 from sora_train.codec.vae import load_vae
+from sora_train.diffusion import Sampling
 from sora_train.errors import UserError
 from sora_train.generate import embed, find_checkpoint, generate, load_run, sample_prompts, sample_to_folder
 from sora_train.manifest import Counts, LatentFormat, Manifest, TextFacts, VaeFacts
 from sora_train.model import Latte, ModelConfig
 from sora_train.recipe import Recipe, save_recipe
+from sora_train.verbs import SampleOptions
 from sora_train.video import read_mp4
 
 MODEL = ModelConfig(width=16, depth=2, heads=2, text_width=64, sample_size=8)
@@ -87,7 +89,9 @@ def test_videos_have_the_shape_of_the_clips_and_steps_and_guidance_default_to_va
     assert videos.shape == (2, 3, 16, 32, 3)
     assert videos.dtype == np.uint8
     assert calls == [(1, 2), (2, 2)]
-    assert np.array_equal(videos, generate(run, ["a red circle", "a blue square"], [0, 1], steps=2, guidance=3.0))
+    assert np.array_equal(
+        videos, generate(run, ["a red circle", "a blue square"], [0, 1], Sampling(steps=2, guidance=3.0))
+    )
 
 
 def test_a_clip_depends_on_its_prompt_and_seed_and_not_on_its_neighbours(run):
@@ -136,14 +140,14 @@ def test_a_long_prompt_is_cut_and_what_is_lost_is_said(run, capsys):
 
 
 def test_sampling_prompts_writes_mp4_and_gif_beside_the_run(made_run, capsys):
-    written = sample_prompts(made_run, ["a blue square moving up"], seeds=(3,))
+    written = sample_prompts(made_run, SampleOptions(prompt=("a blue square moving up",), seed=(3,)))
     folder = made_run / "samples" / "prompts"
     assert written == [folder / "a-blue-square-moving-up-seed3.mp4", folder / "a-blue-square-moving-up-seed3.gif"]
     assert all(str(file) in capsys.readouterr().out or file.stat().st_size for file in written)
     assert read_mp4(written[0]).shape == (3, 16, 32, 3)
-    sample_prompts(made_run, ["Ein Kreis\nganz rot"])
+    sample_prompts(made_run, SampleOptions(prompt=("Ein Kreis\nganz rot",)))
     listed = json.loads((folder / "samples.json").read_text())["samples"]
-    assert [entry["prompt"] for entry in listed] == ["a blue square moving up", "Ein Kreis\nganz rot"]
+    assert [entry["prompt"] for entry in listed] == ["a blue square moving up"] * 2 + ["Ein Kreis\nganz rot"] * 2
 
 
 def test_the_newest_checkpoint_whose_weights_are_whole_is_used_and_those_passed_over_are_named(
@@ -176,13 +180,13 @@ def test_what_cannot_be_sampled_is_refused_with_what_to_do(made_run, run, tmp_pa
     with pytest.raises(UserError, match="no complete checkpoint yet"):
         load_run(tmp_path)
     with pytest.raises(UserError, match="give a prompt"):
-        sample_prompts(made_run, [])
+        sample_prompts(made_run, SampleOptions())
     with pytest.raises(UserError, match="out of range"):
-        sample_prompts(made_run, ["a"], seeds=(-1,))
+        sample_prompts(made_run, SampleOptions(prompt=("a",), seed=(-1,)))
     with pytest.raises(UserError, match=r"can't be made .*--out"):
-        sample_prompts(made_run, ["a"], output=tmp_path / "recipe.yaml" / "inside")
+        sample_prompts(made_run, SampleOptions(prompt=("a",), out=str(tmp_path / "recipe.yaml" / "inside")))
     with pytest.raises(UserError, match="at least 1"):
-        generate(run, ["a"], [0], steps=0)
+        generate(run, ["a"], [0], Sampling(steps=0))
 
 
 def test_weights_and_codecs_of_another_run_are_refused(made_run, tmp_path):

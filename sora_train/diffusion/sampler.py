@@ -1,51 +1,74 @@
 """From noise to latents: the same few lines for every model, since a model is a callable.
 
-Flow models take Euler steps; DDPM's take DDIM's (Song et al. 2020, arXiv 2010.02502; by diffusers) over steps spaced as
+Flow models take Euler's or Heun's steps (Karras et al. 2022, arXiv 2206.00364, algorithm 1 without noise). DDPM's take
+those of diffusers' schedulers: DDIM (Song et al. 2020, arXiv 2010.02502), DPM-Solver++ of second order (Lu et al. 2022,
+arXiv 2211.01095), or DDPM's own, which draw noise (Ho et al. 2020, arXiv 2006.11239, algorithm 2); over steps spaced as
 "trailing" in Lin et al. 2023 (arXiv 2305.08891, table 2): from the last, which is noise, to the data.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import pad
 
 from sora_train.diffusion import ddpm, flow
+from sora_train.diffusion.guidance import Denoiser, guided
 from sora_train.diffusion.objective import Model, Objective
+from sora_train.errors import UserError
 
-Denoiser = Callable[[Tensor, Tensor], Tensor]
+Progress = Callable[[int, int], None]
+"""Takes steps done, and steps in all."""
+Sampler = Literal["auto", "ddim", "dpm++", "ddpm", "euler", "heun"]
 
+FITTING: dict[str, tuple[Sampler, ...]] = {"flow": ("euler", "heun"), "ddpm": ("ddim", "dpm++", "ddpm")}
+"""Samplers by `diffusion.kind`; the first is what `auto` takes."""
 LEAST_ALPHA = 4e-5  # just below what the linear schedule leaves of the data at its last step
 
 
-def guided(
-    model: Model,
-    text: Float[Tensor, "b l e"],
-    text_mask: Bool[Tensor, "b l"],
-    null_text: Float[Tensor, "1 m e"],
-    null_mask: Bool[Tensor, "1 m"],
-    guidance: float,
-) -> Denoiser:
-    """Classifier-free guidance (Ho and Salimans 2022, eq. 6): null + guidance x (text - null), in one batch.
+@dataclass(frozen=True)
+class Sampling:
+    """How latents are drawn. UserError where a number is out of range."""
 
-    A guidance of 1 leaves the empty prompt out, and half the work. A learned variance, the second half of the
-    channels, is left out: neither sampler asks for it.
-    """
-    if guidance == 1:
-        return lambda x, t: model(x, t, text, text_mask).float()[:, :, : x.shape[2]]
-    length, b = max(text.shape[1], null_text.shape[1]), len(text)
-    both = [(text, text_mask), (null_text.expand(b, -1, -1), null_mask.expand(b, -1))]
-    texts = torch.cat([pad(embedding, (0, 0, 0, length - embedding.shape[1])) for embedding, _ in both])
-    masks = torch.cat([pad(mask, (0, length - mask.shape[1])) for _, mask in both])
+    sampler: Sampler = "auto"
+    """`auto` is Euler for flow models and DDIM for DDPM."""
+    steps: int = 20
+    """Sampler steps; DDPM has no more than 1000. Heun's run the model twice, but for the last."""
+    guidance: float | int = 4.0
+    """Classifier-free guidance scale; 1 is none."""
+    guidance_interval: tuple[float | int, float | int] = (0.0, 1000.0)
+    """Times, from 0 (data) to 1000 (noise), between which guidance is on."""
+    guidance_rescale: float | int = 0.0
+    """How far guided predictions are brought back to the spread of those that are not: 0, not at all, to 1."""
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        with_text, without = model(torch.cat([x, x]), torch.cat([t, t]), texts, masks).float().chunk(2)
-        return (without + guidance * (with_text - without))[:, :, : x.shape[2]]
+    def __post_init__(self) -> None:
+        low, high = self.guidance_interval
+        if self.steps < 1:
+            raise UserError(f"steps is {self.steps}; it must be at least 1")
+        if not 0 <= self.guidance < float("inf"):
+            raise UserError(f"guidance is {self.guidance:g}; it must be 0 or more, and 1 is none")
+        if not 0 <= low <= high <= 1000:
+            raise UserError(
+                f"guidance_interval is {low:g} to {high:g}; it must rise within 0 (data) to 1000 (noise), such as 0 800"
+            )
+        if not 0 <= self.guidance_rescale <= 1:
+            raise UserError(f"guidance_rescale is {self.guidance_rescale:g}; it must be 0 to 1, such as 0.7")
 
-    return denoise
+
+def fitting(sampler: str, kind: str) -> str:
+    """The sampler itself, or what `auto` stands for with a `diffusion.kind`; UserError where it does not fit that."""
+    if sampler == "auto":
+        return FITTING[kind][0]
+    if sampler not in FITTING[kind]:
+        raise UserError(
+            f"sampler {sampler} does not fit diffusion.kind {kind}; use {', '.join(FITTING[kind])}, or auto, which is "
+            f"{FITTING[kind][0]} there"
+        )
+    return sampler
 
 
 @torch.no_grad()
@@ -57,53 +80,121 @@ def sample(
     text_mask: Bool[Tensor, "b l"],
     null_text: Float[Tensor, "1 m e"],
     null_mask: Bool[Tensor, "1 m"],
-    steps: int,
-    guidance: float,
-    progress: Callable[[int, int], None] | None = None,
+    how: Sampling,
+    generators: Sequence[torch.Generator] | None = None,
+    progress: Progress | None = None,
 ) -> Float[Tensor, "b f c h w"]:
-    """Normalised latents for a batch of prompts: Euler for flow models, DDIM for DDPM.
+    """Normalised latents for a batch of prompts.
 
-    `progress(done, steps)` is called after every step. DDPM has no more than 1000 of them.
+    `ddpm` draws noise for each clip from its own generator, so that a clip does not depend on its batch; without any,
+    from torch's. `progress(done, steps)` is called after every step. Raises UserError where the sampler does not fit.
     """
-    denoise = guided(model, text, text_mask, null_text, null_mask, guidance)
-    run = _ddim if objective.config.kind == "ddpm" else _euler
-    return run(denoise, objective, noise.float(), steps, progress or (lambda done, steps: None))
+    name = fitting(how.sampler, objective.config.kind)
+    denoise = guided(
+        model, text, text_mask, null_text, null_mask, how.guidance, how.guidance_interval, how.guidance_rescale
+    )
+    x, tell = noise.float(), progress or (lambda done, steps: None)
+    if name == "ddpm":
+        return _ancestral(denoise, objective, x, how.steps, list(generators) if generators is not None else None, tell)
+    if name in FITTING["ddpm"]:
+        return _solver(denoise, objective, x, how.steps, 2 if name == "dpm++" else 1, tell)
+    return _flow(denoise, objective, x, how.steps, name == "heun", tell)
 
 
-def _euler(
-    denoise: Denoiser, objective: Objective, x: Tensor, steps: int, progress: Callable[[int, int], None]
-) -> Tensor:
+def _flow(denoise: Denoiser, objective: Objective, x: Tensor, steps: int, heun: bool, progress: Progress) -> Tensor:
     _, f, c, h, w = x.shape
-    times = flow.shifted(torch.linspace(1, 0, steps + 1, device=x.device), objective.shift((f, c, h, w)))
-    for i, (t, after) in enumerate(pairwise(times)):
-        x = x + (after - t) * denoise(x, (1000 * t).expand(len(x)))
+    times = flow.shifted(torch.linspace(1, 0, steps + 1), objective.shift((f, c, h, w)))
+    for i, (t, after) in enumerate(pairwise(times.tolist())):
+        v = denoise(x, 1000 * t)
+        guess = x + (after - t) * v
+        # The last step is Euler's: at time 0 the model was never trained. One of n doesn't change the order of error.
+        x = x + (after - t) * (v + denoise(guess, 1000 * after)) / 2 if heun and after > 0 else guess
         progress(i + 1, steps)
     return x
 
 
-def _ddim(
-    denoise: Denoiser, objective: Objective, x: Tensor, steps: int, progress: Callable[[int, int], None]
-) -> Tensor:
-    # Of first order, DPM-Solver++ is DDIM (Lu et al. 2022, arXiv 2211.01095, section 4.1). diffusers' own DDIMScheduler
-    # is wrong where the steps don't divide 1000; this one takes any times. Imported here: all else runs on torch alone.
+def usable_steps(objective: Objective) -> int:
+    """How many of DDPM's steps sampling can use, from the data on.
+
+    Data read off epsilon carry its error divided by sqrt(alpha), which nothing bounds in latents.
+    """
+    enough = int((objective.schedule.alphas >= LEAST_ALPHA).sum())
+    return enough if objective.config.prediction == "epsilon" else ddpm.STEPS
+
+
+def trailing(usable: int, steps: int) -> list[int]:
+    """Evenly spaced steps from the last usable one on: diffusers' "trailing", as numpy's `arange` rounds it, but for
+    counts (61 of 1000, …) where that makes one too many, -1.
+    """
+    stride = (usable - usable / steps) - usable
+    return [round(usable + i * stride) - 1 for i in range(steps)]
+
+
+def make_solver(objective: Objective, order: int) -> Any:
+    """DPM-Solver++ as a scheduler of diffusers. Of first order it is DDIM (Lu et al. 2022, section 4.1), and takes any
+    times, where diffusers' own DDIMScheduler is wrong when the steps don't divide 1000.
+
+    It ends on the data themselves, in a step of first order (`final_sigmas_type`): the other choice leaves the noise of
+    step 0 in the latents.
+    """
+    # Imported here: all else runs on torch alone.
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
-    alphas, prediction = objective.schedule.alphas, objective.config.prediction
-    # Data read off epsilon carry its error divided by sqrt(alpha), which nothing bounds in latents.
-    usable = int((alphas >= LEAST_ALPHA).sum()) if prediction == "epsilon" else ddpm.STEPS
-    steps = min(steps, usable)
-    times = [-(-usable * left // steps) - 1 for left in range(steps, 0, -1)]  # evenly, from the last usable step on
-    betas: Any = objective.schedule.betas.clamp(max=1 - 2**-24)  # at 1 it would divide by zero
-    scheduler: Any = DPMSolverMultistepScheduler(
-        num_train_timesteps=ddpm.STEPS,
+    usable, prediction = usable_steps(objective), objective.config.prediction
+    betas: Any = objective.schedule.betas[:usable].clamp(max=1 - 2**-24)  # at 1 it would divide by zero
+    return DPMSolverMultistepScheduler(
+        num_train_timesteps=usable,
         trained_betas=betas.tolist(),
         prediction_type="v_prediction" if prediction == "v" else prediction,
-        solver_order=1,
+        solver_order=order,
         lower_order_final=False,
         final_sigmas_type="zero",
+        timestep_spacing="trailing",
     )
-    scheduler.set_timesteps(timesteps=times)
+
+
+def _solver(denoise: Denoiser, objective: Objective, x: Tensor, steps: int, order: int, progress: Progress) -> Tensor:
+    usable, c = usable_steps(objective), x.shape[2]
+    scheduler = make_solver(objective, order)
+    scheduler.set_timesteps(timesteps=trailing(usable, min(steps, usable)))
     for i, t in enumerate(scheduler.timesteps):
-        x = scheduler.step(denoise(x, t.float().to(x.device).expand(len(x))), t, x).prev_sample
-        progress(i + 1, steps)
+        x = scheduler.step(denoise(x, float(t))[:, :, :c], t, x).prev_sample
+        progress(i + 1, len(scheduler.timesteps))
+    return x
+
+
+def _ancestral(
+    denoise: Denoiser,
+    objective: Objective,
+    x: Tensor,
+    steps: int,
+    generators: list[torch.Generator] | None,
+    progress: Progress,
+) -> Tensor:
+    """DDPM's steps, with the learned variance where there is one and the posterior's (Ho et al., eq. 7) where not.
+
+    Between steps further apart than one, learned or not, the variance is that of the shorter chain (Nichol and Dhariwal
+    2021, arXiv 2102.09672, section 4).
+    """
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+    usable, prediction = usable_steps(objective), objective.config.prediction
+    betas: Any = objective.schedule.betas[:usable]
+    scheduler: Any = DDPMScheduler(
+        num_train_timesteps=usable,
+        trained_betas=betas.tolist(),
+        prediction_type="v_prediction" if prediction == "v" else prediction,
+        variance_type="learned_range" if objective.learned_variance else "fixed_small",
+        clip_sample=False,
+    )
+    scheduler.set_timesteps(timesteps=trailing(usable, min(steps, usable)))
+    for i, t in enumerate(scheduler.timesteps):
+        # The scheduler splits off the variance on axis 1.
+        output, noisy = (rearrange(y, "b f c h w -> b c f h w") for y in (denoise(x, float(t)), x))
+        made = scheduler.step(output, t, noisy, generator=generators)
+        # The last step ends on the data. diffusers would add noise there, of a learned variance between 1e-20 and beta,
+        # unless t were 0.
+        last = i + 1 == len(scheduler.timesteps)
+        x = rearrange(made.pred_original_sample if last else made.prev_sample, "b c f h w -> b f c h w")
+        progress(i + 1, len(scheduler.timesteps))
     return x

@@ -3,9 +3,10 @@
 `sora sample`, validation and the quickstart's final samples all go through here.
 """
 
+from sora_train.generate.prompts import sample_prompts
 from sora_train.generate.run import Run, find_checkpoint, load_run
 from sora_train.generate.sample import embed, generate, generate_each
-from sora_train.generate.write import sample_prompts, sample_to_folder
+from sora_train.generate.write import sample_to_folder
 
 __all__ = [
     "Run",

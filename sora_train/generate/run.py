@@ -1,14 +1,17 @@
-"""A run that can be sampled: the averaged weights of its newest complete checkpoint, and what belongs to them."""
+"""A run that can be sampled: weights of its newest complete checkpoint, or of an export, and what belongs to them."""
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from sora_train.codec.text import TextEncoder, text_encoder_of
 from sora_train.codec.vae import Vae, load_vae
@@ -16,10 +19,33 @@ from sora_train.diffusion import Objective, make_objective
 from sora_train.errors import UserError
 from sora_train.manifest import Manifest
 from sora_train.model import Latte
+from sora_train.model.convert import check_fit, from_diffusers
 from sora_train.recipe import Recipe, load_recipe
-from sora_train.train.checkpoint import read_averaged, step_folders
+from sora_train.train.checkpoint import examine, step_folders
+from sora_train.train.weights import read_trained, read_whole
 
 WEIGHTS = "ema.safetensors"
+EXPORTED = "model.safetensors"
+NOTE = "sora_export.json"
+"""What `sora export` leaves in a folder beside recipe.yaml and manifest.json: `ExportNote`."""
+EXPORT_FORMAT = 1
+
+Weights = Literal["ema", "raw"]
+
+
+@dataclass(frozen=True)
+class ExportNote:
+    """What an exported folder holds."""
+
+    kind: Literal["pipeline", "weights"]
+    """A LattePipeline with its own VAE and text encoder, or weights alone."""
+    weights: Weights
+    step: int
+    vae: str
+    """Hash of the VAE that goes with the weights. A pipeline's is not the one that made the shards: what normalises
+    latents is folded into it."""
+    text: str
+    """Hash of the text encoder."""
 
 
 @dataclass
@@ -33,23 +59,34 @@ class Run:
     model: Latte
     objective: Objective
     device: torch.device
+    exported: ExportNote | None = None
+    weights: Weights = "ema"
 
     @cached_property
     def vae(self) -> Vae:
         vae = load_vae(self.recipe.codec.vae, device=self.device, models=self.recipe.codec.models)
-        self._same("codec.vae", self.recipe.codec.vae, vae.hash, self.manifest.vae.hash)
+        self.check_vae(vae.hash)
         return vae
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
-        codec = self.recipe.codec
-        encoder = text_encoder_of(codec, device=self.device)
-        self._same("codec.text", codec.text, encoder.hash, self.manifest.text.hash)
+        encoder = text_encoder_of(self.recipe.codec, device=self.device)
+        self.check_text(encoder.hash)
         return encoder
 
     @property
     def fps(self) -> float:
         return self.manifest.fps
+
+    def check_vae(self, found: str) -> None:
+        """UserError where a VAE of this hash is not the one that goes with the weights."""
+        trained = self.exported.vae if self.exported else self.manifest.vae.hash
+        self._same("codec.vae", self.recipe.codec.vae, found, trained)
+
+    def check_text(self, found: str) -> None:
+        """UserError where a text encoder of this hash is not the one that goes with the weights."""
+        trained = self.exported.text if self.exported else self.manifest.text.hash
+        self._same("codec.text", self.recipe.codec.text, found, trained)
 
     def _same(self, key: str, name: str, found: str, trained: str) -> None:
         if found != trained:
@@ -59,27 +96,77 @@ class Run:
             )
 
 
-def load_run(path: str | Path, device: str | torch.device | None = None) -> Run:
-    """A run's folder, or one of its checkpoints, ready to sample; on a GPU where there is one, unless told otherwise.
+def load_run(path: str | Path, device: str | torch.device | None = None, weights: Weights | None = None) -> Run:
+    """A run's folder, one of its checkpoints, or what `sora export` wrote, ready to sample; on a GPU where there is
+    one, unless told otherwise.
 
-    Raises UserError, with what to do, where there is no run, no complete checkpoint, or none that can be read.
+    `weights` are the averaged ones (`ema`) or those that were trained (`raw`); None is what an export holds, and the
+    averaged ones of a run. Raises UserError, with what to do, where there is no run, no complete checkpoint, or none
+    that can be read.
     """
-    folder, checkpoint = find_checkpoint(path)
+    note = read_note(Path(path).expanduser())
+    if note is None:
+        folder, checkpoint = find_checkpoint(path, weights or "ema")
+    else:
+        folder = checkpoint = Path(path).expanduser()
+        if weights not in (None, note.weights):
+            raise UserError(f"{folder} holds the {note.weights} weights alone; for the {weights} ones name the run")
     recipe = load_recipe(_beside(checkpoint, folder, "recipe.yaml"))
     manifest = Manifest.load(str(_beside(checkpoint, folder, "manifest.json").parent))
+    if note is not None and note.kind == "pipeline":  # it stands alone, wherever it was moved to
+        codec = recipe.codec.model_copy(update={"vae": str(folder), "text": str(folder), "models": ""})
+        recipe = recipe.model_copy(update={"codec": codec})
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = Latte(recipe.model)
+    place, tensors = _read(model, checkpoint, note, weights)
     try:
-        model.load_state_dict(read_averaged(checkpoint / WEIGHTS))
+        model.load_state_dict(tensors)
     except RuntimeError as error:
         first = str(error).splitlines()[-1].strip()
-        raise UserError(f"{checkpoint / WEIGHTS} does not fit the model in its recipe.yaml: {first}") from None
+        raise UserError(f"{place} does not fit the model in its recipe.yaml: {first}") from None
     model.requires_grad_(False).eval().to(device)
     objective = make_objective(recipe.diffusion, recipe.model.learned_variance)
-    return Run(folder, checkpoint, recipe, manifest, model, objective, device)
+    held = note.weights if note is not None else weights or "ema"
+    return Run(folder, checkpoint, recipe, manifest, model, objective, device, note, held)
 
 
-def find_checkpoint(path: str | Path) -> tuple[Path, Path]:
+def _read(
+    model: Latte, folder: Path, note: ExportNote | None, weights: Weights | None
+) -> tuple[Path, dict[str, Tensor]]:
+    """The tensors of a checkpoint or an export, and what to call the place that they are from."""
+    if note is None and weights == "raw":
+        return folder, read_trained(folder, {name: tensor.shape for name, tensor in model.state_dict().items()})
+    if note is None:
+        return folder / WEIGHTS, read_whole(folder / WEIGHTS)
+    if note.kind == "weights":
+        if not _is_whole(folder / EXPORTED):
+            raise UserError(f"{folder / EXPORTED} is missing, cut short or no safetensors; export the run again")
+        return folder / EXPORTED, read_whole(folder / EXPORTED)
+    try:
+        check_fit(model.config, folder)
+        return folder / "transformer", from_diffusers(folder).state_dict()
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"{folder / 'transformer'} can't be read: {error}; export the run again") from None
+
+
+def read_note(folder: Path) -> ExportNote | None:
+    """What `sora export` wrote of a folder, or None where it is no export; UserError where that can't be read."""
+    place = folder / NOTE
+    if not place.is_file():
+        return None
+    try:
+        about = json.loads(place.read_text(encoding="utf-8"))
+        if about.pop("format") != EXPORT_FORMAT:
+            raise ValueError("another format")
+        note = ExportNote(**about)
+        if note.kind not in ("pipeline", "weights") or note.weights not in ("ema", "raw"):
+            raise ValueError("an unknown kind")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{place} can't be read ({error!r}); export the run again with this version") from None
+    return note
+
+
+def find_checkpoint(path: str | Path, weights: Weights = "ema") -> tuple[Path, Path]:
     """The run's folder and the checkpoint to use: the one named, or the run's newest whose weights are whole."""
     if "://" in str(path):
         raise UserError(f"{path} is remote; copy the checkpoint's folder here and name the copy")
@@ -96,7 +183,7 @@ def find_checkpoint(path: str | Path) -> tuple[Path, Path]:
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder} is no run: it has no recipe.yaml; name the folder that `sora train` made")
     for checkpoint in reversed(step_folders(folder / "checkpoints")):
-        if _is_whole(checkpoint / WEIGHTS):
+        if _is_whole(checkpoint / WEIGHTS) and (weights == "ema" or isinstance(examine(checkpoint), dict)):
             return folder, checkpoint
         print(f"warning: {checkpoint} is unfinished or damaged; looking for one before it", file=sys.stderr, flush=True)
     raise UserError(

@@ -1,6 +1,7 @@
 """Prompts and seeds in, frames out.
 
-A clip's noise is drawn on the CPU from its seed alone, so it depends neither on the clips beside it nor on the device.
+A clip's noise is drawn on the CPU from its seed alone, so it depends neither on the clips beside it nor on the device:
+that which it begins as, and then that which the sampler `ddpm` adds.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sora_train.codec.text import TextEncoder, pad_text
-from sora_train.diffusion import sample
+from sora_train.diffusion import Sampling, fitting, sample
 from sora_train.errors import UserError
 from sora_train.generate.run import Run
 from sora_train.video import one_line
@@ -29,38 +30,43 @@ def generate(
     run: Run,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    steps: int | None = None,
-    guidance: float | None = None,
+    how: Sampling | None = None,
     negative: str | None = None,
+    shape: tuple[int, int, int] | None = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """Videos uint8 `b F H W 3`, one for each prompt and its seed. Steps and guidance default to `validation`'s."""
-    return np.stack(list(generate_each(run, prompts, seeds, steps, guidance, negative, progress)))
+    """Videos uint8 `b F H W 3`, one for each prompt and its seed; otherwise as `generate_each`."""
+    return np.stack(list(generate_each(run, prompts, seeds, how, negative, shape, progress=progress)))
 
 
 def generate_each(
     run: Run,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    steps: int | None = None,
-    guidance: float | None = None,
-    negative: str | None = None,
-    progress: Progress | None = None,
+    how: Sampling | None = None,
+    negative: str | Float[Tensor, "_ e"] | None = None,
+    shape: tuple[int, int, int] | None = None,
     embeddings: Sequence[Float[Tensor, "_ e"]] | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[np.ndarray]:
-    """Like `generate`, but one by one, so that memory holds a batch. Given embeddings, no text encoder is loaded."""
+    """Videos uint8 `F H W 3` one by one, so that memory holds a batch.
+
+    `how` to sample and the `negative` prompt are as the recipe's `validation` has them if None, the shape (frames,
+    height, width) as it was trained. Given embeddings, of the prompts and of what is negative, no text encoder is
+    loaded. Raises UserError for a sampler or a shape that the model does not take.
+    """
     if not prompts or len(prompts) != len(seeds) or len(prompts) != len(prompts if embeddings is None else embeddings):
         raise ValueError(f"expected a seed (and an embedding) for each prompt, got {len(seeds)} for {len(prompts)}")
-    steps = run.recipe.validation.steps if steps is None else steps
-    guidance = run.recipe.validation.guidance if guidance is None else guidance
-    if steps < 1:
-        raise UserError(f"steps is {steps}; it must be at least 1")
+    how = run.recipe.validation.sampling if how is None else how
+    negative = run.recipe.validation.negative if negative is None else negative
+    fitting(how.sampler, run.objective.config.kind)
+    latents_of = latent_shape(run, shape)
     vae = run.vae  # first: should it not be there, that is better known before the sampling
-    texts = embed(run, prompts) if embeddings is None else list(embeddings)
-    empty = torch.from_numpy(run.manifest.empty_embedding().astype(np.float32))
-    null_text, null_mask = pad_text(embed(run, [negative]) if negative else [empty])
-    shape = latent_shape(run)
-    size = max(1, PLACES_AT_ONCE // (shape[0] * shape[2] * shape[3]))
+    if isinstance(negative, str):
+        empty = torch.from_numpy(run.manifest.empty_embedding().astype(np.float32))
+        negative = embed(run, [negative])[0] if negative else empty
+    null_text, null_mask = pad_text([negative])
+    size = max(1, PLACES_AT_ONCE // (latents_of[0] * latents_of[2] * latents_of[3]))
     batches = [slice(start, start + size) for start in range(0, len(prompts), size)]
     for i, batch in enumerate(batches):
 
@@ -68,38 +74,53 @@ def generate_each(
             if progress is not None:
                 progress(before * of + done, len(batches) * of)
 
-        text, mask = pad_text(texts[batch])
+        text, mask = pad_text(embed(run, prompts[batch]) if embeddings is None else list(embeddings[batch]))
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[batch]]
         latents = sample(
             run.model,
             run.objective,
-            torch.stack([noise(seed, shape) for seed in seeds[batch]]).to(run.device),
+            torch.stack([torch.randn(latents_of, generator=generator) for generator in generators]).to(run.device),
             *(tensor.to(run.device) for tensor in (text, mask, null_text, null_mask)),
-            steps=steps,
-            guidance=guidance,
+            how=how,
+            generators=generators,
             progress=report,
         )
         yield from vae.decode(vae.denormalise(latents)).numpy()
 
 
-def latent_shape(run: Run) -> tuple[int, int, int, int]:
-    """Axes `f c h w` of one clip's latents."""
+def latent_shape(run: Run, shape: tuple[int, int, int] | None = None) -> tuple[int, int, int, int]:
+    """Axes `f c h w` of the latents of one clip of `shape`, frames, height and width; None is as it was trained.
+
+    Positions in space and time interpolate or go on counting, so that the model takes any shape that divides into
+    frames of the VAE and patches of the model. UserError, with the nearest that do, for others.
+    """
     manifest = run.manifest
-    return manifest.vae.latent_shape(manifest.frames, manifest.height, manifest.width)
-
-
-def noise(seed: int, shape: tuple[int, ...]) -> Float[Tensor, "f c h w"]:
-    """The noise that a seed stands for, on the CPU so that every device starts from the same."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    frames, height, width = shape or (manifest.frames, manifest.height, manifest.width)
+    grid = manifest.vae.factor * run.recipe.model.patch
+    for side, size in (("height", height), ("width", width)):
+        if size % grid or size < 1:
+            below = size // grid * grid
+            choices = " or ".join(str(n) for n in (below, below + grid) if n > 0)
+            raise UserError(
+                f"{side} {size} does not divide by {grid} (VAE {manifest.vae.factor} x model.patch "
+                f"{run.recipe.model.patch}); use {choices}"
+            )
+    if over := (frames - 1) % manifest.vae.time_factor:
+        below, above = frames - over, frames - over + manifest.vae.time_factor
+        raise UserError(f"frames is {frames}; the VAE takes {manifest.vae.time_factor}k+1, so use {below} or {above}")
+    return manifest.vae.latent_shape(frames, height, width)
 
 
 def embed(run: Run, prompts: Sequence[str]) -> list[Float[Tensor, "_ e"]]:
     """Embeddings of the prompts; a prompt that is too long is cut, and what is lost is said on stderr."""
-    for prompt in dict.fromkeys(prompts):
+    distinct = list(dict.fromkeys(prompts))
+    for prompt in distinct:
         if lost := cut_off(run.text_encoder, prompt):
             shown = lost if len(lost) <= 200 else f"{lost[:200].rstrip()}… ({len(lost)} characters)"
             limit = f"codec.max_tokens {run.text_encoder.max_tokens}"
             print(f"warning: the prompt is longer than {limit}; not used: {shown!r}", file=sys.stderr, flush=True)
-    return run.text_encoder.encode(list(prompts))
+    found = dict(zip(distinct, run.text_encoder.encode(distinct), strict=True))
+    return [found[prompt] for prompt in prompts]
 
 
 def cut_off(encoder: TextEncoder, prompt: str) -> str:

@@ -134,15 +134,16 @@ def validate(checkpoint: Path, run: Path) -> list[Path]:
     trained = load_run(checkpoint)
     # The checkpoint's recipe says what the model is; the run's says what is asked for now.
     asked = load_recipe(run / "recipe.yaml").validation
-    embeddings = embed_prompts(run, trained)
+    *embeddings, negative = embed_prompts(run, trained)
     folder = run / "samples" / checkpoint.name
-    return sample_to_folder(
-        trained, list(asked.prompts), embeddings, folder, steps=asked.steps, guidance=asked.guidance
-    )
+    prompts, lead_away = list(asked.prompts), negative if asked.negative else ""
+    return sample_to_folder(trained, prompts, embeddings, folder, (asked.seed,), asked.sampling, lead_away)
 
 
 def embed_prompts(run: Path, trained: Any = None) -> list:
-    """Embeddings of the recipe's prompts: read from the run's folder, or made and put there if it has not these."""
+    """Embeddings of the recipe's prompts, the negative one last: read from the run's folder, or made and put there if
+    it has not these.
+    """
     from safetensors import safe_open
     from safetensors.torch import save_file
 
@@ -150,7 +151,7 @@ def embed_prompts(run: Path, trained: Any = None) -> list:
     from sora_train.recipe import load_recipe
 
     recipe = load_recipe(run / "recipe.yaml")
-    prompts = list(recipe.validation.prompts)
+    prompts = [*recipe.validation.prompts, recipe.validation.negative]
     codec = recipe.codec
     wanted = json.dumps([prompts, codec.text, codec.max_tokens, codec.text_precision])
     place = run / EMBEDDINGS

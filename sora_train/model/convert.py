@@ -30,6 +30,8 @@ FULL_LATTE = {
     "pooled_text": False,
 }
 VIDEO, IMAGE = ("LatteTransformer3DModel",), ("PixArtTransformer2DModel", "Transformer2DModel")
+PADDED = "_padded_variance"
+"""A key of config.json that diffusers leaves alone: the half of the output that would be a variance is zeros."""
 BUFFERS = {"pos_embed.pos_embed", "temp_pos_embed"}  # positions, which some versions of diffusers write; made anew here
 
 
@@ -104,7 +106,7 @@ def config_from_diffusers(config: dict[str, Any]) -> ModelConfig:
         heads=heads,
         patch=config["patch_size"],
         in_channels=channels,
-        learned_variance=out == 2 * channels,
+        learned_variance=out == 2 * channels and not config.get(PADDED, False),
         text_width=config["caption_channels"],
         frame_positions="rotary" if image else "temporal",
         sample_size=size,
@@ -190,6 +192,9 @@ def from_diffusers(folder: str | Path) -> Latte:
         raise ValueError(f"{folder} lacks {first_five(missing)}")
     if unexpected := there.keys() - set(known):
         raise ValueError(f"{folder} has what a Latte has no place for: {first_five(sorted(unexpected))}")
+    if settings.get(PADDED, False):
+        for name in ("proj_out.weight", "proj_out.bias"):
+            there[name] = without_variance(there[name], model.config)
     here = {ours: torch.cat([there[name] for name in theirs]) for ours, theirs in sources.items()}
     if image:
         rest_at_identity(model)
@@ -216,10 +221,25 @@ def rest_at_identity(model: Latte) -> None:
             nn.init.zeros_(linear.bias)
 
 
-def to_diffusers(model: Latte, folder: str | Path, frames: int = 16) -> None:
+def without_variance(out: Tensor, config: ModelConfig) -> Tensor:
+    """Weight or bias of the output layer without the second half of the channels."""
+    pixels = config.patch**2
+    return out.view(pixels, 2, config.in_channels, -1)[:, 0].reshape(pixels * config.in_channels, *out.shape[1:])
+
+
+def with_variance(out: Tensor, config: ModelConfig) -> Tensor:
+    """Weight or bias of the output layer with a second half of the channels, zeros: `without_variance` turned round."""
+    halves = out.view(config.patch**2, 1, config.in_channels, -1)
+    padded = torch.cat([halves, torch.zeros_like(halves)], dim=1)
+    return padded.reshape(2 * out.shape[0], *out.shape[1:])
+
+
+def to_diffusers(model: Latte, folder: str | Path, frames: int = 16, pad_variance: bool = False) -> None:
     """Writes a folder that `LatteTransformer3DModel.from_pretrained` reads, for clips of `frames` frames.
 
-    Raises ValueError, naming the setting, for a model that diffusers' class can't express.
+    With `pad_variance` a model without a learned variance gets one of zeros: LattePipeline halves what comes out.
+    `from_diffusers` leaves it away again. Raises ValueError, naming the setting, for a model that diffusers' class
+    can't express.
     """
     config, folder = model.config, Path(folder)
     for key, value in FULL_LATTE.items():
@@ -240,6 +260,9 @@ def to_diffusers(model: Latte, folder: str | Path, frames: int = 16) -> None:
     patch = there["pos_embed.proj.weight"]
     there["pos_embed.proj.weight"] = patch.reshape(config.width, config.in_channels, config.patch, config.patch)
     there |= {name: weights[ours].contiguous() for ours, name in tables(config.depth)}
+    padded = pad_variance and not config.learned_variance
+    if padded:
+        there |= {name: with_variance(there[name], config) for name in ("proj_out.weight", "proj_out.bias")}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(there, folder / WEIGHTS, metadata={"format": "pt"})
     settings = {
@@ -248,7 +271,7 @@ def to_diffusers(model: Latte, folder: str | Path, frames: int = 16) -> None:
         "num_attention_heads": config.heads,
         "attention_head_dim": config.width // config.heads,
         "in_channels": config.in_channels,
-        "out_channels": config.out_channels,
+        "out_channels": 2 * config.in_channels if padded else config.out_channels,
         "num_layers": config.depth // 2,
         "cross_attention_dim": config.width,
         "attention_bias": config.attention_bias,
@@ -257,5 +280,6 @@ def to_diffusers(model: Latte, folder: str | Path, frames: int = 16) -> None:
         "norm_eps": config.norm_eps,
         "caption_channels": config.text_width,
         "video_length": frames,
+        **({PADDED: True} if padded else {}),
     }
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -88,7 +88,7 @@ class Snapshot:
             metadata = {"offsets": json.dumps(self.offsets), "crc32": json.dumps(sums), "token": self.token}
             _write(folder / part_name(self.rank, self.world), lambda draft: save_file(self.owned, draft, metadata))
             if self.rank == 0:
-                sums = {name: _crc32(name, tensor) for name, tensor in self.averaged.items()}
+                sums = {name: crc32(name, tensor) for name, tensor in self.averaged.items()}
                 metadata = {"crc32": json.dumps(sums), "token": self.token}
                 _write(folder / AVERAGED, lambda draft: save_file(self.averaged, draft, metadata))
                 about = {"format": FORMAT, "token": self.token, **asdict(self.state)}
@@ -208,22 +208,12 @@ def _copy_overlap(source: Tensor, source_offset: int, target: Tensor, target_off
 
 def checksum(key: str, tensor: Tensor, offsets: dict[str, int]) -> int:
     """CRC-32 of a tensor called KIND/NAME, with where in NAME it begins: a flipped bit on a disk is noticed."""
-    return _crc32(f"{key} {offsets[key.partition('/')[2]]}", tensor)
+    return crc32(f"{key} {offsets[key.partition('/')[2]]}", tensor)
 
 
-def _crc32(place: str, tensor: Tensor) -> int:
+def crc32(place: str, tensor: Tensor) -> int:
+    """CRC-32 of a tensor's bytes, and of where they belong."""
     return zlib.crc32(tensor.contiguous().numpy().data, zlib.crc32(place.encode()))
-
-
-def read_averaged(path: Path) -> dict[str, Tensor]:
-    """The averaged model in an `ema.safetensors`; UserError where its bytes are not those that were written."""
-    with safe_open(path, "pt") as file:
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
-        sums = json.loads((file.metadata() or {}).get("crc32", "{}"))
-    damaged = [name for name, tensor in weights.items() if name in sums and _crc32(name, tensor) != sums[name]]
-    if damaged:
-        raise UserError(f"{path} is damaged: {damaged[0]} has another checksum than was written; use another one")
-    return weights
 
 
 def _checksum(about: dict[str, Any]) -> int:

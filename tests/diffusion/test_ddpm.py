@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
-from sora_train.diffusion import DiffusionConfig, ddpm, make_objective, sample
+from sora_train.diffusion import DiffusionConfig, Sampling, ddpm, make_objective, sample
 
 SCHEDULES = {"linear": ddpm.linear_betas(1e-4, 0.02), "cosine": ddpm.cosine_betas()}
 TEXT = (torch.ones(1, 3, 2), torch.ones(1, 3, dtype=torch.bool))
@@ -114,7 +114,7 @@ def test_ddim_steps_are_those_of_diffusers_where_they_divide_1000(schedule, pred
     torch.manual_seed(0)
     objective, noise = make_objective(configured(schedule, prediction, zero_snr)), torch.randn(1, 1, 4, 8, 8)
     model = best(objective, 0.7, 0.4)
-    found = sample(model, objective, noise, *TEXT, *TEXT, steps=steps, guidance=1.0)
+    found = sample(model, objective, noise, *TEXT, *TEXT, Sampling(steps=steps, guidance=1.0))
     scheduler, x = theirs(schedule, prediction, zero_snr), noise
     scheduler.set_timesteps(steps)
     for t in scheduler.timesteps:
@@ -127,7 +127,7 @@ def test_ddim_ends_at_the_data_for_any_number_of_steps(steps, best):
     # diffusers' steps end elsewhere than the next one starts if they don't divide 1000: a mean of 0.51 after 600
     torch.manual_seed(0)
     objective, noise = make_objective(DiffusionConfig("ddpm")), torch.randn(1, 4, 4, 64, 64)
-    made = sample(best(objective, 0.7, 0.4), objective, noise, *TEXT, *TEXT, steps=steps, guidance=1.0)
+    made = sample(best(objective, 0.7, 0.4), objective, noise, *TEXT, *TEXT, Sampling(steps=steps, guidance=1.0))
     assert made.mean().item() == pytest.approx(0.7, abs=0.01)
     assert made.std().item() == pytest.approx(0.4, abs=0.01 + 1.5 / steps)
 
@@ -138,7 +138,7 @@ def test_a_slightly_wrong_epsilon_makes_slightly_wrong_samples(schedule, best):
     objective, noise = make_objective(configured(schedule, "epsilon")), torch.randn(1, 4, 4, 64, 64)
     model = best(objective, 0.7, 0.4)
     good, off = (
-        sample(lambda *a, by=by: by * model(*a), objective, noise, *TEXT, *TEXT, steps=20, guidance=1.0)
+        sample(lambda *a, by=by: by * model(*a), objective, noise, *TEXT, *TEXT, Sampling(steps=20, guidance=1.0))
         for by in (1.0, 1.01)
     )
     assert (good - off).square().mean().sqrt() < 0.1

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from sora_train.diffusion import DiffusionConfig, make_objective, sample
+from sora_train.diffusion import DiffusionConfig, Sampling, make_objective, sample
 
 NULL = (torch.zeros(1, 1, 2), torch.ones(1, 1, dtype=torch.bool))
 SHAPE = (2, 4, 8, 8)
@@ -36,7 +36,7 @@ def text(b: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_sampling_with_the_best_model_gives_the_data_distribution(config, best):
     torch.manual_seed(0)
     noise, objective = torch.randn(16, 4, 4, 16, 16), make_objective(config)
-    made = sample(best(objective, 0.7, 0.4), objective, noise, *text(16), *NULL, steps=200, guidance=1.0)
+    made = sample(best(objective, 0.7, 0.4), objective, noise, *text(16), *NULL, Sampling(steps=200, guidance=1.0))
     assert made.mean().item() == pytest.approx(0.7, abs=0.01)
     assert made.std().item() == pytest.approx(0.4, abs=0.01)
 
@@ -114,7 +114,7 @@ def test_shift_grows_with_the_root_of_the_latent_positions_in_training_and_sampl
             told.append(t.item())
             return torch.zeros_like(x)
 
-        sample(model, objective, torch.zeros(1, *shape), *text(1), *NULL, steps=4, guidance=1.0)
+        sample(model, objective, torch.zeros(1, *shape), *text(1), *NULL, Sampling(steps=4, guidance=1.0))
         assert told == pytest.approx([1000 * s * u / (1 + (s - 1) * u) for u in (1, 0.75, 0.5, 0.25)])
 
 
@@ -151,7 +151,7 @@ def test_guidance_goes_past_the_caption_away_from_the_empty_prompt():
 
     noise = torch.zeros(2, 1, 4, 2, 2)
     for guidance, wanted in ((1.0, -1.0), (4.0, -4.0)):  # the velocity is 1 with text and 0 without
-        made = sample(model, make_objective(FLOW), noise, *text(2), *NULL, steps=4, guidance=guidance)
+        made = sample(model, make_objective(FLOW), noise, *text(2), *NULL, Sampling(steps=4, guidance=guidance))
         assert torch.allclose(made, torch.full_like(made, wanted))
 
 
@@ -165,7 +165,7 @@ def test_a_learned_variance_changes_nothing_about_the_samples(best, guidance):
         return torch.cat([model(x, *rest), torch.full_like(x, torch.nan)], dim=2)
 
     made = [
-        sample(each, objective, noise, *text(2), *NULL, steps=5, guidance=guidance)
+        sample(each, objective, noise, *text(2), *NULL, Sampling(steps=5, guidance=guidance))
         for each, objective in ((model, plain), (both, learned))
     ]
     assert torch.equal(*made)
@@ -180,5 +180,13 @@ def test_progress_is_told_after_every_step(best):
         def progress(done: int, of: int, told=told) -> None:
             told.append((done, of))
 
-        sample(best(objective, 0.0, 1.0), objective, noise, *text(1), *NULL, steps, 1.0, progress)
+        sample(
+            best(objective, 0.0, 1.0),
+            objective,
+            noise,
+            *text(1),
+            *NULL,
+            Sampling(steps=steps, guidance=1),
+            progress=progress,
+        )
         assert told == [(i, steps) for i in range(1, steps + 1)]

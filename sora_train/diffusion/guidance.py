@@ -1,0 +1,64 @@
+"""Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598): away from a null prompt, toward the text.
+
+Within an interval of the diffusion time alone (Kynkaanniemi et al. 2024, arXiv 2404.07724), and rescaled against the
+over-exposure that strong guidance brings (Lin et al. 2023, arXiv 2305.08891, section 3.4).
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sora_train.diffusion.objective import Model
+
+Denoiser = Callable[[Tensor, float], Tensor]
+"""Takes noisy latents and the time of all of them, 0 (data) to 1000 (noise); gives the model's output, guided."""
+
+
+def guided(
+    model: Model,
+    text: Float[Tensor, "b l e"],
+    text_mask: Bool[Tensor, "b l"],
+    null_text: Float[Tensor, "1 m e"],
+    null_mask: Bool[Tensor, "1 m"],
+    guidance: float | int,
+    interval: tuple[float | int, float | int] = (0, 1000),
+    rescale: float | int = 0,
+) -> Denoiser:
+    """null + guidance x (text - null) (eq. 6), both in one batch, at times within the interval, ends included.
+
+    A guidance of 1, and a time outside of the interval, leave the null prompt out, and half the work. A learned
+    variance, the second half of the channels, is not guided: it is that of the pass with the text. A guided one would
+    leave the range that it was learned in. (Latte's own code does the same; diffusers' LattePipeline guides both halves
+    where its scheduler reads a variance, which the one that Latte was released with does not.)
+    """
+    length, b = max(text.shape[1], null_text.shape[1]), len(text)
+    both = [(text, text_mask), (null_text.expand(b, -1, -1), null_mask.expand(b, -1))]
+    texts = torch.cat([pad(embedding, (0, 0, 0, length - embedding.shape[1])) for embedding, _ in both])
+    masks = torch.cat([pad(mask, (0, length - mask.shape[1])) for _, mask in both])
+
+    def denoise(x: Tensor, t: float) -> Tensor:
+        c = x.shape[2]
+        if guidance == 1 or not interval[0] <= t <= interval[1]:
+            return model(x, torch.full((b,), t, device=x.device), text, text_mask).float()
+        output = model(torch.cat([x, x]), torch.full((2 * b,), t, device=x.device), texts, masks).float()
+        with_text, without = output[:, :, :c].chunk(2)
+        led = without + guidance * (with_text - without)
+        if rescale:
+            led = rescaled(led, with_text, rescale)
+        return torch.cat([led, output[:b, :, c:]], dim=2)
+
+    return denoise
+
+
+def rescaled(
+    led: Float[Tensor, "b f c h w"], with_text: Float[Tensor, "b f c h w"], share: float | int
+) -> Float[Tensor, "b f c h w"]:
+    """The guided prediction with `share` of the way back to the spread of the prediction with the text alone, each
+    clip for itself (Lin et al. 2023, eq. 15 and 16). A prediction without any spread stays as it is.
+    """
+    own, wanted = (x.std(dim=(1, 2, 3, 4), keepdim=True) for x in (led, with_text))
+    factor = torch.where(own > 0, wanted / own, 1.0)  # eq. 15
+    return share * factor * led + (1 - share) * led  # eq. 16

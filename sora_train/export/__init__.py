@@ -1,0 +1,8 @@
+"""Weights that leave home: a run as a `LattePipeline` of diffusers, or as one safetensors file. No Ray.
+
+`sora_train.generate.load_run` reads both back.
+"""
+
+from sora_train.export.folder import export
+
+__all__ = ["export"]

@@ -1,0 +1,130 @@
+"""The model card of an export: what it is, what it was trained on, and how to use it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sora_train.diffusion.sampler import trailing, usable_steps
+from sora_train.generate.run import EXPORTED, ExportNote, Run
+from sora_train.video import one_line
+
+PLACEHOLDER = "a short description of a video"
+
+
+def write_card(run: Run, folder: Path, note: ExportNote) -> None:
+    """README.md, with the front matter that model hubs read."""
+    parts = [front_matter(note), about(run, note), pipeline_use(run) if note.kind == "pipeline" else weights_use()]
+    (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def front_matter(note: ExportNote) -> str:
+    """YAML between dashes."""
+    library = ["library_name: diffusers"] if note.kind == "pipeline" else []
+    return "\n".join(["---", "license: unknown", "pipeline_tag: text-to-video", *library, "tags: [latte]", "---", ""])
+
+
+def about(run: Run, note: ExportNote) -> str:
+    """What the model is, and what it learned from."""
+    recipe, manifest = run.recipe, run.manifest
+    count = sum(parameter.numel() for parameter in run.model.parameters())
+    factorised = recipe.model.attention == "factorised"
+    blocks = "spatial and temporal blocks in turns" if factorised else "full space-time attention"
+    flow = recipe.diffusion.kind == "flow"
+    learned = "rectified flow" if flow else f"DDPM, predicting {recipe.diffusion.prediction}"
+    which = "averaged (EMA)" if note.weights == "ema" else "trained (not averaged)"
+    step = f"step {note.step}" if note.step >= 0 else "an unnamed step"
+    buckets = [f"{name} ({rows} clips)" for name, rows in manifest.buckets.items() if rows]
+    shapes = ", ".join(buckets) or f"{manifest.frames}x{manifest.height}x{manifest.width}"
+    return f"""# {recipe.name}
+
+A text-to-video diffusion transformer of the Latte family ([arXiv 2401.03048](https://arxiv.org/abs/2401.03048)), made
+with sora_train: {count:,} parameters, {blocks}, {learned}.
+These are the {which} weights of {step}.
+
+- **Trained on** {manifest.counts.written} clips, frames x height x width: {shapes}; {manifest.fps:g} frames a second.
+  What they show is for whoever trained it to say.
+- **Licence** unknown: state yours here and in the lines above, with that of the clips, the VAE and the text encoder.
+- `recipe.yaml` has every setting of the training, `manifest.json` how its clips were encoded.
+"""
+
+
+def prompt_of(run: Run) -> str:
+    """A prompt to show, as a literal of Python: on one line, so that it ends neither the string nor the code block."""
+    prompts = run.recipe.validation.prompts
+    return repr(one_line(prompts[0])[:200] if prompts else PLACEHOLDER)
+
+
+def weights_use() -> str:
+    """How to use weights alone."""
+    return f"""## Use
+
+`{EXPORTED}` goes with sora_train, which reads this folder as it would a run:
+
+```sh
+sora sample . --prompt "{PLACEHOLDER}"
+```
+
+VAE and text encoder are not in it: `codec.vae` and `codec.text` in `recipe.yaml` say where they are, and may be changed
+to where you have the same.
+"""
+
+
+def pipeline_use(run: Run) -> str:
+    """The lines that make a video with diffusers, and what they mind."""
+    manifest, sampling = run.manifest, run.recipe.validation.sampling
+    still = "\n    enable_temporal_attentions=False," if manifest.frames == 1 else ""
+    usable = usable_steps(run.objective)
+    wrong = [str(n) for n in range(1, 201) if n <= usable and trailing_of_diffusers(usable, n) != trailing(usable, n)]
+    but = f" (but {', '.join(wrong)}, where diffusers' spacing makes one too many)" if wrong else ""
+    tokens = run.recipe.codec.max_tokens
+    return f"""## Use
+
+```python
+import torch
+from diffusers import LattePipeline
+from diffusers.utils import export_to_video
+
+pipe = LattePipeline.from_pretrained(".")  # this folder
+
+
+@torch.no_grad()
+def embed(text):
+    ids = pipe.tokenizer(text, truncation=True, max_length={tokens}, return_tensors="pt").input_ids
+    return pipe.text_encoder(ids.to(pipe.text_encoder.device))[0]
+
+
+prompt, nothing = embed({prompt_of(run)}), embed("")
+frames = pipe(
+    prompt_embeds=prompt,
+    negative_prompt=None,
+    negative_prompt_embeds=nothing.repeat(1, prompt.shape[1], 1),
+    mask_feature=False,{still}
+    video_length={manifest.frames},
+    height={manifest.height},
+    width={manifest.width},
+    num_inference_steps={sampling.steps},
+    guidance_scale={sampling.guidance:g},
+    decode_chunk_size={manifest.frames},
+    generator=torch.Generator().manual_seed(0),
+).frames[0]
+export_to_video(frames, "sample.mp4", fps={round(manifest.fps)})
+```
+
+- Prompts are embedded outside of the pipeline, because it would put them in lower case and pad the empty one, which the
+  model has not seen: it learned from the text's own tokens. Repeating the empty prompt's token changes nothing, since
+  attention over equal tokens is attention over one.
+- `video_length` is fixed: diffusers' Latte takes only the number of frames that it was made for.
+- The scheduler is DDIM, written as DPM-Solver++ of first order, which is the same and right at any number of steps up
+  to {usable}{but}. For the solver of second order:
+  `pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, solver_order=2)`.
+- Mean and spread of the latents are folded into the VAE's first and last 1 x 1 convolutions, so that it makes and takes
+  latents as the transformer has them.
+- With sora_train: `sora sample . --prompt "{PLACEHOLDER}"`.
+"""
+
+
+def trailing_of_diffusers(usable: int, steps: int) -> list[int]:
+    """The times that diffusers' schedulers take, whose rounding at some counts makes one too many."""
+    import numpy as np
+
+    return (np.arange(usable, 0, -usable / steps).round().astype(np.int64) - 1).tolist()

@@ -1,0 +1,52 @@
+"""What normalises latents, folded into a VAE: its latents are then what the model sees, without mean and std.
+
+An `AutoencoderKL` ends in a 1 x 1 convolution to the posterior's moments and begins to decode with another. Latents
+(z - m) / s have the posterior's mean (mean - m) / s and log-variance logvar - 2 log s; decoding begins with z s + m.
+All of that is linear, so two 1 x 1 convolutions take it up. (A log-variance beyond diffusers' bounds, -30 and 20, is
+cut before the fold on one side and after it on the other; nothing real is out there.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def fold(vae: Any, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Changes an `AutoencoderKL` in place so that it makes and takes normalised latents; its scaling factor is 1.
+
+    One that lacks a convolution gets it. Computed in float64, since what is folded in is undone on the other side.
+    """
+    c = len(mean)
+    m, s = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+    into, out = vae.quant_conv or identity(2 * c), vae.post_quant_conv or identity(c)
+    scale = torch.cat([1 / s, torch.ones_like(s)])
+    shift = torch.cat([-m / s, -2 * s.log()])
+    weight, bias = into.weight.double(), into.bias.double()
+    into.weight.copy_(weight * scale[:, None, None, None])
+    into.bias.copy_(bias * scale + shift)
+    weight = out.weight.double()
+    out.bias.copy_(out.bias.double() + weight[:, :, 0, 0] @ m)
+    out.weight.copy_(weight * s[None, :, None, None])
+    vae.quant_conv, vae.post_quant_conv = into, out
+    vae.register_to_config(
+        use_quant_conv=True,
+        use_post_quant_conv=True,
+        scaling_factor=1.0,
+        shift_factor=None,
+        latents_mean=None,
+        latents_std=None,
+    )
+
+
+def identity(channels: int) -> nn.Conv2d:
+    """A 1 x 1 convolution that changes nothing."""
+    convolution = nn.Conv2d(channels, channels, 1)
+    nn.init.dirac_(convolution.weight)
+    assert convolution.bias is not None
+    nn.init.zeros_(convolution.bias)
+    return convolution

@@ -1,0 +1,102 @@
+"""`sora export`: a folder that is there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from sora_train.codec.files import find_text_encoder, find_vae
+from sora_train.errors import UserError
+from sora_train.export.card import write_card
+from sora_train.export.pipeline import refusal, write_pipeline
+from sora_train.generate.run import EXPORT_FORMAT, EXPORTED, NOTE, ExportNote, Run, Weights, load_run, read_note
+from sora_train.recipe import save_recipe
+from sora_train.train.weights import write_whole
+
+
+def export(path: str | Path, out: str | Path, weights_only: bool = False, weights: Weights | None = None) -> Path:
+    """Writes the model of a run, a checkpoint or another export to the new folder `out`, and says where.
+
+    By default a `LattePipeline` of diffusers with its own VAE, text encoder and scheduler; UserError, with the reason,
+    for a run that this can't hold. With `weights_only` one safetensors file, for any run. Either has recipe.yaml,
+    manifest.json and a model card, and is read back by `load_run`.
+    """
+    out = Path(out).expanduser()
+    check_free(out)
+    run = load_run(path, device="cpu", weights=weights)
+    if not weights_only and (reason := refusal(run)):
+        raise UserError(
+            f"{run.folder} can't become a LattePipeline: {reason}. --weights_only writes its weights and recipe, which "
+            "`sora sample` reads"
+        )
+    with_draft(out, lambda draft: write_weights(run, draft) if weights_only else write_whole_pipeline(run, draft))
+    print(f"{out}: the {run.weights} weights of {run.checkpoint}; its README.md says how to use it", flush=True)
+    return out
+
+
+def check_free(out: Path) -> None:
+    """UserError where the folder holds anything: nothing is ever replaced."""
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise UserError(f"{out} is there and no folder; name another one")
+    if out.is_dir() and any(out.iterdir()):
+        note = read_note(out) if (out / NOTE).is_file() else None
+        holds = f"holds an export of step {note.step}; remove it first" if note else "is not empty"
+        raise UserError(f"{out} {holds}, or name another folder")
+
+
+def with_draft(out: Path, write: Callable[[Path], None]) -> None:
+    """Has a folder written under another name, and then renamed; UserError, and nothing left, where that fails."""
+    draft = out.absolute().with_name(f".{out.absolute().name}.draft")
+    try:
+        shutil.rmtree(draft, ignore_errors=True)  # what a kill left
+        draft.mkdir(parents=True)
+        write(draft)
+        if out.is_dir():
+            out.rmdir()  # it is empty; a rename onto it would fail on some systems
+        draft.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{out} can't be written ({error}); make room there, or name another folder") from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def write_weights(run: Run, draft: Path) -> None:
+    """Weights, and the recipe as the run has it: VAE and text encoder stay where they are."""
+    write_whole(draft / EXPORTED, run.model.state_dict())
+    finish(run, draft, ExportNote("weights", run.weights, step_of(run), *codec_hashes(run)))
+
+
+def write_whole_pipeline(run: Run, draft: Path) -> None:
+    """A pipeline that stands alone."""
+    write_pipeline(run, draft)
+    vae, text = find_vae(str(draft)).hash, find_text_encoder(str(draft)).hash
+    finish(run, draft, ExportNote("pipeline", run.weights, step_of(run), vae, text))
+
+
+def finish(run: Run, draft: Path, note: ExportNote) -> None:
+    """What both kinds have beside the weights."""
+    save_recipe(run.recipe, draft / "recipe.yaml")
+    run.manifest.save(str(draft))
+    write_card(run, draft, note)
+    text = json.dumps({"format": EXPORT_FORMAT, **asdict(note)}, indent=1)
+    (draft / NOTE).write_text(text + "\n", encoding="utf-8")
+
+
+def codec_hashes(run: Run) -> tuple[str, str]:
+    """Hashes of the VAE and the text encoder that go with the run's weights."""
+    if run.exported is not None:
+        return run.exported.vae, run.exported.text
+    return run.manifest.vae.hash, run.manifest.text.hash
+
+
+def step_of(run: Run) -> int:
+    """The step that the weights are of; -1 where the checkpoint's name doesn't say."""
+    if run.exported is not None:
+        return run.exported.step
+    digits = run.checkpoint.name.removeprefix("step_")
+    return int(digits) if digits.isdecimal() else -1

@@ -1,0 +1,113 @@
+"""A run as a folder that diffusers' `LattePipeline.from_pretrained` reads: what it can hold, and the parts of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from sora_train.codec.files import VaeFiles, find_text_encoder, find_vae, read_config
+from sora_train.codec.text import load_tokenizer
+from sora_train.codec.vae import load_vae
+from sora_train.diffusion.sampler import make_solver
+from sora_train.export.fold import fold
+from sora_train.generate.run import Run
+from sora_train.model.convert import FULL_LATTE, to_diffusers
+
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def refusal(run: Run) -> str:
+    """Why a LattePipeline can't hold a run, naming the keys; empty if it can."""
+    recipe, manifest = run.recipe, run.manifest
+    for key, value in FULL_LATTE.items():
+        if (found := getattr(recipe.model, key)) != value:
+            return f"model.{key} is {found}, and diffusers' Latte has only {value}"
+    frames = latent_frames(run)
+    if recipe.model.sample_frames not in (0, frames):
+        return f"model.sample_frames is {recipe.model.sample_frames}, and diffusers' Latte counts 0 to {frames - 1}"
+    if recipe.diffusion.kind != "ddpm":
+        return f"diffusion.kind is {recipe.diffusion.kind}, and its scheduler takes steps of DDPM alone"
+    if recipe.diffusion.prediction != "epsilon":
+        return f"diffusion.prediction is {recipe.diffusion.prediction}, and released Lattes predict epsilon"
+    if manifest.vae.time_factor != 1:
+        return f"the VAE makes {manifest.vae.time_factor} frames one, and the pipeline decodes frame by frame"
+    files = find_vae(recipe.codec.vae, recipe.codec.models)
+    if files.kind != "AutoencoderKL" and not is_scalar(files):
+        return (
+            f"latents are normalised per channel (mean {list(files.mean)}, std {list(files.std)}), and an {files.kind} "
+            "has no 1 x 1 convolutions that could take that up"
+        )
+    return ""
+
+
+def latent_frames(run: Run) -> int:
+    """Latent frames of the clips that the run was trained on, the longest of them where there are several."""
+    return run.manifest.vae.latent_shape(run.manifest.frames, run.manifest.height, run.manifest.width)[0]
+
+
+def is_scalar(files: VaeFiles) -> bool:
+    """Whether one factor, as `scaling_factor`, says how a VAE's latents are normalised."""
+    return not any(files.mean) and len(set(files.std)) == 1
+
+
+def write_pipeline(run: Run, folder: Path) -> None:
+    """Transformer, VAE, text encoder, tokenizer, scheduler and model_index.json, of a run without `refusal`."""
+    import diffusers
+
+    to_diffusers(run.model, folder / "transformer", latent_frames(run), pad_variance=True)
+    kind = write_vae(run, folder / "vae")
+    tokenizer = write_text_encoder(run, folder)
+    make_solver(run.objective, order=1).save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "LattePipeline",
+        "_diffusers_version": diffusers.__version__,
+        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+        "text_encoder": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", tokenizer],
+        "transformer": ["diffusers", "LatteTransformer3DModel"],
+        "vae": ["diffusers", kind],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_vae(run: Run, folder: Path) -> str:
+    """The run's VAE in float32 with what normalises its latents folded in; returns its class."""
+    vae = load_vae(run.recipe.codec.vae, models=run.recipe.codec.models)
+    run.check_vae(vae.hash)
+    files, model = vae.files, vae.model.to(memory_format=torch.contiguous_format)
+    if not is_scalar(files):
+        fold(model, files.mean, files.std)
+    elif read_config(files.place).get("latents_mean") is not None:
+        model.register_to_config(scaling_factor=1 / files.std[0], latents_mean=None, latents_std=None)
+    model.save_pretrained(folder)
+    return files.kind
+
+
+def write_text_encoder(run: Run, folder: Path) -> str:
+    """The run's text encoder and tokenizer, file by file; returns the tokenizer's class.
+
+    Whatever the weights' number format, config.json says float32: what embeds prompts sets the pipeline's own format,
+    and T5 overflows in float16.
+    """
+    files = find_text_encoder(run.recipe.codec.text, run.recipe.codec.models)
+    run.check_text(files.hash)
+    encoder, tokenizer = folder / "text_encoder", folder / "tokenizer"
+    encoder.mkdir()
+    tokenizer.mkdir()
+    for file in files.files:
+        if file.parent == files.place and file.suffix == ".safetensors":
+            shutil.copyfile(file, encoder / file.name)
+    for file in files.place.glob("*.safetensors.index.json"):
+        shutil.copyfile(file, encoder / file.name)
+    config = read_config(files.place)
+    config.pop("torch_dtype", None)
+    text = json.dumps(config | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n"
+    (encoder / "config.json").write_text(text, encoding="utf-8")
+    for name in TOKENIZER_FILES:
+        if (files.tokenizer / name).is_file():
+            shutil.copyfile(files.tokenizer / name, tokenizer / name)
+    name = type(load_tokenizer(tokenizer)).__name__
+    return "PreTrainedTokenizerFast" if name == "TokenizersBackend" else name  # its name of old, which 4 and 5 know
