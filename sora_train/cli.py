@@ -17,7 +17,17 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 from sora_train import __version__
 from sora_train.errors import RecipeError, Stopped, UserError
 from sora_train.settings import build, parse_flags
-from sora_train.verbs import EXAMPLES, MORE, VERBS, ExportOptions, InspectOptions, NoOptions, SampleOptions, usage
+from sora_train.verbs import (
+    EXAMPLES,
+    MORE,
+    VERBS,
+    EvalOptions,
+    ExportOptions,
+    InspectOptions,
+    NoOptions,
+    SampleOptions,
+    usage,
+)
 
 if TYPE_CHECKING:
     from sora_train.recipe import Recipe
@@ -107,6 +117,12 @@ def run(verb: str, words: Sequence[str]) -> None:
             from sora_train.export import export
 
             export(run_folder, out, options.weights_only, options.weights)
+        case "eval":
+            run_folder, ask = target_of(verb, words, EvalOptions)
+            from sora_train.demo.measure import obey
+            from sora_train.evaluate import evaluate
+
+            evaluate(run_folder, ask, obey)
         case "demo":
             overrides = demo_overrides(words)
             from sora_train.demo.run import demo

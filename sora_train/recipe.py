@@ -12,6 +12,7 @@ from typing import Literal
 
 import yaml
 from pydantic import (
+    Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -33,6 +34,8 @@ from sora_train.train.deepspeed_config import contradictions
 
 PIXELS_PER_LATENT = 8
 """Pixels on a side that one latent stands for: the VAEs that are read here shrink by eight."""
+I3D_FRAMES = 16
+"""The shortest clips whose Fréchet video distance is measured."""
 
 
 class ValidationConfig(Section):
@@ -56,6 +59,16 @@ class ValidationConfig(Section):
     """What guidance leads away from, instead of the empty prompt."""
     seed: NonNegativeInt = 0
     """Fixes the noise that videos begin as: the same at every step, so that one sees them change over training."""
+    holdout_clips: NonNegativeInt = 64
+    """Most clips of data.holdout_fraction whose loss is measured, in ten bins of diffusion time; 0 is none."""
+    fvd: bool = False
+    """Measure the Fréchet video distance to held-out clips (16 frames or more) by `i3d`; slow on a CPU."""
+    fvd_clips: int = Field(default=256, ge=2)
+    """Most held-out captions that clips are made of for it; values of fewer than 256 clips say little."""
+    i3d: str = ""
+    """File of I3D's weights (Kinetics-400, 400 logits), safetensors."""
+    clip: str = ""
+    """CLIP that scores how well samples show their prompts: a folder of transformers' or a hub id; empty is none."""
     timeout_s: PositiveFloat = 1800.0
     """After this the sampling task is ended, noted in `events.jsonl`, and training goes on."""
     resources: dict[str, float] = {"CPU": 1.0}
@@ -191,6 +204,9 @@ def check(recipe: Recipe) -> list[str]:
     except UserError as error:
         wrong.append(f"validation.{error}")
 
+    if validation.fvd:
+        wrong += fvd_lacks(recipe)
+
     grid = PIXELS_PER_LATENT * recipe.model.patch
     for frames, height, width in data.shapes:
         for side, size in (("height", height), ("width", width)):
@@ -234,3 +250,17 @@ def check(recipe: Recipe) -> list[str]:
         wrong.append(f"train.betas are {train.betas}; both must be at least 0 and below 1")
     wrong += contradictions(train)
     return wrong
+
+
+def fvd_lacks(recipe: Recipe) -> list[str]:
+    """What `validation.fvd` needs and a recipe does not have."""
+    lacks: list[str] = []
+    if not recipe.validation.i3d:
+        lacks.append("validation.i3d is empty; name the safetensors of I3D's weights")
+    if not recipe.data.holdout_fraction:
+        lacks.append(
+            "data.holdout_fraction is 0, so that there are no clips to compare with; hold some out, such as 0.02"
+        )
+    if (longest := max(frames for frames, _, _ in recipe.data.shapes)) < I3D_FRAMES:
+        lacks.append(f"clips have {longest} frames and I3D needs {I3D_FRAMES}; raise data.frames")
+    return [f"validation.fvd is true, but {sentence}, or set validation.fvd to false" for sentence in lacks]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 VERBS = {
     "download": ("RECIPE", "Fetches the recipe's VAE and text encoder to a folder that all nodes share (--to DIR)."),
@@ -20,6 +20,7 @@ VERBS = {
     ),
     "sample": ("RUN", "Makes videos of your prompts with a run's newest checkpoint, a checkpoint, or an export."),
     "export": ("RUN OUT", "Writes a run's model as a LattePipeline of diffusers, or --weights_only."),
+    "eval": ("RUN", "Measures a model: held-out loss, Fréchet video distance, similarity of samples to their prompts."),
     "demo": ("", "Does it all on clips of moving shapes, in minutes: prep, train, sample, judge, report."),
     "bench": ("prep RECIPE", "Measures the pipeline's clips per second beside a bare VAE loop's."),
     "report": ("RUN", "Writes a run's report.html: curves, samples, events."),
@@ -34,9 +35,12 @@ MORE = {
     "export": "OUT is a new folder. `LattePipeline.from_pretrained(OUT)` reads it, as its README.md shows, and so do "
     "`sora sample OUT` and `model.init_from: OUT`. A pipeline holds factorised models of DDPM that predict epsilon; "
     "--weights_only holds any.",
+    "eval": "Compares with the clips that data.holdout_fraction kept from training. Prints a table, or JSON with "
+    "--json, and writes eval.json. Of the quickstart's clips the judge also says how many samples show their captions.",
 }
 """What the help of a verb says beyond its sentence."""
 EXAMPLES = {
+    "eval": "runs/quickstart --i3d i3d_kinetics400.safetensors --clip openai/clip-vit-large-patch14",
     "download": "jobs/real_clips.yaml --to /shared/models",
     "prep": "jobs/real_clips.yaml --data.captions my/captions.csv --data.root my/videos",
     "inspect": "runs/quickstart/shards --json",
@@ -109,6 +113,29 @@ class ExportOptions:
     """One safetensors file that `sora sample` reads, instead of a whole pipeline of diffusers; for any run."""
     weights: Literal["ema", "raw"] | None = None
     """The averaged weights (ema), or those that were trained (raw)."""
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What to measure, and against what."""
+
+    i3d: str | None = None
+    """I3D's weights (Kinetics-400), safetensors: with them the Fréchet video distance is measured; else only where the
+    run's own `validation.fvd` says so."""
+    clip: str | None = None
+    """CLIP for the similarity, a folder or a hub id; the run's own `validation.clip` if not given."""
+    fvd_clips: Annotated[int, Field(ge=2)] | None = None
+    """Clips that FVD is of; the run's own `validation.fvd_clips` if not given."""
+    holdout_clips: NonNegativeInt | None = None
+    """Held-out clips whose loss is measured; the run's own `validation.holdout_clips` if not given."""
+    shards: str | None = None
+    """Folder of the shards that the run was trained on, where it is no longer the recipe's `data.output`."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+    weights: Literal["ema", "raw"] | None = None
+    """The averaged weights (ema), or those that were trained (raw)."""
+    out: str | None = None
+    """File for the JSON; `eval.json` in the run's folder if not given."""
 
 
 @dataclass(frozen=True)

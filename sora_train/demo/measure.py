@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from sora_train.demo.judge import accuracy, judge, obedience
 from sora_train.demo.shapes import FPS, SHAPES, Scene, all_scenes, draw
+from sora_train.generate import Run, generate_each
+from sora_train.generate.sample import Progress
 from sora_train.video import read_mp4, write_mp4
 
 SEEDS = (0, 1)
@@ -44,6 +47,19 @@ def measure(clips_folder: Path, run_folder: Path, final: Path) -> dict:
     (run_folder / "obedience.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"  {run_folder / 'obedience.json'}")
     return shares
+
+
+def obey(run: Run, captions: Iterable[str], progress: Progress | None = None) -> dict | None:
+    """Obedience of new samples, as the run samples, of every scene and seed; None where not all these captions are the
+    demo's: of other clips the judge knows nothing.
+    """
+    captions, shown = set(captions), by_caption()
+    if not captions or captions - shown.keys():
+        return None
+    pairs = [(scene, seed) for scene in scenes() for seed in SEEDS]
+    each_scene, each_seed = zip(*pairs, strict=True)
+    videos = generate_each(run, [scene.caption for scene in each_scene], each_seed, progress=progress)
+    return obedience([judge(video) for video in videos], each_scene)
 
 
 def real_clips(folder: Path, count: int = 96) -> tuple[list[np.ndarray], list[Scene]]:

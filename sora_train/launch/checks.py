@@ -13,6 +13,8 @@ from sora_train.codec.files import find_text_encoder, find_vae
 from sora_train.codec.folders import find_folder
 from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
+from sora_train.evaluate.i3d import load_i3d
+from sora_train.evaluate.similarity import find_clip
 from sora_train.manifest import Manifest
 from sora_train.model.convert import check_fit, check_readable
 from sora_train.recipe import Recipe
@@ -74,6 +76,12 @@ def absolute(recipe: Recipe) -> Recipe:
     return recipe.model_copy(
         update={
             "data": recipe.data.model_copy(update={"output": place(recipe.data.output)}),
+            "validation": recipe.validation.model_copy(
+                update={
+                    "i3d": recipe.validation.i3d and place(recipe.validation.i3d),
+                    "clip": network(recipe.validation.clip),
+                }
+            ),
             "codec": recipe.codec.model_copy(
                 update={key: network(getattr(recipe.codec, key)) for key in ("vae", "text", "models")}
             ),
@@ -148,6 +156,14 @@ def check_codec(recipe: Recipe, manifest: Manifest) -> None:
                 f"{key} {name!r} is not what {recipe.data.output} was encoded with ({facts.name!r}), so that samples "
                 f"would be wrong; give the same as for `sora prep`: --{key} {facts.name}"
             )
+
+
+def check_figures(recipe: Recipe) -> None:
+    """UserError where the networks that measure a validation can't be read: training would not say so for hours."""
+    if recipe.validation.every and recipe.validation.fvd:
+        load_i3d(recipe.validation.i3d)
+    if recipe.validation.every and recipe.validation.clip:
+        find_clip(recipe.validation.clip, recipe.codec.models)
 
 
 def check_folder(run: Path, recipe: Recipe, manifest: Manifest) -> int | None:

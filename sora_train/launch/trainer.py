@@ -34,6 +34,7 @@ from sora_train.launch.checks import (
     absolute,
     check_cluster,
     check_codec,
+    check_figures,
     check_folder,
     check_shards,
     check_start,
@@ -89,6 +90,7 @@ def launch_training(recipe: Recipe, fresh: bool = False, overwrite: bool = False
             steered = differences(run, recipe, STEERS) if at else []
     check_codec(recipe, manifest)
     check_start(recipe)
+    check_figures(recipe)
     print("starting Ray", flush=True)
     need = resources(recipe, gpu=False, most=True)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")  # a lost worker is noticed so soon

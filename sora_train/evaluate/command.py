@@ -1,0 +1,121 @@
+"""`sora eval`: the figures of a run or a checkpoint, as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from sora_train.data.shards import ShardSet
+from sora_train.errors import UserError
+from sora_train.evaluate.figures import Progress, measure
+from sora_train.evaluate.heldout import BINS
+from sora_train.generate import Run, load_run
+from sora_train.verbs import EvalOptions
+
+Judge = Callable[[Run, Iterable[str], Callable[[int, int], None]], dict[str, Any] | None]
+"""Obedience of a run's samples to their prompts; None where these captions are not the judge's."""
+LOOKED_AT = 64  # captions that tell whether the clips are the quickstart's
+
+
+def evaluate(path: str | Path, how: EvalOptions, judge: Judge | None = None) -> dict[str, Any]:
+    """Measures, prints the table (or with `how.json` the JSON), and writes `eval.json` into the run, or to `how.out`.
+
+    Raises UserError where what was asked for on the command line can't be had, after all the rest was measured.
+    """
+    run = load_run(path, weights=how.weights)
+    validation = run.recipe.validation
+    asked: dict[str, Any] = {"holdout_clips": how.holdout_clips, "fvd_clips": how.fvd_clips, "clip": how.clip}
+    asked |= {"i3d": how.i3d, "fvd": True} if how.i3d else {}
+    ask = validation.model_copy(update={key: value for key, value in asked.items() if value is not None})
+    shards = how.shards or run.recipe.data.output
+    remarks: list[str] = []
+    tell = printed()
+    figures = measure(run, ask, shards, None, tell, remarks.append)
+    if not ask.holdout_clips:
+        remarks.append("held-out loss: not asked for (--holdout_clips 0)")
+    if not ask.fvd:
+        remarks.append("FVD: not asked for; name I3D's weights with --i3d FILE")
+    if not ask.clip:
+        remarks.append("similarity: not asked for; name a CLIP with --clip FOLDER")
+    record: dict[str, Any] = {"run": str(run.folder), "checkpoint": run.checkpoint.name, "weights": how.weights or "ema"}
+    record |= {"shards": str(shards), **figures}
+    try:
+        obedience = (
+            judge(run, some_captions(shards), lambda done, of: tell("samples to judge", done, of)) if judge else None
+        )
+        record |= {"obedience": obedience} if obedience else {}
+    except UserError as error:
+        remarks.append(f"obedience: {error}")
+    record["remarks"] = remarks
+    print(json.dumps(record) if how.json else table(record), flush=True)
+    write(Path(how.out) if how.out else run.folder / "eval.json", record)
+    if lost := [name for name, key, wanted in wished(how) if wanted and key not in figures]:
+        reasons = [remark for remark in remarks if remark.split(":")[0] in lost]
+        raise UserError("\n".join(reasons))
+    return record
+
+
+def wished(how: EvalOptions) -> list[tuple[str, str, bool]]:
+    """Name and key of each figure, and whether the command line asks for it."""
+    return [
+        ("held-out loss", "holdout_loss", bool(how.holdout_clips)),
+        ("FVD", "fvd", bool(how.i3d or how.fvd_clips)),
+        ("similarity", "similarity", bool(how.clip)),
+    ]
+
+
+def some_captions(folder: str | Path) -> list[str]:
+    """Captions of the first clips of a shard folder, held out or not."""
+    shards = ShardSet(str(folder))
+    bucket, rows = next(iter(shards.rows.items()))
+    return [caption for captions in shards.read(bucket, range(min(rows, LOOKED_AT))).captions for caption in captions]
+
+
+def write(file: Path, record: dict[str, Any]) -> None:
+    """Writes the JSON, whole or not at all."""
+    draft = file.with_name(f".{file.name}.draft")
+    try:
+        draft.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        draft.replace(file)
+    except OSError as error:
+        raise UserError(f"{file} can't be written ({error.strerror}); name another file with --out") from None
+
+
+def table(record: dict[str, Any]) -> str:
+    """What was measured, and what was not and why, for people."""
+    lines = [f"{record['run']}, {record['checkpoint']}, {record['weights']} weights"]
+    if "holdout_loss" in record:
+        about = f"mean squared error over {record['holdout_clips']} clips; by diffusion time, from the data to noise:"
+        lines.append(row("held-out loss", f"{record['holdout_loss']:.4f}", about))
+        for i in range(BINS):
+            lines.append(row(f"  {1000 * i // BINS} to {1000 * (i + 1) // BINS}", f"{record[f'holdout_loss_{i}']:.4f}"))
+    if "fvd" in record:
+        lines.append(row("FVD", f"{record['fvd']:.1f}", f"{record['fvd_clips']} clips against as many held-out ones"))
+    if "similarity" in record:
+        lines.append(row("similarity", f"{record['similarity']:.2f}", "100 x CLIP's cosine between frames and prompt"))
+    if obedience := record.get("obedience"):
+        parts = ", ".join(f"{name} {obedience[name]:.0%}" for name in ("colour", "direction", "shape"))
+        about = f"{parts}; held-out captions {obedience['held_out']['all']:.0%}; {obedience['clips']} clips"
+        lines.append(row("obedience", f"{obedience['all']:.0%}", about))
+    return "\n".join([*lines, *(f"- {remark}" for remark in record["remarks"])])
+
+
+def row(name: str, value: str, about: str = "") -> str:
+    return f"{name:16}{value:>10}  {about}".rstrip()
+
+
+def printed(seconds: float = 5.0) -> Progress:
+    """Progress as lines on stderr: one at most every so many seconds."""
+    last = time.monotonic()
+
+    def tell(what: str, done: int, of: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds:
+            last = time.monotonic()
+            print(f"{what}: {done} of {of}", file=sys.stderr, flush=True)
+
+    return tell

@@ -1,0 +1,80 @@
+"""How well videos show their prompts, by a CLIP of transformers (Radford et al. 2021, arXiv 2103.00020).
+
+100 times the cosine between the embeddings of a frame and of the prompt, averaged over all frames, then over videos:
+CLIPSIM of GODIVA (arXiv 2104.14806, section 4.2). CLIPScore (arXiv 2104.08718, eq. 1) is 2.5 max(cosine, 0) of one
+picture. A frame's score knows nothing of motion, and values of two CLIPs don't compare.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sora_train.codec.files import read_config, weight_files
+from sora_train.codec.folders import find_folder
+from sora_train.errors import UserError
+
+KEY = "validation.clip"
+FRAMES_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A CLIP with its tokenizer and image processor."""
+
+    model: Any
+    tokenizer: Any
+    images: Any
+
+
+def find_clip(name: str, models: str = "") -> Path:
+    """The folder of the CLIP that `validation.clip` names; UserError where it can't be had, or holds something else."""
+    folder = find_folder(name, KEY, (), models)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{KEY}: {folder} has no config.json; name a folder that transformers saved a CLIP to")
+    if (kind := read_config(folder).get("model_type")) != "clip":
+        raise UserError(f"{KEY}: {folder} holds a {kind!r} model; a CLIP of transformers is needed")
+    weight_files(folder, KEY)
+    return folder
+
+
+def load_clip(name: str, device: str | torch.device = "cpu", models: str = "") -> Clip:
+    """The CLIP that `validation.clip` names: a folder, or a hub id, which `models` may hold. Safetensors only.
+
+    Raises UserError, with what to do, where it can't be had.
+    """
+    import transformers
+
+    folder = find_clip(name, models)
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model = transformers.CLIPModel.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        images = transformers.AutoImageProcessor.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{KEY}: {folder} can't be read as a CLIP: {str(error).splitlines()[0]}") from None
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+    model.eval().requires_grad_(False).to(device)  # pyright: ignore[reportArgumentType]
+    return Clip(model, tokenizer, images)
+
+
+@torch.inference_mode()
+def similarity(clip: Clip, prompt: str, video: np.ndarray) -> float:
+    """100 x the mean cosine between the prompt, cut to CLIP's 77 tokens, and the frames of a video uint8 `F H W 3`."""
+    device, limit = clip.model.device, clip.model.config.text_config.max_position_embeddings
+    words = clip.tokenizer([prompt], truncation=True, max_length=limit, return_tensors="pt").to(device)
+    text = torch.nn.functional.normalize(clip.model.get_text_features(**words).pooler_output, dim=-1)
+    cosines: list[torch.Tensor] = []
+    for start in range(0, len(video), FRAMES_AT_ONCE):
+        frames = list(video[start : start + FRAMES_AT_ONCE])
+        pixels = clip.images(frames, return_tensors="pt", input_data_format="channels_last").to(device)
+        pictures = torch.nn.functional.normalize(clip.model.get_image_features(**pixels).pooler_output, dim=-1)
+        cosines.append((pictures @ text.T).flatten().float().cpu())
+    return 100 * float(torch.cat(cosines).mean())

@@ -1,0 +1,104 @@
+"""A tiny run of a random model with its shards: clips of 16 frames and pictures, half of the sources held out."""
+
+import base64
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import save_file
+
+from sora_train.codec.text import load_text_encoder
+from sora_train.codec.vae import load_vae
+from sora_train.generate import Run, load_run
+from sora_train.manifest import Counts, LatentFormat, Manifest, TextFacts, VaeFacts
+from sora_train.model import Latte, ModelConfig
+from sora_train.recipe import Recipe, save_recipe
+from sora_train.schema import ENCODING_KEY, SHARD_SCHEMA, encode_row
+
+MODEL = ModelConfig(width=16, depth=2, heads=2, text_width=64, sample_size=8)
+CLIPS, PICTURES = 40, 8
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("evaluate")
+    torch.manual_seed(0)
+    AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        scaling_factor=0.5,
+    ).save_pretrained(root / "vae")
+    vae, encoder = load_vae(str(root / "vae")), load_text_encoder("builtin", max_tokens=20)
+    rng = np.random.default_rng(0)
+    for (frames, height, width), first, count in (((16, 16, 24), 0, CLIPS), ((1, 16, 16), CLIPS, PICTURES)):
+        rows = []
+        for number in range(first, first + count):
+            captions = [f"clip {number}", f"number {number}"][: 1 + number % 2]
+            rows.append(
+                encode_row(
+                    sample_id=f"{number:08x}",
+                    source=f"{number // 2}.mp4",
+                    source_size=1,
+                    source_version="",
+                    content_hash="",
+                    start_s=0.0,
+                    end_s=2.0,
+                    captions=captions,
+                    latents=rng.normal(size=(2, frames, 4, height // 2, width // 2)),
+                    text=[embedding.numpy() for embedding in encoder.encode(captions)],
+                )
+            )
+        place = root / "shards" / f"bucket={frames}x{height}x{width}"
+        place.mkdir(parents=True)
+        schema = SHARD_SCHEMA.with_metadata({ENCODING_KEY: "tiny"})
+        for part in (0, 1):
+            table = pa.Table.from_pylist(rows[part * count // 2 : (part + 1) * count // 2], schema)
+            pq.write_table(table, place / f"{part}.parquet", row_group_size=6)
+    empty = encoder.encode([""])[0].half().numpy()
+    manifest = Manifest(
+        encoding_hash="tiny",
+        vae=VaeFacts(
+            name="vae", hash=vae.hash, channels=4, factor=2, mean=tuple(vae.mean.tolist()), std=tuple(vae.std.tolist())
+        ),
+        text=TextFacts(name="builtin", hash=encoder.hash, width=encoder.width, max_tokens=20),
+        latents=LatentFormat(moments=2),
+        frames=16,
+        fps=8.0,
+        height=16,
+        width=24,
+        buckets={"16x16x24": CLIPS, "1x16x16": PICTURES},
+        empty_text=base64.b64encode(empty.tobytes()).decode(),
+        empty_tokens=len(empty),
+        counts=Counts(asked=48, written=48, quarantined=0, filtered=0),
+        reasons={},
+    )
+    folder = root / "runs" / "tiny"
+    checkpoint = folder / "checkpoints" / "step_00000020"
+    checkpoint.mkdir(parents=True)
+    manifest.save(str(folder))
+    manifest.save(str(root / "shards"))
+    recipe = Recipe.model_validate(
+        {
+            "name": "tiny",
+            "data": {"output": str(root / "shards"), "holdout_fraction": 0.5},
+            "codec": {"vae": str(root / "vae"), "max_tokens": 20},
+            "model": dataclasses.asdict(MODEL),
+            "validation": {"steps": 2, "guidance": 2.0, "prompts": ["a red circle", "a blue square moving up"]},
+        }
+    )
+    save_recipe(recipe, folder / "recipe.yaml")
+    weights = {name: torch.randn_like(weight) * 0.2 for name, weight in Latte(recipe.model).state_dict().items()}
+    save_file(weights, checkpoint / "ema.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run(run_folder: Path) -> Run:
+    return load_run(run_folder, device="cpu")

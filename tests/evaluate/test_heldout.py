@@ -1,0 +1,129 @@
+"""The held-out loss is what one computes by hand, on clips that training never sees, however they are batched."""
+
+import numpy as np
+import pytest
+import torch
+
+from sora_train.data.order import batch
+from sora_train.data.shards import ShardSet
+from sora_train.diffusion import DiffusionConfig, make_objective
+from sora_train.evaluate.figures import open_held_out
+from sora_train.evaluate.heldout import BINS, choose, held_out_loss, time_in
+from sora_train.generate import Run
+
+
+@pytest.fixture(scope="module")
+def shards(run: Run) -> ShardSet:
+    return open_held_out(run, run.recipe.data.output)
+
+
+def losses(run: Run, shards: ShardSet, batch_size: int | None, count: int = 100) -> list[float]:
+    found = held_out_loss(run.model, run.objective, shards, choose(shards, count), batch_size=batch_size)
+    assert list(found) == ["holdout_loss", *(f"holdout_loss_{i}" for i in range(BINS))]
+    return list(found.values())
+
+
+def test_the_loss_is_the_same_for_batches_of_one_and_of_seven(run: Run, shards: ShardSet):
+    assert len(shards.rows) == 2  # clips and pictures
+    assert losses(run, shards, 1) == pytest.approx(losses(run, shards, 7), rel=1e-6)
+    assert losses(run, shards, 1) == losses(run, shards, 1)
+    assert losses(run, shards, None) == pytest.approx(losses(run, shards, 1), rel=1e-6)
+
+
+def test_the_loss_equals_one_computed_by_hand_of_what_the_model_was_given(run: Run, shards: ShardSet):
+    given: list[tuple[torch.Tensor, ...]] = []
+
+    def model(x: torch.Tensor, t: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        given.append((x, t, text, mask))
+        return torch.zeros_like(x)
+
+    places = choose(shards, 100)
+    found = held_out_loss(model, run.objective, shards, places, batch_size=1)
+    assert len(given) == BINS * len(places)
+    hand, mean, std = np.zeros(BINS), *(np.array(values)[:, None, None] for values in (run.vae.mean, run.vae.std))
+    for i, place in enumerate(places):
+        clip = shards.read(place.bucket, [place.row])
+        moments, seen = clip.latents[0].astype(np.float64), given[BINS * i : BINS * (i + 1)]
+        # Two times of one clip and one noise give the noise and the draw back: x_t = (1 - t) x + t noise.
+        times = [float(t) / 1000 for _, t, _, _ in seen]
+        assert [int(BINS * t) for t in times] == list(range(BINS))
+        first, last = (x[0].double().numpy() for x, *_ in (seen[0], seen[-1]))
+        velocity = (last - first) / (times[-1] - times[0])
+        data, noise = first - times[0] * velocity, first + (1 - times[0]) * velocity
+        drawn = (data * std + mean - moments[0]) / np.exp(0.5 * moments[1])
+        for standard in (drawn, noise):
+            assert abs(standard.mean()) < 5 / np.sqrt(standard.size)
+            assert standard.std() == pytest.approx(1, abs=5 / np.sqrt(2 * standard.size))
+        assert abs(np.corrcoef(drawn.ravel(), noise.ravel())[0, 1]) < 5 / np.sqrt(noise.size)
+        text, mask = seen[0][2][0], seen[0][3][0]
+        assert any(np.array_equal(text[mask].numpy(), caption.astype(np.float32)) for caption in clip.text[0])
+        hand += np.square(noise - data).mean()
+    assert [found[f"holdout_loss_{i}"] for i in range(BINS)] == pytest.approx(hand / len(places), rel=1e-5)
+    assert found["holdout_loss"] == pytest.approx(hand.mean() / len(places), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"shift": 3.0},
+        *({"kind": "ddpm", "prediction": p, "min_snr_gamma": 5.0} for p in ("epsilon", "v", "sample")),
+    ],
+)
+def test_a_model_that_predicts_exactly_has_no_loss_and_no_weights_count(shards: ShardSet, settings: dict):
+    objective = make_objective(DiffusionConfig(**settings))
+    targets: list[torch.Tensor] = []
+    mix = objective.mix
+
+    def remembered(x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x_t, target = mix(x, noise, t)
+        targets.append(target)
+        return x_t, target
+
+    objective.mix = remembered  # an oracle: the model is handed what it has to predict
+    places = choose(shards, 5)
+    exact = held_out_loss(lambda x, t, text, mask: targets[-1], objective, shards, places)
+    assert set(exact.values()) == {0.0}
+    wrong = held_out_loss(lambda x, t, text, mask: targets[-1] + 0.5, objective, shards, places)
+    assert list(wrong.values()) == pytest.approx([0.25] * (BINS + 1), rel=1e-5)
+
+
+def test_a_learned_variance_is_left_aside(run: Run, shards: ShardSet):
+    objective = make_objective(DiffusionConfig(kind="ddpm"), learned_variance=True)
+    places = choose(shards, 4)
+    plain = held_out_loss(lambda x, t, text, mask: x, objective, shards, places)
+    both = held_out_loss(lambda x, t, text, mask: torch.cat([x, 7 * x], dim=2), objective, shards, places)
+    assert both == plain
+
+
+@pytest.mark.parametrize("kind", ["flow", "ddpm"])
+def test_every_time_lies_in_its_bin_also_at_the_ends(kind: str):
+    objective = make_objective(DiffusionConfig(kind=kind))  # pyright: ignore[reportArgumentType]
+    within = torch.tensor([0.0, 0.5, 1 - 2**-25, 1.0])
+    for number in range(BINS):
+        times = objective.told(time_in(objective, number, within))
+        assert (times >= 100 * number).all()
+        assert (times < 100 * (number + 1)).all()
+        assert times.max() <= 1000 if kind == "flow" else times.max() <= 999
+
+
+def test_no_clip_is_of_the_split_that_training_takes(run: Run, shards: ShardSet):
+    train = ShardSet(run.recipe.data.output, run.recipe.data.holdout_fraction, "train")
+    plan = train.plan(4, seed=0)
+    taken = [batch(plan, k) for k in range(plan.steps_per_epoch)]
+    trained = {clip for b in taken for clip in train.read(b.bucket, b.rows).sample_ids}
+    held_out = {place.sample_id for place in choose(shards, 100)}
+    assert len(trained | held_out) == 48
+    assert held_out
+    assert not trained & held_out
+
+
+def test_fewer_clips_are_a_part_of_more_and_each_is_where_its_id_says(shards: ShardSet):
+    everything = choose(shards, 100)
+    assert len(everything) == sum(shards.rows.values())
+    few = choose(shards, 5)
+    assert len(few) == 5
+    assert set(few) <= set(choose(shards, 9)) <= set(everything)
+    assert all(place.bucket == "1x16x16" for place in choose(shards, 100, ("1x16x16",)))
+    for place in everything:
+        assert shards.read(place.bucket, [place.row]).sample_ids == [place.sample_id]
