@@ -39,7 +39,7 @@ I3D_FRAMES = 16
 
 
 class ValidationConfig(Section):
-    """Samples that a task of their own makes while training goes on."""
+    """Samples and figures that a task of their own makes while training goes on."""
 
     every: NonNegativeInt = 0
     """Steps between two validations, a multiple of `train.checkpoint_every`; 0 is off."""
@@ -69,6 +69,8 @@ class ValidationConfig(Section):
     """File of I3D's weights (Kinetics-400, 400 logits), safetensors."""
     clip: str = ""
     """CLIP that scores how well samples show their prompts: a folder of transformers' or a hub id; empty is none."""
+    weights: Literal["ema", "raw"] = "ema"
+    """`ema` takes the averaged weights, `raw` those that training stands at."""
     timeout_s: PositiveFloat = 1800.0
     """After this the sampling task is ended, noted in `events.jsonl`, and training goes on."""
     resources: dict[str, float] = {"CPU": 1.0}

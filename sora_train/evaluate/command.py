@@ -41,8 +41,8 @@ def evaluate(path: str | Path, how: EvalOptions, judge: Judge | None = None) -> 
         remarks.append("FVD: not asked for; name I3D's weights with --i3d FILE")
     if not ask.clip:
         remarks.append("similarity: not asked for; name a CLIP with --clip FOLDER")
-    record: dict[str, Any] = {"run": str(run.folder), "checkpoint": run.checkpoint.name, "weights": how.weights or "ema"}
-    record |= {"shards": str(shards), **figures}
+    record: dict[str, Any] = {"run": str(run.folder), "checkpoint": run.checkpoint.name}
+    record |= {"weights": how.weights or "ema", "shards": str(shards), **figures}
     try:
         obedience = (
             judge(run, some_captions(shards), lambda done, of: tell("samples to judge", done, of)) if judge else None

@@ -19,7 +19,7 @@ from sora_train.launch.validation import EMBEDDINGS, Outstanding
 from sora_train.manifest import Manifest
 from sora_train.recipe import Recipe, save_recipe
 from sora_train.train import checkpoint
-from sora_train.train.home import LEAVE
+from sora_train.train.home import LEAVE, Home
 from sora_train.train.metrics import Events, JsonLines
 
 STOP = "stop.json"
@@ -91,7 +91,7 @@ def write_folder(run: Path, recipe: Recipe, manifest: Manifest) -> None:
     outstanding = Outstanding(run)
     for step in outstanding.steps():
         outstanding.mark(step, "lost")
-    JsonLines(run / "metrics.jsonl").cut_back(last)
+    Home(run).cut_back(last)
 
 
 def set_aside(run: Path) -> None:
@@ -171,8 +171,7 @@ def stopped_because(run: Path) -> str:
 
 def last_step(run: Path) -> int:
     """The last step that was written down."""
-    records = JsonLines(run / "metrics.jsonl").read()
-    return records[-1]["step"] if records else 0
+    return max((record["step"] for record in JsonLines(run / "metrics.jsonl").read()), default=0)
 
 
 def newest(run: Path) -> tuple[int, Path] | None:

@@ -1,7 +1,7 @@
 """What the driver does while workers train: prints their lines, and hands everything on to wandb.
 
 It reads the run's folder, so it needs no word from Ray, shows the same after a worker was replaced, and gets the
-results of validations that end after the training.
+results of validations, which add their line to `metrics.jsonl`, also of those that end after the training.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sora_train.train.metrics import Events, duration, log_line, parse
+from sora_train.train.metrics import Events, JsonLines, duration, log_line, parse, validation_line
 from sora_train.train.tracking import Tracker
 
 POLL_S = 0.5
@@ -42,22 +42,25 @@ class Follower:
         tracker = Tracker(
             self.run, **self.tracking, config=self.config, failed=lambda why: events.write("tracking_failed", 0, why)
         )
+        tracker.log(JsonLines(self.metrics.path).read())  # of a run that began before, what a kill kept from wandb
         while True:
             ending = self.ended.is_set()  # asked first, so that the last round sees the last lines
-            for record in self.metrics.new():
+            records = self.metrics.new()
+            for record in records:
+                if record.get("validation"):
+                    self._say(validation_line(record))
+                    continue
                 self.doing = (
                     "training" if record["step"] < self.steps else "waiting for checkpoints and validations to end"
                 )
                 self._say(log_line(record, self.steps))
-                tracker.log(record)
+            tracker.log(records)
             for event in self.events.new():
                 self._say(f"{event['event'].replace('_', ' ')} at step {event['step']}: {event['reason']}")
                 if event["event"] in ("start", "resume"):
                     self.doing, self.training = "training", True
                 if event["event"] == "worker_lost":
                     self.doing, self.training = "replacing workers", False
-                if event["event"] == "validation_done":
-                    tracker.log_samples(self.run / "samples" / f"step_{event['step']:08d}", event["step"])
             if time.monotonic() - self.said_at > QUIET_S:
                 self._say(f"… {self.doing}, {duration(time.monotonic() - self.began)} since the start")
             if ending:

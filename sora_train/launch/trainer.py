@@ -58,9 +58,10 @@ from sora_train.launch.folder import (
 )
 from sora_train.launch.follow import Follower
 from sora_train.launch.sigterm import Sigterm
-from sora_train.launch.validation import prepare, supervise
+from sora_train.launch.validation import Outstanding, prepare, supervise
 from sora_train.launch.worker import train_worker
 from sora_train.recipe import Recipe
+from sora_train.report import write_report
 from sora_train.train.home import LEAVE
 from sora_train.train.metrics import Events
 
@@ -84,6 +85,8 @@ def launch_training(recipe: Recipe, fresh: bool = False, overwrite: bool = False
             check_fresh(run, overwrite)
         elif (at := check_folder(run, recipe, manifest) or 0) >= recipe.train.steps:
             print(f"{run} is finished: {at} steps are done; raise train.steps to train on", flush=True)
+            if recipe.validation.every and Outstanding(run).status(at) in ("asked", "running", "lost"):
+                print(f"its last validation was cut off: `sora sample {run}` and `sora eval {run}` do that", flush=True)
             return run
         else:
             check_whole(run)
@@ -122,13 +125,23 @@ def launch_training(recipe: Recipe, fresh: bool = False, overwrite: bool = False
                     raise
                 finally:
                     (run / LEAVE).unlink(missing_ok=True)
+                    report(run)
                 if why:
                     asked = "SIGTERM" if sigterm.count else f"somebody made {run / LEAVE}"
                     step, _ = newest(run) or (0, None)
                     Events(run).write("preempted", step, f"{asked}; the same command goes on")
                     raise Stopped(f"{asked}: {last_checkpoint(run)}; the same command goes on from there")
-    print(f"done: {recipe.train.steps} steps. Checkpoints, samples and metrics are in {run}", flush=True)
+    print(f"done: {recipe.train.steps} steps. Look at {run / 'report.html'}; checkpoints are beside it", flush=True)
     return run
+
+
+def report(run: Path) -> None:
+    """The run's report as it stands at the end; that it can't be written is noted."""
+    try:
+        write_report(run)
+    except Exception as error:  # curves can be drawn again; a finished training can't
+        with contextlib.suppress(UserError):
+            Events(run).write("report_failed", last_step(run), f"{type(error).__name__}: {error}")
 
 
 def fit(recipe: Recipe, run: Path, gpu: bool) -> str:

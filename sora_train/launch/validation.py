@@ -1,4 +1,4 @@
-"""Samples of a checkpoint while training goes on, in a process of its own on resources of its own.
+"""Samples and figures of a checkpoint while training goes on, in a process of its own on resources of its own.
 
 Ray runs `supervise` as a task for each checkpoint that asks for it. That is a thin supervisor: what loads a model and
 may crash, hang or run out of memory is a child process. This module imports neither Ray nor torch at the top, so that
@@ -18,7 +18,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from sora_train.train.metrics import Events, duration
+from sora_train.train.metrics import Events, JsonLines, duration
 
 ATTEMPTS = 2
 LEAVE = "leave"  # as `sora_train.train.home` has it, which imports torch
@@ -28,7 +28,7 @@ EMBEDDINGS = "prompts.safetensors"
 
 
 def supervise(checkpoint: Any, /, *, run: str, timeout_s: float, gpu: bool) -> dict[str, Any]:
-    """Samples `checkpoint` into `samples/STEP` of the run. Always returns, never raises: Ray's controller would fall.
+    """Validates `checkpoint` into `samples/STEP` of the run. Always returns, never raises: Ray's controller would fall.
 
     A child that fails or takes longer than `timeout_s` is tried once more; none outlives a run that was asked to leave.
     `checkpoint` is a ray.train.Checkpoint.
@@ -37,10 +37,12 @@ def supervise(checkpoint: Any, /, *, run: str, timeout_s: float, gpu: bool) -> d
     step = int(folder.name.removeprefix("step_"))
     try:
         note = Outstanding(Path(run))
+        if note.status(step) == "running":  # Ray starts this anew where its process is gone
+            Events(Path(run)).write("validation_failed", step, "the process that watched over it was lost; once more")
         note.mark(step, "running")
         reason = "not tried"
         for _ in range(ATTEMPTS):
-            reason = run_child(["sample", str(folder), run], timeout_s, gpu)
+            reason = run_child(["validate", str(folder), run], timeout_s, gpu)
             if not reason or (Path(run) / LEAVE).exists():
                 break
             Events(Path(run)).write("validation_failed", step, reason)
@@ -126,18 +128,45 @@ class Outstanding:
         return sorted(note["step"] for note in notes if note["status"] in ("asked", "running") and note["time"] > late)
 
 
-def validate(checkpoint: Path, run: Path) -> list[Path]:
-    """Samples the recipe's prompts from a checkpoint's averaged weights into `samples/STEP`; returns the videos."""
+def validate(checkpoint: Path, run: Path) -> None:
+    """Samples the recipe's prompts and measures what it asks for; leaves videos, a sheet, a line of `metrics.jsonl`,
+    and the run's report.
+    """
+    from sora_train.evaluate import measure
     from sora_train.generate import load_run, sample_to_folder
     from sora_train.recipe import load_recipe
+    from sora_train.report import write_report
+    from sora_train.video import read_mp4
 
-    trained = load_run(checkpoint)
     # The checkpoint's recipe says what the model is; the run's says what is asked for now.
-    asked = load_recipe(run / "recipe.yaml").validation
-    *embeddings, negative = embed_prompts(run, trained)
+    recipe = load_recipe(run / "recipe.yaml")
+    asked, step = recipe.validation, int(checkpoint.name.removeprefix("step_"))
+    trained = load_run(checkpoint, weights=asked.weights)
     folder = run / "samples" / checkpoint.name
+    clear(folder)
+    *embeddings, negative = embed_prompts(run, trained)
     prompts, lead_away = list(asked.prompts), negative if asked.negative else ""
-    return sample_to_folder(trained, prompts, embeddings, folder, (asked.seed,), asked.sampling, lead_away)
+    files = sample_to_folder(trained, prompts, embeddings, folder, (asked.seed,), asked.sampling, lead_away)
+    videos = zip(prompts, map(read_mp4, files), strict=True)
+    figures = measure(trained, asked, recipe.data.output, videos, remark=lambda said: note_once(run, step, said))
+    JsonLines(run / "metrics.jsonl").write({"step": step, "validation": True, **figures})
+    try:
+        write_report(run)
+    except Exception as error:  # there is another after the next validation; samples and figures are there
+        Events(run).write("report_failed", step, f"{type(error).__name__}: {error}")
+
+
+def clear(folder: Path) -> None:
+    """Removes what an attempt before left of a validation; its videos may have had other names."""
+    for path in (*folder.glob("*.mp4"), folder / "sheet.png", folder / "samples.json"):
+        path.unlink(missing_ok=True)
+
+
+def note_once(run: Path, step: int, remark: str) -> None:
+    """What a validation can't measure, which holds for those after it as well."""
+    events = Events(run)
+    if not any(event["event"] == "not_measured" and event["reason"] == remark for event in events.lines.read()):
+        events.write("not_measured", step, remark)
 
 
 def embed_prompts(run: Path, trained: Any = None) -> list:

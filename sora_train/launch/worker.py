@@ -131,7 +131,10 @@ def reporting(recipe: Recipe, run: Path, found: list[tuple[int, Path]]) -> Repor
     for step, path in found:
         if path.name not in told:
             about = checkpoint.read_state(path) or {}
-            tell(path, {"step": step, "again": True, "loss": figure(about.get("loss"))}, lambda: None, validate=False)
+            # A validation that was cut off with the run is asked for again.
+            cut_off = dist.get_rank() == 0 and Outstanding(run).status(step) == "lost"
+            validate = cut_off and ask_for_validation(recipe, run, step)
+            tell(path, {"step": step, "again": True, "loss": figure(about.get("loss"))}, lambda: None, validate)
 
     def report(step: int, metrics: dict[str, float], folder: Path, wait: Callable[[], None]) -> None:
         if dist.get_rank() == 0:

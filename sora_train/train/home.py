@@ -63,8 +63,11 @@ class Home:
         return began[0]
 
     def cut_back(self, step: int) -> None:
-        """Takes back the records of later steps. For rank 0."""
+        """Takes back the records of later steps, and that these were validated: they are done again. For rank 0."""
         self.metrics.cut_back(step)
+        for result in self.run.glob("samples/step_*/result.json"):
+            if result.parent.name > checkpoint.name_of(step):
+                result.unlink(missing_ok=True)
 
     def wish(self, step: int) -> tuple[bool, bool]:
         """Whether somebody wants a checkpoint now, and whether the run shall end with it. On every rank, each step."""

@@ -137,6 +137,13 @@ def log_line(record: dict[str, Any], steps: int) -> str:
     )
 
 
+def validation_line(record: dict[str, Any]) -> str:
+    """One line of what a validation measured; its bins of diffusion time are left to the report."""
+    shown = {"holdout_loss": "held-out loss", "fvd": "FVD", "similarity": "similarity"}
+    figures = [f"{title} {record[key]:.4g}" for key, title in shown.items() if record.get(key) is not None]
+    return f"validation of step {record['step']}  {'  '.join(figures) or 'samples are there'}"
+
+
 def duration(seconds: float) -> str:
     """12 s, 3 min 05 s, 2 h 07 min."""
     s = round(seconds)

@@ -1,4 +1,8 @@
-"""Weights & Biases: one process writes curves and sample videos to it, and nothing it does can stop a training."""
+"""Weights & Biases: one process writes curves and sample videos to it, and nothing it does can stop a training.
+
+Every key is there once at each step, also over resumes: what wandb has is known from its offline files, and from
+`wandb.json` where it went to a server. So steps that are done again are not told again, and those that a kill took are.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from sora_train.train.wandb_files import rows
+
 STEP = "train_step"
 """Every key's x axis. wandb drops rows whose own step falls behind, so it counts its own and we log ours beside it."""
+NOTE = "wandb.json"
 
 
 class Tracker:
@@ -25,28 +32,25 @@ class Tracker:
         config: dict[str, Any],
         failed: Callable[[str], None],
     ) -> None:
-        self.failed = failed
+        self.run, self.failed = run, failed
         self.writer: Any = None  # a wandb.Run
+        self.note: dict[str, Any] = {"id": secrets.token_hex(4)}
+        self.told: dict[str, set[int]] = {"train": set(), "validation": set()}  # steps
         if mode != "off":
-            self._guarded(lambda: self._start(run, mode, project, config))
+            self._guarded(lambda: self._start(mode, project, config))
 
-    def log(self, record: dict[str, Any]) -> None:
-        """Curves of a metrics record."""
-        if self.writer is not None:
-            values = {f"train/{key}": value for key, value in record.items() if key != "step" and value is not None}
-            self._guarded(lambda: self.writer.log({**values, STEP: record["step"]}))
-
-    def log_samples(self, folder: Path, step: int) -> None:
-        """Videos and sheet of a samples folder, with their prompts."""
-        if self.writer is not None:
-            self._guarded(lambda: self.writer.log({**self._media(folder), STEP: step}))
+    def log(self, records: list[dict[str, Any]]) -> None:
+        """Lines of `metrics.jsonl`, of which those that wandb has heard of are left out."""
+        if self.writer is not None and records:
+            self._guarded(lambda: self._tell(records))
 
     def finish(self) -> None:
+        """Returns when all is on disk or sent."""
         if self.writer is not None:
-            self._guarded(lambda: self.writer.finish())
+            self._guarded(self._end)
             self.writer = None
 
-    def _start(self, run: Path, mode: Literal["online", "offline"], project: str, config: dict[str, Any]) -> None:
+    def _start(self, mode: Literal["online", "offline"], project: str, config: dict[str, Any]) -> None:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
@@ -55,33 +59,54 @@ class Tracker:
                 "wandb has no API key (WANDB_API_KEY or `wandb login`): written offline; `wandb sync` uploads it later"
             )
             mode = "offline"
-        note = run / "wandb.json"
-        identity = json.loads(note.read_text())["id"] if note.exists() else secrets.token_hex(4)
-        note.write_text(json.dumps({"id": identity}))
-        settings = wandb.Settings(console="off", silent=True, init_timeout=60, x_disable_stats=True)
+        path = self.run / NOTE
+        self.note |= json.loads(path.read_text()) if path.exists() else {}
+        self._write_note()
+        for row in rows(self.run):
+            for section, steps in self.told.items():
+                if any(key.startswith(f"{section}/") for key in row):
+                    steps.add(row[STEP])
+        self.told["train"] |= set(range(1, self.note.get("train", 0) + 1))
+        self.told["validation"] |= set(self.note.get("validation", []))
         self.writer = wandb.init(
-            dir=run,
-            id=identity,
+            dir=self.run,
+            id=self.note["id"],
             resume="allow",
             project=project,
-            name=run.name,
+            name=self.run.name,
             mode=mode,
             config=config,
-            settings=settings,
+            settings=wandb.Settings(console="off", silent=True, init_timeout=60, x_disable_stats=True),
         )
         self.writer.define_metric(STEP, hidden=True)
         self.writer.define_metric("*", step_metric=STEP)
 
-    def _media(self, folder: Path) -> dict[str, Any]:
+    def _end(self) -> None:
         import wandb
 
-        listing = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
-        media = {}
-        for sample in listing["samples"]:
-            video = wandb.Video(str(folder / sample["file"]), caption=sample["prompt"], format="mp4")
-            media[f"samples/{Path(sample['file']).stem}"] = video
-        media["samples/sheet"] = wandb.Image(str(folder / "sheet.png"))
-        return media
+        self.writer.finish()
+        wandb.teardown()  # what `finish` has begun may not be on disk when it returns
+
+    def _tell(self, records: list[dict[str, Any]]) -> None:
+        for record in records:
+            step, section = record["step"], "validation" if record.get("validation") else "train"
+            if step in self.told[section]:
+                continue
+            told = {key: value for key, value in record.items() if key not in ("step", "validation")}
+            values = {f"{section}/{key}": value for key, value in told.items() if value is not None}
+            if section == "validation":
+                values["validation/done"] = 1  # where nothing was measured there are only samples
+                values |= media(self.run / "samples" / f"step_{step:08d}")
+            self.writer.log({**values, STEP: step})
+            self.told[section].add(step)
+        if not self.writer.offline:
+            self.note |= {"train": max(self.told["train"], default=0), "validation": sorted(self.told["validation"])}
+            self._write_note()  # only now: a kill in between repeats a row, which does no harm
+
+    def _write_note(self) -> None:
+        draft = self.run / f".{NOTE}.draft"
+        draft.write_text(json.dumps(self.note))
+        draft.replace(self.run / NOTE)
 
     def _guarded(self, act: Callable[[], object]) -> None:
         try:
@@ -89,3 +114,19 @@ class Tracker:
         except Exception as error:  # whatever a tracker's library does must not cost a training
             self.writer = None
             self.failed(f"wandb stopped ({type(error).__name__}: {error}); training goes on without it")
+
+
+def media(folder: Path) -> dict[str, Any]:
+    """A samples folder's videos and sheet for wandb, with their prompts; what is no longer there is left out."""
+    import wandb
+
+    found: dict[str, Any] = {}
+    if not (folder / "samples.json").is_file():
+        return found
+    for sample in json.loads((folder / "samples.json").read_text(encoding="utf-8"))["samples"]:
+        path = folder / sample["file"]
+        if path.is_file():
+            found[f"samples/{path.stem}"] = wandb.Video(str(path), caption=sample["prompt"], format="mp4")
+    if (folder / "sheet.png").is_file():
+        found["samples/sheet"] = wandb.Image(str(folder / "sheet.png"))
+    return found

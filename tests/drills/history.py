@@ -34,7 +34,7 @@ class Account:
 
 
 def losses(run: Path) -> dict[int, float]:
-    return {line["step"]: line["loss"] for line in lines(run / "metrics.jsonl")}
+    return {line["step"]: line["loss"] for line in lines(run / "metrics.jsonl") if "validation" not in line}
 
 
 def events(run: Path, kind: str) -> list[dict]:

@@ -57,11 +57,16 @@ class Stage:
         }  # fmt: skip
         self.recipe.write_text(yaml.safe_dump(settings))
 
-    def train(self, name: str, *flags: str, delay_s: float = 0.0, output: Path | None = None) -> Command:
-        """Starts `sora train` of a run; the same name and flags again are the same command."""
+    def train(
+        self, name: str, *flags: str, delay_s: float = 0.0, validation_s: float = 0.0, output: Path | None = None
+    ) -> Command:
+        """Starts `sora train` of a run, its steps and validations delayed; the same name and flags again are the same
+        command.
+        """
         output = output or self.runs
         words = ["train", str(self.recipe), "--name", name, "--train.output", str(output), *flags]
-        return start(words, output / name, self.logs, {**ONE_THREAD, "SORA_STEP_DELAY_S": str(delay_s)})
+        delays = {"SORA_STEP_DELAY_S": str(delay_s), "SORA_VALIDATION_DELAY_S": str(validation_s)}
+        return start(words, output / name, self.logs, {**ONE_THREAD, **delays})
 
     @cached_property
     def shards(self) -> Path:

@@ -20,7 +20,7 @@ import time
 from datetime import date
 from pathlib import Path
 
-from tests.drills import files, processes
+from tests.drills import files, processes, validations
 from tests.drills.commands import end, end_all, start
 from tests.drills.stage import BATCH, CLIPS, EVERY, STEPS, Row, Stage, ruling
 
@@ -55,6 +55,7 @@ DRILLS = {
     "disk-full": files.disk_full,
     "folder-unwritable": files.folder_unwritable,
     "resized": processes.resized,
+    **validations.DRILLS,
     "quickstart": quickstart,
 }
 HEADS = (

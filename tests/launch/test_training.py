@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from sora_train.errors import UserError
 from sora_train.launch.trainer import launch_training
 from sora_train.train.checkpoint import whole
+from sora_train.train.wandb_files import rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
@@ -28,6 +29,7 @@ def unbroken(local_ray: None, builtin_shards: Path, recipe_of, tmp_path_factory:
         validation__prompts=["a red circle", "a blue square"],
         validation__steps=2,
         tracking__wandb="offline",
+        data__holdout_fraction=0.2,
     )
     return launch_training(recipe)
 
@@ -37,7 +39,7 @@ def lines(path: Path) -> list[dict]:
 
 
 def losses(run: Path) -> list[tuple[int, float]]:
-    return [(line["step"], line["loss"]) for line in lines(run / "metrics.jsonl")]
+    return [(line["step"], line["loss"]) for line in lines(run / "metrics.jsonl") if "validation" not in line]
 
 
 def events(run: Path, kind: str) -> list[dict]:
@@ -73,12 +75,25 @@ def test_validation_makes_no_step_wait(unbroken: Path):
         assert {"000-a-red-circle.mp4", "001-a-blue-square.mp4", "sheet.png", "result.json", "samples.json"} <= names
 
 
-def test_wandb_holds_curves_and_videos(unbroken: Path):
+def test_a_validation_measures_and_writes_the_report(unbroken: Path):
+    measured = [line for line in lines(unbroken / "metrics.jsonl") if line.get("validation")]
+    assert [line["step"] for line in measured] == [4, 12]
+    for line in measured:
+        bins = [line[f"holdout_loss_{i}"] for i in range(10)]
+        assert line["holdout_loss"] == pytest.approx(sum(bins) / 10)
+    assert measured[0]["holdout_loss"] != measured[1]["holdout_loss"]
+    assert "a blue square" in (unbroken / "report.html").read_text()
+
+
+def test_wandb_holds_what_metrics_hold_and_the_videos(unbroken: Path):
+    told = list(rows(unbroken))
     (folder,) = (unbroken / "wandb").glob("offline-run-*")
-    assert sorted(path.suffix for path in (folder / "files/media/videos/samples").iterdir()) == [".mp4"] * 4
-    record = next(folder.glob("*.wandb")).read_bytes()
-    assert b"train/loss" in record
-    assert b"train_step" in record
+    for section, key in (("train", "loss"), ("validation", "holdout_loss")):
+        ours = [(line["step"], line[key]) for line in lines(unbroken / "metrics.jsonl") if key in line]
+        theirs = [(row["train_step"], row[f"{section}/{key}"]) for row in told if f"{section}/{key}" in row]
+        assert sorted(theirs) == sorted(ours)
+    videos = sorted(path.suffix for path in (folder / "files/media/videos/samples").iterdir())
+    assert videos == [".mp4"] * 4
 
 
 def kill_a_worker_at(step: int, run: Path) -> threading.Thread:
@@ -99,7 +114,7 @@ def kill_a_worker_at(step: int, run: Path) -> threading.Thread:
 def test_a_run_whose_worker_was_killed_repeats_the_losses_of_the_unbroken_one(
     unbroken: Path, builtin_shards: Path, tmp_path: Path, recipe_of
 ):
-    recipe = recipe_of(builtin_shards, tmp_path, name="killed")
+    recipe = recipe_of(builtin_shards, tmp_path, name="killed", data__holdout_fraction=0.2)
     killer = kill_a_worker_at(6, tmp_path / "killed")
     run = launch_training(recipe)
     assert not killer.is_alive()
@@ -120,7 +135,9 @@ def test_the_same_command_goes_on_and_keeps_the_newest_checkpoints(unbroken: Pat
     before = losses(unbroken)
     torn = unbroken / "checkpoints/step_00000012/part_00001_of_00002.safetensors"
     torn.write_bytes(torn.read_bytes()[:-1])
-    recipe = recipe_of(builtin_shards, unbroken.parent, train__steps=14, train__keep_checkpoints=2)
+    recipe = recipe_of(
+        builtin_shards, unbroken.parent, data__holdout_fraction=0.2, train__steps=14, train__keep_checkpoints=2
+    )
     run = launch_training(recipe)
     assert run == unbroken
     assert [event["step"] for event in events(run, "resume")] == [8]
@@ -130,14 +147,16 @@ def test_the_same_command_goes_on_and_keeps_the_newest_checkpoints(unbroken: Pat
 
 
 def test_a_finished_run_says_so_and_starts_nothing(unbroken: Path, builtin_shards: Path, recipe_of, capsys):
-    launch_training(recipe_of(builtin_shards, unbroken.parent, train__steps=14))
+    launch_training(recipe_of(builtin_shards, unbroken.parent, data__holdout_fraction=0.2, train__steps=14))
     assert "is finished: 14 steps" in capsys.readouterr().out
 
 
 def test_a_run_folder_of_another_recipe_is_refused_with_the_keys_that_differ(
     unbroken: Path, builtin_shards: Path, recipe_of
 ):
-    recipe = recipe_of(builtin_shards, unbroken.parent, train__steps=20, model__width=32, train__seed=1)
+    recipe = recipe_of(
+        builtin_shards, unbroken.parent, data__holdout_fraction=0.2, train__steps=20, model__width=32, train__seed=1
+    )
     with pytest.raises(UserError, match=r"model.width was 16 and is 32; train.seed was 0 and is 1"):
         launch_training(recipe)
 

@@ -44,8 +44,8 @@ def test_a_validation_ends_with_a_run_that_was_asked_to_leave(tmp_path: Path, mo
 
 
 def test_a_child_that_fails_gives_its_reason_and_the_supervisor_returns(tmp_path: Path):
-    reason = run_child(["sample", str(tmp_path / "checkpoints/step_00000007"), str(tmp_path)], 100.0, gpu=False)
-    assert reason.startswith("exit code 1: UserError: no run at")
+    reason = run_child(["validate", str(tmp_path / "checkpoints/step_00000007"), str(tmp_path)], 100.0, gpu=False)
+    assert reason.startswith("exit code 1: RecipeError: no recipe at")
 
 
 def test_the_supervisor_returns_even_where_nothing_can_be_written(tmp_path: Path):

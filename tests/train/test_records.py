@@ -1,6 +1,5 @@
 """Metrics, events, schedule, tracking: what needs no process group."""
 
-import json
 import math
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from sora_train.train.config import TrainConfig
 from sora_train.train.ema import decay_at
 from sora_train.train.loop import accumulation, learning_rate
 from sora_train.train.metrics import JsonLines, duration, log_line
-from sora_train.train.tracking import Tracker
 
 
 def test_the_learning_rate_rises_linearly_and_falls_along_a_cosine_to_a_hundredth():
@@ -76,33 +74,3 @@ def test_log_lines_of_a_run_are_aligned():
     assert first.index("s/step") == later.index("s/step")
     assert first.endswith("8 min 16 s left")
     assert [duration(s) for s in (0.0, 59.6, 3661.0)] == ["0 s", "1 min 00 s", "1 h 01 min"]
-
-
-def test_a_tracker_that_fails_says_so_once_and_never_raises(tmp_path: Path):
-    said: list[str] = []
-    broken = tmp_path / "run"
-    broken.mkdir()
-    (broken / "wandb.json").write_text("no json")
-    tracker = Tracker(broken, mode="offline", project="p", config={}, failed=said.append)
-    tracker.log({"step": 1, "loss": 1.0})
-    tracker.log_samples(tmp_path / "nowhere", 1)
-    tracker.finish()
-    assert len(said) == 1
-    assert "training goes on" in said[0]
-
-
-def test_tracking_that_is_off_does_nothing(tmp_path: Path):
-    tracker = Tracker(tmp_path, mode="off", project="p", config={}, failed=pytest.fail)
-    tracker.log({"step": 1})
-    tracker.finish()
-    assert not list(tmp_path.iterdir())
-
-
-def test_resumed_wandb_runs_keep_their_identity(tmp_path: Path):
-    ids = []
-    for _ in range(2):
-        tracker = Tracker(tmp_path, mode="offline", project="p", config={"a": 1}, failed=pytest.fail)
-        tracker.log({"step": 1, "loss": 1.0})
-        ids.append(tracker.writer.id)
-        tracker.finish()
-    assert ids[0] == ids[1] == json.loads((tmp_path / "wandb.json").read_text())["id"]

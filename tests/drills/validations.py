@@ -1,0 +1,134 @@
+"""Drills in which validations fail, hang, are killed or crawl: training must neither end nor wait."""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from tests.drills.commands import Command, end, family, lines, start, title, wait_for, wait_for_step
+from tests.drills.history import events, losses
+from tests.drills.stage import EVERY, ONE_THREAD, STEPS, Row, Stage, held_against, ruling, say
+
+FIRST = 2 * EVERY
+PROMPT = "a red circle moving left"
+ASKED = ("--validation.every", str(FIRST), "--validation.prompts", PROMPT, "--validation.steps", "2")
+
+
+def raises(stage: Stage) -> Row:
+    """The averaged weights of its checkpoint are damaged before it loads them."""
+    command = stage.train("validation-raises", *ASKED, delay_s=0.2, validation_s=5)
+    wait_for(command, "a validation", lambda: bool(children(command)))
+    weights = command.run / f"checkpoints/step_{FIRST:08d}/ema.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[len(damaged) // 2 :] = b""
+    weights.write_bytes(damaged)
+    return outcome(stage, "a validation raises: its weights are damaged", command, "is cut short")
+
+
+def hangs(stage: Stage) -> Row:
+    """Every validation takes ten minutes, and has three seconds."""
+    command = stage.train("validation-hangs", *ASKED, "--validation.timeout_s", "3", delay_s=0.2, validation_s=600)
+    return outcome(stage, "every validation hangs past its timeout", command, "ended after validation.timeout_s 3")
+
+
+def killed(stage: Stage) -> Row:
+    """`kill -9` of both attempts."""
+    command = stage.train("validation-killed", *ASKED, delay_s=0.2, validation_s=5)
+    for attempt in range(2):
+        wait_for(command, f"attempt {attempt}", lambda: len(events(command.run, "validation_failed")) == attempt)  # noqa: B023
+        wait_for(command, f"attempt {attempt}", lambda: bool(children(command)))
+        for child in children(command):
+            child.kill()
+        say(f"kill -9 of attempt {attempt + 1}")
+    return outcome(stage, "kill -9 of a validation, both attempts", command, "signal 9")
+
+
+def supervisor_killed(stage: Stage) -> Row:
+    """`kill -9` of Ray's task that watches over a validation: Ray starts it anew."""
+    command = stage.train("supervisor-killed", *ASKED, delay_s=0.2, validation_s=5)
+    wait_for(command, "a validation", lambda: bool(children(command)))
+    for process in family(command):
+        if "ray::supervise" in title(process):
+            process.kill()
+            say("kill -9 of the supervisor")
+    return outcome(stage, "kill -9 of what watches over a validation", command, "was lost; once more", done=(FIRST,))
+
+
+def slow(stage: Stage) -> Row:
+    """Each validation takes a minute; all steps of the run are done meanwhile."""
+    command = stage.train("validation-slow", *ASKED, delay_s=0.1, validation_s=60)
+    wait_for(command, "a validation", lambda: bool(children(command)))
+    at = max(losses(command.run))
+    wait_for_step(command, STEPS)
+    wrong = (
+        ["the validation of step 12 ended before the training did"] if events(command.run, "validation_done") else []
+    )
+    say(f"steps {at} to {STEPS} were done while one validation ran")
+    row = outcome(stage, "a validation slowed to 60 s", command, "", done=(FIRST, STEPS), wrong=wrong)
+    return row
+
+
+def outcome(
+    stage: Stage, fault: str, command: Command, reason: str, done: tuple[int, ...] = (), wrong: list[str] | None = None
+) -> Row:  # fmt: skip
+    """The row of a run whose training must have come to its end untouched, with the fault noted."""
+    code, wrong = end(command, timeout_s=600), list(wrong or [])
+    noted = [event["reason"] for event in events(command.run, "validation_failed")]
+    if reason and not any(reason in text for text in noted):
+        wrong.append(f"events.jsonl does not say {reason!r}, but {noted}")
+    finished = [event["step"] for event in events(command.run, "validation_done")]
+    if not set(done) <= set(finished):
+        wrong.append(f"validations of steps {finished} were done, not {done}")
+    wrong += [] if events(command.run, "end") else ["training did not end normally"]
+    remark = f"{len(noted)} noted, {len(finished)} validations done"
+    return held_against(stage, fault, command.run, [code], want=[0], wrong=wrong, remark=remark)
+
+
+def throughput(stage: Stage) -> Row:
+    """Steps a second while a validation samples on another core, and while none does, in turns within one run."""
+    recipe = Path(__file__).parents[2] / "jobs/quickstart.yaml"
+    flags = {"data.output": str(stage.shards), "data.holdout_fraction": "0", "data.frames": "4", "name": "throughput",
+             "train.output": str(stage.runs), "train.steps": "600", "train.log_every": "1",
+             "train.checkpoint_every": "100", "validation.every": "100", "validation.steps": "200",
+             "cluster.workers": "1", "cluster.address": "local", "tracking.wandb": "off"}  # fmt: skip
+    words = ["train", str(recipe), *(word for key, value in flags.items() for word in (f"--{key}", value))]
+    command = start(words, stage.runs / "throughput", stage.logs, ONE_THREAD)
+    metrics = command.run / "metrics.jsonl"
+    wait_for(command, "step 20", lambda: any(line["step"] >= 20 for line in lines(metrics)))
+    rates: dict[bool, list[float]] = {True: [], False: []}
+    busy, before = bool(children(command)), steps_done(command)
+    while command.process.poll() is None and before[1] < 600:
+        time.sleep(2)
+        now, still = steps_done(command), bool(children(command))
+        if busy == still:  # all the time, as far as two looks tell
+            rates[still].append((now[1] - before[1]) / (now[0] - before[0]))
+        busy, before = still, now
+    code = end(command, timeout_s=600)
+    with_it, without = (statistics.median(rates[busy]) if rates[busy] else float("nan") for busy in (True, False))
+    remark = (
+        f"{with_it / without:.2f} of the steps a second without one ({with_it:.2f} against {without:.2f}, medians of "
+        f"{len(rates[True])} and {len(rates[False])} spans of 2 s; one worker, two cores)"
+    )
+    return Row("none: throughput while a validation samples", exits=str(code), again=0,
+               verdict=ruling([] if code == 0 else [f"exit {code}"], remark)[0], holds=code == 0)  # fmt: skip
+
+
+def steps_done(command: Command) -> tuple[float, int]:
+    return time.monotonic(), max(losses(command.run))
+
+
+def children(command: Command) -> list[psutil.Process]:
+    """The processes that validate a checkpoint now."""
+    return [process for process in family(command) if "sora_train.launch.validation validate" in title(process)]
+
+
+DRILLS: dict[str, Callable[[Stage], Row]] = {
+    "validation-raises": raises,
+    "validation-hangs": hangs,
+    "validation-killed": killed,
+    "supervisor-killed": supervisor_killed,
+    "validation-slow": slow,
+    "validation-throughput": throughput,
+}
