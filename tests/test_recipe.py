@@ -126,6 +126,9 @@ def test_a_wrong_recipe_is_told_which_key_and_what_fits(tmp_path: Path, text: st
             "validation.every 250 is no multiple of train.checkpoint_every 100, and only checkpoints are validated; "
             "use 200 or 300, or 0",
         ),
+        ("validation: {sampler: ddim}", "validation.sampler ddim does not fit diffusion.kind flow; use euler, heun"),
+        ("validation: {guidance_interval: [900, 100]}", "validation.guidance_interval is 900 to 100; it must rise"),
+        ("validation: {guidance_rescale: 2}", "validation.guidance_rescale is 2; it must be 0 to 1"),
         ("validation: {every: 500}", "validation.prompts is empty but validation.every is not 0"),
         ("data: {height: 100}", "data.height 100 does not divide by 16 (VAE 8 x model.patch 2); use 96 or 112"),
         ("data: {width: 8}", "data.width 8 does not divide by 16 (VAE 8 x model.patch 2); use 16"),

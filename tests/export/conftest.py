@@ -1,0 +1,76 @@
+"""A run of a tiny model with random weights everywhere, and a checkpoint of two ranks, without any training."""
+
+import base64
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from sora_train.codec.text import load_text_encoder
+from sora_train.codec.vae import load_vae
+from sora_train.diffusion import DiffusionConfig
+from sora_train.manifest import Counts, LatentFormat, Manifest, TextFacts, VaeFacts
+from sora_train.model import Latte, ModelConfig
+from sora_train.recipe import Recipe, save_recipe
+from sora_train.train.checkpoint import Snapshot, State
+
+DDPM = DiffusionConfig(kind="ddpm")
+
+
+@pytest.fixture(scope="session")
+def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """run_of(model, diffusion, vae, frames): a run's folder of clips of 32 x 48 pixels, at step 20."""
+
+    def make(model: ModelConfig, diffusion: DiffusionConfig = DDPM, vae: str = "builtin", frames: int = 3) -> Path:
+        folder = tmp_path_factory.mktemp("runs") / "tiny"
+        folder.mkdir()
+        recipe = Recipe.model_validate(
+            {
+                "name": "tiny",
+                "codec": {"vae": vae, "max_tokens": 20, "text_precision": "fp32"},
+                "model": dataclasses.asdict(model),
+                "diffusion": dataclasses.asdict(diffusion),
+                "validation": {"steps": 4, "guidance": 3.0, "prompts": ['a "red" circle\n```\n<script>']},
+            }
+        )
+        made, encoder = load_vae(vae), load_text_encoder("builtin", max_tokens=20)
+        empty = encoder.encode([""])[0].half().numpy()
+        mean, std = tuple(made.mean.tolist()), tuple(made.std.tolist())
+        save_recipe(recipe, folder / "recipe.yaml")
+        Manifest(
+            encoding_hash="",
+            vae=VaeFacts(name=vae, hash=made.hash, channels=made.channels, factor=made.factor, mean=mean, std=std),
+            text=TextFacts(name="builtin", hash=encoder.hash, width=encoder.width, max_tokens=20),
+            latents=LatentFormat(moments=made.moments),
+            frames=frames,
+            fps=8.0,
+            height=32,
+            width=48,
+            buckets={f"{frames}x32x48": 7, "1x32x48": 0},
+            empty_text=base64.b64encode(empty.tobytes()).decode(),
+            empty_tokens=len(empty),
+            counts=Counts(asked=7, written=7, quarantined=0, filtered=0),
+            reasons={},
+        ).save(str(folder))
+        torch.manual_seed(0)
+        shapes = {name: weight.shape for name, weight in Latte(model).state_dict().items()}
+        averaged, trained = ({name: 0.2 * torch.randn(shape) for name, shape in shapes.items()} for _ in range(2))
+        write_checkpoint(folder / "checkpoints" / "step_00000020", averaged, trained)
+        return folder
+
+    return make
+
+
+def write_checkpoint(folder: Path, averaged: dict[str, torch.Tensor], trained: dict[str, torch.Tensor]) -> None:
+    """As two ranks of ZeRO write it: each has its half of every parameter."""
+    for rank in range(2):
+        owned, offsets = {}, {}
+        for name, tensor in trained.items():
+            half = tensor.numel() // 2
+            part = tensor.flatten()[:half] if rank == 0 else tensor.flatten()[half:]
+            owned |= {f"{kind}/{name}": part.clone() for kind in ("weights", "exp_avg", "exp_avg_sq", "ema")}
+            offsets[name] = rank * half
+        state = State(step=20)
+        Snapshot(state, rank, 2, 1, owned, offsets, averaged if rank == 0 else {}, "token").write(folder)

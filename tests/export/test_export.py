@@ -1,0 +1,281 @@
+"""What leaves home: diffusers makes of it what we make of it, and it comes back bit for bit."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, LattePipeline
+from safetensors import safe_open
+
+from sora_train.codec.text import pad_text
+from sora_train.codec.vae import load_vae
+from sora_train.diffusion import DiffusionConfig, Sampling, sample
+from sora_train.errors import UserError
+from sora_train.export import export
+from sora_train.export.fold import fold
+from sora_train.generate import generate, load_run, sample_prompts
+from sora_train.generate.sample import latent_shape
+from sora_train.model import ModelConfig
+from sora_train.model.convert import from_diffusers
+from sora_train.train import checkpoint
+from sora_train.verbs import SampleOptions
+
+MODEL = ModelConfig(width=32, depth=4, heads=2, text_width=64, sample_size=8)
+PROMPT, NEGATIVE = "a red circle moving left", "a blue square"
+HEADS = {"4 channels": MODEL, "8 channels": dataclasses.replace(MODEL, learned_variance=True)}
+# Leaves so much of the data at its last step that the latents of a random model stay small.
+MILD = DiffusionConfig(kind="ddpm", beta_end=0.001)
+COSINE = DiffusionConfig(kind="ddpm", beta_schedule="cosine")
+
+
+@pytest.fixture(scope="module", params=HEADS.values(), ids=HEADS.keys())
+def exported(request, run_of, tmp_path_factory) -> tuple[Path, Path]:
+    """A run, and what it was exported to, moved since."""
+    folder, out = run_of(request.param, MILD), tmp_path_factory.mktemp("out")
+    export(folder, out / "before")
+    (out / "before").rename(out / "after")
+    return folder, out / "after"
+
+
+def bits(run) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in run.model.state_dict().items()}
+
+
+def latents_of(run, noise: torch.Tensor, steps: int, guidance: float, texts: list[torch.Tensor]) -> torch.Tensor:
+    (text, mask), (null, null_mask) = pad_text([texts[0]]), pad_text([texts[1]])
+    how = Sampling("ddim", steps, guidance)
+    return sample(run.model, run.objective, noise, text, mask, null, null_mask, how)
+
+
+def latents_of_diffusers(pipe, noise: torch.Tensor, steps: int, guidance: float, texts: list[torch.Tensor]):
+    made = pipe(
+        prompt_embeds=texts[0][None],
+        negative_prompt=None,
+        negative_prompt_embeds=texts[1][None],
+        latents=noise.transpose(1, 2),
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        video_length=noise.shape[1],
+        height=32,
+        width=48,
+        mask_feature=False,
+        output_type="latent",
+    )
+    return made.frames.transpose(1, 2)
+
+
+def test_latents_of_latte_pipeline_equal_ours(exported):
+    run, pipe = load_run(exported[0], "cpu"), LattePipeline.from_pretrained(exported[1])
+    pipe.set_progress_bar_config(disable=True)
+    torch.manual_seed(1)
+    noise, texts = torch.randn(1, *latent_shape(run)), [torch.randn(5, 64), torch.randn(5, 64)]
+    ddim = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=True, steps_offset=0)
+    for steps, guidance in ((1, 4.0), (10, 4.0), (15, 1.0), (37, 2.5)):
+        ours = latents_of(run, noise, steps, guidance, texts)
+        assert 0.5 < ours.std() < 5
+        assert (ours - latents_of_diffusers(pipe, noise, steps, guidance, texts)).abs().max() < 1e-4
+        if 1000 % steps == 0:
+            own, pipe.scheduler = pipe.scheduler, ddim
+            assert (ours - latents_of_diffusers(pipe, noise, steps, guidance, texts)).abs().max() < 1e-4
+            pipe.scheduler = own
+
+
+@pytest.mark.parametrize("diffusion", [DiffusionConfig(kind="ddpm"), COSINE], ids=["linear", "cosine"])
+def test_schedules_that_end_in_noise_keep_their_steps_in_the_pipeline(diffusion, run_of, tmp_path):
+    folder = run_of(MODEL, diffusion)
+    export(folder, tmp_path / "out")
+    run, pipe = load_run(folder, "cpu"), LattePipeline.from_pretrained(tmp_path / "out")
+    pipe.set_progress_bar_config(disable=True)
+    noise, texts = torch.randn(1, *latent_shape(run)), [torch.randn(5, 64), torch.randn(5, 64)]
+    ours, theirs = (of(it, noise, 10, 3.0, texts) for of, it in ((latents_of, run), (latents_of_diffusers, pipe)))
+    assert ours.std() > 100  # a random model's error in epsilon, divided by the root of what is left of the data
+    assert (ours - theirs).abs().max() < 1e-5 * ours.std()
+
+
+def test_the_lines_of_the_model_card_make_what_sora_sample_makes(exported, tmp_path, monkeypatch):
+    folder, out = exported
+    card = (out / "README.md").read_text()
+    lines = card.split("```python\n")[1].split("\n```\n")[0]
+    assert "<script>" not in card.replace(lines, "")
+    lines = lines.replace('export_to_video(frames, "sample.mp4", fps=8)', "")
+    lines = lines.replace("generator=torch.Generator().manual_seed(0),", "latents=noise, output_type='np',")
+    run = load_run(folder, "cpu")
+    noise = torch.randn(latent_shape(run), generator=torch.Generator().manual_seed(0))[None].transpose(1, 2)
+    monkeypatch.chdir(out)
+    exec(lines, there := {"noise": noise})
+    ours = generate(run, ['a "red" circle ``` <script>'], [0])[0].astype(float)
+    assert np.abs(there["frames"] * 255 - ours).mean() < 0.6  # the empty prompt is kept in float16 beside the shards
+
+
+def test_an_export_comes_back_bit_for_bit(exported, tmp_path):
+    folder, out = exported
+    export(folder, tmp_path / "weights", weights_only=True)
+    ours = bits(load_run(folder, "cpu"))
+    assert bits(load_run(out, "cpu")) == ours
+    assert bits(load_run(tmp_path / "weights", "cpu")) == ours
+    again = from_diffusers(out)  # as model.init_from reads it
+    assert {name: tensor.numpy().tobytes() for name, tensor in again.state_dict().items()} == ours
+    export(out, tmp_path / "again")  # and once more, from the export
+    assert bits(load_run(tmp_path / "again", "cpu")) == ours
+
+
+def test_an_export_samples_what_its_run_samples(exported, tmp_path):
+    folder, out = exported
+    export(folder, tmp_path / "weights", weights_only=True)
+    run, whole, alone = (load_run(place, "cpu") for place in (folder, out, tmp_path / "weights"))
+    ask = (["a red circle", PROMPT], [3, 4], Sampling(steps=3, guidance=2.0), NEGATIVE)
+    ours = generate(run, *ask)
+    assert np.array_equal(ours, generate(alone, *ask))
+    assert np.abs(ours.astype(int) - generate(whole, *ask)).max() <= 1  # its VAE rounds elsewhere
+    files = [
+        sample_prompts(place, SampleOptions(prompt=(PROMPT,), steps=2, format=("gif",))) for place in (folder, out)
+    ]
+    assert [file.name for (file,) in files] == ["a-red-circle-moving-left-seed0.gif"] * 2
+    assert files[1][0].parent == out / "samples" / "prompts"
+    shutil.rmtree(out / "samples")
+
+
+def test_raw_weights_are_put_together_from_their_parts_and_say_so(run_of, tmp_path):
+    folder = run_of(MODEL)
+    averaged, trained = load_run(folder, "cpu"), load_run(folder, "cpu", weights="raw")
+    place = folder / "checkpoints" / "step_00000020"
+    found = trained.model.state_dict()
+    parts = [place / checkpoint.part_name(rank, 2) for rank in range(2)]
+    for name in ("patch_in.weight", "blocks.3.table"):
+        halves = []
+        for part in parts:
+            with safe_open(part, "pt") as file:
+                halves.append(file.get_tensor(f"weights/{name}"))
+        assert torch.equal(found[name].flatten(), torch.cat(halves))
+    assert bits(averaged) != bits(trained)
+    export(folder, tmp_path / "raw", weights="raw")
+    assert bits(load_run(tmp_path / "raw", "cpu")) == bits(trained)
+    assert "trained (not averaged)" in (tmp_path / "raw" / "README.md").read_text()
+    with pytest.raises(UserError, match="holds the raw weights alone; for the ema ones name the run"):
+        load_run(tmp_path / "raw", weights="ema")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folder, damaged)
+    part = damaged / "checkpoints" / "step_00000020" / checkpoint.part_name(1, 2)
+    content = bytearray(part.read_bytes())
+    content[-5] ^= 1
+    part.write_bytes(bytes(content))
+    with safe_open(part, "pt") as file:
+        last = max(file.keys())
+    with pytest.raises(UserError, match="another checksum") if last.startswith("weights") else pytest.raises(UserError):
+        load_run(damaged, weights="raw")
+    part.unlink()
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        load_run(damaged, weights="raw")
+    with pytest.raises(UserError, match="--weights ema"):
+        load_run(damaged / "checkpoints" / "step_00000020", weights="raw")
+    assert bits(load_run(damaged)) == bits(averaged)
+
+
+@pytest.mark.parametrize("convolutions", [True, False])
+def test_a_folded_vae_makes_and_takes_normalised_latents(convolutions, tmp_path):
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        use_quant_conv=convolutions,
+        use_post_quant_conv=convolutions,
+        latents_mean=[0.3, -2.0, 1.0, 0.0],
+        latents_std=[1.5, 0.2, 3.0, 1.0],
+    )
+    vae.save_pretrained(tmp_path / "vae")
+    ours = load_vae(str(tmp_path / "vae"))
+    fold(vae, ours.files.mean, ours.files.std)
+    vae.save_pretrained(tmp_path / "folded")
+    folded = load_vae(str(tmp_path / "folded"))
+    assert folded.mean.tolist() == [0.0] * 4
+    assert folded.std.tolist() == [1.0] * 4
+    frames = torch.randint(256, (1, 2, 16, 16, 3), dtype=torch.uint8)
+    (mean, log), (mean_there, log_there) = ours.encode(frames)[0], folded.encode(frames)[0]
+    assert torch.allclose(ours.normalise(mean), mean_there, atol=1e-5)
+    assert torch.allclose(log - 2 * ours.std.log()[:, None, None], log_there, atol=1e-5)
+    z = torch.randn(1, 2, 4, 8, 8)
+    raw, there = ours.model.decode(ours.denormalise(z)[0]).sample, folded.model.decode(z[0]).sample
+    assert torch.allclose(raw, there, atol=1e-4)
+
+
+def test_a_vae_that_one_scalar_normalises_needs_no_convolutions_and_others_are_refused(run_of, tmp_path):
+    tiny = AutoencoderTiny(
+        encoder_block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        num_encoder_blocks=(1,) * 4,
+        num_decoder_blocks=(1,) * 4,
+        scaling_factor=0.5,
+    )
+    tiny.save_pretrained(tmp_path / "tiny")
+    folder = run_of(MODEL, vae=str(tmp_path / "tiny"))
+    export(folder, tmp_path / "out")
+    pipe = LattePipeline.from_pretrained(tmp_path / "out")
+    assert pipe.vae.config.scaling_factor == 0.5
+    run, whole = (load_run(place, "cpu") for place in (folder, tmp_path / "out"))
+    assert np.array_equal(generate(run, [PROMPT], [0]), generate(whole, [PROMPT], [0]))
+    config = json.loads((tmp_path / "tiny" / "config.json").read_text())
+    config |= {"latents_mean": [0.0, 0.0, 0.5, 0.0], "latents_std": [1.0] * 4}
+    (tmp_path / "tiny" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="an AutoencoderTiny has no 1 x 1 convolutions .* --weights_only"):
+        export(run_of(MODEL, vae=str(tmp_path / "tiny")), tmp_path / "refused")
+
+
+REFUSED = {
+    "model.attention is joint": (dataclasses.replace(MODEL, attention="joint"), None),
+    "model.pooled_text is True": (dataclasses.replace(MODEL, pooled_text=True), None),
+    "model.frame_positions is rotary": (dataclasses.replace(MODEL, frame_positions="rotary"), None),
+    "model.sample_frames is 16": (dataclasses.replace(MODEL, sample_frames=16), None),
+    "diffusion.kind is flow": (MODEL, DiffusionConfig()),
+    "diffusion.prediction is v": (MODEL, DiffusionConfig(kind="ddpm", prediction="v")),
+}
+
+
+@pytest.mark.parametrize(("says", "asked"), REFUSED.items(), ids=REFUSED.keys())
+def test_what_a_pipeline_cannot_hold_is_refused_with_the_reason_and_leaves_as_weights(says, asked, run_of, tmp_path):
+    model, diffusion = asked
+    folder = run_of(model, diffusion) if diffusion else run_of(model)
+    with pytest.raises(UserError, match=rf"can't become a LattePipeline: {says}.* --weights_only"):
+        export(folder, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    export(folder, tmp_path / "out", weights_only=True)
+    assert bits(load_run(tmp_path / "out", "cpu")) == bits(load_run(folder, "cpu"))
+
+
+def test_nothing_is_ever_written_over(exported, tmp_path):
+    folder, out = exported
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="holds an export of step 20; remove it first, or name another folder"):
+        export(folder, out)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("x")
+    with pytest.raises(UserError, match="is not empty, or name another folder"):
+        export(folder, tmp_path / "mine")
+    with pytest.raises(UserError, match="no folder"):
+        export(folder, tmp_path / "mine" / "letter.txt")
+    with pytest.raises(UserError, match="can't be written"):
+        export(folder, tmp_path / "mine" / "letter.txt" / "out", weights_only=True)
+    (tmp_path / "empty").mkdir()
+    export(folder, tmp_path / "empty", weights_only=True)
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "mine"]
+
+
+def test_a_damaged_export_is_named(run_of, tmp_path):
+    export(run_of(MODEL), tmp_path / "out", weights_only=True)
+    content = bytearray((tmp_path / "out" / "model.safetensors").read_bytes())
+    content[-5] ^= 1
+    (tmp_path / "out" / "model.safetensors").write_bytes(bytes(content))
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
+        load_run(tmp_path / "out")
+    (tmp_path / "out" / "model.safetensors").write_bytes(bytes(content[:-8]))
+    with pytest.raises(UserError, match="cut short"):
+        load_run(tmp_path / "out")
+    (tmp_path / "out" / "sora_export.json").write_text('{"format": 1, "kind": "house"}')
+    with pytest.raises(UserError, match=r"sora_export\.json can't be read"):
+        load_run(tmp_path / "out")
