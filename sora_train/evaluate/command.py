@@ -18,6 +18,7 @@ from sora_train.verbs import EvalOptions
 
 Judge = Callable[[Run, Iterable[str], Callable[[int, int], None]], dict[str, Any] | None]
 """Obedience of a run's samples to their prompts; None where these captions are not the judge's."""
+NAMES = {"ema": "averaged", "raw": "trained"}
 LOOKED_AT = 64  # captions that tell whether the clips are the quickstart's
 
 
@@ -41,11 +42,13 @@ def evaluate(path: str | Path, how: EvalOptions, judge: Judge | None = None) -> 
         remarks.append("FVD: not asked for; name I3D's weights with --i3d FILE")
     if not ask.clip:
         remarks.append("similarity: not asked for; name a CLIP with --clip FOLDER")
-    record: dict[str, Any] = {"run": str(run.folder), "checkpoint": run.checkpoint.name}
-    record |= {"weights": how.weights or "ema", "shards": str(shards), **figures}
+    record: dict[str, Any] = {"run": str(run.folder), "checkpoint": run.checkpoint.name, "weights": run.weights}
+    record |= {"shards": str(shards), **figures}
     try:
         obedience = (
-            judge(run, some_captions(shards), lambda done, of: tell("samples to judge", done, of)) if judge else None
+            judge(run, some_captions(shards), lambda done, of: tell("samples to judge, step", done, of))
+            if judge
+            else None
         )
         record |= {"obedience": obedience} if obedience else {}
     except UserError as error:
@@ -87,7 +90,7 @@ def write(file: Path, record: dict[str, Any]) -> None:
 
 def table(record: dict[str, Any]) -> str:
     """What was measured, and what was not and why, for people."""
-    lines = [f"{record['run']}, {record['checkpoint']}, {record['weights']} weights"]
+    lines = [f"{record['run']}, {record['checkpoint']}, {NAMES[record['weights']]} weights"]
     if "holdout_loss" in record:
         about = f"mean squared error over {record['holdout_clips']} clips; by diffusion time, from the data to noise:"
         lines.append(row("held-out loss", f"{record['holdout_loss']:.4f}", about))

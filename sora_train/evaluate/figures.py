@@ -103,7 +103,9 @@ def _similarity(run: Run, ask: ValidationConfig, videos: Iterable[Video] | None,
         raise UserError("validation.prompts is empty, so that there is nothing to make samples of")
     clip = load_clip(ask.clip, run.device, run.recipe.codec.models)
     if videos is None:
-        made = make(run, ask, ask.prompts, None, partial(tell, "samples of the prompts"))
+        made = make(
+            run, ask, ask.prompts, [ask.seed] * len(ask.prompts), None, partial(tell, "samples of the prompts, step")
+        )
         videos = zip(ask.prompts, made, strict=True)
     scores = [similarity(clip, prompt, video) for prompt, video in videos]
     if not scores:
@@ -130,7 +132,14 @@ def _fvd(run: Run, ask: ValidationConfig, folder: str, tell: Progress, remark: C
     i3d = load_i3d(ask.i3d, run.device)
     real = reference(run, i3d, shards, places, partial(tell, "I3D of held-out clips"))
     prompts, embeddings = captions_of(run, shards, places)
-    made = make(run, ask, prompts, embeddings, partial(tell, "samples of held-out captions"))
+    made = make(
+        run,
+        ask,
+        prompts,
+        range(ask.seed, ask.seed + len(prompts)),
+        embeddings,
+        partial(tell, "samples of held-out captions, step"),
+    )
     if len(places) < ENOUGH_CLIPS:
         remark(
             f"FVD is of {len(places)} clips: with fewer than {ENOUGH_CLIPS} it says more of their number than of the "
@@ -143,12 +152,20 @@ def make(
     run: Run,
     ask: ValidationConfig,
     prompts: Sequence[str],
+    seeds: Sequence[int],
     embeddings: Sequence[Float[Tensor, "_ e"]] | None,
     progress: Callable[[int, int], None],
 ) -> Iterator[np.ndarray]:
-    """Videos of these prompts, sampled as `ask` says, each from a seed of its own, counted from 0."""
-    seeds = range(len(prompts))
-    return generate_each(run, prompts, seeds, ask.sampling, ask.negative, embeddings=embeddings, progress=progress)
+    """Videos of these prompts, sampled as `ask` says."""
+    return generate_each(
+        run,
+        prompts,
+        seeds,
+        ask.sampling,
+        ask.negative,
+        embeddings=embeddings,
+        progress=progress,
+    )
 
 
 def captions_of(run: Run, shards: ShardSet, places: list[Place]) -> tuple[list[str], list[Float[Tensor, "_ e"]]]:
@@ -167,12 +184,17 @@ def captions_of(run: Run, shards: ShardSet, places: list[Place]) -> tuple[list[s
 def real_videos(
     run: Run, shards: ShardSet, places: list[Place], progress: Callable[[int, int], None]
 ) -> Iterator[np.ndarray]:
-    """Held-out clips uint8 `F H W 3`, decoded from the means of their latents: shards hold no pixels."""
-    done = 0
+    """Held-out clips uint8 `F H W 3`, decoded from the means of their latents: shards hold no pixels.
+
+    By way of what the model sees: an export's VAE takes other raw latents than the one that made the shards.
+    """
+    facts, done = shards.manifest.vae, 0
+    mean, std = (torch.tensor(values)[:, None, None] for values in (facts.mean, facts.std))
     for batch in batches(places, shards, None):
         clips = shards.read(batch[0].bucket, [place.row for place in batch])
         for row in range(len(batch)):
-            yield run.vae.decode(torch.from_numpy(clips.latents[row, :1].astype(np.float32)))[0].numpy()
+            latents = (torch.from_numpy(clips.latents[row, :1].astype(np.float32)) - mean) / std
+            yield run.vae.decode(run.vae.denormalise(latents))[0].numpy()
             done += 1
             progress(done, len(places))
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from sora_train.codec.files import read_config, weight_files
 from sora_train.codec.folders import find_folder
@@ -56,7 +57,7 @@ def load_clip(name: str, device: str | torch.device = "cpu", models: str = "") -
         model = transformers.CLIPModel.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         images = transformers.AutoImageProcessor.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{KEY}: {folder} can't be read as a CLIP: {str(error).splitlines()[0]}") from None
     finally:
         if bars:

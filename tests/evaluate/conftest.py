@@ -88,7 +88,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {
             "name": "tiny",
             "data": {"output": str(root / "shards"), "holdout_fraction": 0.5},
-            "codec": {"vae": str(root / "vae"), "max_tokens": 20},
+            "codec": {"vae": str(root / "vae"), "max_tokens": 20, "text_precision": "fp32"},
             "model": dataclasses.asdict(MODEL),
             "validation": {"steps": 2, "guidance": 2.0, "prompts": ["a red circle", "a blue square moving up"]},
         }

@@ -1,5 +1,6 @@
 """The Fréchet distance is that of Gaussians, and I3D names what real clips show."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -109,3 +110,77 @@ def test_the_file_holds_what_the_forward_pass_reads_and_nothing_else(shared: Pat
 def test_fewer_than_sixteen_frames_are_refused(i3d: I3D):
     with pytest.raises(UserError, match="at least 16 frames, these have 15"):
         i3d(torch.zeros(1, 15, 8, 8, 3, dtype=torch.uint8))
+
+
+def signing(shared: Path, name: str, frames: int = 48) -> np.ndarray:
+    """The middle of a clip in which a word of sign language is made, cropped to a square."""
+    video = read_mp4(shared / f"data/clips/asl_{name}.mkv")
+    start, side = (len(video) - frames) // 2 if len(video) > frames else 0, (video.shape[2] - video.shape[1]) // 2
+    return np.ascontiguousarray(video[start : start + frames, :, side:-side])
+
+
+@pytest.mark.parametrize("name", ["eat", "want"])
+def test_i3d_names_what_real_clips_show(i3d: I3D, shared: Path, name: str):
+    labels = (shared / "models/i3d/kinetics400_label_map.txt").read_text().splitlines()
+    logits = i3d(torch.from_numpy(signing(shared, name))[None])[0]
+    assert labels[int(logits.argmax())] == "sign language interpreting"
+    assert logits.softmax(0).max() > 0.3
+
+
+def windows(shared: Path, each: int) -> list[np.ndarray]:
+    """Clips of 16 frames of three real videos, evenly spread."""
+    found = []
+    for name in ("asl_book.mkv", "stream_of_water.mp4", "mdn_frog.mp4"):
+        video = read_mp4(shared / "data/clips" / name)
+        found += [video[start : start + 16] for start in np.linspace(0, len(video) - 16, each).astype(int)]
+    return found
+
+
+def blurred(videos: list[np.ndarray], sigma: float) -> list[np.ndarray]:
+    return [gaussian_filter(video, (0, sigma, sigma, 0)) for video in videos]
+
+
+def check_distances(i3d: I3D, shared: Path, each: int, sigmas: tuple[float, ...]) -> None:
+    """0 to itself, more with every blur, and most to noise."""
+    videos = windows(shared, each)
+    real = features(i3d, videos)
+    noise = np.random.default_rng(0).integers(0, 256, (len(videos), 16, 64, 64, 3), dtype=np.uint8)
+    found = [frechet_distance(real, real), *(frechet_distance(real, features(i3d, blurred(videos, s))) for s in sigmas)]
+    found.append(frechet_distance(real, features(i3d, noise)))
+    print("FVD to itself, under blur, to noise:", *(f"{value:.4g}" for value in found))
+    assert found[0] < 1e-6
+    assert all(b > a + 10 for a, b in pairwise(found[:-1]))
+    assert found[-1] > 1000
+
+
+def test_fvd_is_zero_to_itself_grows_with_blur_and_is_large_to_noise(i3d: I3D, shared: Path):
+    check_distances(i3d, shared, each=1, sigmas=(1.0, 4.0))
+
+
+@pytest.mark.slow
+def test_fvd_is_zero_to_itself_grows_with_blur_and_is_large_to_noise_on_more_clips(i3d: I3D, shared: Path):
+    check_distances(i3d, shared, each=4, sigmas=(1.0, 2.0, 4.0, 8.0))
+
+
+def test_every_layer_sees_on_real_clips_what_it_saw_in_training(i3d: I3D, shared: Path, monkeypatch):
+    # Batch norm remembers the mean and variance that each convolution had over Kinetics, so that behind it a channel's
+    # mean is its bias and its variance 1. A wrong order, stride, padding or scale of pixels would move them.
+    stored = load_file(shared / "models/i3d/i3d_kinetics400.safetensors")
+    seen: dict[str, list[torch.Tensor]] = {}
+    plain = torch.nn.functional.relu_
+    names = iter([])
+
+    def watched(x: torch.Tensor) -> torch.Tensor:
+        seen.setdefault(next(names), []).append(torch.stack([x.mean((0, 2, 3, 4)), x.var((0, 2, 3, 4))]))
+        return plain(x)
+
+    order = [key.removesuffix(".conv.weight") for key in shapes() if key.endswith(".conv.weight")][:-1]
+    monkeypatch.setattr(torch.nn.functional, "relu_", watched)
+    for video in windows(shared, each=1):
+        names = iter(order)
+        i3d(torch.from_numpy(video)[None])
+    assert len(seen) == 57
+    for name, figures in seen.items():
+        mean, variance = torch.stack(figures).mean(0)
+        assert (mean - stored[f"{name}.bn.bias"]).square().mean().sqrt() < 0.8, name
+        assert 0.5 < variance.mean() < 4, name
