@@ -93,7 +93,7 @@ def sample(
     denoise = guided(
         model, text, text_mask, null_text, null_mask, how.guidance, how.guidance_interval, how.guidance_rescale
     )
-    x, tell = noise.float(), progress or (lambda done, steps: None)
+    x, tell = noise.float(), progress if progress is not None else _quiet
     if name == "ddpm":
         return _ancestral(denoise, objective, x, how.steps, list(generators) if generators is not None else None, tell)
     if name in FITTING["ddpm"]:
@@ -101,10 +101,14 @@ def sample(
     return _flow(denoise, objective, x, how.steps, name == "heun", tell)
 
 
+def _quiet(done: int, steps: int) -> None:
+    pass
+
+
 def _flow(denoise: Denoiser, objective: Objective, x: Tensor, steps: int, heun: bool, progress: Progress) -> Tensor:
     _, f, c, h, w = x.shape
     times = flow.shifted(torch.linspace(1, 0, steps + 1), objective.shift((f, c, h, w)))
-    for i, (t, after) in enumerate(pairwise(times.tolist())):
+    for i, (t, after) in enumerate(pairwise(map(float, times))):
         v = denoise(x, 1000 * t)
         guess = x + (after - t) * v
         # The last step is Euler's: at time 0 the model was never trained. One of n doesn't change the order of error.

@@ -24,6 +24,8 @@ def fold(vae: Any, mean: Sequence[float], std: Sequence[float]) -> None:
     c = len(mean)
     m, s = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
     into, out = vae.quant_conv or identity(2 * c), vae.post_quant_conv or identity(c)
+    assert into.bias is not None
+    assert out.bias is not None
     scale = torch.cat([1 / s, torch.ones_like(s)])
     shift = torch.cat([-m / s, -2 * s.log()])
     weight, bias = into.weight.double(), into.bias.double()

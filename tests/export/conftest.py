@@ -21,28 +21,34 @@ DDPM = DiffusionConfig(kind="ddpm")
 
 @pytest.fixture(scope="session")
 def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """run_of(model, diffusion, vae, frames): a run's folder of clips of 32 x 48 pixels, at step 20."""
+    """run_of(model, diffusion, vae, text, frames): a run's folder of clips of 32 x 48 pixels, at step 20."""
 
-    def make(model: ModelConfig, diffusion: DiffusionConfig = DDPM, vae: str = "builtin", frames: int = 3) -> Path:
+    def make(
+        model: ModelConfig,
+        diffusion: DiffusionConfig = DDPM,
+        vae: str = "builtin",
+        text: str = "builtin",
+        frames: int = 3,
+    ) -> Path:
         folder = tmp_path_factory.mktemp("runs") / "tiny"
         folder.mkdir()
         recipe = Recipe.model_validate(
             {
                 "name": "tiny",
-                "codec": {"vae": vae, "max_tokens": 20, "text_precision": "fp32"},
+                "codec": {"vae": vae, "text": text, "max_tokens": 20, "text_precision": "fp32"},
                 "model": dataclasses.asdict(model),
                 "diffusion": dataclasses.asdict(diffusion),
                 "validation": {"steps": 4, "guidance": 3.0, "prompts": ['a "red" circle\n```\n<script>']},
             }
         )
-        made, encoder = load_vae(vae), load_text_encoder("builtin", max_tokens=20)
+        made, encoder = load_vae(vae), load_text_encoder(text, max_tokens=20)
         empty = encoder.encode([""])[0].half().numpy()
         mean, std = tuple(made.mean.tolist()), tuple(made.std.tolist())
         save_recipe(recipe, folder / "recipe.yaml")
         Manifest(
             encoding_hash="",
             vae=VaeFacts(name=vae, hash=made.hash, channels=made.channels, factor=made.factor, mean=mean, std=std),
-            text=TextFacts(name="builtin", hash=encoder.hash, width=encoder.width, max_tokens=20),
+            text=TextFacts(name=text, hash=encoder.hash, width=encoder.width, max_tokens=20),
             latents=LatentFormat(moments=made.moments),
             frames=frames,
             fps=8.0,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, LattePipeline
 from safetensors import safe_open
+from transformers import T5Config, T5EncoderModel
 
 from sora_train.codec.text import pad_text
 from sora_train.codec.vae import load_vae
@@ -17,7 +18,7 @@ from sora_train.diffusion import DiffusionConfig, Sampling, sample
 from sora_train.errors import UserError
 from sora_train.export import export
 from sora_train.export.fold import fold
-from sora_train.generate import generate, load_run, sample_prompts
+from sora_train.generate import embed, generate, load_run, sample_prompts
 from sora_train.generate.sample import latent_shape
 from sora_train.model import ModelConfig
 from sora_train.model.convert import from_diffusers
@@ -224,6 +225,24 @@ def test_a_vae_that_one_scalar_normalises_needs_no_convolutions_and_others_are_r
     (tmp_path / "tiny" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="an AutoencoderTiny has no 1 x 1 convolutions .* --weights_only"):
         export(run_of(MODEL, vae=str(tmp_path / "tiny")), tmp_path / "refused")
+
+
+def test_a_text_encoder_in_bfloat16_with_t5s_own_tokenizer_goes_along_as_the_pipeline_reads_it(
+    run_of, tmp_path, shared
+):
+    config = T5Config(vocab_size=32128, d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
+    T5EncoderModel(config).to(torch.bfloat16).save_pretrained(tmp_path / "t5")
+    shutil.copy(shared / "models" / "t5_tokenizer" / "spiece.model", tmp_path / "t5")
+    folder = run_of(MODEL, MILD, vae=str(shared / "models" / "taesd"), text=str(tmp_path / "t5"))
+    export(folder, tmp_path / "out")
+    shutil.rmtree(tmp_path / "t5")
+    run, pipe = load_run(tmp_path / "out", "cpu"), LattePipeline.from_pretrained(tmp_path / "out")
+    assert pipe.text_encoder.dtype == torch.float32
+    ids = pipe.tokenizer(PROMPT, return_tensors="pt").input_ids
+    assert torch.allclose(pipe.text_encoder(ids)[0][0], embed(run, [PROMPT])[0], atol=1e-5)
+    pipe.set_progress_bar_config(disable=True)
+    size = {"video_length": 3, "height": 32, "width": 48, "num_inference_steps": 2}
+    assert len(pipe(PROMPT, clean_caption=False, **size).frames[0]) == 3
 
 
 REFUSED = {
