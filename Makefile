@@ -9,7 +9,7 @@ BIN := .venv/bin
 help:
 	@echo 'make quickstart   clips, shards, training, samples and a report in runs/quickstart, in minutes on two cores'
 	@echo 'make test         the tests'
-	@echo 'make test-slow    the slow tests of the model and of lost and returning nodes'
+	@echo 'make test-slow    the slow tests of all but prep: lost nodes, memory, checkpoints to keep'
 	@echo 'make lint         ruff, pyright and the import rules'
 	@echo 'make bench-quickstart   after make quickstart: three training seeds, 192 clips each'
 	@echo 'make drill-train  sora train under kills, lost nodes, poison, damage, full disks, and the quickstart: one table'
@@ -43,7 +43,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest $(ARGS)
 
 test-slow: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/launch tests/model -m slow -rA
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/data_prep -m slow -rA
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ from sora_train.places import resolve, write_whole
 from sora_train.recipe import ClusterConfig, Recipe
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_videos_on_s3_become_shards_on_s3(tmp_path: Path, write, s3: str):
     system, bucket = resolve(s3)

@@ -97,6 +97,7 @@ def test_damage_that_no_retry_mends_ends_a_run_at_once_and_says_what_it_was(
     assert "worker_lost" not in told
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_the_checkpoints_of_the_lowest_loss_stay_and_the_newest(
     local_ray: None, builtin_shards: Path, tmp_path: Path, recipe_of
@@ -112,6 +113,7 @@ def test_the_checkpoints_of_the_lowest_loss_stay_and_the_newest(
         assert set(kept) == {*sorted(mean, key=mean.__getitem__)[:2], steps}
 
 
+@pytest.mark.slow
 def test_fresh_begins_anew_only_where_it_was_told_to_overwrite(
     local_ray: None, builtin_shards: Path, tmp_path: Path, recipe_of
 ):
