@@ -40,7 +40,7 @@ MORE = {
 }
 """What the help of a verb says beyond its sentence."""
 EXAMPLES = {
-    "eval": "runs/quickstart --i3d i3d_kinetics400.safetensors --clip openai/clip-vit-large-patch14",
+    "eval": "runs/quickstart --json",
     "download": "jobs/real_clips.yaml --to /shared/models",
     "prep": "jobs/real_clips.yaml --data.captions my/captions.csv --data.root my/videos",
     "inspect": "runs/quickstart/shards --json",

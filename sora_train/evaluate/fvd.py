@@ -35,4 +35,4 @@ def frechet_distance(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -
 
 def factor(features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "k d"]:
     """R with Rᵀ R the covariance of the rows."""
-    return np.linalg.qr((features - features.mean(0)) / np.sqrt(len(features) - 1), mode="r")
+    return np.asarray(np.linalg.qr((features - features.mean(0)) / np.sqrt(len(features) - 1), mode="r"))

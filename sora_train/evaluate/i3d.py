@@ -73,7 +73,7 @@ class I3D:
         for block in MIXED:
             if block in POOL_BEFORE:
                 side, stride = POOL_BEFORE[block]
-                x = max_pool(x, (side,) * 3, (stride,) * 3)
+                x = max_pool(x, (side, side, side), (stride, stride, stride))
             x = self._mixed(x, block)
         x = F.avg_pool3d(x, (2, 7, 7), stride=1)
         return F.conv3d(x, *self.convolutions[LAST]).mean(dim=(2, 3, 4))
@@ -81,7 +81,7 @@ class I3D:
     def _unit(self, x: Tensor, name: str, stride: int = 1) -> Tensor:
         weight, bias = self.convolutions[name]
         side = weight.shape[-1]
-        return F.relu_(F.conv3d(same(x, (side,) * 3, (stride,) * 3), weight, bias, stride))
+        return F.relu_(F.conv3d(same(x, (side, side, side), (stride, stride, stride)), weight, bias, stride))
 
     def _mixed(self, x: Tensor, block: str) -> Tensor:
         a, b, c, d = (f"{block}.Branch_{i}.Conv3d" for i in range(4))

@@ -13,13 +13,15 @@ from safetensors.torch import save_file
 from sora_train import cli
 from sora_train.demo.measure import obey
 from sora_train.demo.shapes import all_scenes
+from sora_train.diffusion import DiffusionConfig
 from sora_train.errors import UserError
 from sora_train.evaluate import evaluate, measure
 from sora_train.evaluate.figures import REFERENCE, captions_of, open_held_out, real_videos, reference
 from sora_train.evaluate.heldout import BINS, choose
 from sora_train.evaluate.i3d import I3D, load_i3d, shapes
+from sora_train.export import export
 from sora_train.generate import Run, load_run
-from sora_train.recipe import Recipe, check
+from sora_train.recipe import Recipe, check, load_recipe, save_recipe
 from sora_train.verbs import EvalOptions
 
 LOSSES = ["holdout_loss", *(f"holdout_loss_{i}" for i in range(BINS)), "holdout_clips"]
@@ -178,3 +180,19 @@ def test_a_recipe_that_asks_for_fvd_and_lacks_what_it_needs_is_refused():
     assert "data.holdout_fraction is 0" in wrong(data={"holdout_fraction": 0.0})[0]
     assert "clips have 15 frames and I3D needs 16" in wrong(data={"frames": 15})[0]
     assert len(wrong(validation={"i3d": ""}, data={"holdout_fraction": 0.0, "frames": 8})) == 3
+
+
+def test_an_export_has_the_figures_of_its_run(run_folder: Path, tmp_path: Path):
+    shutil.copytree(run_folder, tmp_path / "run")
+    recipe = load_recipe(run_folder / "recipe.yaml")
+    save_recipe(recipe.model_copy(update={"diffusion": DiffusionConfig(kind="ddpm")}), tmp_path / "run" / "recipe.yaml")
+    mine = load_run(tmp_path / "run", device="cpu")
+    exported = load_run(export(tmp_path / "run", tmp_path / "pipeline"), device="cpu")
+    assert exported.vae.hash != mine.vae.hash  # the latents' mean and deviation are folded into it
+    ask = recipe.validation.model_copy(update={"holdout_clips": 4})
+    found = measure(exported, ask, recipe.data.output)
+    assert list(found.values()) == pytest.approx(list(measure(mine, ask, recipe.data.output).values()), rel=1e-5)
+    shards = open_held_out(mine, recipe.data.output)
+    places = choose(shards, 2, (BUCKET,))
+    videos = [list(real_videos(made, shards, places, lambda done, of: None)) for made in (mine, exported)]
+    assert np.abs(np.stack(videos[0]).astype(int) - np.stack(videos[1])).max() <= 1
