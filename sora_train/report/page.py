@@ -4,128 +4,141 @@ from __future__ import annotations
 
 import base64
 import datetime
-import re
+import hashlib
+import uuid
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from urllib.parse import quote
 
-import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from sora_train.report.charts import line_chart
-from sora_train.report.read import RunRecord, Samples, is_number, read_run, series
+from sora_train.errors import UserError
+from sora_train.report import events as happened
+from sora_train.report.charts import RUNS
+from sora_train.report.curves import chart_groups
+from sora_train.report.differences import differing, flatten
+from sora_train.report.media import MOST_CLIPS, Shelf, make_grid, sheet_address
+from sora_train.report.read import RunRecord, is_number, read_run
 from sora_train.video import one_line
 
-INLINE_FILE, INLINE_ALL = 2**20, 24 * 2**20  # bytes; larger files are linked to, relative to the page
-MOST_STEPS = 12  # of validations that are shown, first and last included
-MOST_CLIPS = 96
-TITLES = {
-    "loss": "Training loss",
-    "holdout_loss": "Held-out loss",
-    "lr": "Learning rate",
-    "grad_norm": "Gradient norm",
-    "samples_per_s": "Clips per second",
-    "tokens_per_s": "Tokens per second",
-    "step_s": "Seconds per step",
-    "data_wait_share": "Share of time spent waiting for data",
-}
-SKIPPED = {"step", "time", "epoch", "samples_seen"}
 
+def write_report(*runs: str | Path, out: str | Path | None = None) -> Path:
+    """Writes one page about a run, or one that compares several, and returns its path.
 
-def write_report(run_folder: str | Path) -> Path:
-    """Writes `report.html` into a run's folder and returns its path. Raises UserError for a folder that is no run."""
-    record = read_run(run_folder)
+    Into `out`; else into RUN/report.html, or for several into report.html in the current folder. A page is there whole
+    or not at all, also when two processes write it. Raises UserError for a folder that is no run, and where the page
+    can't be written.
+    """
+    if not runs:
+        raise UserError("no run to report on; name the folder that `sora train` made (train.output/name)")
+    records = with_names([read_run(run) for run in runs])
+    beside = records[0].folder if len(records) == 1 else Path()
+    page = Path(out).expanduser() if out is not None else beside / "report.html"
+    if page.is_dir():
+        raise UserError(f"{page} is a folder; name a file for the page, such as {page / 'report.html'}")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    source = resources.files("sora_train.report").joinpath("page.html").read_text(encoding="utf-8")
-    page = record.folder / "report.html"
-    html = environment.from_string(source).render(**contents(record))
-    page.write_text(html, encoding="utf-8", errors="replace")
+    shelf = Shelf(page)
+    parts = environment.from_string(asset("page.html")).generate(**contents(records, shelf))
+    draft = page.with_name(f".{page.name}.{uuid.uuid4().hex}.draft")
+    try:
+        try:
+            with draft.open("w", encoding="utf-8", errors="replace") as file:
+                file.writelines(parts)
+            draft.replace(page)
+        finally:
+            draft.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{page} can't be written ({error.strerror or error}); name another file with --out") from error
     return page
 
 
-def contents(record: RunRecord) -> dict:
+def contents(records: Sequence[RunRecord], shelf: Shelf) -> dict:
     """The template's variables."""
-    settings = _settings(record.recipe)
-    embed = Inliner(record.folder)
-    by_step = [samples for samples in record.samples if samples.step is not None]
-    last = ([samples for samples in record.samples if samples.name == "final"] or by_step)[-1:]
-    rest = [samples for samples in record.samples if samples not in last]
+    grid = make_grid(records, shelf)
+    only = records[0] if len(records) == 1 else None
+    script = asset("page.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    others = [(run, samples) for run in records for samples in run.samples if samples.step is None]
+    latest = [[samples for samples in run.samples if samples.step is not None][-1:] for run in records]
     return {
-        "name": one_line(str(settings.get("name") or record.folder.absolute().name)),
-        "facts": facts(record, settings),
-        "latest": shown(last[0], embed) if last else None,
-        "others": [shown(samples, embed) for samples in spread(rest)],
-        "charts": charts(record),
-        "obedience": obedience_rows(record.obedience),
-        "events": [event_row(event) for event in record.events],
-        "recipe": record.recipe,
-        "environment": {key: str(value) for key, value in (record.environment or {}).items()},
+        "title": only.name if only else " · ".join(run.name for run in records)[:300],
+        "only": only,
+        "runs": [one_run(run, RUNS[i % len(RUNS)]) for i, run in enumerate(records)],
+        "grid": grid,
+        "folders": [
+            {
+                "title": samples.title if only else f"{run.name}: {samples.title}",
+                "sheet": sheet_address(samples.sheet),
+                "clips": [(shelf.put(clip), clip.prompt) for clip in samples.clips[:MOST_CLIPS]],
+                "left_out": max(0, len(samples.clips) - MOST_CLIPS),
+            }
+            for run, samples in others[:12]
+        ],
+        "sheets": [
+            (run.name, samples.title, address)
+            for run, found in zip(records, latest, strict=True)
+            for samples in found
+            if (address := sheet_address(samples.sheet))
+        ],
+        "shape": shape_of(records[0]),
+        "obedience": [(run.name, obedience_rows(run.obedience)) for run in records if run.obedience],
+        "groups": chart_groups(records),
+        "recipe_differs": [] if only else differing([run.settings for run in records]),
+        "environment_differs": [] if only else differing([run.environment for run in records]),
         "written": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "shelf": shelf,
+        "style": Markup(asset("page.css")),
+        "script": Markup(script),
+        "policy": f"default-src 'none'; img-src data:; media-src blob: 'self' file:; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
     }
 
 
-class Inliner:
-    """Turns files into `data:` addresses until the page's budget is spent, and into relative links after that."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.left = INLINE_ALL
-
-    def address(self, path: Path, kind: str) -> str:
-        size = path.stat().st_size
-        if size > min(INLINE_FILE, self.left):
-            return quote(path.relative_to(self.folder).as_posix())
-        self.left -= size
-        return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
-def facts(record: RunRecord, settings: dict) -> list[tuple[str, str]]:
-    """The few figures at the top, as far as they are known."""
-    loss = series(record.metrics, "loss")
-    steps, workers = _value(settings, "train", "steps"), _value(settings, "cluster", "workers")
-    found = [("step", f"{loss[-1][0] if loss else 0:,.0f} of {f'{steps:,}' if is_number(steps) else '?'}")]
-    if loss:
-        found.append(("last loss", f"{loss[-1][1]:.4f}"))
-    if record.obedience and is_number(record.obedience.get("all")):
-        found.append(("captions obeyed in full", f"{record.obedience['all']:.0%}"))
-    found.append(("workers", str(workers or 1)))
-    return [*found, ("resumed", f"{len(resumes(record))} x")] if resumes(record) else found
-
-
-def resumes(record: RunRecord) -> list[dict]:
-    """The events that say that training went on from a checkpoint."""
-    return [event for event in record.events if event.get("event") == "resume"]
-
-
-def charts(record: RunRecord) -> list[Markup]:
-    """A curve of every metric that has at least one value; the known ones first, loss large."""
-    keys = [*TITLES, *sorted({key for entry in record.metrics for key in entry} - set(TITLES) - SKIPPED)]
-    marks = [event["step"] for event in resumes(record) if is_number(event.get("step"))]
-    drawn = []
-    for key in keys[:40]:
-        if points := series(record.metrics, key):
-            title = TITLES.get(key, one_line(key)[:60])
-            drawn.append(Markup(line_chart(points, title, marks, large=key == "loss")))
-    return drawn
-
-
-def shown(samples: Samples, embed: Inliner) -> dict:
-    """One folder of samples for the template."""
-    title = f"step {samples.step:,}" if samples.step is not None else samples.name
+def one_run(run: RunRecord, colour: str) -> dict:
+    """What the page says of one run in words and figures."""
+    loss = run.curves.get("loss")
+    step, steps = int(loss[-1, 0]) if loss is not None else 0, run.setting("train", "steps")
     return {
-        "title": title,
-        "sheet": embed.address(samples.sheet, "image/png") if samples.sheet else None,
-        "clips": [(embed.address(c.path, "video/mp4"), one_line(c.prompt[:400])) for c in samples.clips[:MOST_CLIPS]],
-        "left_out": max(0, len(samples.clips) - MOST_CLIPS),
+        "name": run.name,
+        "folder": str(run.folder),
+        "colour": colour,
+        "state": happened.state_of(run.events),
+        "done": min(1.0, step / steps) if is_number(steps) and steps > 0 else 0.0,
+        "facts": facts(run, step, steps),
+        "trouble": happened.trouble(run.events),
+        "events": happened.all_rows(run.events),
+        "events_in_all": len(run.events),
+        "recipe": run.recipe,
+        "environment": list(flatten(run.environment)),
     }
 
 
-def spread(samples: list[Samples]) -> list[Samples]:
-    """At most MOST_STEPS of them, evenly spread, newest first."""
-    count = len(samples)
-    chosen = range(count) if count <= MOST_STEPS else [i * (count - 1) // (MOST_STEPS - 1) for i in range(MOST_STEPS)]
-    return [samples[i] for i in chosen][::-1]
+def facts(run: RunRecord, step: int, steps: object) -> list[tuple[str, str]]:
+    """The few figures at the top, as far as they are known."""
+    found = [("step", f"{step:,} of {f'{steps:,}' if is_number(steps) else '?'}")]
+    for key, title, form in (
+        ("loss", "training loss", ".4f"),
+        ("holdout_loss", "held-out loss", ".4f"),
+        ("fvd", "FVD", ",.0f"),
+        ("similarity", "likeness to the prompt", ".3f"),
+        ("samples_per_s", "clips per second", ",.1f"),
+    ):
+        if key in run.curves:
+            found.append((title, format(run.curves[key][-1, 1], form)))
+    if run.obedience and is_number(run.obedience.get("all")):
+        found.append(("captions obeyed in full", f"{run.obedience['all']:.0%}"))
+    workers = run.setting("cluster", "workers")
+    found.append(("workers", " to ".join(map(str, workers)) if isinstance(workers, list) else str(workers or 1)))
+    return [(what, one_line(value)[:60]) for what, value in found]
+
+
+def shape_of(run: RunRecord) -> str:
+    """Width / height of a run's videos, so that the page keeps room for them: CSS for `aspect-ratio`."""
+    height, width = run.setting("data", "height"), run.setting("data", "width")
+    fits = is_number(height) and is_number(width) and 0.1 < width / max(height, 1e-9) < 10
+    return f"{width:.0f} / {height:.0f}" if fits else "1 / 1"
 
 
 def obedience_rows(obedience: dict | None) -> list[tuple[str, list[str]]]:
@@ -141,29 +154,24 @@ def obedience_rows(obedience: dict | None) -> list[tuple[str, list[str]]]:
 
     def cells(row: dict) -> list[str]:
         shares = [f"{row[name]:.0%}" if is_number(row.get(name)) else "–" for name in names]
-        return [*shares, str(row.get("clips", "–"))]
+        return [*shares, str(row.get("clips", "–"))[:20]]
 
     return [(title, cells(row)) for title, row in rows if isinstance(row, dict)]
 
 
-def event_row(event: dict) -> tuple[str, str, str, str]:
-    """Time, step, what, and the rest of an event in words."""
-    time = event.get("time", "")
-    if is_number(time) and 0 < time < 1e11:
-        time = datetime.datetime.fromtimestamp(time, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
-    rest = [f"{key}: {value}" for key, value in event.items() if key not in ("time", "step", "event")]
-    return str(time), str(event.get("step", "")), str(event.get("event", "")), ", ".join(rest)[:2000]
+def with_names(records: list[RunRecord]) -> list[RunRecord]:
+    """The runs under names that tell them apart: those that share one get their folder's, then a number."""
+    for name_of in (lambda run, i: run.folder.absolute().name, lambda run, i: f"{run.name} ({i + 1})"):
+        names = [run.name for run in records]
+        if len(set(names)) == len(names):
+            break
+        records = [
+            replace(run, name=one_line(name_of(run, i))) if names.count(run.name) > 1 else run
+            for i, run in enumerate(records)
+        ]
+    return records
 
 
-def _settings(recipe: str) -> dict:
-    """The recipe's values for the page's top; a recipe that can't be read is still shown as text."""
-    try:
-        settings = yaml.safe_load(re.sub(r"[^\x09\x0a\x0d\x20-\x7e\x85\xa0-\ufffd\U00010000-\U0010ffff]", "", recipe))
-    except yaml.YAMLError:
-        return {}
-    return settings if isinstance(settings, dict) else {}
-
-
-def _value(settings: dict, section: str, key: str) -> object:
-    inside = settings.get(section)
-    return inside.get(key) if isinstance(inside, dict) else None
+def asset(name: str) -> str:
+    """A file that lies beside this module."""
+    return resources.files("sora_train.report").joinpath(name).read_text(encoding="utf-8")
