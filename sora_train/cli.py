@@ -24,7 +24,7 @@ from sora_train.verbs import (
     EvalOptions,
     ExportOptions,
     InspectOptions,
-    NoOptions,
+    ReportOptions,
     SampleOptions,
     usage,
 )
@@ -113,10 +113,12 @@ def run(verb: str, words: Sequence[str]) -> None:
 
             sample_prompts(run_folder, how)
         case "export":
-            run_folder, out, options = two_targets_of(verb, words, ExportOptions)
+            folders, what = targets_of(verb, words, ExportOptions)
+            if len(folders) != 2:
+                raise RecipeError(f"takes {VERBS[verb][0]}, but got {' '.join(folders)}: sora {verb} {EXAMPLES[verb]}")
             from sora_train.export import export
 
-            export(run_folder, out, options.weights_only, options.weights)
+            export(*folders, weights_only=what.weights_only, weights=what.weights)
         case "eval":
             run_folder, ask = target_of(verb, words, EvalOptions)
             from sora_train.demo.measure import obey
@@ -129,10 +131,10 @@ def run(verb: str, words: Sequence[str]) -> None:
 
             demo(overrides=overrides)
         case "report":
-            run_folder, _ = target_of(verb, words, NoOptions)
+            runs, options = targets_of(verb, words, ReportOptions)
             from sora_train.report import write_report
 
-            print(write_report(run_folder))
+            print(write_report(*runs, out=options.out))
         case "bench":
             what, *words = words or [""]
             if what in ("-h", "--help"):
@@ -160,23 +162,19 @@ def recipe_of(verb: str, words: Sequence[str]) -> Recipe:
 
 def target_of(verb: str, words: Sequence[str], options: type[S]) -> tuple[str, S]:
     """The folder that a verb's words name, and its options; or its help."""
+    folders, chosen = targets_of(verb, words, options)
+    return the_one(verb, folders), chosen
+
+
+def targets_of(verb: str, words: Sequence[str], options: type[S]) -> tuple[list[str], S]:
+    """The folders that a verb's words name, one at least, and its options; or its help."""
     words, wants_help = without_help(words)
     overrides, folders = parse_flags(words, options)
     if wants_help:
         show_help(verb, options())
-    return the_one(verb, folders), build(options, {}, overrides, f"sora {verb}")
-
-
-def two_targets_of(verb: str, words: Sequence[str], options: type[S]) -> tuple[str, str, S]:
-    """The two folders that a verb's words name, and its options; or its help."""
-    words, wants_help = without_help(words)
-    overrides, folders = parse_flags(words, options)
-    if wants_help:
-        show_help(verb, options())
-    if len(folders) != 2:
-        got = " ".join(folders) or "neither"
-        raise RecipeError(f"takes {VERBS[verb][0]}, but got {got}: sora {verb} {EXAMPLES[verb]}")
-    return folders[0], folders[1], build(options, {}, overrides, f"sora {verb}")
+    if not folders:
+        the_one(verb, folders)
+    return folders, build(options, {}, overrides, f"sora {verb}")
 
 
 def demo_overrides(words: Sequence[str]) -> dict[str, object]:
@@ -215,7 +213,7 @@ def without_flag(words: Sequence[str], flag: str) -> tuple[list[str], str]:
 
 def the_one(verb: str, words: Sequence[str]) -> str:
     """The one word a verb takes beside its flags."""
-    what, _ = VERBS[verb]
+    what = VERBS[verb][0].removesuffix(" …")
     if not words:
         raise RecipeError(f"{what} is missing: sora {verb} {EXAMPLES[verb]}")
     if len(words) > 1:

@@ -23,9 +23,10 @@ VERBS = {
     "eval": ("RUN", "Measures a model: held-out loss, Fréchet video distance, similarity of samples to their prompts."),
     "demo": ("", "Does it all on clips of moving shapes, in minutes: prep, train, sample, judge, report."),
     "bench": ("prep RECIPE", "Measures the pipeline's clips per second beside a bare VAE loop's."),
-    "report": ("RUN", "Writes a run's report.html: curves, samples, events."),
+    "report": ("RUN …", "Writes one HTML page: curves, playing samples, events; of several runs, side by side."),
 }
 MORE = {
+    "report": "The page holds everything, videos too, and opens from disk. Each validation writes its run's anew.",
     "train": "SIGTERM, or a file named `leave` in the run's folder, has it make a checkpoint and end with exit status "
     "75: the same command goes on. A second SIGTERM ends it at once. --fresh begins at step 0, and only with "
     "--overwrite where the folder holds a run: what that run wrote is removed, but no shards.",
@@ -49,7 +50,7 @@ EXAMPLES = {
     "export": "runs/my_run my_model",
     "demo": "",
     "bench": "prep jobs/real_clips.yaml",
-    "report": "runs/quickstart",
+    "report": "runs/quickstart runs/again --out both.html",
 }
 
 
@@ -139,8 +140,11 @@ class EvalOptions:
 
 
 @dataclass(frozen=True)
-class NoOptions:
-    """This verb has no flags."""
+class ReportOptions:
+    """Where the page goes."""
+
+    out: str | None = None
+    """File for the page; report.html in the run's folder if not given, or for several runs in the current one."""
 
 
 def usage() -> str:

@@ -1,4 +1,4 @@
-"""Curves as inline SVG by matplotlib. Every colour is a variable of the page, so that one drawing serves light and dark.
+"""Curves as inline SVG by matplotlib. Colours are variables of the page, so that one drawing serves light and dark.
 
 Titles and legends are the page's own text: they wrap on a phone, where a drawing would shrink them.
 """
@@ -44,35 +44,39 @@ class Marks:
 def draw(
     lines: Sequence[Line],
     name: str,
-    marks: Marks = Marks(),  # noqa: B008: it is frozen
+    marks: Marks = Marks(),
     wide: bool = False,
     smoothed: bool = True,
     percent: bool = False,
+    until: int | float = 0,
     profile: bool = False,
 ) -> str:
     """An SVG element of values over steps. A page must not hold two of one `name`: ids inside are made from it.
 
     Long curves are smoothed; a single one stands before what it was smoothed from, of which a spike must not flatten
     the rest. Short ones are dots on a line. Several positive ones that lie far apart are drawn on a logarithmic scale.
-    A `profile` is over ten bins of diffusion time instead of steps.
+    Steps go on to `until` at least, so that charts beside each other can be compared. A `profile` is over ten bins of
+    diffusion time instead.
     """
-    from matplotlib import rc_context  # here, since it takes a second
+    from matplotlib import rc_context  # here: importing it takes a second
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     colours = Colours()
     ink = colours.of(INK)
-    look = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": name,
-        "font.size": 9,
-        "text.parse_math": False,
-        "axes.edgecolor": ink,
-        "xtick.color": ink,
-        "ytick.color": ink,
-        "axes.linewidth": 0.5,
-        "path.simplify": False,  # lines are thinned already
-    }
-    with rc_context(look):
+    with rc_context(
+        {
+            "svg.fonttype": "none",
+            "svg.hashsalt": name,
+            "font.size": 9,
+            "text.parse_math": False,
+            "axes.edgecolor": ink,
+            "xtick.labelcolor": colours.of("faint"),
+            "ytick.labelcolor": colours.of("faint"),
+            "axes.linewidth": 0.5,
+            "path.simplify": False,  # lines are thinned already
+        }
+    ):
         width, height = WIDE if wide else NARROW
         figure = Figure(figsize=(width, height))
         axes = figure.add_axes((0.56 / width, 0.28 / height, 1 - 0.66 / width, 1 - 0.4 / height))
@@ -98,20 +102,20 @@ def draw(
             dots = "o" if len(steps) < 26 and (len(lines) < 4 or len(steps) == 1) else None
             axes.plot(steps, values, **stroke, linewidth=1.6, marker=dots, markersize=3.2, solid_joinstyle="round")
         limits(axes, np.concatenate(shown), len(lines) > 2)
-        axes.margins(x=0.015)
-        from matplotlib.ticker import FuncFormatter, MaxNLocator
-
         axes.xaxis.set_major_locator(MaxNLocator(6 if wide else 4, integer=True, min_n_ticks=1))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
         written = FuncFormatter(lambda y, _: f"{100 * y:.3g}%" if percent else short(y))
         axes.yaxis.set_major_formatter(written)
         if axes.get_yscale() == "log":
-            axes.yaxis.set_minor_formatter(written)
-            axes.tick_params(which="minor", length=0, labelsize=9)
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_minor_locator(NullLocator())
         else:
             axes.yaxis.set_major_locator(MaxNLocator(5 if wide else 4))
         if profile:
             axes.set_xticks([0, 4.5, 9], ["data", "diffusion time", "noise"])
+        else:
+            ends = max(until, *(line.points[-1, 0] for line in lines), 1)
+            axes.set_xlim(min(0, *(line.points[0, 0] for line in lines)) - 0.015 * ends, 1.015 * ends)
         mark(axes, marks, colours)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -140,7 +144,6 @@ class Colours:
 def mark(axes, marks: Marks, colours: Colours) -> None:
     """Upright lines where a run went on or went back, with a triangle each, and ticks where steps were skipped."""
     high = axes.get_xaxis_transform()  # x in steps, y from 0 to 1
-    low, up = axes.get_xlim()
     for steps, colour, shape, dashes in (
         (marks.resumed, "resumed", "v", (0, (3, 3))),
         (marks.rolled_back, "rolled-back", "X", (0, (1, 2))),
@@ -152,8 +155,6 @@ def mark(axes, marks: Marks, colours: Colours) -> None:
         axes.plot(there, [1.0] * len(there), shape, markersize=4.5, markeredgewidth=0, **kept)
     there = spread(marks.skipped)
     axes.plot(there, [0.02] * len(there), "|", color=colours.of("skipped"), transform=high, markersize=6, clip_on=False)
-    if not (marks.resumed or marks.rolled_back or marks.skipped):
-        axes.set_xlim(low, up)
 
 
 def limits(axes, values: np.ndarray, several: bool) -> None:
@@ -163,7 +164,8 @@ def limits(axes, values: np.ndarray, several: bool) -> None:
         axes.set_yscale("log")
         axes.set_ylim(low / 1.1, high * 1.1)
         return
-    room = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    alike = high - low < 1e-3 * abs(high) or high == low  # else the rounding of a constant would look like a curve
+    room = (0.05 * abs(high) or 1.0) if alike else 0.06 * (high - low)
     axes.set_ylim(low - room if low - room >= 0 or low < 0 else 0.0, high + room)
 
 
@@ -217,6 +219,6 @@ def for_page(svg: str, name: str) -> str:
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
     svg = re.sub(r'(xlink:href="|url\()#', rf"\1#{prefix}-", svg)
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"(\d\.\d\d)\d+", r"\1", svg)
+    svg = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), svg)
     svg = re.sub(r"font-(?:size|family): [^;]*; ", "", svg)  # the page's own
     return re.sub(r' (?:width|height)="[^"]*pt"', "", svg, count=2).strip()

@@ -22,7 +22,7 @@ TENTHS = [f"holdout_loss_{i}" for i in range(10)]
 SHARES = {"data_wait_share", "mfu"}
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Learning": {
-        "loss": ("Training loss", "mean over a batch, before the step that it leads to"),
+        "loss": ("Training loss", "faint: as it was logged; strong: the mean of a twentieth of the run around it"),
         "quarters": ("Training loss by diffusion time", "quarters of the time between data and noise"),
         "holdout_loss": ("Held-out loss", "on clips that are never trained on"),
         "tenths": ("Held-out loss by diffusion time", "tenths of the time between data and noise"),
@@ -81,9 +81,13 @@ def one_chart(runs: Sequence[RunRecord], key: str, words: tuple[str, str]) -> Ch
     last = lines[0].points[-1, 1]
     value = "" if len(runs) > 1 else f"{100 * last:.3g} %" if percent else f"{last:.4g}" if last < 1e4 else short(last)
     marks = marks_of(runs[0]) if len(runs) == 1 else Marks()
-    alone = {"smoothed": key not in ("lr", "holdout_loss", *GROUPS["Quality of the samples"]), "percent": percent}
-    wide = Markup(draw(lines, f"wide {key}", marks, wide=True, **alone)) if key == "loss" else None
-    drawing = Markup(draw(lines, key, marks if key in GROUPS["Learning"] else Marks(), **alone))
+    how = {
+        "smoothed": key not in ("lr", "holdout_loss", *GROUPS["Quality of the samples"]),
+        "percent": percent,
+        "until": last_step(runs),
+    }
+    wide = Markup(draw(lines, f"wide {key}", marks, wide=True, **how)) if key == "loss" else None
+    drawing = Markup(draw(lines, key, marks if key in GROUPS["Learning"] else Marks(), **how))
     legend = legend_of(lines) if len(runs) > 1 else mark_legend(marks) if key == "loss" else []
     return Chart(*words, value, legend, drawing, wide)
 
@@ -96,7 +100,7 @@ def by_time(
         curves = runs[0].curves
         there = zip(keys, labels, ramp(len(keys)), strict=True)
         lines = [Line(curves[key], label, colour) for key, label, colour in there if key in curves]
-        return Chart(*words, "", legend_of(lines), Markup(draw(lines, name))) if lines else None
+        return Chart(*words, "", legend_of(lines), Markup(draw(lines, name, until=last_step(runs)))) if lines else None
     if name == "quarters":
         return None
     lines = []
@@ -106,6 +110,11 @@ def by_time(
             lines.append(Line(np.stack([np.arange(len(keys)), newest], 1), *tag))
     note = "at each run's newest validation"
     return Chart(words[0], note, "", legend_of(lines), Markup(draw(lines, name, profile=True))) if lines else None
+
+
+def last_step(runs: Sequence[RunRecord]) -> float:
+    """The last step that any run has a figure of."""
+    return max((float(points[-1, 0]) for run in runs for points in run.curves.values()), default=0.0)
 
 
 def tags(runs: Sequence[RunRecord]) -> list[tuple[str, str, bool]]:
@@ -127,8 +136,9 @@ def marks_of(run: RunRecord) -> Marks:
         found = (event.get("step") for event in run.events if event.get("event") == what)
         return [float(step) for step in found if is_number(step)]
 
-    ends = max((points[-1, 0] for points in run.curves.values()), default=0)
-    return Marks(*([step for step in steps(what) if step <= 2 * ends] for what in ("resume", "rollback", "skipped")))
+    return Marks(
+        *([step for step in steps(what) if 0 <= step <= last_step([run])] for what in ("resume", "rollback", "skipped"))
+    )
 
 
 def mark_legend(marks: Marks) -> list[tuple[str, str]]:

@@ -42,7 +42,7 @@ class Shelf:
         return sum(not inside for _, inside in self.clips)
 
     def __iter__(self) -> Iterator[tuple[int, str, Markup]]:
-        """Number, relative address, base64 of each clip: one of the two is empty. Read one by one, as a page is written.
+        """Number, relative address, base64 of each clip: one of the two is empty. Read as the page is written.
 
         A clip that has gone since has neither.
         """
@@ -78,7 +78,7 @@ class Grid:
 def make_grid(runs: Sequence[RunRecord], shelf: Shelf) -> Grid:
     """The validations of all runs. Prompts are in the order of the newest; one that has gone from it comes after.
 
-    Of several runs, which may have validated at different steps, each shows the newest that it has at the slider's step.
+    Several runs may have validated at different steps: each shows the newest that it has at the slider's step.
     """
     numbers: dict[Key, dict[tuple[int, int], int]] = {}
     shown = [(one.step, i, one) for i, run in enumerate(runs) for one in run.samples if one.step is not None]

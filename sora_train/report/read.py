@@ -95,7 +95,7 @@ def read_settings(recipe: str) -> dict:
 
 
 def read_curves(path: Path) -> dict[str, np.ndarray]:
-    """Steps and finite values `n 2` of every metric, in order of steps; of a step that was logged twice, the later line.
+    """Steps and finite values `n 2` of every metric, in order of steps; of a step that came twice, the later line.
 
     Kept in arrays from the first line on: a long run has a hundred thousand lines.
     """

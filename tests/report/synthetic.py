@@ -10,7 +10,12 @@ import numpy as np
 from sora_train.recipe import Recipe, load_recipe, save_recipe
 from sora_train.video import contact_sheet, write_mp4
 
-PROMPTS = ("a red circle moving left", "a green square moving up", "a blue triangle moving right", "a yellow dot at rest")
+PROMPTS = (
+    "a red circle moving left",
+    "a green square moving up",
+    "a blue triangle moving right",
+    "a yellow dot at rest",
+)
 COLOURS = ((230, 50, 50), (60, 200, 80), (60, 100, 240), (240, 215, 60))
 
 
@@ -37,7 +42,9 @@ def make_run(
             if validations and step % every == 0:
                 file.write(json.dumps(verdict(step, steps, rng)) + "\n")
     happened = [("start", 0, "from scratch; 2 workers on cpu, ZeRO 1, fp32")]
-    happened += [("checkpoint", step, f"{folder}/checkpoints/step_{step:08d}") for step in range(every, steps + 1, every)]
+    happened += [
+        ("checkpoint", step, f"{folder}/checkpoints/step_{step:08d}") for step in range(every, steps + 1, every)
+    ]
     happened += [("skipped", steps // 3 + i, f"its loss is nan; batch {steps // 3 + i}: 0a1b, 2c3d") for i in range(5)]
     happened += [("rollback", steps // 3 + 5, "5 bad steps in a row; back to step_00000250")]
     happened += [("worker_lost", 2 * steps // 3, "rank 1: WorkerDied: killed by signal 9")]
@@ -48,7 +55,9 @@ def make_run(
         for i, (event, step, reason) in enumerate(sorted(happened, key=lambda one: one[1])):
             time = f"2026-11-23T{i % 24:02d}:{i % 60:02d}:31+00:00"
             file.write(json.dumps({"time": time, "event": event, "step": step, "reason": reason}) + "\n")
-    (folder / "environment.json").write_text(json.dumps({"python": "3.11", "packages": {"torch": "2.13.0"}, "cores": 2}))
+    (folder / "environment.json").write_text(
+        json.dumps({"python": "3.11", "packages": {"torch": "2.13.0"}, "cores": 2})
+    )
     for step in range(every, every * validations + 1, every):
         make_samples(folder / "samples" / f"step_{step:08d}", step / steps, prompts, side, frames, rng)
     return folder
@@ -91,7 +100,8 @@ def make_samples(place: Path, clear: float, prompts: tuple[str, ...], side: int,
     for i, prompt in enumerate(prompts):
         shown = [(x - 0.2 - 0.6 * f / frames) ** 2 + (y - 0.5) ** 2 < 0.03 for f in range(frames)]
         disc = np.where(np.stack(shown)[..., None], np.array(COLOURS[i % 4]), np.array((22, 24, 28)))
-        noise = rng.integers(0, 256, (frames, side, side, 3))
+        coarse = rng.integers(0, 256, (frames, side // 8, side // 8, 3))
+        noise = coarse.repeat(8, 1).repeat(8, 2)
         video = (clear * disc + (1 - clear) * noise).astype(np.uint8)
         file = f"{i:03d}-clip.mp4"
         write_mp4(place / file, video, fps=8)

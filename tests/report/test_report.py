@@ -1,30 +1,39 @@
 """A report is one page that holds everything, whatever a run has left behind and whatever its captions say."""
 
+import base64
 import json
+import re
+import threading
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+import synthetic
 
+from sora_train import cli
 from sora_train.errors import UserError
 from sora_train.recipe import Recipe, save_recipe
-from sora_train.report import page, write_report
-from sora_train.report.charts import line_chart, smooth, thin
-from sora_train.report.read import read_run, series
+from sora_train.report import media, write_report
+from sora_train.report.charts import Line, Marks, draw, ramp, smooth, thin
+from sora_train.report.curves import Chart, chart_groups
+from sora_train.report.differences import differing
+from sora_train.report.events import all_rows, state_of, trouble
+from sora_train.report.media import Shelf, make_grid
+from sora_train.report.read import read_curves, read_run
 from sora_train.video import write_mp4
 
 HOSTILE = (
-    "</figcaption><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }} \u202e\n\x00 'quoted\" & "
-    + "long " * 2000
+    "</figcaption></script><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }} \u202e\n\x00 'quoted\" &"
+    + "\u2028long " * 2000
 )
 
 
 class Page(HTMLParser):
-    """Tags, addresses and text of a page; fails on tags that close what was not opened."""
+    """Tags, stored videos and text of a page; fails on tags that close what was not opened."""
 
-    void = {"meta", "img", "br", "link", "path", "use", "rect"}
+    void = {"meta", "img", "br", "link", "path", "use", "rect", "input"}
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -34,14 +43,20 @@ class Page(HTMLParser):
         self.attributes: list[str] = []
         self.ids: list[str] = []
         self.open: list[str] = []
+        self.videos: list[str] = []
+        self.shown: list[list[str]] = []
         self.feed(path.read_text(encoding="utf-8"))
         self.close()
 
     def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
         self.tags.append(tag)
-        self.attributes += [name for name, _ in attrs]
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
-        self.ids += [value or "" for name, value in attrs if name == "id"]
+        self.attributes += values
+        self.addresses += [values[name] or "" for name in ("src", "href", "data-href") if name in values]
+        self.ids += [values["id"] or ""] if "id" in values else []
+        self.shown += [values["data-media"].split(" ")] if "data-media" in values else []
+        if values.get("type") == "application/octet-stream":
+            self.videos.append(values.get("data-href") or "")
         if tag not in self.void:
             self.open.append(tag)
 
@@ -55,10 +70,13 @@ class Page(HTMLParser):
             assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.text += data
+        if self.open and self.open[-1] == "script" and self.videos and not self.videos[-1]:
+            self.videos[-1] = data
+        elif not self.open or self.open[-1] not in ("script", "style"):
+            self.text += data
 
 
-def make_run(folder: Path, caption: str = "a red circle") -> Path:
+def make_run(folder: Path, caption: str = "a red circle", seed: int | None = 0) -> Path:
     folder.mkdir()
     save_recipe(Recipe(name="trial"), folder / "recipe.yaml")
     lines = [{"step": step, "loss": 1 / (1 + step), "lr": 1e-3, "odd <metric> $x$": step} for step in range(60)]
@@ -76,7 +94,7 @@ def make_run(folder: Path, caption: str = "a red circle") -> Path:
         place.mkdir(parents=True)
         write_mp4(place / "000-a.mp4", np.zeros((2, 16, 16, 3), np.uint8), fps=8)
         (place / "samples.json").write_text(
-            json.dumps({"samples": [{"file": "000-a.mp4", "prompt": caption, "seed": 0}]})
+            json.dumps({"samples": [{"file": "000-a.mp4", "prompt": caption, "seed": seed}]})
         )
     return folder
 
@@ -86,17 +104,38 @@ def test_a_report_holds_curves_samples_obedience_events_and_recipe(tmp_path):
     seen = Page(report)
     assert report == tmp_path / "trial" / "report.html"
     assert not seen.open
-    assert seen.tags.count("video") == 3
-    assert seen.tags.count("svg") == 3
-    for words in ("trial", "step 40", "step 20", "held out", "65%", "Training loss", "resumed", "3.11"):
+    assert seen.shown == [["1", "0"], ["2"]]
+    assert seen.tags.count("svg") == 4  # the loss in two widths
+    for words in (
+        "trial",
+        "Training loss",
+        "held out",
+        "65%",
+        "resumed, 1×",
+        "3.11",
+        "odd <metric> $x$",
+        "59 of 1,000",
+    ):
         assert words in seen.text
 
 
-def test_a_report_fetches_nothing(tmp_path):
-    seen = Page(write_report(make_run(tmp_path / "trial")))
-    assert seen.addresses
-    assert all(address.startswith("data:video/mp4;base64,") for address in seen.addresses)
-    assert not {"script", "link", "iframe"} & set(seen.tags)
+def test_every_video_of_every_validation_is_in_the_page_byte_for_byte(tmp_path):
+    folder = synthetic.make_run(tmp_path / "run", steps=100, validations=15, side=16, frames=2)
+    seen = Page(write_report(folder))
+    files = sorted(path.read_bytes() for path in folder.glob("samples/*/*.mp4"))
+    assert len(files) == 60
+    assert sorted(base64.b64decode(video) for video in seen.videos) == files
+    # and the slider finds the video of its step: position i of prompt j is the j-th file of the i-th validation
+    for j, numbers in enumerate(seen.shown):
+        for i, number in enumerate(numbers):
+            path = folder / "samples" / f"step_{6 * (i + 1):08d}" / f"{j:03d}-clip.mp4"
+            assert base64.b64decode(seen.videos[int(number)]) == path.read_bytes()
+
+
+def test_a_page_of_many_steps_weighs_little_more_than_its_videos(tmp_path):
+    folder = synthetic.make_run(tmp_path / "run", steps=20_000, log_every=1, validations=10, side=32)
+    videos = sum(path.stat().st_size for path in folder.glob("samples/*/*.mp4"))
+    assert write_report(folder).stat().st_size < 1.34 * videos + 2e6
 
 
 def test_hostile_text_stays_text(tmp_path):
@@ -105,11 +144,12 @@ def test_hostile_text_stays_text(tmp_path):
     assert not any(name.startswith("on") for name in hostile.attributes)
     assert "<script>alert(1)</script>" in hostile.text
     assert "{{ 7*7 }}" in hostile.text
+    assert not any(sign in hostile.text for sign in "\u202e\u2028\x00")
 
 
 def test_ids_are_unique(tmp_path):
-    ids = Page(write_report(make_run(tmp_path / "trial"))).ids
-    assert ids
+    ids = Page(write_report(synthetic.make_run(tmp_path / "trial", side=16))).ids
+    assert len(ids) > 100
     assert len(ids) == len(set(ids))
 
 
@@ -118,40 +158,108 @@ def test_a_run_that_has_only_started_has_a_report(tmp_path):
     seen = Page(write_report(tmp_path))
     assert "0 of 1,000" in seen.text
     assert "No step has been logged yet" in seen.text
+    assert "not started" in seen.text
     assert not seen.open
 
 
 def test_what_was_cut_short_or_is_nonsense_is_left_out(tmp_path):
     folder = make_run(tmp_path / "trial")
+    garbage = (
+        b'[1, 2]\n"text"\n\xff\xfe\n{"step": "x", "loss": null}\n{"step": 3, "loss": NaN}\n{"step": 1e999, "loss": 1}\n'
+        b'{"step": 1%s, "loss": 1}\n{"event": {"a": []}, "step": [], "time": {}}\n{"event": "\\ud800", "time": 1e300}\n'
+        b'{"samples": 7, "status": []}\n{"st' % (b"0" * 400)
+    )
     for name in ("metrics.jsonl", "events.jsonl", "obedience.json", "environment.json", "samples/final/samples.json"):
-        (folder / name).write_bytes(
-            b'[1, 2]\n"text"\n\xff\xfe\n{"step": "x", "loss": null}\n{"step": 3, "loss": NaN}\n{"st'
-        )
+        (folder / name).write_bytes(garbage)
+    (folder / "samples" / "step_00000020" / "samples.json").write_text('{"samples": [{"file": [], "prompt": {}}, 3]}')
+    (folder / "samples" / "step_00000040" / "samples.json").write_text('{"samples": 3}')
     (folder / "recipe.yaml").write_bytes(b"name: [\xff\n\x01")
+    (folder / "samples" / "final" / "sheet.png").write_bytes(b"no picture" * 100_000)
     (folder / "samples" / "stray.txt").write_text("x")
     (folder / "samples" / "empty").mkdir()
     seen = Page(write_report(folder))
     assert not seen.open
-    assert "000-a" in seen.text
+    assert len(seen.videos) == 3
+    (folder / "recipe.yaml").write_text("[" * 3000)
+    assert not Page(write_report(folder)).open
 
 
-def test_files_beyond_the_budget_are_linked_relative_to_the_page(tmp_path, monkeypatch):
-    monkeypatch.setattr(page, "INLINE_ALL", 10)
+def test_samples_that_are_still_being_written_are_left_out(tmp_path):
     folder = make_run(tmp_path / "trial")
-    for address in Page(write_report(folder)).addresses:
-        assert (folder / address).is_file()
+    (folder / "samples" / "step_00000040" / "result.json").write_text('{"status": "running"}')
+    assert [one.name for one in read_run(folder).samples] == ["step_00000020", "final"]
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
+def test_a_link_to_a_file_elsewhere_is_not_put_into_the_page(tmp_path):
+    folder = make_run(tmp_path / "trial")
+    (tmp_path / "secret").write_text("secret")
+    (folder / "samples" / "final" / "001-b.mp4").symlink_to(tmp_path / "secret")
+    assert len(Page(write_report(folder)).videos) == 3
+
+
+def test_a_clip_that_goes_while_the_page_is_written_leaves_the_page_whole(tmp_path):
+    folder = make_run(tmp_path / "trial")
+    shelf = Shelf(folder / "report.html")
+    make_grid([read_run(folder)], shelf)
+    (folder / "samples" / "step_00000040" / "000-a.mp4").unlink()
+    assert [bool(content) for _, _, content in shelf] == [False, True]
+
+
+def test_videos_beyond_the_budget_are_linked_relative_to_the_page_the_oldest_first(tmp_path, monkeypatch):
+    folder = make_run(tmp_path / "trial")
+    size = (folder / "samples" / "final" / "000-a.mp4").stat().st_size
+    monkeypatch.setattr(media, "INLINE_ALL", size)
+    page = tmp_path / "pages" / "page.html"
+    page.parent.mkdir()
+    seen = Page(write_report(folder, out=page))
+    newest, *rest = seen.videos
+    assert base64.b64decode(newest) == (folder / "samples" / "step_00000040" / "000-a.mp4").read_bytes()
+    assert [(page.parent / address).resolve().parent.name for address in rest] == ["step_00000020", "final"]
+    assert all((page.parent / address).is_file() for address in rest)
+    assert "2 older videos are not in this file" in seen.text
+
+
+def test_a_folder_that_is_no_run_and_a_page_that_cannot_be_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"no recipe\.yaml"):
         write_report(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         write_report(tmp_path / "none")
+    folder = make_run(tmp_path / "trial")
+    with pytest.raises(UserError, match="is a folder"):
+        write_report(folder, out=tmp_path)
+    with pytest.raises(UserError, match="can't be written"):
+        write_report(folder, out=tmp_path / "none" / "page.html")
 
 
-def test_of_a_step_that_was_logged_twice_the_later_line_counts():
+def test_two_that_write_at_once_leave_one_whole_page_and_nothing_else(tmp_path):
+    folder = make_run(tmp_path / "trial")
+    threads = [threading.Thread(target=write_report, args=(folder,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not Page(folder / "report.html").open
+    assert sorted(path.name for path in folder.glob(".*")) == []
+
+
+def test_of_a_step_that_was_logged_twice_the_later_line_counts(tmp_path):
     metrics = [{"step": 2, "loss": 5}, {"step": 1, "loss": 7}, {"step": 2, "loss": 4}, {"step": 3, "loss": True}]
-    assert series(metrics, "loss") == [(1, 7), (2, 4)]
+    (tmp_path / "m").write_text("\n".join(map(json.dumps, metrics)))
+    assert read_curves(tmp_path / "m")["loss"].tolist() == [[1, 7], [2, 4]]
+
+
+def test_lines_of_validations_join_those_of_training(tmp_path):
+    lines = [
+        {"step": 1, "loss": 2.0},
+        {"step": 2, "loss": 1.0},
+        {"step": 1, "validation": True, "holdout_loss": 3.0, "fvd": None},
+    ]
+    (tmp_path / "m").write_text("\n".join(map(json.dumps, lines)))
+    curves = read_curves(tmp_path / "m")
+    assert {key: points.tolist() for key, points in curves.items()} == {
+        "loss": [[1, 2], [2, 1]],
+        "holdout_loss": [[1, 3]],
+    }
 
 
 def test_steps_are_in_numeric_order_whatever_their_digits(tmp_path):
@@ -162,18 +270,103 @@ def test_steps_are_in_numeric_order_whatever_their_digits(tmp_path):
     assert [one.name for one in read_run(tmp_path).samples] == ["step_900", "step_1000", "prompts"]
 
 
-def test_a_chart_is_well_formed_and_takes_the_colour_of_the_page():
-    svg = line_chart([(float(step), step**2.0) for step in range(5000)], "a <title> & $more", marks=[7], large=True)
+def test_quarters_and_tenths_are_one_chart_each_of_one_run_and_a_profile_of_several(tmp_path):
+    runs = [read_run(synthetic.make_run(tmp_path / name, validations=2, side=16, frames=2)) for name in ("a", "b")]
+
+    def titled(groups: list[tuple[str, list[Chart]]]) -> dict[str, Chart]:
+        return {chart.title: chart for _, charts in groups for chart in charts}
+
+    alone, both = titled(chart_groups(runs[:1])), titled(chart_groups(runs))
+    assert len(alone["Training loss by diffusion time"].legend) == 4
+    assert len(alone["Held-out loss by diffusion time"].legend) == 10
+    assert [label for label, _ in both["Held-out loss by diffusion time"].legend] == ["a", "b"]
+    assert "noise" in both["Held-out loss by diffusion time"].drawing
+    assert [label for label, _ in alone["Training loss"].legend] == [
+        "▼ resumed, 1×",
+        "✖ rolled back, 1×",
+        "❘ steps skipped, 5×",
+    ]
+
+
+def test_of_several_runs_each_shows_the_newest_video_that_it_has_at_the_sliders_step(tmp_path):
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b")
+    (tmp_path / "b" / "samples" / "step_00000040").rename(tmp_path / "b" / "samples" / "step_00000030")
+    (tmp_path / "b" / "samples" / "step_00000020").rename(tmp_path / "b" / "samples" / "step_00000050")
+    grid = make_grid([read_run(tmp_path / name) for name in "ab"], Shelf(tmp_path / "page.html"))
+    assert grid.steps == [20, 30, 40, 50]
+    ((prompt, (a, b)),) = grid.rows
+    assert prompt == "a red circle"
+    assert a.steps == [20, 20, 40, 40]
+    assert b.steps == [None, 30, 30, 50]
+    assert b.numbers[0] is None
+
+
+def test_what_differs_between_runs_is_listed_and_nothing_else(tmp_path):
+    for name, rate in (("a", 1e-3), ("b", 3e-3)):
+        synthetic.make_run(tmp_path / name, validations=0, rate=rate, name="same")
+    page = write_report(tmp_path / "a", tmp_path / "b", out=tmp_path / "both.html")
+    seen = Page(page)
+    assert not seen.open
+    assert "train.learning_rate0.0010.003" in seen.text.replace("\n", "")
+    assert "2 runs compared" in seen.text
+    one, other = (read_run(tmp_path / name).settings for name in "ab")
+    assert [key for key, _ in differing([one, other])] == ["train.learning_rate"]
+    assert differing([{"a": {"b": 1}}, {"a": {"b": 1}, "c": 2}]) == [("c", ["–", "2"])]
+
+
+def test_the_command_writes_several_runs_into_the_file_that_it_is_given(tmp_path, capsys, monkeypatch):
+    for name in "ab":
+        make_run(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["report", "a", "b"]) == 0
+    assert cli.main(["report", "a", "a", "--out", "same.html"]) == 0
+    assert capsys.readouterr().out.split() == ["report.html", "same.html"]
+    assert "trial (2)" not in (tmp_path / "report.html").read_text()
+    assert "a (2)" in Page(tmp_path / "same.html").text
+    assert cli.main(["report"]) == 2
+    assert cli.main(["report", "none"]) == 1
+
+
+def test_trouble_comes_first_and_a_long_streak_of_it_is_counted():
+    events = [{"event": "start", "step": 0, "reason": "r"}]
+    events += [{"event": "skipped", "step": step, "reason": "nan"} for step in range(1, 9)]
+    events += [{"event": "checkpoint", "step": 9}, {"event": "failed", "step": 10, "reason": "disk full"}]
+    rows = trouble(events)
+    assert [(row.what, row.step, row.more) for row in rows] == [
+        ("training failed", "10", 0),
+        ("a step was skipped", "8", 0),
+        ("a step was skipped", "7", 0),
+        ("a step was skipped", "6", 5),
+    ]
+    assert rows[0].grave
+    assert state_of(events) == "failed"
+    assert state_of([*events, {"event": "resume"}]) == "running"
+    assert len(all_rows(events * 1000)) == 3000
+
+
+def test_a_chart_is_well_formed_and_takes_the_colours_of_the_page():
+    points = np.stack([np.arange(5000.0), np.arange(5000.0) ** 2], 1)
+    svg = draw([Line(points)], "a <title> & $more", Marks([7], [9], range(3000)), wide=True)
     ElementTree.fromstring(svg)
-    assert "currentColor" in svg
-    assert "#010203" not in svg
+    assert "var(--ink)" in svg
+    assert "var(--rolled-back)" in svg
+    assert "#01fe" not in svg
     assert len(svg) < 200_000
-    ElementTree.fromstring(line_chart([(1.0, 2.0)], "one point"))
+    ElementTree.fromstring(draw([Line(points[:1])], "one point"))
+    assert re.search(r">0\.00\d\d<", draw([Line(np.array([[0, 0.0], [1, 0.0024]]))], "small figures"))
 
 
-def test_thinning_keeps_the_mean_and_smoothing_keeps_a_line():
+def test_thinning_keeps_mean_and_extremes_and_smoothing_keeps_a_line():
     points = np.stack([np.arange(6000.0), np.random.default_rng(0).normal(size=6000)], 1)
-    steps, values = thin(points)
-    assert len(values) == 1200
+    steps, values, low, high = thin(points)
+    assert len(values) == 600
     assert np.isclose(values.mean(), points[:, 1].mean())
+    assert (low.min(), high.max()) == (points[:, 1].min(), points[:, 1].max())
     assert np.allclose(smooth(steps), steps)
+
+
+def test_a_ramp_begins_and_ends_with_its_ends():
+    assert ramp(10)[0] == "#2f81d6"
+    assert ramp(10)[-1] == "#d97a3f"
+    assert len(set(ramp(10))) == 10
