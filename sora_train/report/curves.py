@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
-from sora_train.report.charts import RUNS, Line, Marks, draw, ramp, short, spread
+from sora_train.report.charts import RUNS, SMOOTH_FROM, Line, Marks, draw, ramp, short, spread
 from sora_train.report.read import RunRecord, is_number
 from sora_train.video import one_line
 
@@ -22,7 +22,7 @@ TENTHS = [f"holdout_loss_{i}" for i in range(10)]
 SHARES = {"data_wait_share", "mfu"}
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Learning": {
-        "loss": ("Training loss", "faint: as it was logged; strong: the mean of a twentieth of the run around it"),
+        "loss": ("Training loss", ""),
         "quarters": ("Training loss by diffusion time", "quarters of the time between data and noise"),
         "holdout_loss": ("Held-out loss", "on clips that are never trained on"),
         "tenths": ("Held-out loss by diffusion time", "tenths of the time between data and noise"),
@@ -89,7 +89,12 @@ def one_chart(runs: Sequence[RunRecord], key: str, words: tuple[str, str]) -> Ch
     wide = Markup(draw(lines, f"wide {key}", marks, wide=True, **how)) if key == "loss" else None
     drawing = Markup(draw(lines, key, marks if key in GROUPS["Learning"] else Marks(), **how))
     legend = legend_of(lines) if len(runs) > 1 else mark_legend(marks) if key == "loss" else []
-    return Chart(*words, value, legend, drawing, wide)
+    title, note = words
+    if key == "loss" and max(len(line.points) for line in lines) >= SMOOTH_FROM:
+        note = "the mean of a twentieth of the run around each step" + (
+            "" if len(runs) > 1 else "; faint, as it was logged"
+        )
+    return Chart(title, note, value, legend, drawing, wide)
 
 
 def by_time(
