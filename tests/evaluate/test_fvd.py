@@ -131,7 +131,7 @@ def windows(shared: Path, each: int) -> list[np.ndarray]:
     """Clips of 16 frames of three real videos, evenly spread."""
     found = []
     for name in ("asl_book.mkv", "stream_of_water.mp4", "mdn_frog.mp4"):
-        video = read_mp4(shared / "data/clips" / name)
+        video = read_mp4(shared / "data/clips" / name)[:, ::2, ::2]
         found += [video[start : start + 16] for start in np.linspace(0, len(video) - 16, each).astype(int)]
     return found
 
@@ -154,12 +154,13 @@ def check_distances(i3d: I3D, shared: Path, each: int, sigmas: tuple[float, ...]
 
 
 def test_fvd_is_zero_to_itself_grows_with_blur_and_is_large_to_noise(i3d: I3D, shared: Path):
-    check_distances(i3d, shared, each=1, sigmas=(1.0, 4.0))
+    check_distances(i3d, shared, each=1, sigmas=(1.0, 3.0))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_fvd_is_zero_to_itself_grows_with_blur_and_is_large_to_noise_on_more_clips(i3d: I3D, shared: Path):
-    check_distances(i3d, shared, each=4, sigmas=(1.0, 2.0, 4.0, 8.0))
+    check_distances(i3d, shared, each=3, sigmas=(0.5, 1.0, 2.0, 4.0))
 
 
 def test_every_layer_sees_on_real_clips_what_it_saw_in_training(i3d: I3D, shared: Path, monkeypatch):
