@@ -16,7 +16,7 @@ import yaml
 from sora_train.errors import UserError
 from sora_train.video import one_line
 
-NO_CURVE = {"step", "time", "epoch", "samples_seen", "validation"}
+NO_CURVE = {"step", "time", "epoch", "samples_seen", "validation", "holdout_clips", "fvd_clips"}
 MOST_KEYS = 200  # of metrics; beyond that a file is garbage
 
 
