@@ -49,10 +49,10 @@ def supervisor_killed(stage: Stage) -> Row:
     """`kill -9` of Ray's task that watches over a validation: Ray starts it anew."""
     command = stage.train("supervisor-killed", *ASKED, delay_s=0.2, validation_s=5)
     wait_for(command, "a validation", lambda: bool(children(command)))
-    for process in family(command):
-        if "ray::supervise" in title(process):
-            process.kill()
-            say("kill -9 of the supervisor")
+    supervisor = children(command)[0].parent()
+    assert supervisor is not None
+    say(f"kill -9 of {title(supervisor)}")
+    supervisor.kill()
     return outcome(stage, "kill -9 of what watches over a validation", command, "was lost; once more", done=(FIRST,))
 
 
