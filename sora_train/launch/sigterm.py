@@ -14,6 +14,22 @@ from sora_train.launch.folder import last_checkpoint
 from sora_train.train.home import LEAVE
 
 
+STOP_WAIT, LEAST_S = "RAY_JOB_STOP_WAIT_TIME_S", 60
+
+
+def warn_of_short_stops() -> None:
+    """Says so where `ray job stop` would kill this driver before its run has made a checkpoint. Ray takes the seconds
+    from the environment of the node, or of the job, that the driver runs in (ray 2.60, job_supervisor.py).
+    """
+    seconds = os.environ.get(STOP_WAIT, "3")
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and seconds.isdecimal() and int(seconds) < LEAST_S:
+        print(
+            f"`ray job stop` gives this run {seconds} s, perhaps too few for a checkpoint: start the head node with "
+            f"{STOP_WAIT}=300, or make a file `{LEAVE}` in the run's folder instead",
+            flush=True,
+        )
+
+
 class Sigterm:
     """What SIGTERM does to the driver within a `with` block: raises Stopped at its end.
 

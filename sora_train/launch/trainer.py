@@ -57,7 +57,7 @@ from sora_train.launch.folder import (
     write_folder,
 )
 from sora_train.launch.follow import Follower
-from sora_train.launch.sigterm import Sigterm
+from sora_train.launch.sigterm import Sigterm, warn_of_short_stops
 from sora_train.launch.validation import Outstanding, prepare, supervise
 from sora_train.launch.worker import train_worker
 from sora_train.recipe import Recipe
@@ -94,6 +94,7 @@ def launch_training(recipe: Recipe, fresh: bool = False, overwrite: bool = False
     check_codec(recipe, manifest)
     check_start(recipe)
     check_figures(recipe)
+    warn_of_short_stops()
     print("starting Ray", flush=True)
     need = resources(recipe, gpu=False, most=True)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")  # a lost worker is noticed so soon
