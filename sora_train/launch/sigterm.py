@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,20 +16,35 @@ from sora_train.launch.folder import last_checkpoint
 from sora_train.train.home import LEAVE
 
 
+IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""What Ray sets in the environment of a job's driver, and nowhere else (ray 2.60, job_supervisor.py)."""
 STOP_WAIT, LEAST_S = "RAY_JOB_STOP_WAIT_TIME_S", 60
 
 
 def warn_of_short_stops() -> None:
     """Says so where `ray job stop` would kill this driver before its run has made a checkpoint. Ray takes the seconds
-    from the environment of the node, or of the job, that the driver runs in (ray 2.60, job_supervisor.py).
+    from the environment of the node, or of the job, that the driver runs in.
     """
     seconds = os.environ.get(STOP_WAIT, "3")
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and seconds.isdecimal() and int(seconds) < LEAST_S:
+    if IN_A_JOB in os.environ and seconds.isdecimal() and int(seconds) < LEAST_S:
         print(
             f"`ray job stop` gives this run {seconds} s, perhaps too few for a checkpoint: start the head node with "
             f"{STOP_WAIT}=300, or make a file `{LEAVE}` in the run's folder instead",
             flush=True,
         )
+
+
+def shelter_wandb() -> None:
+    """Has wandb's own process live where `ray job stop` does not find it: that sends SIGTERM to all that a driver has
+    started, and wandb would end before the last checkpoint's line is written. It goes by itself when it is idle.
+    Where it can't be started so, wandb starts one as always.
+    """
+    if IN_A_JOB in os.environ and "WANDB_SERVICE" not in os.environ:
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        command = [sys.executable, "-m", "wandb", "beta", "core", "start", "--idle-timeout", "60s"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+            os.environ["WANDB_SERVICE"] = done.stdout.strip()
 
 
 class Sigterm:

@@ -57,7 +57,7 @@ from sora_train.launch.folder import (
     write_folder,
 )
 from sora_train.launch.follow import Follower
-from sora_train.launch.sigterm import Sigterm, warn_of_short_stops
+from sora_train.launch.sigterm import Sigterm, shelter_wandb, warn_of_short_stops
 from sora_train.launch.validation import Outstanding, prepare, supervise
 from sora_train.launch.worker import train_worker
 from sora_train.recipe import Recipe
@@ -114,6 +114,8 @@ def launch_training(recipe: Recipe, fresh: bool = False, overwrite: bool = False
                 write_folder(run, recipe, manifest)
                 if steered:
                     Events(run).write("changed", at, f"from here on {'; '.join(steered)}")
+            if recipe.tracking.wandb != "off":
+                shelter_wandb()
             with Follower(run, recipe.train.steps, tracking(recipe), recipe.model_dump(mode="json")) as follower:
                 sigterm.can_wait = lambda: follower.training
                 sigterm.check()

@@ -65,6 +65,8 @@ def main(folder: Path) -> None:
     logs = sh("ray job logs first", checkout)
     assert "SIGTERM: makes a checkpoint" in logs, logs
     assert "perhaps too few" not in logs
+    assert "Traceback" not in logs, logs
+    assert "tracking failed" not in logs, logs  # wandb's process is told to end as well
     ((at, _),) = whole(run / "checkpoints")
     assert at == step(run) >= 8
     print(f"stopped at step {at} with a checkpoint, in {seconds:.0f} s")

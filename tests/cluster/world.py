@@ -29,7 +29,8 @@ def lacking() -> str:
 
 def run_inside(module: str, folder: Path, timeout_s: float) -> str:
     """Runs `python -m MODULE FOLDER` in a world of its own and returns what it printed; AssertionError if it failed."""
-    network = f"ip link set lo up && ip addr add {ADDRESS}/32 dev lo && exec {sys.executable} -m {module} {folder}"
+    # The shell stays, as number 1, since somebody must see to orphans that end: Ray waits for each process of a job.
+    network = f"ip link set lo up && ip addr add {ADDRESS}/32 dev lo && {sys.executable} -m {module} {folder}; exit $?"
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     home = folder / "home"
     home.mkdir()
