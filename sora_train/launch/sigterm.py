@@ -15,7 +15,6 @@ from sora_train.errors import Stopped
 from sora_train.launch.folder import last_checkpoint
 from sora_train.train.home import LEAVE
 
-
 IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """What Ray sets in the environment of a job's driver, and nowhere else (ray 2.60, job_supervisor.py)."""
 STOP_WAIT, LEAST_S = "RAY_JOB_STOP_WAIT_TIME_S", 60

@@ -104,7 +104,9 @@ def test_slurm_is_asked_to_tell_the_script_alone_and_to_take_the_job_back():
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(900)
-def test_the_script_trains_stops_with_a_checkpoint_and_goes_back_into_the_queue(tmp_path_factory: pytest.TempPathFactory):
+def test_the_script_trains_stops_with_a_checkpoint_and_goes_back_into_the_queue(
+    tmp_path_factory: pytest.TempPathFactory,
+):
     if why := lacking():
         pytest.skip(why)
     folder = tmp_path_factory.mktemp("s")

@@ -1,4 +1,4 @@
-"""The recipes in jobs/: what their first lines say works, their models are the paper's, and each goes the whole road."""
+"""The recipes in jobs/: what their first lines say works, models are the paper's, and each goes the whole road."""
 
 import shlex
 import shutil
