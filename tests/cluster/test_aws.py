@@ -73,6 +73,36 @@ def test_the_nodes_ask_for_a_token_and_the_dashboard_stays_on_loopback():
     assert "--env RAY_JOB_STOP_WAIT_TIME_S=300" in options
     start = " ".join(prepared["head_start_ray_commands"])
     assert "--dashboard-host=127.0.0.1" in start
-    opened = prepared["provider"]["security_group"]["IpPermissions"]
-    assert [(rule["FromPort"], rule["ToPort"]) for rule in opened] == [(22, 22)]
-    assert all(ip["CidrIp"] != "0.0.0.0/0" for rule in opened for ip in rule["IpRanges"])
+    # A group that Ray makes itself is open to SSH from everywhere.
+    assert all(kind["node_config"]["SecurityGroupIds"] for kind in prepared["available_node_types"].values())
+    assert "security_group" not in prepared["provider"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_ray_makes_nodes_of_it_in_an_account_of_motos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """moto stands for AWS: roles, keys, networks and machines are made as `ray up` makes them, and come out as asked."""
+    import boto3
+    from moto import mock_aws
+    from ray.autoscaler._private.aws.config import bootstrap_aws
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+
+    (tmp_path / ".ssh").mkdir()
+    for name, value in (("HOME", str(tmp_path)), ("AWS_ACCESS_KEY_ID", "x"), ("AWS_SECRET_ACCESS_KEY", "x")):
+        monkeypatch.setenv(name, value)
+    with mock_aws(config={"iam": {"load_aws_managed_policies": True}}):
+        ec2 = boto3.client("ec2", region_name=config()["provider"]["region"])
+        vpc = ec2.describe_vpcs()["Vpcs"][0]["VpcId"]
+        group = ec2.create_security_group(GroupName="sora-train", Description="x", VpcId=vpc)["GroupId"]
+        prepared = prepare_config(yaml.safe_load(PATH.read_text().replace("sg-0123456789abcdef0", group)))
+        AWSNodeProvider.fillout_available_node_types_resources(prepared)
+        validate_config(prepared)
+        ready = bootstrap_aws(prepared)
+        provider = AWSNodeProvider(ready["provider"], ready["cluster_name"])
+        for kind, machine in (("head", "m7i.2xlarge"), ("decode", "c7i.8xlarge"), ("gpu", "p5.48xlarge")):
+            node = dict(ready["available_node_types"][kind]["node_config"])
+            ((_, made),) = provider.create_node(node, {"ray-node-type": kind}, 1).items()
+            assert made.instance_type == machine
+            assert [given["GroupId"] for given in made.security_groups] == [group]
+            assert made.placement["AvailabilityZone"] == config()["provider"]["availability_zone"]
+        assert [g["GroupName"] for g in ec2.describe_security_groups()["SecurityGroups"]] == ["default", "sora-train"]
