@@ -81,7 +81,7 @@ def test_the_nodes_ask_for_a_token_and_the_dashboard_stays_on_loopback():
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_ray_makes_nodes_of_it_in_an_account_of_motos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """moto stands for AWS: roles, keys, networks and machines are made as `ray up` makes them, and come out as asked."""
+    """moto stands for AWS: roles, keys, networks and machines are made as `ray up` makes them, and are as asked."""
     import boto3
     from moto import mock_aws
     from ray.autoscaler._private.aws.config import bootstrap_aws

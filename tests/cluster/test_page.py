@@ -25,9 +25,8 @@ def typed(page: str) -> Iterator[list[str]]:
         if "--" in words and words[:3] == ["ray", "job", "submit"]:
             yield words[words.index("--") + 1 :]
         if "cluster/slurm.sbatch" in words:
-            yield ["sora", "prep" if "SORA_VERB=prep" in words else "train"] + words[
-                words.index("cluster/slurm.sbatch") + 1 :
-            ]
+            verb = "prep" if "SORA_VERB=prep" in words else "train"
+            yield ["sora", verb, *words[words.index("cluster/slurm.sbatch") + 1 :]]
         if words[:1] == ["sora"] and len(words) > 2:
             yield words
 
@@ -53,7 +52,7 @@ def test_every_command_on_the_page_is_one(page: str):
 
 
 @pytest.mark.parametrize(
-    "words", ["sora trian jobs/quickstart.yaml", "sora train jobs/none.yaml", "sora prep jobs/quickstart.yaml --datas 3"]
+    "words", ["sora trian jobs/quickstart.yaml", "sora train jobs/none.yaml", "sora prep jobs/quickstart.yaml --dat 3"]
 )
 def test_a_command_that_is_none_is_found(words: str):
     with pytest.raises((AssertionError, ValueError)):
