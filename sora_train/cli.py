@@ -97,6 +97,20 @@ def run(verb: str, words: Sequence[str]) -> None:
                 from data_prep.looking.gallery import write_page
 
                 print(write_page(shards, options.html, options.clips, options.root), file=sys.stderr)
+        case "preflight":
+            rest = [word for word in words if word != "--plan"]
+            rest, asked = plan_options(rest)
+            recipe = recipe_of(verb, rest)
+            if "--plan" in words:
+                from sora_train.plan.table import PlanOptions, format_plan
+
+                say(format_plan(recipe, build(PlanOptions, {}, asked, "sora preflight")))
+            elif asked:
+                raise RecipeError(f"--{next(iter(asked))} goes with --plan: without it the cluster's own GPUs count")
+            else:
+                from sora_train.launch.preflight import preflight
+
+                preflight(recipe)
         case "train":
             rest = [word for word in words if word not in ("--fresh", "--overwrite")]
             recipe, fresh, overwrite = recipe_of(verb, rest), "--fresh" in words, "--overwrite" in words
@@ -209,6 +223,17 @@ def without_flag(words: Sequence[str], flag: str) -> tuple[list[str], str]:
             value = word.partition("=")[2]
             del rest[i]
     return rest, value
+
+
+def plan_options(words: Sequence[str]) -> tuple[list[str], dict[str, object]]:
+    """The words without the options of `sora preflight --plan`, and these by name."""
+    rest, asked = list(words), {}
+    for name in ("gpu", "memory", "mfu"):
+        before = len(rest)
+        rest, value = without_flag(rest, f"--{name}")
+        if len(rest) < before:
+            asked[name] = value
+    return rest, asked
 
 
 def the_one(verb: str, words: Sequence[str]) -> str:

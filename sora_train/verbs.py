@@ -14,6 +14,10 @@ VERBS = {
         "Encodes videos and captions into Parquet shards; again, only what is missing. --plan: what it would cost.",
     ),
     "inspect": ("SHARDS", "Counts what shards hold, and what was left out and why; --html OUT shows the clips."),
+    "preflight": (
+        "RECIPE",
+        "Checks cluster, storage, shards, memory and network before a run. --plan: memory and hours, without a cluster.",
+    ),
     "train": (
         "RECIPE",
         "Trains on shards; run again, it goes on from the newest checkpoint. --fresh: from step 0.",
@@ -27,6 +31,9 @@ VERBS = {
 }
 MORE = {
     "report": "The page holds everything, videos too, and opens from disk. Each validation writes its run's anew.",
+    "preflight": "Exit status 1 where a check failed; each says what to do. --plan prints bytes of a GPU by ZeRO stage and "
+    "workers, the largest micro-batch, FLOPs and hours; for it --memory 80 (10⁹ bytes of a GPU), --gpu H100 and "
+    "--mfu 0.35 (share of its FLOP/s that is reached) say for which GPU.",
     "train": "SIGTERM, or a file named `leave` in the run's folder, has it make a checkpoint and end with exit status "
     "75: the same command goes on. A second SIGTERM ends it at once. --fresh begins at step 0, and only with "
     "--overwrite where the folder holds a run: what that run wrote is removed, but no shards.",
@@ -42,6 +49,7 @@ MORE = {
 """What the help of a verb says beyond its sentence."""
 EXAMPLES = {
     "eval": "runs/quickstart --json",
+    "preflight": "jobs/quickstart.yaml --plan",
     "download": "jobs/real_clips.yaml --to /shared/models",
     "prep": "jobs/real_clips.yaml --data.captions my/captions.csv --data.root my/videos",
     "inspect": "runs/quickstart/shards --json",

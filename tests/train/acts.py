@@ -1,6 +1,7 @@
 """What ranks do with an engine alone, without the loop. `ranks.py` calls them: act(model, out, train, resume)."""
 
 import json
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +96,53 @@ def tell(model: ModelConfig, out: Path, settings: dict, resume: str | None) -> N
     if engine.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         (out / "told.json").write_text(json.dumps(told))
+
+
+def weigh(model: ModelConfig, out: Path, settings: dict, resume: str | None) -> None:
+    """Bytes that DeepSpeed holds after a step of two micro-batches, and the most that another's backward passes take.
+
+    AdamW itself is left out: on the CPU it makes copies that the fused one of GPUs does not.
+    """
+    from torch.profiler import profile
+
+    engine, ema, _ = opened(model, settings, resume)
+
+    def storages(tensors: Any) -> dict[int, int]:
+        return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+    def most(act: Any) -> tuple[int, int]:
+        """The highest sum of what was allocated and not freed, and the last."""
+        with profile(profile_memory=True) as seen:
+            act()
+        events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+        sums = list(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+        return max(sums), sums[-1]
+
+    b, shape, text = settings["micro_batch_size"], (4, model.in_channels, 8, 8), (7, model.text_width)
+
+    def backward() -> None:
+        x, words = torch.randn(b, *shape), torch.randn(b, *text)
+        y = engine(x, torch.full((b,), 500.0), words, torch.ones(b, text[0], dtype=torch.bool))
+        engine.backward((y - x).square().mean())
+
+    for _ in range(2):
+        backward()
+    engine.step(1e-4, lambda norm: "")
+    parameters = storages(p.data for p in engine.model.parameters())
+    if engine.stage == 3:
+        parameters |= storages(p.ds_tensor for p in engine.model.parameters())
+        masters = storages(engine.inner.optimizer.fp32_partitioned_groups_flat)
+    else:
+        masters = storages(p for group in engine.adam.param_groups for p in group["params"])
+    moments = storages(state[key] for state in engine.adam.state.values() for key in ("exp_avg", "exp_avg_sq"))
+    first, left = most(backward)
+    second, _ = most(backward)
+    told = {
+        "parameters": sum(parameters.values()),
+        "masters": sum(count for place, count in masters.items() if place not in parameters),
+        "moments": sum(moments.values()),
+        "ema": sum(storages(ema.shadow.values()).values()),
+        "most": max(first, left + second),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"weighed_{engine.rank}.json").write_text(json.dumps(told))

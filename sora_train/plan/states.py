@@ -1,0 +1,179 @@
+"""What a rank holds of the model under ZeRO: parameters, gradients, AdamW's float32 masters and moments, the average.
+
+ZeRO's arithmetic (Rajbhandari et al. 2020, arXiv 1910.02054, section 5) with what DeepSpeed 0.19 adds to it: padding to
+equal parts, small parameters that stage 3 leaves whole, and buckets for communication, which are as large as its
+settings say, however small the model.
+"""
+
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from sora_train.model.config import ModelConfig
+from sora_train.model.latte import Latte
+from sora_train.plan.activations import FLOAT, HALF
+from sora_train.train.config import TrainConfig
+from sora_train.train.deepspeed_config import deepspeed_config
+from sora_train.train.engine import decay_groups
+from sora_train.train.loop import accumulation
+
+DEFAULTS = {
+    "reduce_bucket_size": 500_000_000,
+    "stage3_prefetch_bucket_size": 50_000_000,
+    "stage3_param_persistence_threshold": 100_000,
+    "stage3_max_live_parameters": 1_000_000_000,
+}
+"""DeepSpeed's own, in elements, where `train.deepspeed` says nothing of them."""
+ALLREDUCE = 500_000_000
+"""Elements that DeepSpeed copies together to reduce them where it has no bucket: stage 0, and bfloat16's stage 1."""
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes of one rank, the fullest one; all on its device, but for what the offload puts into `host`."""
+
+    parameters: int
+    masters: int
+    """Float32 copies that AdamW changes; none at stage 0, where the parameters are float32 themselves."""
+    moments: int
+    ema: int
+    gradients: int
+    """As they stand when a step's last micro-batch is done."""
+    lasting: int
+    """Those of them that are there all the time."""
+    bucket: int
+    """Where gradients are gathered to be sent."""
+    copies: int
+    """Of gradients, made while they are sent; at stage 3 also those of a block, which go together."""
+    gathered: int
+    """Stage 3: parameters that are whole for a while, and those that are on their way."""
+    update: int
+    """Made anew when AdamW steps."""
+    host: dict[str, int] = field(default_factory=dict)
+    """What lies in the machine's memory instead, by the names above."""
+
+    @property
+    def held(self) -> int:
+        """What is there at any time."""
+        return self.parameters + self.masters + self.moments + self.ema
+
+
+@lru_cache(maxsize=16)
+def counts(model: ModelConfig) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """Elements of every parameter, in the model's order, and by AdamW's two groups. Nothing is allocated."""
+    with torch.device("meta"):
+        latte = Latte(model)
+    groups = [group["params"] for group in decay_groups(latte, 0.0)]
+    return tuple(p.numel() for p in latte.parameters()), tuple(tuple(p.numel() for p in group) for group in groups)
+
+
+@lru_cache(maxsize=16)
+def block_elements(model: ModelConfig) -> int:
+    """Elements of the largest block."""
+    with torch.device("meta"):
+        blocks = Latte(replace(model, depth=2)).blocks
+    return max(sum(p.numel() for p in block.parameters()) for block in blocks)
+
+
+def checkpoint_bytes(model: ModelConfig) -> int:
+    """Bytes of a checkpoint, at any stage and any number of ranks: float32 weights, both moments and the average, and
+    the whole averaged model beside them.
+    """
+    return 5 * FLOAT * sum(counts(model)[0])
+
+
+def states(model: ModelConfig, train: TrainConfig, world: int) -> States:
+    """What a recipe's model takes on each of `world` ranks, at `train`'s stage, precision and offload."""
+    every, groups = counts(model)
+    total, settings = sum(every), zero_settings(train, world)
+    reduce_bucket = settings["reduce_bucket_size"]
+    half = train.precision == "bf16"
+    number = HALF if half and train.zero_stage else FLOAT
+    if train.zero_stage == 0:
+        return States(
+            parameters=FLOAT * total,
+            masters=0,
+            moments=2 * FLOAT * total,
+            ema=FLOAT * max(sum(every[rank::world]) for rank in range(world)),
+            gradients=FLOAT * total,
+            lasting=0,
+            bucket=0,
+            copies=FLOAT * min(total, ALLREDUCE) if world > 1 else 0,
+            gathered=0,
+            update=0,
+        )
+    if train.zero_stage < 3:
+        return sharded_optimizer(train, world, [sum(group) for group in groups], max(every), number, settings)
+    part = sum(-(-count // world) for count in every)
+    whole = sum(count for count in every if count <= settings["stage3_param_persistence_threshold"])
+    live = min(total - whole, settings["stage3_max_live_parameters"])
+    placed = States(
+        parameters=number * (part + whole),
+        masters=FLOAT * part,
+        moments=2 * FLOAT * part,
+        ema=FLOAT * part,
+        gradients=FLOAT * part,
+        lasting=FLOAT * part,
+        bucket=number * reduce_bucket,
+        copies=number * (min(total, reduce_bucket) + block_elements(model)),
+        gathered=number * (live + min(live, settings["stage3_prefetch_bucket_size"])),
+        update=FLOAT * part,
+    )
+    return offloaded(placed, train, {"parameters": number * part})
+
+
+def sharded_optimizer(
+    train: TrainConfig, world: int, groups: list[int], largest: int, number: int, settings: dict[str, Any]
+) -> States:
+    """Stages 1 and 2: each of AdamW's groups is one flat tensor, padded to equal parts of even length."""
+    aligned = [-(-count // (2 * world)) * 2 * world for count in groups]
+    part, total, flat = sum(aligned) // world, sum(groups), sum(aligned)
+    reduce_bucket, own_bf16 = settings["reduce_bucket_size"], train.zero_stage == 1 and number == HALF
+    reduced = FLOAT if train.zero_stage == 1 else number  # stage 1 sends what it added up in float32
+    buckets = 2 if settings.get("overlap_comm") else 1
+    # A micro-batch's own sums are made before they are added to those of the step: bfloat16's stage 2 does without.
+    again = FLOAT * part if number == FLOAT else 0
+    copies = reduced * min(total, reduce_bucket) + 2 * number * largest
+    placed = States(
+        parameters=number * flat,
+        masters=FLOAT * part,
+        moments=2 * FLOAT * part,
+        ema=FLOAT * sum(min(count, size // world) for count, size in zip(groups, aligned, strict=True)),
+        gradients=FLOAT * (total if train.zero_stage == 1 else part),
+        lasting=0,
+        bucket=buckets * reduced * reduce_bucket,
+        copies=max(copies, again) if train.zero_stage == 1 else copies + again,
+        gathered=0,
+        update=0 if number == HALF else FLOAT * part,
+    )
+    if train.offload != "none":
+        # Stage 1 adds up on the device; a buffer as large as the largest parameter stands on either side.
+        at_device = placed.gradients if train.zero_stage == 1 else 0
+        placed = offloaded(placed, train, {})
+        return States(**vars(placed) | {"gradients": at_device + number * largest, "lasting": number * largest})
+    if own_bf16:  # its own optimizer: float32 sums of all gradients, the bfloat16 ones beside them, and no bucket
+        gradients, copies = FLOAT * flat + HALF * total, (FLOAT + HALF) * min(total, ALLREDUCE)
+        return States(**vars(placed) | {"gradients": gradients, "lasting": FLOAT * flat, "bucket": 0, "copies": copies})
+    return placed
+
+
+def offloaded(placed: States, train: TrainConfig, parameters: dict[str, int]) -> States:
+    """The same with masters, moments, their average and gradients in the machine's memory, and with `all` parameters
+    too.
+    """
+    if train.offload == "none":
+        return placed
+    moved = {name: getattr(placed, name) for name in ("masters", "moments", "ema", "gradients")}
+    left: dict[str, Any] = dict.fromkeys((*moved, "lasting", "update"), 0)
+    if train.offload == "all":
+        moved |= parameters
+        left["parameters"] = placed.parameters - parameters["parameters"]
+    return States(**vars(placed) | left | {"host": moved})
+
+
+def zero_settings(train: TrainConfig, world: int) -> dict[str, Any]:
+    """`zero_optimization` as DeepSpeed will have it."""
+    config = deepspeed_config(train, accumulation=accumulation(train, world), world=world)
+    return DEFAULTS | config["zero_optimization"]

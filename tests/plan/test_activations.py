@@ -1,0 +1,73 @@
+"""What autograd holds, counted by torch."""
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import profile
+
+from sora_train.model import Latte, ModelConfig
+from sora_train.plan.activations import Sizes, kept
+from sora_train.train.config import TrainConfig
+
+SMALL = ModelConfig(width=64, depth=4, heads=4, text_width=48, sample_size=8)
+MODELS = {
+    "factorised": SMALL,
+    "text in every block": replace(SMALL, text_in="every", frame_positions="rotary", pooled_text=True),
+    "joint": replace(SMALL, attention="joint", depth=3, learned_variance=True),
+    "joint, turned": replace(SMALL, attention="joint", positions="rotary", depth=2),
+    "wide": replace(SMALL, width=192, depth=2, text_width=512),
+}
+CLIPS = [Sizes(2, 4, 8, 8, 7), Sizes(3, 1, 16, 8, 3), Sizes(1, 6, 4, 8, 60)]
+WAYS = [(1, "fp32"), (2, "bf16"), (0, "bf16")]
+
+
+def forward(model: Latte, train: TrainConfig, sizes: Sizes) -> torch.Tensor:
+    """One pass in training's number formats: autocast at stage 0, else all in one."""
+    autocast = train.zero_stage == 0 and train.precision == "bf16"
+    dtype = next(model.parameters()).dtype
+    x = torch.randn(sizes.b, sizes.f, model.config.in_channels, sizes.h, sizes.w, dtype=dtype)
+    text = torch.randn(sizes.b, sizes.l, model.config.text_width, dtype=dtype)
+    mask = torch.ones(sizes.b, sizes.l, dtype=torch.bool)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        return model(x, torch.full((sizes.b,), 500.0), text, mask)
+
+
+def built(config: ModelConfig, train: TrainConfig) -> Latte:
+    torch.manual_seed(0)
+    model = Latte(config)
+    model.checkpoint(train.activation_checkpointing)
+    return model.bfloat16() if train.precision == "bf16" and train.zero_stage else model
+
+
+@pytest.mark.parametrize(("stage", "precision"), WAYS)
+@pytest.mark.parametrize("name", MODELS)
+def test_saved_tensors_are_as_many_bytes_as_the_plan_says(name: str, stage: int, precision: str):
+    train = TrainConfig(zero_stage=stage, precision=precision)
+    model = built(MODELS[name], train)
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    for sizes in CLIPS:
+        saved: dict[int, torch.Tensor] = {}
+
+        def pack(tensor: torch.Tensor, saved: dict[int, torch.Tensor] = saved) -> torch.Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no storage takes another's place
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            forward(model.eval() if sizes.f == 1 else model.train(), train, sizes)
+        counted = sum(t.untyped_storage().nbytes() for place, t in saved.items() if place not in parameters)
+        assert sum(kept(MODELS[name], train, sizes)) == pytest.approx(counted, rel=0.05), sizes
+
+
+@pytest.mark.parametrize(("mode", "way"), [*product(("none", "selective", "full"), WAYS)])
+@pytest.mark.parametrize("name", ["factorised", "text in every block", "joint"])
+def test_what_the_forward_pass_leaves_is_as_many_bytes_as_the_plan_says(name: str, mode: str, way: tuple[int, str]):
+    train = TrainConfig(zero_stage=way[0], precision=way[1], activation_checkpointing=mode)
+    model = built(MODELS[name], train)
+    for sizes in CLIPS[:1]:
+        with profile(profile_memory=True) as seen:
+            y = forward(model, train, sizes)
+        left = sum(event.self_cpu_memory_usage for event in seen.key_averages()) - y.untyped_storage().nbytes()
+        assert sum(kept(MODELS[name], train, sizes)) == pytest.approx(left, rel=0.05)

@@ -1,0 +1,146 @@
+"""What the plan makes of its bytes."""
+
+from dataclasses import replace
+
+import pytest
+
+from sora_train.model import ModelConfig
+from sora_train.model.config import preset
+from sora_train.plan.activations import Sizes
+from sora_train.plan.estimate import MOST, estimate, largest_micro_batch, step_flops
+from sora_train.plan.states import DEFAULTS, counts, states
+from sora_train.plan.table import PlanOptions, format_plan, remedies_for
+from sora_train.recipe import Recipe
+from sora_train.settings import build
+from sora_train.train.config import TrainConfig
+
+LATTE = preset("latte_t2v")
+CLIP = Sizes(1, 16, 64, 64, 120)
+BF16 = TrainConfig(precision="bf16", zero_stage=2, batch_size=64, micro_batch_size=1)
+GB80 = 80 * 10**9
+
+
+def test_the_largest_micro_batch_fits_and_one_more_does_not():
+    for stage, room in ((0, GB80), (1, GB80), (2, 10**11), (3, GB80 // 2)):
+        train = BF16.model_copy(update={"zero_stage": stage, "activation_checkpointing": "full"})
+        most = largest_micro_batch(LATTE, train, CLIP, 8, room)
+        assert 0 < most < MOST
+        for b, fits in ((most, True), (most + 1, False)):
+            changed = train.model_copy(update={"micro_batch_size": b})
+            assert (estimate(LATTE, changed, replace(CLIP, b=b), 8).total <= room) is fits
+
+
+def test_where_one_clip_is_too_many_none_fits():
+    assert largest_micro_batch(LATTE, BF16, CLIP, 8, 10**9) == 0
+
+
+def test_each_stage_and_more_workers_take_no_more_than_those_before():
+    """As ZeRO's authors reckon it, with buckets that are small beside the model."""
+    small = {"zero_optimization": {"reduce_bucket_size": 10**6, "stage3_prefetch_bucket_size": 10**6}}
+
+    def held(stage: int, world: int) -> int:
+        train = BF16.model_copy(update={"zero_stage": stage, "deepspeed": small})
+        found = states(LATTE, train, world)
+        return found.held + found.gradients
+
+    for world in (2, 8, 64):
+        by_stage = [held(stage, world) for stage in range(4)]
+        assert by_stage == sorted(by_stage, reverse=True)
+    for stage in range(1, 4):
+        assert held(stage, 64) < held(stage, 8) < held(stage, 2)
+
+
+def test_at_many_workers_the_bytes_are_those_of_the_zero_paper():
+    """Its table: with K = 12 and a float32 sum of gradients, 2 + 4 + 12 bytes a parameter; the average adds 4."""
+    total, world = sum(counts(LATTE)[0]), 64
+    for stage, bytes_each in ((2, 2 + (4 + 12 + 4) / world), (3, (2 + 4 + 12 + 4) / world)):
+        found = states(LATTE, BF16.model_copy(update={"zero_stage": stage}), world)
+        assert found.held + found.gradients == pytest.approx(bytes_each * total, rel=0.02)
+
+
+def test_the_defaults_of_deepspeed_are_those_of_the_installed_one():
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    theirs = {field.alias or name: field.default for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    assert {key: theirs[key] for key in DEFAULTS} == DEFAULTS
+
+
+def test_what_is_offloaded_is_in_the_host_and_not_on_the_device():
+    def held(offload: str) -> tuple[int, int]:
+        found = states(LATTE, BF16.model_copy(update={"zero_stage": 3, "offload": offload}), 4)
+        return found.held, sum(found.host.values())
+
+    (device, _), (with_optimizer, host), (with_all, more) = map(held, ("none", "optimizer", "all"))
+    assert device > with_optimizer > with_all
+    assert more - host == with_optimizer - with_all > 0
+
+
+def test_padding_counts_as_work():
+    """Eight workers of 3 clips for a batch of 16: each takes one micro-batch of 3, so that 24 are computed."""
+    train = TrainConfig(batch_size=16, micro_batch_size=3)
+    even = TrainConfig(batch_size=16, micro_batch_size=2)
+    assert step_flops(LATTE, train, CLIP, 8) == 1.5 * step_flops(LATTE, even, CLIP, 8)
+
+
+def large(**changes: object) -> Recipe:
+    """The released model on clips of 16 x 512 x 512."""
+    settings = {
+        "name": "large",
+        "data.height": 512,
+        "data.width": 512,
+        "data.output": "nowhere",
+        "codec.vae": "nobody/has-this",
+        "model.preset": "latte_t2v",
+        "train.precision": "bf16",
+        "train.zero_stage": 2,
+        "train.batch_size": 64,
+        "train.micro_batch_size": 2,
+        "cluster.workers": 8,
+    }
+    return build(Recipe, {}, settings | {key.replace("__", "."): value for key, value in changes.items()}, "test")
+
+
+def test_a_recipe_that_does_not_fit_is_told_what_would_and_each_of_it_does():
+    recipe = large()
+    sizes = replace(CLIP, b=2)
+    page = format_plan(recipe, PlanOptions())
+    assert "does not fit: " in page
+    assert "[" in page
+    remedies = remedies_for(recipe, sizes, GB80)
+    assert "lower train.micro_batch_size to 1" in remedies
+    for remedy in remedies:
+        assert remedy in page
+    mended = format_plan(large(train__micro_batch_size=1), PlanOptions())
+    assert "\nfits: " in mended
+    mended = format_plan(large(train__activation_checkpointing="selective"), PlanOptions())
+    assert "\nfits: " in mended
+
+
+def test_the_plan_needs_no_shards_and_takes_what_they_say(tiny_shards):
+    assert "keeps frames, since nobody/has-this is not at hand" in format_plan(large(), PlanOptions())
+    recipe = build(
+        Recipe,
+        {},
+        {
+            "data.output": str(tiny_shards),
+            "data.frames": 2,
+            "data.height": 32,
+            "data.width": 32,
+            "model.sample_size": 4,
+        },
+        "test",
+    )
+    page = format_plan(recipe, PlanOptions())
+    assert f"from the shards in {tiny_shards}" in page
+    assert "latents 2x4x4" in page
+    assert "captions of up to 4 tokens" in page
+
+
+def test_a_smaller_card_is_a_flag():
+    assert "does not fit" in format_plan(large(train__micro_batch_size=1), PlanOptions(memory=24.0))
+
+
+def test_a_model_of_the_smallest_shape_can_be_planned():
+    tiny = ModelConfig(width=16, depth=2, heads=2, text_width=64, sample_size=4)
+    for stage in range(4):
+        assert estimate(tiny, TrainConfig(zero_stage=stage), Sizes(1, 1, 4, 4, 1), 1).total > 0

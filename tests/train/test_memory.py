@@ -1,0 +1,74 @@
+"""The plan's bytes beside those that DeepSpeed's engine holds, on two gloo ranks."""
+
+import json
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import ranks
+
+from sora_train.plan.activations import Sizes
+from sora_train.plan.estimate import estimate
+from sora_train.plan.states import States, checkpoint_bytes, states
+from sora_train.train.config import TrainConfig
+
+WORLD = 2
+WAYS = [*product(range(4), ("fp32", "bf16"), ("none",)), *product((1, 2, 3), ("bf16",), ("optimizer",)),
+        (3, "bf16", "all")]  # fmt: skip
+# Of 7 heads' width, so that parts have to be padded; large enough to outweigh what the plan leaves out.
+MODEL = {"width": 84, "depth": 4, "heads": 7, "text_width": 64, "sample_size": 8}
+BUCKETS = {"reduce_bucket_size": 50_000, "stage3_param_persistence_threshold": 1000,
+           "stage3_prefetch_bucket_size": 30_000}  # fmt: skip
+SETTINGS = {"steps": 1, "batch_size": 8, "micro_batch_size": 2, "deepspeed": {"zero_optimization": BUCKETS}}
+
+
+def settings(stage: int, precision: str, offload: str) -> dict:
+    return SETTINGS | {"zero_stage": stage, "precision": precision, "offload": offload}
+
+
+@pytest.fixture(scope="module")
+def weighed(start, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `stage_precision_offload`, each with what both ranks weighed."""
+    root = tmp_path_factory.mktemp("weighed")
+    tasks = [
+        {"out": str(root / "_".join(map(str, way))), "train": settings(*way), "model": MODEL, "act": "weigh"}
+        for way in WAYS
+    ]
+    codes, output = start(WORLD, tiny_shards, tasks)()
+    assert not any(codes), "\n".join(output)
+    return root
+
+
+def both(weighed: Path, way: tuple) -> list[dict]:
+    folder = weighed / "_".join(map(str, way))
+    return [json.loads((folder / f"weighed_{rank}.json").read_text()) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_parameters_masters_moments_and_average_are_to_the_byte_what_deepspeed_holds(weighed: Path, way: tuple):
+    found = states(replace(ranks.MODEL, **MODEL), TrainConfig(**settings(*way)), WORLD)
+    for name in ("parameters", "masters", "moments"):
+        planned = getattr(found, name) + found.host.get(name, 0)
+        assert [one[name] for one in both(weighed, way)] == [planned] * WORLD, name
+    assert max(one["ema"] for one in both(weighed, way)) == found.ema + found.host.get("ema", 0)
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way[2] == "none"])
+def test_the_most_that_a_step_takes_is_as_planned_within_a_twentieth(weighed: Path, way: tuple):
+    """Of tensors. Without AdamW's own step, which is another on the CPU than on a GPU."""
+    model, train = replace(ranks.MODEL, **MODEL), TrainConfig(**settings(*way))
+    plan = estimate(model, train, Sizes(2, 4, 8, 8, 7), WORLD)
+    held: States = plan.states
+    there = held.held + held.lasting + (held.bucket if way[0] == 3 else 0)  # before what was weighed began
+    most = max(one["most"] for one in both(weighed, way))
+    assert held.held + max(plan.backward, plan.sending) == pytest.approx(there + most, rel=0.05)
+
+
+def test_a_checkpoint_takes_as_many_bytes_as_planned(start, tiny_shards: Path, tmp_path: Path):
+    model = {"width": 128}
+    task = {"out": str(tmp_path), "train": {"steps": 1, "batch_size": 2, "checkpoint_every": 1}, "model": model}
+    codes, output = start(1, tiny_shards, [task])()
+    assert not any(codes), "\n".join(output)
+    written = sum(file.stat().st_size for file in tmp_path.rglob("checkpoints/**/*") if file.is_file())
+    assert written == pytest.approx(checkpoint_bytes(replace(ranks.MODEL, **model)), rel=0.02)
