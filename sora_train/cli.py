@@ -112,13 +112,13 @@ def run(verb: str, words: Sequence[str]) -> None:
 
                 preflight(recipe)
         case "train":
-            rest = [word for word in words if word not in ("--fresh", "--overwrite")]
+            rest = [word for word in words if word not in ("--fresh", "--overwrite", "--no-preflight")]
             recipe, fresh, overwrite = recipe_of(verb, rest), "--fresh" in words, "--overwrite" in words
             if overwrite and not fresh:
                 raise RecipeError("--overwrite goes with --fresh: without it a run goes on from its newest checkpoint")
             from sora_train.launch.trainer import launch_training
 
-            launch_training(recipe, fresh, overwrite)
+            launch_training(recipe, fresh, overwrite, look_first="--no-preflight" not in words)
         case "sample":
             run_folder, how = target_of(verb, words, SampleOptions)
             if not how.prompt and not how.prompts:

@@ -16,7 +16,7 @@ VERBS = {
     "inspect": ("SHARDS", "Counts what shards hold, and what was left out and why; --html OUT shows the clips."),
     "preflight": (
         "RECIPE",
-        "Checks cluster, storage, shards, memory and network before a run. --plan: memory and hours, without a cluster.",
+        "Checks cluster, storage, shards, memory and network before a run. --plan: memory and hours, no cluster.",
     ),
     "train": (
         "RECIPE",
@@ -36,7 +36,8 @@ MORE = {
     "--mfu 0.35 (share of its FLOP/s that is reached) say for which GPU.",
     "train": "SIGTERM, or a file named `leave` in the run's folder, has it make a checkpoint and end with exit status "
     "75: the same command goes on. A second SIGTERM ends it at once. --fresh begins at step 0, and only with "
-    "--overwrite where the folder holds a run: what that run wrote is removed, but no shards.",
+    "--overwrite where the folder holds a run: what that run wrote is removed, but no shards. --no-preflight leaves "
+    "out the quick part of `sora preflight`: disk, GPU memory, and of several nodes versions, code, storage and clocks.",
     "sample": "A file is named after its prompt and seed. Made again with the same settings it is replaced; with other "
     "settings, or of a prompt that differs only in case or punctuation, it gets another name (-2, -3, …). samples.json "
     "says what made each.",

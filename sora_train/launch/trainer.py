@@ -57,6 +57,7 @@ from sora_train.launch.folder import (
     write_folder,
 )
 from sora_train.launch.follow import Follower
+from sora_train.launch.preflight import check_quickly
 from sora_train.launch.sigterm import Sigterm, shelter_wandb, warn_of_short_stops
 from sora_train.launch.validation import Outstanding, prepare, supervise
 from sora_train.launch.worker import train_worker
@@ -66,9 +67,9 @@ from sora_train.train.home import LEAVE
 from sora_train.train.metrics import Events
 
 
-def launch_training(recipe: Recipe, fresh: bool = False, overwrite: bool = False) -> Path:
+def launch_training(recipe: Recipe, fresh: bool = False, overwrite: bool = False, look_first: bool = True) -> Path:
     """Trains the recipe's model, or goes on where it stopped; returns the run's folder. `fresh` begins at step 0, and
-    with `overwrite` also where the folder holds a run, which it removes.
+    with `overwrite` also where the folder holds a run, which it removes. `look_first` is the quick part of preflight.
 
     Raises UserError, before anything starts, for shards that are missing or do not fit, a cluster that is too small, or
     a run folder that another recipe made or that can't be written; and where training failed for a reason that no
@@ -107,6 +108,8 @@ def launch_training(recipe: Recipe, fresh: bool = False, overwrite: bool = False
     ):
         sigterm.listen_again()
         gpu = check_cluster(recipe)
+        if look_first:
+            check_quickly(recipe, manifest, gpu)
         with only_one(run):
             with clear_words(run):
                 if fresh:
