@@ -37,7 +37,7 @@ MORE = {
     "train": "SIGTERM, or a file named `leave` in the run's folder, has it make a checkpoint and end with exit status "
     "75: the same command goes on. A second SIGTERM ends it at once. --fresh begins at step 0, and only with "
     "--overwrite where the folder holds a run: what that run wrote is removed, but no shards. --no-preflight leaves "
-    "out the quick part of `sora preflight`: disk, GPU memory, and of several nodes versions, code, storage and clocks.",
+    "out the quick part of `sora preflight`: disk, GPU memory; of several nodes versions, code, storage and clocks.",
     "sample": "A file is named after its prompt and seed. Made again with the same settings it is replaced; with other "
     "settings, or of a prompt that differs only in case or punctuation, it gets another name (-2, -3, …). samples.json "
     "says what made each.",

@@ -49,9 +49,15 @@ def connect(
             ray.init(address, logging_level=logging.WARNING, log_to_driver=log_to_driver)
     except Exception as error:  # a node that takes too long to start is no more than that to Ray
         failed = "start Ray here" if address == "local" else f"join the Ray cluster at {address}"
+        token = ""
+        if address != "local":  # with another token Ray says no more than that it could not connect
+            token = (
+                "; is it up, and is its token this process's own? That is ~/.ray/auth_token of its head node, here "
+                "with RAY_AUTH_MODE=token in ~/.ray/auth_token or where RAY_AUTH_TOKEN_PATH says"
+            )
         raise UserError(
-            f"cluster.address: can't {failed}: {error}; unset RAY_ADDRESS or set cluster.address to `local` to run on "
-            "this machine alone"
+            f"cluster.address: can't {failed}: {error}{token}; unset RAY_ADDRESS or set cluster.address to `local` to "
+            "run on this machine alone"
         ) from error
     try:
         yield

@@ -131,19 +131,19 @@ def write(folder: Path, node: str) -> str:
     return ""
 
 
-def unread(folder: str, nodes: list[str]) -> tuple[str, ...]:
+def unread(folder: str, nodes: list[str], patience_s: float = PATIENCE_S) -> tuple[str, ...]:
     """Those nodes whose files can't be read here with what they must hold."""
 
     def reads(node: str) -> bool:
         path = Path(folder) / node
-        return seen(path) and path.read_text(encoding="utf-8") == node
+        return seen(path, patience_s) and path.read_text(encoding="utf-8") == node
 
     return tuple(node for node in nodes if not reads(node))
 
 
-def seen(path: Path) -> bool:
-    """Whether a path comes to be seen within `PATIENCE_S`."""
-    ends = time.monotonic() + PATIENCE_S
+def seen(path: Path, patience_s: float = PATIENCE_S) -> bool:
+    """Whether a path comes to be seen within so many seconds."""
+    ends = time.monotonic() + patience_s
     while not path.exists():
         if time.monotonic() > ends:
             return False

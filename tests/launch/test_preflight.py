@@ -38,13 +38,14 @@ from sora_train.launch.judge import (
     judge_storage,
     judge_versions,
 )
-from sora_train.launch.preflight import check_files, check_memory, check_quickly, planned, preflight
+from sora_train.launch.preflight import check_disk, check_files, check_memory, check_quickly, planned, preflight
 from sora_train.launch.trainer import launch_training
 from sora_train.launch.wandb_reach import check_wandb
 from sora_train.recipe import Recipe, check, save_recipe
 
 HERE = {"python": "3.11.7", "torch": "2.13.0", "ray": "2.60.0", "deepspeed": "0.19.8"}
 ON_GPU = HERE | {"CUDA": "12.8", "NCCL": "2.27.3"}
+VALIDATED = {"validation__every": 4, "validation__prompts": ["a"]}
 H100 = ("NVIDIA H100 80GB HBM3", 81559 * 2**20)
 
 
@@ -129,7 +130,7 @@ def test_a_folder_that_is_not_shared_is_found_by_what_its_nodes_write(tmp_path: 
         folder.mkdir(parents=True)
         nodes.append(node(number, wrote=facts.write(folder, f"id{number}")))
     for number in (1, 2):
-        unread = facts.unread(str(tmp_path / str(number) / ".preflight"), ["id1", "id2"])
+        unread = facts.unread(str(tmp_path / str(number) / ".preflight"), ["id1", "id2"], patience_s=0.3)
         nodes[number - 1] = replace(nodes[number - 1], unread=unread)
     refused(judge_storage(nodes, "/runs"), "10.0.0.1 does not see what 10.0.0.2 wrote", "--train.output", "Mount")
 
@@ -164,9 +165,15 @@ def test_too_little_disk_is_told_by_how_much():
     assert judge_disk(50 * 10**9, 40 * 10**9, 20 * 10**9, 3, "/runs").state == "passed"  # what is there already
 
 
+def test_checkpoints_that_are_larger_than_this_disk_are_told(recipe_of, tmp_path: Path):
+    recipe = recipe_of(tmp_path, tmp_path, train__keep_checkpoints=10**9)
+    refused(check_disk(recipe), str(tmp_path), "too little: make room")
+    assert check_disk(recipe_of(tmp_path, tmp_path)).state == "passed"
+
+
 def test_a_gpu_too_small_for_the_recipe_is_told_what_would_fit(recipe_of, tmp_path: Path):
     recipe = recipe_of(
-        tmp_path, tmp_path, data__height=512, data__width=512, data__frames=16, model__width=1152, model__depth=28,
+        tmp_path, tmp_path, data__height=256, data__width=256, data__frames=16, model__width=1152, model__depth=28,
         model__heads=16, train__batch_size=64, train__micro_batch_size=16,
     )  # fmt: skip
     small = node(2, gpus=(H100, ("NVIDIA A10", 24 * 2**30)))
@@ -186,8 +193,7 @@ def test_sums_of_cpus_are_no_room_for_a_worker(recipe_of, tmp_path: Path):
 
 
 def test_no_node_with_room_for_the_validation_is_told(recipe_of, tmp_path: Path):
-    wants = {"validation__every": 4, "validation__prompts": ["a"], "validation__resources": {"GPU": 2.0}}
-    recipe = recipe_of(tmp_path, tmp_path, **wants)
+    recipe = recipe_of(tmp_path, tmp_path, **VALIDATED, validation__resources={"GPU": 2.0})
     refused(judge_room(recipe, True, [{"CPU": 8.0, "GPU": 1.0}] * 4), "no node has {'GPU': 2.0}", "validation.every")
     # One node must go to the validation, so that one GPU too few is left.
     refused(judge_room(recipe, True, [{"CPU": 8.0, "GPU": 3.0}]), "for 1; with the {'GPU': 2.0}")
@@ -311,8 +317,7 @@ class TestWithRay:
     def test_a_sound_set_up_passes_every_check_and_leaves_nothing_behind(
         self, builtin_shards: Path, tmp_path: Path, recipe_of, capsys: pytest.CaptureFixture[str]
     ):
-        wants = {"validation__every": 4, "validation__prompts": ["a"]}
-        preflight(recipe_of(builtin_shards, tmp_path / "runs", **wants))
+        preflight(recipe_of(builtin_shards, tmp_path / "runs", **VALIDATED))
         rows = [line.split() for line in capsys.readouterr().out.splitlines()]
         assert {row[1] for row in rows if row[0] == "passed"} >= {
             *("shards", "networks", "batch", "cluster", "room", "free", "nodes", "versions", "code", "clocks"),
@@ -325,18 +330,10 @@ class TestWithRay:
         ("changes", "says"),
         [
             ({"cluster__gpu": "yes"}, "need 2 GPU (it has 0)"),
-            (
-                {"cluster__workers": 4, "validation__every": 4, "validation__prompts": ["a"]},
-                "set validation.every to 0",
-            ),
+            (VALIDATED | {"cluster__workers": 4}, "set validation.every to 0"),
             ({"cluster__cpus_per_worker": 5}, "need 10 CPU (it has 4)"),
-            (
-                {"model__width": 32768, "model__depth": 200, "model__heads": 8},
-                "make room, lower train.keep_checkpoints",
-            ),
-            ({"train__batch_size": 5}, "places are padding"),
         ],
-        ids=["gpu", "validation", "cpus", "disk", "batch"],
+        ids=["gpu", "validation", "cpus"],
     )
     def test_what_the_cluster_or_the_disk_lacks_is_said(
         self, changes: dict, says: str, builtin_shards: Path, tmp_path: Path, recipe_of, capsys
@@ -350,7 +347,7 @@ class TestWithRay:
         self, builtin_shards: Path, tmp_path: Path, recipe_of
     ):
         recipe = recipe_of(builtin_shards, tmp_path, train__keep_checkpoints=10**9)
-        with pytest.raises(UserError, match=r"the run would fail:\ndisk: .*--no-preflight"):
+        with pytest.raises(UserError, match=r"(?s)the run would fail:\ndisk: .*--no-preflight"):
             launch_training(recipe)
         assert not (tmp_path / "tiny" / "metrics.jsonl").exists()
 
@@ -363,8 +360,8 @@ class TestWithRay:
 
     def test_a_node_that_raises_or_is_not_there_is_an_answer_in_words(self):
         (here,) = [one["NodeID"] for one in ray.nodes()]
-        nobody = "f" * len(here)
-        answers = ask(os.listdir, {here: ("/no/such",), nobody: ("/",)}, 5.0)
+        nobody = "e" * len(here)
+        answers = ask(shutil.copyfile, {here: ("/no/such", "/tmp/none"), nobody: ("/no", "/no")}, 5.0)
         assert "No such file" in str(answers[here])
         assert isinstance(answers[nobody], Exception)
 
@@ -372,6 +369,7 @@ class TestWithRay:
         found = check_allreduce(recipe_of(builtin_shards, tmp_path, cluster__workers=1), False)
         assert found.state == "skipped"
 
+    @pytest.mark.slow  # Ray tries for half a minute
     def test_another_token_than_the_cluster_s_is_told(self, builtin_shards: Path, tmp_path: Path, recipe_of):
         save_recipe(recipe_of(builtin_shards, tmp_path), tmp_path / "r.yaml")
         address = ray.get_runtime_context().gcs_address
@@ -386,8 +384,8 @@ class TestWithRay:
         )
         assert done.returncode == 1
         (row,) = [line for line in done.stdout.splitlines() if line.startswith("failed  cluster")]
-        assert "token" in row
-        assert "RAY_AUTH_TOKEN" in row
+        assert "is its token this process's own?" in row
+        assert "RAY_AUTH_TOKEN_PATH" in row
 
 
 def test_a_plan_that_is_no_number_is_refused():
