@@ -59,7 +59,7 @@ def test_the_help_of_a_recipe_shows_what_it_sets(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["dance"], "the verbs are download, prep, inspect, train"),
+        (["dance"], "the verbs are download, prep, inspect, preflight, train"),
         (["train"], "RECIPE is missing: sora train jobs/quickstart.yaml"),
         (["train", "a.yaml", "b.yaml"], "takes one RECIPE"),
         (["train", "RECIPE", "--train.stpes", "3"], "--train.stpes is no known key; the nearest are train.steps"),

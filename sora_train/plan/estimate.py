@@ -40,12 +40,8 @@ class Estimate:
     @property
     def buffers(self) -> int:
         """What communication and the update take at the largest moment, and workspace: `total` without the rest."""
-        shown = self.states.held + self.shown_gradients + self.blocks + self.around + self.batch
+        shown = self.states.held + self.states.gradients + self.blocks + self.around + self.batch
         return max(0, self.total - shown)
-
-    @property
-    def shown_gradients(self) -> int:
-        return min(self.states.gradients, self.total - self.states.held)
 
 
 def estimate(model: ModelConfig, train: TrainConfig, sizes: Sizes, world: int) -> Estimate:

@@ -152,10 +152,10 @@ def sharded_optimizer(
         # Stage 1 adds up on the device; a buffer as large as the largest parameter stands on either side.
         at_device = placed.gradients if train.zero_stage == 1 else 0
         placed = offloaded(placed, train, {})
-        return States(**vars(placed) | {"gradients": at_device + number * largest, "lasting": number * largest})
+        return replace(placed, gradients=at_device + number * largest, lasting=number * largest)
     if own_bf16:  # its own optimizer: float32 sums of all gradients, the bfloat16 ones beside them, and no bucket
         gradients, copies = FLOAT * flat + HALF * total, (FLOAT + HALF) * min(total, ALLREDUCE)
-        return States(**vars(placed) | {"gradients": gradients, "lasting": FLOAT * flat, "bucket": 0, "copies": copies})
+        return replace(placed, gradients=gradients, lasting=FLOAT * flat, bucket=0, copies=copies)
     return placed
 
 
@@ -170,7 +170,7 @@ def offloaded(placed: States, train: TrainConfig, parameters: dict[str, int]) ->
     if train.offload == "all":
         moved |= parameters
         left["parameters"] = placed.parameters - parameters["parameters"]
-    return States(**vars(placed) | left | {"host": moved})
+    return replace(placed, **left, host=moved)
 
 
 def zero_settings(train: TrainConfig, world: int) -> dict[str, Any]:
