@@ -6,10 +6,12 @@ import contextlib
 import socket
 import time
 from datetime import timedelta
+from typing import Any
 
 import ray
 import torch
 import torch.distributed as dist
+from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -70,7 +72,7 @@ def check_allreduce(recipe: Recipe, gpu: bool) -> Check:
         return Check("network", "skipped", "one worker needs none")
     need = worker_resources(recipe, gpu)
     group = placement_group([need] * world, strategy="PACK")
-    ranks = []
+    ranks: list[Any] = []
     try:
         if not group.wait(PLACE_S):
             return Check("network", "skipped", f"{world} workers of {need} were not free within {PLACE_S:g} s")
@@ -86,14 +88,14 @@ def check_allreduce(recipe: Recipe, gpu: bool) -> Check:
         address = ray.get(ranks[0].address.remote(), timeout=JOIN_S)
         told = [rank.reduce.remote(backend, address, i, world) for i, rank in enumerate(ranks)]
         results = ray.get(told, timeout=2 * JOIN_S)
-    except ray.exceptions.GetTimeoutError:
+    except GetTimeoutError:
         return failed("network", f"{world} ranks did not come together by {backend}: {interfaces(backend)}")
-    except (ray.exceptions.RayError, RuntimeError) as error:
+    except (RayError, RuntimeError) as error:
         last = str(error).strip().splitlines()[-1][:300]
         return failed("network", f"{backend} failed: {last}; {interfaces(backend)}")
     finally:
         for rank in ranks:
-            with contextlib.suppress(ray.exceptions.RayError):
+            with contextlib.suppress(RayError):
                 ray.kill(rank)
         remove_placement_group(group)
     slowest = max(seconds for _, seconds in results)

@@ -81,7 +81,9 @@ def versions() -> dict[str, str]:
     if torch.version.cuda:
         found["CUDA"] = torch.version.cuda
         if torch.distributed.is_nccl_available():
-            found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+            from torch.cuda import nccl
+
+            found["NCCL"] = ".".join(map(str, nccl.version()))
     return found
 
 

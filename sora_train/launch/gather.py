@@ -31,9 +31,9 @@ def gather(recipe: Recipe, alive: list[dict[str, Any]]) -> list[NodeFacts]:
         given = {key: (key, node["NodeManagerAddress"], str(folder), recipe.data.output) for key, node in asked.items()}
         found = ask(facts.look, given, NODE_S)
         nodes = {
-            key: NodeFacts(key, node["NodeManagerAddress"], problem=str(found[key]))
-            if isinstance(found[key], Exception)
-            else found[key]
+            key: answer
+            if isinstance(answer := found[key], NodeFacts)
+            else NodeFacts(key, node["NodeManagerAddress"], problem=str(answer))
             for key, node in asked.items()
         }
         wrote = [key for key, node in nodes.items() if not node.problem and not node.wrote]

@@ -105,7 +105,7 @@ def check_nodes(recipe: Recipe, manifest: Manifest | None, tell: Callable[[Check
     alive = [node for node in ray.nodes() if node["Alive"]]
     tell(judge_room(recipe, bool(gpu), [node["Resources"] for node in alive]))
     need = resources(recipe, bool(gpu))
-    tell(judge_free(need, ray.available_resources()))
+    tell(judge_free(need, {kind: float(count) for kind, count in ray.available_resources().items()}))
     nodes = gather(recipe, alive)
     for check in judged(recipe, manifest, nodes):
         tell(check)
