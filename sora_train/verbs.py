@@ -31,8 +31,8 @@ VERBS = {
 }
 MORE = {
     "report": "The page holds everything, videos too, and opens from disk. Each validation writes its run's anew.",
-    "preflight": "Exit status 1 where a check failed; each says what to do. --plan prints bytes of a GPU by ZeRO stage and "
-    "workers, the largest micro-batch, FLOPs and hours; for it --memory 80 (10⁹ bytes of a GPU), --gpu H100 and "
+    "preflight": "Exit status 1 where a check failed; each says what to do. --plan prints bytes of a GPU by ZeRO stage "
+    "and workers, the largest micro-batch, FLOPs and hours; for it --memory 80 (10⁹ bytes of a GPU), --gpu H100 and "
     "--mfu 0.35 (share of its FLOP/s that is reached) say for which GPU.",
     "train": "SIGTERM, or a file named `leave` in the run's folder, has it make a checkpoint and end with exit status "
     "75: the same command goes on. A second SIGTERM ends it at once. --fresh begins at step 0, and only with "
