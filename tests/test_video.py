@@ -1,5 +1,7 @@
 """What is written to mp4, gif and contact sheet is read back."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -108,3 +110,16 @@ def test_a_slug_is_a_safe_file_name_and_tells_prompts_apart():
         assert name.strip("abcdefghijklmnopqrstuvwxyz0123456789-") == ""
         assert 0 < len(name) <= 60
         assert name[0] != "-"
+
+
+def test_the_same_frames_give_the_same_file_whatever_memory_held_before(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    clean = draw(Scene("red", "circle", "left"), rng)
+    frames = np.clip(clean.astype(int) + rng.integers(-6, 7, clean.shape), 0, 255).astype(np.uint8)
+    files = []
+    for i in range(30):
+        garbage = [rng.integers(0, 256, int(size), dtype=np.uint8) for size in rng.integers(1000, 300_000, 40)]
+        del garbage
+        write_mp4(tmp_path / f"{i}.mp4", frames, 8)
+        files.append((tmp_path / f"{i}.mp4").read_bytes())
+    assert len(set(files)) == 1

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -150,7 +152,26 @@ def weight_files(folder: Path, key: str) -> list[Path]:
 
 
 def read_config(folder: Path) -> dict:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    """The settings of a network. Raises UserError where they are damaged."""
+    with readable(str(folder / "config.json")):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("no JSON object")
+        return config
+
+
+@contextmanager
+def readable(what: str) -> Iterator[None]:
+    """What JSON, safetensors, diffusers and transformers raise over damaged files, each after its own kind, as a
+    UserError that names the files.
+    """
+    try:
+        yield
+    except Exception as error:
+        said = (str(error).strip() or "no reason given").splitlines()[0][:300]
+        raise UserError(
+            f"{what} can't be read: damaged, or no such network's ({type(error).__name__}: {said}); fetch it again"
+        ) from None
 
 
 def content_hash(files: tuple[Path, ...]) -> str:

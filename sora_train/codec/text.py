@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sora_train.codec import DTYPES, CodecConfig
-from sora_train.codec.files import TextFiles, find_text_encoder
+from sora_train.codec.files import TextFiles, find_text_encoder, readable
 from sora_train.codec.memory import give_back, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -106,9 +106,10 @@ def load_text_encoder(
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
-        model = transformers.T5EncoderModel.from_pretrained(
-            str(files.place), local_files_only=True, use_safetensors=True, dtype=dtype
-        )
+        with readable(f"codec.text: {files.place}"):
+            model = transformers.T5EncoderModel.from_pretrained(
+                str(files.place), local_files_only=True, use_safetensors=True, dtype=dtype
+            )
     finally:
         if bars:
             transformers.utils.logging.enable_progress_bar()
@@ -127,7 +128,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer, T5Tokenizer
 
     kind = AutoTokenizer if (folder / "tokenizer.json").is_file() else T5Tokenizer
-    return kind.from_pretrained(str(folder), local_files_only=True)
+    with readable(f"codec.text: {folder}"):
+        return kind.from_pretrained(str(folder), local_files_only=True)
 
 
 def pad_text(embeddings: list[Tensor]) -> tuple[Float[Tensor, "b l e"], Bool[Tensor, "b l"]]:

@@ -18,7 +18,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from sora_train.codec import DTYPES, CodecConfig
-from sora_train.codec.files import VaeFiles, find_vae
+from sora_train.codec.files import VaeFiles, find_vae, readable
 from sora_train.codec.memory import give_back, is_out_of_memory
 
 PIXELS_AT_ONCE = 2**20  # 4 frames of 512 x 512: about 2 GB of activations with the Stable Diffusion VAE in float32
@@ -193,10 +193,12 @@ def load_vae(
     files = find_vae(name, models)
     verbosity = diffusers.utils.logging.get_verbosity()
     diffusers.utils.logging.set_verbosity_error()  # it warns of keys of TAESD's config that its own class wrote
+    kind, place = getattr(diffusers, files.kind), str(files.place)
     try:
-        model = getattr(diffusers, files.kind).from_pretrained(
-            str(files.place), local_files_only=True, use_safetensors=True, torch_dtype=dtype, low_cpu_mem_usage=False
-        )
+        with readable(f"codec.vae: {place}"):
+            model = kind.from_pretrained(
+                place, local_files_only=True, use_safetensors=True, torch_dtype=dtype, low_cpu_mem_usage=False
+            )
     finally:
         diffusers.utils.logging.set_verbosity(verbosity)
     return Vae(model.to(device), files)

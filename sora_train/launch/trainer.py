@@ -63,6 +63,7 @@ from sora_train.launch.validation import Outstanding, prepare, supervise
 from sora_train.launch.worker import train_worker
 from sora_train.recipe import Recipe
 from sora_train.report import write_report
+from sora_train.train import checkpoint
 from sora_train.train.home import LEAVE
 from sora_train.train.metrics import Events
 
@@ -86,8 +87,7 @@ def launch_training(recipe: Recipe, fresh: bool = False, overwrite: bool = False
             check_fresh(run, overwrite)
         elif (at := check_folder(run, recipe, manifest) or 0) >= recipe.train.steps:
             print(f"{run} is finished: {at} steps are done; raise train.steps to train on", flush=True)
-            if recipe.validation.every and Outstanding(run).status(at) in ("asked", "running", "lost"):
-                print(f"its last validation was cut off: `sora sample {run}` and `sora eval {run}` do that", flush=True)
+            make_up(run, recipe)
             return run
         else:
             check_whole(run)
@@ -139,6 +139,21 @@ def launch_training(recipe: Recipe, fresh: bool = False, overwrite: bool = False
                     raise Stopped(f"{asked}: {last_checkpoint(run)}; the same command goes on from there")
     print(f"done: {recipe.train.steps} steps. Look at {run / 'report.html'}; checkpoints are beside it", flush=True)
     return run
+
+
+def make_up(run: Path, recipe: Recipe) -> None:
+    """Has a finished run's validations done here that were cut off with it: there are no workers to ask for them."""
+    cut_off = [
+        (step, path)
+        for step, path in checkpoint.whole(run / "checkpoints")
+        if Outstanding(run).status(step) in ("asked", "running", "lost")
+    ]
+    if not cut_off or not recipe.validation.every:
+        return
+    with only_one(run):
+        for step, path in cut_off:
+            print(f"its validation of step {step} was cut off, and is made up for now", flush=True)
+            supervise(ray.train.Checkpoint(path), run=str(run), timeout_s=recipe.validation.timeout_s, gpu=True)
 
 
 def report(run: Path) -> None:

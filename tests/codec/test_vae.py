@@ -1,5 +1,6 @@
 """Frames to latents and back, against diffusers itself."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from einops import rearrange
 
 from sora_train.codec.files import find_vae
+from sora_train.codec.folders import BUILTIN
+from sora_train.codec.text import load_text_encoder
 from sora_train.codec.vae import Vae, load_vae
 from sora_train.demo.shapes import all_scenes, draw
 from sora_train.errors import UserError
@@ -129,3 +132,14 @@ def test_the_embedded_vae_brings_the_demos_clips_back():
     normalised = builtin.normalise(latents[:, 0])
     assert normalised.mean((0, 1, 3, 4)).abs().max() < 0.3
     assert 0.5 < normalised.std() < 2
+
+
+@pytest.mark.parametrize("key", ["vae", "text"])
+@pytest.mark.parametrize("name", ["config.json", "*.safetensors", "tokenizer.json"])
+def test_a_network_whose_files_were_cut_is_one_message_that_names_them(tmp_path: Path, key: str, name: str):
+    folder = tmp_path / key
+    shutil.copytree(BUILTIN / key, folder)
+    for file in folder.glob(name):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        with pytest.raises(UserError, match=f"{folder}.* can't be read: damaged"):
+            (load_vae if key == "vae" else load_text_encoder)(str(folder))

@@ -214,11 +214,9 @@ def test_a_network_that_gpus_would_wait_for_is_refused():
 
 
 def test_an_all_reduce_of_whole_numbers_is_exact_and_a_ring_moves_twice_its_bytes():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        exact, seconds = sums(1, 0, 5000, torch.device("cpu"))
-    finally:
-        dist.destroy_process_group()
+    if not dist.is_initialized():  # all tests of a process share one: DeepSpeed keeps the first
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    exact, seconds = sums(1, 0, 5000, torch.device("cpu"))
     assert exact
     assert seconds > 0
     assert bandwidth(2, 10**9, 1.0) == 1.0
