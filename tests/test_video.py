@@ -112,14 +112,7 @@ def test_a_slug_is_a_safe_file_name_and_tells_prompts_apart():
         assert name[0] != "-"
 
 
-def test_the_same_frames_give_the_same_file_whatever_memory_held_before(tmp_path: Path):
-    rng = np.random.default_rng(0)
-    clean = draw(Scene("red", "circle", "left"), rng)
-    frames = np.clip(clean.astype(int) + rng.integers(-6, 7, clean.shape), 0, 255).astype(np.uint8)
-    files = []
-    for i in range(30):
-        garbage = [rng.integers(0, 256, int(size), dtype=np.uint8) for size in rng.integers(1000, 300_000, 40)]
-        del garbage
-        write_mp4(tmp_path / f"{i}.mp4", frames, 8)
-        files.append((tmp_path / f"{i}.mp4").read_bytes())
-    assert len(set(files)) == 1
+def test_the_encoder_works_without_the_tree_that_reads_memory_nobody_wrote(tmp_path: Path):
+    """With it the same frames gave other files now and then, about every third time for the quickstart's samples."""
+    write_mp4(tmp_path / "a.mp4", np.zeros((4, 32, 32, 3), np.uint8), 8)
+    assert b" mbtree=0 " in (tmp_path / "a.mp4").read_bytes()  # x264 writes its settings into the stream
