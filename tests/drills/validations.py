@@ -90,7 +90,7 @@ def throughput(stage: Stage) -> Row:
     """Steps a second while a validation samples on another core, and while none does, in turns within one run."""
     recipe = Path(__file__).parents[2] / "jobs/quickstart.yaml"
     flags = {"data.output": str(stage.shards), "data.holdout_fraction": "0", "data.frames": "4", "name": "throughput",
-             "train.output": str(stage.runs), "train.steps": "600", "train.log_every": "1",
+             "train.output": str(stage.runs), "train.steps": "400", "train.log_every": "1",
              "train.checkpoint_every": "100", "validation.every": "100", "validation.steps": "200",
              "cluster.workers": "1", "cluster.address": "local", "tracking.wandb": "off"}  # fmt: skip
     words = ["train", str(recipe), *(word for key, value in flags.items() for word in (f"--{key}", value))]
@@ -99,7 +99,7 @@ def throughput(stage: Stage) -> Row:
     wait_for(command, "step 20", lambda: any(line["step"] >= 20 for line in lines(metrics)))
     rates: dict[bool, list[float]] = {True: [], False: []}
     busy, before = bool(children(command)), steps_done(command)
-    while command.process.poll() is None and before[1] < 600:
+    while command.process.poll() is None and before[1] < 400:
         time.sleep(2)
         now, still = steps_done(command), bool(children(command))
         if busy == still:  # all the time, as far as two looks tell
