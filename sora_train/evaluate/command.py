@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -11,8 +12,10 @@ from typing import Any
 
 from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
-from sora_train.evaluate.figures import Progress, measure
+from sora_train.evaluate.figures import Progress, check_frames, check_shards, measure
 from sora_train.evaluate.heldout import BINS
+from sora_train.evaluate.i3d import load_i3d
+from sora_train.evaluate.similarity import load_clip
 from sora_train.generate import Run, load_run
 from sora_train.verbs import EvalOptions
 
@@ -25,9 +28,12 @@ LOOKED_AT = 64  # captions that tell whether the clips are the quickstart's
 def evaluate(path: str | Path, how: EvalOptions, judge: Judge | None = None) -> dict[str, Any]:
     """Measures, prints the table (or with `how.json` the JSON), and writes `eval.json` into the run, or to `how.out`.
 
-    Raises UserError where what was asked for on the command line can't be had, after all the rest was measured.
+    Raises UserError, and leaves what an earlier one wrote, where nothing could be measured, or not what the command
+    line asks for. What the flags name is looked at first.
     """
     run = load_run(path, weights=how.weights)
+    file = Path(how.out).expanduser() if how.out else run.folder / "eval.json"
+    check_flags(run, how, file)
     validation = run.recipe.validation
     asked: dict[str, Any] = {"holdout_clips": how.holdout_clips, "fvd_clips": how.fvd_clips, "clip": how.clip}
     asked |= {"i3d": how.i3d, "fvd": True} if how.i3d else {}
@@ -53,13 +59,37 @@ def evaluate(path: str | Path, how: EvalOptions, judge: Judge | None = None) -> 
         record |= {"obedience": obedience} if obedience else {}
     except UserError as error:
         remarks.append(f"obedience: {error}")
+    if not figures and "obedience" not in record:
+        raise UserError("\n".join(["nothing could be measured, and nothing was written:", *remarks]))
     record["remarks"] = remarks
     print(json.dumps(record) if how.json else table(record), flush=True)
-    write(Path(how.out) if how.out else run.folder / "eval.json", record)
     if lost := [name for name, key, wanted in wished(how) if wanted and key not in figures]:
         reasons = [remark for remark in remarks if remark.split(":")[0] in lost]
-        raise UserError("\n".join(reasons))
+        raise UserError("\n".join([*reasons, f"{file} was not written"]))
+    write(file, record)
     return record
+
+
+def check_flags(run: Run, how: EvalOptions, file: Path) -> None:
+    """UserError where a file or folder that the flags name is not what it should be: before the work, not behind it."""
+    if file.is_dir():
+        raise UserError(f"{file} is a folder; name a file with --out")
+    if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+        why = "can't be written to" if file.parent.is_dir() else "is no folder"
+        raise UserError(f"{file} can't be written ({file.parent} {why}); name another file with --out")
+    if how.shards:
+        try:
+            check_shards(run, how.shards)
+        except UserError as error:
+            raise UserError(f"--shards: {error}") from None
+    if how.fvd_clips and not (how.i3d or run.recipe.validation.fvd):
+        raise UserError("--fvd_clips: the run's validation.fvd is off; name I3D's weights too, with --i3d FILE")
+    if how.i3d or how.fvd_clips:
+        check_frames(run)
+    if how.i3d:
+        load_i3d(how.i3d, key="--i3d")
+    if how.clip:
+        load_clip(how.clip, models=run.recipe.codec.models, key="--clip")
 
 
 def wished(how: EvalOptions) -> list[tuple[str, str, bool]]:

@@ -74,14 +74,19 @@ def measure(
     return found
 
 
-def open_held_out(run: Run, folder: str) -> ShardSet:
-    """The held-out split of the shards that a run was trained on. UserError where none is, or these are others."""
+def check_shards(run: Run, folder: str) -> None:
+    """UserError where a folder holds no shards, or others than a run was trained on."""
     found = Manifest.load(folder).encoding_hash
     if found != run.manifest.encoding_hash:
         raise UserError(
             f"the shards in {folder} have the encoding {found}, {run.checkpoint} was trained on "
             f"{run.manifest.encoding_hash}: name the shards that it was trained on"
         )
+
+
+def open_held_out(run: Run, folder: str) -> ShardSet:
+    """The held-out split of the shards that a run was trained on. UserError where none is, or these are others."""
+    check_shards(run, folder)
     if not run.recipe.data.holdout_fraction:
         raise UserError("data.holdout_fraction is 0, so that no clip was held out; train a run with 0.02, for instance")
     return ShardSet(folder, run.recipe.data.holdout_fraction, "holdout")
@@ -117,11 +122,7 @@ def _fvd(run: Run, ask: ValidationConfig, folder: str, tell: Progress, remark: C
     if not ask.i3d:
         raise UserError("validation.i3d is empty; name the safetensors of I3D's weights")
     manifest = run.manifest
-    if manifest.frames < I3D_FRAMES:
-        raise UserError(
-            f"the run's clips have {manifest.frames} frames and I3D needs {I3D_FRAMES}; train one with data.frames "
-            f"{I3D_FRAMES} or more"
-        )
+    check_frames(run)
     bucket = bucket_name(manifest.frames, manifest.height, manifest.width)  # what samples look like
     shards = open_held_out(run, folder)
     places = choose(shards, ask.fvd_clips, (bucket,))
@@ -146,6 +147,15 @@ def _fvd(run: Run, ask: ValidationConfig, folder: str, tell: Progress, remark: C
             "model, and compares only with FVD of as many"
         )
     return {"fvd": frechet_distance(real, features(i3d, made)), "fvd_clips": len(places)}
+
+
+def check_frames(run: Run) -> None:
+    """UserError where a run's clips are too short for I3D."""
+    if run.manifest.frames < I3D_FRAMES:
+        raise UserError(
+            f"the run's clips have {run.manifest.frames} frames and I3D needs {I3D_FRAMES}; train one with data.frames "
+            f"{I3D_FRAMES} or more"
+        )
 
 
 def make(

@@ -144,25 +144,25 @@ def shapes() -> dict[str, tuple[int, ...]]:
     return found | {f"{LAST}.conv.weight": (LOGITS, channels, 1, 1, 1), f"{LAST}.conv.bias": (LOGITS,)}
 
 
-def load_i3d(path: str | Path, device: str | torch.device = "cpu") -> I3D:
-    """The network whose weights are in a safetensors file. UserError where the file is missing or is another's."""
+def load_i3d(path: str | Path, device: str | torch.device = "cpu", key: str = "validation.i3d") -> I3D:
+    """The network whose weights are in a safetensors file, which `key` named. UserError where the file is missing or is
+    another's.
+    """
     place = Path(path).expanduser()
     try:
         content = place.read_bytes()
         weights = load(content)
     except OSError as error:
-        raise UserError(f"validation.i3d: {place} can't be read ({error.strerror}); name I3D's safetensors") from None
+        raise UserError(f"{key}: {place} can't be read ({error.strerror}); name I3D's safetensors") from None
     except SafetensorError as error:
         raise UserError(
-            f"validation.i3d: {place} is cut short or no safetensors ({error}); nothing else is loaded, since a pickle "
+            f"{key}: {place} is cut short or no safetensors ({error}); nothing else is loaded, since a pickle "
             "could run anything"
         ) from None
     for name, shape in shapes().items():
         if name not in weights or tuple(weights[name].shape) != shape:
             found = f"{tuple(weights[name].shape)}" if name in weights else "missing"
-            raise UserError(
-                f"validation.i3d: {place} is not I3D with {LOGITS} logits: {name} should be {shape} and is {found}"
-            )
+            raise UserError(f"{key}: {place} is not I3D with {LOGITS} logits: {name} should be {shape} and is {found}")
     convolutions: dict[str, Convolution] = {LAST: (weights[f"{LAST}.conv.weight"], weights[f"{LAST}.conv.bias"])}
     for name in {key.removesuffix(".conv.weight") for key in weights if key.endswith(".conv.weight")} - {LAST}:
         weight, bias, mean, var = (weights[f"{name}.{key}"] for key in ("conv.weight", "bn.bias", "bn.mean", "bn.var"))

@@ -32,25 +32,25 @@ class Clip:
     images: Any
 
 
-def find_clip(name: str, models: str = "") -> Path:
-    """The folder of the CLIP that `validation.clip` names; UserError where it can't be had, or holds something else."""
-    folder = find_folder(name, KEY, (), models)
+def find_clip(name: str, models: str = "", key: str = KEY) -> Path:
+    """The folder of the CLIP that `key` names; UserError where it can't be had, or holds something else."""
+    folder = find_folder(name, key, (), models)
     if not (folder / "config.json").is_file():
-        raise UserError(f"{KEY}: {folder} has no config.json; name a folder that transformers saved a CLIP to")
+        raise UserError(f"{key}: {folder} has no config.json; name a folder that transformers saved a CLIP to")
     if (kind := read_config(folder).get("model_type")) != "clip":
-        raise UserError(f"{KEY}: {folder} holds a {kind!r} model; a CLIP of transformers is needed")
-    weight_files(folder, KEY)
+        raise UserError(f"{key}: {folder} holds a {kind!r} model; a CLIP of transformers is needed")
+    weight_files(folder, key)
     return folder
 
 
-def load_clip(name: str, device: str | torch.device = "cpu", models: str = "") -> Clip:
-    """The CLIP that `validation.clip` names: a folder, or a hub id, which `models` may hold. Safetensors only.
+def load_clip(name: str, device: str | torch.device = "cpu", models: str = "", key: str = KEY) -> Clip:
+    """The CLIP that `key` names: a folder, or a hub id, which `models` may hold. Safetensors only.
 
     Raises UserError, with what to do, where it can't be had.
     """
     import transformers
 
-    folder = find_clip(name, models)
+    folder = find_clip(name, models, key)
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -58,7 +58,7 @@ def load_clip(name: str, device: str | torch.device = "cpu", models: str = "") -
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         images = transformers.AutoImageProcessor.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"{KEY}: {folder} can't be read as a CLIP: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{key}: {folder} can't be read as a CLIP: {str(error).splitlines()[0]}") from None
     finally:
         if bars:
             transformers.utils.logging.enable_progress_bar()

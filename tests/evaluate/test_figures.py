@@ -144,22 +144,54 @@ def test_the_command_prints_a_table_or_json_and_writes_the_same(
     assert json.loads(said) == json.loads(out.read_text()) == record
 
 
-def test_what_the_command_line_asks_for_and_cannot_have_is_an_error_after_the_rest(
+def test_what_the_flags_name_and_is_not_there_is_an_error_before_the_work(
     run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     words = ["eval", str(run_folder), "--holdout_clips", "4", "--out", str(tmp_path / "eval.json")]
-    assert cli.main([*words, "--i3d", str(tmp_path / "none")]) == cli.EXIT_FAILED
-    said = capsys.readouterr()
-    assert "held-out loss" in said.out
-    reason = f"validation.i3d: {tmp_path / 'none'} can't be read (No such file or directory); name I3D's safetensors"
-    assert said.err == f"sora eval: FVD: {reason}\n"
-    assert cli.main([*words, "--shards", str(tmp_path)]) == cli.EXIT_FAILED
-    assert "sora eval: held-out loss: no manifest.json in" in capsys.readouterr().err
-    assert cli.main([*words[:-1], str(tmp_path / "no" / "eval.json")]) == cli.EXIT_FAILED
-    assert "name another file with --out" in capsys.readouterr().err
+    none = str(tmp_path / "none")
+    for more, says in [
+        (["--i3d", none], f"--i3d: {none} can't be read (No such file or directory); name I3D's safetensors"),
+        (["--clip", none], f"--clip: no folder '{none}'"),
+        (["--shards", str(tmp_path)], f"--shards: no manifest.json in {tmp_path}"),
+        (["--fvd_clips", "4"], "--fvd_clips: the run's validation.fvd is off"),
+        (["--out", str(tmp_path)], f"{tmp_path} is a folder; name a file with --out"),
+        (["--out", str(tmp_path / "no" / "eval.json")], "/no is no folder); name another file with --out"),
+    ]:
+        assert cli.main([*(words[:-2] if "--out" in more else words), *more]) == cli.EXIT_FAILED
+        said = capsys.readouterr()
+        assert said.out == ""  # nothing was measured
+        assert says in said.err
+        assert not list(tmp_path.iterdir())
     assert cli.main(["eval", str(run_folder), "--fvd_clips", "1"]) == cli.EXIT_RECIPE
     with pytest.raises(UserError, match="no run at"):
         evaluate(tmp_path / "nothing", EvalOptions())
+
+
+def test_an_evaluation_that_fails_keeps_what_an_earlier_one_wrote(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder)
+    (folder / "eval.json").write_text("earlier")
+    recipe = load_recipe(folder / "recipe.yaml")
+    gone = recipe.data.model_copy(update={"output": str(tmp_path / "gone"), "holdout_fraction": 0.5})
+    save_recipe(recipe.model_copy(update={"data": gone}), folder / "recipe.yaml")
+    assert cli.main(["eval", str(folder)]) == cli.EXIT_FAILED
+    said = capsys.readouterr().err
+    assert "nothing could be measured, and nothing was written:\nheld-out loss: no manifest.json in" in said
+    few = gone.model_copy(update={"output": recipe.data.output, "holdout_fraction": 1e-9})
+    save_recipe(recipe.model_copy(update={"data": few}), folder / "recipe.yaml")
+    with pytest.raises(UserError, match="held-out loss: .*\n.*eval.json was not written"):
+        evaluate(
+            folder,
+            EvalOptions(holdout_clips=4),
+            lambda run, captions, tell: {
+                **dict.fromkeys(("colour", "direction", "shape", "all"), 1.0),
+                "held_out": {"all": 1.0},
+                "clips": 1,
+            },
+        )
+    assert (folder / "eval.json").read_text() == "earlier"
 
 
 def test_only_the_quickstarts_captions_are_judged(run: Run):
