@@ -2,8 +2,15 @@
 
 import torch
 
-SIGNS = ("can't allocate memory", "could not create a primitive", "out of memory", "_ALLOC_FAILED")
-"""What PyTorch's CPU allocator, oneDNN, an accelerator's driver, and cuDNN or cuBLAS say, without a class for it."""
+SIGNS = (
+    "can't allocate memory",
+    "could not create a primitive",
+    "Storage size calculation overflowed",
+    "out of memory",
+    "_ALLOC_FAILED",
+)
+"""What PyTorch's CPU allocator, oneDNN, a size past any memory, an accelerator's driver, and cuDNN or
+cuBLAS say, without a class for it."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sora_train.codec.memory import is_out_of_memory
 from sora_train.codec.text import TextEncoder, pad_text
 from sora_train.diffusion import Sampling, fitting, sample
 from sora_train.errors import UserError
@@ -53,7 +54,7 @@ def generate_each(
 
     `how` to sample and the `negative` prompt are as the recipe's `validation` has them if None, the shape (frames,
     height, width) as it was trained. Given embeddings, of the prompts and of what is negative, no text encoder is
-    loaded. Raises UserError for a sampler or a shape that the model does not take.
+    loaded. Raises UserError for a sampler or a shape that the model does not take, or that memory does not hold.
     """
     if not prompts or len(prompts) != len(seeds) or len(prompts) != len(prompts if embeddings is None else embeddings):
         raise ValueError(f"expected a seed (and an embedding) for each prompt, got {len(seeds)} for {len(prompts)}")
@@ -76,16 +77,26 @@ def generate_each(
 
         text, mask = pad_text(embed(run, prompts[batch]) if embeddings is None else list(embeddings[batch]))
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[batch]]
-        latents = sample(
-            run.model,
-            run.objective,
-            torch.stack([torch.randn(latents_of, generator=generator) for generator in generators]).to(run.device),
-            *(tensor.to(run.device) for tensor in (text, mask, null_text, null_mask)),
-            how=how,
-            generators=generators,
-            progress=report,
-        )
-        yield from vae.decode(vae.denormalise(latents)).numpy()
+        try:
+            latents = sample(
+                run.model,
+                run.objective,
+                torch.stack([torch.randn(latents_of, generator=generator) for generator in generators]).to(run.device),
+                *(tensor.to(run.device) for tensor in (text, mask, null_text, null_mask)),
+                how=how,
+                generators=generators,
+                progress=report,
+            )
+            videos = vae.decode(vae.denormalise(latents)).numpy()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            asked = shape or (run.manifest.frames, run.manifest.height, run.manifest.width)
+            raise UserError(
+                f"out of memory on {run.device} with {len(generators)} of {' x '.join(map(str, asked))} (frames x "
+                "height x width) at once; ask for fewer frames or a smaller size: --frames, --height, --width"
+            ) from None
+        yield from videos
 
 
 def latent_shape(run: Run, shape: tuple[int, int, int] | None = None) -> tuple[int, int, int, int]:
@@ -112,9 +123,14 @@ def latent_shape(run: Run, shape: tuple[int, int, int] | None = None) -> tuple[i
 
 
 def embed(run: Run, prompts: Sequence[str]) -> list[Float[Tensor, "_ e"]]:
-    """Embeddings of the prompts; a prompt that is too long is cut, and what is lost is said on stderr."""
+    """Embeddings of the prompts; a prompt that is too long is cut, and what is lost is said on stderr.
+
+    Raises UserError for one that is no text: a terminal gives bytes that are no UTF-8 as lone surrogates.
+    """
     distinct = list(dict.fromkeys(prompts))
     for prompt in distinct:
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise UserError(f"the prompt {ascii(prompt)[:200]} has bytes that are no UTF-8; write it in UTF-8")
         if lost := cut_off(run.text_encoder, prompt):
             shown = lost if len(lost) <= 200 else f"{lost[:200].rstrip()}… ({len(lost)} characters)"
             limit = f"codec.max_tokens {run.text_encoder.max_tokens}"

@@ -87,6 +87,18 @@ def test_another_size_is_made_with_a_warning_and_one_that_does_not_divide_is_ref
         made(folder, "a", height=8)
 
 
+@pytest.mark.parametrize("frames", [10**11, 10**17])  # no memory anywhere, and no number of bytes
+def test_a_video_that_memory_does_not_hold_is_refused(frames, folder, tmp_path):
+    with pytest.raises(UserError, match=f"out of memory on cpu with 1 of {frames} x 32 x 48 .*--frames"):
+        made(folder, "a", frames=frames, out=str(tmp_path))
+
+
+@pytest.mark.parametrize("words", [{"prompt": "a \udcff"}, {"prompt": "a", "negative": "b \udcff"}])
+def test_a_prompt_that_is_no_text_is_refused(words, folder, tmp_path):
+    with pytest.raises(UserError, match=r"the prompt '. .udcff' has bytes that are no UTF-8"):
+        made(folder, words["prompt"], negative=words.get("negative"), out=str(tmp_path))
+
+
 def test_a_png_shows_frames_side_by_side(folder, tmp_path):
     (name,) = made(folder, "a red circle", format=("png",), out=str(tmp_path))
     with Image.open(tmp_path / name) as picture:
