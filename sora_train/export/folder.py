@@ -40,13 +40,17 @@ def export(path: str | Path, out: str | Path, weights_only: bool = False, weight
 
 
 def check_free(out: Path) -> None:
-    """UserError where the folder holds anything: nothing is ever replaced."""
+    """UserError where the folder holds anything, since nothing is ever replaced, or has the name of a file."""
+    if out.suffix == ".safetensors":
+        raise UserError(
+            f"{out} is a file's name, and OUT is a folder that gets several files; name one without .safetensors"
+        )
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise UserError(f"{out} is there and no folder; name another one")
     if out.is_dir() and any(out.iterdir()):
         note = read_note(out) if (out / NOTE).is_file() else None
-        holds = f"holds an export of step {note.step}; remove it first" if note else "is not empty"
-        raise UserError(f"{out} {holds}, or name another folder")
+        holds = f"holds an export of step {note.step}; remove it first, or" if note else "is not empty;"
+        raise UserError(f"{out} {holds} name another folder")
 
 
 def with_draft(out: Path, write: Callable[[Path], None]) -> None:

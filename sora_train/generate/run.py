@@ -111,8 +111,17 @@ def load_run(path: str | Path, device: str | torch.device | None = None, weights
         folder = checkpoint = Path(path).expanduser()
         if weights not in (None, note.weights):
             raise UserError(f"{folder} holds the {note.weights} weights alone; for the {weights} ones name the run")
-    recipe = load_recipe(_beside(checkpoint, folder, "recipe.yaml"))
-    manifest = Manifest.load(str(_beside(checkpoint, folder, "manifest.json").parent))
+    remedy = (
+        "export the run again"
+        if note is not None
+        else "copy it from another checkpoint, or manifest.json from the shards"
+    )
+    recipe = load_recipe(_beside(checkpoint, folder, "recipe.yaml", remedy))
+    facts = _beside(checkpoint, folder, "manifest.json", remedy)
+    try:
+        manifest = Manifest.load(str(facts.parent))
+    except UserError:  # it speaks to those who have the clips and would encode them again
+        raise UserError(f"{facts} is damaged, or of another version of sora_train; {remedy}") from None
     if note is not None and note.kind == "pipeline":  # it stands alone, wherever it was moved to
         codec = recipe.codec.model_copy(update={"vae": str(folder), "text": str(folder), "models": ""})
         recipe = recipe.model_copy(update={"codec": codec})
@@ -171,6 +180,8 @@ def find_checkpoint(path: str | Path, weights: Weights = "ema") -> tuple[Path, P
     if "://" in str(path):
         raise UserError(f"{path} is remote; copy the checkpoint's folder here and name the copy")
     folder = Path(path).expanduser()
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; name the folder: {folder.parent}")
     if not folder.is_dir():
         near = [str(place.parent) for place in sorted(folder.parent.glob("*/recipe.yaml"))]
         hint = f"runs there: {', '.join(near)}" if near else "`sora train RECIPE` makes one"
@@ -180,12 +191,24 @@ def find_checkpoint(path: str | Path, weights: Weights = "ema") -> tuple[Path, P
         if not _is_whole(folder / WEIGHTS):
             raise UserError(f"{folder / WEIGHTS} is cut short or no safetensors; use another checkpoint")
         return (above if (above / "recipe.yaml").is_file() else folder), folder
+    if any((folder / name).is_file() for name in ("model_index.json", EXPORTED)):
+        raise UserError(
+            f"{folder} is an export without {NOTE}, or of other software; copy the whole folder that `sora export` "
+            "made, or export the run again"
+        )
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder} is no run: it has no recipe.yaml; name the folder that `sora train` made")
-    for checkpoint in reversed(step_folders(folder / "checkpoints")):
+    checkpoints = step_folders(folder / "checkpoints")
+    for checkpoint in reversed(checkpoints):
         if _is_whole(checkpoint / WEIGHTS) and (weights == "ema" or isinstance(examine(checkpoint), dict)):
             return folder, checkpoint
         print(f"warning: {checkpoint} is unfinished or damaged; looking for one before it", file=sys.stderr, flush=True)
+    if checkpoints:
+        averaged = weights == "raw" and any(_is_whole(checkpoint / WEIGHTS) for checkpoint in checkpoints)
+        raise UserError(
+            f"{folder} has no complete checkpoint: none of its {len(checkpoints)} is whole; "
+            + ("the averaged weights can be had (--weights ema)" if averaged else "run `sora train` again")
+        )
     raise UserError(
         f"{folder} has no complete checkpoint yet; one is written every train.checkpoint_every steps and at the end: "
         "wait, or run `sora train` again to resume"
@@ -201,9 +224,10 @@ def _is_whole(weights: Path) -> bool:
         return False
 
 
-def _beside(checkpoint: Path, folder: Path, name: str) -> Path:
+def _beside(checkpoint: Path, folder: Path, name: str, remedy: str) -> Path:
     """A file of the checkpoint, or else of its run."""
     for place in (checkpoint, folder):
         if (place / name).is_file():
             return place / name
-    raise UserError(f"{checkpoint} can't be sampled: {name} is neither in it nor in {folder}")
+    places = " nor in ".join(map(str, dict.fromkeys((checkpoint, folder))))
+    raise UserError(f"{checkpoint} can't be read: there is no {name} in {places}; {remedy}")

@@ -273,8 +273,10 @@ def test_nothing_is_ever_written_over(exported, tmp_path):
         export(folder, out)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("x")
-    with pytest.raises(UserError, match="is not empty, or name another folder"):
+    with pytest.raises(UserError, match="is not empty; name another folder"):
         export(folder, tmp_path / "mine")
+    with pytest.raises(UserError, match="OUT is a folder"):
+        export(folder, tmp_path / "w.safetensors", weights_only=True)
     with pytest.raises(UserError, match="no folder"):
         export(folder, tmp_path / "mine" / "letter.txt")
     with pytest.raises(UserError, match="can't be written"):
@@ -283,6 +285,34 @@ def test_nothing_is_ever_written_over(exported, tmp_path):
     export(folder, tmp_path / "empty", weights_only=True)
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "mine"]
+
+
+def test_what_an_export_or_a_run_lacks_is_named_with_what_mends_it(run_of, tmp_path):
+    def said(place: Path, weights: str | None = None) -> str:
+        with pytest.raises(UserError) as caught:
+            load_run(place, weights=weights)
+        return str(caught.value)
+
+    folder, out = run_of(MODEL), tmp_path / "out"
+    export(folder, out, weights_only=True)
+    assert said(out / "model.safetensors") == f"{out / 'model.safetensors'} is a file; name the folder: {out}"
+    whole = (out / "manifest.json").read_text()
+    (out / "manifest.json").write_text(whole[:-10])
+    assert said(out).endswith("manifest.json is damaged, or of another version of sora_train; export the run again")
+    (out / "manifest.json").unlink()
+    assert said(out) == f"{out} can't be read: there is no manifest.json in {out}; export the run again"
+    (out / "sora_export.json").unlink()
+    assert "is an export without sora_export.json" in said(out)
+    shutil.copytree(folder, tmp_path / "run")
+    place = tmp_path / "run" / "checkpoints" / "step_00000020"
+    (place / "state.json").unlink()
+    assert said(tmp_path / "run", "raw").endswith(
+        "none of its 1 is whole; the averaged weights can be had (--weights ema)"
+    )
+    (place / "ema.safetensors").unlink()
+    assert said(tmp_path / "run").endswith("none of its 1 is whole; run `sora train` again")
+    shutil.rmtree(place)
+    assert "no complete checkpoint yet" in said(tmp_path / "run")
 
 
 def test_a_damaged_export_is_named(run_of, tmp_path):
