@@ -14,7 +14,17 @@ from sora_train.codec.files import find_text_encoder, find_vae
 from sora_train.errors import UserError
 from sora_train.export.card import write_card
 from sora_train.export.pipeline import refusal, write_pipeline
-from sora_train.generate.run import EXPORT_FORMAT, EXPORTED, NOTE, ExportNote, Run, Weights, load_run, read_note
+from sora_train.generate.run import (
+    EXPORT_FORMAT,
+    EXPORTED,
+    NOTE,
+    ExportNote,
+    Run,
+    Weights,
+    load_run,
+    read_note,
+    transformer_hash,
+)
 from sora_train.recipe import save_recipe
 from sora_train.train.weights import write_whole
 
@@ -79,7 +89,7 @@ def write_whole_pipeline(run: Run, draft: Path) -> None:
     """A pipeline that stands alone."""
     write_pipeline(run, draft)
     vae, text = find_vae(str(draft)).hash, find_text_encoder(str(draft)).hash
-    finish(run, draft, ExportNote("pipeline", run.weights, step_of(run), vae, text))
+    finish(run, draft, ExportNote("pipeline", run.weights, step_of(run), vae, text, transformer_hash(draft)))
 
 
 def finish(run: Run, draft: Path, note: ExportNote) -> None:

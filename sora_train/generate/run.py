@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sora_train.codec.files import content_hash
 from sora_train.codec.text import TextEncoder, text_encoder_of
 from sora_train.codec.vae import Vae, load_vae
 from sora_train.diffusion import Objective, make_objective
@@ -46,6 +47,8 @@ class ExportNote:
     latents is folded into it."""
     text: str
     """Hash of the text encoder."""
+    transformer: str = ""
+    """sha256 over a pipeline's own transformer; empty where safetensors carry checksums of their own."""
 
 
 @dataclass
@@ -152,10 +155,20 @@ def _read(
             raise UserError(f"{folder / EXPORTED} is missing, cut short or no safetensors; export the run again")
         return folder / EXPORTED, read_whole(folder / EXPORTED)
     try:
+        if note.transformer and transformer_hash(folder) != note.transformer:
+            raise UserError(f"{folder / 'transformer'} is damaged or was changed since; export the run again")
         check_fit(model.config, folder)
         return folder / "transformer", from_diffusers(folder).state_dict()
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder / 'transformer'} can't be read: {error}; export the run again") from None
+
+
+def transformer_hash(folder: Path) -> str:
+    """sha256 over the files of a pipeline's transformer, weights and configuration."""
+    files = (folder / "transformer").iterdir()
+    return content_hash(tuple(path for path in files if path.suffix in (".safetensors", ".json")))
 
 
 def read_note(folder: Path) -> ExportNote | None:

@@ -315,6 +315,19 @@ def test_what_an_export_or_a_run_lacks_is_named_with_what_mends_it(run_of, tmp_p
     assert "no complete checkpoint yet" in said(tmp_path / "run")
 
 
+def test_a_flipped_byte_in_a_pipelines_transformer_is_noticed(run_of, tmp_path):
+    out = export(run_of(MODEL), tmp_path / "out")
+    (file,) = (out / "transformer").glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(bytes(content))
+    with pytest.raises(UserError, match=r"transformer is damaged or was changed since; export the run again"):
+        load_run(out)
+    content[-5] ^= 1
+    file.write_bytes(bytes(content))
+    load_run(out)
+
+
 def test_a_damaged_export_is_named(run_of, tmp_path):
     export(run_of(MODEL), tmp_path / "out", weights_only=True)
     content = bytearray((tmp_path / "out" / "model.safetensors").read_bytes())
