@@ -142,8 +142,12 @@ def test_every_step_stands_beside_every_other_when_asked(browser, page):
         assert not visit.wrong
 
 
-def test_a_phone_shows_it_without_scrolling_sideways_by_day_and_by_night(browser, run, page, artifacts, tmp_path):
+def test_a_phone_shows_it_without_scrolling_sideways_by_day_and_by_night(browser, run, artifacts, tmp_path):
     other = synthetic.make_run(tmp_path / ("x" * 60), seed=1, side=16, validations=2, frames=2)
+    shares = {"colour": 1.0, "direction": 0.98, "shape": 0.7, "all": 0.69, "clips": 96}
+    (other / "obedience.json").write_text(json.dumps({**shares, "seen": shares, "held_out": shares}))
+    shutil.copy(other / "obedience.json", run)
+    page = write_report(run, out=tmp_path / "one.html")
     both = write_report(run, other, out=tmp_path / "both.html")
     looks = {"light": ("rgb(251, 251, 250)", "rgb(104, 113, 124)"), "dark": ("rgb(20, 23, 27)", "rgb(148, 157, 168)")}
     for scheme, name, file in (("light", "one", page), ("dark", "one", page), ("dark", "several", both)):
@@ -155,6 +159,8 @@ def test_a_phone_shows_it_without_scrolling_sideways_by_day_and_by_night(browser
             ground = visit.page.evaluate("getComputedStyle(document.body).backgroundColor")
             tick = visit.page.evaluate("getComputedStyle(document.querySelector('svg text')).fill")
             assert (ground, tick) == looks[scheme]
+            first = visit.page.locator(".obedience td:first-child").first
+            assert first.bounding_box()["height"] < 50  # one line, whatever the other columns take
             assert not visit.wrong
 
 
