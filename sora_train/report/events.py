@@ -63,15 +63,16 @@ def all_rows(events: Sequence[dict]) -> list[Row]:
     return [row(event) for event in reversed(events[-MOST_ROWS:])]
 
 
-def state_of(events: Sequence[dict]) -> str:
-    """How a run stands after its last start or end: running, or cut off without a word."""
+def state_of(events: Sequence[dict], whole: bool = True) -> str:
+    """How a run stands after its last start or end: running, or cut off without a word. Not `whole` are events of
+    which some could not be read: that there is no start then says nothing."""
     for event in reversed(events):
         kind = kind_of(event)
         if kind in STATES:
             return STATES[kind]
         if kind in ("start", "resume"):
             return "running"
-    return "not started"
+    return "not started" if whole else "state unknown"
 
 
 def kind_of(event: dict) -> str:

@@ -13,7 +13,8 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from sora_train.report.read import Clip, RunRecord, Samples
+from sora_train.report.read import RunRecord
+from sora_train.report.samples import Clip, Samples
 
 INLINE_ALL = 200_000_000  # bytes of videos in one page: a browser still opens it in seconds
 SHEET_BYTES = 250_000  # larger sheets are compressed anew

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import datetime
 import hashlib
+import sys
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,17 +24,22 @@ from sora_train.report.media import MOST_CLIPS, Shelf, make_grid, sheet_address
 from sora_train.report.read import RunRecord, is_number, read_run
 from sora_train.video import one_line
 
+MOST_FLAWS = 20  # files of a run; more would hide the rest of the page
+
 
 def write_report(*runs: str | Path, out: str | Path | None = None) -> Path:
     """Writes one page about a run, or one that compares several, and returns its path.
 
     Into `out`; else into RUN/report.html, or for several into report.html in the current folder. A page is there whole
-    or not at all, also when two processes write it. Raises UserError for a folder that is no run, and where the page
-    can't be written.
+    or not at all, also when two processes write it. It says, as stderr does, which files were not readable. Raises
+    UserError for a folder that is no run, and where the page can't be written.
     """
     if not runs:
         raise UserError("no run to report on; name the folder that `sora train` made (train.output/name)")
     records = with_names([read_run(run) for run in runs])
+    for run in records:
+        for line in not_readable(run, run.folder):
+            print(line, file=sys.stderr, flush=True)
     beside = records[0].folder if len(records) == 1 else Path()
     page = Path(out).expanduser() if out is not None else beside / "report.html"
     if page.is_dir():
@@ -104,8 +110,9 @@ def one_run(run: RunRecord, colour: str) -> dict:
         "name": run.name,
         "folder": str(run.folder),
         "colour": colour,
-        "state": happened.state_of(run.events),
-        "done": min(1.0, step / steps) if is_number(steps) and steps > 0 else 0.0,
+        "state": happened.state_of(run.events, whole=run.folder / "events.jsonl" not in run.flaws),
+        "done": min(1.0, step / steps) if is_number(steps) and steps > 0 else None,
+        "flaws": not_readable(run, Path()),
         "facts": facts(run, step, steps),
         "trouble": happened.trouble(run.events),
         "events": happened.all_rows(run.events),
@@ -117,7 +124,7 @@ def one_run(run: RunRecord, colour: str) -> dict:
 
 def facts(run: RunRecord, step: int, steps: object) -> list[tuple[str, str]]:
     """The few figures at the top, as far as they are known."""
-    found = [("step", f"{step:,} of {f'{steps:,}' if is_number(steps) else '?'}")]
+    found = [("step", f"{step:,} of {steps:,}" if is_number(steps) else f"{step:,}")]
     for key, title, form in (
         ("loss", "training loss", ".4f"),
         ("holdout_loss", "held-out loss", ".4f"),
@@ -130,8 +137,19 @@ def facts(run: RunRecord, step: int, steps: object) -> list[tuple[str, str]]:
     if run.obedience and is_number(run.obedience.get("all")):
         found.append(("captions obeyed in full", f"{run.obedience['all']:.0%}"))
     workers = run.setting("cluster", "workers")
-    found.append(("workers", " to ".join(map(str, workers)) if isinstance(workers, list) else str(workers or 1)))
+    if workers is not None:
+        words = " to ".join(map(str, workers)) if isinstance(workers, list) else str(workers)
+        found.append(("worker" if words == "1" else "workers", words))
     return [(what, one_line(value)[:60]) for what, value in found]
+
+
+def not_readable(run: RunRecord, where: Path) -> list[str]:
+    """A line for every file of a run that could not be read, named from `where` on; of very many, the first few."""
+    lines = [f"not readable: {where / path.relative_to(run.folder)} ({why})" for path, why in sorted(run.flaws.items())]
+    more = len(lines) - MOST_FLAWS
+    return [one_line(line) for line in lines[:MOST_FLAWS]] + (
+        [f"not readable: {more:,} more files"] if more > 0 else []
+    )
 
 
 def shape_of(run: RunRecord) -> str:

@@ -184,6 +184,75 @@ def test_what_was_cut_short_or_is_nonsense_is_left_out(tmp_path):
     assert not Page(write_report(folder)).open
 
 
+def test_each_file_that_is_not_readable_is_named_on_the_page_and_on_stderr(tmp_path, capsys):
+    folder = synthetic.make_run(tmp_path / "run", steps=100, validations=3, side=16, frames=2)
+    write_report(folder)
+    assert capsys.readouterr().err == ""
+    assert "not readable" not in Page(folder / "report.html").text
+    first, second, third = sorted((folder / "samples").iterdir())
+    (first / "samples.json").write_bytes((first / "samples.json").read_bytes()[:90])
+    (second / "000-clip.mp4").unlink()
+    (second / "001-clip.mp4").write_bytes(b"")
+    (third / "002-clip.mp4").write_bytes((third / "002-clip.mp4").read_bytes()[:-1])
+    (third / "sheet.png").write_bytes((third / "sheet.png").read_bytes()[:-1])
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('nonsense\n\n{"step": 5, "lo')
+    (folder / "events.jsonl").write_text("nonsense\n")
+    (folder / "obedience.json").write_text('{"all": 0.')
+    (folder / "recipe.yaml").write_text("name: [")
+    lines = len((folder / "metrics.jsonl").read_text().splitlines())
+    wanted = [
+        "events.jsonl (1 of 1 lines)",
+        f"metrics.jsonl (2 of {lines} lines)",
+        "obedience.json (cut short or no JSON object)",
+        "recipe.yaml (no recipe in YAML)",
+        f"samples/{first.name}/samples.json (cut short or no JSON object)",
+        f"samples/{second.name}/000-clip.mp4 (missing)",
+        f"samples/{second.name}/001-clip.mp4 (cut short or no mp4)",
+        f"samples/{third.name}/002-clip.mp4 (cut short or no mp4)",
+        f"samples/{third.name}/sheet.png (cut short or no PNG)",
+    ]
+    seen = Page(write_report(folder))
+    assert capsys.readouterr().err.splitlines() == [f"not readable: {folder}/{line}" for line in wanted]
+    assert re.findall(r"not readable: (.*?\))", seen.text) == wanted
+    # nothing that only a readable recipe or whole events would tell
+    assert "step" in seen.text
+    assert not re.search(r" of \?|100 of|worker|not started", seen.text.split("Samples")[0])
+    # a prompt whose listing is lost at one step is one tile with the others, in which only what is gone lacks
+    assert len(seen.shown) == 4
+    assert [numbers.count("-") for numbers in seen.shown] == [1, 1, 0, 0]
+
+
+def test_of_very_many_files_that_are_not_readable_the_first_are_named_and_the_rest_counted(tmp_path, capsys):
+    folder = make_run(tmp_path / "trial")
+    listing = [{"file": f"{i:04d}-<b>.mp4", "prompt": "p"} for i in range(5000)]
+    (folder / "samples" / "final" / "samples.json").write_text(json.dumps({"samples": [*listing, {"file": "/a.mp4"}]}))
+    seen = Page(write_report(folder))
+    assert len(capsys.readouterr().err.splitlines()) == 21
+    assert seen.text.count("not readable: samples/final/") == 19  # and metrics.jsonl, whose last line is cut
+    assert "not readable: 4,981 more files" in seen.text
+    assert "0018-<b>.mp4 (missing)" in seen.text
+
+
+def test_one_of_a_thing_is_not_called_many(tmp_path):
+    folder = make_run(tmp_path / "trial")
+    (folder / "samples" / "step_00000020").rename(folder / "samples" / "prompts")
+    text = Page(write_report(folder)).text
+    assert "prompts, 1 video\n" in text
+    assert "All 1 event\n" in text
+    assert "1worker\n" in text
+    assert not re.search(r"\b1 ?(videos|events|workers)\b", text)
+
+
+@pytest.mark.parametrize("name", ["sora_export.json", "model_index.json", "model.safetensors"])
+def test_an_export_has_no_history_to_report_on(tmp_path, name):
+    save_recipe(Recipe(), tmp_path / "recipe.yaml")
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match="is an export, which has no history .* name the run"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_samples_that_are_still_being_written_are_left_out(tmp_path):
     folder = make_run(tmp_path / "trial")
     (folder / "samples" / "step_00000040" / "result.json").write_text('{"status": "running"}')
@@ -245,7 +314,7 @@ def test_two_that_write_at_once_leave_one_whole_page_and_nothing_else(tmp_path):
 def test_of_a_step_that_was_logged_twice_the_later_line_counts(tmp_path):
     metrics = [{"step": 2, "loss": 5}, {"step": 1, "loss": 7}, {"step": 2, "loss": 4}, {"step": 3, "loss": True}]
     (tmp_path / "m").write_text("\n".join(map(json.dumps, metrics)))
-    assert read_curves(tmp_path / "m")["loss"].tolist() == [[1, 7], [2, 4]]
+    assert read_curves(tmp_path / "m", {})["loss"].tolist() == [[1, 7], [2, 4]]
 
 
 def test_lines_of_validations_join_those_of_training(tmp_path):
@@ -255,7 +324,7 @@ def test_lines_of_validations_join_those_of_training(tmp_path):
         {"step": 1, "validation": True, "holdout_loss": 3.0, "fvd": None},
     ]
     (tmp_path / "m").write_text("\n".join(map(json.dumps, lines)))
-    curves = read_curves(tmp_path / "m")
+    curves = read_curves(tmp_path / "m", {})
     assert {key: points.tolist() for key, points in curves.items()} == {
         "loss": [[1, 2], [2, 1]],
         "holdout_loss": [[1, 3]],
