@@ -105,13 +105,14 @@ def contents(records: Sequence[RunRecord], shelf: Shelf) -> dict:
 def one_run(run: RunRecord, colour: str) -> dict:
     """What the page says of one run in words and figures."""
     loss = run.curves.get("loss")
-    step, steps = int(loss[-1, 0]) if loss is not None else 0, run.setting("train", "steps")
+    none_yet = None if run.folder / "metrics.jsonl" in run.flaws else 0  # steps that can't be read are not none
+    step, steps = int(loss[-1, 0]) if loss is not None else none_yet, run.setting("train", "steps")
     return {
         "name": run.name,
         "folder": str(run.folder),
         "colour": colour,
         "state": happened.state_of(run.events, whole=run.folder / "events.jsonl" not in run.flaws),
-        "done": min(1.0, step / steps) if is_number(steps) and steps > 0 else None,
+        "done": min(1.0, step / steps) if step is not None and is_number(steps) and steps > 0 else None,
         "flaws": not_readable(run, Path()),
         "facts": facts(run, step, steps),
         "trouble": happened.trouble(run.events),
@@ -122,9 +123,11 @@ def one_run(run: RunRecord, colour: str) -> dict:
     }
 
 
-def facts(run: RunRecord, step: int, steps: object) -> list[tuple[str, str]]:
+def facts(run: RunRecord, step: int | None, steps: object) -> list[tuple[str, str]]:
     """The few figures at the top, as far as they are known."""
-    found = [("step", f"{step:,} of {steps:,}" if is_number(steps) else f"{step:,}")]
+    found = []
+    if step is not None:
+        found.append(("step", f"{step:,} of {steps:,}" if is_number(steps) else f"{step:,}"))
     for key, title, form in (
         ("loss", "training loss", ".4f"),
         ("holdout_loss", "held-out loss", ".4f"),

@@ -218,6 +218,8 @@ def test_each_file_that_is_not_readable_is_named_on_the_page_and_on_stderr(tmp_p
     # nothing that only a readable recipe or whole events would tell
     assert "step" in seen.text
     assert not re.search(r" of \?|100 of|worker|not started", seen.text.split("Samples")[0])
+    (folder / "metrics.jsonl").write_text("nonsense")
+    assert "0step" not in Page(write_report(folder)).text
     # a prompt whose listing is lost at one step is one tile with the others, in which only what is gone lacks
     assert len(seen.shown) == 4
     assert [numbers.count("-") for numbers in seen.shown] == [1, 1, 0, 0]
