@@ -61,7 +61,7 @@ from sora_train.launch.preflight import check_quickly
 from sora_train.launch.sigterm import Sigterm, shelter_wandb, warn_of_short_stops
 from sora_train.launch.validation import Outstanding, prepare, supervise
 from sora_train.launch.worker import train_worker
-from sora_train.recipe import Recipe
+from sora_train.recipe import Recipe, load_recipe, save_recipe
 from sora_train.report import write_report
 from sora_train.train import checkpoint
 from sora_train.train.home import LEAVE
@@ -150,7 +150,9 @@ def make_up(run: Path, recipe: Recipe) -> None:
     ]
     if not cut_off or not recipe.validation.every:
         return
-    with only_one(run):
+    then = load_recipe(run / "recipe.yaml")
+    save_recipe(then.model_copy(update={"validation": recipe.validation}), run / "recipe.yaml")
+    with only_one(run), Follower(run, recipe.train.steps, tracking(recipe), recipe.model_dump(mode="json")):
         for step, path in cut_off:
             print(f"its validation of step {step} was cut off, and is made up for now", flush=True)
             supervise(ray.train.Checkpoint(path), run=str(run), timeout_s=recipe.validation.timeout_s, gpu=True)

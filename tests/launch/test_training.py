@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from sora_train.errors import UserError
 from sora_train.launch.trainer import launch_training
+from sora_train.launch.validation import Outstanding
 from sora_train.train.checkpoint import whole
 from sora_train.train.wandb_files import rows
 
@@ -149,6 +150,26 @@ def test_the_same_command_goes_on_and_keeps_the_newest_checkpoints(unbroken: Pat
 def test_a_finished_run_says_so_and_starts_nothing(unbroken: Path, builtin_shards: Path, recipe_of, capsys):
     launch_training(recipe_of(builtin_shards, unbroken.parent, data__holdout_fraction=0.2, train__steps=14))
     assert "is finished: 14 steps" in capsys.readouterr().out
+
+
+def test_a_finished_run_makes_up_for_a_validation_that_was_cut_off_with_it(
+    unbroken: Path, builtin_shards: Path, recipe_of
+):
+    Outstanding(unbroken).mark(14, "running")
+    recipe = recipe_of(
+        builtin_shards,
+        unbroken.parent,
+        data__holdout_fraction=0.2,
+        train__steps=14,
+        validation__every=4,
+        validation__prompts=["a red circle"],
+        validation__steps=2,
+    )
+    before = [line["step"] for line in lines(unbroken / "metrics.jsonl") if line.get("validation")]
+    launch_training(recipe)
+    assert Outstanding(unbroken).status(14) == "done"
+    assert [line["step"] for line in lines(unbroken / "metrics.jsonl") if line.get("validation")] == [*before, 14]
+    assert list((unbroken / "samples/step_00000014").glob("*.mp4"))
 
 
 def test_a_run_folder_of_another_recipe_is_refused_with_the_keys_that_differ(
