@@ -31,6 +31,7 @@ from sora_train.section import Section
 from sora_train.settings import build, read_yaml
 from sora_train.train.config import TrainConfig
 from sora_train.train.deepspeed_config import contradictions
+from sora_train.train.metrics import write_text_whole
 
 PIXELS_PER_LATENT = 8
 """Pixels on a side that one latent stands for: the VAEs that are read here shrink by eight."""
@@ -182,9 +183,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, object] | None = None)
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
     """Writes every key, so that the run's own recipe.yaml says what the defaults were on that day."""
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
-    draft = Path(path).with_name(f".{Path(path).name}.draft")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)  # a kill leaves the one before
+    write_text_whole(Path(path), text)
 
 
 def check(recipe: Recipe) -> list[str]:

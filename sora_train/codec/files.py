@@ -167,7 +167,7 @@ def readable(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # whichever of four libraries met the damage; tokenizers has no class for it
         said = (str(error).strip() or "no reason given").splitlines()[0][:300]
         raise UserError(
             f"{what} can't be read: damaged, or no such network's ({type(error).__name__}: {said}); fetch it again"

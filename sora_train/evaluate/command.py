@@ -17,6 +17,7 @@ from sora_train.evaluate.heldout import BINS
 from sora_train.evaluate.i3d import load_i3d
 from sora_train.evaluate.similarity import load_clip
 from sora_train.generate import Run, load_run
+from sora_train.train.metrics import write_text_whole
 from sora_train.verbs import EvalOptions
 
 Judge = Callable[[Run, Iterable[str], Callable[[int, int], None]], dict[str, Any] | None]
@@ -110,10 +111,8 @@ def some_captions(folder: str | Path) -> list[str]:
 
 def write(file: Path, record: dict[str, Any]) -> None:
     """Writes the JSON, whole or not at all."""
-    draft = file.with_name(f".{file.name}.draft")
     try:
-        draft.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        draft.replace(file)
+        write_text_whole(file, json.dumps(record, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"{file} can't be written ({error.strerror}); name another file with --out") from None
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from sora_train.diffusion import Sampling, fitting
 from sora_train.generate.run import Run
 from sora_train.generate.sample import Progress, generate_each
+from sora_train.train.metrics import write_text_whole
 from sora_train.video import contact_sheet, slug, write_mp4
 
 SHEET_CLIPS = 24  # more would be too small to see
@@ -70,9 +71,7 @@ def settings_of(run: Run, how: Sampling) -> dict[str, Any]:
 def write_listing(folder: Path, run: Run, listing: list[dict]) -> None:
     """`samples.json`: which file shows which prompt, since file names hold only letters that are safe."""
     about = {"checkpoint": run.checkpoint.name, "fps": run.fps, "samples": listing}
-    draft = folder / ".samples.json.draft"
-    draft.write_text(json.dumps(about, indent=1), encoding="utf-8")
-    draft.replace(folder / "samples.json")
+    write_text_whole(folder / "samples.json", json.dumps(about, indent=1))
 
 
 def read_listing(folder: Path) -> dict[str, dict]:

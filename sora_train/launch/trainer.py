@@ -59,10 +59,9 @@ from sora_train.launch.folder import (
 from sora_train.launch.follow import Follower
 from sora_train.launch.preflight import check_quickly
 from sora_train.launch.sigterm import Sigterm, shelter_wandb, warn_of_short_stops
-from sora_train.launch.validation import Outstanding, prepare, supervise
+from sora_train.launch.validation import Outstanding, prepare, report, supervise
 from sora_train.launch.worker import train_worker
 from sora_train.recipe import Recipe, load_recipe, save_recipe
-from sora_train.report import write_report
 from sora_train.train import checkpoint
 from sora_train.train.home import LEAVE
 from sora_train.train.metrics import Events
@@ -117,9 +116,7 @@ def launch_training(recipe: Recipe, fresh: bool = False, overwrite: bool = False
                 write_folder(run, recipe, manifest)
                 if steered:
                     Events(run).write("changed", at, f"from here on {'; '.join(steered)}")
-            if recipe.tracking.wandb != "off":
-                shelter_wandb()
-            with Follower(run, recipe.train.steps, tracking(recipe), recipe.model_dump(mode="json")) as follower:
+            with following(recipe, run) as follower:
                 sigterm.can_wait = lambda: follower.training
                 sigterm.check()
                 try:
@@ -131,7 +128,7 @@ def launch_training(recipe: Recipe, fresh: bool = False, overwrite: bool = False
                     raise
                 finally:
                     (run / LEAVE).unlink(missing_ok=True)
-                    report(run)
+                    report(run, last_step(run))
                 if why:
                     asked = "SIGTERM" if sigterm.count else f"somebody made {run / LEAVE}"
                     step, _ = newest(run) or (0, None)
@@ -152,19 +149,17 @@ def make_up(run: Path, recipe: Recipe) -> None:
         return
     then = load_recipe(run / "recipe.yaml")
     save_recipe(then.model_copy(update={"validation": recipe.validation}), run / "recipe.yaml")
-    with only_one(run), Follower(run, recipe.train.steps, tracking(recipe), recipe.model_dump(mode="json")):
+    with only_one(run), following(recipe, run):
         for step, path in cut_off:
             print(f"its validation of step {step} was cut off, and is made up for now", flush=True)
             supervise(ray.train.Checkpoint(path), run=str(run), timeout_s=recipe.validation.timeout_s, gpu=True)
 
 
-def report(run: Path) -> None:
-    """The run's report as it stands at the end; that it can't be written is noted."""
-    try:
-        write_report(run)
-    except Exception as error:  # curves can be drawn again; a finished training can't
-        with contextlib.suppress(UserError):
-            Events(run).write("report_failed", last_step(run), f"{type(error).__name__}: {error}")
+def following(recipe: Recipe, run: Path) -> Follower:
+    """What tells people and wandb of a run, to be entered."""
+    if recipe.tracking.wandb != "off":
+        shelter_wandb()
+    return Follower(run, recipe.train.steps, tracking(recipe), recipe.model_dump(mode="json"))
 
 
 def fit(recipe: Recipe, run: Path, gpu: bool) -> str:

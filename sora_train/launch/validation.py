@@ -7,6 +7,7 @@ the supervisor is small.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -18,7 +19,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from sora_train.train.metrics import Events, JsonLines, duration
+from sora_train.errors import UserError
+from sora_train.train.metrics import Events, JsonLines, duration, write_text_whole
 
 ATTEMPTS = 2
 LEAVE = "leave"  # as `sora_train.train.home` has it, which imports torch
@@ -113,9 +115,8 @@ class Outstanding:
     def mark(self, step: int, status: str) -> None:
         """`asked`, `running`, `done`, `failed`, or `lost` when whoever ran it is no more."""
         self.folder(step).mkdir(parents=True, exist_ok=True)
-        draft = self.folder(step) / ".result.json"
-        draft.write_text(json.dumps({"step": step, "status": status, "time": time.time()}), encoding="utf-8")
-        draft.replace(self.folder(step) / "result.json")
+        about = {"step": step, "status": status, "time": time.time()}
+        write_text_whole(self.folder(step) / "result.json", json.dumps(about))
 
     def status(self, step: int) -> str | None:
         note = self.folder(step) / "result.json"
@@ -135,7 +136,6 @@ def validate(checkpoint: Path, run: Path) -> None:
     from sora_train.evaluate import measure
     from sora_train.generate import load_run, sample_to_folder
     from sora_train.recipe import load_recipe
-    from sora_train.report import write_report
     from sora_train.video import read_mp4
 
     # The checkpoint's recipe says what the model is; the run's says what is asked for now.
@@ -150,10 +150,18 @@ def validate(checkpoint: Path, run: Path) -> None:
     videos = zip(prompts, map(read_mp4, files), strict=True)
     figures = measure(trained, asked, recipe.data.output, videos, remark=lambda said: note_once(run, step, said))
     JsonLines(run / "metrics.jsonl").write({"step": step, "validation": True, **figures})
+    report(run, step)
+
+
+def report(run: Path, step: int) -> None:
+    """The run's report as it stands; that it can't be written is noted, as far as the disk has room."""
+    from sora_train.report import write_report
+
     try:
         write_report(run)
-    except Exception as error:  # there is another after the next validation; samples and figures are there
-        Events(run).write("report_failed", step, f"{type(error).__name__}: {error}")
+    except Exception as error:  # it can be written again at any time; what a training or a validation made can't
+        with contextlib.suppress(UserError):
+            Events(run).write("report_failed", step, f"{type(error).__name__}: {error}")
 
 
 def clear(folder: Path) -> None:

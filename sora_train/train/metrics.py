@@ -117,6 +117,13 @@ class Tally:
         }
 
 
+def write_text_whole(path: Path, text: str) -> None:
+    """Replaces a small file of a run; a kill leaves the one before. OSError where it can't be written."""
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
 def parse(line: bytes) -> dict[str, Any] | None:
     """A line's record, which says its step, or None where it holds none, such as one cut short."""
     try:

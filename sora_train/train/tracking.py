@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from sora_train.train.metrics import write_text_whole
 from sora_train.train.wandb_files import rows
 
 STEP = "train_step"
@@ -104,9 +105,7 @@ class Tracker:
             self._write_note()  # only now: a kill in between repeats a row, which does no harm
 
     def _write_note(self) -> None:
-        draft = self.run / f".{NOTE}.draft"
-        draft.write_text(json.dumps(self.note))
-        draft.replace(self.run / NOTE)
+        write_text_whole(self.run / NOTE, json.dumps(self.note))
 
     def _guarded(self, act: Callable[[], object]) -> None:
         try:
