@@ -7,6 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
+Extent = Annotated[int, Field(ge=1, le=2**16)]
+"""Frames, or pixels on a side: so few that their product still has a name in torch."""
+
 VERBS = {
     "download": ("RECIPE", "Fetches the recipe's VAE and text encoder to a folder that all nodes share (--to DIR)."),
     "prep": (
@@ -101,11 +104,11 @@ class SampleOptions:
     """How far guided predictions are brought back to the spread of those without guidance, 0 to 1."""
     negative: str | None = None
     """What guidance leads away from, instead of the empty prompt."""
-    frames: PositiveInt | None = None
+    frames: Extent | None = None
     """Frames of a video."""
-    height: PositiveInt | None = None
+    height: Extent | None = None
     """Height in pixels."""
-    width: PositiveInt | None = None
+    width: Extent | None = None
     """Width in pixels."""
     format: tuple[Literal["mp4", "gif", "png"], ...] = ("mp4", "gif")
     """Files to write of each video, one or several; png is a strip of its frames."""

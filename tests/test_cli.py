@@ -69,6 +69,8 @@ def test_the_help_of_a_recipe_shows_what_it_sets(tmp_path: Path, capsys: pytest.
         (["prep", "no/such.yaml"], "no recipe at no/such.yaml"),
         (["sample", "runs/x"], "--prompt is missing"),
         (["sample", "runs/x", "--prompt", "a", "--steps", "0"], "--steps is '0'; it should be greater than 0"),
+        (["sample", "runs/x", "--prompt", "a", "--frames", str(10**20)], "it should be less than or equal to 65536"),
+        (["sample", "runs/x", "--prompts", "no/such.txt"], "--prompts no/such.txt can't be read (No such file"),
         (["inspect", "shards", "--jsno"], "--jsno is no known key; did you mean json?"),
         (["demo", "jobs/quickstart.yaml"], "takes only flags"),
         (["train", "RECIPE", "--overwrite"], "--overwrite goes with --fresh"),

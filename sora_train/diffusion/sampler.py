@@ -19,7 +19,7 @@ from torch import Tensor
 from sora_train.diffusion import ddpm, flow
 from sora_train.diffusion.guidance import Denoiser, guided
 from sora_train.diffusion.objective import Model, Objective
-from sora_train.errors import UserError
+from sora_train.errors import RecipeError
 
 Progress = Callable[[int, int], None]
 """Takes steps done, and steps in all."""
@@ -32,7 +32,7 @@ LEAST_ALPHA = 4e-5  # just below what the linear schedule leaves of the data at 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How latents are drawn. UserError where a number is out of range."""
+    """How latents are drawn. RecipeError where a number is out of range."""
 
     sampler: Sampler = "auto"
     """`auto` is Euler for flow models and DDIM for DDPM."""
@@ -48,23 +48,23 @@ class Sampling:
     def __post_init__(self) -> None:
         low, high = self.guidance_interval
         if self.steps < 1:
-            raise UserError(f"steps is {self.steps}; it must be at least 1")
+            raise RecipeError(f"steps is {self.steps}; it must be at least 1")
         if not 0 <= self.guidance < float("inf"):
-            raise UserError(f"guidance is {self.guidance:g}; it must be 0 or more, and 1 is none")
+            raise RecipeError(f"guidance is {self.guidance:g}; it must be 0 or more, and 1 is none")
         if not 0 <= low <= high <= 1000:
-            raise UserError(
+            raise RecipeError(
                 f"guidance_interval is {low:g} to {high:g}; it must rise within 0 (data) to 1000 (noise), such as 0 800"
             )
         if not 0 <= self.guidance_rescale <= 1:
-            raise UserError(f"guidance_rescale is {self.guidance_rescale:g}; it must be 0 to 1, such as 0.7")
+            raise RecipeError(f"guidance_rescale is {self.guidance_rescale:g}; it must be 0 to 1, such as 0.7")
 
 
 def fitting(sampler: str, kind: str) -> str:
-    """The sampler itself, or what `auto` stands for with a `diffusion.kind`; UserError where it does not fit that."""
+    """The sampler itself, or what `auto` stands for with a `diffusion.kind`; RecipeError where it does not fit that."""
     if sampler == "auto":
         return FITTING[kind][0]
     if sampler not in FITTING[kind]:
-        raise UserError(
+        raise RecipeError(
             f"sampler {sampler} does not fit diffusion.kind {kind}; use {', '.join(FITTING[kind])}, or auto, which is "
             f"{FITTING[kind][0]} there"
         )
@@ -87,7 +87,7 @@ def sample(
     """Normalised latents for a batch of prompts.
 
     `ddpm` draws noise for each clip from its own generator, so that a clip does not depend on its batch; without any,
-    from torch's. `progress(done, steps)` is called after every step. Raises UserError where the sampler does not fit.
+    from torch's. `progress(done, steps)` is called after every step. Raises RecipeError where the sampler does not fit.
     """
     name = fitting(how.sampler, objective.config.kind)
     denoise = guided(

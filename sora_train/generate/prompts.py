@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sora_train.errors import UserError
+from sora_train.errors import RecipeError, UserError
 from sora_train.generate.run import Run, load_run
 from sora_train.generate.sample import Progress, generate_each, latent_shape
 from sora_train.generate.write import read_listing, settings_of, write_listing
@@ -29,13 +29,13 @@ def sample_prompts(path: str | Path, ask: SampleOptions) -> list[Path]:
     """
     prompts = list(dict.fromkeys([*ask.prompt, *(read_prompts(ask.prompts) if ask.prompts else ())]))
     if not prompts:
-        raise UserError('nothing to sample; give a prompt: --prompt "a blue square moving up"')
+        raise RecipeError('nothing to sample; give a prompt: --prompt "a blue square moving up"')
     for seed in ask.seed:
         if not 0 <= seed < 2**63:
-            raise UserError(f"seed {seed} is out of range; use 0 to 2^63 - 1")
+            raise RecipeError(f"seed {seed} is out of range; use 0 to 2^63 - 1")
     formats = tuple(dict.fromkeys(ask.format))
     if not formats or not ask.seed:
-        raise UserError("--format and --seed need a value each, such as --format mp4 --seed 0")
+        raise RecipeError("--format and --seed need a value each, such as --format mp4 --seed 0")
     run = load_run(path, weights=ask.weights)
     given = {
         "sampler": ask.sampler,
@@ -80,16 +80,16 @@ def sample_prompts(path: str | Path, ask: SampleOptions) -> list[Path]:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts in a text file, one a line; blank lines are left out. UserError, saying what is wrong, if none."""
+    """The prompts in a text file, one a line; blank lines are left out. RecipeError, saying what is wrong, if none."""
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"--prompts {path} is no text in UTF-8 (byte {error.start}); save it as UTF-8") from None
+        raise RecipeError(f"--prompts {path} is no text in UTF-8 (byte {error.start}); save it as UTF-8") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"--prompts {path} can't be read ({getattr(error, 'strerror', None) or error})") from None
+        raise RecipeError(f"--prompts {path} can't be read ({getattr(error, 'strerror', None) or error})") from None
     prompts = [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts:
-        raise UserError(f"--prompts {path} holds no prompt; write one on each line")
+        raise RecipeError(f"--prompts {path} holds no prompt; write one on each line")
     return prompts
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from sora_train.codec.memory import is_out_of_memory
 from sora_train.codec.text import TextEncoder, pad_text
 from sora_train.diffusion import Sampling, fitting, sample
-from sora_train.errors import UserError
+from sora_train.errors import RecipeError, UserError
 from sora_train.generate.run import Run
 from sora_train.video import one_line
 
@@ -103,7 +103,7 @@ def latent_shape(run: Run, shape: tuple[int, int, int] | None = None) -> tuple[i
     """Axes `f c h w` of the latents of one clip of `shape`, frames, height and width; None is as it was trained.
 
     Positions in space and time interpolate or go on counting, so that the model takes any shape that divides into
-    frames of the VAE and patches of the model. UserError, with the nearest that do, for others.
+    frames of the VAE and patches of the model. RecipeError, with the nearest that do, for others.
     """
     manifest = run.manifest
     frames, height, width = shape or (manifest.frames, manifest.height, manifest.width)
@@ -112,13 +112,13 @@ def latent_shape(run: Run, shape: tuple[int, int, int] | None = None) -> tuple[i
         if size % grid or size < 1:
             below = size // grid * grid
             choices = " or ".join(str(n) for n in (below, below + grid) if n > 0)
-            raise UserError(
+            raise RecipeError(
                 f"{side} {size} does not divide by {grid} (VAE {manifest.vae.factor} x model.patch "
                 f"{run.recipe.model.patch}); use {choices}"
             )
     if over := (frames - 1) % manifest.vae.time_factor:
         below, above = frames - over, frames - over + manifest.vae.time_factor
-        raise UserError(f"frames is {frames}; the VAE takes {manifest.vae.time_factor}k+1, so use {below} or {above}")
+        raise RecipeError(f"frames is {frames}; the VAE takes {manifest.vae.time_factor}k+1, so use {below} or {above}")
     return manifest.vae.latent_shape(frames, height, width)
 
 
@@ -130,7 +130,7 @@ def embed(run: Run, prompts: Sequence[str]) -> list[Float[Tensor, "_ e"]]:
     distinct = list(dict.fromkeys(prompts))
     for prompt in distinct:
         if any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise UserError(f"the prompt {ascii(prompt)[:200]} has bytes that are no UTF-8; write it in UTF-8")
+            raise RecipeError(f"the prompt {ascii(prompt)[:200]} has bytes that are no UTF-8; write it in UTF-8")
         if lost := cut_off(run.text_encoder, prompt):
             shown = lost if len(lost) <= 200 else f"{lost[:200].rstrip()}… ({len(lost)} characters)"
             limit = f"codec.max_tokens {run.text_encoder.max_tokens}"

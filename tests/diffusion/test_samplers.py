@@ -13,7 +13,7 @@ from torch import Tensor
 from sora_train.diffusion import DiffusionConfig, Sampling, ddpm, flow, make_objective, sample, variance
 from sora_train.diffusion.guidance import guided, rescaled
 from sora_train.diffusion.sampler import FITTING, trailing
-from sora_train.errors import UserError
+from sora_train.errors import RecipeError
 
 MEAN, STD = 0.7, 0.4
 NULL = (torch.zeros(1, 1, 2), torch.ones(1, 1, dtype=torch.bool))
@@ -212,7 +212,7 @@ def test_guidance_leaves_the_variance_to_the_pass_with_text():
 @pytest.mark.parametrize(("kind", "wrong"), [("flow", "ddim"), ("flow", "ddpm"), ("ddpm", "heun"), ("ddpm", "euler")])
 def test_a_sampler_that_does_not_fit_is_refused_with_those_that_do(kind, wrong, best):
     objective, noise = make_objective(DiffusionConfig(kind=kind)), torch.randn(1, 1, 4, 2, 2)
-    with pytest.raises(UserError, match=f"{wrong} does not fit diffusion.kind {kind}; use {FITTING[kind][0]}, "):
+    with pytest.raises(RecipeError, match=f"{wrong} does not fit diffusion.kind {kind}; use {FITTING[kind][0]}, "):
         drawn(best(objective, MEAN, STD), objective, noise, wrong, 2, 1.0)
 
 
@@ -237,5 +237,5 @@ def test_auto_is_the_first_that_fits(best):
     ],
 )
 def test_numbers_out_of_range_are_refused(settings, says):
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(RecipeError, match=says):
         dataclasses.replace(Sampling(), **settings)

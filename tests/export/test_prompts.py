@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from sora_train import cli
-from sora_train.errors import UserError
+from sora_train.errors import RecipeError, UserError
 from sora_train.generate import sample_prompts
 from sora_train.generate.prompts import read_prompts
 from sora_train.model import ModelConfig
@@ -71,7 +71,7 @@ def test_a_file_of_prompts_has_one_on_each_line(folder, tmp_path):
 def test_a_file_of_prompts_that_is_none_is_refused(content, says, folder, tmp_path):
     if content is not None:
         (tmp_path / "prompts.txt").write_bytes(content)
-    with pytest.raises(UserError, match=f"--prompts .*prompts.txt {says}"):
+    with pytest.raises(RecipeError, match=f"--prompts .*prompts.txt {says}"):
         made(folder, prompts=str(tmp_path / "prompts.txt"))
 
 
@@ -81,9 +81,9 @@ def test_another_size_is_made_with_a_warning_and_one_that_does_not_divide_is_ref
     assert read_mp4(tmp_path / name).shape == (5, 64, 32, 3)
     made(folder, "a", out=str(tmp_path))
     assert capsys.readouterr().err == ""
-    with pytest.raises(UserError, match=r"width 40 does not divide by 16 \(VAE 8 x model.patch 2\); use 32 or 48"):
+    with pytest.raises(RecipeError, match=r"width 40 does not divide by 16 \(VAE 8 x model.patch 2\); use 32 or 48"):
         made(folder, "a", width=40)
-    with pytest.raises(UserError, match="height 8 does not divide by 16 .*; use 16$"):
+    with pytest.raises(RecipeError, match="height 8 does not divide by 16 .*; use 16$"):
         made(folder, "a", height=8)
 
 
@@ -95,7 +95,7 @@ def test_a_video_that_memory_does_not_hold_is_refused(frames, folder, tmp_path):
 
 @pytest.mark.parametrize("words", [{"prompt": "a \udcff"}, {"prompt": "a", "negative": "b \udcff"}])
 def test_a_prompt_that_is_no_text_is_refused(words, folder, tmp_path):
-    with pytest.raises(UserError, match=r"the prompt '. .udcff' has bytes that are no UTF-8"):
+    with pytest.raises(RecipeError, match=r"the prompt '. .udcff' has bytes that are no UTF-8"):
         made(folder, words["prompt"], negative=words.get("negative"), out=str(tmp_path))
 
 
