@@ -8,6 +8,7 @@ How each stage lays weights and moments out over the ranks is `slices.py`'s know
 """
 
 import contextlib
+import importlib
 import logging
 import math
 import os
@@ -235,9 +236,17 @@ def _quiet_deepspeed(device: torch.device):
     warnings.filterwarnings("ignore", message=r".*`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     import deepspeed
     import deepspeed.ops
+    from deepspeed.runtime import compiler
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    # Whatever the optimizer, DeepSpeed asks whether it is Muon, and imports that: its functions, which nothing here
+    # calls, are given to torch's compiler, whose import takes seconds.
+    before, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = before
     # Set as a whole: asking for the entry would probe every op, which runs the compiler for seconds.
     deepspeed.ops.__dict__.setdefault("__compatible_ops__", {})
     return deepspeed

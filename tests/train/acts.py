@@ -1,6 +1,7 @@
 """What ranks do with an engine alone, without the loop. `ranks.py` calls them: act(model, out, train, resume)."""
 
 import json
+import sys
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,7 @@ def tell(model: ModelConfig, out: Path, settings: dict, resume: str | None) -> N
         "param_persistence_threshold": inner.zero_param_persistence_threshold(),
         "sub_groups": len(getattr(inner.optimizer, "fp32_partitioned_groups_flat", ())),
         "stage": inner.zero_optimization_stage(),
+        "loaded_inductor": "torch._inductor.compile_fx" in sys.modules,
     }
     if engine.rank == 0:
         out.mkdir(parents=True, exist_ok=True)

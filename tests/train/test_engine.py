@@ -151,6 +151,11 @@ def test_raw_keys_reach_deepspeed_and_leave_the_numbers(runs: Path, stage: int):
         assert (told["wall_clock_breakdown"], told["steps_per_print"]) == (False, 1000)
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_engine_that_compiles_nothing_does_not_load_the_compiler(runs: Path, stage: int):
+    assert json.loads((runs / f"told{stage}/told.json").read_text())["loaded_inductor"] is False
+
+
 @pytest.mark.parametrize(
     ("raw", "says"),
     [
