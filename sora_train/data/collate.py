@@ -4,6 +4,7 @@ What is drawn for a clip depends on (seed, step, sample_id) alone: not on the ra
 it. So cutting a global batch otherwise changes nothing, and a resumed run draws what the unbroken one drew.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -39,9 +40,15 @@ class MicroBatch:
     """None for padding."""
 
     def to(self, device: torch.device | str) -> "MicroBatch":
-        """The same on another device."""
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **tensors)
+        """The same on another device; the copy of pinned memory is not waited for."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "MicroBatch":
+        """The same in memory that a GPU copies while it computes."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        return replace(self, **{name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)})
 
 
 @dataclass(frozen=True)

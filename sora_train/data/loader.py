@@ -4,6 +4,8 @@ from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import torch
+
 from sora_train.data.collate import MicroBatch, collate
 from sora_train.data.order import Plan, batch, share
 from sora_train.data.shards import ShardSet
@@ -57,15 +59,17 @@ def batches(
     micro_batch_size: int,
     caption_dropout: float,
     ahead: int = 2,
+    device: torch.device | None = None,
 ) -> Generator[tuple[int, list[MicroBatch]], None, None]:
-    """(number, its micro-batches) for each of the batches `numbers`, up to `ahead` made before they are asked for.
+    """(number, its micro-batches) for each of the batches `numbers`, up to `ahead` made before they are asked for, in
+    memory from which a GPU `device` copies while it computes.
 
     An error of the thread is raised here, at the batch it belongs to. The time spent in `next` is the wait for data.
     `close()` returns at once: what is not begun is given up, and the thread ends with the batch that it has in hand.
     """
 
     def make(number: int) -> tuple[int, list[MicroBatch]]:
-        return number, micro_batches(
+        made = micro_batches(
             shards,
             plan,
             objective,
@@ -75,6 +79,10 @@ def batches(
             micro_batch_size=micro_batch_size,
             caption_dropout=caption_dropout,
         )
+        if device is None or device.type != "cuda":
+            return number, made
+        with torch.cuda.device(device):  # a thread begins at GPU 0, which would get a context of every process
+            return number, [micro.pinned() for micro in made]
 
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
     pending: deque[Future[tuple[int, list[MicroBatch]]]] = deque()

@@ -81,6 +81,7 @@ def train(
             world=world,
             micro_batch_size=config.micro_batch_size,
             caption_dropout=config.caption_dropout,
+            device=device,
         )
 
     data, tally, kept = feed(), Tally(), (0.0, 0.0)
