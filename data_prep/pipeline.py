@@ -26,6 +26,7 @@ from data_prep.workers import Share, share_out
 from sora_train.codec.files import TextFiles, VaeFiles, find_text_encoder, find_vae
 from sora_train.errors import RecipeError
 from sora_train.manifest import SCHEMA_VERSION, Counts, LatentFormat, Manifest, TextFacts, VaeFacts
+from sora_train.places import lasting
 from sora_train.recipe import Recipe
 from sora_train.schema import bucket_name, bucket_of, bucket_size
 
@@ -41,6 +42,7 @@ def prep(recipe: Recipe) -> Manifest:
     """
     started = time.monotonic()
     data = recipe.data
+    lasting("data.output", data.output)
     buckets = buckets_of(data)
     vae, text = find_codec(recipe)
     check_shapes(buckets, vae)

@@ -22,6 +22,8 @@ from sora_train.errors import UserError
 
 OBJECT_STORES = ("s3", "gcs", "abfs")
 """Filesystems, by pyarrow's names, where an upload is there whole or not at all, and a rename is a copy."""
+JOBS_FOLDER = "working_dir_files"
+"""Where Ray unpacks what `ray job submit --working-dir` uploaded."""
 GCS_PATIENCE_S = 60  # else a store that can't be reached is tried for a quarter of an hour
 
 
@@ -45,6 +47,16 @@ def resolve(place: str) -> tuple[fs.FileSystem, str]:
     limit = f"?retry_limit_seconds={GCS_PATIENCE_S}" if scheme.lower() in ("gs", "gcs") else ""
     with named(place, "reached"):
         return fs.FileSystem.from_uri(f"{scheme}://{authority}{slash}{path}{limit}")
+
+
+def lasting(key: str, place: str) -> None:
+    """Raises UserError where the place that a recipe's key names would go with a submitted job's own working folder."""
+    if "://" in place or os.path.isabs(os.path.expanduser(place)) or JOBS_FOLDER not in Path.cwd().parts:
+        return
+    raise UserError(
+        f"{key} is {place}, which in a submitted job lies in the job's own working folder and is removed with it; give "
+        f"an absolute path on storage that every node sees, such as --{key} /shared/{Path(place).name}"
+    )
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from sora_train.data.config import DataConfig, PrepConfig, SelectionConfig, misf
 from sora_train.diffusion import DiffusionConfig, Sampler, Sampling, fitting
 from sora_train.errors import RecipeError, UserError
 from sora_train.model import ModelConfig
-from sora_train.model.config import with_preset
+from sora_train.model.config import PRESETS, with_preset
 from sora_train.section import Section
 from sora_train.settings import build, read_yaml
 from sora_train.train.config import TrainConfig
@@ -169,11 +169,15 @@ class Recipe(Section):
 
 
 def load_recipe(path: str | Path, overrides: Mapping[str, object] | None = None) -> Recipe:
-    """The recipe in a YAML file, with `overrides` ({"train.steps": 40}) laid over it.
+    """The recipe in a YAML file, with `overrides` ({"train.steps": 40}) laid over it. A preset among them takes the
+    place of what the file itself says of the model's shape.
 
     Raises RecipeError where the file can't be read, a key is unknown, a value is wrong, or keys contradict each other.
     """
-    recipe = build(Recipe, read_yaml(path), overrides or {}, str(path))
+    settings, overrides = read_yaml(path), overrides or {}
+    if (chosen := overrides.get("model.preset")) and isinstance(model := settings.get("model"), dict):
+        settings["model"] = {key: value for key, value in model.items() if key not in PRESETS.get(str(chosen), ())}
+    recipe = build(Recipe, settings, overrides, str(path))
     wrong = check(recipe)
     if wrong:
         raise RecipeError("\n".join(f"{path}: {sentence}" for sentence in wrong))

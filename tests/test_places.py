@@ -6,7 +6,7 @@ import pytest
 from pyarrow import fs
 
 from sora_train.errors import UserError
-from sora_train.places import in_bytes, read_bytes, resolve, write_whole
+from sora_train.places import in_bytes, lasting, read_bytes, resolve, write_whole
 
 
 @pytest.mark.parametrize("name", ["ä b.txt", "50%.txt", "a#b.txt", "[1] {2} |^`.txt", "100%41.txt"])
@@ -41,3 +41,13 @@ def test_a_file_that_can_not_be_written_is_named(tmp_path: Path):
 
 def test_sizes_are_said_as_people_say_them():
     assert [in_bytes(size) for size in (0, 999, 999.6, 1_500_000, 2e12)] == ["0 B", "999 B", "1 kB", "1.5 MB", "2 TB"]
+
+
+def test_in_a_submitted_job_only_places_that_last_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    lasting("data.output", "runs/x/shards")
+    (job := tmp_path / "working_dir_files" / "_ray_pkg_0").mkdir(parents=True)
+    monkeypatch.chdir(job)
+    for place in ("/shared/shards", "s3://bucket/shards", "~/shards"):
+        lasting("data.output", place)
+    with pytest.raises(UserError, match=r"data\.output is runs/x/shards, .*such as --data\.output /shared/shards"):
+        lasting("data.output", "runs/x/shards")

@@ -50,6 +50,9 @@ def test_a_preset_lies_under_the_keys_that_are_given(tmp_path: Path) -> None:
     with_flags, _ = parse_flags(["--model.preset", "L", "--model.attention", "joint"], Recipe)
     model = build(Recipe, {}, with_flags, "flags").model
     assert (model.preset, model.width, model.depth, model.attention) == ("L", 1024, 24, "joint")
+    shaped = write(tmp_path, "model: {width: 64, depth: 2, heads: 2, pooled_text: true}")
+    model = load_recipe(shaped, {"model.preset": "B", "model.depth": "4"}).model
+    assert (model.width, model.depth, model.heads, model.pooled_text) == (768, 4, 12, True)
     assert "model.preset is 'M'; choices: " in refusal(tmp_path, "model: {preset: M}")
     assert "model.preset is ['S']; " in refusal(tmp_path, "model: {preset: [S]}")
 

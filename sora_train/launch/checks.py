@@ -17,6 +17,7 @@ from sora_train.evaluate.i3d import load_i3d
 from sora_train.evaluate.similarity import find_clip
 from sora_train.manifest import Manifest
 from sora_train.model.convert import check_fit, check_readable
+from sora_train.places import lasting
 from sora_train.recipe import Recipe
 from sora_train.schema import bucket_name, bucket_size
 from sora_train.settings import build, read_yaml
@@ -66,6 +67,9 @@ def absolute(recipe: Recipe) -> Recipe:
         raise UserError(
             f"train.output {recipe.train.output} is remote; name a folder that every node sees, such as one on NFS"
         )
+
+    lasting("data.output", recipe.data.output)
+    lasting("train.output", recipe.train.output)
 
     def place(name: str) -> str:
         return name if "://" in name else os.path.abspath(os.path.expanduser(name))

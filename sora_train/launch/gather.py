@@ -7,7 +7,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -65,7 +65,8 @@ def shared_folder(output: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if made:
-            os.rmdir(output)
+            with suppress(OSError):  # another run has begun in it meanwhile
+                os.rmdir(output)
 
 
 def ask(what: Callable[..., T], words: dict[str, tuple], timeout_s: float) -> dict[str, T | Exception]:

@@ -192,8 +192,10 @@ def judge_room(recipe: Recipe, gpu: bool, nodes: Iterable[dict[str, float]]) -> 
     return passed("room", f"for {most} workers of {worker}" + (f" beside validation's {beside}" if beside else ""))
 
 
-def judge_free(need: dict[str, float], free: dict[str, float]) -> Check:
-    """Whether what the run needs is free now, and not only there."""
+def judge_free(need: dict[str, float], there: dict[str, float], free: dict[str, float]) -> Check:
+    """Whether what the run needs, of what is there in all, is free now."""
+    if any(count > there.get(kind, 0) for kind, count in need.items()):
+        return Check("free now", "skipped", "see cluster")
     taken = [f"{free.get(kind, 0):g} of {count:g} {kind}" for kind, count in need.items() if free.get(kind, 0) < count]
     if taken:
         return failed(

@@ -6,6 +6,7 @@ Facts are gathered by one Ray task a node (`gather.py`, `facts.py`) and judged b
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -105,7 +106,8 @@ def check_nodes(recipe: Recipe, manifest: Manifest | None, tell: Callable[[Check
     alive = [node for node in ray.nodes() if node["Alive"]]
     tell(judge_room(recipe, bool(gpu), [node["Resources"] for node in alive]))
     need = resources(recipe, bool(gpu))
-    tell(judge_free(need, {kind: float(count) for kind, count in ray.available_resources().items()}))
+    there, free = ray.cluster_resources(), ray.available_resources()
+    tell(judge_free(need, *({kind: float(count) for kind, count in of.items()} for of in (there, free))))
     nodes = gather(recipe, alive)
     for check in judged(recipe, manifest, nodes):
         tell(check)
@@ -116,8 +118,11 @@ def check_nodes(recipe: Recipe, manifest: Manifest | None, tell: Callable[[Check
 
 def check_quickly(recipe: Recipe, manifest: Manifest, gpu: bool) -> None:
     """What `sora train` checks of the cluster at its start, beside its own checks: disk and memory, and where there
-    are several nodes what must be alike on them. UserError where something failed.
+    are several nodes what must be alike on them. Says where micro-batches hold padding; UserError where something
+    failed.
     """
+    if (batch := judge_batch(recipe)).state == "failed":
+        print(f"warning: {batch.said}", file=sys.stderr, flush=True)
     alive = [node for node in ray.nodes() if node["Alive"]]
     checks = [check_disk(recipe)]
     nodes: list[NodeFacts] = []

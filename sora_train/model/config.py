@@ -15,7 +15,8 @@ class ModelConfig:
     __pydantic_config__: ClassVar = {"extra": "forbid", "use_attribute_docstrings": True}
 
     preset: Literal["", "S", "B", "L", "XL", "latte_t2v"] = ""
-    """Named shape that fills the keys of `model` not given here: Latte's S, B, L, XL, or `latte_t2v` as released."""
+    """Named shape that fills the keys of `model` not given here: Latte's S, B, L, XL, or `latte_t2v` as released. As
+    a flag it replaces the shape that the recipe's file gives."""
     width: int = 384
     """Width of the token vectors."""
     depth: int = 12

@@ -7,8 +7,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Annotated
 
-from pydantic import PositiveFloat
+from pydantic import Field, PositiveFloat
 
 from sora_train.codec.files import find_vae
 from sora_train.errors import RecipeError, UserError
@@ -21,11 +22,12 @@ from sora_train.plan.states import checkpoint_bytes, counts
 from sora_train.recipe import PIXELS_PER_LATENT, Recipe
 from sora_train.schema import bucket_name
 from sora_train.train.config import TrainConfig
-from sora_train.train.hardware import peak_of
+from sora_train.train.hardware import PEAKS, peak_of
 from sora_train.train.loop import accumulation
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
 WIDTH = 15
+EIGHTY_GB = ("A100", "A800", "H100", "H100 PCIe", "H800")
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,10 @@ class PlanOptions:
 
     gpu: str = "H100"
     """GPU whose data sheet the hours are reckoned from, such as `A100` or `H100`."""
-    memory: PositiveFloat = 80.0
-    """Memory of a GPU in 10⁹ bytes. A card that is sold as 80 GB has 85, of which CUDA, NCCL and gaps take the rest."""
-    mfu: PositiveFloat = 0.35
+    memory: PositiveFloat | None = None
+    """Memory of a GPU in 10⁹ bytes that training may use: 80 for cards sold as 80 GB, which have 85, of which CUDA,
+    NCCL and gaps take the rest; for others it must be given."""
+    mfu: Annotated[float, Field(gt=0, le=1)] = 0.35
     """Share of the GPU's FLOP/s that training is assumed to reach."""
 
 
@@ -91,7 +94,8 @@ def format_plan(recipe: Recipe, options: PlanOptions) -> str:
     """The whole page."""
     facts = facts_of(recipe)
     name, sizes = heaviest(recipe, facts)
-    train, world, room = recipe.train, recipe.cluster.fewest, int(options.memory * 1e9)
+    memory = memory_of(options)
+    train, world, room = recipe.train, recipe.cluster.fewest, int(memory * 1e9)
     sizes = replace(sizes, b=train.micro_batch_size)
     own = estimate(recipe.model, train, sizes, world)
     lines = [
@@ -101,14 +105,24 @@ def format_plan(recipe: Recipe, options: PlanOptions) -> str:
         f"clips of {name}: latents {sizes.f}x{sizes.h}x{sizes.w}, {sizes.tokens(recipe.model) // sizes.b:,} tokens, "
         f"captions of up to {sizes.l} tokens (from {facts.source})",
         "",
-        *grid(recipe, sizes, room, options.memory),
+        *grid(recipe, sizes, room, memory),
         "",
         *breakdown(recipe, own, sizes),
         "",
-        verdict(recipe, own, sizes, room, options.memory),
+        verdict(recipe, own, sizes, room, memory),
         *cost(recipe, facts, options),
     ]
     return "\n".join(lines)
+
+
+def memory_of(options: PlanOptions) -> float:
+    """Memory that training may use of the GPU, in 10⁹ bytes. RecipeError where nobody says it."""
+    if options.memory is None and options.gpu not in EIGHTY_GB:
+        raise RecipeError(
+            f"--gpu {options.gpu} needs --memory, the 10⁹ bytes that training may use of it, such as 22 of a card of "
+            f"24 GB; without it 80 are taken for {', '.join(EIGHTY_GB)}"
+        )
+    return options.memory or 80.0
 
 
 def heaviest(recipe: Recipe, facts: Facts) -> tuple[str, Sizes]:
@@ -221,7 +235,7 @@ def cost(recipe: Recipe, facts: Facts, options: PlanOptions) -> list[str]:
     model, train, world = recipe.model, recipe.train, recipe.cluster.most
     peak = peak_of(options.gpu, train.precision == "bf16")
     if peak is None:
-        raise RecipeError(f"--gpu {options.gpu}: its FLOP/s are not known; name one such as A100, H100 or RTX 4090")
+        raise RecipeError(f"--gpu {options.gpu}: its FLOP/s are not known; those of {', '.join(PEAKS)} are")
     weights = [count / max(1, sum(facts.clips)) for count in facts.clips]
     each = [forward_flops(model, s.f, s.h, s.w, s.l) for _, s in facts.buckets]
     sample = 3 * sum(weight * flops for weight, flops in zip(weights, each, strict=True))

@@ -54,6 +54,7 @@ def test_the_image_takes_pinned_versions_no_root_and_nothing_secret():
     assert all("-c constraints.txt" in line for line in instructions if "pip install" in line)
     assert [line.split()[1] for line in instructions if line.startswith("USER")] == ["1000"]
     assert "RAY_AUTH_MODE=token" in text
+    assert {"openssh-client", "rsync"} <= set(text.split())  # by which `ray up` reaches nodes from the head's container
     assert not re.search(r"(KEY|TOKEN|SECRET|PASSWORD)=", text)
     needed = {name.split("/")[0] for line in instructions if line.startswith("COPY") for name in line.split()[1:-1]}
     ignore = (ROOT / "cluster/Dockerfile.dockerignore").read_text().splitlines()

@@ -22,7 +22,7 @@ from sora_train.errors import RecipeError, UserError
 from sora_train.launch import facts
 from sora_train.launch.allreduce import bandwidth, check_allreduce, sums
 from sora_train.launch.facts import NodeFacts, parse_gpus
-from sora_train.launch.gather import ask, gather
+from sora_train.launch.gather import ask, gather, shared_folder
 from sora_train.launch.judge import (
     Check,
     judge_allreduce,
@@ -201,7 +201,10 @@ def test_no_node_with_room_for_the_validation_is_told(recipe_of, tmp_path: Path)
 
 
 def test_what_another_job_holds_is_not_free():
-    refused(judge_free({"GPU": 4.0, "CPU": 4.0}, {"CPU": 8.0, "GPU": 1.0}), "free are 1 of 4 GPU", "ray job stop")
+    need, there = {"GPU": 4.0, "CPU": 4.0}, {"CPU": 8.0, "GPU": 4.0}
+    refused(judge_free(need, there, {"CPU": 8.0, "GPU": 1.0}), "free are 1 of 4 GPU", "ray job stop")
+    assert judge_free(need, there, there).state == "passed"
+    assert judge_free(need, {"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0}).state == "skipped"  # nobody holds what is not there
 
 
 def test_a_rank_with_a_wrong_sum_is_named():
@@ -393,9 +396,25 @@ def test_a_plan_that_is_no_number_is_refused():
         cli.run("preflight", ["jobs/quickstart.yaml", "--plan", "--memory", "much"])
 
 
-def test_the_quick_part_asks_no_node_where_there_is_one(builtin_shards: Path, tmp_path: Path, recipe_of, local_ray):
+def test_the_quick_part_asks_no_node_where_there_is_one(
+    builtin_shards: Path, tmp_path: Path, recipe_of, local_ray, capsys: pytest.CaptureFixture[str]
+):
     from sora_train.launch.checks import check_shards
 
-    recipe = recipe_of(builtin_shards, tmp_path)
+    recipe = recipe_of(builtin_shards, tmp_path, train__batch_size=4, train__micro_batch_size=2)
     check_quickly(recipe, check_shards(recipe), False)
     assert not list(tmp_path.iterdir())
+    assert not capsys.readouterr().err
+    check_quickly(
+        recipe_of(builtin_shards, tmp_path, train__batch_size=5, train__micro_batch_size=2), check_shards(recipe), False
+    )
+    assert "are padding, which costs as much as clips" in capsys.readouterr().err
+
+
+def test_a_folder_in_which_another_run_has_begun_meanwhile_stays(tmp_path: Path):
+    with shared_folder(tmp_path / "runs"):
+        (tmp_path / "runs" / "other").mkdir()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["other"]
+    with shared_folder(tmp_path / "new"):
+        pass
+    assert not (tmp_path / "new").exists()

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from sora_train.errors import RecipeError
 from sora_train.model import ModelConfig
 from sora_train.model.config import preset
 from sora_train.plan.activations import Sizes
@@ -138,6 +139,11 @@ def test_the_plan_needs_no_shards_and_takes_what_they_say(tiny_shards):
 
 def test_a_smaller_card_is_a_flag():
     assert "does not fit" in format_plan(large(train__micro_batch_size=1), PlanOptions(memory=24.0))
+    assert "does not fit" in format_plan(large(train__micro_batch_size=1), PlanOptions(gpu="A10", memory=22.0))
+    with pytest.raises(RecipeError, match="--gpu A10 needs --memory"):
+        format_plan(large(), PlanOptions(gpu="A10"))
+    with pytest.raises(RecipeError, match="RTX 4090"):
+        format_plan(large(), PlanOptions(gpu="Potato", memory=8.0))
 
 
 def test_a_model_of_the_smallest_shape_can_be_planned():
