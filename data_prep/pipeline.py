@@ -82,9 +82,11 @@ def encode(recipe: Recipe, buckets: tuple[Bucket, ...], vae: VaeFiles, todo: lis
     """Sends sources down the chain and brings in what comes out."""
     from sora_train.launch.cluster import connect
 
-    with connect(recipe.cluster.address, log_to_driver=False), Progress(len(todo), metrics=True) as progress:
+    with connect(recipe.cluster.address, log_to_driver=False), Progress(len(todo), run=recipe.name) as progress:
         for table in chain(recipe, buckets, vae, todo):
-            progress.add(*harvest.bring_in(table))
+            before = len(harvest.outcome.failures)
+            counts = harvest.bring_in(table)
+            progress.add(*counts, Counter(failure["reason"] for failure in harvest.outcome.failures[before:]))
 
 
 def chain(recipe: Recipe, buckets: tuple[Bucket, ...], vae: VaeFiles, todo: list[Work]) -> Iterator[pa.Table]:
@@ -117,6 +119,7 @@ def chain(recipe: Recipe, buckets: tuple[Bucket, ...], vae: VaeFiles, todo: list
         latents, EmbedText, shares.text, codec=recipe.codec, moments=vae.moments, latent_shapes=shapes,
         batch=recipe.prep.text_batch, threads=shares.text.threads, device=device if shares.text.gpus else "cpu",
     )  # fmt: skip
+    encoded.set_name(f"prep {recipe.name}")  # as Ray's dashboard and metrics show it
     for table in encoded.iter_batches(batch_size=None, batch_format="pyarrow"):
         assert isinstance(table, pa.Table)
         yield table

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections import Counter
 
 from tqdm import tqdm
 
@@ -12,14 +13,19 @@ from tqdm import tqdm
 class Progress:
     """Counts sources and their clips; a context manager that says so every `every_s` seconds, also while none come."""
 
-    def __init__(self, total: int, every_s: float = 5.0, metrics: bool = False):
+    def __init__(self, total: int, every_s: float = 5.0, run: str = ""):
+        """`run` is the name that Ray's metrics have it under, where this process is connected to Ray."""
         self.total, self.every_s = total, every_s
         self.sources = self.clips = self.bad = self.filtered = 0
         self.started = time.monotonic()
         self.first: tuple[float, int, int] | None = None  # when the first came out, and how many: start-up left out
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
-        self._metrics = RayMetrics() if metrics else None
+        self._metrics = None
+        if run:
+            from sora_train.launch.ray_metrics import RayMetrics
+
+            self._metrics = RayMetrics(run)
         self._bar = tqdm(total=total, desc="prep", unit=" sources", mininterval=0.5) if sys.stdout.isatty() else None
 
     def __enter__(self) -> Progress:
@@ -32,8 +38,8 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def add(self, sources: int, written: int, bad: int, filtered: int) -> None:
-        """Counts sources that are finished, and clips that came out at the end."""
+    def add(self, sources: int, written: int, bad: int, filtered: int, reasons: Counter[str] | None = None) -> None:
+        """Counts sources that are finished, and clips that came out at the end, those left out also by reason."""
         self.sources += sources
         self.clips += written + bad + filtered
         self.bad += bad
@@ -41,7 +47,11 @@ class Progress:
         if self.first is None and self.clips:
             self.first = time.monotonic(), self.sources, self.clips
         if self._metrics is not None:
-            self._metrics.add(written, bad, filtered, self.sources / max(1, self.total))
+            for outcome, count in (("written", written), ("quarantined", bad), ("filtered", filtered)):
+                self._metrics.count("sora_prep_clips", outcome, count)
+            for reason, count in (reasons or Counter()).items():
+                self._metrics.count("sora_prep_left_out", reason, count)
+            self._metrics.show({"sora_prep_share_done": self.sources / max(1, self.total)})
         if self._bar is not None:
             self._bar.update(sources)
             self._bar.set_postfix_str(f"{self.clips} clips, {self.bad} bad, {self.filtered} filtered", refresh=False)
@@ -52,37 +62,23 @@ class Progress:
         text = f"prep: {self.sources} of {self.total} sources ({100 * self.sources // max(1, self.total)} %)"
         if self.first is None:
             return f"{text}, the first are under way since {now - self.started:.0f} s"
-        since, sources, clips = self.first
-        if self.sources > sources:
-            seconds, sources, clips = now - since, self.sources - sources, self.clips - clips
-        else:
-            seconds, sources, clips = now - self.started, self.sources, self.clips
+        seconds, sources, clips = self._since(now)
         left = f", {(self.total - self.sources) * seconds / sources:.0f} s left" if sources else ""
         counts = f"{self.clips} clips, {clips / seconds:.3g} clips/s, {self.bad} bad, {self.filtered} filtered"
         return f"{text}, {counts}{left}"
 
+    def _since(self, now: float) -> tuple[float, int, int]:
+        """Seconds, and the sources and clips finished in them: since the first came out, if there are more."""
+        if self.first is None or self.sources <= self.first[1]:
+            return now - self.started, self.sources, self.clips
+        return now - self.first[0], self.sources - self.first[1], self.clips - self.first[2]
+
     def _run(self) -> None:
         while not self._stop.wait(self.every_s):
+            if self._metrics is not None and self.first is not None:
+                seconds, _, clips = self._since(time.monotonic())
+                self._metrics.show({"sora_prep_clips_per_s": clips / seconds})
             if self._bar is None:
                 print(self.line(), flush=True)
             else:
                 self._bar.refresh()
-
-
-class RayMetrics:
-    """The counters where Ray's dashboard and Prometheus see them; only while this process is connected to Ray."""
-
-    def __init__(self):
-        from ray.util.metrics import Counter, Gauge
-
-        self.clips = Counter(
-            "sora_prep_clips", "Clips that came out, by outcome: written, quarantined, filtered.", ("outcome",)
-        )
-        self.share = Gauge("sora_prep_share_done", "Share of the sources that are finished.")
-
-    def add(self, written: int, bad: int, filtered: int, share: float) -> None:
-        """Counts clips by how they ended."""
-        for outcome, count in (("written", written), ("quarantined", bad), ("filtered", filtered)):
-            if count:
-                self.clips.inc(count, {"outcome": outcome})
-        self.share.set(share)

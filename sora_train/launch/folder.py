@@ -24,7 +24,7 @@ from sora_train.train.metrics import Events, JsonLines
 
 STOP = "stop.json"
 """Why a worker ended the run, where no repetition would mend it: workers that Ray starts anew find it and end too."""
-RAYS_LIST = "checkpoints/checkpoint_manager_snapshot.json"
+RAYS_LIST = "checkpoint_manager_snapshot.json"
 """Ray's list of checkpoints. It would bring a whole run down over one that somebody removed; workers report anew."""
 RECORDS = (
     "metrics.jsonl",

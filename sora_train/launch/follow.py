@@ -1,4 +1,4 @@
-"""What the driver does while workers train: prints their lines, and hands everything on to wandb.
+"""What the driver does while workers train: prints their lines, and hands everything on to wandb and to Ray's metrics.
 
 It reads the run's folder, so it needs no word from Ray, shows the same after a worker was replaced, and gets the
 results of validations, which add their line to `metrics.jsonl`, also of those that end after the training.
@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sora_train.launch.node_stats import NodeStats
+from sora_train.launch.ray_metrics import RayMetrics
 from sora_train.train.metrics import Events, JsonLines, duration, log_line, parse, validation_line
 from sora_train.train.tracking import Tracker
 
@@ -43,10 +45,13 @@ class Follower:
             self.run, **self.tracking, config=self.config, failed=lambda why: events.write("tracking_failed", 0, why)
         )
         tracker.log(JsonLines(self.metrics.path).read())  # of a run that began before, what a kill kept from wandb
+        tracker.alert(events.lines.read())
+        shown, nodes = RayMetrics(self.run.name), NodeStats()
         while True:
             ending = self.ended.is_set()  # asked first, so that the last round sees the last lines
             records = self.metrics.new()
             for record in records:
+                shown.line(record)
                 if record.get("validation"):
                     self._say(validation_line(record))
                     continue
@@ -54,13 +59,18 @@ class Follower:
                     "training" if record["step"] < self.steps else "waiting for checkpoints and validations to end"
                 )
                 self._say(log_line(record, self.steps))
-            tracker.log(records)
-            for event in self.events.new():
+            tracker.log(records, nodes.look() if records and tracker.writer is not None else {})
+            if fresh := self.events.new():
+                tracker.alert(events.lines.read())
+            for event in fresh:
+                shown.count("sora_events", str(event["event"])[:80])
                 self._say(f"{event['event'].replace('_', ' ')} at step {event['step']}: {event['reason']}")
                 if event["event"] in ("start", "resume"):
                     self.doing, self.training = "training", True
                 if event["event"] == "worker_lost":
                     self.doing, self.training = "replacing workers", False
+                    shown.forget()
+            shown.again()
             if time.monotonic() - self.said_at > QUIET_S:
                 self._say(f"… {self.doing}, {duration(time.monotonic() - self.began)} since the start")
             if ending:

@@ -98,6 +98,7 @@ def launch_training(recipe: Recipe, fresh: bool = False, overwrite: bool = False
     print("starting Ray", flush=True)
     need = resources(recipe, gpu=False, most=True)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")  # a lost worker is noticed so soon
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard's page of training runs
     if recipe.cluster.fewest < recipe.cluster.most:
         # Ray takes up to 20 s to see that a node is gone; until then it waits for workers on it, so long at a time.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
@@ -170,11 +171,11 @@ def fit(recipe: Recipe, run: Path, gpu: bool) -> str:
         timeout_s, on_gpu = recipe.validation.timeout_s, recipe.validation.resources.get("GPU", 0) > 0
         options = remote_options(recipe.validation.resources)
         # At once, in the place that validations will have. Nobody waits: a validation without them makes its own.
-        ray.remote(prepare).options(**options).remote(str(run), timeout_s, on_gpu)
+        ray.remote(prepare).options(**options, name=f"prompts of {recipe.name}").remote(str(run), timeout_s, on_gpu)
         validation = ValidationConfig(
             fn=supervise,  # type: ignore[arg-type]  # it names its keywords, where Ray's protocol has **kwargs
             task_config=ValidationTaskConfig(fn_kwargs={"run": str(run), "timeout_s": timeout_s, "gpu": on_gpu}),
-            ray_remote_kwargs=options,
+            ray_remote_kwargs={**options, "name": f"validation of {recipe.name}"},
         )
     trainer = TorchTrainer(
         train_worker,
@@ -187,8 +188,8 @@ def fit(recipe: Recipe, run: Path, gpu: bool) -> str:
             elastic_resize_monitor_interval_s=recipe.cluster.resize_s,
         ),
         run_config=RunConfig(
-            name="checkpoints",
-            storage_path=str(run),
+            name=recipe.name,  # as the dashboard shows it; so Ray keeps its own files in the run's folder
+            storage_path=str(run.parent),
             failure_config=FailureConfig(max_failures=recipe.cluster.max_failures),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=recipe.train.keep_checkpoints,

@@ -133,6 +133,7 @@ def validate(checkpoint: Path, run: Path) -> None:
     """Samples the recipe's prompts and measures what it asks for; leaves videos, a sheet, a line of `metrics.jsonl`,
     and the run's report.
     """
+    began = time.monotonic()
     from sora_train.evaluate import measure
     from sora_train.generate import load_run, sample_to_folder
     from sora_train.recipe import load_recipe
@@ -149,7 +150,8 @@ def validate(checkpoint: Path, run: Path) -> None:
     files = sample_to_folder(trained, prompts, embeddings, folder, (asked.seed,), asked.sampling, lead_away)
     videos = zip(prompts, map(read_mp4, files), strict=True)
     figures = measure(trained, asked, recipe.data.output, videos, remark=lambda said: note_once(run, step, said))
-    JsonLines(run / "metrics.jsonl").write({"step": step, "validation": True, **figures})
+    took = {"validation_s": time.monotonic() - began}
+    JsonLines(run / "metrics.jsonl").write({"step": step, "validation": True, **figures, **took})
     report(run, step)
 
 

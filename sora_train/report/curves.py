@@ -40,6 +40,9 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "data_wait_share": ("Time spent waiting for data", "share of the whole"),
         "mfu": ("Use of the devices (MFU)", "share of what they could compute"),
         "memory_gb": ("Memory", "GB at the most, of one worker"),
+        "checkpoint_s": ("Seconds of a checkpoint", "until it was on disk; training goes on meanwhile"),
+        "checkpoint_stall_s": ("Seconds that a checkpoint held training up", ""),
+        "validation_s": ("Seconds of a validation", "samples and figures; training goes on meanwhile"),
     },
 }
 UNDRAWN = {"fvd_clips", *QUARTERS, *TENTHS}

@@ -35,11 +35,13 @@ class Home:
         self.metrics, self.events = JsonLines(run / "metrics.jsonl"), Events(run)
         self.writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.writing: Future[None] | None = None
+        self.timings: dict[str, float] = {}  # of the last checkpoint, for the next line of the log
         self.looked_at, self.leaving = 0.0, False
 
     def log(self, record: dict[str, Any]) -> None:
-        """A metrics record. For rank 0."""
-        self.metrics.write(record)
+        """A metrics record, with the seconds of a checkpoint where one was written since the last. For rank 0."""
+        timings, self.timings = self.timings, {}
+        self.metrics.write(record | timings)
 
     def note(self, event: str, step: int, reason: str) -> None:
         """An event. For rank 0."""
@@ -77,15 +79,23 @@ class Home:
             self.looked_at, self.leaving = time.monotonic(), (self.run / LEAVE).exists()
         return notice, self.leaving
 
-    def keep(self, snapshot: checkpoint.Snapshot) -> None:
-        """Has a snapshot written in the background. Waits for the one before, so that memory holds one copy at most.
+    def keep(self, make: Callable[[], checkpoint.Snapshot]) -> None:
+        """Has a snapshot made, and written in the background. Waits for the one before, so that a slow disk slows
+        training down rather than fill the memory.
 
         On every rank. Raises UserError where the one before could not be written.
         """
+        began = time.monotonic()
+        snapshot = make()
         self.settle()
-        state = snapshot.state
+        stall_s, state = time.monotonic() - began, snapshot.state
         folder = self.run / "checkpoints" / checkpoint.name_of(state.step)
-        writing = self.writing = self.writer.submit(snapshot.write, folder)
+
+        def write() -> None:
+            snapshot.write(folder)
+            self.timings = {"checkpoint_s": time.monotonic() - began, "checkpoint_stall_s": stall_s}
+
+        writing = self.writing = self.writer.submit(write)
         if self.report is not None:
             metrics = {} if state.loss is None else {"loss": state.loss}
             self.report(state.step, metrics, folder, lambda: writing.result())

@@ -162,7 +162,7 @@ def train(
             due = step % config.checkpoint_every == 0 and not state.streak
             if due or asked or leave or step == config.steps:
                 state = replace(state, loss=kept[0] / kept[1] if kept[1] else None)
-                home.keep(checkpoint.snapshot(engine, ema, state))
+                home.keep(partial(checkpoint.snapshot, engine, ema, state))
                 kept = (0.0, 0.0)
             if leave:
                 break

@@ -19,6 +19,17 @@ from sora_train.train.wandb_files import rows
 STEP = "train_step"
 """Every key's x axis. wandb drops rows whose own step falls behind, so it counts its own and we log ours beside it."""
 NOTE = "wandb.json"
+ALERTS = {
+    "failed": "ERROR",
+    "damaged": "ERROR",
+    "rollback": "ERROR",
+    "worker_lost": "WARN",
+    "skipped": "WARN",
+    "preempted": "WARN",
+    "validation_failed": "WARN",
+    "report_failed": "WARN",
+}
+"""Kinds of events that wandb tells people of, and how loudly; the others are the ordinary course of things."""
 
 
 class Tracker:
@@ -40,10 +51,19 @@ class Tracker:
         if mode != "off":
             self._guarded(lambda: self._start(mode, project, config))
 
-    def log(self, records: list[dict[str, Any]]) -> None:
-        """Lines of `metrics.jsonl`, of which those that wandb has heard of are left out."""
+    def log(self, records: list[dict[str, Any]], beside: dict[str, float] | None = None) -> None:
+        """Lines of `metrics.jsonl`, of which those that wandb has heard of are left out. `beside` are figures of this
+        moment, under their own keys, which go with the last of them.
+        """
         if self.writer is not None and records:
-            self._guarded(lambda: self._tell(records))
+            self._guarded(lambda: self._tell(records, beside or {}))
+
+    def alert(self, events: list[dict[str, Any]]) -> None:
+        """All lines of `events.jsonl`, which only grows: those beyond what was told before become alerts, if they are
+        of such a kind.
+        """
+        if self.writer is not None and len(events) > self.note.get("events", 0):
+            self._guarded(lambda: self._alert(events))
 
     def finish(self) -> None:
         """Returns when all is on disk or sent."""
@@ -61,7 +81,7 @@ class Tracker:
             )
             mode = "offline"
         path = self.run / NOTE
-        self.note |= json.loads(path.read_text()) if path.exists() else {}
+        self.note |= json.loads(path.read_text()) if path.exists() else {"events": 0}
         self._write_note()
         for row in rows(self.run):
             for section, steps in self.told.items():
@@ -88,7 +108,16 @@ class Tracker:
         self.writer.finish()
         wandb.teardown()  # what `finish` has begun may not be on disk when it returns
 
-    def _tell(self, records: list[dict[str, Any]]) -> None:
+    def _alert(self, events: list[dict[str, Any]]) -> None:
+        for event in events[self.note.get("events", len(events)) :]:  # a note of before there were alerts has no number
+            if (kind := str(event.get("event"))) in ALERTS:
+                title = f"{self.run.name[:40]}: {kind.replace('_', ' ')}"  # wandb tells of one title once a minute
+                text = f"step {event['step']}: {event.get('reason', '')}"[:1000]
+                self.writer.alert(title, text, ALERTS[kind])
+        self.note["events"] = len(events)
+        self._write_note()  # only now: a kill in between repeats an alert, which is better than none
+
+    def _tell(self, records: list[dict[str, Any]], beside: dict[str, float]) -> None:
         for record in records:
             step, section = record["step"], "validation" if record.get("validation") else "train"
             if step in self.told[section]:
@@ -98,6 +127,8 @@ class Tracker:
             if section == "validation":
                 values["validation/done"] = 1  # where nothing was measured there are only samples
                 values |= media(self.run / "samples" / f"step_{step:08d}")
+            elif record is records[-1]:
+                values |= beside
             self.writer.log({**values, STEP: step})
             self.told[section].add(step)
         if not self.writer.offline:

@@ -32,7 +32,12 @@ def local_ray() -> Iterator[None]:
             # A Ray without a dashboard believes that it has one at 8265, where another Ray of this machine may answer
             # Train's cleaner that it knows no such controller: the workers would be ended.
             ray.init(
-                address="local", num_cpus=4, include_dashboard=False, dashboard_port=free_port(), log_to_driver=False
+                address="local",
+                num_cpus=4,
+                include_dashboard=False,
+                dashboard_port=free_port(),
+                log_to_driver=False,
+                _system_config={"metrics_report_interval_ms": 1000},
             )
         yield
         ray.shutdown()

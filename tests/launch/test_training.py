@@ -5,13 +5,18 @@ import os
 import signal
 import threading
 import time
+import urllib.request
+from collections import Counter
 from pathlib import Path
 
 import psutil
 import pytest
+import ray
+from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file
 
 from sora_train.errors import UserError
+from sora_train.launch.ray_metrics import METRICS
 from sora_train.launch.trainer import launch_training
 from sora_train.launch.validation import Outstanding
 from sora_train.train.checkpoint import whole
@@ -32,7 +37,27 @@ def unbroken(local_ray: None, builtin_shards: Path, recipe_of, tmp_path_factory:
         tracking__wandb="offline",
         data__holdout_fraction=0.2,
     )
-    return launch_training(recipe)
+    run = launch_training(recipe)
+    time.sleep(2)  # Ray's report interval here, twice
+    (run.parent / "metrics.txt").write_text(metrics_endpoint())
+    return run
+
+
+def metrics_endpoint() -> str:
+    """What the agent of this one node shows to Prometheus."""
+    (node,) = ray.nodes()
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    return urllib.request.urlopen(address, timeout=10).read().decode()
+
+
+def shown(text: str) -> dict[tuple[str, ...], float]:
+    """Our metrics, {(name, run, another tag): value}, read by Prometheus' own library."""
+    return {
+        (sample.name, *(sample.labels[tag] for tag in ("run", "kind", "outcome") if tag in sample.labels)): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name.startswith("ray_sora_")
+    }
 
 
 def lines(path: Path) -> list[dict]:
@@ -95,6 +120,42 @@ def test_wandb_holds_what_metrics_hold_and_the_videos(unbroken: Path):
         assert sorted(theirs) == sorted(ours)
     videos = sorted(path.suffix for path in (folder / "files/media/videos/samples").iterdir())
     assert videos == [".mp4"] * 4
+
+
+def test_ray_shows_to_prometheus_what_the_last_lines_of_metrics_say(unbroken: Path):
+    found = shown((unbroken.parent / "metrics.txt").read_text())
+    written = lines(unbroken / "metrics.jsonl")
+    training = [line for line in written if "validation" not in line]
+    newest = {key: value for line in written for key, value in line.items() if value is not None}
+    for name, metric in METRICS.items():
+        if metric.key in newest:
+            assert found.pop((f"ray_{name}", "tiny")) == newest[metric.key], name
+    assert found.pop(("ray_sora_step", "tiny")) == training[-1]["step"] == 12
+    kinds = Counter(event["event"] for event in lines(unbroken / "events.jsonl"))
+    assert found == {("ray_sora_events_total", "tiny", kind): count for kind, count in kinds.items()}
+    assert {"checkpoint_s", "checkpoint_stall_s", "validation_s", "holdout_loss", "loss", "lr"} <= newest.keys()
+
+
+def test_a_checkpoint_and_a_validation_say_how_long_they_took(unbroken: Path):
+    written = lines(unbroken / "metrics.jsonl")
+    at = [line["step"] for line in written if "checkpoint_s" in line]
+    assert len(at) == 2  # the last one is on disk after the last line
+    assert 4 < at[0] <= 8 < at[1] <= 12
+    for line in written:
+        if "checkpoint_s" in line:
+            assert 0 < line["checkpoint_stall_s"] <= line["checkpoint_s"]
+        if "validation" in line:
+            assert line["validation_s"] > 0
+
+
+def test_rays_dashboard_knows_a_run_and_its_workers_by_their_names(unbroken: Path):
+    actor = ray.get_actor("train_v2_state_actor", namespace="_train_state_actor")
+    runs = {run.name: run for run in ray.get(actor.get_train_runs.remote()).values()}
+    assert runs["tiny"].status.name == "FINISHED"
+    ((attempt,),) = (
+        of.values() for key, of in ray.get(actor.get_train_run_attempts.remote()).items() if key == runs["tiny"].id
+    )
+    assert sorted(worker.world_rank for worker in attempt.workers) == [0, 1]
 
 
 def kill_a_worker_at(step: int, run: Path) -> threading.Thread:

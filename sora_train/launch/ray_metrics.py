@@ -1,0 +1,116 @@
+"""What runs show in Ray's metrics: Prometheus collects them, and `cluster/grafana/sora_train.json` draws them.
+
+One process publishes, the driver, from what it reads in `metrics.jsonl` and `events.jsonl`: nothing of it is in the
+workers, and the numbers are those of the record. Ray puts `ray_` before every name and `_total` behind a counter's
+(`ray.util.metrics`). It forgets a gauge that was not set for some seconds, so that a run that is over is not shown for
+ever, and one that goes on sets its gauges again and again.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ray
+from ray.util.metrics import Counter, Gauge
+
+AGAIN_S = 2.0  # well below the seconds after which Ray forgets
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One name. `key` is that of `metrics.jsonl`, where the value is read off a line of it."""
+
+    about: str
+    key: str = ""
+    kind: Literal["gauge", "counter"] = "gauge"
+    tag: str = ""
+    """What it is told apart by beside the run."""
+
+
+METRICS = {
+    "sora_step": Metric("Steps done."),
+    "sora_loss": Metric("Training loss of the last logged step.", "loss"),
+    "sora_learning_rate": Metric("Learning rate.", "lr"),
+    "sora_gradient_norm": Metric("Gradient norm before clipping.", "grad_norm"),
+    "sora_samples_per_s": Metric("Clips per second, of all workers together.", "samples_per_s"),
+    "sora_tokens_per_s": Metric("Tokens per second, of all workers together.", "tokens_per_s"),
+    "sora_mfu": Metric("Share of the FLOP/s that the devices could give, 0 to 1.", "mfu"),
+    "sora_data_wait_share": Metric("Share of the time that rank 0 waits for data, 0 to 1.", "data_wait_share"),
+    "sora_step_s": Metric("Seconds of a step.", "step_s"),
+    "sora_memory_gb": Metric("Most memory that rank 0 had in use, 1e9 bytes.", "memory_gb"),
+    "sora_checkpoint_s": Metric("Seconds until the last checkpoint was on disk.", "checkpoint_s"),
+    "sora_checkpoint_stall_s": Metric("Seconds that the last checkpoint held training up.", "checkpoint_stall_s"),
+    "sora_validation_s": Metric("Seconds of the last validation.", "validation_s"),
+    "sora_holdout_loss": Metric("Held-out loss of the last validation.", "holdout_loss"),
+    "sora_fvd": Metric("Fréchet video distance of the last validation.", "fvd"),
+    "sora_similarity": Metric("Similarity of samples to their prompts at the last validation.", "similarity"),
+    "sora_events": Metric("Lines of events.jsonl, by their kind.", kind="counter", tag="kind"),
+    "sora_prep_clips": Metric("Clips that came out: written, quarantined or filtered.", kind="counter", tag="outcome"),
+    "sora_prep_left_out": Metric("Clips that were quarantined or filtered, by reason.", kind="counter", tag="reason"),
+    "sora_prep_clips_per_s": Metric("Clips per second that come out of the encoding, start-up left out."),
+    "sora_prep_share_done": Metric("Share of the sources that are finished, 0 to 1."),
+}
+"""All that there is. `run` tells runs apart; nothing is tagged by rank, clip or step, of which there are too many."""
+
+
+class RayMetrics:
+    """The metrics of one run, for as long as `again` is called; nothing where this process is not connected to Ray.
+
+    Whatever goes wrong is said once and ends the metrics, never the run.
+    """
+
+    def __init__(self, run: str) -> None:
+        self.run, self.on, self.set_at = run, ray.is_initialized(), 0.0
+        self.handles: dict[str, Gauge | Counter] = {}
+        self.values: dict[str, float] = {}
+
+    def line(self, record: dict[str, Any]) -> None:
+        """A line of `metrics.jsonl`, training's or a validation's."""
+        found = {name: record.get(metric.key) for name, metric in METRICS.items() if metric.key}
+        if not record.get("validation"):
+            found["sora_step"] = record.get("step")
+        self.show({name: value for name, value in found.items() if isinstance(value, int | float)})
+
+    def show(self, values: dict[str, float]) -> None:
+        """Sets gauges."""
+        self.values |= values
+        self.set_at = 0.0
+        self.again()
+
+    def again(self) -> None:
+        """Sets all gauges once more where it is time. To be called every second or so."""
+        if self.on and time.monotonic() - self.set_at > AGAIN_S:
+            self.set_at = time.monotonic()
+            for name, value in list(self.values.items()):  # two threads of prep set some
+                self._guarded(lambda name=name, value=value: self._handle(name).set(value, {"run": self.run}))
+
+    def forget(self) -> None:
+        """Lets go of the gauges' values, which Ray then drops: what they were measured of is no more."""
+        self.values.clear()
+
+    def count(self, name: str, what: str, number: int = 1) -> None:
+        """Raises a counter by `number`, 0 or more."""
+        tag = METRICS[name].tag
+        if self.on and number:
+            self._guarded(lambda: self._handle(name).inc(number, {"run": self.run, tag: what}))
+
+    def _handle(self, name: str) -> Any:
+        if name not in self.handles:
+            metric = METRICS[name]
+            kind = Gauge if metric.kind == "gauge" else Counter
+            tags = ("run", metric.tag) if metric.tag else ("run",)
+            self.handles[name] = kind(name, description=metric.about, tag_keys=tags)
+        return self.handles[name]
+
+    def _guarded(self, act: Callable[[], object]) -> None:
+        if not self.on:
+            return
+        try:
+            act()
+        except Exception as error:  # whatever Ray's metrics do must not cost a training
+            self.on = False
+            print(f"Ray metrics stopped ({type(error).__name__}: {error}); the run goes on", file=sys.stderr)
