@@ -10,6 +10,7 @@ import sys
 import termios
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -51,20 +52,25 @@ def ray_metrics() -> Iterator[str]:
     """The address of a local Ray's own metrics."""
     import ray
 
-    ray.init(address="local", num_cpus=1, include_dashboard=False)
+    interval = {"metrics_report_interval_ms": 1000}
+    ray.init(address="local", num_cpus=1, include_dashboard=False, _system_config=interval)
     (node,) = ray.nodes()
     yield f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     ray.shutdown()
 
 
 @pytest.mark.ray
-def test_the_counters_are_ray_metrics(ray_metrics: str):
-    progress = Progress(4, metrics=True)
-    progress.add(2, 5, 1, 2)
-    until, found = time.monotonic() + 60, set[str]()
-    while len(found) < 4 and time.monotonic() < until:
-        time.sleep(1)
-        text = urllib.request.urlopen(ray_metrics, timeout=10).read().decode()
-        found = {line for line in text.splitlines() if line.startswith("ray_sora_prep")}
-    values = {(re.findall(r'outcome="(\w+)"', line) or ["share"])[0]: float(line.split()[-1]) for line in found}
-    assert values == {"written": 5, "quarantined": 1, "filtered": 2, "share": 0.5}
+def test_what_prep_did_is_in_rays_metrics(ray_metrics: str):
+    with Progress(4, every_s=0.2, run="clips") as progress:
+        progress.add(2, 5, 1, 2, Counter(unreadable=1, too_short=2))
+        until, found = time.monotonic() + 60, dict[str, float]()
+        while len(found) < 7 and time.monotonic() < until:
+            time.sleep(0.5)
+            text = urllib.request.urlopen(ray_metrics, timeout=10).read().decode()
+            ours = [line for line in text.splitlines() if line.startswith("ray_sora_prep")]
+            assert all('run="clips"' in line for line in ours)
+            tags = (re.findall(r'(?:outcome|reason)="(\w+)"', line) or [line.split("{")[0]] for line in ours)
+            found = {tag: float(line.split()[-1]) for (tag,), line in zip(tags, ours, strict=True)}
+    assert found.pop("ray_sora_prep_clips_per_s") > 0
+    assert found == {"written": 5, "quarantined": 1, "filtered": 2, "unreadable": 1, "too_short": 2,
+                     "ray_sora_prep_share_done": 0.5}  # fmt: skip

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sora_train.train.tracking import Tracker
-from sora_train.train.wandb_files import rows
+from sora_train.train.wandb_files import records, rows
 from sora_train.video import contact_sheet, write_mp4
 
 
@@ -78,6 +78,53 @@ def test_wandb_holds_every_key_at_every_step_once_and_every_video_also_over_resu
         for key, value in row.items():
             if key.startswith("samples/") and key.endswith("path"):
                 assert any((folder / "files" / value).is_file() for folder in folders), value
+
+
+def alerts(run: Path) -> list[tuple[str, str, str]]:
+    """Title, level and text of every alert in wandb's files, in order of time."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found = []
+    for path in sorted(run.glob("wandb/offline-run-*/*.wandb")):
+        for data in records(path.read_bytes()):
+            record = Record()
+            record.ParseFromString(data)
+            if record.WhichOneof("record_type") == "alert":
+                found.append((record.alert.title, record.alert.level, record.alert.text))
+    return found
+
+
+def test_what_goes_wrong_is_an_alert_once_also_over_resumes(tmp_path: Path):
+    run = tmp_path / "first"
+    run.mkdir()
+    happened = [
+        {"event": "start", "step": 0, "reason": "from scratch"},
+        {"event": "worker_lost", "step": 7, "reason": "rank 1: ActorDiedError"},
+        {"event": "checkpoint", "step": 8, "reason": "somewhere"},
+        {"event": "rollback", "step": 9, "reason": "3 bad steps in a row"},
+        {"event": "failed", "step": 9, "reason": "a full disk\n" + 2000 * "x"},
+    ]
+    for known in (2, 4, 4, 5):  # of the third driver nothing was heard but what was told before
+        tracker = tracker_of(run)
+        tracker.alert(happened[: known - 1])
+        tracker.alert(happened[:known])
+        tracker.finish()
+    told = alerts(run)
+    assert [(title, level) for title, level, _ in told] == [
+        ("first: worker lost", "WARN"),
+        ("first: rollback", "ERROR"),
+        ("first: failed", "ERROR"),
+    ]
+    assert told[0][2] == "step 7: rank 1: ActorDiedError"
+    assert len(told[2][2]) == 1000
+
+
+def test_figures_of_the_nodes_go_with_the_last_line_that_wandb_had_not_heard_of(tmp_path: Path):
+    for rest in (steps(1, 3), steps(1, 3), steps(1, 5)):
+        tracker = tracker_of(tmp_path)
+        tracker.log(rest, {"node/host/cpu": 50.0})
+        tracker.finish()
+    assert held(tmp_path) == {"train/loss": dict.fromkeys(range(1, 6), 1), "node/host/cpu": {3: 1, 5: 1}}
 
 
 def test_what_a_kill_kept_from_wandb_is_told_after_the_resume(tmp_path: Path):
