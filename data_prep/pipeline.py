@@ -83,10 +83,12 @@ def encode(recipe: Recipe, buckets: tuple[Bucket, ...], vae: VaeFiles, todo: lis
     from sora_train.launch.cluster import connect
 
     with connect(recipe.cluster.address, log_to_driver=False), Progress(len(todo), run=recipe.name) as progress:
+        failures, seen, reasons = harvest.outcome.failures, 0, Counter[str]()
         for table in chain(recipe, buckets, vae, todo):
-            before = len(harvest.outcome.failures)
             counts = harvest.bring_in(table)
-            progress.add(*counts, Counter(failure["reason"] for failure in harvest.outcome.failures[before:]))
+            reasons.update(failure["reason"] for failure in failures[seen:])
+            seen = len(failures)
+            progress.add(*counts, reasons)
 
 
 def chain(recipe: Recipe, buckets: tuple[Bucket, ...], vae: VaeFiles, todo: list[Work]) -> Iterator[pa.Table]:

@@ -39,7 +39,9 @@ class Progress:
             self._bar.close()
 
     def add(self, sources: int, written: int, bad: int, filtered: int, reasons: Counter[str] | None = None) -> None:
-        """Counts sources that are finished, and clips that came out at the end, those left out also by reason."""
+        """Counts sources that are finished, and clips that came out at the end. `reasons` are of all that was left out
+        so far, also before the first source was opened.
+        """
         self.sources += sources
         self.clips += written + bad + filtered
         self.bad += bad
@@ -49,8 +51,7 @@ class Progress:
         if self._metrics is not None:
             for outcome, count in (("written", written), ("quarantined", bad), ("filtered", filtered)):
                 self._metrics.count("sora_prep_clips", outcome, count)
-            for reason, count in (reasons or Counter()).items():
-                self._metrics.count("sora_prep_left_out", reason, count)
+            self._metrics.show_by({("sora_prep_left_out", reason): count for reason, count in (reasons or {}).items()})
             self._metrics.show({"sora_prep_share_done": self.sources / max(1, self.total)})
         if self._bar is not None:
             self._bar.update(sources)

@@ -129,7 +129,7 @@ class TrackingConfig(Section):
     """Where curves and videos go beside the run's own files."""
 
     wandb: Literal["online", "offline", "off"] = "off"
-    """Weights & Biases: `offline` writes files that `wandb sync` uploads later."""
+    """Weights & Biases: figures, videos, alerts, how busy nodes are; `offline` writes files for `wandb sync`."""
     project: str = "sora_train"
     """wandb project."""
 

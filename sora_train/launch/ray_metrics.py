@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import ray
@@ -50,7 +51,7 @@ METRICS = {
     "sora_similarity": Metric("Similarity of samples to their prompts at the last validation.", "similarity"),
     "sora_events": Metric("Lines of events.jsonl, by their kind.", kind="counter", tag="kind"),
     "sora_prep_clips": Metric("Clips that came out: written, quarantined or filtered.", kind="counter", tag="outcome"),
-    "sora_prep_left_out": Metric("Clips that were quarantined or filtered, by reason.", kind="counter", tag="reason"),
+    "sora_prep_left_out": Metric("Clips quarantined or filtered so far, by reason.", tag="reason"),
     "sora_prep_clips_per_s": Metric("Clips per second that come out of the encoding, start-up left out."),
     "sora_prep_share_done": Metric("Share of the sources that are finished, 0 to 1."),
 }
@@ -66,7 +67,7 @@ class RayMetrics:
     def __init__(self, run: str) -> None:
         self.run, self.on, self.set_at = run, ray.is_initialized(), 0.0
         self.handles: dict[str, Gauge | Counter] = {}
-        self.values: dict[str, float] = {}
+        self.values: dict[tuple[str, str], float] = {}  # name and what it is told apart by
 
     def line(self, record: dict[str, Any]) -> None:
         """A line of `metrics.jsonl`, training's or a validation's."""
@@ -75,8 +76,12 @@ class RayMetrics:
             found["sora_step"] = record.get("step")
         self.show({name: value for name, value in found.items() if isinstance(value, int | float)})
 
-    def show(self, values: dict[str, float]) -> None:
+    def show(self, values: Mapping[str, int | float]) -> None:
         """Sets gauges."""
+        self.show_by({(name, ""): value for name, value in values.items()})
+
+    def show_by(self, values: Mapping[tuple[str, str], int | float]) -> None:
+        """Sets gauges that are told apart by a tag: {(name, what): value}."""
         self.values |= values
         self.set_at = 0.0
         self.again()
@@ -85,8 +90,9 @@ class RayMetrics:
         """Sets all gauges once more where it is time. To be called every second or so."""
         if self.on and time.monotonic() - self.set_at > AGAIN_S:
             self.set_at = time.monotonic()
-            for name, value in list(self.values.items()):  # two threads of prep set some
-                self._guarded(lambda name=name, value=value: self._handle(name).set(value, {"run": self.run}))
+            for (name, what), value in list(self.values.items()):  # two threads of prep set some
+                tags = {"run": self.run, METRICS[name].tag: what} if what else {"run": self.run}
+                self._guarded(partial(self._set, name, value, tags))
 
     def forget(self) -> None:
         """Lets go of the gauges' values, which Ray then drops: what they were measured of is no more."""
@@ -97,6 +103,9 @@ class RayMetrics:
         tag = METRICS[name].tag
         if self.on and number:
             self._guarded(lambda: self._handle(name).inc(number, {"run": self.run, tag: what}))
+
+    def _set(self, name: str, value: int | float, tags: dict[str, str]) -> None:
+        self._handle(name).set(value, tags)
 
     def _handle(self, name: str) -> Any:
         if name not in self.handles:

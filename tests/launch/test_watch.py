@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -98,8 +99,9 @@ def test_metrics_that_fail_say_so_once_and_never_raise(capsys: pytest.CaptureFix
 
 @pytest.mark.ray
 def test_every_node_is_asked_what_it_is_busy_with(local_ray: None):
-    stats = NodeStats()
-    found = stats.look()
+    until = time.monotonic() + 60  # a Ray that has just started takes some seconds to measure
+    while not (found := (stats := NodeStats()).look()) and time.monotonic() < until:
+        time.sleep(0.5)
     assert {key.split("/")[0] for key in found} == {"node"}
     assert {key.rsplit("/", 1)[1] for key in found} >= {"cpu", "memory_gb", "disk"}
     assert all(value >= 0 for value in found.values())
