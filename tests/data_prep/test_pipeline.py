@@ -2,6 +2,9 @@
 
 import csv
 import os
+import re
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,9 +44,29 @@ def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ray_here() -> Iterator[None]:
     import ray
 
-    ray.init(address="local", num_cpus=2, include_dashboard=False)
+    interval = {"metrics_report_interval_ms": 1000}
+    ray.init(address="local", num_cpus=2, include_dashboard=False, _system_config=interval)
     yield
     ray.shutdown()
+
+
+def left_out_by_ray() -> dict[str, float]:
+    """Reasons and how many clips were left out for each, after the metrics of this Ray's one node."""
+    import ray
+
+    (node,) = ray.nodes()
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    text = urllib.request.urlopen(address, timeout=10).read().decode()
+    lines = [line for line in text.splitlines() if line.startswith("ray_sora_prep_left_out{")]
+    return {re.findall(r'reason="(\w+)"', line)[0]: float(line.split()[-1]) for line in lines}
+
+
+def datasets_by_ray() -> list[str]:
+    """What Ray's dashboard calls the datasets that it saw."""
+    import ray
+    from ray.data._internal.stats import get_or_create_stats_actor
+
+    return list(ray.get(get_or_create_stats_actor().get_datasets.remote()))
 
 
 def make_source(folder: Path, write, names: dict[str, str], extra: list[tuple[str, str]]) -> Path:
@@ -109,6 +132,11 @@ def test_clips_become_shards_once_and_only_what_changed_is_made_again(
     assert manifest.counts.model_dump() == counts
     assert manifest == Manifest.load(made.data.output)
     assert manifest.reasons == reasons
+    until = time.monotonic() + 15
+    while left_out_by_ray() != reasons and time.monotonic() < until:
+        time.sleep(0.3)
+    assert left_out_by_ray() == reasons
+    assert [name.rpartition("_")[0].rpartition("_")[0] for name in datasets_by_ray()] == ["prep run"]
     seen = inspect(made.data.output)
     assert {name: seen[name] for name in counts} == counts
     assert seen["buckets"] == {"4x16x32": 6}
