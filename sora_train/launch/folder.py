@@ -184,3 +184,9 @@ def last_checkpoint(run: Path) -> str:
     """The newest whole checkpoint, in words."""
     found = newest(run)
     return f"the last whole checkpoint is {found[1]}" if found else "there is no checkpoint yet"
+
+
+def goes_on(run: Path) -> str:
+    """From where the same command goes on, in words."""
+    from_there = "the same command goes on from there" if newest(run) else "the same command begins at step 0"
+    return f"{last_checkpoint(run)}; {from_there}"

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sora_train.errors import Stopped
-from sora_train.launch.folder import last_checkpoint
+from sora_train.launch.folder import goes_on
 from sora_train.train.home import LEAVE
 
 IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -99,5 +99,4 @@ class Sigterm:
                 os.close(end)
         # SystemExit is what Ray's own handler makes of it while Ray starts.
         if kind is SystemExit or (self.count and kind is KeyboardInterrupt):
-            where = last_checkpoint(self.run)
-            raise Stopped(f"SIGTERM before workers could leave: {where}; the same command goes on from there") from None
+            raise Stopped(f"SIGTERM before workers could leave: {goes_on(self.run)}") from None

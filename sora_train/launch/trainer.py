@@ -49,6 +49,7 @@ from sora_train.launch.folder import (
     check_writable,
     clear,
     clear_words,
+    goes_on,
     last_checkpoint,
     last_step,
     newest,
@@ -134,7 +135,7 @@ def launch_training(recipe: Recipe, fresh: bool = False, overwrite: bool = False
                     asked = "SIGTERM" if sigterm.count else f"somebody made {run / LEAVE}"
                     step, _ = newest(run) or (0, None)
                     Events(run).write("preempted", step, f"{asked}; the same command goes on")
-                    raise Stopped(f"{asked}: {last_checkpoint(run)}; the same command goes on from there")
+                    raise Stopped(f"{asked}: {goes_on(run)}")
     print(f"done: {recipe.train.steps} steps. Look at {run / 'report.html'}; checkpoints are beside it", flush=True)
     return run
 
