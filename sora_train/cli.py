@@ -150,15 +150,12 @@ def run(verb: str, words: Sequence[str]) -> None:
 
             print(write_report(*runs, out=options.out))
         case "bench":
-            what, *words = words or [""]
-            if what in ("-h", "--help"):
-                words = [what]
-            elif what != "prep":
-                raise RecipeError(f"what to measure is missing, `prep`: sora bench {EXAMPLES[verb]}")
-            recipe = recipe_of(verb, words)
-            from data_prep.bench import bench_prep, format_result
+            from sora_train.bench import command
 
-            say(format_result(bench_prep(recipe)))
+            if words[:1] in (["-h"], ["--help"]):
+                say(command.usage())
+            elif status := command.run(words):
+                raise SystemExit(status)
         case _:
             raise RecipeError(f"there is no such verb; the verbs are {', '.join(VERBS)}")
 

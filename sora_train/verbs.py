@@ -29,7 +29,7 @@ VERBS = {
     "export": ("RUN OUT", "Writes a run's model as a LattePipeline of diffusers, or --weights_only."),
     "eval": ("RUN", "Measures a model: held-out loss, Fréchet video distance, similarity of samples to their prompts."),
     "demo": ("", "Does it all on clips of moving shapes, in minutes: prep, train, sample, judge, report."),
-    "bench": ("prep RECIPE", "Measures the pipeline's clips per second beside a bare VAE loop's."),
+    "bench": ("WHAT", "Measures model, data, prep, train, checkpoint, validate or all beside what they could be."),
     "report": ("RUN …", "Writes one HTML page: curves, playing samples, events; of several runs, side by side."),
 }
 MORE = {
@@ -61,7 +61,7 @@ EXAMPLES = {
     "sample": 'runs/quickstart --prompt "a blue square moving up"',
     "export": "runs/my_run my_model",
     "demo": "",
-    "bench": "prep jobs/real_clips.yaml",
+    "bench": "train jobs/quickstart.yaml --workers 1 2",
     "report": "runs/quickstart runs/again --out both.html",
 }
 

@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 
 from sora_train.bench.contender import Case, inputs
-from sora_train.bench.core import Row, Table, say, seconds, spread
-from sora_train.bench.data import fs_type
+from sora_train.bench.core import Row, Table, fs_type, say, seconds, spread
 from sora_train.bench.model import Options as ModelOptions
 from sora_train.bench.model import cases, title
 from sora_train.bench.options import Common, parse, refuse
@@ -32,8 +31,8 @@ from sora_train.train.engine import Engine
 from sora_train.train.home import Home
 
 ABOUT = (
-    "Trains a model of a named shape on noise with DeepSpeed in one process, and makes checkpoints as `sora train` does: "
-    "copied while training stands still, written while it goes on. In turns: a step alone, one with a checkpoint being "
+    "Trains a model of a named shape on noise with DeepSpeed in one process, and makes checkpoints as `sora train` "
+    "does: copied while training stands still, written while it goes on. In turns: a step alone, one with a checkpoint being "
     "written. Needs no Ray.\n\nFor instance: sora bench checkpoint --presets S --tmp /shared/disk"
 )
 
@@ -114,7 +113,7 @@ def measure(case: Case, options: Options, folder: Path) -> Row:
     for turn in range(options.rounds + 1):  # the first warms up
         alone = seconds(lambda: step(engine, ema))
         state = replace(state, step=turn)
-        stall = seconds(lambda: home.keep(checkpoint.snapshot(engine, ema, state)))
+        stall = seconds(lambda: home.keep(checkpoint.snapshot(engine, ema, state)))  # noqa: B023
         beside: list[float] = []
 
         def wait() -> None:

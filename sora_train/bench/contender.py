@@ -1,28 +1,22 @@
-"""One contender of `sora bench model`, in a process of its own: its memory is its own, and what breaks breaks alone.
-
-The process waits, which costs nothing, until it is its turn; so contenders can take turns step by step.
-"""
+"""One contender of `sora bench model`, and what it is measured on."""
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import math
-import multiprocessing as mp
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from sora_train.bench.core import one_line, seconds
+from sora_train.bench.core import seconds
 from sora_train.model.config import PRESETS, ModelConfig
 
 TINY: dict[str, Any] = {"depth": 2, "width": 32, "heads": 2, "patch": 2, "text_width": 16, "sample_size": 8}
@@ -74,49 +68,6 @@ class Contender:
     @property
     def name(self) -> str:
         return f"{self.whose}, compiled" if self.compiled else self.whose
-
-
-class Process:
-    """A contender's process, as its parent sees it; `ask` does one of `WORK` there. Raises RuntimeError with why."""
-
-    def __init__(self, contender: Contender) -> None:
-        spawn = mp.get_context("spawn")
-        self.pipe, theirs = spawn.Pipe()
-        self.process = spawn.Process(target=serve, args=(contender, theirs), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def ask(self, what: str) -> Any:
-        try:
-            self.pipe.send(what)
-            answer = self.pipe.recv()
-        except (EOFError, OSError):
-            self.process.join(5)
-            raise RuntimeError(f"its process died with exit status {self.process.exitcode}") from None
-        if isinstance(answer, str):
-            raise RuntimeError(answer)
-        return answer
-
-    def end(self) -> None:
-        with contextlib.suppress(OSError):
-            self.pipe.close()
-        self.process.join(20)
-        if self.process.is_alive():
-            self.process.kill()
-
-
-def serve(contender: Contender, pipe: Connection) -> None:
-    """The process: does what it is asked until the other end is closed."""
-    trainee: Trainee | None = None
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            what = pipe.recv()
-            try:
-                trainee = trainee or Trainee(contender)
-                answer = {"output": trainee.output, "turn": trainee.turn, "memory": trainee.memory}[what]()
-            except Exception as error:
-                answer = one_line(error)
-            pipe.send(answer)
 
 
 class Trainee:

@@ -146,6 +146,21 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def fs_type(folder: str) -> str:
+    """The kind of file system that a local folder lies on, as far as Linux tells."""
+    path, best = os.path.realpath(folder), ("", "unknown file system")
+    try:
+        with open("/proc/mounts") as mounts:
+            for line in mounts:
+                _, at, kind, *_ = line.split()
+                inside = path == at or path.startswith(at.rstrip("/") + "/")
+                if inside and len(at) >= len(best[0]):
+                    best = at, kind
+    except OSError:
+        pass
+    return best[1]
+
+
 def append(tables: Sequence[Table], about: Row, out: str | Path) -> None:
     """A JSON line for each table. UserError where the file can't be written."""
     path = Path(out).expanduser()

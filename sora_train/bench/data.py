@@ -5,7 +5,6 @@ And the order of samples over 10⁹ rows: what it takes to make a plan, and to k
 
 from __future__ import annotations
 
-import os
 import statistics
 import tempfile
 import tracemalloc
@@ -18,7 +17,7 @@ from importlib.util import find_spec
 from pyarrow import fs
 
 from sora_train.bench import readers
-from sora_train.bench.core import Row, Table, interleave, say, seconds, spread
+from sora_train.bench.core import Row, Table, fs_type, interleave, say, seconds, spread
 from sora_train.bench.model import size_of
 from sora_train.bench.options import Common, parse
 from sora_train.bench.output import finish
@@ -168,21 +167,6 @@ def of_order(options: Options) -> Table:
         "memory_kb": most / 1e3,
     }
     return Table("data: order of samples", [row], ["microseconds; memory: the most that Python held meanwhile"])
-
-
-def fs_type(folder: str) -> str:
-    """The kind of file system that a local folder lies on, as far as Linux tells."""
-    path, best = os.path.realpath(folder), ("", "unknown file system")
-    try:
-        with open("/proc/mounts") as mounts:
-            for line in mounts:
-                _, at, kind, *_ = line.split()
-                inside = path == at or path.startswith(at.rstrip("/") + "/")
-                if inside and len(at) >= len(best[0]):
-                    best = at, kind
-    except OSError:
-        pass
-    return best[1]
 
 
 @contextmanager

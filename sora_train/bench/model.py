@@ -1,4 +1,4 @@
-"""`sora bench model`: steps of our model beside those of diffusers' `LatteTransformer3DModel`, weights and inputs alike.
+"""`sora bench model`: steps of our model beside those of diffusers' `LatteTransformer3DModel`, on the same weights.
 
 A step is forward, backward and AdamW. Needs torch, einops, safetensors and jaxtyping alone: on a machine that has no
 more, `python -m sora_train.bench.model` is the same. Outputs are compared first; if they differ, times mean nothing.
@@ -19,10 +19,11 @@ from typing import Any, Literal
 
 import torch
 
-from sora_train.bench.contender import Case, Contender, Process, relative, seeded
+from sora_train.bench.contender import Case, Contender, Trainee, relative, seeded
 from sora_train.bench.core import Row, Table, interleave, say, spread
 from sora_train.bench.options import Common, parse, refuse
 from sora_train.bench.output import finish
+from sora_train.bench.process import Process
 from sora_train.errors import RecipeError, UserError
 from sora_train.model.config import PRESETS
 from sora_train.model.flops import forward_flops, parameter_count
@@ -31,10 +32,10 @@ from sora_train.train.hardware import peak_flops
 ALIKE = {"fp32": 1e-4, "bf16": 0.1}
 """Largest difference of outputs, over the largest output, that rounding explains."""
 ABOUT = (
-    "Times forward, backward and AdamW of our model beside diffusers' LatteTransformer3DModel with the same weights and "
-    "inputs, eager and compiled, each in a process of its own that takes its turn. Every combination of the flags with "
-    "several values is measured. Needs torch, einops, safetensors and jaxtyping alone: where nothing more is installed, "
-    "`python -m sora_train.bench.model` takes the same flags.\n\nOn a GPU, for instance: sora bench model --presets "
+    "Times forward, backward and AdamW of our model beside diffusers' LatteTransformer3DModel with the same weights "
+    "and inputs, eager and compiled, each in a process of its own that takes its turn. Every combination of the flags with "
+    "several values is measured. Needs torch, einops, safetensors and jaxtyping alone: where nothing more is "
+    "installed, `python -m sora_train.bench.model` takes the same flags.\n\nOn a GPU, for instance: sora bench model --presets "
     "latte_t2v --batch 8 --compile no yes --checkpointing none selective"
 )
 
@@ -89,8 +90,8 @@ def bench(options: Options) -> list[Table]:
     if "joint" in options.attention:
         notes.append("diffusers has no joint attention to compare with")
     notes += [
-        f"medians (lowest – highest) of {options.rounds} turns; `times diffusers` is diffusers' uncompiled step over this "
-        "one; difference: largest of the outputs from diffusers', over its largest output",
+        f"medians (lowest – highest) of {options.rounds} turns; `times diffusers` is diffusers' uncompiled step over "
+        "this one; difference: largest of the outputs from diffusers', over its largest output",
         "memory: weights, moments, gradients and activations as torch counts them"
         + ("" if rows and "rss_gb" not in rows[0] else "; rss_gb: growth of the process, the libraries' own too"),
     ]
@@ -146,10 +147,10 @@ def measure(case: Case, options: Options, beside: bool) -> tuple[list[Row], list
         contenders = [
             Contender(case, whose, compile, weights)
             for whose in ("ours", "diffusers")
-            for compile in compiled  # noqa: A001
+            for compile in compiled
             if whose == "ours" or beside
         ]
-        processes = {contender.name: Process(contender) for contender in contenders}
+        processes = {contender.name: Process(Trainee, contender) for contender in contenders}
         try:
             return turns(case, options, processes)
         finally:

@@ -1,4 +1,4 @@
-"""Shards for benches without a dataset: noise of the size of real latents and text embeddings, by the shards' own writer."""
+"""Shards for benches without a dataset: noise of the sizes of real ones, by the shards' own writer."""
 
 from __future__ import annotations
 

@@ -12,10 +12,12 @@ import multiprocessing as mp
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.synchronize import Barrier
 
 import numpy as np
+import pyarrow as pa
 
 from data_prep.buckets import buckets_of
 from data_prep.clips import cut_source, read_clip
@@ -24,12 +26,19 @@ from data_prep.harvest import Harvest
 from data_prep.outcome import Outcome
 from data_prep.pipeline import chain, clips_at_once, encoding_hash, find_codec, settings_hash
 from data_prep.reasons import ClipError
+from data_prep.shards import ShardWriter
 from data_prep.source import Row, data_root, read_rows, row_id
 from data_prep.stock import Stock
 from data_prep.workers import cores, share_out
-from sora_train.errors import UserError
+from sora_train.bench.core import Row as Figures
+from sora_train.bench.core import Table, say, seconds, spread
+from sora_train.bench.options import Common, parse
+from sora_train.bench.output import finish
+from sora_train.bench.recipes import recipe_in
+from sora_train.errors import RecipeError, UserError
 from sora_train.places import resolve
 from sora_train.recipe import Recipe
+from sora_train.schema import SHARD_SCHEMA, encode_row
 
 WARM_UP_S = 3.0
 
@@ -45,34 +54,97 @@ class Layout:
         return f"{self.processes} x {self.threads} threads"
 
 
-def bench_prep(recipe: Recipe, clips: int = 64, rounds: int = 2, seconds: float = 30.0) -> dict:
-    """Runs both in turn and returns clips/s of each round, the medians, and their ratio.
+@dataclass(frozen=True)
+class Options(Common):
+    """How much of it."""
 
-    Raises UserError where the recipe has no clip to measure with.
-    """
+    clips: int = 64
+    """Clips that go through the pipeline in a turn; sources are taken again where there are fewer."""
+    rounds: int = 2
+    """Turns of each."""
+    seconds: float = 30.0
+    """How long the bare loop runs in a turn."""
+
+
+def bench(options: Options, recipe: Recipe) -> list[Table]:
+    """Both in turn, and the stages one by one. Raises UserError where the recipe has no clip to measure with."""
+    if not options.rounds or not options.clips or not options.seconds > 0:
+        raise RecipeError("--clips, --rounds and --seconds take more than 0")
+    sources, frames = sample(recipe, options.clips)
+    return [beside_bare(options, recipe, sources, frames), by_stage(recipe, sources[:16])]
+
+
+def beside_bare(options: Options, recipe: Recipe, sources: list[Row], frames: np.ndarray) -> Table:
+    """Clips per second of the bare loop's layouts and of the pipeline."""
     available = cores()
     layouts = [Layout(1, available), *([Layout(available, 1)] if available > 1 else [])]
-    sources, frames = sample(recipe, clips)
     batch = clips_at_once(recipe, gpus=0)
-    found: dict[str, list[float]] = {str(layout): [] for layout in layouts} | {"pipeline": []}
-    for turn in range(rounds):
+    found: dict[str, list[float]] = {f"bare VAE, {layout}": [] for layout in layouts} | {"pipeline": []}
+    for turn in range(options.rounds):
         for layout in layouts:
-            found[str(layout)].append(bare(recipe, frames, batch, layout, seconds))
-            print(f"bench: round {turn + 1}: bare VAE, {layout}: {found[str(layout)][-1]:.3f} clips/s", flush=True)
+            rate = bare(recipe, frames, batch, layout, options.seconds)
+            found[f"bare VAE, {layout}"].append(rate)
+            say(f"turn {turn + 1}: bare VAE, {layout}: {rate:.3f} clips/s")
         found["pipeline"].append(pipeline(recipe, sources))
-        print(f"bench: round {turn + 1}: pipeline: {found['pipeline'][-1]:.3f} clips/s", flush=True)
-    medians = {name: statistics.median(rates) for name, rates in found.items()}
-    best = max((name for name in medians if name != "pipeline"), key=medians.__getitem__)
-    return {
-        "clips": len(sources),
-        "batch": batch,
-        "precision": recipe.codec.precision,
-        "cores": available,
-        "rounds": found,
-        "medians": medians,
-        "best_bare": best,
-        "ratio": medians["pipeline"] / medians[best],
-    }
+        say(f"turn {turn + 1}: pipeline: {found['pipeline'][-1]:.3f} clips/s")
+    best = max((name for name in found if name != "pipeline"), key=lambda name: statistics.median(found[name]))
+    rows: list[Figures] = [
+        {
+            "what": name,
+            "clips_per_s": spread(rates),
+            "of the best bare": statistics.median(rates) / statistics.median(found[best]),
+        }
+        for name, rates in found.items()
+    ]
+    notes = [f"{len(sources)} clips, batches of {batch}, VAE in {recipe.codec.precision}, {available} cores"]
+    return Table("prep: pipeline beside a bare VAE loop", rows, notes)
+
+
+def by_stage(recipe: Recipe, sources: list[Row]) -> Table:
+    """Seconds that each stage takes of a clip, by itself in this process, with all cores."""
+    from data_prep.encode import EncodeVideo
+    from sora_train.codec.text import text_encoder_of
+
+    system, _ = resolve(data_root(recipe.data))
+    vae = EncodeVideo(recipe.codec, cores(), "cpu")
+    text = text_encoder_of(recipe.codec, "cpu", 1)
+    took: dict[str, list[float]] = {"decode, cut and fit": [], "VAE": [], "text": [], "write": []}
+
+    def timed(stage: str, act: Callable[[], object]) -> None:
+        took[stage].append(seconds(act))
+
+    clips, made, rows = [], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        writer = ShardWriter(folder, buckets_of(recipe.data)[0].name, "bench")
+
+        def decode(row: Row) -> None:
+            with local_copy(system, row.path) as path:
+                cut = cut_source(path, recipe.data, recipe.selection)
+                clips.append(read_clip(path, cut.spans[0], recipe.data, recipe.selection, row.row_id))
+
+        def write(row: Row) -> None:
+            rows.append(
+                encode_row(
+                    sample_id=row.row_id, source=row.source, source_size=row.size, source_version=row.version,
+                    content_hash="", start_s=0.0, end_s=1.0, captions=list(row.captions), latents=made[-2][0],
+                    text=[one.numpy() for one in made[-1]],
+                )
+            )  # fmt: skip
+            writer.add(pa.Table.from_pylist(rows[-1:], SHARD_SCHEMA))
+
+        for row in sources:
+            timed("decode, cut and fit", lambda: decode(row))  # noqa: B023
+            timed("VAE", lambda: made.append(vae.encode([clips[-1].frames])))
+            timed("text", lambda: made.append(text.encode(list(row.captions))))  # noqa: B023
+            timed("write", lambda: write(row))  # noqa: B023
+        closing = seconds(writer.close) / len(sources)
+    whole = {name: statistics.fmean(values[1:] or values) for name, values in took.items()}
+    whole["write"] += closing
+    found: list[Figures] = [
+        {"stage": name, "seconds_a_clip": spread(took[name][1:] or took[name]), "share": part / sum(whole.values())}
+        for name, part in whole.items()
+    ]
+    return Table("prep: stages", found, ["one clip at a time, the first left out; the share counts writing through"])
 
 
 def sample(recipe: Recipe, clips: int) -> tuple[list[Row], np.ndarray]:
@@ -167,14 +239,7 @@ def pipeline(recipe: Recipe, sources: list[Row]) -> float:
     return (after - before) / (end - begin)
 
 
-def format_result(result: dict) -> str:
-    """The same for people."""
-    lines = [f"{'layout':24}{'clips/s':>10}{'rounds':>28}"]
-    for name, rate in result["medians"].items():
-        rounds = ", ".join(f"{value:.3f}" for value in result["rounds"][name])
-        lines.append(f"{name:24}{rate:>10.3f}{rounds:>28}")
-    lines.append(
-        f"pipeline / best bare loop ({result['best_bare']}): {result['ratio']:.3f}; {result['clips']} clips, "
-        f"batches of {result['batch']}, VAE in {result['precision']}, {result['cores']} cores"
-    )
-    return "\n".join(lines)
+def main(words: Sequence[str], prog: str = "sora bench prep") -> int:
+    """The command; returns the exit status."""
+    options, rest = parse(Options, words, f"{prog} RECIPE", __doc__ or "")
+    return finish(bench(options, recipe_in(rest, "prep")), options, ["prep", *words])
