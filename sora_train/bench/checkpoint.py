@@ -32,8 +32,8 @@ from sora_train.train.home import Home
 
 ABOUT = (
     "Trains a model of a named shape on noise with DeepSpeed in one process, and makes checkpoints as `sora train` "
-    "does: copied while training stands still, written while it goes on. In turns: a step alone, one with a checkpoint being "
-    "written. Needs no Ray.\n\nFor instance: sora bench checkpoint --presets S --tmp /shared/disk"
+    "does: copied while training stands still, written while it goes on. In turns: a step alone, one with a checkpoint "
+    "being written. Needs no Ray.\n\nFor instance: sora bench checkpoint --presets S --tmp /shared/disk"
 )
 
 

@@ -33,10 +33,10 @@ ALIKE = {"fp32": 1e-4, "bf16": 0.1}
 """Largest difference of outputs, over the largest output, that rounding explains."""
 ABOUT = (
     "Times forward, backward and AdamW of our model beside diffusers' LatteTransformer3DModel with the same weights "
-    "and inputs, eager and compiled, each in a process of its own that takes its turn. Every combination of the flags with "
-    "several values is measured. Needs torch, einops, safetensors and jaxtyping alone: where nothing more is "
-    "installed, `python -m sora_train.bench.model` takes the same flags.\n\nOn a GPU, for instance: sora bench model --presets "
-    "latte_t2v --batch 8 --compile no yes --checkpointing none selective"
+    "and inputs, eager and compiled, each in a process of its own that takes its turn. Every combination of the flags "
+    "with several values is measured. Needs torch, einops, safetensors and jaxtyping alone: where nothing more is "
+    "installed, `python -m sora_train.bench.model` takes the same flags.\n\nOn a GPU, for instance: sora bench model "
+    "--presets latte_t2v --batch 8 --compile no yes --checkpointing none selective"
 )
 
 

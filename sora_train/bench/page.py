@@ -1,4 +1,4 @@
-"""The page of `sora bench --report`: every record of a file as bars and a table; one file, nothing fetched, no scripts."""
+"""The page of `sora bench --report`: records as bars and tables; one file, nothing fetched, no scripts."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ from sora_train.recipe import Recipe
 ABOUT = (
     "Times training steps of a recipe whose shards are ready. First one worker: a bare torch loop with the same model, "
     "batch, optimizer and threads beside the same with DeepSpeed, averaged weights, reading, and the whole loop, each "
-    "in a process that takes its turn; and `sora train` itself, with Ray. Then `sora train` with 1, 2, 4 … workers. And "
-    "the seconds from the command to the first step. Any key of the recipe is a flag too.\n\n"
+    "in a process that takes its turn; and `sora train` itself, with Ray. Then `sora train` with 1, 2, 4 … workers. "
+    "And the seconds from the command to the first step. Any key of the recipe is a flag too.\n\n"
     "For instance: sora bench train jobs/quickstart.yaml --workers 1 2 --data.output runs/quickstart/shards"
 )
 RAY = "sora train, with Ray"
