@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier
 
 import numpy as np
@@ -194,7 +195,7 @@ def bare(recipe: Recipe, frames: np.ndarray, batch: int, layout: Layout, seconds
 
 
 def loop(
-    recipe: Recipe, frames: np.ndarray, batch: int, threads: int, seconds: float, barrier: Barrier, results: mp.Queue
+    recipe: Recipe, frames: np.ndarray, batch: int, threads: int, seconds: float, barrier: Barrier, results: Queue
 ) -> None:
     """One process of the bare loop: puts its clips per second into `results`."""
     import torch

@@ -18,8 +18,8 @@ from sora_train.errors import RecipeError, UserError
 
 ABOUT = (
     "Trains one run of a recipe whose shards are ready, with a validation every so many steps, and counts steps in "
-    "spans of two seconds: with a validation's process there for all of a span, and without. Any key of the recipe is a flag "
-    "too.\n\nFor instance: sora bench validate jobs/quickstart.yaml --cluster.workers 1"
+    "spans of two seconds: with a validation's process there for all of a span, and without. Any key of the recipe is "
+    "a flag too.\n\nFor instance: sora bench validate jobs/quickstart.yaml --cluster.workers 1"
 )
 
 

@@ -52,7 +52,8 @@ def test_a_record_says_command_commit_versions_hardware_and_date_and_comes_back(
     append([table], about, tmp_path / "deep/bench.jsonl")
     append([table], about, tmp_path / "deep/bench.jsonl")
     first, second = read_records(tmp_path / "deep/bench.jsonl")
-    assert first == second == {"what": "model", "rows": table.rows, "notes": ["a note"], "failed": ["ours: broke"], **about}  # fmt: skip
+    said = {"what": "model", "rows": table.rows, "notes": ["a note"], "failed": ["ours: broke"]}
+    assert first == second == said | about
     assert first["command"] == "sora bench model --rounds 2"
     assert first["versions"]["torch"]
     assert first["hardware"]["cores"] >= 1
