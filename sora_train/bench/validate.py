@@ -78,7 +78,11 @@ def steps_done(training: Training) -> tuple[float, int]:
 
 def validates(pid: int) -> bool:
     """Whether a process that validates a checkpoint is among those that this one started."""
-    for process in psutil.Process(pid).children(recursive=True):
+    try:
+        started = psutil.Process(pid).children(recursive=True)
+    except psutil.Error:  # it has ended itself
+        return False
+    for process in started:
         try:
             if "sora_train.launch.validation validate" in " ".join(process.cmdline()):
                 return True

@@ -1,13 +1,14 @@
 """Drills in which validations fail, hang, are killed or crawl: training must neither end nor wait."""
 
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
-from tests.drills.commands import Command, end, family, lines, start, title, wait_for, wait_for_step
+from sora_train.bench.recipes import Training
+from sora_train.bench.validate import Options, count
+from tests.drills.commands import Command, end, family, start, title, wait_for, wait_for_step
 from tests.drills.history import events, losses
 from tests.drills.stage import EVERY, ONE_THREAD, STEPS, Row, Stage, held_against, ruling, say
 
@@ -95,16 +96,7 @@ def throughput(stage: Stage) -> Row:
              "cluster.workers": "1", "cluster.address": "local", "tracking.wandb": "off"}  # fmt: skip
     words = ["train", str(recipe), *(word for key, value in flags.items() for word in (f"--{key}", value))]
     command = start(words, stage.runs / "throughput", stage.logs, ONE_THREAD)
-    metrics = command.run / "metrics.jsonl"
-    wait_for(command, "step 20", lambda: any(line["step"] >= 20 for line in lines(metrics)))
-    rates: dict[bool, list[float]] = {True: [], False: []}
-    busy, before = bool(children(command)), steps_done(command)
-    while command.process.poll() is None and before[1] < 400:
-        time.sleep(2)
-        now, still = steps_done(command), bool(children(command))
-        if busy == still:  # all the time, as far as two looks tell
-            rates[still].append((now[1] - before[1]) / (now[0] - before[0]))
-        busy, before = still, now
+    rates = count(Training(command.process, command.run, command.log, 0.0, {}), Options(steps=400))
     code = end(command, timeout_s=600)
     with_it, without = (statistics.median(rates[busy]) if rates[busy] else float("nan") for busy in (True, False))
     remark = (
@@ -113,10 +105,6 @@ def throughput(stage: Stage) -> Row:
     )
     return Row("none: throughput while a validation samples", exits=str(code), again=0,
                verdict=ruling([] if code == 0 else [f"exit {code}"], remark)[0], holds=code == 0)  # fmt: skip
-
-
-def steps_done(command: Command) -> tuple[float, int]:
-    return time.monotonic(), max(losses(command.run))
 
 
 def children(command: Command) -> list[psutil.Process]:
