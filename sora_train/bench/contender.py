@@ -99,10 +99,10 @@ class Trainee:
         case = self.case
         if self.device.type == "cuda":
             self.step()  # takes back the memory that the turn before gave to the others
-        sums = dict.fromkeys(("forward_s", "backward_s", "optimizer_s"), 0.0)
+        sums: dict[str, float] = {}
         for _ in range(case.steps):
             for name, took in self.step().items():
-                sums[name] += took / case.steps
+                sums[name] = sums.get(name, 0.0) + took / case.steps
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return {**sums, "step_s": sum(sums.values())}

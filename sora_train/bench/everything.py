@@ -39,7 +39,7 @@ class Options(Common):
 
 def commands(options: Options, folder: Path) -> dict[str, list[str]]:
     """The words of each part, after `sora bench`."""
-    recipe = [find_recipe(QUICKSTART), "--data.captions", str(folder / "clips/captions.csv"),
+    recipe = [str(find_recipe(QUICKSTART)), "--data.captions", str(folder / "clips/captions.csv"),
               "--data.output", str(folder / "shards")]  # fmt: skip
     found = {
         "model": ["model", "--presets", "S", "--rounds", "4"],
@@ -81,7 +81,7 @@ def make_shards(options: Options, folder: Path) -> bool:
 
     say(f"making and encoding {options.clips} clips of the quickstart")
     make_clips(folder / "clips", options.clips)
-    return not sora("prep", find_recipe(QUICKSTART), "--data.captions", str(folder / "clips/captions.csv"),
+    return not sora("prep", str(find_recipe(QUICKSTART)), "--data.captions", str(folder / "clips/captions.csv"),
                     "--data.output", str(folder / "shards"), "--cluster.address", "local")  # fmt: skip
 
 
