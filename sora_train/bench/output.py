@@ -29,7 +29,7 @@ def finish(tables: Sequence[Table], options: Common, words: Sequence[str]) -> in
 
 def write_markdown(tables: Sequence[Table], about: Row, path: str) -> None:
     """The tables under where they come from."""
-    text = f"{origin(about)}\n\n" + "\n\n".join(map(markdown, tables)) + "\n"
+    text = f"`{about['command']}`{origin(about)}\n\n" + "\n\n".join(map(markdown, tables)) + "\n"
     try:
         Path(path).expanduser().write_text(text, encoding="utf-8")
     except OSError as error:
@@ -37,11 +37,11 @@ def write_markdown(tables: Sequence[Table], about: Row, path: str) -> None:
 
 
 def origin(about: Row) -> str:
-    """Command, commit, hardware and versions in two lines."""
+    """Commit, date, hardware and versions in two lines, to stand behind the command."""
     machine = about["hardware"]
     gpus = ", ".join(machine.get("gpus", []))
     where = f"{machine['cores']} cores of {machine['cpu']}, {machine.get('memory_gb', '?')} GB" + (
         f"; {gpus}, CUDA {machine.get('cuda')}" if gpus else "; no GPU"
     )
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-    return f"`{about['command']}`, commit {about['commit'] or 'unknown'}, {about['date']}; {where}\n\n{versions}"
+    return f", commit {about['commit'] or 'unknown'}, {about['date']}; {where}\n\n{versions}"
