@@ -154,7 +154,8 @@ def run(verb: str, words: Sequence[str]) -> None:
 
             if words[:1] in (["-h"], ["--help"]):
                 say(command.usage())
-            elif status := command.run(words):
+                raise SystemExit(0)
+            if status := command.run(words):
                 raise SystemExit(status)
         case _:
             raise RecipeError(f"there is no such verb; the verbs are {', '.join(VERBS)}")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from sora_train.errors import RecipeError
+from sora_train.verbs import VERBS
 
 BENCHES = {
     "model": ("", "forward, backward, step, tokens/s, FLOP/s, MFU and memory beside diffusers' Latte"),
@@ -25,7 +26,7 @@ def usage() -> str:
     return f"""\
 usage: sora bench WHAT [RECIPE] [flags]
 
-Measures how fast a part is beside what it could be. What is compared takes turns (A B A B …) after a warm-up;
+{VERBS["bench"][1]} What is compared takes turns (A B A B …) after a warm-up;
 medians count, with the lowest and the highest. Each prints its tables as Markdown and appends them as JSON lines, with
 command, commit, versions and hardware, to runs/bench.jsonl (--out); --report FILE.html makes a page with plots of
 all that file holds, --markdown FILE.md writes the tables. Exit status 1 where a part of it failed.
