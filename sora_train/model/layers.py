@@ -102,8 +102,8 @@ class FeedForward(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift."""
-    return x * (1 + scale) + shift
+    """x (1 + scale) + shift, in one pass over x."""
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 class Block(nn.Module):
@@ -164,7 +164,7 @@ class Block(nn.Module):
     ) -> Float[Tensor, "b g s d"]:
         """The block, its adaLN table and the diffusion time already added up."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-        x = x + gate1 * self.attention(modulate(self.norm1(x), shift1, scale1), turn)
+        x = torch.addcmul(x, gate1, self.attention(modulate(self.norm1(x), shift1, scale1), turn))
         if self.text_attention is not None:
             x = x + self.text_attention(x, text, mask)
-        return x + gate2 * self.feed_forward(modulate(self.norm2(x), shift2, scale2))
+        return torch.addcmul(x, gate2, self.feed_forward(modulate(self.norm2(x), shift2, scale2)))
