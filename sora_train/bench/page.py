@@ -28,8 +28,10 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'">
 <title>sora bench</title><style>{{ style }}
-.bars { display: grid; margin-bottom: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 1rem; }
-.chart h3 { margin: 0 0 .5rem; } .scroll { overflow-x: auto; } td, th { white-space: nowrap; padding: .15rem .6rem .15rem 0; text-align: left; }
+.bars { display: grid; margin-bottom: 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 1rem; }
+.chart h3 { margin: 0 0 .5rem; }
+.scroll { overflow-x: auto; } td, th { white-space: nowrap; padding: .15rem .6rem .15rem 0; text-align: left; }
 </style></head><body>
 <h1>sora bench</h1>
 <p>The newest record of each kind, {{ records | length }} of {{ count }} in {{ path }}. Bars are medians, lines go from
