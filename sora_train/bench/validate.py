@@ -72,8 +72,8 @@ def count(training: Training, options: Options) -> dict[bool, list[float]]:
 
 def steps_done(training: Training) -> tuple[float, int]:
     """The clock, and the last step that was logged."""
-    done = lines(training.run / "metrics.jsonl")
-    return time.monotonic(), done[-1]["step"] if done else 0
+    done = lines(training.run / "metrics.jsonl")  # validations write their figures there too, of earlier steps
+    return time.monotonic(), max((line["step"] for line in done if "step_s" in line), default=0)
 
 
 def validates(pid: int) -> bool:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sora_train.bench import checkpoint, data, readers
+from sora_train.bench import checkpoint, data, readers, validate
 from sora_train.bench.contender import Case, Contender, Trainee, inputs, relative, seeded, theirs
+from sora_train.bench.recipes import Training
 from sora_train.bench.shards import make_shards
 from sora_train.data.shards import ShardSet
 
@@ -146,3 +147,14 @@ def test_a_checkpoint_is_timed_from_the_stall_until_it_is_whole_and_read_back(tm
     assert row["resume_s"]["n"] == 2
     assert not list(tmp_path.glob("tmp*"))
     assert checkpoint.Options().presets == ("S",)
+
+
+def test_steps_are_counted_by_training_and_not_by_the_validation_of_an_earlier_step(tmp_path: Path) -> None:
+    lines = [{"step": 1, "step_s": 0.1}, {"step": 9, "step_s": 0.1}, {"step": 4, "holdout_loss": 1.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    training = Training(process, tmp_path, tmp_path / "log", 0.0, {})
+    assert validate.steps_done(training)[1] == 9
+    assert not validate.validates(process.pid)
+    assert validate.count(training, validate.Options()) == {True: [], False: []}
