@@ -9,6 +9,7 @@ import statistics
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -113,7 +114,7 @@ def measure(case: Case, options: Options, folder: Path) -> Row:
     for turn in range(options.rounds + 1):  # the first warms up
         alone = seconds(lambda: step(engine, ema))
         state = replace(state, step=turn)
-        stall = seconds(lambda: home.keep(checkpoint.snapshot(engine, ema, state)))  # noqa: B023
+        stall = seconds(lambda: home.keep(partial(checkpoint.snapshot, engine, ema, state)))  # noqa: B023
         beside: list[float] = []
 
         def wait() -> None:
