@@ -19,7 +19,8 @@ from data_prep.ledger import Ledger
 from data_prep.outcome import Outcome
 from data_prep.progress import Progress
 from data_prep.shards import finished_clips, manifest_or_none, only_one, sweep
-from data_prep.source import read_rows
+from data_prep.source import Row, read_rows
+from data_prep.standstill import PATIENCE_S, Standstill, watched
 from data_prep.stock import Work, take_stock
 from data_prep.tables import to_table
 from data_prep.workers import Share, share_out
@@ -40,36 +41,25 @@ def prep(recipe: Recipe) -> Manifest:
     Raises UserError where the captions, codec or shards are no good, too many sources can't be decoded, or nothing is
     left; clips that fail are named in `quarantine.parquet` and don't stop anything.
     """
-    started = time.monotonic()
-    data = recipe.data
+    started, data = time.monotonic(), recipe.data
     lasting("data.output", data.output)
     buckets = buckets_of(data)
     vae, text = find_codec(recipe)
     check_shapes(buckets, vae)
     key = encoding_hash(recipe, vae, text)
-    settings = settings_hash(recipe, key)
     rows = read_rows(data)
     with only_one(data.output):
         sweep(data.output)
-        held, twice = finished_clips(data.output, key, what_differs(recipe, vae, text))
-        ledger = Ledger.load(data.output, settings)
-        outcome = Outcome(len({row.source for row in rows}), data.max_bad_fraction, data.output)
-        stock = take_stock(data, rows, held, twice, ledger, outcome)
-        stock.clear_out(data.output)
-        shapes = ", ".join(bucket.name for bucket in buckets)
-        print(
-            f"prep: {len(rows)} sources, {outcome.written} clips encoded already, {len(stock.todo)} sources to go "
-            f"through; {shapes} at {data.fps:g} fps",
-            flush=True,
-        )
-        harvest = Harvest(recipe, key, settings, outcome, stock)
-        try:
-            outcome.judge()
-            if stock.todo:
-                encode(recipe, buckets, vae, stock.todo, harvest)
-            outcome.judge(finished=True)
-        finally:
-            harvest.close()
+        while True:
+            try:
+                harvest = encode_missing(recipe, rows, buckets, vae, text, key)
+                break
+            except Standstill as nodes:
+                print(
+                    f"prep: {nodes} was lost, and nothing came for {PATIENCE_S:g} s; begins anew with what is missing",
+                    flush=True,
+                )
+        outcome = harvest.outcome
         manifest = describe(recipe, vae, text, key, harvest.empty_text or empty_prompt(recipe, key), outcome)
         manifest.save(data.output)
     print(f"prep: {outcome.summary()} in {time.monotonic() - started:.0f} s; shards in {data.output}", flush=True)
@@ -78,13 +68,50 @@ def prep(recipe: Recipe) -> Manifest:
     return manifest
 
 
+def encode_missing(
+    recipe: Recipe, rows: list[Row], buckets: tuple[Bucket, ...], vae: VaeFiles, text: TextFiles, key: str
+) -> Harvest:
+    """Encodes what the shards don't hold of the rows. Raises UserError as `prep`, and Standstill."""
+    data, settings = recipe.data, settings_hash(recipe, key)
+    held, twice = finished_clips(data.output, key, what_differs(recipe, vae, text))
+    ledger = Ledger.load(data.output, settings)
+    outcome = Outcome(len({row.source for row in rows}), data.max_bad_fraction, data.output)
+    stock = take_stock(data, rows, held, twice, ledger, outcome)
+    stock.clear_out(data.output)
+    shapes = ", ".join(bucket.name for bucket in buckets)
+    print(
+        f"prep: {len(rows)} sources, {outcome.written} clips encoded already, {len(stock.todo)} sources to go "
+        f"through; {shapes} at {data.fps:g} fps",
+        flush=True,
+    )
+    harvest = Harvest(recipe, key, settings, outcome, stock)
+    try:
+        outcome.judge()
+        if stock.todo:
+            encode(recipe, buckets, vae, stock.todo, harvest)
+        outcome.judge(finished=True)
+    finally:
+        harvest.close()
+    return harvest
+
+
 def encode(recipe: Recipe, buckets: tuple[Bucket, ...], vae: VaeFiles, todo: list[Work], harvest: Harvest) -> None:
     """Sends sources down the chain and brings in what comes out."""
+    import ray
+
     from sora_train.launch.cluster import connect
 
+    def alive() -> dict[str, str]:
+        return {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+
     with connect(recipe.cluster.address, log_to_driver=False), Progress(len(todo), run=recipe.name) as progress:
-        failures, seen, reasons = harvest.outcome.failures, 0, Counter[str]()
-        for table in chain(recipe, buckets, vae, todo):
+        failures, seen, reasons, there = harvest.outcome.failures, 0, Counter[str](), alive()
+
+        def lost() -> list[str]:
+            now = alive()
+            return [name for node, name in there.items() if node not in now]
+
+        for table in watched(chain(recipe, buckets, vae, todo), lost):
             counts = harvest.bring_in(table)
             reasons.update(failure["reason"] for failure in failures[seen:])
             seen = len(failures)
