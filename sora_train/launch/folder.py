@@ -22,6 +22,8 @@ from sora_train.train import checkpoint
 from sora_train.train.home import LEAVE, Home
 from sora_train.train.metrics import Events, JsonLines
 
+BEGINS, ENDS = ("start", "resume"), ("end", "failed", "preempted", "interrupted")
+"""Events with which training begins, and those with which a command's training is over."""
 STOP = "stop.json"
 """Why a worker ended the run, where no repetition would mend it: workers that Ray starts anew find it and end too."""
 RAYS_LIST = "checkpoint_manager_snapshot.json"
@@ -85,6 +87,7 @@ def write_folder(run: Path, recipe: Recipe, manifest: Manifest) -> None:
         (run / name).unlink(missing_ok=True)
     save_recipe(recipe, run / "recipe.yaml")
     manifest.save(str(run))
+    note_lost_driver(run)
     (run / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
     set_aside(run)
     last = max((step for step, _ in checkpoint.whole(folder)), default=0)
@@ -92,6 +95,14 @@ def write_folder(run: Path, recipe: Recipe, manifest: Manifest) -> None:
     for step in outstanding.steps():
         outstanding.mark(step, "lost")
     Home(run).cut_back(last)
+
+
+def note_lost_driver(run: Path) -> None:
+    """Notes that the command before this one ended without a word: its own last event would say why it ended."""
+    told = [event["event"] for event in Events(run).lines.read() if event.get("event") in BEGINS + ENDS]
+    if told and told[-1] in BEGINS:
+        why = "the command before this one ended without a word, as by `kill -9` or with its machine"
+        Events(run).write("driver_lost", last_step(run), why)
 
 
 def set_aside(run: Path) -> None:

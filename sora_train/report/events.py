@@ -16,6 +16,7 @@ TROUBLE = {
     "rollback": "went back to a checkpoint",
     "skipped": "a step was skipped",
     "worker_lost": "a worker was lost",
+    "driver_lost": "the command was lost",
     "validation_failed": "a validation failed",
     "validation_dropped": "a validation was left out",
     "tracking_failed": "wandb failed",
@@ -23,7 +24,7 @@ TROUBLE = {
     "preempted": "asked to stop",
     "changed": "settings changed",
 }
-GRAVE = {"failed", "damaged", "rollback", "worker_lost"}
+GRAVE = {"failed", "damaged", "rollback", "worker_lost", "driver_lost"}
 CALM = {"start", "resume", "checkpoint", "validation_done", "left_out", "end"}
 STATES = {"end": "finished", "failed": "failed", "preempted": "stopped, can go on", "interrupted": "interrupted"}
 MOST_OF_A_KIND, MOST_ROWS = 3, 3000

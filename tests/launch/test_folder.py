@@ -10,7 +10,7 @@ import torch
 from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
 from sora_train.launch.checks import STEERS, check_folder, differences
-from sora_train.launch.folder import check_whole, only_one, set_aside
+from sora_train.launch.folder import check_whole, note_lost_driver, only_one, set_aside
 from sora_train.manifest import Manifest
 from sora_train.model import Latte
 from sora_train.recipe import save_recipe
@@ -19,6 +19,7 @@ from sora_train.train.ema import Ema
 from sora_train.train.engine import Engine
 from sora_train.train.home import Home
 from sora_train.train.loop import train
+from sora_train.train.metrics import Events
 from sora_train.train.weights import read_whole
 
 
@@ -117,3 +118,17 @@ def test_a_garbled_line_of_metrics_costs_only_itself(run: Path):
     metrics.write_text("\n".join([lines[0], "garbage", "{}", lines[1], lines[2]]) + "\n")
     Home(run).cut_back(2)
     assert metrics.read_text().splitlines() == lines[:2]
+
+
+@pytest.mark.parametrize(
+    ("told", "is_lost"),
+    [([], False), (["start", "checkpoint"], True), (["start", "end", "validation_done"], False),
+     (["start", "interrupted"], False), (["start", "preempted", "resume", "worker_lost"], True),
+     (["start", "driver_lost", "resume", "failed"], False)],
+)  # fmt: skip
+def test_that_the_command_before_ended_without_a_word_is_an_event(tmp_path: Path, told: list[str], is_lost: bool):
+    for event in told:
+        Events(tmp_path).write(event, 3, "")
+    note_lost_driver(tmp_path)
+    seen = [event["event"] for event in Events(tmp_path).lines.read()]
+    assert seen == told + ["driver_lost"] * is_lost
