@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: help quickstart bench-quickstart test-slow drill-jobs drill-train drill-prep test lint .venv
+.PHONY: help quickstart bench-quickstart test-slow drill-cluster drill-jobs drill-train drill-prep test lint .venv
 
 help:
 	@echo 'make quickstart   clips, shards, training, samples and a report in runs/quickstart, in minutes on two cores'
@@ -14,7 +14,8 @@ help:
 	@echo 'make bench-quickstart   after make quickstart: three training seeds, 192 clips each'
 	@echo 'make drill-train  sora train under kills, lost nodes, poison, damage, full disks, and the quickstart: one table'
 	@echo 'make drill-prep   sora prep killed at ten moments, driver and actors in turn; memory over 1,000 clips'
-	@echo 'make drill-jobs   a head node, submitted and stopped jobs, the Slurm script, every recipe in small, planted secrets'
+	@echo 'make drill-cluster   half an hour of random faults over prep and train on three machines with addresses of their own'
+	@echo 'make drill-jobs   three machines by cluster/README.md, a head node, submitted and stopped jobs, the Slurm script, every recipe in small, planted secrets'
 	@echo 'make .venv        the environment alone, pinned by constraints.txt'
 
 # The stamp is made last, so that an installation that was interrupted is taken up again.
@@ -34,6 +35,10 @@ bench-quickstart: .venv/installed
 # Some of it: make drill-train ARGS='--only worker-killed node-lost'; --out FILE.md writes the table for docs/benchmarks.
 drill-train: .venv/installed
 	$(BIN)/python -m tests.drills.train $(ARGS)
+
+# Shorter, with other faults, and with a page for docs/benchmarks: make drill-cluster ARGS='--minutes 6 --seed 3 --out FILE.md'
+drill-cluster: .venv/installed
+	$(BIN)/python -m tests.drills.cluster $(ARGS)
 
 drill-prep: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/data_prep -m slow -rA

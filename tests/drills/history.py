@@ -52,8 +52,9 @@ def difference(run: Path, unbroken: Path, until: int | None = None) -> float:
 
 
 def account(run: Path, shards: Path) -> Account:
-    """Counts clips by epoch: each of `shards` must have come once, but for those that are named."""
-    train, clips = load_recipe(run / "recipe.yaml").train, ShardSet(str(shards))
+    """Counts clips by epoch: each that `shards` have for training must have come once, but for those that are named."""
+    recipe = load_recipe(run / "recipe.yaml")
+    train, clips = recipe.train, ShardSet(str(shards), recipe.data.holdout_fraction, "train")
     plan, ids = clips.plan(train.batch_size, train.seed), ids_of(clips)
     state = read_state(whole(run / "checkpoints")[-1][1])
     assert state is not None

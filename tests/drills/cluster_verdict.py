@@ -1,0 +1,126 @@
+"""What the cluster drill finds in the end: preps and trainings against unbroken ones, and faults against events."""
+
+import statistics
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from sora_train.schema import shard_files
+from tests.drills.cluster_stage import Work
+from tests.drills.history import account, difference, losses
+
+HEADS = ("time", "job", "fault", "node", "met", "what happened", "standstill")
+ORDINARY = ("checkpoint", "validation_done", "validation_dropped", "not_measured", "end")
+TROUBLE = ("worker_lost", "driver_lost", "preempted", "interrupted", "failed")
+"""Events of which each new start of the workers needs one."""
+
+
+@dataclass
+class Row:
+    """A line of the table: a fault, and what came of it."""
+
+    at_s: float
+    phase: str
+    fault: str
+    node: str
+    met: str
+    healed_s: float
+    """When its second half is done, by the monotonic clock."""
+    standing: tuple[int, int]
+    jobs: int
+    events_before: int
+    began_ns: int
+    ends_job: bool = False
+    standstill_s: float = 0.0
+    attempts: int = 0
+    """Starts of the workers since, that did a step."""
+    happened: list[str] = field(default_factory=list)
+    events: list[dict] = field(default_factory=list)
+
+    def recovered(self, work: Work) -> bool:
+        """Whether the work goes on: beyond what it had done or was doing, and after the second half."""
+        beyond = work.standing > (self.standing[0], self.standing[1] + (work.verb == "train"))
+        return beyond and work.best_at > self.healed_s and len(work.jobs) > self.jobs - (not self.ends_job)
+
+    def take(self, events: list[dict]) -> None:
+        self.events = [event for event in events if event["event"] not in ORDINARY]
+
+    def seen(self) -> bool:
+        """Whether what it did to a training is in `events.jsonl`: that workers were started anew has a reason there."""
+        kinds = Counter(event["event"] for event in self.events)
+        begun = kinds["start"] + kinds["resume"]
+        reasons = sum(kinds[kind] for kind in TROUBLE)
+        return begun >= self.attempts and (reasons >= 1 or not self.attempts)
+
+    def what(self) -> str:
+        counts = Counter(event["event"] for event in self.events)
+        shown = [f"{kind}{f' × {number}' if number > 1 else ''}" for kind, number in counts.items()]
+        if not self.met and self.fault != "none":
+            shown.append("hit nothing of the job")
+        return "; ".join([*self.happened, *shown]) or "went on"
+
+
+def tabulate(rows: list[Row]) -> str:
+    head = f"| {' | '.join(HEADS)} |\n|{'---|' * len(HEADS)}"
+    cells = [
+        (f"{row.at_s // 60:.0f}:{row.at_s % 60:02.0f}", row.phase, row.fault, row.node, row.met or "—",
+         row.what().replace("|", "/"), f"{row.standstill_s:.0f} s")
+        for row in rows
+    ]  # fmt: skip
+    return "\n".join([head, *(f"| {' | '.join(row)} |" for row in cells)])
+
+
+def verdicts(done: list[Work], rows: list[Row], wrong: list[str]) -> tuple[list[str], bool]:
+    """A line for each thing that must hold, and whether all do. `done` begins with the unbroken prep and training."""
+    said, holds = [], not wrong and bool(rows)
+    for work in done:
+        unbroken = done[0] if work.verb == "prep" else done[1]
+        found, fine = (prep_holds if work.verb == "prep" else training_holds)(work, unbroken)
+        said.append(f"- {work.name}, submitted {len(work.jobs)} times: {found}")
+        holds = holds and fine
+    trained, unseen = [row for row in rows if row.attempts], [row for row in rows if not row.seen()]
+    restarts = sum(row.attempts for row in trained)
+    kinds = Counter(row.fault for row in rows)
+    said.append(f"- {len(rows)} faults: {', '.join(f'{kind} {number}' for kind, number in kinds.items())}")
+    said.append(f"- {restarts} times workers were started anew, after {len(trained)} faults")
+    said += [f"- FAILED: {row.fault} of {row.phase} is not in events.jsonl: {row.what()}" for row in unseen]
+    said += [f"- FAILED: {one}" for one in wrong]
+    return said, holds and not unseen
+
+
+def prep_holds(work: Work, unbroken: Work) -> tuple[str, bool]:
+    """Ids of the shards exact, none twice, and every row's bytes those of the unbroken prep."""
+    ours, theirs = (rows_of(shared(one) / one.name) for one in (work, unbroken))
+    ids, wanted = [name for name, _ in ours], {name for name, _ in theirs}
+    lost, twice, foreign = len(wanted - set(ids)), len(ids) - len(set(ids)), len(set(ids) - wanted)
+    other = sum(dict(theirs).get(name) != row for name, row in ours)
+    fine = not (lost or twice or foreign or other)
+    text = f"{len(ids)} ids, {lost} lost, {twice} twice, {foreign} others; {other} rows differ from the unbroken prep's"
+    return ("holds: " if fine else "FAILED: ") + text, fine
+
+
+def shared(work: Work) -> Path:
+    return work.machines.folder / "shared"
+
+
+def rows_of(folder: Path) -> list[tuple[str, tuple]]:
+    """Id and bytes of every row of the shards."""
+    tables = [pq.ParquetFile(file).read() for file in shard_files(str(folder))]
+    return [
+        (row["sample_id"], (row["latents"], *row["text"], *row["captions"])) for t in tables for row in t.to_pylist()
+    ]
+
+
+def training_holds(work: Work, unbroken: Work) -> tuple[str, bool]:
+    """Every epoch's samples exactly once, and the losses those of the unbroken training."""
+    found = account(work.run, shared(work) / "prep-unbroken")
+    ours, theirs = (statistics.mean(list(losses(one.run).values())[-20:]) for one in (work, unbroken))
+    mean, off = abs(ours - theirs) / theirs, difference(work.run, unbroken.run)
+    fine = not (found.lost or found.repeated or found.unseen or found.named) and mean <= 1e-4
+    text = (
+        f"{found.lost} samples lost, {found.repeated} repeated, {found.again} steps done again; mean of the last 20 "
+        f"losses differs by {mean:.0e}, a step's by at most {off:.0e}"
+    )
+    return ("holds: " if fine else "FAILED: ") + text, fine
