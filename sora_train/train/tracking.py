@@ -24,6 +24,7 @@ ALERTS = {
     "damaged": "ERROR",
     "rollback": "ERROR",
     "worker_lost": "WARN",
+    "driver_lost": "WARN",
     "skipped": "WARN",
     "preempted": "WARN",
     "validation_failed": "WARN",
