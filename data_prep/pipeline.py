@@ -1,38 +1,29 @@
-"""The road from a recipe's videos to its shards, as one chain of Ray Data: clips -> VAE -> text -> shards."""
+"""The road from a recipe's videos to its shards: what is missing goes down the chain, and all is described."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import json
-import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
-
-import pyarrow as pa
 
 from data_prep.buckets import TRANSFORM_VERSION, Bucket, buckets_of
+from data_prep.chain import encode
 from data_prep.harvest import Harvest
 from data_prep.ledger import Ledger
 from data_prep.outcome import Outcome
-from data_prep.progress import Progress
 from data_prep.shards import finished_clips, manifest_or_none, only_one, sweep
 from data_prep.source import Row, read_rows
-from data_prep.standstill import PATIENCE_S, Standstill, watched
-from data_prep.stock import Work, take_stock
-from data_prep.tables import to_table
-from data_prep.workers import Share, share_out
+from data_prep.standstill import PATIENCE_S, Standstill
+from data_prep.stock import take_stock
 from sora_train.codec.files import TextFiles, VaeFiles, find_text_encoder, find_vae
 from sora_train.errors import RecipeError
 from sora_train.manifest import SCHEMA_VERSION, Counts, LatentFormat, Manifest, TextFacts, VaeFacts
 from sora_train.places import lasting
 from sora_train.recipe import Recipe
 from sora_train.schema import bucket_name, bucket_of, bucket_size
-
-BLOCK_BYTES, BLOCK_BYTES_GPU = 2**23, 2**27  # frames that travel between two stages at once: the VAE's batch
-BLOCK_SOURCES = 32
 
 
 def prep(recipe: Recipe) -> Manifest:
@@ -93,83 +84,6 @@ def encode_missing(
     finally:
         harvest.close()
     return harvest
-
-
-def encode(recipe: Recipe, buckets: tuple[Bucket, ...], vae: VaeFiles, todo: list[Work], harvest: Harvest) -> None:
-    """Sends sources down the chain and brings in what comes out."""
-    import ray
-
-    from sora_train.launch.cluster import connect
-
-    def alive() -> dict[str, str]:
-        return {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
-
-    with connect(recipe.cluster.address, log_to_driver=False), Progress(len(todo), run=recipe.name) as progress:
-        failures, seen, reasons, there = harvest.outcome.failures, 0, Counter[str](), alive()
-
-        def lost() -> list[str]:
-            now = alive()
-            return [name for node, name in there.items() if node not in now]
-
-        for table in watched(chain(recipe, buckets, vae, todo), lost):
-            counts = harvest.bring_in(table)
-            reasons.update(failure["reason"] for failure in failures[seen:])
-            seen = len(failures)
-            progress.add(*counts, reasons)
-
-
-def chain(recipe: Recipe, buckets: tuple[Bucket, ...], vae: VaeFiles, todo: list[Work]) -> Iterator[pa.Table]:
-    """Tables of ENCODED, in the order of `todo`."""
-    import ray
-    from ray.data import ActorPoolStrategy, DataContext
-
-    from data_prep.encode import Decode, EmbedText, EncodeVideo
-
-    quiet_ray_data()
-    DataContext.get_current().execution_options.preserve_order = True  # the same captions give the same shards
-    total = ray.cluster_resources()
-    shares = share_out(int(total.get("CPU", 1)), int(total.get("GPU", 0)), recipe.prep)
-    device = "cuda" if shares.vae.gpus else "cpu"
-    at_once = clips_at_once(recipe, gpus=shares.vae.gpus)
-    shapes = {b.name: vae.latent_shape(b.frames, b.height, b.width) for b in buckets}
-
-    def stage(dataset: ray.data.Dataset, work: type, share: Share, **arguments: object) -> ray.data.Dataset:
-        pool = ActorPoolStrategy(size=share.workers)
-        return dataset.map_batches(
-            work, fn_constructor_kwargs=arguments, batch_size=None, batch_format="pyarrow",
-            compute=pool, num_cpus=share.cpus, num_gpus=share.gpus or None,
-        )  # fmt: skip
-
-    size = max(1, min(BLOCK_SOURCES, at_once, -(-len(todo) // (2 * shares.decode.workers))))
-    sources = ray.data.from_arrow([to_table(todo[i : i + size]) for i in range(0, len(todo), size)])
-    clips = stage(sources, Decode, shares.decode, data=recipe.data, selection=recipe.selection, clips_at_once=at_once)
-    latents = stage(clips, EncodeVideo, shares.vae, codec=recipe.codec, threads=shares.vae.threads, device=device)
-    encoded = stage(
-        latents, EmbedText, shares.text, codec=recipe.codec, moments=vae.moments, latent_shapes=shapes,
-        batch=recipe.prep.text_batch, threads=shares.text.threads, device=device if shares.text.gpus else "cpu",
-    )  # fmt: skip
-    encoded.set_name(f"prep {recipe.name}")  # as Ray's dashboard and metrics show it
-    for table in encoded.iter_batches(batch_size=None, batch_format="pyarrow"):
-        assert isinstance(table, pa.Table)
-        yield table
-
-
-def quiet_ray_data() -> None:
-    """Keeps Ray Data from telling of itself: `sora` has progress lines of its own."""
-    from ray.data import DataContext
-
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.issue_detectors_config.detectors = []  # they warn of the memory that importing torch takes
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says that the bars are off
-
-
-def clips_at_once(recipe: Recipe, gpus: float) -> int:
-    """Clips that travel between two stages at once, which is what the VAE gets."""
-    block = BLOCK_BYTES_GPU if gpus else BLOCK_BYTES
-    return recipe.prep.vae_batch or max(1, block // max(bucket.clip_bytes for bucket in buckets_of(recipe.data)))
 
 
 def find_codec(recipe: Recipe) -> tuple[VaeFiles, TextFiles]:

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from data_prep.chain import clips_at_once
 from data_prep.decoder import Decoder
 from data_prep.encode import local_copy
-from data_prep.pipeline import clips_at_once
 from data_prep.reasons import ClipError
 from data_prep.source import Row, data_root
 from data_prep.workers import cores, share_out

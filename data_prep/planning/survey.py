@@ -19,9 +19,9 @@ from queue import SimpleQueue
 import pyarrow as pa
 from pyarrow import fs
 
+from data_prep.chain import quiet_ray_data
 from data_prep.decoder import Decoder
 from data_prep.encode import local_copy
-from data_prep.pipeline import quiet_ray_data
 from data_prep.reasons import ClipError
 from data_prep.source import Row, data_root
 from data_prep.workers import cores

@@ -176,7 +176,7 @@ def started_ray() -> Iterator[None]:
         raise UserError("--ray: Ray is not installed")
     import ray
 
-    from data_prep.pipeline import quiet_ray_data
+    from data_prep.chain import quiet_ray_data
 
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     quiet_ray_data()

@@ -21,11 +21,12 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep.buckets import buckets_of
+from data_prep.chain import chain, clips_at_once
 from data_prep.clips import cut_source, read_clip
 from data_prep.encode import local_copy
 from data_prep.harvest import Harvest
 from data_prep.outcome import Outcome
-from data_prep.pipeline import chain, clips_at_once, encoding_hash, find_codec, settings_hash
+from data_prep.pipeline import encoding_hash, find_codec, settings_hash
 from data_prep.reasons import ClipError
 from data_prep.shards import ShardWriter
 from data_prep.source import Row, data_root, read_rows, row_id
