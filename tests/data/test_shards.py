@@ -47,6 +47,22 @@ def test_the_cache_keeps_what_was_read_last_and_no_more_than_it_may(make_shards)
     assert ShardSet(folder, cache_bytes=0).read(BUCKET, [0, 64, 127]).sample_ids == ["00000000", "00000040", "0000007f"]
 
 
+def test_an_epoch_reads_a_row_group_about_once_and_keeps_no_more_than_its_window(make_shards):
+    shards = ShardSet(make_shards(*[80] * 16, row_group=4))  # 320 groups, five windows
+    plan, read = shards.plan(batch_size=8, seed=1), []
+    open_file = shards._open_file
+
+    def opened(path: str) -> pq.ParquetFile:
+        read.append(path)
+        return open_file(path)
+
+    shards._open_file = opened
+    for number in range(plan.steps_per_epoch):
+        shards.read(BUCKET, batch(plan, number).rows)
+        assert len(shards._cache) <= 80
+    assert 320 <= len(read) < 352
+
+
 @pytest.mark.parametrize("fraction", [0.2, 0.5])
 def test_the_splits_share_the_clips_and_keep_those_of_a_source_together(make_shards, fraction: float):
     folder = make_shards(70, 33, 47)
