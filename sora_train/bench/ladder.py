@@ -78,7 +78,7 @@ class Climber:
             held = [micro_batches(self.shards, plan, objective, number, **how) for number in range(4)]
             for number in count():
                 yield held[number % 4]
-        for _, micros in batches(self.shards, plan, objective, count(), **how):
+        for _, micros in batches(self.shards, plan, objective, count(), device=self.device, **how):
             yield micros
 
     def part(self) -> Callable[[int], None]:
