@@ -24,23 +24,13 @@ BLOCK_SOURCES = 32
 
 def encode(recipe: Recipe, buckets: tuple[Bucket, ...], vae: VaeFiles, todo: list[Work], harvest: Harvest) -> None:
     """Sends sources down the chain and brings in what comes out. Raises UserError where too many are bad, and
-    Standstill where Ray waits without end for blocks that it lost.
+    Standstill where Ray waits without end for what it lost.
     """
-    import ray
-
     from sora_train.launch.cluster import connect
 
-    def alive() -> dict[str, str]:
-        return {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
-
     with connect(recipe.cluster.address, log_to_driver=False), Progress(len(todo), run=recipe.name) as progress:
-        failures, seen, reasons, there = harvest.outcome.failures, 0, Counter[str](), alive()
-
-        def lost() -> list[str]:
-            now = alive()
-            return [name for node, name in there.items() if node not in now]
-
-        for table in watched(chain(recipe, buckets, vae, todo), lost):
+        failures, seen, reasons = harvest.outcome.failures, 0, Counter[str]()
+        for table in watched(chain(recipe, buckets, vae, todo)):
             counts = harvest.bring_in(table)
             reasons.update(failure["reason"] for failure in failures[seen:])
             seen = len(failures)

@@ -16,7 +16,7 @@ from data_prep.ledger import Ledger
 from data_prep.outcome import Outcome
 from data_prep.shards import finished_clips, manifest_or_none, only_one, sweep
 from data_prep.source import Row, read_rows
-from data_prep.standstill import PATIENCE_S, Standstill
+from data_prep.standstill import Standstill
 from data_prep.stock import take_stock
 from sora_train.codec.files import TextFiles, VaeFiles, find_text_encoder, find_vae
 from sora_train.errors import RecipeError
@@ -45,10 +45,9 @@ def prep(recipe: Recipe) -> Manifest:
             try:
                 harvest = encode_missing(recipe, rows, buckets, vae, text, key)
                 break
-            except Standstill as nodes:
+            except Standstill as said:
                 print(
-                    f"prep: {nodes} was lost, and nothing came for {PATIENCE_S:g} s; begins anew with what is missing",
-                    flush=True,
+                    f"prep: {said}, as where a node or its network fails; begins anew with what is missing", flush=True
                 )
         outcome = harvest.outcome
         manifest = describe(recipe, vae, text, key, harvest.empty_text or empty_prompt(recipe, key), outcome)

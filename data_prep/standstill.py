@@ -1,4 +1,4 @@
-"""What Ray Data waits for without end where a node was lost that held blocks: found here, so that prep begins anew."""
+"""What Ray Data waits for without end where a node, or its network, failed: found here, so that prep begins anew."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
 
-PATIENCE_S = 120.0
-"""Seconds without anything after the loss of a node: Ray needs some to start actors elsewhere and do work again."""
+PATIENCE_S, TIMES, START_S = 120.0, 10, 1800.0
+"""Without anything for so long, and for so many times the longest wait before, nothing comes any more. The first may
+take the last of these: networks are loaded before it."""
 
 
 class Standstill(Exception):  # noqa: N818  no mistake of anybody's
-    """Nothing comes any more, and nodes were lost. The message names them."""
+    """Nothing comes any more. The message says for how long."""
 
 
-def watched(items: Iterable[T], lost: Callable[[], list[str]], patience_s: float = PATIENCE_S) -> Iterator[T]:
-    """The items, taken in a thread of its own. Raises Standstill where none came for `patience_s` and `lost()`, which
-    names the nodes that went, is not empty; what the thread is stuck in must then be ended by others.
+def watched(items: Iterable[T], patience_s: float = PATIENCE_S, start_s: float = START_S) -> Iterator[T]:
+    """The items, taken in a thread of its own. Raises Standstill where none came for too long; what the thread is stuck
+    in must then be ended by others.
     """
     ready: queue.Queue[tuple[str, T | BaseException | None]] = queue.Queue(maxsize=1)
     given_up = threading.Event()
@@ -43,20 +44,21 @@ def watched(items: Iterable[T], lost: Callable[[], list[str]], patience_s: float
             put("error", error)
 
     threading.Thread(target=take, name="chain", daemon=True).start()
-    came_at = time.monotonic()
+    limit, longest = start_s, 0.0
     try:
         while True:
+            began = time.monotonic()
             try:
-                kind, what = ready.get(timeout=min(1.0, patience_s))
+                kind, what = ready.get(timeout=limit)
             except queue.Empty:
-                if time.monotonic() - came_at > patience_s and (nodes := lost()):
-                    raise Standstill(", ".join(nodes)) from None
-                continue
+                raise Standstill(f"nothing came for {limit:.0f} s") from None
             if kind == "end":
                 return
             if isinstance(what, BaseException):
                 raise what
+            if limit != start_s:  # the first wait is for more than its item
+                longest = max(longest, time.monotonic() - began)
+            limit = max(patience_s, TIMES * longest)
             yield what  # type: ignore[misc]
-            came_at = time.monotonic()
     finally:
         given_up.set()
