@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode
 from ray.train.torch import get_device
+from ray.train.v2._internal.execution.context import get_train_context
 
 from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
@@ -72,7 +73,7 @@ def work(recipe: Recipe, run: Path) -> str:
     if why:
         return why
     step, resume = found[-1] if found else (0, None)
-    home = Home(run, reporting(recipe, run, found), noticing(recipe, run))
+    home = Home(run, reporting(recipe, run, found), noticing(run))
     if rank == 0:
         home.cut_back(step)
         workers = f"{world} worker{'s' if world > 1 else ''} on {get_device()}"
@@ -167,24 +168,22 @@ def figure(loss: float | None) -> float:
     return float("nan") if loss is None else loss
 
 
-def noticing(recipe: Recipe, run: Path) -> Callable[[int], bool]:
-    """Whether Ray has said since the last time that nodes are about to be taken away.
+def noticing(run: Path) -> Callable[[int], bool]:
+    """Whether Ray has told rank 0 since the last time that nodes are about to be taken away.
 
-    Asking is a barrier over all workers, so that it is done where a line of the log is due.
+    Ray's own `get_preemption_info` hands this on through an actor, to which every worker has to come: where a network
+    fails for seconds an answer is lost, and that worker waits for ever. The loop adds up all ranks' wishes anyway.
     """
     known: list[Any] = [None]
 
     def notice(step: int) -> bool:
-        if step % recipe.train.log_every:
-            return False
-        said = ray.train.get_preemption_info()
+        said = get_train_context().preemption_context.preemption_info if dist.get_rank() == 0 else None
         if said is None or said == known[0]:
             return False
         known[0] = said
-        if dist.get_rank() == 0:
-            by = f" by {datetime.fromtimestamp(said.deadline_ms / 1000, UTC):%H:%M:%S} UTC" if said.deadline_ms else ""
-            ranks = ", ".join(map(str, said.preempted_ranks))
-            Events(run).write("preempted", step, f"the nodes of ranks {ranks} go{by}; a checkpoint is made at once")
+        by = f" by {datetime.fromtimestamp(said.deadline_ms / 1000, UTC):%H:%M:%S} UTC" if said.deadline_ms else ""
+        ranks = ", ".join(map(str, said.preempted_ranks))
+        Events(run).write("preempted", step, f"the nodes of ranks {ranks} go{by}; a checkpoint is made at once")
         return True
 
     return notice
