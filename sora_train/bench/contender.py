@@ -150,7 +150,8 @@ def allocated(act: Callable[[], object]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         act()
     events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]  # pyright: ignore
-    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), default=0)
+    sizes = (e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))  # pyright: ignore
+    return max(accumulate(sizes), default=0)
 
 
 def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -195,16 +196,17 @@ def ours(contender: Contender) -> Callable[[], tuple[nn.Module, Callable[..., Te
 
 def theirs(contender: Contender) -> Callable[[], tuple[nn.Module, Callable[..., Tensor]]]:
     """The same for diffusers' class, whose axes are `b c f h w`, and whose mask is a bias for every frame."""
-    import diffusers
+    from diffusers import LatteTransformer3DModel
+    from diffusers.utils import logging
 
-    diffusers.logging.set_verbosity_error()
+    logging.set_verbosity_error()
 
     def call(model: Any, x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         bias = torch.where(mask, 0.0, -10000.0).to(text.dtype)[:, None].repeat_interleave(x.shape[1], dim=0)
         return model(x.transpose(1, 2), t, text, bias, return_dict=False)[0].transpose(1, 2)
 
     def make() -> tuple[nn.Module, Callable[..., Tensor]]:
-        model = diffusers.LatteTransformer3DModel.from_pretrained(contender.weights, low_cpu_mem_usage=False)
+        model = LatteTransformer3DModel.from_pretrained(contender.weights, low_cpu_mem_usage=False)
         if contender.case.checkpointing == "full":
             model.enable_gradient_checkpointing()
         return model, partial(torch.compile(call, dynamic=False)) if contender.compiled else call

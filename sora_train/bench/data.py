@@ -5,6 +5,7 @@ And the order of samples over 10⁹ rows: what it takes to make a plan, and to k
 
 from __future__ import annotations
 
+import logging
 import statistics
 import tempfile
 import tracemalloc
@@ -178,7 +179,7 @@ def started_ray() -> Iterator[None]:
 
     from data_prep.chain import quiet_ray_data
 
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     quiet_ray_data()
     try:
         yield

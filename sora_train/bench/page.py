@@ -109,7 +109,7 @@ def bars(values: Sequence[tuple[str, Any]], name: str) -> str:
 
     colours = Colours()
     ink = colours.of(INK)
-    settings = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "text.parse_math": False}
+    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "text.parse_math": False}
     with rc_context({**settings, "text.color": ink, "axes.edgecolor": ink, "xtick.labelcolor": colours.of("faint"),
                      "ytick.labelcolor": ink}):  # fmt: skip
         height = 0.34 * len(values) + 0.4

@@ -66,6 +66,7 @@ def beside_one_alone(recipe: Recipe, *acts: str) -> Path:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(700)
 def test_a_run_that_loses_a_node_goes_on_with_fewer_workers_and_the_losses_of_an_unbroken_one(
     builtin_shards: Path, tmp_path: Path, recipe_of
