@@ -205,7 +205,12 @@ def test_the_same_command_goes_on_and_keeps_the_newest_checkpoints(unbroken: Pat
     torn = unbroken / "checkpoints/step_00000012/part_00001_of_00002.safetensors"
     torn.write_bytes(torn.read_bytes()[:-1])
     recipe = recipe_of(
-        builtin_shards, unbroken.parent, data__holdout_fraction=0.2, train__steps=14, train__keep_checkpoints=2
+        builtin_shards,
+        unbroken.parent,
+        name=unbroken.name,
+        data__holdout_fraction=0.2,
+        train__steps=14,
+        train__keep_checkpoints=2,
     )
     run = launch_training(recipe)
     assert run == unbroken
@@ -216,7 +221,9 @@ def test_the_same_command_goes_on_and_keeps_the_newest_checkpoints(unbroken: Pat
 
 
 def test_a_finished_run_says_so_and_starts_nothing(unbroken: Path, builtin_shards: Path, recipe_of, capsys):
-    launch_training(recipe_of(builtin_shards, unbroken.parent, data__holdout_fraction=0.2, train__steps=14))
+    launch_training(
+        recipe_of(builtin_shards, unbroken.parent, name=unbroken.name, data__holdout_fraction=0.2, train__steps=14)
+    )
     assert "is finished: 14 steps" in capsys.readouterr().out
 
 
@@ -227,6 +234,7 @@ def test_a_finished_run_makes_up_for_a_validation_that_was_cut_off_with_it(
     recipe = recipe_of(
         builtin_shards,
         unbroken.parent,
+        name=unbroken.name,
         data__holdout_fraction=0.2,
         train__steps=14,
         validation__every=4,
@@ -244,7 +252,13 @@ def test_a_run_folder_of_another_recipe_is_refused_with_the_keys_that_differ(
     unbroken: Path, builtin_shards: Path, recipe_of
 ):
     recipe = recipe_of(
-        builtin_shards, unbroken.parent, data__holdout_fraction=0.2, train__steps=20, model__width=32, train__seed=1
+        builtin_shards,
+        unbroken.parent,
+        name=unbroken.name,
+        data__holdout_fraction=0.2,
+        train__steps=20,
+        model__width=32,
+        train__seed=1,
     )
     with pytest.raises(UserError, match=r"model.width was 16 and is 32; train.seed was 0 and is 1"):
         launch_training(recipe)
