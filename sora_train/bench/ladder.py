@@ -94,9 +94,8 @@ class Climber:
         half = config.precision == "bf16"
         if not self.height:
             model = model.to(device)
-            fused = device.type == "cuda"
             adam = torch.optim.AdamW(
-                decay_groups(model, config.weight_decay), lr=config.learning_rate, betas=config.betas, fused=fused
+                decay_groups(model, config.weight_decay), lr=config.learning_rate, betas=config.betas, fused=True
             )
 
             def bare(steps: int) -> None:

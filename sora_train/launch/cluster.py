@@ -18,8 +18,8 @@ from sora_train.errors import UserError
 @contextmanager
 def connect(
     address: str = "auto", min_cpus: int = 1, dashboard: bool = True, log_to_driver: bool = True
-) -> Iterator[None]:
-    """Connects this process to Ray for the length of a `with` block.
+) -> Iterator[bool]:
+    """Connects this process to Ray for the length of a `with` block; gives whether it started a Ray of its own.
 
     `auto` joins the cluster of this job (`RAY_ADDRESS`) or the one that `ray start` runs on this machine, and starts
     one where there is none; `local` always starts one; anything else is the address to join. A cluster started here
@@ -28,7 +28,7 @@ def connect(
     appears here. Raises UserError where an address can't be joined.
     """
     if ray.is_initialized():
-        yield
+        yield False
         return
     address = (running_cluster() or "local") if address == "auto" else address
     # Its warning that a cluster of one's own has a password needs nobody's attention.
@@ -60,7 +60,7 @@ def connect(
             "run on this machine alone"
         ) from error
     try:
-        yield
+        yield address == "local"
     finally:
         ray.shutdown()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,18 @@ QUIET_S = 9.0  # after so long without a line there is one that says what is wai
 
 
 class Follower:
-    """A thread that follows `metrics.jsonl` and `events.jsonl` of a run, from now until `stop`."""
+    """A thread that follows `metrics.jsonl` and `events.jsonl` of a run, from now until the end of its block.
+
+    What nobody waits for begins once training does: wandb, and `begun`, which the caller may set. Until then the
+    workers need the cores, and the first step comes seconds sooner.
+    """
 
     def __init__(self, run: Path, steps: int, tracking: dict[str, Any], config: dict[str, Any]) -> None:
         self.run, self.steps, self.tracking, self.config = run, steps, tracking, config
         self.metrics, self.events = Tail(run / "metrics.jsonl"), Tail(run / "events.jsonl")
         self.doing, self.said_at, self.began = "starting workers", time.monotonic(), time.monotonic()
         self.training = False  # whether workers are there that would hear of a wish
+        self.begun: Callable[[], object] = lambda: None
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._follow, name="follow", daemon=True)
 
@@ -40,43 +46,54 @@ class Follower:
         self.thread.join()
 
     def _follow(self) -> None:
-        events = Events(self.run)
-        tracker = Tracker(
-            self.run, **self.tracking, config=self.config, failed=lambda why: events.write("tracking_failed", 0, why)
-        )
-        tracker.log(JsonLines(self.metrics.path).read())  # of a run that began before, what a kill kept from wandb
-        tracker.alert(events.lines.read())
+        events, tracker = Events(self.run), None
         shown, nodes = RayMetrics(self.run.name), NodeStats()
         while True:
             ending = self.ended.is_set()  # asked first, so that the last round sees the last lines
-            records = self.metrics.new()
-            for record in records:
-                shown.line(record)
-                if record.get("validation"):
-                    self._say(validation_line(record))
-                    continue
-                self.doing = (
-                    "training" if record["step"] < self.steps else "waiting for checkpoints and validations to end"
-                )
-                self._say(log_line(record, self.steps))
-            tracker.log(records, nodes.look() if records and tracker.writer is not None else {})
-            if fresh := self.events.new():
-                tracker.alert(events.lines.read())
-            for event in fresh:
-                shown.count("sora_events", str(event["event"])[:80])
-                self._say(f"{event['event'].replace('_', ' ')} at step {event['step']}: {event['reason']}")
-                if event["event"] in ("start", "resume"):
-                    self.doing, self.training = "training", True
-                if event["event"] == "worker_lost":
-                    self.doing, self.training = "replacing workers", False
-                    shown.forget()
-            shown.again()
-            if time.monotonic() - self.said_at > QUIET_S:
+            records, fresh = self.metrics.new(), self.events.new()
+            self._show(records, fresh, shown)
+            quiet = time.monotonic() - self.said_at > QUIET_S
+            if tracker is None and (records or ending or (self.training and quiet)):
+                tracker = self._tracker(events)
+                # Also those of before: what a kill kept from wandb.
+                records, fresh = JsonLines(self.metrics.path).read(), events.lines.read()
+                if self.training and not ending:
+                    self.begun()
+            if tracker is not None and tracker.writer is not None:
+                tracker.log(records, nodes.look() if records else {})
+                if fresh:
+                    tracker.alert(events.lines.read())
+            if quiet:
                 self._say(f"… {self.doing}, {duration(time.monotonic() - self.began)} since the start")
             if ending:
                 break
             self.ended.wait(POLL_S)
-        tracker.finish()
+        if tracker is not None:
+            tracker.finish()
+
+    def _show(self, records: list[dict[str, Any]], fresh: list[dict[str, Any]], shown: RayMetrics) -> None:
+        """New lines, to people and to Ray's metrics."""
+        for record in records:
+            shown.line(record)
+            if record.get("validation"):
+                self._say(validation_line(record))
+                continue
+            self.doing = "training" if record["step"] < self.steps else "waiting for checkpoints and validations to end"
+            self._say(log_line(record, self.steps))
+        for event in fresh:
+            shown.count("sora_events", str(event["event"])[:80])
+            self._say(f"{event['event'].replace('_', ' ')} at step {event['step']}: {event['reason']}")
+            if event["event"] in ("start", "resume"):
+                self.doing, self.training = "training", True
+            if event["event"] == "worker_lost":
+                self.doing, self.training = "replacing workers", False
+                shown.forget()
+        shown.again()
+
+    def _tracker(self, events: Events) -> Tracker:
+        return Tracker(
+            self.run, **self.tracking, config=self.config, failed=lambda why: events.write("tracking_failed", 0, why)
+        )
 
     def _say(self, line: str) -> None:
         print(line, flush=True)

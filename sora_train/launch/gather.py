@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,7 +26,11 @@ NODE_S, SHORT_S = 40.0, 10.0
 
 
 def gather(recipe: Recipe, alive: list[dict[str, Any]]) -> list[NodeFacts]:
-    """Facts of every node, each asked at the same time; leaves nothing behind in the runs' folder."""
+    """Facts of every node, each asked at the same time; leaves nothing behind in the runs' folder.
+
+    A node that went while it was asked is said on stderr and left out: of the cluster that is there now nothing is
+    wrong.
+    """
     with shared_folder(Path(recipe.train.output)) as folder:
         asked = {node["NodeID"]: node for node in alive}
         given = {key: (key, node["NodeManagerAddress"], str(folder), recipe.data.output) for key, node in asked.items()}
@@ -41,6 +46,9 @@ def gather(recipe: Recipe, alive: list[dict[str, Any]]) -> list[NodeFacts]:
             facts.unread, {key: (str(folder), ["driver", *wrote]) for key in wrote}, SHORT_S + facts.PATIENCE_S
         )
         clocks = ask_clocks([key for key, node in nodes.items() if not node.problem])
+    there = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    for key in nodes.keys() - there:
+        print(f"warning: {nodes.pop(key).address} left the cluster while it was asked", file=sys.stderr, flush=True)
     return [
         replace(
             node,

@@ -116,15 +116,15 @@ def check_nodes(recipe: Recipe, manifest: Manifest | None, tell: Callable[[Check
     tell(check_allreduce(recipe, bool(gpu)) if gpu is not None else Check("network", "skipped", "see cluster"))
 
 
-def check_quickly(recipe: Recipe, manifest: Manifest, gpu: bool) -> None:
-    """What `sora train` checks of the cluster at its start, beside its own checks: disk and memory, and where there
-    are several nodes what must be alike on them. Says where micro-batches hold padding; UserError where something
-    failed.
+def check_quickly(recipe: Recipe, manifest: Manifest, gpu: bool, disk: Check) -> None:
+    """What `sora train` checks of the cluster at its start, beside its own checks: disk (by `check_disk`) and memory,
+    and where there are several nodes what must be alike on them. Says where micro-batches hold padding; UserError
+    where something failed.
     """
     if (batch := judge_batch(recipe)).state == "failed":
         print(f"warning: {batch.said}", file=sys.stderr, flush=True)
     alive = [node for node in ray.nodes() if node["Alive"]]
-    checks = [check_disk(recipe)]
+    checks = [disk]
     nodes: list[NodeFacts] = []
     if len(alive) > 1:
         nodes = gather(recipe, alive)

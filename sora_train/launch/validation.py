@@ -60,7 +60,7 @@ def supervise(checkpoint: Any, /, *, run: str, timeout_s: float, gpu: bool) -> d
 
 
 def prepare(run: str, timeout_s: float, gpu: bool) -> bool:
-    """Embeds the recipe's prompts into the run's folder, once at its start. Returns whether that went well."""
+    """Embeds the recipe's prompts into the run's folder, once as it trains. Returns whether that went well."""
     reason = run_child(["embed", run], timeout_s, gpu)
     if reason:
         Events(Path(run)).write("validation_failed", 0, f"prompts can't be embedded: {reason}")
@@ -203,7 +203,7 @@ def embed_prompts(run: Path, trained: Any = None) -> list:
     else:
         encoder = text_encoder_of(recipe.codec, device=_device())
     embeddings = [embedding.float().cpu().contiguous() for embedding in encoder.encode(prompts)]
-    draft = place.with_suffix(".draft")
+    draft = place.with_suffix(f".{os.getpid()}.draft")  # a validation may make its own at the same time
     save_file({f"{i:03d}": embedding for i, embedding in enumerate(embeddings)}, draft, {"of": wanted})
     draft.replace(place)
     return embeddings

@@ -56,7 +56,7 @@ class Engine:
             decay_groups(model, config.weight_decay),
             lr=config.learning_rate,
             betas=config.betas,
-            fused=device.type == "cuda" or config.offload != "none",
+            fused=True,
         )
         self._judge: Judge = lambda norm: ""
         self._verdict = (0.0, "")

@@ -185,6 +185,7 @@ def test_clips_become_shards_once_and_only_what_changed_is_made_again(
     assert clips_of(tmp_path) == new
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_one_video_gives_many_clips_in_several_buckets_and_other_settings_make_only_what_is_missing(
     tmp_path: Path, write, vae_folder: Path, ray_here

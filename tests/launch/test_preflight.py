@@ -402,13 +402,23 @@ def test_the_quick_part_asks_no_node_where_there_is_one(
     from sora_train.launch.checks import check_shards
 
     recipe = recipe_of(builtin_shards, tmp_path, train__batch_size=4, train__micro_batch_size=2)
-    check_quickly(recipe, check_shards(recipe), False)
+    manifest, disk = check_shards(recipe), check_disk(recipe)
+    check_quickly(recipe, manifest, False, disk)
     assert not list(tmp_path.iterdir())
     assert not capsys.readouterr().err
-    check_quickly(
-        recipe_of(builtin_shards, tmp_path, train__batch_size=5, train__micro_batch_size=2), check_shards(recipe), False
-    )
+    odd = recipe_of(builtin_shards, tmp_path, train__batch_size=5, train__micro_batch_size=2)
+    check_quickly(odd, manifest, False, disk)
     assert "are padding, which costs as much as clips" in capsys.readouterr().err
+
+
+def test_a_node_that_left_while_it_was_asked_fails_nothing(
+    builtin_shards: Path, tmp_path: Path, recipe_of, local_ray, capsys: pytest.CaptureFixture[str]
+):
+    (here,) = [node for node in ray.nodes() if node["Alive"]]
+    gone = here | {"NodeID": here["NodeID"][::-1], "NodeManagerAddress": "192.0.2.1"}
+    (found,) = gather(recipe_of(builtin_shards, tmp_path), [here, gone])
+    assert (found.node, found.problem) == (here["NodeID"], "")
+    assert "192.0.2.1 left the cluster" in capsys.readouterr().err
 
 
 def test_a_folder_in_which_another_run_has_begun_meanwhile_stays(tmp_path: Path):

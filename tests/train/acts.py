@@ -104,8 +104,8 @@ def tell(model: ModelConfig, out: Path, settings: dict, resume: str | None) -> N
 def weigh(model: ModelConfig, out: Path, settings: dict, resume: str | None) -> None:
     """Bytes that DeepSpeed holds after a step of two micro-batches, and the most that another's backward passes take.
 
-    AdamW itself is left out: on the CPU it makes copies that the fused one of GPUs does not. Of some tries the least
-    counts: gloo's threads free what they sent a moment later than a GPU's stream would, on a busy machine much later.
+    AdamW itself is left out. Of some tries the least counts: gloo's threads free what they sent a moment later than a
+    GPU's stream would, on a busy machine much later.
     """
     from torch.profiler import profile
 

@@ -56,7 +56,7 @@ def test_parameters_masters_moments_and_average_are_to_the_byte_what_deepspeed_h
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way[2] == "none"])
 def test_the_most_that_a_step_takes_is_as_planned_within_a_twentieth(weighed: Path, way: tuple):
-    """Of tensors. Without AdamW's own step, which is another on the CPU than on a GPU."""
+    """Of tensors. Without AdamW's own step."""
     model, train = replace(ranks.MODEL, **MODEL), TrainConfig(**settings(*way))
     plan = estimate(model, train, Sizes(2, 4, 8, 8, 7), WORLD)
     held: States = plan.states
