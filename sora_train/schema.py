@@ -120,17 +120,18 @@ def decode_rows(table: pa.Table, manifest: Manifest, bucket: str) -> Clips:
     latents = np.empty((len(table), *shape), np.float16)
     text: list[list[np.ndarray]] = []
     columns: dict[str, list[Any]] = {
-        name: table.column(name).to_pylist() for name in ("sample_id", "source", "captions", "text", "tokens")
+        name: table.column(name).to_pylist() for name in ("sample_id", "source", "captions", "tokens")
     }
-    for row, value in enumerate(table.column("latents")):
+    for row, (value, embeddings) in enumerate(zip(table.column("latents"), table.column("text"), strict=True)):
         content = np.frombuffer(value.as_buffer(), np.float16)
         if content.size != latents[row].size:
             raise ValueError(f"{columns['sample_id'][row]}: {content.size} numbers in latents, not {shape} of {bucket}")
         latents[row] = content.reshape(shape)
         text.append(
             [
-                np.frombuffer(embedding, np.float16).reshape(tokens, manifest.text.width)
-                for embedding, tokens in zip(columns["text"][row], columns["tokens"][row], strict=True)
+                # Of the table's own memory: they are most of its bytes.
+                np.frombuffer(embedding.as_buffer(), np.float16).reshape(tokens, manifest.text.width)
+                for embedding, tokens in zip(embeddings.values, columns["tokens"][row], strict=True)
             ]
         )
     return Clips(columns["sample_id"], columns["source"], columns["captions"], latents, text)

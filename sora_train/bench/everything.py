@@ -53,14 +53,14 @@ def commands(options: Options, folder: Path) -> dict[str, list[str]]:
             "--rounds",
             "2",
             "--seconds",
-            "10",
+            "6",
             "--prep.vae_batch",
             "4",
             "--cluster.address",
             "local",
         ],
-        "train": ["train", *recipe, "--data.holdout_fraction", "0", "--workers", "1", "2"],
-        "validate": ["validate", *recipe, "--data.holdout_fraction", "0", "--cluster.workers", "1"],
+        "train": ["train", *recipe, "--data.holdout_fraction", "0", "--workers", "1", "2", "--steps", "32"],
+        "validate": ["validate", *recipe, "--data.holdout_fraction", "0", "--cluster.workers", "1", "--steps", "240"],
     }
     return {name: [*found[name], "--out", options.out] for name in options.only}
 

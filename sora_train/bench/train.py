@@ -94,13 +94,15 @@ def parts_table(recipe: Recipe, found: dict[str, list[float]], failed: list[str]
                 "step_s": spread(values),
                 "clips_per_s": recipe.train.batch_size / here,
                 "of bare": here / bare if bare else None,
+                "of bare, at best": min(values) / min(found[RUNGS[0]]) if bare else None,
                 "adds_ms": None if adds is None else 1000 * adds,
             }
         )
     notes = [
         f"one worker of {recipe.cluster.cpus_per_worker} threads, batch {recipe.train.batch_size} in micro-batches of "
         f"{recipe.train.micro_batch_size}, ZeRO {recipe.train.zero_stage}, {recipe.train.precision}; each line is the "
-        "one before and one thing more; adds: medians' difference",
+        "one before and one thing more; adds: medians' difference; at best: least over least, which "
+        "other programs and a machine whose speed wanders move least",
     ]
     return Table("train: parts of a step", rows, notes, failed)
 
