@@ -48,12 +48,8 @@ def raw_kept(folder: str, batch_size: int) -> int:
     """The same, each file into memory of its own."""
     system, _ = resolve(folder)
     for path in shard_files(folder):
-        if isinstance(system, fs.LocalFileSystem):
-            with open(path, "rb", buffering=0) as file:
-                file.read()
-        else:
-            with system.open_input_stream(path, buffer_size=0) as file:
-                file.read()
+        with system.open_input_file(path) as file:
+            file.read(file.size())
     return 0
 
 
