@@ -108,6 +108,7 @@ def test_every_reader_reads_every_clip(tmp_path: Path) -> None:
     assert 0 <= readers.forget(folder) <= 1
 
 
+@pytest.mark.slow
 def test_readers_are_held_against_raw_reads_warm_and_cold_and_the_order_is_drawn(tmp_path: Path) -> None:
     folder = make_shards(tmp_path / "shards", 40, (2, 32, 32), text_width=8, text_tokens=6)
     found, order = data.bench(data.Options(rounds=2, batch=8, tmp=str(tmp_path)), folder)
