@@ -175,14 +175,25 @@ def append(tables: Sequence[Table], about: Row, out: str | Path) -> None:
 
 
 def read_records(path: str | Path) -> list[Row]:
-    """The records of a file, oldest first. UserError where it can't be read or holds something else."""
+    """The records of a file, oldest first. UserError where it can't be read, or a line is none."""
+    records: list[Row] = []
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read as records of `sora bench`: {error}") from None
-    if not all(isinstance(record, dict) and {"what", "rows", "command"} <= record.keys() for record in records):
-        raise UserError(f"{path} holds other things than records of `sora bench`; name another file with --out")
+        lines = Path(path).expanduser().read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror or error}; name another file with --out") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError):
+            record = ()
+        if record is None:
+            continue
+        if not isinstance(record, dict) or not {"what", "rows", "command"} <= record.keys():
+            raise UserError(
+                f"{path}, line {number}, is no record of `sora bench`, or was cut short: delete that line, or name "
+                "another file with --out"
+            )
+        records.append(record)
     return records
 
 

@@ -9,13 +9,16 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import os
 import textwrap
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from sora_train.errors import RecipeError
+from sora_train.bench.core import read_records
+from sora_train.errors import RecipeError, UserError
 
 O = TypeVar("O")  # noqa: E741
 
@@ -27,7 +30,7 @@ class Common:
     out: str = "runs/bench.jsonl"
     """File to which what was measured is appended, a JSON object a line."""
     report: str = ""
-    """Write an HTML page with plots of all that the file of `--out` holds."""
+    """Write an HTML page with plots of the newest record of each kind in the file of `--out`."""
     markdown: str = ""
     """Write the tables of this command as Markdown, with command, commit and hardware."""
 
@@ -42,7 +45,8 @@ class Parser(argparse.ArgumentParser):
 def parse(options: type[O], words: Sequence[str], prog: str, description: str) -> tuple[O, list[str]]:
     """The options in a command's words, and the other words. Prints the help and exits where they ask for it.
 
-    Raises RecipeError for a value that a flag does not take.
+    Raises RecipeError for a value that a flag does not take, and UserError where what will be measured could not be
+    kept.
     """
     parser = Parser(
         prog=prog, description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -61,7 +65,25 @@ def parse(options: type[O], words: Sequence[str], prog: str, description: str) -
         )
     values, rest = parser.parse_known_args(list(words))
     found = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(values).items()}
+    if issubclass(options, Common):
+        check_places(found["out"], {name: found[name] for name in ("report", "markdown") if found[name]})
     return options(**found), rest
+
+
+def check_places(out: str, others: dict[str, str]) -> None:
+    """UserError where files can't be written, or the one that is appended to is damaged; nothing was measured then."""
+    for name, place in {"out": out, **others}.items():
+        path = Path(place).expanduser()
+        try:
+            if name == "out":
+                path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+                raise OSError("it is a folder" if path.is_dir() else "no such folder, or it is not writable")
+        except OSError as error:
+            why = error.strerror or error
+            raise UserError(f"{path} can't be written: {why}; name another file with --{name}") from None
+    if Path(out).expanduser().exists():
+        read_records(out)
 
 
 def kind_of(hint: Any, name: str) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def write_markdown(tables: Sequence[Table], about: Row, path: str) -> None:
     try:
         Path(path).expanduser().write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{path} can't be written: {error.strerror or error}; name another file") from None
+        raise UserError(f"{path} can't be written: {error.strerror or error}; name another with --markdown") from None
 
 
 def origin(about: Row) -> str:

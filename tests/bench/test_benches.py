@@ -11,9 +11,11 @@ import torch
 
 from sora_train.bench import checkpoint, data, readers, validate
 from sora_train.bench.contender import Case, Contender, Trainee, inputs, relative, seeded, theirs
+from sora_train.bench.model import main as bench_model
 from sora_train.bench.recipes import Training
 from sora_train.bench.shards import make_shards
 from sora_train.data.shards import ShardSet
+from sora_train.errors import UserError
 
 BARE = {"torch", "numpy", "einops", "safetensors", "jaxtyping"}
 OF_TORCH = {"typing_extensions", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "filelock", "fsspec",
@@ -159,3 +161,19 @@ def test_steps_are_counted_by_training_and_not_by_the_validation_of_an_earlier_s
     assert validate.steps_done(training)[1] == 9
     assert not validate.validates(process.pid)
     assert validate.count(training, validate.Options()) == {True: [], False: []}
+
+
+def test_what_could_not_be_kept_is_said_before_anything_is_measured(tmp_path: Path) -> None:
+    cut, good = tmp_path / "cut.jsonl", {"what": "model", "rows": [], "command": "sora bench model"}
+    cut.write_text(f'{json.dumps(good)}\n{{"what": "mod')
+    nowhere = tmp_path / "no" / "such"
+    for flags, said in (
+        (["--out", str(cut)], "line 2, is no record"),
+        (["--out", str(tmp_path)], "with --out"),
+        (["--out", str(tmp_path / "b.jsonl"), "--report", str(nowhere / "p.html")], "with --report"),
+        (["--out", str(tmp_path / "b.jsonl"), "--markdown", str(nowhere / "m.md")], "with --markdown"),
+    ):
+        with pytest.raises(UserError, match=said):
+            bench_model(["--presets", "L", "--rounds", "1000", *flags])
+    assert cut.read_text().endswith("mod")
+    assert not (tmp_path / "b.jsonl").exists()
