@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from sora_train import __version__
 from sora_train.errors import UserError
@@ -182,18 +182,18 @@ def read_records(path: str | Path) -> list[Row]:
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror or error}; name another file with --out") from None
     for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line) if line.strip() else None
-        except (ValueError, RecursionError):
-            record = ()
-        if record is None:
+        if not line.strip():
             continue
+        try:
+            record: Any = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
         if not isinstance(record, dict) or not {"what", "rows", "command"} <= record.keys():
             raise UserError(
                 f"{path}, line {number}, is no record of `sora bench`, or was cut short: delete that line, or name "
                 "another file with --out"
             )
-        records.append(record)
+        records.append(cast(Row, record))
     return records
 
 

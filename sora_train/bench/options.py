@@ -65,9 +65,11 @@ def parse(options: type[O], words: Sequence[str], prog: str, description: str) -
         )
     values, rest = parser.parse_known_args(list(words))
     found = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(values).items()}
-    if issubclass(options, Common):
-        check_places(found["out"], {name: found[name] for name in ("report", "markdown") if found[name]})
-    return options(**found), rest
+    made = options(**found)
+    if isinstance(made, Common):
+        others = {"report": made.report, "markdown": made.markdown}
+        check_places(made.out, {name: place for name, place in others.items() if place})
+    return made, rest
 
 
 def check_places(out: str, others: dict[str, str]) -> None:
