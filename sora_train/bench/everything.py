@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ ABOUT = (
     "data on shards that it makes, the others on the quickstart's clips, which it makes and encodes. A part that fails "
     "is said and the others go on; the exit status is 1 then."
 )
-LIMIT_S = 420
+LIMIT_S, ENDING_S = 420, 30
 QUICKSTART = "jobs/quickstart.yaml"
 
 
@@ -78,10 +79,7 @@ def bench(options: Options) -> list[str]:
         for name, words in wanted.items():
             began = time.monotonic()
             say(shlex.join(["sora", "bench", *words]))
-            try:
-                code = sora("bench", *words)
-            except subprocess.TimeoutExpired:
-                code = 124
+            code = sora("bench", *words)
             if code:
                 failed.append(f"{name} (exit status {code})")
             say(f"{name}: {time.monotonic() - began:.0f} s{'' if not code else ', failed'}")
@@ -99,8 +97,20 @@ def make_shards(options: Options, folder: Path) -> bool:
 
 
 def sora(*words: str) -> int:
-    """`sora WORDS` in a process of its own; its exit status."""
-    return subprocess.run([sys.executable, "-m", "sora_train.cli", *words], timeout=LIMIT_S, check=False).returncode
+    """`sora WORDS` in a process of its own; its exit status, or 124 where it took too long. It is asked to end before
+    it is killed: it may have started others, such as an S3 server.
+    """
+    process = subprocess.Popen([sys.executable, "-m", "sora_train.cli", *words])
+    try:
+        return process.wait(LIMIT_S)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+        return 124
+    finally:
+        try:
+            process.wait(ENDING_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def main(words: Sequence[str], prog: str = "sora bench all") -> int:
