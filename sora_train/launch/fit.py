@@ -48,9 +48,12 @@ def fit(recipe: Recipe, run: Path, gpu: bool, follower: Follower) -> str:
 
         def embed() -> None:
             # In the place that validations will have. Nobody waits: a validation without them makes its own.
-            with contextlib.suppress(Exception):
-                task = ray.remote(prepare).options(**options, name=f"prompts of {recipe.name}")
+            task = ray.remote(prepare).options(**options, name=f"prompts of {recipe.name}")
+            try:
                 task.remote(str(run), timeout_s, on_gpu)
+            except Exception as error:  # whatever Ray makes of a cluster that is going must not end who follows the run
+                with contextlib.suppress(UserError):  # of a full disk
+                    events.write("validation_failed", 0, f"prompts can't be embedded: {reason_of(error)}")
 
         follower.begun = embed
         validation = ValidationConfig(
@@ -103,7 +106,7 @@ def fit(recipe: Recipe, run: Path, gpu: bool, follower: Follower) -> str:
 def failed(run: Path, events: Events, why: str, account: str) -> UserError:
     """Notes a failure, as far as the disk has room, and says it."""
     step, where = last_step(run), ""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UserError):  # a full disk, as the system and as `Events` say it
         events.write("failed", step, why)
         if account:
             (run / "failure.txt").write_text(account, encoding="utf-8")
@@ -128,7 +131,7 @@ class NoteEvents(UserCallback):
             self.note("worker_lost", last_step(Path(self.run)), why)
 
     def note(self, event: str, step: int, reason: str) -> None:
-        with contextlib.suppress(OSError):  # a full disk must not bring Ray's controller down as well
+        with contextlib.suppress(UserError):  # a full disk must not bring Ray's controller down as well
             Events(Path(self.run)).write(event, step, reason)
 
 
