@@ -12,7 +12,7 @@ from data_prep.reasons import ClipError
 from sora_train.data.config import DataConfig
 from sora_train.schema import bucket_name
 
-TRANSFORM_VERSION = 2
+TRANSFORM_VERSION = 3
 """Part of the encoding hash: raise it when the same video gives other frames."""
 TOLERANCE_S = 0.01  # containers round durations to milliseconds
 TIE_S = 1.5e-3  # two frames so nearly equally near are equally near: Matroska's times are rounded to milliseconds
@@ -120,10 +120,3 @@ def choose_bucket(
 def takes(bucket: Bucket) -> str:
     """How long a clip is, for messages."""
     return f"a clip of {bucket.frames} frames at {bucket.fps:g} fps takes {bucket.seconds:.2f} s"
-
-
-def nearest_frames(starts: np.ndarray, due: np.ndarray) -> np.ndarray:
-    """Index of the frame whose timestamp is nearest to each due time (the earlier one of two); `starts` rises."""
-    after = np.searchsorted(starts, due).clip(1, len(starts) - 1) if len(starts) > 1 else np.zeros(len(due), int)
-    before = np.maximum(after - 1, 0)
-    return np.where(due - starts[before] <= starts[after] - due + TIE_S, before, after)

@@ -6,12 +6,11 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import decord
 import numpy as np
 
 from data_prep.buckets import Bucket, buckets_of, choose_bucket, takes
 from data_prep.fitting import drawn, fit
-from data_prep.frames import Anywhere, Forward
+from data_prep.frames import Anywhere
 from data_prep.headers import Header, demuxed_seconds, read_header
 from data_prep.reasons import ClipError
 from data_prep.stills import read_still, read_still_header, still_kind
@@ -64,9 +63,7 @@ class Source:
         self.path, self.data, self.selection, self.alive = path, data, selection, alive
         self.still = read_still_header(path) if still_kind(path) else None
         self.header = None if self.still else read_header(path)
-        self.forward: Forward | None = None
         self.anywhere: Anywhere | None = None
-        self.refusal = ""  # what decord said
         self.remarked = False
         self._hash = ""
 
@@ -108,10 +105,9 @@ class Source:
         from data_prep.selection import check_pixels, perceptual_hash
 
         place, mirrored = drawn(seed, self.data)
-        remark = ""
         if self.still:
             picture = read_still(self.path, max(span.bucket.height, span.bucket.width))
-            frames, remark = fit(picture, span.bucket, 1.0, place, mirrored)[None], self.still.remark
+            frames = fit(picture, span.bucket, 1.0, place, mirrored)[None]
         else:
             assert self.header is not None
             header = self.header
@@ -122,42 +118,29 @@ class Source:
                 aspect = 1 / header.pixel_aspect if turned else header.pixel_aspect
                 return fit(frame, span.bucket, aspect, place, mirrored)
 
-            frames, remark = self.frames(span, header, fitted)
+            frames = self.frames(span, header, fitted)
         check_pixels(frames, span.bucket.fps, self.selection)
-        remark, self.remarked = "" if self.remarked else remark, self.remarked or bool(remark)
-        return Clip(frames, self.content_hash(), perceptual_hash(frames), remark)
+        return Clip(frames, self.content_hash(), perceptual_hash(frames), self.break_remark())
 
-    def frames(self, span: Span, header: Header, fitted: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, str]:
-        """A span's frames by decord where it can, else by PyAV; and a remark where the file breaks off behind it."""
+    def frames(self, span: Span, header: Header, fitted: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """A span's frames, fitted. Raises ClipError."""
         due = span.start_s + span.bucket.times()
-        if self.forward is None and not self.refusal:
-            try:
-                self.forward = Forward(self.path, header)
-            except DECORD_ERRORS as error:
-                self.refusal = first_line(error)
-        if self.forward is not None:
-            check_length(self.forward.end, header, span)
-            if self.forward.reaches(due):
-                try:
-                    frames = np.stack(self.forward.frames(due, fitted))
-                    remark = breaks_off(self.forward.end, header)
-                    if not self.data.stride_s:  # no other clip follows, and decord would decode on
-                        self.forward = None
-                    return frames, remark
-                except DECORD_ERRORS as error:
-                    self.forward, self.refusal = None, first_line(error)
         self.anywhere = self.anywhere or Anywhere(self.path, header)
-        before = f" (decord: {self.refusal})" if self.refusal else ""
-        try:
-            frames = self.anywhere.frames(due, fitted)
-        except ClipError as error:
-            raise ClipError(error.reason, error.message + before) from None
+        frames = self.anywhere.frames(due, fitted)
         if len(frames) < len(due):
             if not self.anywhere.end:
-                raise ClipError("corrupt", f"no frame of it decodes{before}")
+                raise ClipError("corrupt", "no frame of it decodes")
             check_length(self.anywhere.end, header, span)
-            raise ClipError("corrupt", f"frames are missing before {self.anywhere.end:.2f} s{before}")
-        return np.stack(frames), breaks_off(self.anywhere.end, header)
+            raise ClipError("corrupt", f"frames are missing before {self.anywhere.end:.2f} s")
+        return np.stack(frames)
+
+    def break_remark(self) -> str:
+        """A remark where the file breaks off behind its clips, once."""
+        if self.header is None or self.remarked:
+            return ""
+        self.remarked = True
+        end = self.anywhere.end if self.anywhere else 0.0
+        return breaks_off(end or demuxed_seconds(self.path), self.header)
 
     def content_hash(self) -> str:
         """sha256 of the file's bytes, computed once."""
@@ -169,9 +152,6 @@ class Source:
                     self.alive()
             self._hash = digest.hexdigest()
         return self._hash
-
-
-DECORD_ERRORS = (decord.DECORDError, RuntimeError, IndexError, ValueError, MemoryError, StopIteration)
 
 
 def cut_source(path: str, data: DataConfig, selection: SelectionConfig, headers_only: bool = False) -> Cut:
@@ -238,9 +218,3 @@ def breaks_off(end: float, header: Header) -> str:
     if missing <= max(CUT_S, CUT_SHARE * header.promised_s):
         return ""
     return f"breaks off at {end:.1f} s of {header.promised_s:.1f} s; clips before the break are kept"
-
-
-def first_line(error: BaseException) -> str:
-    """What a decoder's error says, without its stack trace and source position."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rpartition("] ")[2][:200] if lines else type(error).__name__

@@ -1,10 +1,8 @@
-"""The two decoders: which frames of a video are nearest to the times they are due, each fitted as soon as it is there.
+"""PyAV reader: the frames of a video that are nearest to the times they are due, each fitted as soon as it is decoded.
 
-Time zero is the first frame's timestamp. decord (its maintained fork, decord2) goes first, within what is sound: it
-counts frames, and its seeks count wrong where a group of pictures refers to the one before (HEVC, MPEG-2, MPEG-4,
-x264's open-gop), so it only goes forward; and it decodes ahead of what is asked for without a bound (dmlc/decord issues
-157, 197, 208), so it gets no video that would fill more than AHEAD_BYTES. PyAV gives every frame with its timestamp,
-seeks and checks where it came to, and holds two raw frames, however long the video is.
+Time zero is the first frame's timestamp. The reader seeks, checks where it arrived, and holds two raw frames, however
+long the video is. decord was dropped: it hides decoding errors, opens playlists, returns wrong frames where groups of
+pictures are open, and is no faster (docs/design.md).
 """
 
 from __future__ import annotations
@@ -13,79 +11,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import av
-import decord
 import numpy as np
 
-from data_prep.buckets import TIE_S, nearest_frames
+from data_prep.buckets import TIE_S
 from data_prep.headers import Header, check_size, opened, plain, video_of
 from data_prep.reasons import ClipError
 
-decord.logging.set_level(decord.logging.QUIET)  # what FFmpeg says of a bad file comes back as the error's own text
 Fit = Callable[[np.ndarray], np.ndarray]
 """A raw frame uint8 `H W 3`, turned upright, to one of the clip's size."""
-AHEAD_BYTES = 256 << 20  # of raw frames
 NEAR_S = 10.0  # decoding on is about as quick as a seek that lands at the keyframe before
 SEEKS = {"mov,mp4,m4a,3gp,3g2,mj2": 0.0, "matroska,webm": 0.0, "mpegts": 5.0}
 """Containers in which a seek is sound, and how many seconds early it has to aim: MPEG-TS has no index of keyframes."""
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own drop the transparency of WebM
-
-
-class Forward:
-    """decord, from the beginning on. `end` is where the video ends, in seconds since its first frame.
-
-    Raises ValueError where it is known to be wrong, and whatever decord raises.
-    """
-
-    def __init__(self, path: str, header: Header):
-        if header.container in ("mpegts", "mpeg"):  # decord 3.4.0 loses their first group of pictures and says nothing
-            raise ValueError(f"{header.container} is left to PyAV")
-        if header.alpha:
-            raise ValueError("transparency is left to PyAV")
-        if not header.plain_start:
-            raise ValueError("a video whose first frames are cut off is left to PyAV")
-        bound = AHEAD_BYTES / (header.width * header.height * 3 or 1)
-        if header.promised_s * header.frames_per_second > bound:
-            raise ValueError("what is long is left to PyAV")
-        self.reader = decord.VideoReader(path, num_threads=1)
-        if not 0 < len(self.reader) <= bound:
-            raise ValueError(f"{len(self.reader)} frames are left to PyAV")
-        spans = self.reader.get_frame_timestamp(range(len(self.reader))).astype(np.float64)  # [frames, start and end]
-        self.starts, self.end = spans[:, 0] - spans[0, 0], float(spans[-1, 1] - spans[0, 0])
-        if not (np.diff(self.starts) > 0).all():  # VP8's hidden frames count as frames; AVI's B-frames have no times
-            raise ValueError("frames that share a timestamp")
-        if header.start_s is not None and abs(spans[0, 0] - header.start_s) > header.frame_s:
-            raise ValueError("another first frame than the container's")
-        self.keys = np.array(self.reader.get_key_indices())
-        self.position = 0
-
-    def reaches(self, due: np.ndarray) -> bool:
-        """Whether the first frame that is due lies ahead."""
-        return bool(nearest_frames(self.starts, due[:1])[0] >= self.position)
-
-    def frames(self, due: np.ndarray, fit: Fit) -> list[np.ndarray]:
-        """The fitted frames nearest to `due`, seconds since the first frame, rising."""
-        fitted: list[np.ndarray] = []
-        indices = nearest_frames(self.starts, due)
-        for index, repeats in zip(*np.unique(indices, return_counts=True), strict=True):
-            self.skip_to(int(index))
-            frame = self.reader.next().asnumpy()
-            self.position += 1
-            if frame.shape[2] != 3:  # narrow frames come with the padding of their rows
-                raise ValueError(f"a frame of {frame.shape[2]} channels")
-            fitted += [fit(frame)] * int(repeats)
-        return fitted
-
-    def skip_to(self, index: int) -> None:
-        """Goes on to a frame. decord seeks when it skips past a keyframe, so it is led there frame by frame."""
-        while self.position < index:
-            keys = self.keys[np.searchsorted(self.keys, self.position, side="right") :]
-            stop = min(index, int(keys[0]) - 1) if len(keys) else index
-            if stop > self.position:
-                self.reader.skip_frames(stop - self.position)
-                self.position = stop
-            else:
-                self.reader.next()
-                self.position += 1
 
 
 class Anywhere:
@@ -225,7 +162,7 @@ class Anywhere:
                 raise
 
     def pixels(self, frame: Any) -> np.ndarray:
-        """A frame uint8 `H W 3`, transparency on black, turned by its rotation tag, which decord does by itself."""
+        """A frame uint8 `H W 3`, transparency on black, turned by its rotation tag."""
         alpha = self.header.alpha
         image = on_black(frame.to_ndarray(format="rgba")) if alpha else frame.to_ndarray(format="rgb24")
         return np.rot90(image, round(frame.rotation / 90) % 4)

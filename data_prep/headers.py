@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,15 +18,13 @@ LARGEST_SIDE = 8192
 LARGEST_FRAME = 64 * 10**6  # pixels; 8192x8192 is 67 million
 EBML, CLUSTER, PROJECTION = b"\x1a\x45\xdf\xa3", b"\x1f\x43\xb6\x75", b"\x76\x70"  # RFC 9559, 5.1
 STRANGEST_PIXEL = 8.0  # a pixel's width over its height; beyond it (or below its inverse) the tag is nonsense
-LEADING = 16  # packets in which the pictures that are shown before the first keyframe would stand
 
 
 @dataclass(frozen=True)
 class Header:
     """A video as its container describes it; times in seconds. `promised_s` is 0 where nothing is promised.
 
-    `start_s` is the first frame's timestamp, None where there is none; `turned` says that it is shown on its side;
-    `plain_start` that the first frame in the file is the first one shown.
+    `turned` says that it is shown on its side.
     """
 
     container: str
@@ -36,10 +33,8 @@ class Header:
     pixel_aspect: float
     promised_s: float
     frames_per_second: float
-    start_s: float | None
     turned: bool
     alpha: bool
-    plain_start: bool
 
     @property
     def frame_s(self) -> float:
@@ -69,20 +64,17 @@ def read_header(path: str) -> Header:
         if not (context.width and context.height):
             raise ClipError("unreadable", "names no frame size")
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-        start = None if stream.start_time is None else float(stream.start_time * stream.time_base)
+        start = 0.0 if stream.start_time is None else float(stream.start_time * stream.time_base)
         aspect = float(stream.sample_aspect_ratio or 1)
-        plain_start = starts_plainly(file, stream)  # before `promised`, which may read the tail
         return Header(
             container=file.format.name,
             width=context.width,
             height=context.height,
             pixel_aspect=aspect if 1 / STRANGEST_PIXEL <= aspect <= STRANGEST_PIXEL else 1.0,
-            promised_s=promised(file, stream, start or 0.0),
+            promised_s=promised(file, stream, start),
             frames_per_second=float(rate),
-            start_s=start,
             turned=turned or is_turned_matroska(path),
             alpha=stream.metadata.get("alpha_mode") == "1" or has_alpha(context.format),
-            plain_start=plain_start,
         )
 
 
@@ -165,24 +157,6 @@ def packet_times(file: Any, streams: Any, from_s: float | None = None) -> Iterat
                 yield packet.stream_index, start, (start or 0.0) + (packet.duration or 0) * tick
     except (av.FFmpegError, ValueError):
         return
-
-
-def starts_plainly(file: Any, stream: Any) -> bool:
-    """Whether nothing in the file comes before its first shown frame: no cut by an edit list, no picture that refers to
-    one cut off. decord counts such frames, and then gives others than it is asked for."""
-    first = None
-    try:
-        for packet in itertools.islice(file.demux(stream), LEADING):
-            if not packet.size or packet.pts is None:
-                continue
-            if packet.is_discard or (first is None and not packet.is_keyframe):
-                return False
-            first = packet.pts if first is None else first
-            if packet.pts < first:
-                return False
-    except (av.FFmpegError, ValueError):
-        return False
-    return True
 
 
 def check_size(sizes: list[tuple[int, int]]) -> None:

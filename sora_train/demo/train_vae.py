@@ -28,6 +28,7 @@ from torch import Tensor
 
 from sora_train.codec import BUILTIN
 from sora_train.demo.shapes import GROUND, SIZE, make_clips
+from sora_train.video import read_mp4
 
 POSTERIOR_LOG_VARIANCE = -5.0  # where it starts: a spread of 0.08, so that latents must stand further apart than that
 DECODER_NOISE = 0.15  # of a latent channel's own spread, in the decoder's last quarter
@@ -53,12 +54,9 @@ def build() -> AutoencoderKL:
 
 def decoded_frames(clips: int, seed: int) -> Tensor:
     """Every frame of freshly made clips, as the decoder of videos returns it: uint8 `b 3 H W`."""
-    import decord
-
     with tempfile.TemporaryDirectory() as folder:
         make_clips(folder, clips, seed)
-        readers = (decord.VideoReader(str(path), num_threads=1) for path in sorted(Path(folder).glob("*.mp4")))
-        frames = np.concatenate([reader.get_batch(range(len(reader))).asnumpy() for reader in readers])
+        frames = np.concatenate([read_mp4(path) for path in sorted(Path(folder).glob("*.mp4"))])
     return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
 
 

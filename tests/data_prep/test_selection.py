@@ -170,7 +170,7 @@ def test_the_hash_is_imagehashs_of_the_first_the_middle_and_the_last_frame():
 
 
 def test_importing_it_brings_in_neither_torch_nor_ray_nor_what_only_some_recipes_need():
-    heavy = ("torch", "ray", "scenedetect", "imagehash", "scipy", "decord")
+    heavy = ("torch", "ray", "scenedetect", "imagehash", "scipy")
     code = f"import sys, data_prep.selection; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
