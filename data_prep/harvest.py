@@ -9,11 +9,20 @@ import pyarrow as pa
 from data_prep.ledger import Record, save_ledger
 from data_prep.outcome import Outcome
 from data_prep.selection import Duplicates
-from data_prep.shards import PATIENCE_S, ShardWriter
+from data_prep.shards import ShardWriter
 from data_prep.stock import Stock
 from data_prep.tables import END
 from sora_train.recipe import Recipe
 from sora_train.schema import SHARD_SCHEMA
+
+SAVE_EVERY_S, SAVE_SHARE = 30.0, 0.05
+"""The ledger is written whole: every so many seconds, or less often where saving would take more than this share of the
+time, since a million sources are hundreds of megabytes."""
+
+
+def pause_s(saving_s: float) -> float:
+    """Seconds until the ledger is saved again, by how long saving it took."""
+    return max(SAVE_EVERY_S, saving_s / SAVE_SHARE)
 
 
 class Harvest:
@@ -27,7 +36,7 @@ class Harvest:
         for sample, clip in stock.held.items():
             self._remember(sample, clip.source, clip.content_hash, clip.perceptual_hash, clip.span)
         self.empty_text = b""
-        self.saved_at = time.monotonic()
+        self.saved_at, self.save_after_s = time.monotonic(), SAVE_EVERY_S
 
     def bring_in(self, table: pa.Table) -> tuple[int, int, int, int]:
         """Returns how many sources were finished, and clips written, quarantined and filtered.
@@ -57,7 +66,7 @@ class Harvest:
             if bucket not in self.writers:
                 self.writers[bucket] = ShardWriter(self.folder, bucket, self.encoding_hash)
             self.writers[bucket].add(table.take(places).select(SHARD_SCHEMA.names))
-        if time.monotonic() - self.saved_at > PATIENCE_S:
+        if time.monotonic() - self.saved_at > self.save_after_s:
             self._save()
         self.outcome.judge()
         return counts["sources"], counts["written"], counts["quarantined"], counts["filtered"]
@@ -102,9 +111,11 @@ class Harvest:
         self.outcome.settle(row["row_id"], Record(row["source"], row["size"], row["version"], asked))
 
     def _save(self) -> None:
+        began = time.monotonic()
         self.stock.clear_out(self.folder)  # first: what the ledger calls finished must not be in the shards twice
         save_ledger(self.folder, self.settings_hash, self.outcome.records, self.outcome.failures)
         self.saved_at = time.monotonic()
+        self.save_after_s = pause_s(self.saved_at - began)
 
 
 def _failure(row: dict) -> dict:

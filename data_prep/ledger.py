@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow import fs
 
 from data_prep.reasons import LASTING
-from sora_train.places import read_bytes, resolve, write_whole
+from sora_train.places import named, resolve, write_whole
 from sora_train.schema import QUARANTINE_SCHEMA
 
 SETTINGS_KEY = b"settings_hash"
@@ -77,11 +78,17 @@ def save_ledger(folder: str, settings_hash: str, records: dict[str, Record], fai
 
 def _read(folder: str, name: str, settings_hash: str) -> list[dict]:
     system, path = resolve(folder)
-    content = read_bytes(system, f"{path}/{name}.parquet")
-    try:
-        table = pq.read_table(io.BytesIO(content)) if content else None
-    except (pa.ArrowInvalid, OSError):
-        table = None
+    file = f"{path}/{name}.parquet"
+    with named(file, "read", system):
+        if system.get_file_info(file).type != fs.FileType.File:
+            return []
+        # Not `pq.read_table`, nor bytes of Python's: its threads may still hold them when a refused command ends, and
+        # to let go of them while the interpreter shuts down aborts the process.
+        with system.open_input_file(file) as opened:
+            try:
+                table = pq.ParquetFile(opened, pre_buffer=False).read(use_threads=False)
+            except (pa.ArrowInvalid, OSError):
+                table = None  # damaged
     if table is None or (table.schema.metadata or {}).get(SETTINGS_KEY, b"").decode() != settings_hash:
         return []
     return table.to_pylist()

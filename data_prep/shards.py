@@ -52,7 +52,7 @@ def finished_clips(
     for file in shard_files(folder):
         try:
             with system.open_input_file(file) as opened:
-                table = pq.read_table(opened, columns=COLUMNS)
+                table = pq.ParquetFile(opened).read(columns=COLUMNS)
         except (pa.ArrowInvalid, OSError) as error:
             raise UserError(
                 f"data.output: shard {file} can't be read ({error}); delete it and run the same again"
@@ -83,7 +83,7 @@ def take_out(folder: str, file: str, sample_ids: set[str]) -> None:
     """Writes a shard again without these clips, or deletes it where nothing is left."""
     system, _ = resolve(folder)
     with system.open_input_file(file) as opened:
-        table = pq.read_table(opened)
+        table = pq.ParquetFile(opened).read()
     keep = [sample not in sample_ids for sample in table.column("sample_id").to_pylist()]
     if any(keep):
         _write(system, file, table.filter(pa.array(keep)))

@@ -1,5 +1,7 @@
 """Shards are written whole, hold whole row groups, and lose only what is taken out."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_prep.harvest import pause_s
 from data_prep.ledger import Ledger, Record, save_ledger
 from data_prep.shards import ShardWriter, finished_clips, only_one, sweep, take_out
 from sora_train.errors import UserError
@@ -134,3 +137,28 @@ def test_the_ledger_comes_back_for_the_same_settings_alone(tmp_path: Path):
     assert Ledger.load(str(tmp_path / "nowhere"), "settings") == Ledger()
     (tmp_path / "quarantine.parquet").write_bytes(b"no parquet")
     assert Ledger.load(str(tmp_path), "settings").failures == {}
+
+
+def test_reading_the_ledger_leaves_no_thread_behind(tmp_path: Path):
+    save_ledger(str(tmp_path), "settings", {"row": Record("a.mp4", 5, "7", ["s"])}, [failure("s", "corrupt")])
+    code = (
+        "from pathlib import Path\n"
+        "from data_prep.ledger import Ledger\n"
+        "def threads(): return {t.name for t in Path('/proc/self/task').iterdir()"
+        " if not (t / 'comm').read_text().startswith('jemalloc')}\n"
+        "before = threads()\n"
+        f"assert Ledger.load({str(tmp_path)!r}, 'settings').failures\n"
+        "assert threads() == before"
+    )
+    subprocess.run([sys.executable, "-c", code], timeout=120, check=True)
+
+
+def test_saving_the_ledger_takes_a_twentieth_of_the_time_at_most():
+    now, last, saving = 0.0, 0.0, 0.0
+    while now < 1e6:  # seconds, in which the ledger grows so that saving it takes a thousandth of them
+        last = now / 1000
+        saving += last
+        now += last + pause_s(last)
+    assert last > 900
+    assert saving / now < 0.05
+    assert pause_s(0.1) == 30
