@@ -5,24 +5,28 @@ Other columns are ignored. In JSONL and Parquet a caption may be a list of them.
 
 from __future__ import annotations
 
-import csv
 import io
 import json
+import math
 import posixpath
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from data_prep.csv_records import SEPARATORS, Records
 from sora_train.data.config import DataConfig
 from sora_train.errors import RecipeError
-from sora_train.places import read_bytes, remedy
+from sora_train.places import as_text, read_bytes, remedy
 
 JSON_LINES, PARQUET = (".jsonl", ".ndjson", ".json"), (".parquet", ".pq")
 PACKED = (".gz", ".bz2", ".zst", ".lz4")
+NO_CAPTION = frozenset(("nan", "NaN", "NAN", "null", "NULL", "None", "<NA>", "NA", "N/A", "n/a", "#N/A", "\\N"))
+"""What pandas, SQL and Excel write where there is no value; as a caption they are none."""
+NAMED = 12  # columns in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,68 +63,54 @@ def _ending(path: str) -> str:
 
 def _text(place: str, content: bytes) -> str:
     try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"data.captions: {place} is not UTF-8 text ({error}); save it as UTF-8") from None
+        return as_text(content)
+    except ValueError as error:
+        raise RecipeError(f"data.captions: {place} {error}") from None
 
 
 def _csv(place: str, content: bytes, data: DataConfig) -> list[Line]:
-    records = _records(place, io.StringIO(_text(place, content), newline="").readlines())
-    _, header = next(records, (1, None))
-    if header is None:
+    wanted = (data.file_column, data.caption_column)
+    records = Records(place, _text(place, content), wanted)
+    if not any(records.header):
+        raise RecipeError(f"data.captions: {place} is empty; its first line must be {','.join(wanted)}")
+    if not set(wanted) & set(records.header):
         raise RecipeError(
-            f"data.captions: {place} is empty; its first line must be {data.file_column},{data.caption_column}"
+            f"data.captions: {place} has no column {wanted[0]} and no {wanted[1]}; the header, its first line, is "
+            f"{_named(records.header)}. Add a header, or set data.file_column and data.caption_column to its names"
         )
-    header = [name.strip() for name in header]
-    columns = _columns(place, header, data)
+    columns = _columns(place, records.header, data)
+    if records.separator != ",":
+        print(f"{place}: cells are separated by {SEPARATORS.get(records.separator, records.separator)}s", flush=True)
     lines: list[Line] = []
     for number, cells in records:
-        if any(cell.strip() for cell in cells[len(header) :]):
-            raise RecipeError(
-                f"data.captions: {place}, line {number} has {len(cells)} cells, the header {len(header)}: put a "
-                'caption with a comma in it between quotation marks, "so, for instance"'
-            )
-        source, caption = (cells[column].strip() if column < len(cells) else "" for column in columns)
+        source, caption = (cells[column] if column < len(cells) else "" for column in columns)
         lines.append(_line(f"line {number}", source, caption))
     return lines
-
-
-def _records(place: str, text: list[str]) -> Iterator[tuple[int, list[str]]]:
-    """Cells of each record of a CSV that isn't blank, with the number of the line on which it begins."""
-    table, begin, last = csv.reader(text), 1, 1
-    try:
-        for cells in table:
-            if cells:
-                yield begin, cells
-                last = begin
-            begin = table.line_num + 1  # a cell may reach over several lines
-    except csv.Error as error:
-        raise RecipeError(f"data.captions: {place}, line {table.line_num}: {error}; mend that line") from None
-    try:
-        list(csv.reader(text[last - 1 :], strict=True))
-    except csv.Error as error:
-        if "end of data" in str(error):
-            raise RecipeError(
-                f"data.captions: {place}, line {last}: a quotation mark is never closed, so that the rest of the file "
-                "is one cell; close it, or double a mark that belongs to the text"
-            ) from None
 
 
 def _json_lines(place: str, content: bytes, data: DataConfig) -> list[Line]:
     lines: list[Line] = []
     found: dict[str, None] = {}  # in the order of first mention
-    for number, text in enumerate(_text(place, content).split("\n"), start=1):
+    whole = _text(place, content)
+    if whole.lstrip().startswith("["):
+        raise RecipeError(
+            f"data.captions: {place} is one JSON array, not JSON lines. Convert it, for instance by `jq -c '.[]'`; "
+            f"{_example(data)}"
+        )
+    for number, text in enumerate(io.StringIO(whole, newline=None), start=1):
         if not text.strip():
             continue
         where = f"line {number}"
         try:
-            content_of = json.loads(text)
+            content_of = json.loads(text, object_pairs_hook=_Object)
         except (ValueError, RecursionError) as error:
             raise RecipeError(f"data.captions: {place}, {where} is no JSON ({error}); {_example(data)}") from None
-        if not isinstance(content_of, dict):
+        if not isinstance(content_of, _Object):
             raise RecipeError(
                 f"data.captions: {place}, {where} is {reprlib.repr(content_of)}, not an object; {_example(data)}"
             )
+        if twice := content_of.twice & {data.file_column, data.caption_column}:
+            raise RecipeError(f"data.captions: {place}, {where} has the key {twice.pop()} twice. Remove one of them")
         found |= dict.fromkeys(content_of)
         if data.file_column not in content_of:
             _columns(place, list(content_of), data, where)
@@ -128,6 +118,15 @@ def _json_lines(place: str, content: bytes, data: DataConfig) -> list[Line]:
     if lines:
         _columns(place, list(found), data)
     return lines
+
+
+class _Object(dict):
+    """A JSON object that knows which of its keys are written more than once; the last value counts."""
+
+    def __init__(self, pairs: list[tuple[str, object]]):
+        super().__init__(pairs)
+        names = [name for name, _ in pairs]
+        self.twice = {name for name in names if names.count(name) > 1} if len(self) < len(names) else set()
 
 
 def _example(data: DataConfig) -> str:
@@ -156,7 +155,7 @@ def _columns(place: str, found: list[str], data: DataConfig, where: str = "") ->
     at = f"{place}, {where}" if where else place
     if missing := [name for name in wanted if name not in found]:
         raise RecipeError(
-            f"data.captions: {at} has no column {' and no '.join(missing)}; its columns are {', '.join(found)}; rename "
+            f"data.captions: {at} has no column {' and no '.join(missing)}; its columns are {_named(found)}; rename "
             "them, or set data.file_column and data.caption_column to what they are called"
         )
     if twice := [name for name in wanted if found.count(name) > 1]:
@@ -164,22 +163,40 @@ def _columns(place: str, found: list[str], data: DataConfig, where: str = "") ->
     return found.index(wanted[0]), found.index(wanted[1])
 
 
+def _named(columns: list[str]) -> str:
+    """The columns, of many the first."""
+    return ", ".join(columns[:NAMED]) + (f" and {len(columns) - NAMED} more" if len(columns) > NAMED else "")
+
+
 def _checked(place: str, where: str, source: object, caption: object) -> Line:
     """The line of a file name and what stands for its captions: a text, a list of texts, or nothing."""
-    texts = caption if isinstance(caption, list) else [] if caption is None else [caption]
+    texts = [text for text in (caption if isinstance(caption, list) else [caption]) if not _is_none(text)]
     for what, value in (("file name", source), *(("caption", text) for text in texts)):
         if not isinstance(value, str):
             raise RecipeError(
                 f"data.captions: {place}, {where}: the {what} is {reprlib.repr(value)}, not text; write a file name "
                 "and a caption, or a list of captions"
             )
+        if "\0" in value and what == "caption":
+            raise RecipeError(f"data.captions: {place}, {where}: the caption {reprlib.repr(value)} has a NUL character")
         if any("\ud800" <= sign <= "\udfff" for sign in value):
             raise RecipeError(f"data.captions: {place}, {where}: the {what} {value!a} has half a character; mend it")
     return _line(where, str(source).strip(), *(str(text).strip() for text in texts))
 
 
+def _is_none(value: object) -> bool:
+    """Whether a value of JSON or Parquet stands for no caption: null, or the NaN that pandas makes of it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def _line(where: str, source: str, *captions: str) -> Line:
-    captions = tuple(caption for caption in captions if caption)
-    if captions:
-        return Line(where, source, captions)
-    return Line(where, source, (), "no_caption", f"{where} of the captions file has no caption")
+    there = tuple(caption for caption in captions if caption and caption not in NO_CAPTION)
+    if there:
+        return Line(where, source, there)
+    return Line(where, source, (), "no_caption", f"{where} of the captions file has {no_caption(captions)}")
+
+
+def no_caption(texts: Iterable[str]) -> str:
+    """How a message names texts that hold no caption."""
+    word = next(filter(None, texts), "")
+    return f"the caption {word!r}, which stands for a missing one" if word else "no caption"

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import posixpath
+import unicodedata
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from pyarrow import fs
 
-from data_prep.captions import Line
+from data_prep.captions import NO_CAPTION, Line, no_caption
 from sora_train.errors import RecipeError
-from sora_train.places import named
+from sora_train.places import as_text, named
 
 PICTURES = "avif bmp jpeg jpg png tif tiff webp"
 VIDEOS = "3g2 3gp asf avi f4v flv gif m2ts m4v mkv mov mp4 mpe mpeg mpg mts mxf ogg ogv ts vob webm wmv y4m"
@@ -28,34 +29,49 @@ def read_folder(place: str, system: fs.FileSystem, path: str) -> list[Line]:
     with named(place, "read", system):
         names = sorted(_walk(path) if isinstance(system, fs.LocalFileSystem) else _list(system, path))
     media = [name for name in names if posixpath.splitext(name)[1].lower() in MEDIA]
-    texts = {name[:-4]: name for name in names if name.lower().endswith(".txt")}
+    texts: dict[str, list[str]] = {}  # by stem in one normal form: macOS and zips write names in another
+    for name in names:
+        if name.lower().endswith(".txt"):
+            texts.setdefault(_composed(name[:-4]), []).append(name)
     if not media:
         raise RecipeError(
             f"data.captions: {place} is a folder without a video or picture; name one with media and a .txt of the "
             "same name beside each, or a CSV, JSONL or Parquet file"
         )
-    if alone := sorted(set(texts) - {posixpath.splitext(name)[0] for name in media}):
-        print(f"{place}: {len(alone)} .txt without a video or picture, such as {_plain(texts[alone[0]])}", flush=True)
+    if alone := sorted(set(texts) - {_composed(posixpath.splitext(name)[0]) for name in media}):
+        example = _plain(texts[alone[0]][0])
+        print(f"{place}: {len(alone)} .txt without a video or picture, such as {example}", flush=True)
     with ThreadPoolExecutor(READERS) as pool:
         return list(pool.map(lambda name: _line(system, path, name, texts), media))
 
 
-def _line(system: fs.FileSystem, path: str, name: str, texts: dict[str, str]) -> Line:
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _line(system: fs.FileSystem, path: str, name: str, texts: dict[str, list[str]]) -> Line:
     """The line of a file by the text beside it, which is one caption, line breaks and all."""
     plain, stem = _plain(name), posixpath.splitext(name)[0]
     if plain != name:
         return Line(plain, plain, (), "missing_file", "the file's name is not UTF-8, and can't be passed on; rename it")
-    text = texts.get(stem)
-    if text is None:
+    there = texts.get(_composed(stem), [])
+    if not there:
         return Line(name, name, (), "no_caption", f"there is no {posixpath.basename(stem)}.txt beside it")
+    if len(there) > 1:
+        return Line(name, name, (), "no_caption", f"{' and '.join(there)} are both beside it; remove one")
+    (text,) = there
     try:
         with system.open_input_stream(f"{path}/{text}", compression=None) as file:
-            caption = file.read().decode("utf-8-sig").strip()
-    except UnicodeDecodeError:
-        return Line(name, name, (), "no_caption", f"{text} is not UTF-8 text; save it as UTF-8")
+            caption = as_text(file.read()).strip()
+    except ValueError as error:
+        return Line(name, name, (), "no_caption", f"{text} {error}")
     except OSError as error:
         return Line(name, name, (), "fetch_failed", f"its caption {text} can't be read: {error}")
-    return Line(name, name, (caption,)) if caption else Line(name, name, (), "no_caption", f"{text} is empty")
+    if not caption:
+        return Line(name, name, (), "no_caption", f"{text} is empty")
+    if caption in NO_CAPTION:
+        return Line(name, name, (), "no_caption", f"{text} holds {no_caption([caption])}")
+    return Line(name, name, (caption,))
 
 
 def _plain(name: str) -> str:

@@ -6,6 +6,7 @@ Amazon's is set by the environment variable AWS_ENDPOINT_URL, which pyarrow read
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 import shutil
@@ -98,6 +99,30 @@ def read_bytes(system: fs.FileSystem, path: str) -> bytes | None:
             return None
         with system.open_input_stream(path) as file:
             return file.read()
+
+
+def as_text(content: bytes) -> str:
+    """UTF-8, or what a byte order mark says (Excel and Windows write UTF-16). Raises ValueError, whose message is the
+    predicate of a sentence about the file: what is wrong, in which line, what to do.
+    """
+    marks = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+             (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))  # fmt: skip
+    encoding = next((name for mark, name in marks if content.startswith(mark)), "utf-8")
+    if content.startswith(b"PK\3\4"):
+        raise ValueError("is a zip archive or an Excel workbook; save it as CSV in UTF-8")
+    if encoding == "utf-8" and content[:2].count(0) == 1:
+        raise ValueError("is UTF-16 without a byte order mark; save it as UTF-8")
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = len((content[: error.start] + b"x").splitlines())
+        where = f"in line {line} (byte 0x{content[error.start]:02x})" if encoding.startswith("utf-8") else ""
+        name = encoding.removesuffix("-sig").upper()
+        raise ValueError(f"is not {name} text {where}".rstrip() + "; save it as UTF-8") from None
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise ValueError(f"has a NUL byte in line {line}, so it is damaged; write it again")
+    return text.removeprefix("\ufeff")  # some writers put two
 
 
 def write_whole(system: fs.FileSystem, path: str, content: bytes) -> None:

@@ -12,8 +12,9 @@ from data_prep.buckets import Bucket
 from data_prep.clips import Span
 from data_prep.decoder import Decoder
 from data_prep.encode import local_copy
+from data_prep.files import canonical, find
 from data_prep.reasons import ClipError
-from data_prep.source import data_root, inside
+from data_prep.source import data_root
 from sora_train.data.config import DataConfig, SelectionConfig
 from sora_train.errors import UserError
 from sora_train.manifest import Manifest
@@ -57,12 +58,16 @@ class References:
         """The reference of a shard's row, whatever became of its source."""
         if self.decoder is None:
             return Reference(None, self.remark)
-        path = inside(self.root, row["source"])
+        name = canonical(row["source"], ())
+        if name is None:
+            return Reference(None, f"source not found: {row['source']}")
+        path = f"{self.root}/{name}"
         try:
-            if path is None or self.system.get_file_info(path).type != fs.FileType.File:
-                return Reference(None, f"source not found: {path or row['source']}")
+            file = find(self.system, self.root, [path])[path]
+            if file.missing:
+                return Reference(None, f"source not found: {path}")
             span = Span(row["start_s"], row["end_s"], Bucket(*bucket_size(bucket), self.fps))
-            with local_copy(self.system, path) as local:
+            with local_copy(self.system, file.path) as local:
                 clip = self.decoder.read(local, span, row["sample_id"])
         except ClipError as error:
             return Reference(None, f"the source can't be cut again: {error.reason}: {error.message}")

@@ -5,11 +5,13 @@ import csv
 import io
 import subprocess
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
+from pyarrow import fs
 
-from data_prep import source
+from data_prep import files
 from data_prep.source import Row, read_rows
 from sora_train.data.config import DataConfig
 from sora_train.errors import RecipeError, UserError
@@ -51,6 +53,24 @@ def test_rows_are_found_in_a_bucket_and_missing_ones_are_named(s3: str):
         assert read_bytes(system, rows[1].path) == b"12345"
 
 
+def test_names_in_a_bucket_may_be_uris_or_in_another_normal_form(s3: str, monkeypatch: pytest.MonkeyPatch):
+    apart = unicodedata.normalize("NFD", "café")
+    put(f"{s3}/set/{apart}.mp4", b"123")
+    put(f"{s3}/set/b c.mp4", b"12")
+    put_csv(f"{s3}/set/c.csv", ["café.mp4", f"{s3}/set/{apart}.mp4", "b%20c.mp4", f"{s3}/other/a.mp4"])
+    for above in (100, 0):  # by single requests, and by a listing
+        monkeypatch.setattr(files, "LIST_ABOVE", above)
+        rows = read_rows(DataConfig(captions=f"{s3}/set/c.csv"))
+        assert [(row.source, row.reason) for row in rows] == [
+            ("café.mp4", ""),
+            ("café.mp4", ""),
+            ("b%20c.mp4", "missing_file"),
+            (f"{s3}/other/a.mp4", "outside_root"),
+        ]
+        assert rows[0].path == rows[1].path == f"{s3.removeprefix('s3://')}/set/{apart}.mp4"
+        assert "there is 'b c.mp4'" in rows[2].message
+
+
 def test_the_root_of_captions_in_a_bucket_is_the_bucket(s3: str):
     put(f"{s3}/a.mp4", b"123")
     put_csv(f"{s3}/captions.csv", ["a.mp4"])
@@ -66,7 +86,7 @@ def test_a_listed_folder_and_single_requests_give_the_same_rows(s3: str, monkeyp
     put_csv(f"{s3}/c.csv", [*(f"sub/{i}.mp4" for i in range(10)), "sub/deeper", "sub/deeper/x.mp4", "none/x.mp4"])
     found: list[list[Row]] = []
     for above in (100, 5, 0):
-        monkeypatch.setattr(source, "LIST_ABOVE", above)
+        monkeypatch.setattr(files, "LIST_ABOVE", above)
         found.append(read_rows(DataConfig(captions=f"{s3}/c.csv")))
     assert found[0] == found[1] == found[2]
     reasons = [row.reason for row in found[0]]
@@ -99,7 +119,7 @@ def test_a_file_in_a_bucket_is_written_overwritten_and_nothing_else(s3: str):
     for content in (b"first", b"", b"x" * 20_000_000):  # the last in several parts
         write_whole(system, path, content)
         assert read_bytes(system, path) == content
-    names = [info.path for info in system.get_file_info(source.fs.FileSelector(path.split("/")[0], recursive=True))]
+    names = [info.path for info in system.get_file_info(fs.FileSelector(path.split("/")[0], recursive=True))]
     assert path in names
     assert not [name for name in names if ".unfinished" in name]
 
