@@ -20,6 +20,7 @@ from data_prep.looking.inspect import KINDS, MOST_LOST, Inventory, counts_of, ta
 from sora_train.errors import UserError
 from sora_train.manifest import Manifest
 from sora_train.places import in_bytes, named, resolve, write_whole
+from sora_train.report.page import asset
 from sora_train.schema import bucket_size
 from sora_train.video import one_line
 
@@ -69,7 +70,7 @@ def contents(inventory: Inventory, manifest: Manifest | None, sheets: list[dict]
     return {
         "name": one_line(inventory.folder),
         "written": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "style": report_style(),
+        "style": asset("page.css"),  # that of a run's report, so that both pages look alike
         "counts": counts,
         "facts": facts,
         "made_by": made_by(manifest) if manifest else [],
@@ -80,12 +81,6 @@ def contents(inventory: Inventory, manifest: Manifest | None, sheets: list[dict]
         "lost": [{key: one_line(str(value)[:400]) for key, value in row.items()} for row in shown],
         "more_lost": inventory.kinds.total() - len(shown),
     }
-
-
-def report_style() -> str:
-    """The style sheet of a run's report, so that both pages look alike."""
-    page = resources.files("sora_train.report").joinpath("page.html").read_text(encoding="utf-8")
-    return page.partition("<style>")[2].partition("</style>")[0]
 
 
 def made_by(manifest: Manifest) -> list[tuple[str, str]]:

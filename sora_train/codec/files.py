@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 
 from sora_train.codec.folders import PARTS, find_folder, is_wanted
@@ -161,17 +163,47 @@ def read_config(folder: Path) -> dict:
 
 
 @contextmanager
-def readable(what: str) -> Iterator[None]:
-    """What JSON, safetensors, diffusers and transformers raise over damaged files, each after its own kind, as a
-    UserError that names the files.
+def readable(what: str, folder: Path | None = None) -> Iterator[None]:
+    """What JSON, safetensors, diffusers and transformers raise over files that they can't read, each after its own
+    kind, as a UserError that names the files and the cause. Too little memory is raised as it is.
     """
     try:
         yield
     except Exception as error:  # whichever of four libraries met the damage; tokenizers has no class for it
+        from sora_train.codec.memory import is_out_of_memory
+
+        if is_out_of_memory(error):
+            raise
         said = (str(error).strip() or "no reason given").splitlines()[0][:300]
-        raise UserError(
-            f"{what} can't be read: damaged, or no such network's ({type(error).__name__}: {said}); fetch it again"
-        ) from None
+        if isinstance(error, ImportError):
+            raise UserError(
+                f"{what} can't be read: a package is missing here ({said}); install it"
+            ) from error
+        if isinstance(error, OSError) and error.errno:
+            raise UserError(f"{what} can't be read: {error.strerror}") from error
+        remedy = "the files are damaged or of another kind of network; fetch them again"
+        newer = newer_library(folder) if folder else ""
+        raise UserError(f"{what} can't be read ({type(error).__name__}: {said}): {remedy}{newer}") from error
+
+
+def newer_library(folder: Path) -> str:
+    """The end of a message where a folder's config names a newer library than is installed here; else empty."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        for key, library in (("_diffusers_version", "diffusers"), ("transformers_version", "transformers")):
+            written, here = str(config.get(key, "")), version(library)
+            if numbers(written) > numbers(here):
+                return (
+                    f". They were written by {library} {written}, and here is {here}: if whole, install that"
+                )
+    except (OSError, ValueError, AttributeError):
+        pass
+    return ""
+
+
+def numbers(of: str) -> tuple[int, ...]:
+    """The first two numbers of a version: (4, 57) of 4.57.0.dev0."""
+    return tuple(int(part) for part in re.findall(r"\d+", of)[:2])
 
 
 def content_hash(files: tuple[Path, ...]) -> str:

@@ -106,7 +106,7 @@ def load_text_encoder(
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
-        with readable(f"codec.text: {files.place}"):
+        with readable(f"codec.text: {files.place}", files.place):
             model = transformers.T5EncoderModel.from_pretrained(
                 str(files.place), local_files_only=True, use_safetensors=True, dtype=dtype
             )

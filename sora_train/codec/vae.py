@@ -195,7 +195,7 @@ def load_vae(
     diffusers.utils.logging.set_verbosity_error()  # it warns of keys of TAESD's config that its own class wrote
     kind, place = getattr(diffusers, files.kind), str(files.place)
     try:
-        with readable(f"codec.vae: {place}"):
+        with readable(f"codec.vae: {place}", files.place):
             model = kind.from_pretrained(
                 place, local_files_only=True, use_safetensors=True, torch_dtype=dtype, low_cpu_mem_usage=False
             )

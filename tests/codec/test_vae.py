@@ -1,5 +1,6 @@
 """Frames to latents and back, against diffusers itself."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from einops import rearrange
 
-from sora_train.codec.files import find_vae
+from sora_train.codec.files import find_vae, readable
 from sora_train.codec.folders import BUILTIN
 from sora_train.codec.text import load_text_encoder
 from sora_train.codec.vae import Vae, load_vae
@@ -141,5 +142,35 @@ def test_a_network_whose_files_were_cut_is_one_message_that_names_them(tmp_path:
     shutil.copytree(BUILTIN / key, folder)
     for file in folder.glob(name):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-        with pytest.raises(UserError, match=f"{folder}.* can't be read: damaged"):
+        with pytest.raises(UserError, match=f"{folder}.* can't be read .*damaged"):
             (load_vae if key == "vae" else load_text_encoder)(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ImportError("T5Tokenizer needs sentencepiece"), "a package is missing here .*sentencepiece"),
+        (PermissionError(13, "Permission denied"), "can't be read: Permission denied"),
+        (ValueError("no such model type"), "damaged or of another kind of network; fetch them again$"),
+    ],
+)
+def test_what_is_not_damage_is_not_called_so(error: Exception, words: str):
+    with pytest.raises(UserError, match=words) as caught, readable("codec.text: folder"):
+        raise error
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB")]
+)
+def test_too_little_memory_stays_what_it_is(error: Exception):
+    with pytest.raises(type(error)), readable("codec.vae: folder"):
+        raise error
+
+
+def test_a_network_of_a_newer_library_says_so(tmp_path: Path):
+    shutil.copytree(BUILTIN / "vae", tmp_path / "vae")
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"_diffusers_version": "99.1", "act_fn": "new"}))
+    with pytest.raises(UserError, match=r"written by diffusers 99\.1, and here is \d"):
+        load_vae(str(tmp_path / "vae"))

@@ -2,6 +2,9 @@
 
 import base64
 import io
+import os
+import re
+import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -25,6 +28,7 @@ from sora_train.errors import UserError
 from sora_train.places import resolve
 from sora_train.video import write_mp4
 
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FPS, SHAPES = 10.0, ("4x64x128", "1x64x64")
 SOURCES = ("a.mp4", "<img src=x onerror=alert(1)>.mp4")
 HOSTILE = "</p><script>alert(1)</script>{{ 7*7 }} \u202e 'quoted\" & \x1b[31m " + "long " * 2000
@@ -43,6 +47,7 @@ class Page(HTMLParser):
         self.addresses: list[str] = []
         self.text = ""
         self.open: list[str] = []
+        self.html = html
         self.feed(html)
         self.close()
         assert not self.open
@@ -164,6 +169,31 @@ def test_a_page_shows_every_bucket_and_what_made_it(page: Page, vae: Vae):
         assert words in page.text
     assert page.tags.count("article") == 6
     assert page.tags.count("img") == 5 * 2 + 1  # a strip of each, and the five that move, moving
+
+
+def test_every_variable_of_the_style_is_defined(page: Page):
+    style = page.html.partition("<style>")[2].partition("</style>")[0]
+    used, defined = set(re.findall(r"var\((--[\w-]+)\)", page.html)), set(re.findall(r"(--[\w-]+):", style))
+    assert "--accent" in used
+    assert used <= defined
+    assert "{{" not in style
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+def test_bars_have_the_accents_colour_in_a_browser(page: Page, tmp_path: Path):
+    from playwright.sync_api import sync_playwright
+
+    (tmp_path / "page.html").write_text(page.html)
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        tab = browser.new_page(color_scheme="light")
+        tab.goto((tmp_path / "page.html").as_uri())
+        folder = Path(os.environ.get("SORA_ARTIFACTS") or tmp_path)
+        tab.screenshot(path=folder / "inspect.png", full_page=True)
+        for bar in (".bars i", ".buckets .bar i"):
+            look = f"getComputedStyle(document.querySelector('{bar}')).backgroundColor"
+            assert tab.evaluate(look) == "rgb(47, 129, 214)"
+        browser.close()
 
 
 def test_a_page_fetches_nothing(page: Page):
