@@ -63,7 +63,8 @@ class ValidationConfig(Section):
     holdout_clips: NonNegativeInt = 64
     """Most clips of data.holdout_fraction whose loss is measured, in ten bins of diffusion time; 0 is none."""
     fvd: bool = False
-    """Measure the Fréchet video distance to held-out clips (16 frames or more) by `i3d`; slow on a CPU."""
+    """Measure the Fréchet video distance to held-out clips (16 frames or more) by `i3d`; slow on a CPU. It follows the
+    original TensorFlow code: values do not compare with those that StyleGAN-V or Latte published."""
     fvd_clips: int = Field(default=256, ge=2)
     """Most held-out captions that clips are made of for it; values of fewer than 256 clips say little."""
     i3d: str = ""

@@ -134,7 +134,8 @@ class EvalOptions:
 
     i3d: str | None = None
     """I3D's weights (Kinetics-400), safetensors: with them the Fréchet video distance is measured; else only where the
-    run's own `validation.fvd` says so."""
+    run's own `validation.fvd` says so. It follows the original TensorFlow code and compares with clips decoded from
+    their latents: the values do not compare with those that StyleGAN-V or Latte published."""
     clip: str | None = None
     """CLIP for the similarity, a folder or a hub id; the run's own `validation.clip` if not given."""
     fvd_clips: Annotated[int, Field(ge=2)] | None = None

@@ -5,19 +5,23 @@ from __future__ import annotations
 import csv
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from sora_train.demo.judge import accuracy, judge, obedience
+from sora_train.demo.judge import Verdict, accuracy, judge, obedience
 from sora_train.demo.shapes import FPS, SHAPES, Scene, all_scenes, draw
 from sora_train.generate import Run, generate_each
 from sora_train.generate.sample import Progress
+from sora_train.train.metrics import write_text_whole
 from sora_train.video import read_mp4, write_mp4
 
 SEEDS = (0, 1)
 JUDGE_BAR = 0.99
+VERDICTS = "verdicts.json"
+"""Beside the samples: what each shows, read from its frames as they were sampled, in the order of `samples.json`."""
 
 
 def scenes() -> list[Scene]:
@@ -41,12 +45,22 @@ def measure(clips_folder: Path, run_folder: Path, final: Path) -> dict:
         raise RuntimeError(f"the judge reads only {own:.1%} of real clips rightly: its verdicts would mean nothing")
     listing = json.loads((final / "samples.json").read_text(encoding="utf-8"))
     shown = by_caption()
-    verdicts = [judge(read_mp4(final / entry["file"])) for entry in listing["samples"]]
+    verdicts = read_verdicts(final)
     shares = obedience(verdicts, [shown[entry["prompt"]] for entry in listing["samples"]])
     record = {**shares, "judge_accuracy": own, "judge_clips": len(videos), "checkpoint": listing["checkpoint"]}
     (run_folder / "obedience.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"  {run_folder / 'obedience.json'}")
     return shares
+
+
+def write_verdicts(final: Path, verdicts: Sequence[Verdict]) -> None:
+    """Verdicts on samples, into their folder."""
+    write_text_whole(final / VERDICTS, json.dumps([asdict(verdict) for verdict in verdicts]))
+
+
+def read_verdicts(final: Path) -> list[Verdict]:
+    """The verdicts that `write_verdicts` wrote."""
+    return [Verdict(**entry) for entry in json.loads((final / VERDICTS).read_text(encoding="utf-8"))]
 
 
 def obey(run: Run, captions: Iterable[str], progress: Progress | None = None) -> dict | None:

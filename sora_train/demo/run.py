@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from sora_train.demo.measure import SEEDS, measure, scenes
+from sora_train.demo.judge import Verdict, judge
+from sora_train.demo.measure import SEEDS, VERDICTS, measure, scenes, write_verdicts
 from sora_train.demo.shapes import COLOURS, DIRECTIONS, make_clips
 from sora_train.errors import UserError
 from sora_train.recipe import Recipe, load_recipe
@@ -128,7 +129,7 @@ def train(recipe: Recipe) -> None:
 
 
 def sample(run_folder: Path, seeds: Sequence[int] = SEEDS) -> Path:
-    """Stage 4: an mp4 of every scene and seed, and the sheet. Returns their folder."""
+    """Stage 4: an mp4 of every scene and seed, what the judge reads from each, and the sheet. Returns their folder."""
     import torch
 
     from sora_train.generate import load_run, sample_to_folder
@@ -138,27 +139,40 @@ def sample(run_folder: Path, seeds: Sequence[int] = SEEDS) -> Path:
     if is_sampled(folder, run.checkpoint, seeds):
         print(f"  {folder} holds them already")
         return folder
-    for stale in (*folder.glob("*.mp4"), folder / "samples.json"):
+    for stale in (*folder.glob("*.mp4"), folder / "samples.json", folder / VERDICTS):
         stale.unlink(missing_ok=True)
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     prompts = [scene.caption for scene in scenes()]
-    state = "loading the text encoder"
+    state, verdicts = "loading the text encoder", list[Verdict]()
 
     def progress(done: int, of: int) -> None:
         nonlocal state
         state = f"{done} of {of} sampler steps"
 
     with heartbeat(lambda: f"  {state}, {len(list(folder.glob('*.mp4')))} of {len(prompts) * len(seeds)} videos"):
-        files = sample_to_folder(run, prompts, None, folder, seeds, progress=progress)
+        files = sample_to_folder(
+            run,
+            prompts,
+            None,
+            folder,
+            seeds,
+            progress=progress,
+            on_video=lambda video: verdicts.append(judge(video)),
+        )
+    write_verdicts(folder, verdicts)
     write_sheet(files, len(seeds), folder / "sheet.png")
     print(f"  {len(files)} videos and sheet.png in {folder}")
     return folder
 
 
 def is_sampled(folder: Path, checkpoint: Path, seeds: Sequence[int]) -> bool:
-    """Whether the folder holds all samples of this checkpoint: samples.json is written last."""
+    """Whether the folder holds all samples of this checkpoint and their verdicts: both lists are written last."""
     listing = folder / "samples.json"
-    if not listing.is_file() or listing.stat().st_mtime < (checkpoint / "ema.safetensors").stat().st_mtime:
+    if (
+        not listing.is_file()
+        or not (folder / VERDICTS).is_file()
+        or listing.stat().st_mtime < (checkpoint / "ema.safetensors").stat().st_mtime
+    ):
         return False
     about = json.loads(listing.read_text(encoding="utf-8"))
     wanted = [(scene.caption, seed) for scene in scenes() for seed in seeds]

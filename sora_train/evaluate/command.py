@@ -126,7 +126,8 @@ def table(record: dict[str, Any]) -> str:
         for i in range(BINS):
             lines.append(row(f"  {1000 * i // BINS} to {1000 * (i + 1) // BINS}", f"{record[f'holdout_loss_{i}']:.4f}"))
     if "fvd" in record:
-        lines.append(row("FVD", f"{record['fvd']:.1f}", f"{record['fvd_clips']} clips against as many held-out ones"))
+        about = f"{record['fvd_clips']} clips against as many held-out ones; not comparable with published values"
+        lines.append(row("FVD", f"{record['fvd']:.1f}", about))
     if "similarity" in record:
         lines.append(row("similarity", f"{record['similarity']:.2f}", "100 x CLIP's cosine between frames and prompt"))
     if obedience := record.get("obedience"):

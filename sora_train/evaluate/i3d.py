@@ -2,7 +2,8 @@
 along time, trained to name the 400 actions of Kinetics. Its forward pass alone, for weights in safetensors.
 
 FVD (Unterthiner et al. 2018, arXiv 1812.01717) compares its logits: their code takes the 400 numbers before the
-softmax, averaged over time, of tfhub's `deepmind/i3d-kinetics-400/1`. So do StyleGAN-V and what followed it.
+softmax, averaged over time, of tfhub's `deepmind/i3d-kinetics-400/1`. StyleGAN-V's code, which Latte's is a copy of,
+takes the same logits, but resizes frames in another way (see `resized`), so the values do not compare.
 
 As in TensorFlow, "SAME" padding puts the odd one behind, and batch norm (no scale, epsilon 0.001) follows each
 convolution but the last; it is folded into their weights when these are read.

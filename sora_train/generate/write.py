@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
@@ -29,11 +30,12 @@ def sample_to_folder(
     how: Sampling | None = None,
     negative: str | Float[Tensor, "_ e"] | None = None,
     progress: Progress | None = None,
+    on_video: Callable[[np.ndarray], None] | None = None,
 ) -> list[Path]:
     """One mp4 for every prompt and seed, `sheet.png` of the first 24, and `samples.json`, written last, that lists all.
 
     Files are called `000-a-red-circle.mp4`, counted over prompts and, within each, seeds. `how` and `negative` are as
-    for `generate_each`. Returns the mp4s' paths.
+    for `generate_each`. `on_video` gets each video's own frames, before H.264 changes them. Returns the mp4s' paths.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,6 +54,8 @@ def sample_to_folder(
     for count, ((i, seed), video) in enumerate(zip(pairs, videos, strict=True)):
         name = f"{count:03d}-{slug(prompts[i])}.mp4"
         write_mp4(folder / name, video, run.fps)
+        if on_video is not None:
+            on_video(video)
         listing.append({"file": name, "prompt": prompts[i], "seed": seed})
         if len(shown) < SHEET_CLIPS:
             shown.append(video)

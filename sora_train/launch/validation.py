@@ -137,7 +137,6 @@ def validate(checkpoint: Path, run: Path) -> None:
     from sora_train.evaluate import measure
     from sora_train.generate import load_run, sample_to_folder
     from sora_train.recipe import load_recipe
-    from sora_train.video import read_mp4
 
     # The checkpoint's recipe says what the model is; the run's says what is asked for now.
     recipe = load_recipe(run / "recipe.yaml")
@@ -147,8 +146,10 @@ def validate(checkpoint: Path, run: Path) -> None:
     clear(folder)
     *embeddings, negative = embed_prompts(run, trained)
     prompts, lead_away = list(asked.prompts), negative if asked.negative else ""
-    files = sample_to_folder(trained, prompts, embeddings, folder, (asked.seed,), asked.sampling, lead_away)
-    videos = zip(prompts, map(read_mp4, files), strict=True)
+    frames: list[Any] = []  # as sampled: similarity is of what `sora eval` measures, not of H.264's copy
+    keep = frames.append if asked.clip else None
+    sample_to_folder(trained, prompts, embeddings, folder, (asked.seed,), asked.sampling, lead_away, on_video=keep)
+    videos = zip(prompts, frames, strict=True) if asked.clip else None
     figures = measure(trained, asked, recipe.data.output, videos, remark=lambda said: note_once(run, step, said))
     took = {"validation_s": time.monotonic() - began}
     JsonLines(run / "metrics.jsonl").write({"step": step, "validation": True, **figures, **took})

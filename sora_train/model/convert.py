@@ -1,5 +1,7 @@
 """Weights to and from diffusers: `LatteTransformer3DModel` both ways, PixArt-alpha's `PixArtTransformer2DModel` in.
 
+Released weights may name their class as the authors' own code did: `LatteT2V`, `Transformer2DModel`.
+
 A renaming: query, key and value maps are one matrix here and three there; the patch map is a convolution there. The
 released Latte has Latte's form. An image model (PixArt-alpha, arXiv 2310.00426) has the same blocks: they become the
 spatial ones, and the temporal ones start as the identity, so that each frame is at first what the image model makes.
@@ -29,10 +31,12 @@ FULL_LATTE = {
     "frame_positions": "temporal",
     "pooled_text": False,
 }
-VIDEO, IMAGE = ("LatteTransformer3DModel",), ("PixArtTransformer2DModel", "Transformer2DModel")
+VIDEO, IMAGE = ("LatteTransformer3DModel", "LatteT2V"), ("PixArtTransformer2DModel", "Transformer2DModel")
 PADDED = "_padded_variance"
 """A key of config.json that diffusers leaves alone: the half of the output that would be a variance is zeros."""
-BUFFERS = {"pos_embed.pos_embed", "temp_pos_embed"}  # positions, which some versions of diffusers write; made anew here
+BUFFERS = {"pos_embed.pos_embed", "temp_pos_embed", "caption_projection.y_embedding"}
+"""Tensors of released weights that are not read: positions, which are computed here, and a null caption of the original
+training code, in whose place diffusers' pipelines embed ""."""
 
 
 def names(depth: int, image: bool = False) -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -10,7 +10,8 @@ from PIL import Image
 
 from sora_train.demo import measure as measuring
 from sora_train.demo import run as demo_run
-from sora_train.demo.measure import SEEDS, measure, scenes
+from sora_train.demo.judge import judge
+from sora_train.demo.measure import SEEDS, VERDICTS, measure, scenes, write_verdicts
 from sora_train.demo.run import clips, find_recipe, heartbeat, is_sampled, last_words, write_sheet
 from sora_train.demo.shapes import draw, make_clips
 from sora_train.errors import UserError
@@ -28,13 +29,16 @@ def clips_folder(tmp_path_factory) -> Path:
 def perfect_samples(folder: Path) -> list[Path]:
     """What a model without a fault would leave in samples/final."""
     folder.mkdir(parents=True)
-    files, listing = [], []
+    files, listing, verdicts = [], [], []
     for scene in scenes():
         for seed in SEEDS:
             files.append(folder / f"{len(files):03d}.mp4")
-            write_mp4(files[-1], draw(scene, np.random.default_rng((5, len(files)))), fps=8)
+            video = draw(scene, np.random.default_rng((5, len(files))))
+            verdicts.append(judge(video))
+            write_mp4(files[-1], video, fps=8)
             listing.append({"file": files[-1].name, "prompt": scene.caption, "seed": seed})
     (folder / "samples.json").write_text(json.dumps({"checkpoint": "step_00000007", "samples": listing}))
+    write_verdicts(folder, verdicts)
     return files
 
 
@@ -74,8 +78,12 @@ def test_half_of_the_captions_is_held_out_and_both_halves_are_balanced():
 
 def test_obedience_counts_what_is_wrong_where_it_is_wrong(clips_folder, tmp_path, capsys):
     files = perfect_samples(tmp_path / "samples" / "final")
-    for file in files[48:60]:  # a quarter of the held-out ones, reversed in time: only the direction is wrong
-        write_mp4(file, read_mp4(file)[::-1], fps=8)
+    videos = [draw(scene, np.random.default_rng((5, i))) for i, scene in enumerate(np.repeat(scenes(), len(SEEDS)), 1)]
+    for i in range(48, 60):  # a quarter of the held-out ones, reversed in time: only the direction is wrong
+        videos[i] = videos[i][::-1]
+    write_verdicts(files[0].parent, [judge(video) for video in videos])
+    for file in files:  # the files are only to look at
+        file.write_bytes(b"damaged")
     shares = measure(clips_folder, tmp_path, tmp_path / "samples" / "final")
     record = json.loads((tmp_path / "obedience.json").read_text())
     assert record["judge_accuracy"] >= 0.99
@@ -121,7 +129,10 @@ def test_samples_are_made_again_for_another_checkpoint_or_where_one_is_missing(t
     files = perfect_samples(tmp_path / "final")
     assert is_sampled(tmp_path / "final", old, SEEDS)
     assert not is_sampled(tmp_path / "final", new, SEEDS)
-    files[5].unlink()
+    files[5].rename(tmp_path / "away")
+    assert not is_sampled(tmp_path / "final", old, SEEDS)
+    (tmp_path / "away").rename(files[5])
+    (tmp_path / "final" / VERDICTS).unlink()
     assert not is_sampled(tmp_path / "final", old, SEEDS)
     assert not is_sampled(tmp_path / "none", old, SEEDS)
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast
 
 from sora_train.codec.text import load_text_encoder
 from sora_train.codec.vae import load_vae
@@ -22,6 +24,7 @@ from sora_train.schema import ENCODING_KEY, SHARD_SCHEMA, encode_row
 
 MODEL = ModelConfig(width=16, depth=2, heads=2, text_width=64, sample_size=8)
 CLIPS, PICTURES = 40, 8
+WORDS = ["<end>", "<start>", "a", "red", "blue", "circle", "moving", "left"]
 
 
 @pytest.fixture(scope="session")
@@ -102,3 +105,29 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def run(run_folder: Path) -> Run:
     return load_run(run_folder, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random CLIP with a tokenizer of eight words."""
+    place = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    text = {**size, "vocab_size": len(WORDS), "max_position_embeddings": 12, "eos_token_id": 0, "bos_token_id": 1}
+    config = CLIPConfig(
+        text_config=text,
+        vision_config={**size, "image_size": 32, "patch_size": 8},
+        projection_dim=12,
+        initializer_factor=20.0,  # else all pictures look alike
+    )
+    CLIPModel(config).save_pretrained(place)
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="a"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 0)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<end>", bos_token="<start>", pad_token="<end>", unk_token="a"
+    ).save_pretrained(place)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(place)
+    return place

@@ -21,8 +21,10 @@ from sora_train.evaluate.heldout import BINS, choose
 from sora_train.evaluate.i3d import I3D, load_i3d, shapes
 from sora_train.export import export
 from sora_train.generate import Run, load_run
+from sora_train.launch.validation import validate
 from sora_train.recipe import Recipe, check, load_recipe, save_recipe
 from sora_train.verbs import EvalOptions
+from sora_train.video import read_mp4
 
 LOSSES = ["holdout_loss", *(f"holdout_loss_{i}" for i in range(BINS)), "holdout_clips"]
 BUCKET = "16x16x24"
@@ -89,6 +91,21 @@ def test_what_the_shards_lack_is_said_and_spoils_nothing_else(run: Run, tmp_path
     large = dataclasses.replace(run, manifest=run.manifest.model_copy(update={"height": 32}))
     assert "0 of the held-out clips are of 16x32x24" in said(large, shards, holdout_clips=0, fvd=True, i3d="x")[0]
     assert "can't be read" in said(run, shards, holdout_clips=0, fvd=True, i3d=str(tmp_path / "x"))[0]
+
+
+def test_validation_and_eval_measure_the_same_similarity(run_folder: Path, clip_folder: Path, tmp_path: Path):
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder)
+    recipe = load_recipe(folder / "recipe.yaml")
+    asked = recipe.validation.model_copy(update={"clip": str(clip_folder), "holdout_clips": 0})
+    save_recipe(recipe.model_copy(update={"validation": asked}), folder / "recipe.yaml")
+    validate(folder / "checkpoints" / "step_00000020", folder)
+    validated = json.loads((folder / "metrics.jsonl").read_text())["similarity"]
+    evaluated = evaluate(folder, EvalOptions())["similarity"]
+    assert validated == pytest.approx(evaluated, abs=0.01)  # H.264 moves it by more: see the next line
+    from_files = [read_mp4(file) for file in sorted((folder / "samples" / "step_00000020").glob("*.mp4"))]
+    coded = measure(load_run(folder, device="cpu"), asked, "", zip(asked.prompts, from_files, strict=True))
+    assert abs(coded["similarity"] - evaluated) > 0.1
 
 
 def test_pictures_that_training_leaves_out_are_left_out_of_the_loss(run: Run):

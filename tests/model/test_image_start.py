@@ -119,7 +119,8 @@ def test_missing_and_unexpected_tensors_are_counted_and_the_first_five_named(tmp
     image_model().save_pretrained(tmp_path)
     path = tmp_path / WEIGHTS
     weights = load_file(path)
-    save_file({**weights, "pos_embed.pos_embed": torch.zeros(1, 16, 96)}, path)  # as some versions of diffusers
+    unread = {"pos_embed.pos_embed": torch.zeros(1, 16, 96), "caption_projection.y_embedding": torch.zeros(120, 40)}
+    save_file({**weights, **unread}, path)  # as in released weights
     from_diffusers(tmp_path)
     save_file({**weights, **{f"adapter.{i}": torch.zeros(1) for i in range(9)}}, path)
     with pytest.raises(ValueError, match=r"9 tensors: adapter.0, adapter.1, adapter.2, adapter.3, adapter.4, …"):

@@ -1,13 +1,21 @@
 """Our Latte beside diffusers' `LatteTransformer3DModel`, a second implementation, with the same random weights."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import LatteTransformer3DModel
+from safetensors.torch import load_file, save_file
 
 from sora_train.model import Latte, ModelConfig
-from sora_train.model.convert import from_diffusers, to_diffusers
+from sora_train.model.convert import (
+    check_fit,
+    check_readable,
+    config_from_diffusers,
+    from_diffusers,
+    to_diffusers,
+)
 
 HEADS, HEAD_WIDTH, TEXT_WIDTH = 4, 24, 40
 
@@ -134,3 +142,17 @@ def test_positions_scaled_for_the_frames_of_a_clip_are_diffusers_own(tmp_path):
         assert torch.equal(scaled(x, t, text, mask), model(x, t, text, mask))
         assert not torch.allclose(scaled(x[:, :8], t, text, mask), model(x[:, :8], t, text, mask), atol=1e-3)
     to_diffusers(scaled, tmp_path / "out", frames=16)
+
+
+def test_weights_of_the_authors_own_class_open_alike(tmp_path):
+    reference().save_pretrained(tmp_path)
+    expected = from_diffusers(tmp_path).state_dict()
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"_class_name": "LatteT2V", "norm_num_groups": 32}))
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    buffers = {"caption_projection.y_embedding": torch.zeros(120, TEXT_WIDTH), "temp_pos_embed": torch.zeros(1, 16, 96)}
+    save_file(load_file(file) | buffers, file)
+    check_fit(config_from_diffusers(settings), tmp_path)
+    check_readable(tmp_path)
+    found = from_diffusers(tmp_path).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
