@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import functools
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,9 +34,31 @@ def build(section: type[S], settings: Mapping[str, Any], overrides: Mapping[str,
     for key, value in overrides.items():
         _set(merged, key, value)
     try:
-        return TypeAdapter(section).validate_python(merged)
+        made = TypeAdapter(section).validate_python(merged)
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(detail, section, overrides, where) for detail in error.errors())) from None
+    wrong = [
+        f"{_source(key, overrides, where)} is {number}; it must be at most {_largest(key)}"
+        for key, number in _whole_numbers(made, section)
+        if abs(number) > _largest(key)
+    ]
+    if wrong:
+        raise RecipeError("\n".join(wrong))
+    return made
+
+
+def _largest(key: str) -> int:
+    """The largest whole number that a key takes: what torch and numpy take as a seed, or can surely count with."""
+    return 2**63 - 1 if key.endswith("seed") else 2**31 - 1
+
+
+def _whole_numbers(made: object, section: type) -> Iterator[tuple[str, int]]:
+    """Every whole number of a section that was built, with its key."""
+    for key, _ in keys(section):
+        value = functools.reduce(getattr, key.split("."), made)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int):
+                yield key, number
 
 
 def keys(section: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -120,10 +143,15 @@ def _set(settings: dict[str, Any], key: str, value: object) -> None:
     settings[last] = value
 
 
+def _source(key: str, overrides: Mapping[str, object], where: str) -> str:
+    """Where a key's value comes from: its flag, or the settings."""
+    return f"--{key}" if any(key == name or key.startswith(f"{name}.") for name in overrides) else f"{where}: {key}"
+
+
 def _explain(detail: Mapping[str, Any], section: type, overrides: Mapping[str, object], where: str) -> str:
     """One line for one of pydantic's complaints: where, which key, what it got, what it takes."""
     key = ".".join(str(part) for part in detail["loc"])
-    source = f"--{key}" if any(key == name or key.startswith(f"{name}.") for name in overrides) else f"{where}: {key}"
+    source = _source(key, overrides, where)
     kind, got = detail["type"], detail["input"]
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{source} is no known key; {nearest(key, section)}"

@@ -4,7 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -207,6 +209,25 @@ def test_a_choice_of_numbers_takes_the_word_of_a_command_line() -> None:
     overrides, _ = parse_flags(["--train.zero_stage", "3", "--train.precision", "bf16"], Recipe)
     train = build(Recipe, {}, overrides, "flags").train
     assert (train.zero_stage, train.precision) == (3, "bf16")
+
+
+WHOLE = [key for key, hint in keys(Recipe) if hint is int or ("int" in str(hint) and "Literal" not in str(hint))]
+
+
+@pytest.mark.parametrize("key", WHOLE)
+def test_a_whole_number_that_torch_can_not_take_is_refused_at_once(tmp_path: Path, key: str) -> None:
+    for number in (10**20, 2**31 if not key.endswith("seed") else 2**63):
+        assert key in refusal(tmp_path, "", {key: str(number)})
+
+
+def test_a_seed_that_is_taken_seeds_torch_and_numpy(tmp_path: Path) -> None:
+    keys = {"train.seed": str(2**63 - 1), "validation.seed": str(2**63 - 1)}
+    recipe = load_recipe(write(tmp_path, ""), keys)
+    for seed in (recipe.train.seed, recipe.validation.seed):
+        torch.Generator().manual_seed(seed)
+        np.random.default_rng(seed)
+    with pytest.raises(RecipeError, match=r"recipe.yaml: train.seed is 9{20}; it must be at most 9223372036854775807"):
+        load_recipe(write(tmp_path, "train: {seed: 99999999999999999999}"))
 
 
 def test_every_key_has_a_sentence() -> None:

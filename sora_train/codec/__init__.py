@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
+from pydantic import PositiveInt
+
 from sora_train.section import Section
 
 BUILTIN = Path(__file__).parent / "builtin"
@@ -26,5 +28,5 @@ class CodecConfig(Section):
     """Number format the VAE computes in; latents are stored in float16 either way."""
     text_precision: Literal["bf16", "fp32"] = "bf16"
     """Number format the text encoder computes in."""
-    max_tokens: int = 120
+    max_tokens: PositiveInt = 120
     """Text tokens that are kept of a caption; the rest is cut."""

@@ -176,9 +176,7 @@ def readable(what: str, folder: Path | None = None) -> Iterator[None]:
             raise
         said = (str(error).strip() or "no reason given").splitlines()[0][:300]
         if isinstance(error, ImportError):
-            raise UserError(
-                f"{what} can't be read: a package is missing here ({said}); install it"
-            ) from error
+            raise UserError(f"{what} can't be read: a package is missing here ({said}); install it") from error
         if isinstance(error, OSError) and error.errno:
             raise UserError(f"{what} can't be read: {error.strerror}") from error
         remedy = "the files are damaged or of another kind of network; fetch them again"
@@ -193,9 +191,7 @@ def newer_library(folder: Path) -> str:
         for key, library in (("_diffusers_version", "diffusers"), ("transformers_version", "transformers")):
             written, here = str(config.get(key, "")), version(library)
             if numbers(written) > numbers(here):
-                return (
-                    f". They were written by {library} {written}, and here is {here}: if whole, install that"
-                )
+                return f". They were written by {library} {written}, and here is {here}: if whole, install that"
     except (OSError, ValueError, AttributeError):
         pass
     return ""

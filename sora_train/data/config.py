@@ -13,6 +13,9 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from sora_train.section import Section
 
+LARGEST = 2**16
+"""Of frames, and of pixels on a side: so few that their product still has a name in torch."""
+
 
 class DataConfig(Section):
     """Clips and captions, and the shards they become."""
@@ -27,13 +30,13 @@ class DataConfig(Section):
     """Folder that the file names are relative to; empty is the folder that the captions lie in."""
     output: str = "shards"
     """Folder of the Parquet shards: `sora prep` writes it, `sora train` reads it."""
-    frames: PositiveInt = 16
+    frames: int = Field(default=16, ge=1, le=LARGEST)
     """Frames of a clip."""
     fps: PositiveFloat = 8.0
     """Frames per second, by the timestamps of the source."""
-    height: PositiveInt = 256
+    height: int = Field(default=256, ge=1, le=LARGEST)
     """Height of a clip in pixels, after resizing and cropping."""
-    width: PositiveInt = 256
+    width: int = Field(default=256, ge=1, le=LARGEST)
     """Width of a clip in pixels, after resizing and cropping."""
     buckets: tuple[str, ...] = ()
     """Shapes FRAMESxHEIGHTxWIDTH instead of the one above; a clip goes to the nearest that it fills; pictures to 1x…"""
@@ -66,6 +69,8 @@ class DataConfig(Section):
         for name in buckets:
             if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", name):
                 raise ValueError(f"data.buckets: {name!r} is no shape; write FRAMESxHEIGHTxWIDTH, such as 16x256x448")
+            if max(map(int, name.split("x"))) > LARGEST:
+                raise ValueError(f"data.buckets: {name} is too large; {LARGEST} is the most of each")
             if buckets.count(name) > 1:
                 raise ValueError(f"data.buckets: {name} stands twice")
         return buckets

@@ -7,6 +7,9 @@ text-to-video model, `maxin-cn/Latte-1`.
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+LARGEST = 2**16
+"""Of any side of a weight: products of two still have a size that torch can count."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -56,6 +59,8 @@ class ModelConfig:
         for key in ("width", "depth", "heads", "patch", "in_channels", "text_width", "sample_size"):
             if getattr(self, key) < 1:
                 raise ValueError(f"model.{key} is {getattr(self, key)}; it must be at least 1")
+            if getattr(self, key) > LARGEST:
+                raise ValueError(f"model.{key} is {getattr(self, key)}; it must be at most {LARGEST}")
         if self.sample_frames < 0:
             raise ValueError(f"model.sample_frames is {self.sample_frames}; it must be 0 or more")
         if self.width % self.heads:

@@ -160,9 +160,7 @@ def test_what_is_not_damage_is_not_called_so(error: Exception, words: str):
     assert caught.value.__cause__ is error
 
 
-@pytest.mark.parametrize(
-    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB")]
-)
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB")])
 def test_too_little_memory_stays_what_it_is(error: Exception):
     with pytest.raises(type(error)), readable("codec.vae: folder"):
         raise error
