@@ -8,12 +8,14 @@ pictures are open, and is no faster (docs/design.md).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import av
 import numpy as np
 
 from data_prep.buckets import TIE_S
+from data_prep.damage import Damaged, pictures
 from data_prep.headers import Header, check_size, opened, plain, video_of
 from data_prep.reasons import ClipError
 
@@ -23,6 +25,7 @@ NEAR_S = 10.0  # decoding on is about as quick as a seek that lands at the keyfr
 SEEKS = {"mov,mp4,m4a,3gp,3g2,mj2": 0.0, "matroska,webm": 0.0, "mpegts": 5.0}
 """Containers in which a seek is sound, and how many seconds early it has to aim: MPEG-TS has no index of keyframes."""
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own drop the transparency of WebM
+DECODERS = {"vp9": "libvpx-vp9"}  # FFmpeg's own does not notice damage
 
 
 class Anywhere:
@@ -50,8 +53,7 @@ class Anywhere:
                     self.begins()
                 return self.collect(due, fit)
             except (av.FFmpegError, ValueError) as error:
-                at = f"at {self.before[0]:.2f} s" if self.before else "at the first frame"
-                refusal = ClipError("corrupt", f"decoding fails {at}: {plain(error)}")
+                refusal = ClipError("corrupt", failure(self.before and self.before[0], plain(error)))
                 if self.before and self.before[0] >= due[0]:  # else the damage lies before the clip: seek beyond it
                     break
         self.close()
@@ -65,12 +67,21 @@ class Anywhere:
                 if not self.step():
                     break
             frame = self.nearest(moment)
+            if isinstance(frame, Damaged):
+                if not self.goes_on(frame):  # it is cut off in its last picture
+                    return fitted
+                raise ClipError("corrupt", failure(frame.sound_s, frame.why))
             if frame is None:
                 return fitted
             if latest is None or latest[0] is not frame:
                 latest = frame, fit(self.pixels(frame))
             fitted.append(latest[1])
         return fitted
+
+    def goes_on(self, damaged: Damaged) -> bool:
+        """Whether the stream goes on behind a damaged picture, which may be the one ahead."""
+        ahead = self.after is not None and self.after[1] is not damaged
+        return ahead or self.step()
 
     def nearest(self, moment: float) -> Any:
         """Of the two frames around a moment the nearer one, the earlier of equals; none past the video's end."""
@@ -123,7 +134,9 @@ class Anywhere:
             return False
 
     def shown_s(self, frame: Any) -> float:
-        """How long a frame is shown."""
+        """How long a frame is shown; a damaged last one is not."""
+        if isinstance(frame, Damaged):
+            return 0.0
         tick = frame.time_base or 0
         return float(frame.duration * tick) or self.header.frame_s
 
@@ -131,12 +144,13 @@ class Anywhere:
         """Frames with their seconds since the first one. After a seek it begins at a keyframe, since what comes before
         may refer to pictures that were not decoded, and ends at a frame without a timestamp."""
         stream = video_of(self.file)
-        stream.codec_context.thread_count = 1  # the other cores have work of their own
-        tick, last = float(stream.time_base), None
+        tick, last, sound = float(stream.time_base), None, None
         for frame in self.pictures(stream):
-            check_size([(frame.width, frame.height)])
-            if after_seek and last is None and not frame.key_frame:
+            broken = isinstance(frame, Damaged)
+            if after_seek and last is None and (broken or not frame.key_frame):
                 continue
+            if not broken:
+                check_size([(frame.width, frame.height)])
             # AVI knows no presentation times: of a frame it has only when it was handed to the decoder.
             stamp = frame.dts if self.header.container == "avi" else frame.pts
             if stamp is None and after_seek:
@@ -146,20 +160,16 @@ class Anywhere:
                 time = 0.0 if last is None else last + self.header.frame_s
             zero = self.zero = time if self.zero is None else self.zero
             last = time
-            yield time - zero, frame
+            sound = sound if broken else time - zero
+            yield time - zero, replace(frame, sound_s=sound) if broken else frame
 
     def pictures(self, stream: Any) -> Iterator[Any]:
-        """Frames in the order in which they are shown; at damage first those that lie before it, then the error."""
-        name = ALPHA_DECODERS.get(stream.codec_context.name) if self.header.alpha else None
+        """Frames in the order in which they are shown, or Damaged in their place."""
+        codec = stream.codec_context.name
+        name = (ALPHA_DECODERS if self.header.alpha else DECODERS).get(codec)
         context: Any = av.CodecContext.create(name, "r") if name else stream.codec_context
-        for packet in self.file.demux(stream):
-            try:
-                yield from context.decode(packet)
-            except av.FFmpegError:
-                for frame in context.decode(None):
-                    if None not in (frame.pts, packet.pts) and frame.pts < packet.pts:
-                        yield frame
-                raise
+        context.thread_count = 1  # the other cores have work of their own
+        return pictures(self.file, stream, context)
 
     def pixels(self, frame: Any) -> np.ndarray:
         """A frame uint8 `H W 3`, transparency on black, turned by its rotation tag."""
@@ -173,6 +183,11 @@ class Anywhere:
         if self.file is not None:
             self.file.close()
             self.file = None
+
+
+def failure(sound_s: float | None, why: str) -> str:
+    """What to say of damage that follows the last sound frame, if any."""
+    return f"decoding fails {'at the first frame' if sound_s is None else f'at {sound_s:.2f} s'}: {why}"
 
 
 def on_black(rgba: np.ndarray) -> np.ndarray:

@@ -17,6 +17,14 @@ from data_prep.reasons import ClipError
 LARGEST_SIDE = 8192
 LARGEST_FRAME = 64 * 10**6  # pixels; 8192x8192 is 67 million
 EBML, CLUSTER, PROJECTION = b"\x1a\x45\xdf\xa3", b"\x1f\x43\xb6\x75", b"\x76\x70"  # RFC 9559, 5.1
+FORMATS = (
+    "mov matroska avi mpegts mpeg flv asf ogg gif apng mxf nut dv yuv4mpegpipe ivf rm wtv gxf obu av1 h264 hevc vvc "
+    "vc1 m4v mpegvideo mjpeg h263 cavsvideo dirac dnxhd"
+)
+"""FFmpeg's names of the formats that hold pictures themselves: none that names other files or addresses."""
+ALONE = {"format_whitelist": ",".join(FORMATS.split()), "protocol_whitelist": "file", "enable_drefs": "0"}
+"""Options of every open: nothing but the file itself is read."""
+FORMATS_HINT = "convert it to mp4, or an image to png or jpg"
 STRANGEST_PIXEL = 8.0  # a pixel's width over its height; beyond it (or below its inverse) the tag is nonsense
 
 
@@ -79,12 +87,14 @@ def read_header(path: str) -> Header:
 
 
 def opened(path: str, largest: int = LARGEST_FRAME) -> Any:
-    """A file opened by PyAV. FFmpeg may look at a frame, but at none of more than `largest` pixels.
+    """A file opened by PyAV. FFmpeg may look at a frame of at most `largest` pixels, and at no other file.
 
     Raises ClipError `unreadable`.
     """
     try:
-        return av.open(path, options={"max_pixels": str(largest)})
+        return av.open(path, options={**ALONE, "max_pixels": str(largest)})
+    except av.ArgumentError:
+        raise ClipError("unreadable", f"is a playlist or of another format that is not read; {FORMATS_HINT}") from None
     except (av.FFmpegError, ValueError) as error:
         raise ClipError("unreadable", f"no decoder can open it: {plain(error)}") from None
 

@@ -122,6 +122,7 @@ def scene_spans(path: str, threshold: float, alive: Callable[[], None] = lambda:
     from av.video.reformatter import Interpolation, VideoReformatter
     from scenedetect import ContentDetector, FrameTimecode
 
+    from data_prep.damage import Damaged
     from data_prep.frames import Anywhere
     from data_prep.headers import plain, read_header
 
@@ -133,6 +134,9 @@ def scene_spans(path: str, threshold: float, alive: Callable[[], None] = lambda:
         video.begins()
         for time, frame in video.decoded():
             alive()
+            if isinstance(frame, Damaged):
+                damage, end = damage or f": {frame.why}", time
+                continue
             scale = min(1.0, CUT_SIDE / max(frame.width, frame.height))
             width, height = (max(1, round(side * scale)) for side in (frame.width, frame.height))
             small = resizer.reformat(frame, width, height, "bgr24", interpolation=Interpolation.AREA).to_ndarray()

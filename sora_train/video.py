@@ -39,8 +39,8 @@ def write_mp4(path: str | Path, frames: np.ndarray, fps: int | float, crf: int =
 
 
 def read_mp4(path: str | Path) -> np.ndarray:
-    """All frames of a video file as uint8 RGB `F H W 3`. PyAV's errors pass through; no frame is a ValueError."""
-    with av.open(str(path)) as file:
+    """All frames of an mp4 as uint8 RGB `F H W 3`. PyAV's errors pass through; no frame is a ValueError."""
+    with av.open(str(path), format="mp4", options={"protocol_whitelist": "file", "enable_drefs": "0"}) as file:
         file.streams.video[0].codec_context.thread_count = 1
         frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
     if not frames:
