@@ -2,11 +2,13 @@
 
 `Decoder` is the parent's side. The child is `python -m data_prep.decoder FD`: it imports neither Ray nor torch, and
 ends when its parent does. Frames come back in memory that both have mapped; it has no name, so nothing of it is left
-behind when either is killed.
+behind when either is killed. All else that the child says is JSON, checked by type: what is read there was made by
+strangers, and nothing that the child sends can run code in the parent.
 """
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import select
@@ -17,19 +19,23 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from data_prep.buckets import buckets_of
 from data_prep.clips import Clip, Cut, Source, Span
-from data_prep.reasons import ClipError
+from data_prep.reasons import FILTERED, QUARANTINED, ClipError
 from sora_train.data.config import DataConfig, SelectionConfig
 
 START_S = 120.0  # for a child to import its libraries, on a machine that is busy
 ALIVE_S = 1.0  # how often a child that makes progress says so
+MOST_BYTES = 64 << 20  # of an answer: the cut of a very long video
+READY, ALIVE = b'"ready"', b'"alive"'
+CUT, FACTS, REFUSAL = TypeAdapter(Cut), TypeAdapter(dict[str, str]), TypeAdapter(tuple[str, str])
 
 
 @dataclass(frozen=True)
@@ -54,14 +60,14 @@ class Decoder:
 
     def cut(self, path: str, headers_only: bool = False) -> Cut:
         """What a local file is cut into. Raises ClipError, also where the child dies or makes no progress."""
-        return self._answer(Order(path, headers_only=headers_only))
+        return self._answer(Order(path, headers_only=headers_only), CUT)
 
     def read(self, path: str, span: Span, seed: str) -> Clip:
         """One clip of a local file; it is kept open for the next. Raises ClipError as `cut` does."""
-        clip = self._answer(Order(path, span, seed))
+        facts = self._answer(Order(path, span, seed), FACTS)
         bucket = span.bucket
         shape = bucket.frames, bucket.height, bucket.width, 3
-        return replace(clip, frames=np.frombuffer(self._shared, np.uint8, bucket.clip_bytes).reshape(shape).copy())
+        return Clip(np.frombuffer(self._shared, np.uint8, bucket.clip_bytes).reshape(shape).copy(), **facts)
 
     def close(self) -> None:
         """Ends the child."""
@@ -69,23 +75,24 @@ class Decoder:
             self._child.kill()
             self._end()
 
-    def _answer(self, order: Order) -> Any:
+    def _answer(self, order: Order, kind: TypeAdapter) -> Any:
         line = self._connected()
-        answer = None
+        answer = ALIVE
         try:
             line.send(order)
-            while answer is None:  # None says that it makes progress
+            while answer == ALIVE:
                 if not line.poll(self.data.timeout_s):
                     self.close()
                     raise ClipError(
                         "timeout", f"decoding was given up after {self.data.timeout_s:g} s (data.timeout_s)"
                     )
-                answer = line.recv()
+                answer = line.recv_bytes(MOST_BYTES)
+            return understood(answer, kind)
         except (EOFError, OSError):
             raise ClipError("decoder_crashed", f"the decoder's process {self._end()} on it") from None
-        if isinstance(answer, ClipError):
-            raise answer
-        return answer
+        except ValueError:
+            self.close()
+            raise ClipError("decoder_crashed", "the decoder's process answered nonsense on it") from None
 
     def _connected(self) -> Connection:
         if self._line is not None:
@@ -101,7 +108,7 @@ class Decoder:
         self._line = Connection(ours.detach())
         try:
             self._line.send((self.data, self.selection, self._memory, self._size))
-            if self._line.poll(START_S) and self._line.recv() == "ready":
+            if self._line.poll(START_S) and self._line.recv_bytes(len(READY)) == READY:
                 return self._line
         except (EOFError, OSError):
             pass
@@ -121,6 +128,17 @@ class Decoder:
         """The memory goes with the last who has it mapped; the child ends when the line is closed."""
         if hasattr(self, "_memory"):
             os.close(self._memory)
+
+
+def understood(answer: bytes, kind: TypeAdapter) -> Any:
+    """What the child found. Raises ClipError where it refused, ValueError where it is none of what was asked for."""
+    said = json.loads(answer)
+    if isinstance(said, dict) and "refused" in said:
+        reason, message = REFUSAL.validate_python(said["refused"])
+        if reason not in QUARANTINED and reason not in FILTERED:
+            raise ValueError(reason)
+        raise ClipError(reason, message)
+    return kind.validate_python(said)
 
 
 def shared_memory(size: int) -> tuple[int, mmap.mmap]:
@@ -143,19 +161,24 @@ class Reader:
         self.identity: tuple | None = None
         self.spoke = 0.0
 
-    def answer(self, order: Order) -> Clip | Cut | ClipError:
-        """A Cut; a Clip whose frames lie in the shared memory; or why there is none."""
+    def answer(self, order: Order) -> bytes:
+        """A Cut; the facts of a Clip whose frames are in the shared memory; or why there is none."""
         try:
-            source = self.opened(order.path)
-            if order.span is None:
-                return source.cut(order.headers_only)
-            clip = source.read(order.span, order.seed)
-            np.frombuffer(self.shared, np.uint8, clip.frames.size)[:] = clip.frames.ravel()
-            return replace(clip, frames=np.empty(0, np.uint8))
+            said = self.found(order)
         except ClipError as error:
-            return error
+            said = {"refused": (error.reason, error.message)}
         except Exception as error:  # whatever a decoder makes of a bad file costs that clip, never the job
-            return ClipError("corrupt", f"{type(error).__name__}: {error}")
+            said = {"refused": ("corrupt", f"{type(error).__name__}: {error}")}
+        return json.dumps(said).encode()
+
+    def found(self, order: Order) -> dict[str, Any]:
+        """A Cut, or the facts of a Clip. Raises ClipError."""
+        source = self.opened(order.path)
+        if order.span is None:
+            return asdict(source.cut(order.headers_only))
+        clip = source.read(order.span, order.seed)
+        np.frombuffer(self.shared, np.uint8, clip.frames.size)[:] = clip.frames.ravel()
+        return {name: value for name, value in vars(clip).items() if name != "frames"}
 
     def opened(self, path: str) -> Source:
         """The file, as it was left if it is the last one."""
@@ -174,7 +197,7 @@ class Reader:
         """Says, not too often, that there is progress."""
         if time.monotonic() - self.spoke > ALIVE_S:
             self.spoke = time.monotonic()
-            self.line.send(None)
+            self.line.send_bytes(ALIVE)
 
 
 def serve(line: Connection) -> None:
@@ -182,10 +205,10 @@ def serve(line: Connection) -> None:
     data, selection, memory, size = line.recv()
     reader = Reader(line, data, selection, mmap.mmap(memory, size))
     threading.Thread(target=leave_with_parent, args=(line.fileno(),), daemon=True).start()
-    line.send("ready")
+    line.send_bytes(READY)
     while True:
         try:
-            line.send(reader.answer(line.recv()))
+            line.send_bytes(reader.answer(line.recv()))
         except (EOFError, OSError):
             return
 
