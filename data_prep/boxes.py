@@ -8,34 +8,35 @@ from pathlib import Path
 from typing import BinaryIO
 
 MP4_STARTS = {b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"}
+MATRICES = {b"mvhd": (36, 48), b"tkhd": (40, 52)}
 CONTAINERS = {b"moov", b"trak", b"mdia", b"minf", b"stbl"}
 
 
 def mp4_facts(path: str) -> tuple[list[tuple[int, int]], bool]:
-    """The frame sizes that an mp4's sample descriptions name, and whether it is shown on its side; nothing for others.
+    """The frame sizes that an mp4's sample descriptions name, and whether it has a display matrix; nothing for others.
 
     FFmpeg replaces the sizes by what the stream itself says, but a decoder may have made room for them by then.
-    8.5.2 and 12.1.3: width and height stand 24 bytes into a visual sample entry; 8.3.2: a track's
-    matrix `a b u c d v x y w` stands 40 bytes into its header, or 52.
+    8.5.2 and 12.1.3: width and height stand 24 bytes into a visual sample entry; 8.2.2 and 8.3.2: a matrix
+    `a b u c d v x y w` stands 36 bytes into the film's header (48 in version 1), 40 into a track's (52).
     """
     sizes: list[tuple[int, int]] = []
-    handler, matrix, turned = b"", (1, 0), False
+    handler, has_matrix = b"", False
     with Path(path).open("rb") as file:
         if file.read(8)[4:] not in MP4_STARTS:
             return sizes, False
         for kind, start, end in boxes(file, 0, Path(path).stat().st_size):
             file.seek(start)
-            if kind == b"tkhd" and len(content := file.read(60)) == 60:
-                matrix = struct.unpack_from(">2i", content, 52 if content[0] else 40)
+            if kind in MATRICES and len(content := file.read(72)) == 72:
+                a, b, _, c, d = struct.unpack_from(">5i", content, MATRICES[kind][bool(content[0])])
+                has_matrix = has_matrix or min(a, d) < 0 or b != 0 or c != 0
             elif kind == b"hdlr" and (described := file.read(12))[4:8] != b"dhlr":  # QuickTime also has data handlers
                 handler = described[8:]
             elif kind == b"stsd" and handler == b"vide":
-                turned = abs(matrix[1]) > abs(matrix[0]) if not sizes else turned
                 for _, entry, stop in boxes(file, start + 8, end):
                     if stop - entry >= 28:
                         file.seek(entry + 24)
                         sizes.append(struct.unpack(">HH", file.read(4)))
-    return sizes, turned
+    return sizes, has_matrix
 
 
 def boxes(file: BinaryIO, start: int, end: int, depth: int = 0) -> Iterator[tuple[bytes, int, int]]:

@@ -15,7 +15,7 @@ from sora_train.schema import bucket_name
 TRANSFORM_VERSION = 3
 """Part of the encoding hash: raise it when the same video gives other frames."""
 TOLERANCE_S = 0.01  # containers round durations to milliseconds
-TIE_S = 1.5e-3  # two frames so nearly equally near are equally near: Matroska's times are rounded to milliseconds
+ROUNDING_S = 1.5e-3  # a frame's time may be off by so much: Matroska, FLV and ASF round to milliseconds
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from data_prep.buckets import Bucket, buckets_of, choose_bucket, takes
 from data_prep.fitting import drawn, fit
-from data_prep.frames import Anywhere
+from data_prep.frames import Anywhere, Fit
 from data_prep.headers import Header, demuxed_seconds, read_header
 from data_prep.reasons import ClipError
 from data_prep.stills import read_still, read_still_header, still_kind
@@ -81,7 +81,7 @@ class Source:
         shortest = min(buckets, key=lambda b: (b.frames == 1, b.frames))
         seconds = self.header.promised_s
         if not shortest.is_filled_by(seconds - data.start_s):  # a promise too small is none
-            seconds = max(seconds, demuxed_seconds(self.path))
+            seconds = max(seconds, demuxed_seconds(self.path, self.header))
         if seconds < selection.min_seconds:
             raise ClipError(
                 "too_short", f"lasts {seconds:.2f} s; at least {selection.min_seconds:g} (selection.min_seconds)"
@@ -110,19 +110,14 @@ class Source:
             frames = fit(picture, span.bucket, 1.0, place, mirrored)[None]
         else:
             assert self.header is not None
-            header = self.header
-
-            def fitted(frame: np.ndarray) -> np.ndarray:
-                on_its_side = frame.shape[:2] == (header.width, header.height)
-                turned = header.turned if header.width == header.height else on_its_side
-                aspect = 1 / header.pixel_aspect if turned else header.pixel_aspect
-                return fit(frame, span.bucket, aspect, place, mirrored)
-
-            frames = self.frames(span, header, fitted)
+            video = self.anywhere = self.anywhere or Anywhere(self.path, self.header)
+            frames = self.frames(
+                span, self.header, lambda frame: fit(frame, span.bucket, video.pixel_aspect, place, mirrored)
+            )
         check_pixels(frames, span.bucket.fps, self.selection)
         return Clip(frames, self.content_hash(), perceptual_hash(frames), self.break_remark())
 
-    def frames(self, span: Span, header: Header, fitted: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    def frames(self, span: Span, header: Header, fitted: Fit) -> np.ndarray:
         """A span's frames, fitted. Raises ClipError."""
         due = span.start_s + span.bucket.times()
         self.anywhere = self.anywhere or Anywhere(self.path, header)
@@ -140,7 +135,7 @@ class Source:
             return ""
         self.remarked = True
         end = self.anywhere.end if self.anywhere else 0.0
-        return breaks_off(end or demuxed_seconds(self.path), self.header)
+        return breaks_off(end or demuxed_seconds(self.path, self.header), self.header)
 
     def content_hash(self) -> str:
         """sha256 of the file's bytes, computed once."""

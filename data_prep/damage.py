@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +40,12 @@ class Damaged:
     """When the last sound frame before it is shown, in seconds since the first one."""
 
 
-def pictures(file: Any, stream: Any, context: Any) -> Iterator[Any]:
+def pictures(
+    file: Any, stream: Any, context: Any, decoded: Callable[[Any], None] = lambda packet: None
+) -> Iterator[Any]:
     """Frames in the order in which they are shown, with Damaged in place of what can't be trusted.
+
+    `decoded` is called with each packet once its picture is decoded, before that is shown.
 
     av.FFmpegError passes through where the file itself can't be read on.
     """
@@ -52,6 +56,7 @@ def pictures(file: Any, stream: Any, context: Any) -> Iterator[Any]:
     for packet in file.demux(stream):
         watch.enter(packet, hole_in(packet, codec))
         frames, error = decode(context, packet)
+        decoded(packet)
         if error:
             watch.distrust(time_of(packet), error)
         yield from watch.judged(frames)

@@ -1,31 +1,44 @@
-"""PyAV reader: the frames of a video that are nearest to the times they are due, each fitted as soon as it is decoded.
+"""PyAV reader: the frames that are on screen at the times that are due, each fitted as soon as it is decoded.
 
-Time zero is the first frame's timestamp. The reader seeks, checks where it arrived, and holds two raw frames, however
-long the video is. decord was dropped: it hides decoding errors, opens playlists, returns wrong frames where groups of
-pictures are open, and is no faster (docs/design.md).
+A frame is on screen until the next one's time, as in players. Time zero is the first frame's timestamp. The reader
+seeks, checks where it arrived, and holds two raw frames, however long the video is. decord was dropped: it hides
+decoding errors, opens playlists, returns wrong frames where groups of pictures are open, and is no faster
+(docs/design.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
 
-from data_prep.buckets import TIE_S
+from data_prep.buckets import ROUNDING_S
 from data_prep.damage import Damaged, pictures
-from data_prep.headers import Header, check_size, opened, plain, video_of
+from data_prep.headers import Header, check_size, opened, plain, plausible, video_of
+from data_prep.orientation import UPRIGHT, Orientation, orientation_of
 from data_prep.reasons import ClipError
 
 Fit = Callable[[np.ndarray], np.ndarray]
-"""A raw frame uint8 `H W 3`, turned upright, to one of the clip's size."""
+"""A frame uint8 `H W 3`, turned upright, to one of the clip's size."""
 NEAR_S = 10.0  # decoding on is about as quick as a seek that lands at the keyframe before
 SEEKS = {"mov,mp4,m4a,3gp,3g2,mj2": 0.0, "matroska,webm": 0.0, "mpegts": 5.0}
 """Containers in which a seek is sound, and how many seconds early it has to aim: MPEG-TS has no index of keyframes."""
+REORDERED = 64  # more frames than a decoder holds back
+BACK_S = 0.5  # a timestamp that lies further back starts a clock anew; one that lies less far back is late
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own drop the transparency of WebM
 DECODERS = {"vp9": "libvpx-vp9"}  # FFmpeg's own does not notice damage
+
+
+class Shown(NamedTuple):
+    """A decoded frame, its seconds since the first one, how it is turned, and its pixels' width over their height."""
+
+    time: float
+    frame: Any
+    orientation: Orientation
+    pixel_aspect: float
 
 
 class Anywhere:
@@ -33,15 +46,17 @@ class Anywhere:
 
     def __init__(self, path: str, header: Header):
         self.path, self.header = path, header
-        self.stream: Iterator[tuple[float, Any]] | None = None
-        self.before: tuple[float, Any] | None = None  # the last frame that was passed, and the one after it
-        self.after: tuple[float, Any] | None = None
+        self.stream: Iterator[Shown] | None = None
+        self.before: Shown | None = None  # the last frame that was passed, and the one after it
+        self.after: Shown | None = None
         self.zero: float | None = None  # the first frame's timestamp
         self.end = 0.0  # where the video ends, once that was reached
+        self.pixel_aspect = header.pixel_aspect  # of the upright frame that `fit` is called with
+        self.aspects: dict[int, float] = {}  # pixel aspects by timestamp, of frames that are not shown yet
         self.file: Any = None
 
     def frames(self, due: np.ndarray, fit: Fit) -> list[np.ndarray]:
-        """The fitted frames nearest to `due`; fewer where the video ends before. Raises ClipError `corrupt`."""
+        """The fitted frames on screen at `due`; fewer where the video ends before. Raises ClipError `corrupt`."""
         refusal = ClipError("corrupt", "no frame of it decodes")
         if self.end and due[-1] > self.end:  # known to end before: a broken file's later clips need no decoding
             return []
@@ -53,43 +68,35 @@ class Anywhere:
                     self.begins()
                 return self.collect(due, fit)
             except (av.FFmpegError, ValueError) as error:
-                refusal = ClipError("corrupt", failure(self.before and self.before[0], plain(error)))
-                if self.before and self.before[0] >= due[0]:  # else the damage lies before the clip: seek beyond it
+                refusal = ClipError("corrupt", failure(self.before and self.before.time, plain(error)))
+                if self.before and self.before.time >= due[0]:  # else the damage lies before the clip: seek beyond it
                     break
         self.close()
         raise refusal
 
     def collect(self, due: np.ndarray, fit: Fit) -> list[np.ndarray]:
         fitted: list[np.ndarray] = []
-        latest: tuple[Any, np.ndarray] | None = None  # a frame that is due twice is fitted once
+        latest: tuple[Shown, np.ndarray] | None = None  # a frame that is due twice is fitted once
         for moment in due:
-            while self.after is None or self.after[0] < moment:
+            while self.after is None or self.after.time <= moment + ROUNDING_S:
                 if not self.step():
                     break
-            frame = self.nearest(moment)
-            if isinstance(frame, Damaged):
-                if not self.goes_on(frame):  # it is cut off in its last picture
-                    return fitted
-                raise ClipError("corrupt", failure(frame.sound_s, frame.why))
-            if frame is None:
+            shown = self.on_screen(moment)
+            if shown and isinstance(shown.frame, Damaged):
+                raise ClipError("corrupt", failure(shown.frame.sound_s, shown.frame.why))
+            if shown is None:
                 return fitted
-            if latest is None or latest[0] is not frame:
-                latest = frame, fit(self.pixels(frame))
+            if latest is None or latest[0] is not shown:
+                self.pixel_aspect = shown.pixel_aspect ** (-1 if shown.orientation.transposed else 1)
+                latest = shown, fit(shown.orientation.upright(self.pixels(shown.frame)))
             fitted.append(latest[1])
         return fitted
 
-    def goes_on(self, damaged: Damaged) -> bool:
-        """Whether the stream goes on behind a damaged picture, which may be the one ahead."""
-        ahead = self.after is not None and self.after[1] is not damaged
-        return ahead or self.step()
-
-    def nearest(self, moment: float) -> Any:
-        """Of the two frames around a moment the nearer one, the earlier of equals; none past the video's end."""
+    def on_screen(self, moment: float) -> Shown | None:
+        """The last frame whose time has come, at the earliest the first; None past the video's end."""
         if self.after is None:
-            return self.before[1] if self.before and moment < self.end else None
-        if self.before and moment - self.before[0] <= self.after[0] - moment + TIE_S:
-            return self.before[1]
-        return self.after[1]
+            return self.before if moment < self.end else None
+        return self.before or self.after
 
     def step(self) -> bool:
         """Goes on by a frame; whether there is one."""
@@ -100,7 +107,7 @@ class Anywhere:
         self.after = next(self.stream, None)
         if self.after is None:
             self.stream = None
-            self.end = self.before[0] + self.shown_s(self.before[1]) if self.before else 0.0
+            self.end = self.before.time + self.shown_s(self.before.frame) if self.before else 0.0
         return self.after is not None
 
     def begins(self) -> None:
@@ -113,7 +120,7 @@ class Anywhere:
         """Whether a moment lies ahead, and near enough to decode on."""
         if self.after is None or self.stream is None:
             return False
-        return (self.before or self.after)[0] <= moment <= self.after[0] + NEAR_S
+        return (self.before or self.after).time <= moment <= self.after.time + NEAR_S
 
     def seeks(self, moment: float) -> bool:
         """Goes to the keyframe before a moment; whether that is where it came to."""
@@ -129,7 +136,7 @@ class Anywhere:
             aim = (self.zero or 0.0) + moment - early
             self.file.seek(int(aim / stream.time_base), stream=stream, backward=True)
             self.stream = self.decoded(after_seek=True)
-            return self.step() and self.after is not None and self.after[0] <= moment
+            return self.step() and self.after is not None and self.after.time <= moment
         except (av.FFmpegError, ValueError):
             return False
 
@@ -137,14 +144,17 @@ class Anywhere:
         """How long a frame is shown; a damaged last one is not."""
         if isinstance(frame, Damaged):
             return 0.0
-        tick = frame.time_base or 0
-        return float(frame.duration * tick) or self.header.frame_s
+        return float(frame.duration * (frame.time_base or 0)) or self.header.frame_s
 
-    def decoded(self, after_seek: bool = False) -> Iterator[tuple[float, Any]]:
-        """Frames with their seconds since the first one. After a seek it begins at a keyframe, since what comes before
-        may refer to pictures that were not decoded, and ends at a frame without a timestamp."""
+    def decoded(self, after_seek: bool = False) -> Iterator[Shown]:
+        """Frames whose times never fall.
+
+        Late frames are skipped. Where the timestamps jump back, as in joined recordings, time goes on. After a seek it
+        begins at a keyframe, since what comes before may refer to pictures that were not decoded, and ends at a frame
+        without a timestamp.
+        """
         stream = video_of(self.file)
-        tick, last, sound = float(stream.time_base), None, None
+        tick, last, sound, shift, orientation = float(stream.time_base), None, None, 0.0, UPRIGHT
         for frame in self.pictures(stream):
             broken = isinstance(frame, Damaged)
             if after_seek and last is None and (broken or not frame.key_frame):
@@ -155,13 +165,26 @@ class Anywhere:
             stamp = frame.dts if self.header.container == "avi" else frame.pts
             if stamp is None and after_seek:
                 return
-            time = None if stamp is None else stamp * tick
-            if time is None or (last is not None and time <= last):
-                time = 0.0 if last is None else last + self.header.frame_s
+            time = None if stamp is None else stamp * tick + shift
+            if last is None:
+                time = time or 0.0
+            elif time is None or time < last - BACK_S:
+                following = last + self.header.frame_s
+                shift += 0.0 if time is None else following - time
+                time = following
+            elif time < last - ROUNDING_S:
+                continue
+            else:
+                time = max(time, last)
             zero = self.zero = time if self.zero is None else self.zero
             last = time
             sound = sound if broken else time - zero
-            yield time - zero, replace(frame, sound_s=sound) if broken else frame
+            if broken:
+                yield Shown(time - zero, replace(frame, sound_s=sound), orientation, self.aspect_of(frame))
+                continue
+            # A display orientation in H.264 or HEVC holds until the next keyframe; FFmpeg tells it of its own frame.
+            orientation = orientation_of(frame) or (UPRIGHT if frame.key_frame else orientation)
+            yield Shown(time - zero, frame, orientation, self.aspect_of(frame))
 
     def pictures(self, stream: Any) -> Iterator[Any]:
         """Frames in the order in which they are shown, or Damaged in their place."""
@@ -169,17 +192,29 @@ class Anywhere:
         name = (ALPHA_DECODERS if self.header.alpha else DECODERS).get(codec)
         context: Any = av.CodecContext.create(name, "r") if name else stream.codec_context
         context.thread_count = 1  # the other cores have work of their own
-        return pictures(self.file, stream, context)
+
+        def note_aspect(packet: Any) -> None:
+            if self.header.aspect_in_stream and packet.pts is not None:
+                self.aspects[packet.pts] = plausible(context.sample_aspect_ratio)
+
+        return pictures(self.file, stream, context, note_aspect)
 
     def pixels(self, frame: Any) -> np.ndarray:
-        """A frame uint8 `H W 3`, transparency on black, turned by its rotation tag."""
+        """A frame uint8 `H W 3`, transparency on black."""
         alpha = self.header.alpha
-        image = on_black(frame.to_ndarray(format="rgba")) if alpha else frame.to_ndarray(format="rgb24")
-        return np.rot90(image, round(frame.rotation / 90) % 4)
+        return on_black(frame.to_ndarray(format="rgba")) if alpha else frame.to_ndarray(format="rgb24")
+
+    def aspect_of(self, frame: Any) -> float:
+        """The width over the height of a frame's pixels, which a stream may change as it goes."""
+        aspect = self.aspects.pop(frame.pts, self.header.pixel_aspect)
+        if len(self.aspects) > REORDERED:  # what was never shown
+            self.aspects.clear()
+        return aspect
 
     def close(self) -> None:
         """Lets go of the file and its frames."""
         self.stream = self.before = self.after = None
+        self.aspects = {}
         if self.file is not None:
             self.file.close()
             self.file = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -12,6 +13,7 @@ import av
 from av.stream import Disposition
 
 from data_prep.boxes import mp4_facts
+from data_prep.orientation import UPRIGHT, Orientation, orientation_of, orientation_sei
 from data_prep.reasons import ClipError
 
 LARGEST_SIDE = 8192
@@ -25,14 +27,18 @@ FORMATS = (
 ALONE = {"format_whitelist": ",".join(FORMATS.split()), "protocol_whitelist": "file", "enable_drefs": "0"}
 """Options of every open: nothing but the file itself is read."""
 FORMATS_HINT = "convert it to mp4, or an image to png or jpg"
+FASTEST = 1000  # frames per second; containers without a rate of their own may name their clock's
 STRANGEST_PIXEL = 8.0  # a pixel's width over its height; beyond it (or below its inverse) the tag is nonsense
+LEADING = 16  # packets in which the first keyframe is looked for
+EXIF_CODECS = {"mjpeg", "png", "apng", "webp", "tiff"}
 
 
 @dataclass(frozen=True)
 class Header:
     """A video as its container describes it; times in seconds. `promised_s` is 0 where nothing is promised.
 
-    `turned` says that it is shown on its side.
+    `turned` says that its first frame is shown on its side; `aspect_in_stream`, that no container overrides the pixel
+    aspect that the stream itself names, and may change.
     """
 
     container: str
@@ -43,6 +49,7 @@ class Header:
     frames_per_second: float
     turned: bool
     alpha: bool
+    aspect_in_stream: bool
 
     @property
     def frame_s(self) -> float:
@@ -57,11 +64,11 @@ class Header:
 
 
 def read_header(path: str) -> Header:
-    """Opens a video without decoding a frame.
+    """Opens a video; one frame is decoded where something hints at a display matrix.
 
     Raises ClipError `unreadable`, `no_video_stream`, or `too_large`.
     """
-    sizes, turned = mp4_facts(path)
+    sizes, has_matrix = mp4_facts(path)
     check_size(sizes)
     with opened(path) as file:
         stream = video_of(file)
@@ -71,18 +78,21 @@ def read_header(path: str) -> Header:
         check_size([(context.width, context.height)])
         if not (context.width and context.height):
             raise ClipError("unreadable", "names no frame size")
-        rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+        rates = stream.average_rate, stream.guessed_rate, stream.base_rate
+        rate = next((rate for rate in rates if rate and rate <= FASTEST), Fraction(25))
         start = 0.0 if stream.start_time is None else float(stream.start_time * stream.time_base)
-        aspect = float(stream.sample_aspect_ratio or 1)
+        aspect = stream.sample_aspect_ratio
+        may_turn = has_matrix or has_projection(path) or names_orientation(file, stream)
         return Header(
             container=file.format.name,
             width=context.width,
             height=context.height,
-            pixel_aspect=aspect if 1 / STRANGEST_PIXEL <= aspect <= STRANGEST_PIXEL else 1.0,
+            pixel_aspect=plausible(aspect),
             promised_s=promised(file, stream, start),
             frames_per_second=float(rate),
-            turned=turned or is_turned_matroska(path),
+            turned=may_turn and first_orientation(path).transposed,
             alpha=stream.metadata.get("alpha_mode") == "1" or has_alpha(context.format),
+            aspect_in_stream=(aspect or 0) == (context.sample_aspect_ratio or 0),
         )
 
 
@@ -141,15 +151,15 @@ def promised(file: Any, stream: Any, start: float) -> float:
     return video - start if video > start and max(ends.values()) >= whole - 0.1 else whole
 
 
-def demuxed_seconds(path: str) -> float:
+def demuxed_seconds(path: str, header: Header) -> float:
     """How long a video lasts by its packets, none of which is decoded; 0 where nothing can be read."""
     with opened(path) as file:
         stream = video_of(file)
-        frame_s = float(1 / (stream.average_rate or stream.guessed_rate or 25))
-        first, last, count = None, 0.0, 0
+        first, last, count, frame_s = None, 0.0, 0, header.frame_s
         for _, start, end in packet_times(file, [stream]):
             count += 1
             if start is not None:
+                end = end if end > start else start + frame_s  # ASF, FLV and others name no durations
                 first, last = start if first is None else min(first, start), max(last, end)
         return count * frame_s if first is None else max(0.0, last - first)
 
@@ -177,18 +187,42 @@ def check_size(sizes: list[tuple[int, int]]) -> None:
             raise ClipError("too_large", f"declares frames of {width}x{height}; the limit is {limit}")
 
 
-def is_turned_matroska(path: str) -> bool:
-    """Whether a Matroska file that has a projection (which is how it says so) is shown on its side: a frame tells."""
+def has_projection(path: str) -> bool:
+    """Whether a Matroska file has a projection, which is how it says that it is turned or mirrored."""
     with Path(path).open("rb") as file:
         head = file.read(1 << 16)
-    tracks = head.partition(CLUSTER)[0]
-    if not head.startswith(EBML) or PROJECTION not in tracks:
-        return False
+    return head.startswith(EBML) and PROJECTION in head.partition(CLUSTER)[0]
+
+
+def names_orientation(file: Any, stream: Any) -> bool:
+    """Whether the stream itself may say how it is turned: by an SEI message, or as pictures do, by EXIF."""
+    context = stream.codec_context
+    if context.name not in ("h264", "hevc"):
+        return context.name in EXIF_CODECS
+    try:
+        for packet in itertools.islice(file.demux(stream), LEADING):
+            if orientation_sei(bytes(packet), context.name, context.extradata or b""):
+                return True
+            if packet.is_keyframe:
+                break
+    except (av.FFmpegError, ValueError):
+        pass
+    return False
+
+
+def first_orientation(path: str) -> Orientation:
+    """That of the first frame; upright where none decodes."""
     try:
         with opened(path) as file:
-            return round(next(file.decode(video_of(file))).rotation / 90) % 2 == 1
-    except (av.FFmpegError, StopIteration):
-        return False
+            return orientation_of(next(file.decode(video_of(file)))) or UPRIGHT
+    except (av.FFmpegError, StopIteration, ValueError):
+        return UPRIGHT
+
+
+def plausible(pixel_aspect: Fraction | None) -> float:
+    """A pixel's width over its height; 1 where that is unknown or nonsense."""
+    aspect = float(pixel_aspect or 1)
+    return aspect if 1 / STRANGEST_PIXEL <= aspect <= STRANGEST_PIXEL else 1.0
 
 
 def plain(error: Exception) -> str:

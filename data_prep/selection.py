@@ -132,7 +132,7 @@ def scene_spans(path: str, threshold: float, alive: Callable[[], None] = lambda:
     video = Anywhere(path, header)  # the clips' own clock
     try:
         video.begins()
-        for time, frame in video.decoded():
+        for time, frame, *_ in video.decoded():
             alive()
             if isinstance(frame, Damaged):
                 damage, end = damage or f": {frame.why}", time

@@ -28,6 +28,11 @@ def number_of(frame: np.ndarray) -> int:
     )
 
 
+def on_screen(times: np.ndarray, due: np.ndarray) -> list[int]:
+    """Which frames a player shows at `due`: the last whose time has come. Containers may round to milliseconds."""
+    return [int(np.flatnonzero(times <= moment + 1.5e-3)[-1]) for moment in due]
+
+
 def write(
     path: Path,
     times: np.ndarray,
@@ -37,13 +42,15 @@ def write(
     options: dict[str, str] | None = None,
     b_frames: int | None = None,
     rotation: int = 0,
+    matrix: tuple[int, ...] | None = None,
     pixel_aspect: Fraction | None = None,
     pictures: Callable[[int], np.ndarray] | None = None,
     pix_fmt: str = "yuv420p",
 ) -> Path:
     """A video whose frame i is `picture(i)` (`i % 256` where there are more), shown at `times[i]` seconds.
 
-    `rotation` is in degrees counter-clockwise, as FFmpeg has it; `pictures` draws others than `picture`.
+    `rotation` is in degrees counter-clockwise, as FFmpeg has it, `matrix` a display matrix; `pictures` draws others
+    than `picture`.
     """
     with av.open(str(path), "w") as file:
         stream = file.add_stream(codec, rate=30)
@@ -59,6 +66,8 @@ def write(
             context.sample_aspect_ratio = pixel_aspect
         if rotation:
             stream.set_display_rotation(rotation)
+        if matrix:
+            stream.set_display_matrix(matrix)
         base = Fraction(1, 3000 if codec == "libx264" else 30)  # MPEG codecs know only common rates
         stream.time_base = context.time_base = base
         for number, time in enumerate(times):
@@ -77,6 +86,11 @@ def write(
 @pytest.fixture(name="write")
 def _write() -> Callable[..., Path]:
     return write
+
+
+@pytest.fixture(name="on_screen")
+def _on_screen() -> Callable[[np.ndarray, np.ndarray], list[int]]:
+    return on_screen
 
 
 @pytest.fixture(name="number_of")

@@ -27,20 +27,14 @@ def by(reader: type, path: Path | str):
     return reader(str(path), read_header(str(path)))
 
 
-def nearest(times: np.ndarray, due: np.ndarray) -> list[int]:
-    """The oracle: of all frames the nearest, of two equally near the earlier."""
-    apart = np.abs(times - due[:, None])
-    return (apart <= apart.min(1, keepdims=True) + 2e-3).argmax(1).tolist()
-
-
 @pytest.mark.parametrize("fps", [4.0, 8.0, 30.0, 50.0])
 @pytest.mark.parametrize("times", [STEADY, UNEVEN, np.arange(6) / 2.7], ids=["steady", "uneven", "slow"])
-def test_frames_are_the_nearest_in_time_at_lower_and_at_higher_rates(
-    tmp_path: Path, write, number_of, times, fps: float
+def test_frames_are_those_on_screen_at_lower_and_at_higher_rates(
+    tmp_path: Path, write, number_of, on_screen, times, fps: float
 ):
     due = np.arange(int(times[-1] * fps)) / fps
     frames = by(Anywhere, write(tmp_path / "clip.mp4", times)).frames(due, same)
-    assert [number_of(frame) for frame in frames] == nearest(times, due)
+    assert [number_of(frame) for frame in frames] == on_screen(times, due)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +58,7 @@ def test_frames_are_the_nearest_in_time_at_lower_and_at_higher_rates(
     ],
 )
 def test_clips_in_any_order_hold_the_frames_that_are_due(
-    tmp_path: Path, write, number_of, monkeypatch, name: str, codec: str, options: dict, b_frames: int | None
+    tmp_path: Path, write, number_of, on_screen, monkeypatch, name: str, codec: str, options: dict, b_frames: int | None
 ):
     """Rising, overlapping and falling, near and far."""
     times = np.arange(240) / 30
@@ -74,7 +68,7 @@ def test_clips_in_any_order_hold_the_frames_that_are_due(
     anywhere = by(Anywhere, path)
     for start in (0.0, 0.9, 1.5, 4.0, 4.3, 7.1, 2.6, 0.1, 6.05):
         numbers = [number_of(frame) for frame in anywhere.frames(due + start, same)]
-        assert numbers == nearest(times, due + start), f"at {start} s"
+        assert numbers == on_screen(times, due + start), f"at {start} s"
 
 
 def test_a_cut_file_begins_with_its_first_whole_picture(tmp_path: Path, write, number_of):
