@@ -154,7 +154,9 @@ class Anywhere:
         without a timestamp.
         """
         stream = video_of(self.file)
-        tick, last, sound, shift, orientation = float(stream.time_base), None, None, 0.0, UPRIGHT
+        tick, last, sound, shift = float(stream.time_base), None, None, 0.0
+        # A decoder of our own choice knows nothing of the container's display matrix.
+        upright = orientation = self.header.orientation if self.decoder_of(stream) else UPRIGHT
         for frame in self.pictures(stream):
             broken = isinstance(frame, Damaged)
             if after_seek and last is None and (broken or not frame.key_frame):
@@ -183,13 +185,12 @@ class Anywhere:
                 yield Shown(time - zero, replace(frame, sound_s=sound), orientation, self.aspect_of(frame))
                 continue
             # A display orientation in H.264 or HEVC holds until the next keyframe; FFmpeg tells it of its own frame.
-            orientation = orientation_of(frame) or (UPRIGHT if frame.key_frame else orientation)
+            orientation = orientation_of(frame) or (upright if frame.key_frame else orientation)
             yield Shown(time - zero, frame, orientation, self.aspect_of(frame))
 
     def pictures(self, stream: Any) -> Iterator[Any]:
         """Frames in the order in which they are shown, or Damaged in their place."""
-        codec = stream.codec_context.name
-        name = (ALPHA_DECODERS if self.header.alpha else DECODERS).get(codec)
+        name = self.decoder_of(stream)
         context: Any = av.CodecContext.create(name, "r") if name else stream.codec_context
         context.thread_count = 1  # the other cores have work of their own
 
@@ -198,6 +199,10 @@ class Anywhere:
                 self.aspects[packet.pts] = plausible(context.sample_aspect_ratio)
 
         return pictures(self.file, stream, context, note_aspect)
+
+    def decoder_of(self, stream: Any) -> str | None:
+        """The name of the decoder that is used in place of FFmpeg's choice, if any."""
+        return (ALPHA_DECODERS if self.header.alpha else DECODERS).get(stream.codec_context.name)
 
     def pixels(self, frame: Any) -> np.ndarray:
         """A frame uint8 `H W 3`, transparency on black."""

@@ -37,8 +37,8 @@ EXIF_CODECS = {"mjpeg", "png", "apng", "webp", "tiff"}
 class Header:
     """A video as its container describes it; times in seconds. `promised_s` is 0 where nothing is promised.
 
-    `turned` says that its first frame is shown on its side; `aspect_in_stream`, that no container overrides the pixel
-    aspect that the stream itself names, and may change.
+    `orientation` is that of the first frame; `aspect_in_stream` says that no container overrides the pixel aspect that
+    the stream itself names, and may change.
     """
 
     container: str
@@ -47,7 +47,7 @@ class Header:
     pixel_aspect: float
     promised_s: float
     frames_per_second: float
-    turned: bool
+    orientation: Orientation
     alpha: bool
     aspect_in_stream: bool
 
@@ -55,6 +55,11 @@ class Header:
     def frame_s(self) -> float:
         """How long a frame is shown, on average."""
         return 1 / self.frames_per_second
+
+    @property
+    def turned(self) -> bool:
+        """Whether it is shown on its side."""
+        return self.orientation.transposed
 
     @property
     def shown(self) -> tuple[float, float]:
@@ -90,7 +95,7 @@ def read_header(path: str) -> Header:
             pixel_aspect=plausible(aspect),
             promised_s=promised(file, stream, start),
             frames_per_second=float(rate),
-            turned=may_turn and first_orientation(path).transposed,
+            orientation=first_orientation(path) if may_turn else UPRIGHT,
             alpha=stream.metadata.get("alpha_mode") == "1" or has_alpha(context.format),
             aspect_in_stream=(aspect or 0) == (context.sample_aspect_ratio or 0),
         )
