@@ -78,6 +78,9 @@ class Source:
         assert self.header is not None
         width, height = self.header.shown
         check_side(width, height, selection)
+        if self.header.still:
+            bucket = choose_bucket(buckets, width, height, 0.0, data.max_enlarge, still=True)
+            return Cut((Span(0.0, 0.0, bucket),), round(width), round(height), 0.0, True, "")
         shortest = min(buckets, key=lambda b: (b.frames == 1, b.frames))
         seconds = self.header.promised_s
         if not shortest.is_filled_by(seconds - data.start_s):  # a promise too small is none

@@ -8,7 +8,9 @@ little: there a run of zeros, as lost sectors and unfinished downloads leave it,
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ from typing import Any
 
 import av
 import av.logging
+import cv2
+import numpy as np
 
 from data_prep.headers import plain
 
@@ -24,6 +28,7 @@ ZEROS = re.compile(rb"\0{16}\0*[^\0\1]")
 HOLES = {"vp8": 256, "vp9": 256, "av1": 256, "hevc": 64}
 """Zeros in a row, or for HEVC at a packet's end, that are a hole and not data: a sector has 512 bytes."""
 REORDER = 64  # packets that may be decoded before the picture of one of them is shown; H.264 allows 16 frames
+EXTRA, PADDING = re.compile(r"(\d+) extraneous bytes before marker 0xd9"), 16  # bytes that cameras fill up with
 CONCEALED = "the decoder conceals damage"
 STRICT = {"mjpeg", "wmv1", "wmv2"}
 """Decoders that tell more damage when they are asked to be strict, and nothing of what is whole."""
@@ -88,12 +93,41 @@ def hole_in(packet: Any, codec: str) -> str:
         return ""
     if codec == "hevc" and packet.is_corrupt:  # a transport stream that lost a packet; H.264's decoder knows better
         return "the container reports a lost packet"
-    content = bytes(packet)
+    return hole_of(bytes(packet), codec)
+
+
+def hole_of(content: bytes, codec: str) -> str:
+    """What a compressed picture's bytes alone say is wrong with it; empty where nothing is."""
     if codec in ("h264", "hevc"):
         if bytes(16) in content and ZEROS.search(content):
             return "a run of zeros in the compressed picture"
         content = content[-HOLES["hevc"] :] if codec == "hevc" else b""
     return "a run of zeros in the compressed picture" if codec in HOLES and bytes(HOLES[codec]) in content else ""
+
+
+def jpeg_damage(content: bytes) -> str:
+    """What libjpeg warns of in a JPEG, such as `Premature end of JPEG file`; empty where the picture is sound.
+
+    Pillow hides these warnings and FFmpeg misses many of them. OpenCV prints them: they are read from its stderr. Only
+    the decoding of the bits matters, so it is asked for an eighth of the size in grey.
+    """
+    with tempfile.TemporaryFile() as said:
+        stderr = os.dup(2)
+        try:
+            os.dup2(said.fileno(), 2)
+            cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8)
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+        said.seek(0)
+        lines = said.read().decode(errors="replace").splitlines()
+    for line in lines:
+        padding = EXTRA.search(line)
+        if any(word in line for word in ("Corrupt JPEG", "Premature end")) and not (
+            padding and int(padding.group(1)) <= PADDING
+        ):
+            return line.strip()
+    return ""
 
 
 class Watch:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -26,10 +25,11 @@ FORMATS = (
 """FFmpeg's names of the formats that hold pictures themselves: none that names other files or addresses."""
 ALONE = {"format_whitelist": ",".join(FORMATS.split()), "protocol_whitelist": "file", "enable_drefs": "0"}
 """Options of every open: nothing but the file itself is read."""
+HEIF = ("heic", "heix", "heim", "heis", "mif1")
 FORMATS_HINT = "convert it to mp4, or an image to png or jpg"
 FASTEST = 1000  # frames per second; containers without a rate of their own may name their clock's
 STRANGEST_PIXEL = 8.0  # a pixel's width over its height; beyond it (or below its inverse) the tag is nonsense
-LEADING = 16  # packets in which the first keyframe is looked for
+LEADING = 16  # packets that are read before anything is decoded
 EXIF_CODECS = {"mjpeg", "png", "apng", "webp", "tiff"}
 
 
@@ -38,7 +38,7 @@ class Header:
     """A video as its container describes it; times in seconds. `promised_s` is 0 where nothing is promised.
 
     `orientation` is that of the first frame; `aspect_in_stream` says that no container overrides the pixel aspect that
-    the stream itself names, and may change.
+    the stream itself names, and may change; `still`, that the file holds one picture.
     """
 
     container: str
@@ -50,6 +50,7 @@ class Header:
     orientation: Orientation
     alpha: bool
     aspect_in_stream: bool
+    still: bool
 
     @property
     def frame_s(self) -> float:
@@ -87,17 +88,20 @@ def read_header(path: str) -> Header:
         rate = next((rate for rate in rates if rate and rate <= FASTEST), Fraction(25))
         start = 0.0 if stream.start_time is None else float(stream.start_time * stream.time_base)
         aspect = stream.sample_aspect_ratio
-        may_turn = has_matrix or has_projection(path) or names_orientation(file, stream)
+        packets = leading_packets(file, stream)  # before `promised`, which may read the tail
+        may_turn = has_matrix or has_projection(path) or names_orientation(packets, context)
+        promised_s = promised(file, stream, start)
         return Header(
             container=file.format.name,
             width=context.width,
             height=context.height,
             pixel_aspect=plausible(aspect),
-            promised_s=promised(file, stream, start),
+            promised_s=promised_s,
             frames_per_second=float(rate),
             orientation=first_orientation(path) if may_turn else UPRIGHT,
             alpha=stream.metadata.get("alpha_mode") == "1" or has_alpha(context.format),
             aspect_in_stream=(aspect or 0) == (context.sample_aspect_ratio or 0),
+            still=holds_one(packets, stream, promised_s, float(rate)),
         )
 
 
@@ -126,12 +130,36 @@ def video_of(file: Any) -> Any:
     stream = file.streams.best("video")
     if stream is None or stream.disposition & Disposition.attached_pic:
         raise ClipError("no_video_stream", f"{len(file.streams)} streams, none of them video")
+    if file.metadata.get("major_brand") in HEIF and len(file.streams.video) > 1:
+        raise ClipError("unreadable", "is an HEIC image in tiles, which is not read; convert it to jpg or png")
     return stream
 
 
 def has_alpha(form: Any) -> bool:
     """Whether a pixel format, or None, carries transparency; palettes may."""
     return form is not None and (form.has_palette or any(component.is_alpha for component in form.components))
+
+
+def leading_packets(file: Any, stream: Any) -> list[Any]:
+    """The first packets of a stream that have content."""
+    packets: list[Any] = []
+    try:
+        for packet in file.demux(stream):
+            if packet.size:
+                packets.append(packet)
+            if len(packets) == LEADING:
+                break
+    except (av.FFmpegError, ValueError):
+        pass
+    return packets
+
+
+def holds_one(packets: list[Any], stream: Any, promised_s: float, rate: float) -> bool:
+    """Whether a stream holds one picture, and does not promise more of them as one that was cut off does."""
+    shown = [packet for packet in packets if not packet.is_discard]
+    if len(shown) != 1 or stream.frames > 1:
+        return False
+    return stream.frames == 1 or promised_s <= (shown[0].duration or 0) * stream.time_base + 2 / rate
 
 
 def promised(file: Any, stream: Any, start: float) -> float:
@@ -199,19 +227,15 @@ def has_projection(path: str) -> bool:
     return head.startswith(EBML) and PROJECTION in head.partition(CLUSTER)[0]
 
 
-def names_orientation(file: Any, stream: Any) -> bool:
+def names_orientation(packets: list[Any], context: Any) -> bool:
     """Whether the stream itself may say how it is turned: by an SEI message, or as pictures do, by EXIF."""
-    context = stream.codec_context
     if context.name not in ("h264", "hevc"):
         return context.name in EXIF_CODECS
-    try:
-        for packet in itertools.islice(file.demux(stream), LEADING):
-            if orientation_sei(bytes(packet), context.name, context.extradata or b""):
-                return True
-            if packet.is_keyframe:
-                break
-    except (av.FFmpegError, ValueError):
-        pass
+    for packet in packets:
+        if orientation_sei(bytes(packet), context.name, context.extradata or b""):
+            return True
+        if packet.is_keyframe:
+            return False
     return False
 
 
