@@ -112,13 +112,16 @@ def run(verb: str, words: Sequence[str]) -> None:
 
                 preflight(recipe)
         case "train":
-            rest = [word for word in words if word not in ("--fresh", "--overwrite", "--no-preflight")]
+            flags = ("--fresh", "--overwrite", "--no-preflight", "--new-data")
+            rest = [word for word in words if word not in flags]
             recipe, fresh, overwrite = recipe_of(verb, rest), "--fresh" in words, "--overwrite" in words
             if overwrite and not fresh:
                 raise RecipeError("--overwrite goes with --fresh: without it a run goes on from its newest checkpoint")
+            if fresh and "--new-data" in words:
+                raise RecipeError("--new-data goes on with a run, and --fresh begins at step 0: leave one of them out")
             from sora_train.launch.trainer import launch_training
 
-            launch_training(recipe, fresh, overwrite, look_first="--no-preflight" not in words)
+            launch_training(recipe, fresh, overwrite, "--no-preflight" not in words, "--new-data" in words)
         case "sample":
             run_folder, how = target_of(verb, words, SampleOptions)
             if not how.prompt and not how.prompts:

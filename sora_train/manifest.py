@@ -83,6 +83,8 @@ class Manifest(Section):
     """The shape that samples take by default: that of the largest bucket that holds clips."""
     buckets: dict[str, int]
     """Rows of each bucket, those that the recipe asks for and that are empty too."""
+    held_out: dict[str, int] = {}
+    """In a run's copy: how many of them training never sees, by bucket."""
     settings: dict[str, Any] = {}
     """The recipe's `data` and `selection` as they stood: by them a clip's frames can be made again."""
     empty_text: str

@@ -39,7 +39,9 @@ MORE = {
     "--mfu 0.35 (share of its FLOP/s that is reached) say for which GPU.",
     "train": "SIGTERM, or a file named `leave` in the run's folder, has it make a checkpoint and end with exit status "
     "75: the same command goes on. A second SIGTERM ends it at once. --fresh begins at step 0, and only with "
-    "--overwrite where the folder holds a run: what that run wrote is removed, but no shards. --no-preflight leaves "
+    "--overwrite where the folder holds a run: what that run wrote is removed, but no shards. --new-data goes on "
+    "though `sora prep` added or removed clips since: optimizer, EMA and step stay, and an epoch of the clips that are "
+    "there now begins. --no-preflight leaves "
     "out the quick part of `sora preflight`: disk, GPU memory; of several nodes versions, code, storage and clocks.",
     "sample": "A file is named after its prompt and seed. Made again with the same settings it is replaced; with other "
     "settings, or of a prompt that differs only in case or punctuation, it gets another name (-2, -3, …). samples.json "

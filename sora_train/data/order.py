@@ -8,6 +8,9 @@ agree. Buckets take turns in proportion to their batches, one bucket per global 
 With an `image_ratio`, pictures and videos are two streams, each with epochs of its own: a share of the steps, fixed by
 number, takes the next batch of pictures; the other steps take the next of the videos.
 
+Where a run goes on with new data (`sora train --new-data`), batch numbers go on too, and an epoch of the new clips
+begins at the number `origin`.
+
 Every row comes exactly once an epoch of its stream. The last batch of a bucket may be short: it is served short, and
 `share` pads it.
 
@@ -60,6 +63,10 @@ class Plan:
     seed: int
     window: int = WINDOW_GROUPS
     image_ratio: Fraction | None = None
+    origin: int = 0
+    """The batch number at which the first epoch of these clips begins; above 0 where a run went on with new data."""
+    epochs: int = 0
+    """The number of that epoch: epochs of the clips before are counted too, so that no order comes twice."""
 
     def __post_init__(self):
         if not self.buckets or self.batch_size < 1 or self.window < 1:
@@ -84,7 +91,11 @@ class Plan:
         return replace(self, buckets=mine, image_ratio=None)
 
     def place(self, k: int) -> tuple["Plan", int]:
-        """The stream that batch k of the run is of, and its number there; without an `image_ratio` this plan and k."""
+        """The stream that batch k of the run is of, and its number there; without an `image_ratio` this plan and k.
+
+        Both are counted from `origin`.
+        """
+        k = self._since_origin(k)
         if self.image_ratio is None:
             return self, k
         before = self._pictures_before(k)
@@ -96,12 +107,18 @@ class Plan:
 
         `Batch.epoch` is that of the batch's own stream.
         """
+        k = self._since_origin(k)
         if self.image_ratio is None:
-            return k // self.steps_per_epoch
-        return (k - self._pictures_before(k)) // self.stream(pictures=False).steps_per_epoch
+            return self.epochs + k // self.steps_per_epoch
+        return self.epochs + (k - self._pictures_before(k)) // self.stream(pictures=False).steps_per_epoch
+
+    def _since_origin(self, k: int) -> int:
+        if k < self.origin:
+            raise ValueError(f"batch {k} comes before batch {self.origin}, with which the order of these clips begins")
+        return k - self.origin
 
     def _pictures_before(self, k: int) -> int:
-        """Batches of pictures before batch k: floor(k ratio + u) with a phase 0 <= u < 1, in whole numbers."""
+        """Batches of pictures among the first k: floor(k ratio + u) with a phase 0 <= u < 1, in whole numbers."""
         count, total = (self.image_ratio or Fraction(0)).as_integer_ratio()
         return (k * count + stable_hash(self.seed, "pictures") % total) // total
 
@@ -141,7 +158,8 @@ class Batch:
 def batch(plan: Plan, k: int) -> Batch:
     """Batch k >= 0 of a run."""
     stream, number = plan.place(k)
-    epoch, step = divmod(number, stream.steps_per_epoch)
+    passes, step = divmod(number, stream.steps_per_epoch)
+    epoch = stream.epochs + passes
     bucket, turn = stream.turn(epoch, step)
     first = turn * plan.batch_size
     rows = ordered_rows(stream, bucket, epoch, first, min(first + plan.batch_size, bucket.rows))

@@ -4,6 +4,7 @@ Opening reads the footers, and where clips are held out the `source` column; a r
 no others. Local files are memory mapped. Row numbers count the rows of one split of one bucket, files in order of name.
 """
 
+import hashlib
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -158,14 +159,29 @@ class ShardSet:
 
     def all_sample_ids(self, bucket: str) -> list[str]:
         """The ids of all clips that the split takes of a bucket, by number; only that column is read."""
-        ids: list[str] = []
+        return [str(name) for name in self.columns(bucket, ["sample_id"])["sample_id"].to_pylist()]
+
+    def columns(self, bucket: str, names: list[str]) -> pa.Table:
+        """Some columns of all clips that the split takes of a bucket, by number."""
+        tables: list[pa.Table] = []
         for shard in self._shards[bucket]:
             with self._lock, _mended_by_prep(shard.path):
-                column = self._open_file(shard.path).read(columns=["sample_id"], use_threads=False)["sample_id"]
-            taken = range(len(column)) if shard.taken is None else np.flatnonzero(np.unpackbits(shard.taken))
-            found = column.to_pylist()
-            ids += [str(found[row]) for row in taken]
-        return ids
+                table = self._open_file(shard.path).read(columns=names, use_threads=False)
+            taken = None if shard.taken is None else np.flatnonzero(np.unpackbits(shard.taken, count=len(table)))
+            tables.append(table if taken is None else table.take(taken))
+        return pa.concat_tables(tables).replace_schema_metadata(None)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of what the order of samples depends on: the split's clips, their order and their groups.
+
+        Reads the ids of all clips.
+        """
+        found = hashlib.sha256()
+        for bucket in self.plan(1, 0).buckets:
+            found.update(f"{bucket.name} {bucket.rows} {bucket.group_rows}\0".encode())
+            found.update("\0".join(self.all_sample_ids(bucket.name)).encode())
+        return found.hexdigest()[:32]
 
     def _group(self, path: str, group: int) -> pa.Table:
         if (path, group) in self._cache:

@@ -23,12 +23,9 @@ from sora_train.model import Latte
 from sora_train.model.convert import check_fit, from_diffusers
 from sora_train.recipe import Recipe, load_recipe
 from sora_train.train.checkpoint import examine, step_folders
-from sora_train.train.weights import read_trained, read_whole
+from sora_train.train.weights import EXPORTED, NOTE, read_trained, read_whole
 
 WEIGHTS = "ema.safetensors"
-EXPORTED = "model.safetensors"
-NOTE = "sora_export.json"
-"""What `sora export` leaves in a folder beside recipe.yaml and manifest.json: `ExportNote`."""
 EXPORT_FORMAT = 1
 
 Weights = Literal["ema", "raw"]

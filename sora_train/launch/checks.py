@@ -10,13 +10,12 @@ from typing import Any
 import ray
 
 from sora_train.codec.files import find_text_encoder, find_vae
-from sora_train.codec.folders import find_folder
 from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
 from sora_train.evaluate.i3d import load_i3d
 from sora_train.evaluate.similarity import find_clip
+from sora_train.launch.clips import CLIPS, Clips, check_clips
 from sora_train.manifest import Manifest
-from sora_train.model.convert import check_fit, check_readable
 from sora_train.places import lasting
 from sora_train.recipe import Recipe
 from sora_train.schema import bucket_name, bucket_size
@@ -58,7 +57,37 @@ MAY_CHANGE = (
 """What a resumed run may have otherwise than it began with: nothing of it changes what is learned, but for rounding."""
 
 STEERS = ("train.learning_rate", "train.warmup_steps", "train.schedule", "train.gradient_clip", "train.weight_decay")
-"""What it may have otherwise too, from the resumed step on, since people steer by it; `events.jsonl` says so."""
+"""What it may have otherwise too, from the resumed step on, since people steer by it."""
+
+CUTS = (
+    "data.frames",
+    "data.height",
+    "data.width",
+    "data.buckets",
+    "data.start_s",
+    "data.stride_s",
+    "data.clips_per_video",
+    "data.max_enlarge",
+    "selection.",
+)
+"""Keys that decide which clips there are, and not how one is encoded: they may change with `--new-data`."""
+
+UNTOLD = (
+    "name",
+    "data.captions",
+    "data.root",
+    "data.output",
+    "data.file_column",
+    "data.caption_column",
+    "prep.",
+    "codec.",
+    "model.init_from",
+    "model.preset",
+    "train.output",
+    "cluster.address",
+    "tracking.",
+)
+"""Keys that say where things are or how they are shown; a change of any other is an event of the run."""
 
 
 def absolute(recipe: Recipe) -> Recipe:
@@ -89,16 +118,10 @@ def absolute(recipe: Recipe) -> Recipe:
             "codec": recipe.codec.model_copy(
                 update={key: network(getattr(recipe.codec, key)) for key in ("vae", "text", "models")}
             ),
-            "model": replace(recipe.model, init_from=_start(recipe)),
+            "model": replace(recipe.model, init_from=recipe.model.init_from and network(recipe.model.init_from)),
             "train": recipe.train.model_copy(update={"output": place(recipe.train.output)}),
         }
     )
-
-
-def _start(recipe: Recipe) -> str:
-    """The local folder that `model.init_from` names, fetched where it is a hub id."""
-    name = recipe.model.init_from
-    return name and os.path.abspath(find_folder(name, "model.init_from", ("transformer",), recipe.codec.models))
 
 
 def check_shards(recipe: Recipe) -> Manifest:
@@ -133,17 +156,6 @@ def check_shards(recipe: Recipe) -> Manifest:
     return manifest
 
 
-def check_start(recipe: Recipe) -> None:
-    """UserError where training can't start from `model.init_from`."""
-    folder = recipe.model.init_from
-    try:
-        if folder:
-            check_fit(recipe.model, Path(folder))
-            check_readable(Path(folder))
-    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
-        raise UserError(f"model.init_from: training can't start from {folder}: {error}") from None
-
-
 def check_codec(recipe: Recipe, manifest: Manifest) -> None:
     """UserError where the run could not draw samples: its networks are not those of the shards, or, with validation
     on, out of reach.
@@ -170,26 +182,35 @@ def check_figures(recipe: Recipe) -> None:
         find_clip(recipe.validation.clip, recipe.codec.models)
 
 
-def check_folder(run: Path, recipe: Recipe, manifest: Manifest) -> int | None:
-    """The step of the newest whole checkpoint, if there is one; UserError if another recipe made it."""
+def check_folder(
+    run: Path, recipe: Recipe, manifest: Manifest, clips: Clips | None = None, new_data: bool = False
+) -> int | None:
+    """The step of the newest whole checkpoint, if any. UserError if another recipe made it, or if its clips are others
+    than these and nobody agreed to that (`new_data`).
+    """
     found = checkpoint.whole(run / "checkpoints")
     if not found:
         return None
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{run / 'recipe.yaml'} is missing: put a copy of its newest checkpoint's there")
-    changed = [change for change in differences(run, recipe) if not change.startswith(MAY_CHANGE + STEERS)]
+    free = MAY_CHANGE + STEERS + (CUTS if new_data else ())
+    changed = [change for change in differences(run, recipe) if not change.startswith(free)]
+    cuts_only = bool(changed) and all(change.startswith(CUTS) for change in changed)
     if not (run / "manifest.json").is_file():
         raise UserError(f"{run / 'manifest.json'} is missing: put a copy of its shards' there")
     trained = Manifest.load(str(run))
     if trained.encoding_hash != manifest.encoding_hash:
         changed.append(f"the shards' encoding was {trained.encoding_hash[:12]} and is {manifest.encoding_hash[:12]}")
-    elif trained.buckets != manifest.buckets:
+    elif trained.buckets != manifest.buckets and not (run / CLIPS).is_file():
         changed.append(f"the shards' clips were {trained.buckets} and are {manifest.buckets}")
     if changed:
+        go_on = ", or add --new-data to go on with the clips that these keys give" if cuts_only else ""
         raise UserError(
-            f"{run} was begun with another recipe: {'; '.join(changed)}. Give this one another name (--name), or set "
-            "them back to go on"
+            f"{run} was begun with another recipe: {'; '.join(changed)}. Give this one another name (--name){go_on}, "
+            "or set them back to go on"
         )
+    if clips is not None:
+        check_clips(run, recipe.data.output, clips, new_data)
     return found[-1][0]
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sora_train.errors import UserError
+from sora_train.launch.clips import CLIPS, Clips
 from sora_train.launch.environment import environment
 from sora_train.launch.validation import EMBEDDINGS, Outstanding
 from sora_train.manifest import Manifest
@@ -34,6 +35,7 @@ RECORDS = (
     "recipe.yaml",
     "environment.json",
     "manifest.json",
+    CLIPS,
     "wandb.json",
     "report.html",
     "failure.txt",
@@ -79,14 +81,15 @@ def clear(run: Path) -> None:
         (run / name).unlink(missing_ok=True)
 
 
-def write_folder(run: Path, recipe: Recipe, manifest: Manifest) -> None:
+def write_folder(run: Path, recipe: Recipe, manifest: Manifest, clips: Clips) -> None:
     """What a run says of itself; leftovers of a run that was cut off are cleared away."""
     folder = run / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     for name in (RAYS_LIST, STOP, LEAVE):
         (run / name).unlink(missing_ok=True)
     save_recipe(recipe, run / "recipe.yaml")
-    manifest.save(str(run))
+    manifest.model_copy(update={"held_out": clips.held_out()}).save(str(run))
+    clips.save(run)
     note_lost_driver(run)
     (run / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
     set_aside(run)

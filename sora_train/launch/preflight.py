@@ -25,9 +25,9 @@ from sora_train.launch.checks import (
     check_codec,
     check_folder,
     check_shards,
-    check_start,
     resources,
 )
+from sora_train.launch.clips import read_clips
 from sora_train.launch.cluster import connect
 from sora_train.launch.facts import NodeFacts
 from sora_train.launch.folder import check_writable
@@ -49,6 +49,7 @@ from sora_train.launch.judge import (
     judge_versions,
     passed,
 )
+from sora_train.launch.start import check_start, find_start
 from sora_train.launch.wandb_reach import check_wandb
 from sora_train.manifest import Manifest
 from sora_train.places import free_bytes
@@ -92,11 +93,12 @@ def check_files(recipe: Recipe, tell: Callable[[Check], None]) -> tuple[Recipe, 
     run = Path(recipe.train.output) / recipe.name
     manifest = told("shards", tell, lambda: check_shards(recipe), say_shards)
     told("run folder", tell, lambda: check_writable(run), lambda _: str(run))
+    at = None
     if manifest is not None:
-        told("resume", tell, lambda: check_folder(run, recipe, manifest), say_resume)
+        at = told("resume", tell, lambda: check_folder(run, recipe, manifest, read_clips(recipe)), say_resume)
         told("networks", tell, lambda: check_codec(recipe, manifest), lambda _: "those of the shards")
-    if recipe.model.init_from:
-        told("start", tell, lambda: check_start(recipe), lambda _: recipe.model.init_from)
+    if recipe.model.init_from and at is None:
+        told("start", tell, lambda: check_start(find_start(recipe)), lambda _: recipe.model.init_from)
     return recipe, manifest
 
 

@@ -9,23 +9,23 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from sora_train.errors import Stopped
+from sora_train.launch.changes import changes
 from sora_train.launch.checks import (
-    STEERS,
     absolute,
     check_cluster,
     check_codec,
     check_figures,
     check_folder,
     check_shards,
-    check_start,
-    differences,
     resources,
 )
+from sora_train.launch.clips import Clips, check_clips, read_clips
 from sora_train.launch.cluster import connect
 from sora_train.launch.folder import (
     check_fresh,
@@ -42,6 +42,7 @@ from sora_train.launch.folder import (
 from sora_train.launch.follow import Follower
 from sora_train.launch.preflight import check_disk, check_quickly
 from sora_train.launch.sigterm import Sigterm, shelter_wandb, warn_of_short_stops
+from sora_train.launch.start import check_start, find_start, remarks, starting_at
 from sora_train.launch.validation import Outstanding, report, supervise
 from sora_train.recipe import Recipe, load_recipe, save_recipe
 from sora_train.train import checkpoint
@@ -49,9 +50,12 @@ from sora_train.train.home import LEAVE
 from sora_train.train.metrics import Events
 
 
-def launch_training(recipe: Recipe, fresh: bool = False, overwrite: bool = False, look_first: bool = True) -> Path:
+def launch_training(
+    recipe: Recipe, fresh: bool = False, overwrite: bool = False, look_first: bool = True, new_data: bool = False
+) -> Path:
     """Trains the recipe's model, or goes on where it stopped; returns the run's folder. `fresh` begins at step 0, and
     with `overwrite` also where the folder holds a run, which it removes. `look_first` is the quick part of preflight.
+    With `new_data` a run goes on though the shards hold other clips than before.
 
     Raises UserError, before anything starts, for shards that are missing or do not fit, a cluster that is too small, or
     a run folder that another recipe made or that can't be written; and where training failed for a reason that no
@@ -62,19 +66,24 @@ def launch_training(recipe: Recipe, fresh: bool = False, overwrite: bool = False
     run = Path(recipe.train.output) / recipe.name
     check_writable(run)
     manifest = check_shards(recipe)
-    steered: list[str] = []
+    clips, at, happened = read_clips(recipe), 0, list[tuple[str, str]]()
     with clear_words(run):
         if fresh:
             check_fresh(run, overwrite)
-        elif (at := check_folder(run, recipe, manifest) or 0) >= recipe.train.steps:
+        elif (at := check_folder(run, recipe, manifest, clips, new_data) or 0) >= recipe.train.steps:
             print(f"{run} is finished: {at} steps are done; raise train.steps to train on", flush=True)
             make_up(run, recipe)
             return run
         else:
             check_whole(run)
-            steered = differences(run, recipe, STEERS) if at else []
+        if at:
+            happened = going_on(run, recipe, at, clips, new_data)
+    recipe = starting_at(recipe, load_recipe(run / "recipe.yaml").model.init_from) if at else find_start(recipe)
     check_codec(recipe, manifest)
-    check_start(recipe)
+    if not at:
+        check_start(recipe)
+        for remark in remarks(recipe, manifest):
+            print(f"warning: model.init_from: {remark}", file=sys.stderr, flush=True)
     check_figures(recipe)
     warn_of_short_stops()
     print("starting Ray", flush=True)
@@ -96,9 +105,9 @@ def launch_training(recipe: Recipe, fresh: bool = False, overwrite: bool = False
             with clear_words(run):
                 if fresh:
                     clear(run)
-                write_folder(run, recipe, manifest)
-                if steered:
-                    Events(run).write("changed", at, f"from here on {'; '.join(steered)}")
+                for event, reason in happened:  # first: a record of the new clips is never without its event
+                    Events(run).write(event, at, reason)
+                write_folder(run, recipe, manifest, clips)
             with following(recipe, run) as follower:
                 sigterm.can_wait = lambda: follower.training
                 sigterm.check()
@@ -119,6 +128,20 @@ def launch_training(recipe: Recipe, fresh: bool = False, overwrite: bool = False
                     raise Stopped(f"{asked}: {goes_on(run)}")
     print(f"done: {recipe.train.steps} steps. Look at {run / 'report.html'}; checkpoints are beside it", flush=True)
     return run
+
+
+def going_on(run: Path, recipe: Recipe, at: int, clips: Clips, new_data: bool) -> list[tuple[str, str]]:
+    """What a run does otherwise from step `at` on, as kinds and reasons of events; says it before it happens."""
+    happened: list[tuple[str, str]] = []
+    if said := changes(run, recipe, at):
+        happened.append(("changed", f"from here on {said}"))
+    if said := check_clips(run, recipe.data.output, clips, new_data):
+        happened.append(("new_data", f"{said}; an epoch of these begins here"))
+    elif new_data:
+        print(f"--new-data changes nothing: the clips are those that {run} was trained on", flush=True)
+    for event, reason in happened:
+        print(f"{event.replace('_', ' ')} at step {at}: {reason}", flush=True)
+    return happened
 
 
 def settle(recipe: Recipe, own: bool) -> None:

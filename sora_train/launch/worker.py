@@ -19,11 +19,13 @@ from ray.train.v2._internal.execution.context import get_train_context
 
 from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
+from sora_train.launch.clips import recorded
 from sora_train.launch.folder import stop, stopped_because
 from sora_train.launch.validation import Outstanding
 from sora_train.recipe import Recipe, save_recipe
 from sora_train.train import checkpoint
 from sora_train.train.home import LEAVE, Home, Report
+from sora_train.train.initial import described
 from sora_train.train.loop import train
 from sora_train.train.metrics import Events
 
@@ -74,16 +76,21 @@ def work(recipe: Recipe, run: Path) -> str:
         return why
     step, resume = found[-1] if found else (0, None)
     home = Home(run, reporting(recipe, run, found), noticing(run))
+    shards = ShardSet(recipe.data.output, recipe.data.holdout_fraction, "train")
     if rank == 0:
+        before = recorded(run)
+        if before is not None and before.fingerprint != shards.fingerprint:
+            raise UserError(f"the clips in {recipe.data.output} changed while the run was training; start it again")
         home.cut_back(step)
         workers = f"{world} worker{'s' if world > 1 else ''} on {get_device()}"
         where = f"{workers}, ZeRO {recipe.train.zero_stage}, {recipe.train.precision}"
-        home.note("resume" if resume else "start", step, f"from {resume.name if resume else 'scratch'}; {where}")
+        start = described(Path(recipe.model.init_from)) if recipe.model.init_from else "scratch"
+        home.note("resume" if resume else "start", step, f"from {resume.name if resume else start}; {where}")
     return train(
         recipe.train,
         recipe.model,
         recipe.diffusion,
-        ShardSet(recipe.data.output, recipe.data.holdout_fraction, "train"),
+        shards,
         device=get_device(),
         home=home,
         resume=resume,

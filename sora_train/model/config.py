@@ -53,7 +53,8 @@ class ModelConfig:
     norm_eps: float = 1e-6
     """Added to the variance in layer norms."""
     init_from: str = ""
-    """Weights to start from: a Latte, or a PixArt-alpha; a folder in diffusers' format, or a hub id; empty is none."""
+    """Weights that a new run starts from, at step 0: a Latte or a PixArt-alpha (a folder in diffusers' format or a hub
+    id), or a run, a checkpoint or an export of this project (averaged weights, except an export of raw ones)."""
 
     def __post_init__(self) -> None:
         for key in ("width", "depth", "heads", "patch", "in_channels", "text_width", "sample_size"):

@@ -130,13 +130,7 @@ def transformer_folder(folder: Path) -> Path:
 def check_fit(config: ModelConfig, folder: Path) -> None:
     """ValueError, with every key that differs, where a model of this shape can't take the weights in a folder."""
     settings = json.loads((transformer_folder(folder) / "config.json").read_text())
-    found = config_from_diffusers(settings)
-    free = ("preset", "sample_frames", "init_from")  # a Latte may be made for other lengths than it was trained on
-    wrong = [
-        f"model.{field.name} is {getattr(config, field.name)!r}, there it is {getattr(found, field.name)!r}"
-        for field in fields(ModelConfig)
-        if field.name not in free and getattr(config, field.name) != getattr(found, field.name)
-    ]
+    wrong = differing(config, config_from_diffusers(settings))
     if wrong and is_image(settings):
         wrong.append(
             "it is an image model: its blocks become the spatial ones of a factorised model, half of model.depth, and "
@@ -144,6 +138,16 @@ def check_fit(config: ModelConfig, folder: Path) -> None:
         )
     if wrong:
         raise ValueError("; ".join(wrong))
+
+
+def differing(config: ModelConfig, found: ModelConfig) -> list[str]:
+    """A phrase for every key by which weights of the shape `found` do not fit a model of the shape `config`."""
+    free = ("preset", "sample_frames", "init_from")  # a Latte may be made for other lengths than it was trained on
+    return [
+        f"model.{field.name} is {getattr(config, field.name)!r}, there it is {getattr(found, field.name)!r}"
+        for field in fields(ModelConfig)
+        if field.name not in free and getattr(config, field.name) != getattr(found, field.name)
+    ]
 
 
 def weight_files(folder: Path) -> list[Path]:

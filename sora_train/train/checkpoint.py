@@ -20,7 +20,7 @@ import secrets
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sora_train.data.order import batch_number
 from sora_train.errors import UserError
 from sora_train.train.ema import Ema
 from sora_train.train.engine import Engine
@@ -60,6 +61,26 @@ class State:
     """Gradient norms of the last good steps, which the guard judges by."""
     loss: float | None = None
     """Mean loss since the checkpoint before."""
+    clips: str = ""
+    """`ShardSet.fingerprint` of the clips that the order of samples is over."""
+    data_from: int = 0
+    """The batch number at which their first epoch began: 0, or where the run went on with new data."""
+    data_epoch: int = 0
+    """The number of that epoch."""
+    epoch: int = 0
+    """The epoch of the last batch that was taken."""
+
+
+def with_clips(state: State, clips: str, epoch: int = 0) -> State:
+    """The state of a run that goes on with the clips of this fingerprint.
+
+    If they are others than the state's, an epoch of them begins with the next batch. It is the one after the state's
+    epoch, or after `epoch` if that is later.
+    """
+    if state.clips in ("", clips):
+        return replace(state, clips=clips)
+    next_batch = batch_number(state.step, state.skipped)
+    return replace(state, clips=clips, data_from=next_batch, data_epoch=max(state.epoch, epoch) + 1, streak=())
 
 
 @dataclass(frozen=True)

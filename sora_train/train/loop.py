@@ -20,15 +20,15 @@ from sora_train.data.shards import ShardSet
 from sora_train.diffusion import DiffusionConfig, make_objective
 from sora_train.errors import UserError
 from sora_train.model import Latte, ModelConfig
-from sora_train.model.convert import from_diffusers
 from sora_train.model.flops import forward_flops
 from sora_train.train import checkpoint, guard
-from sora_train.train.checkpoint import State
+from sora_train.train.checkpoint import State, with_clips
 from sora_train.train.config import TrainConfig
 from sora_train.train.ema import Ema
 from sora_train.train.engine import Engine
 from sora_train.train.hardware import memory_gb, peak_flops
 from sora_train.train.home import Home
+from sora_train.train.initial import load_initial
 from sora_train.train.metrics import Tally
 
 HEARTBEAT_S = 10.0  # a record at least this often, if a step is not longer
@@ -57,15 +57,23 @@ def train(
     torch.manual_seed(config.seed)  # the same initial weights on every rank
     model = Latte(model_config)
     if model_config.init_from and resume is None:
-        model.load_state_dict(from_diffusers(model_config.init_from).state_dict())
+        load_initial(model, Path(model_config.init_from))
     model.checkpoint(config.activation_checkpointing)
     if config.compile:
         model.compile_blocks()
     objective = make_objective(diffusion, model_config.learned_variance)
     engine = Engine(model, config, accumulation=accumulation(config, world), device=device)
     ema = Ema(engine, config.ema_decay)
-    state = State() if resume is None else checkpoint.load(resume, engine, ema)
-    plan = shards.plan(config.batch_size, config.seed, image_ratio)
+    clips = [shards.fingerprint if rank == 0 else ""]
+    dist.broadcast_object_list(clips, src=0)
+    state = with_clips(State() if resume is None else checkpoint.load(resume, engine, ema), clips[0])
+
+    def order() -> Plan:
+        """The order of samples, which begins anew where the run went on with new data."""
+        whole = shards.plan(config.batch_size, config.seed, image_ratio)
+        return replace(whole, origin=state.data_from, epochs=state.data_epoch)
+
+    plan = order()
     peak = peak_flops(device, config.precision == "bf16")
 
     def feed() -> Generator[tuple[int, list[MicroBatch]], None, None]:
@@ -138,6 +146,7 @@ def train(
                 state = go_back(state, config, home, shards, plan, engine, ema)
                 if state.step < step:
                     data.close()
+                    plan = order()
                     data, tally, kept = feed(), Tally(), (0.0, 0.0)
                     continue
 
@@ -161,7 +170,7 @@ def train(
             # once in a while: a checkpoint; not amid bad steps, since the guard may yet go back behind them
             due = step % config.checkpoint_every == 0 and not state.streak
             if due or asked or leave or step == config.steps:
-                state = replace(state, loss=kept[0] / kept[1] if kept[1] else None)
+                state = replace(state, loss=kept[0] / kept[1] if kept[1] else None, epoch=plan.epoch(number))
                 home.keep(partial(checkpoint.snapshot, engine, ema, state))
                 kept = (0.0, 0.0)
             if leave:
@@ -193,7 +202,9 @@ def go_back(
         folder = home.newest(state.back_at - 1) or folder  # that one led here before
     back = state if folder is None else checkpoint.load(folder, engine, ema)
     skipped = tuple(sorted({*state.skipped, *back.skipped}))
-    if folder is not None:
+    if back.clips not in ("", state.clips):  # saved before `--new-data`: a new order begins, and no batch comes again
+        skipped, back = back.skipped, with_clips(back, state.clips, plan.epoch(state.streak[-1]))
+    elif folder is not None:
         skipped = guard.left_out(batch_number(back.step, skipped), state.streak, skipped)
     if dist.get_rank() == 0:
         to = "no checkpoint is there yet: goes on with what comes next" if folder is None else f"back to {folder.name}"

@@ -15,6 +15,11 @@ from torch import Tensor
 from sora_train.errors import UserError
 from sora_train.train.checkpoint import checksum, crc32, examine, part_name
 
+EXPORTED = "model.safetensors"
+"""The file of weights in what `sora export --weights_only` writes."""
+NOTE = "sora_export.json"
+"""What `sora export` leaves in a folder beside recipe.yaml and manifest.json."""
+
 
 def read_whole(path: Path) -> dict[str, Tensor]:
     """All tensors of a file such as `ema.safetensors`; UserError where its bytes are not those that were written."""

@@ -236,3 +236,17 @@ def test_a_plan_without_rows_is_refused():
         Bucket("empty", 0)
     with pytest.raises(ValueError, match="needs a bucket"):
         Plan((), 8, 0)
+
+
+@quick
+@given(specs, st.integers(1, 500), st.integers(0, 9))
+def test_with_new_data_every_epoch_takes_every_clip_once(spec: Spec, origin: int, epochs: int):
+    plan = replace(plan_of(spec), origin=origin, epochs=epochs)
+    steps = plan.steps_per_epoch
+    for passed in range(2):
+        taken = [batch(plan, origin + passed * steps + k) for k in range(steps)]
+        assert {one.epoch for one in taken} == {plan.epoch(origin + passed * steps)} == {epochs + passed}
+        for bucket in plan.buckets:
+            assert sorted(rows_of(taken, bucket)) == list(range(bucket.rows))
+    with pytest.raises(ValueError, match=f"batch {origin - 1} comes before batch {origin}"):
+        batch(plan, origin - 1)

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from sora_train.errors import UserError
-from sora_train.launch.checks import MAY_CHANGE, check_codec, check_shards, check_start, flat
+from sora_train.launch.checks import MAY_CHANGE, check_codec, check_shards, flat
 from sora_train.launch.folder import check_writable, clear
+from sora_train.launch.start import check_start
 from sora_train.launch.trainer import launch_training
 from sora_train.model import Latte, ModelConfig
 from sora_train.model.convert import to_diffusers

@@ -1,0 +1,134 @@
+"""Which clips a run trains on: recorded in its folder, so that it never goes on with other clips unnoticed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from sora_train.data.shards import ShardSet, Split
+from sora_train.errors import UserError
+from sora_train.recipe import Recipe
+
+CLIPS = "clips.parquet"
+"""In a run's folder: a row for each clip of its shards, those that are held out too."""
+COLUMNS = ["sample_id", "source", "content_hash", "start_s"]
+NAMED = 5
+"""Most sources that a message names."""
+
+
+@dataclass(frozen=True)
+class Clips:
+    """The clips of a shard folder: COLUMNS, `bucket` and `held_out`, and the fingerprint of those to train on."""
+
+    table: pa.Table
+    fingerprint: str
+
+    def save(self, run: Path) -> None:
+        """Writes the record, whole or not at all."""
+        draft = run / f".{CLIPS}.draft"
+        pq.write_table(self.table.replace_schema_metadata({"fingerprint": self.fingerprint}), draft, compression="zstd")
+        draft.replace(run / CLIPS)
+
+    def held_out(self) -> dict[str, int]:
+        """Held-out clips by bucket."""
+        return dict(Counter(row["bucket"] for row in self._of(held_out=True)))
+
+    def sources(self, held_out: bool) -> dict[str, str]:
+        """Sources of a split's clips by `sample_id`."""
+        return {row["sample_id"]: row["source"] for row in self._of(held_out)}
+
+    def contents(self, held_out: bool) -> dict[tuple[str, float], str]:
+        """Sources of a split's clips by what they show, whatever their files are called: content and start."""
+        return {(row["content_hash"] or row["sample_id"], row["start_s"]): row["source"] for row in self._of(held_out)}
+
+    def _of(self, held_out: bool) -> list[dict[str, Any]]:
+        column = self.table["held_out"]
+        return self.table.filter(column if held_out else pc.invert(column)).to_pylist()
+
+
+def read_clips(recipe: Recipe) -> Clips:
+    """The clips in the recipe's shards; of each only a few columns are read."""
+    train = ShardSet(recipe.data.output, recipe.data.holdout_fraction, "train")
+    splits: list[tuple[Split, ShardSet]] = [("train", train)]
+    if recipe.data.holdout_fraction:
+        with contextlib.suppress(UserError):  # none is held out
+            splits.append(("holdout", ShardSet(recipe.data.output, recipe.data.holdout_fraction, "holdout")))
+    tables: list[pa.Table] = []
+    for split, shards in splits:
+        for bucket in shards.rows:
+            table = shards.columns(bucket, COLUMNS)
+            table = table.append_column("bucket", pa.array([bucket] * len(table), pa.string()))
+            tables.append(table.append_column("held_out", pa.array([split == "holdout"] * len(table), pa.bool_())))
+    return Clips(pa.concat_tables(tables), train.fingerprint)
+
+
+def recorded(run: Path) -> Clips | None:
+    """The clips that a run was trained on so far; None where it has no record. UserError for one that is damaged."""
+    place = run / CLIPS
+    if not place.is_file():
+        return None
+    try:
+        table = pq.read_table(place)
+        return Clips(table, (table.schema.metadata or {})[b"fingerprint"].decode())
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise UserError(f"{place} is damaged ({error!r}): it says which clips the run was trained on") from None
+
+
+def difference(before: Clips, now: Clips) -> str:
+    """Which clips to train on came and went, in words."""
+    was, are = before.sources(held_out=False), now.sources(held_out=False)
+    came = [source for sample, source in are.items() if sample not in was]
+    went = [source for sample, source in was.items() if sample not in are]
+    if not came and not went:
+        return "the same clips are in the shards in another order"
+    parts = [f"{count_of(of)} {what} ({some(of)})" for what, of in (("came", came), ("went", went)) if of]
+    return f"{', '.join(parts)}: {len(was)} clips to train on before, {len(are)} now"
+
+
+def count_of(sources: list[str]) -> str:
+    return f"{len(sources)} clip{'s' if len(sources) > 1 else ''}"
+
+
+def some(sources: list[str]) -> str:
+    """The first few names."""
+    distinct = list(dict.fromkeys(sources))
+    return ", ".join(distinct[:NAMED]) + (", …" if len(distinct) > NAMED else "")
+
+
+def check_sides(before: Clips, now: Clips) -> None:
+    """UserError where clips that were trained on are held out now, or the other way round, as renamed files may be."""
+    for held_out, then, here in ((False, "trained on", "held out"), (True, "held out", "trained on")):
+        was, there = before.contents(held_out), before.contents(not held_out)
+        here_now = now.contents(not held_out).items()
+        moved = [source for content, source in here_now if content in was and content not in there]
+        if moved:
+            raise UserError(
+                f"{count_of(moved)} that the run has {then} would be {here} now ({some(moved)}): the name decides, and "
+                "the file was renamed. Give the files their former names, or remove them, and run `sora prep` again"
+            )
+
+
+def check_clips(run: Path, shards: str, now: Clips, new_data: bool) -> str:
+    """Which clips came and went since the run last started, in words; "" where its clips are the same.
+
+    Raises UserError where they are others and nobody agreed to it (`new_data`).
+    """
+    before = recorded(run)
+    if before is None or before.fingerprint == now.fingerprint:
+        return ""
+    said = difference(before, now)
+    if not new_data:
+        raise UserError(
+            f"{shards} holds other clips than {run} was trained on: {said}. To go on with its optimizer and step, on "
+            "the clips that are there now, add --new-data. To start a new run at step 0 from its weights: --name NEW "
+            f"--model.init_from {run}. To go on as before, bring the former clips back"
+        )
+    check_sides(before, now)
+    return said

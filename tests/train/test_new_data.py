@@ -1,0 +1,106 @@
+"""Going on with other clips: an epoch of them begins, and whoever is killed after that repeats the unbroken run."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from reading import KINDS, at_step, checkpoint_at, distance, losses, records
+
+from sora_train import schema
+
+BATCH, BEFORE, OLD, NEW = 4, 4, 21, 25
+EPOCH = -(-NEW // BATCH)
+LAST, HELD = BEFORE + 2 * EPOCH, 10
+SETTINGS = {
+    "batch_size": BATCH,
+    "micro_batch_size": 2,
+    "learning_rate": 1e-3,
+    "log_every": 1,
+    "log_samples": True,
+    "checkpoint_every": 5,
+    "ema_decay": 0.9,
+    "zero_stage": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def more_shards(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny shards without their first clip, and with five more in a file of its own."""
+    folder, random = tmp_path_factory.mktemp("more"), np.random.default_rng(1)
+    (folder / "manifest.json").write_bytes((tiny_shards / "manifest.json").read_bytes())
+    place = folder / "bucket=2x32x32"
+    place.mkdir()
+    before = pq.read_table(tiny_shards / "bucket=2x32x32/part.parquet")
+    rows = before.slice(1, 5).to_pylist()
+    for i, row in enumerate(rows):
+        row |= {"sample_id": f"new{i}", "source": f"new{i}.mp4"}
+        row["latents"] = random.standard_normal((1, 2, 4, 4, 4)).astype(np.float16).tobytes()
+    pq.write_table(before.slice(1), place / "part-a.parquet", row_group_size=8)
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema.SHARD_SCHEMA), place / "part-b.parquet", row_group_size=8)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(start, alive: str, tiny_shards: Path, more_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """old: BEFORE steps on the old clips; new: on from there on the new ones; again: new, on from HELD; alone: new and
+    again on one rank each, from the two ranks' checkpoints.
+    """
+    root = tmp_path_factory.mktemp("runs")
+
+    def task(out: str, resume: str | None, step: int, steps: int, **changes) -> dict:
+        from_ = resume and str(checkpoint_at(root / resume, step))
+        shards = {"shards": str(more_shards)} if resume else {}
+        return {"out": str(root / out), "train": SETTINGS | {"steps": steps} | changes, "resume": from_,
+                "init_from": alive, **shards}  # fmt: skip
+
+    two = [task("old", None, 0, BEFORE), task("new", "old", BEFORE, LAST), task("again", "new", HELD, LAST)]
+    for world, tasks in ((2, two), (1, [task("alone", "old", BEFORE, LAST)])):
+        codes, output = start(world, tiny_shards, tasks)()
+        assert not any(codes), "\n".join(output)
+    return root
+
+
+def trained(run: Path) -> dict[int, list[str]]:
+    """Ids by step, of all ranks."""
+    found: dict[int, list[str]] = {}
+    for path in sorted((run / "trained").glob("*.jsonl")):
+        for line in map(json.loads, path.read_text().splitlines()):
+            found.setdefault(line["step"], []).extend(line["sample_ids"])
+    return found
+
+
+@pytest.mark.parametrize("name", ["new", "alone"])
+def test_every_epoch_after_new_data_takes_every_clip_once(runs: Path, name: str):
+    taken = trained(runs / name)
+    assert sorted(taken) == list(range(BEFORE + 1, LAST + 1))
+    epochs = [Counter(id for step in range(first, first + EPOCH) for id in taken[step])
+              for first in (BEFORE + 1, BEFORE + 1 + EPOCH)]  # fmt: skip
+    ids = {f"{i:04x}" for i in range(1, OLD)} | {f"new{i}" for i in range(5)}
+    assert epochs == [Counter(ids), Counter(ids)]
+    assert [record["epoch"] for record in records(runs / name)] == [1] * EPOCH + [2] * EPOCH
+
+
+def test_a_run_killed_after_new_data_repeats_the_unbroken_one_bit_for_bit(runs: Path):
+    assert losses(runs / "again") == {step: loss for step, loss in losses(runs / "new").items() if step > HELD}
+    for kind in KINDS:
+        assert distance(at_step(runs / "again", LAST, kind), at_step(runs / "new", LAST, kind)) == 0
+    assert {step: ids for step, ids in trained(runs / "new").items() if step > HELD} == trained(runs / "again")
+
+
+def test_new_data_at_another_world_size_is_the_same_training(runs: Path):
+    assert {step: sorted(ids) for step, ids in trained(runs / "alone").items()} == {
+        step: sorted(ids) for step, ids in trained(runs / "new").items()
+    }
+    assert list(losses(runs / "alone").values()) == pytest.approx(list(losses(runs / "new").values()), rel=1e-5)
+
+
+def test_a_checkpoint_says_which_clips_its_order_is_over(runs: Path):
+    old, new = (json.loads((checkpoint_at(runs / name, step) / "state.json").read_text())
+                for name, step in (("old", BEFORE), ("new", LAST)))  # fmt: skip
+    assert (old["data_from"], old["data_epoch"]) == (0, 0)
+    assert (new["data_from"], new["data_epoch"], new["epoch"]) == (BEFORE, 1, 2)
+    assert old["clips"] != new["clips"]
