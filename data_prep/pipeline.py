@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
-import math
 import time
 from collections import Counter
 
@@ -19,11 +19,13 @@ from data_prep.source import Row, read_rows
 from data_prep.standstill import Standstill
 from data_prep.stock import take_stock
 from sora_train.codec.files import TextFiles, VaeFiles, find_text_encoder, find_vae
-from sora_train.errors import RecipeError
-from sora_train.manifest import SCHEMA_VERSION, Counts, LatentFormat, Manifest, TextFacts, VaeFacts
+from sora_train.data.config import small_buckets
+from sora_train.data.shards import ShardSet
+from sora_train.errors import RecipeError, UserError
+from sora_train.manifest import SCHEMA_VERSION, Counts, LatentFormat, Manifest, TextFacts, VaeFacts, commonest_shape
 from sora_train.places import lasting
 from sora_train.recipe import Recipe
-from sora_train.schema import bucket_name, bucket_of, bucket_size
+from sora_train.schema import bucket_name, bucket_of
 
 
 def prep(recipe: Recipe) -> Manifest:
@@ -55,6 +57,10 @@ def prep(recipe: Recipe) -> Manifest:
     print(f"prep: {outcome.summary()} in {time.monotonic() - started:.0f} s; shards in {data.output}", flush=True)
     for name in (name for name, count in manifest.buckets.items() if not count):
         print(f"prep: no clip fills the bucket {name}; `sora prep RECIPE --plan` says why", flush=True)
+    with contextlib.suppress(UserError):  # all clips are held out, which training says
+        left = ShardSet(data.output, data.holdout_fraction).rows
+        for said in small_buckets(left, recipe.train.batch_size):
+            print(f"prep: warning: {said}", flush=True)
     return manifest
 
 
@@ -180,7 +186,7 @@ def describe(recipe: Recipe, vae: VaeFiles, text: TextFiles, key: str, empty: by
             f"the counts of {recipe.data.output} don't add up: {counts}, {len(twice)} shards repeat clips"
         )
     found = Counter(bucket_of(clip.shard) for clip in clips.values())
-    frames, height, width = max(map(bucket_size, found), key=math.prod)
+    frames, height, width = commonest_shape(found) or recipe.data.shapes[0]
     return Manifest(
         encoding_hash=key,
         vae=vae_facts(recipe, vae),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,18 @@ def latent_shape(
 ) -> tuple[int, int, int, int]:
     """Axes `f c h w` of the latents of so many frames of so many pixels."""
     return 1 + (frames - 1) // time_factor, channels, height // factor, width // factor
+
+
+def commonest_shape(buckets: dict[str, int]) -> tuple[int, int, int] | None:
+    """Frames, height and width of the bucket with the most clips; None if none holds a clip.
+
+    Buckets of videos come before those of images, and of equals the largest counts.
+    """
+    shapes = [(*map(int, name.split("x")), rows) for name, rows in buckets.items() if rows]
+    if not shapes:
+        return None
+    f, h, w, _ = max(shapes, key=lambda shape: (shape[0] > 1, shape[3], math.prod(shape[:3])))
+    return f, h, w
 
 
 class VaeFacts(Section):
@@ -80,7 +93,7 @@ class Manifest(Section):
     fps: float
     height: int
     width: int
-    """The shape that samples take by default: that of the largest bucket that holds clips."""
+    """The shape that samples take by default: `commonest_shape` of the buckets."""
     buckets: dict[str, int]
     """Rows of each bucket, those that the recipe asks for and that are empty too."""
     held_out: dict[str, int] = {}
@@ -107,7 +120,10 @@ class Manifest(Section):
         if content is None:
             raise UserError(f"no manifest.json in {folder}: encode the clips first with `sora prep RECIPE`")
         try:
-            return cls.model_validate_json(content)
+            found = cls.model_validate_json(content)
+            # Manifests of before named the largest shape.
+            shape = commonest_shape(found.buckets) or (found.frames, found.height, found.width)
+            return found.model_copy(update=dict(zip(("frames", "height", "width"), shape, strict=True)))
         except ValueError as error:
             if f'"schema_version":{SCHEMA_VERSION},' in content.decode(errors="replace").replace(" ", ""):
                 raise UserError(f"{folder}/manifest.json can't be read: {error}") from error

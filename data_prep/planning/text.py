@@ -5,7 +5,7 @@ from __future__ import annotations
 from data_prep.planning.reckon import BucketPlan, Dropped, Plan
 from data_prep.reasons import UNDECODABLE
 from data_prep.workers import cores
-from sora_train.data.config import DataConfig
+from sora_train.data.config import DataConfig, small_buckets
 from sora_train.errors import RecipeError, UserError
 from sora_train.places import in_bytes
 from sora_train.schema import bucket_name, bucket_size
@@ -84,6 +84,8 @@ def format_plan(plan: Plan) -> str:
     lines += ["", f"not known from headers: damaged frames{''.join(f', {key}' for key in plan.unknown)}"]
     if plan.steps:
         lines += training(plan)
+    left = {bucket.name: bucket.clips - bucket.held_out for bucket in plan.buckets}
+    lines += [f"WARNING: {said}" for said in small_buckets(left, plan.batch_size)]
     return "\n".join([*lines, *disk(plan), *work(plan)])
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from sora_train.codec import DTYPES, CodecConfig
 from sora_train.codec.files import VaeFiles, find_vae, readable
 from sora_train.codec.memory import give_back, is_out_of_memory
+from sora_train.errors import UserError
 
 PIXELS_AT_ONCE = 2**20  # 4 frames of 512 x 512: about 2 GB of activations with the Stable Diffusion VAE in float32
 PIXELS_AT_ONCE_CPU = 2**17  # activations of the small VAEs then stay in the cache: 1.7 times as fast as 2**19
@@ -143,6 +144,10 @@ class Vae:
         options = {"num_frames": len(z)} if kind == "AutoencoderKLTemporalDecoder" else {}
         made = self.model.decode(z, **options).sample.float()
         made = made[:, :, : self._frames(count)] if self.time_factor > 1 else made
+        if not made.isfinite().all():  # as uint8 it would be black
+            raise UserError(
+                f"the VAE {self.files.place} makes pixels that are not finite of these latents, in {self.model.dtype}"
+            )
         return ((made.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
     def _format(self, x: Tensor) -> torch.memory_format:

@@ -6,7 +6,7 @@ Imports neither torch nor Ray: the processes that decode read these too.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
@@ -92,6 +92,17 @@ def misfit(image_ratio: float | None, shapes: Iterable[tuple[int, int, int]]) ->
     wanted = "of videos and of pictures (one frame)" if image_ratio else "of videos"
     names = ", ".join(f"{frames}x{height}x{width}" for frames, height, width in shapes)
     return f"data.image_ratio {image_ratio:g} needs buckets {wanted}; there is only {names}: add some, or leave it out"
+
+
+def small_buckets(clips: Mapping[str, int], batch_size: int) -> list[str]:
+    """A warning for every bucket that has fewer clips to train on than a batch takes."""
+    return [
+        f"the bucket {name} has {count} clips to train on, fewer than train.batch_size {batch_size}: each of its steps "
+        "takes all of them, and they come more often to be learned by heart. Add clips of this shape, remove it from "
+        "data.buckets, or lower train.batch_size"
+        for name, count in clips.items()
+        if 0 < count < batch_size
+    ]
 
 
 class SelectionConfig(Section):

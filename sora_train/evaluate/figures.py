@@ -22,8 +22,9 @@ from sora_train.data.collate import draw
 from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
 from sora_train.evaluate.fvd import ENOUGH_CLIPS, frechet_distance
-from sora_train.evaluate.heldout import SEED, Place, batches, choose, held_out_loss
+from sora_train.evaluate.heldout import SEED, Place, batches, held_out_loss
 from sora_train.evaluate.i3d import I3D, I3D_FRAMES, features, load_i3d
+from sora_train.evaluate.kept import choose_again
 from sora_train.evaluate.similarity import load_clip, similarity
 from sora_train.generate import Run, generate_each
 from sora_train.manifest import Manifest
@@ -59,8 +60,12 @@ def measure(
     """
     tell = progress or (lambda what, done, of: None)
     parts: list[tuple[str, Callable[[], Figures]]] = []
+
+    def held_out() -> Figures:
+        return _held_out(run, ask, str(shards_folder), partial(tell, "held-out loss"), remark)
+
     if ask.holdout_clips:
-        parts.append(("held-out loss", lambda: _held_out(run, ask, str(shards_folder), partial(tell, "held-out loss"))))
+        parts.append(("held-out loss", held_out))
     if ask.clip:
         parts.append(("similarity", lambda: _similarity(run, ask, videos, tell)))
     if ask.fvd:
@@ -92,11 +97,13 @@ def open_held_out(run: Run, folder: str) -> ShardSet:
     return ShardSet(folder, run.recipe.data.holdout_fraction, "holdout")
 
 
-def _held_out(run: Run, ask: ValidationConfig, folder: str, progress: Callable[[int, int], None]) -> Figures:
+def _held_out(
+    run: Run, ask: ValidationConfig, folder: str, progress: Callable[[int, int], None], remark: Callable[[str], None]
+) -> Figures:
     shards = open_held_out(run, folder)
     # Pictures that training left out would be measured for nothing.
     names = tuple(name for name in shards.rows if bucket_size(name)[0] > 1 or run.recipe.data.image_ratio != 0)
-    places = choose(shards, ask.holdout_clips, names)
+    places = choose_again(run, shards, ask.holdout_clips, names, "held-out loss", remark)
     if not places:
         raise UserError("only pictures were held out, and data.image_ratio 0 leaves them out of training")
     loss = held_out_loss(run.model, run.objective, shards, places, run.device, progress=progress)
@@ -125,7 +132,7 @@ def _fvd(run: Run, ask: ValidationConfig, folder: str, tell: Progress, remark: C
     check_frames(run)
     bucket = bucket_name(manifest.frames, manifest.height, manifest.width)  # what samples look like
     shards = open_held_out(run, folder)
-    places = choose(shards, ask.fvd_clips, (bucket,))
+    places = choose_again(run, shards, ask.fvd_clips, (bucket,), f"FVD of {bucket}", remark)
     if len(places) < 2:
         raise UserError(
             f"{len(places)} of the held-out clips are of {bucket}, the shape of samples; two at least are needed"

@@ -34,16 +34,17 @@ class Place(NamedTuple):
 
 
 def choose(shards: ShardSet, count: int, buckets: tuple[str, ...] | None = None) -> list[Place]:
-    """At most `count` clips of a split (of these buckets), those whose ids hash lowest: more shards change few of them.
+    """The first `count` clips of a split by `ranked`, in the order of the shards: neighbours are read together."""
+    return sorted(ranked(shards, buckets)[:count], key=lambda place: (place.bucket, place.row))
 
-    In the order of the shards, so that neighbours are read together.
-    """
+
+def ranked(shards: ShardSet, buckets: tuple[str, ...] | None = None) -> list[Place]:
+    """All clips of a split (of these buckets) by a hash of their ids: more shards change few of the first."""
     names = [name for name in shards.rows if buckets is None or name in buckets]
     everything = [
         Place(name, row, sample_id) for name in names for row, sample_id in enumerate(shards.all_sample_ids(name))
     ]
-    chosen = sorted(everything, key=lambda place: stable_hash("chosen", place.sample_id))[:count]
-    return sorted(chosen, key=lambda place: (place.bucket, place.row))
+    return sorted(everything, key=lambda place: stable_hash("chosen", place.sample_id))
 
 
 def held_out_loss(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sora_train.diffusion.sampler import trailing, usable_steps
 from sora_train.generate.run import EXPORTED, ExportNote, Run
+from sora_train.schema import bucket_size
 from sora_train.video import one_line
 
 PLACEHOLDER = "a short description of a video"
@@ -33,19 +34,35 @@ def about(run: Run, note: ExportNote) -> str:
     learned = "rectified flow" if flow else f"DDPM, predicting {recipe.diffusion.prediction}"
     which = "averaged (EMA)" if note.weights == "ema" else "trained (not averaged)"
     step = f"step {note.step}" if note.step >= 0 else "an unnamed step"
-    buckets = [f"{name} ({rows} clips)" for name, rows in manifest.buckets.items() if rows]
-    shapes = ", ".join(buckets) or f"{manifest.frames}x{manifest.height}x{manifest.width}"
+    trained = trained_on(run)
+    shapes = ", ".join(f"{name} ({rows} clips)" for name, rows in trained.items())
+    shapes = shapes or f"{manifest.frames}x{manifest.height}x{manifest.width}"
     return f"""# {recipe.name}
 
 A text-to-video diffusion transformer of the Latte family ([arXiv 2401.03048](https://arxiv.org/abs/2401.03048)), made
 with sora_train: {count:,} parameters, {blocks}, {learned}.
 These are the {which} weights of {step}.
 
-- **Trained on** {manifest.counts.written} clips, frames x height x width: {shapes}; {manifest.fps:g} frames a second.
-  What they show is for whoever trained it to say.
+- **Trained on** {sum(trained.values()) or manifest.counts.written} clips, frames x height x width: {shapes};
+  {manifest.fps:g} frames a second{held_out(run)}. What they show is for whoever trained it to say.
 - **Licence** unknown: state yours here and in the lines above, with that of the clips, the VAE and the text encoder.
 - `recipe.yaml` has every setting of the training, `manifest.json` how its clips were encoded.
 """
+
+
+def trained_on(run: Run) -> dict[str, int]:
+    """Clips of each bucket that training took: not those held out, nor images that data.image_ratio 0 leaves out."""
+    manifest, ratio = run.manifest, run.recipe.data.image_ratio
+    counts = {name: rows - manifest.held_out.get(name, 0) for name, rows in manifest.buckets.items()}
+    return {name: rows for name, rows in counts.items() if rows and (ratio != 0 or bucket_size(name)[0] > 1)}
+
+
+def held_out(run: Run) -> str:
+    """How many clips training never saw, in words."""
+    if count := sum(run.manifest.held_out.values()):
+        return f"; {count} more were held out"
+    share = run.recipe.data.holdout_fraction  # a run of before its manifest said how many
+    return f"; of these about {share:.0%} were held out" if share else ""
 
 
 def prompt_of(run: Run) -> str:

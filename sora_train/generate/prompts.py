@@ -16,6 +16,8 @@ from sora_train.errors import RecipeError, UserError
 from sora_train.generate.run import Run, load_run
 from sora_train.generate.sample import Progress, generate_each, latent_shape
 from sora_train.generate.write import read_listing, settings_of, write_listing
+from sora_train.manifest import commonest_shape
+from sora_train.schema import bucket_name
 from sora_train.verbs import SampleOptions
 from sora_train.video import contact_sheet, slug, write_gif, write_mp4
 
@@ -58,7 +60,7 @@ def sample_prompts(path: str | Path, ask: SampleOptions) -> list[Path]:
     except OSError as error:
         raise UserError(f"{folder} can't be made ({error.strerror}); name another folder with --out") from None
     pairs = [(prompt, seed) for prompt in prompts for seed in dict.fromkeys(ask.seed)]
-    print(f"sampling {len(pairs)} from {run.checkpoint} on {run.device}", flush=True)
+    print(f"sampling {len(pairs)} of {said_shape(run, shape)} from {run.checkpoint} on {run.device}", flush=True)
     each_prompt, each_seed = zip(*pairs, strict=True)
     written, listing = [], read_listing(folder)
     with shown_progress("sampling") as (progress, say):
@@ -91,6 +93,15 @@ def read_prompts(path: str | Path) -> list[str]:
     if not prompts:
         raise RecipeError(f"--prompts {path} holds no prompt; write one on each line")
     return prompts
+
+
+def said_shape(run: Run, shape: tuple[int, int, int]) -> str:
+    """The shape of the samples in words: of several that the model was trained on it is the commonest, unless asked."""
+    buckets = run.manifest.buckets
+    asked, trained = bucket_name(*shape), [name for name, rows in buckets.items() if rows]
+    if len(trained) < 2 or shape != commonest_shape(buckets):
+        return asked
+    return f"{asked} (the commonest of {', '.join(trained)}; --frames, --height and --width take another)"
 
 
 def warn_of_shape(run: Run, shape: tuple[int, int, int]) -> None:

@@ -87,6 +87,7 @@ def generate_each(
                 generators=generators,
                 progress=report,
             )
+            check_finite(run, latents, prompts[batch])
             videos = vae.decode(vae.denormalise(latents)).numpy()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -97,6 +98,19 @@ def generate_each(
                 "height x width) at once; ask for fewer frames or a smaller size: --frames, --height, --width"
             ) from None
         yield from videos
+
+
+def check_finite(run: Run, latents: Float[Tensor, "b f c h w"], prompts: Sequence[str]) -> None:
+    """UserError where a sample is not finite: it would become a black video."""
+    bad = [prompt for prompt, clip in zip(prompts, latents, strict=True) if not clip.isfinite().all()]
+    if bad:
+        weights = all(bool(parameter.isfinite().all()) for parameter in run.model.parameters())
+        why = "the weights are finite, so the sampler diverged: try other steps, a lower guidance or another sampler"
+        raise UserError(
+            f"the sample of {one_line(bad[0])[:200]!r} from {run.checkpoint} is not finite"
+            + (f" ({len(bad)} of {len(latents)} at once)" if len(bad) > 1 else "")
+            + f"; {why if weights else 'its weights are not finite: use an earlier checkpoint'}"
+        )
 
 
 def latent_shape(run: Run, shape: tuple[int, int, int] | None = None) -> tuple[int, int, int, int]:

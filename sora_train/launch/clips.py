@@ -36,9 +36,9 @@ class Clips:
         pq.write_table(self.table.replace_schema_metadata({"fingerprint": self.fingerprint}), draft, compression="zstd")
         draft.replace(run / CLIPS)
 
-    def held_out(self) -> dict[str, int]:
-        """Held-out clips by bucket."""
-        return dict(Counter(row["bucket"] for row in self._of(held_out=True)))
+    def counts(self, held_out: bool) -> dict[str, int]:
+        """Clips of a split by bucket."""
+        return dict(Counter(row["bucket"] for row in self._of(held_out)))
 
     def sources(self, held_out: bool) -> dict[str, str]:
         """Sources of a split's clips by `sample_id`."""

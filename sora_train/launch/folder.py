@@ -40,6 +40,7 @@ RECORDS = (
     "report.html",
     "failure.txt",
     EMBEDDINGS,
+    "heldout.json",
     RAYS_LIST,
     STOP,
     LEAVE,
@@ -87,9 +88,7 @@ def write_folder(run: Path, recipe: Recipe, manifest: Manifest, clips: Clips) ->
     folder.mkdir(parents=True, exist_ok=True)
     for name in (RAYS_LIST, STOP, LEAVE):
         (run / name).unlink(missing_ok=True)
-    save_recipe(recipe, run / "recipe.yaml")
-    manifest.model_copy(update={"held_out": clips.held_out()}).save(str(run))
-    clips.save(run)
+    describe_run(run, recipe, manifest, clips)
     note_lost_driver(run)
     (run / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
     set_aside(run)
@@ -98,6 +97,14 @@ def write_folder(run: Path, recipe: Recipe, manifest: Manifest, clips: Clips) ->
     for step in outstanding.steps():
         outstanding.mark(step, "lost")
     Home(run).cut_back(last)
+
+
+def describe_run(run: Path, recipe: Recipe, manifest: Manifest, clips: Clips) -> None:
+    """Writes what a run is made of: its recipe, how its clips were encoded, and which they are."""
+    run.mkdir(parents=True, exist_ok=True)
+    save_recipe(recipe, run / "recipe.yaml")
+    manifest.model_copy(update={"held_out": clips.counts(held_out=True)}).save(str(run))
+    clips.save(run)
 
 
 def note_lost_driver(run: Path) -> None:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from sora_train.data.config import small_buckets
 from sora_train.errors import Stopped
 from sora_train.launch.changes import changes
 from sora_train.launch.checks import (
@@ -85,6 +86,8 @@ def launch_training(
         for remark in remarks(recipe, manifest):
             print(f"warning: model.init_from: {remark}", file=sys.stderr, flush=True)
     check_figures(recipe)
+    for said in small_buckets(clips.counts(held_out=False), recipe.train.batch_size):
+        print(f"warning: {said}", file=sys.stderr, flush=True)
     warn_of_short_stops()
     print("starting Ray", flush=True)
     need = resources(recipe, gpu=False, most=True)

@@ -12,6 +12,8 @@ from typing import Annotated
 from pydantic import Field, PositiveFloat
 
 from sora_train.codec.files import find_vae
+from sora_train.data.config import small_buckets
+from sora_train.data.shards import ShardSet
 from sora_train.errors import RecipeError, UserError
 from sora_train.manifest import Manifest, latent_shape
 from sora_train.model.flops import forward_flops
@@ -74,6 +76,15 @@ def facts_of(recipe: Recipe) -> Facts:
     return Facts(buckets, clips, source)
 
 
+def too_few_clips(recipe: Recipe) -> list[str]:
+    """Warnings of buckets that do not fill a batch; none where there are no shards yet."""
+    try:
+        shards = ShardSet(recipe.data.output, recipe.data.holdout_fraction)
+    except UserError:  # training says what is wrong with them
+        return []
+    return small_buckets(shards.rows, recipe.train.batch_size)
+
+
 def latents_of(recipe: Recipe) -> tuple[Callable[[int, int, int], tuple[int, int, int, int]], str]:
     """The shape of latents by frames, height and width of a clip, and where it is known from. Fetches nothing."""
     name = recipe.codec.vae
@@ -111,6 +122,7 @@ def format_plan(recipe: Recipe, options: PlanOptions) -> str:
         "",
         verdict(recipe, own, sizes, room, memory),
         *cost(recipe, facts, options),
+        *(f"WARNING: {said}" for said in too_few_clips(recipe)),
     ]
     return "\n".join(lines)
 
