@@ -47,8 +47,8 @@ MORE = {
     "settings, or of a prompt that differs only in case or punctuation, it gets another name (-2, -3, …). samples.json "
     "says what made each.",
     "export": "OUT is a new folder. `LattePipeline.from_pretrained(OUT)` reads it, as its README.md shows, and so do "
-    "`sora sample OUT` and `model.init_from: OUT`. A pipeline holds factorised models of DDPM that predict epsilon; "
-    "--weights_only holds any.",
+    "`sora sample OUT` and `model.init_from: OUT`. A pipeline holds factorised models of DDPM that predict epsilon "
+    "and have nothing that diffusers' Latte lacks: what is in the way is named, all at once; --weights_only holds any.",
     "eval": "Compares with the clips that data.holdout_fraction kept from training. Prints a table, or JSON with "
     "--json, and writes eval.json. Of the quickstart's clips the judge also says how many samples show their captions.",
 }

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sora_train.codec.text import load_text_encoder
 from sora_train.codec.vae import load_vae
@@ -210,3 +211,26 @@ def test_weights_and_codecs_of_another_run_are_refused(made_run, tmp_path):
 def test_sampling_needs_neither_ray_nor_deepspeed():
     code = "import sys, sora_train.generate; assert not {'ray', 'deepspeed'} & set(sys.modules), 'imported'"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_sample_that_is_not_finite_is_an_error_and_no_black_video(made_run, tmp_path):
+    broken = tmp_path / "run"
+    shutil.copytree(made_run, broken)
+    file = broken / "checkpoints/step_00000020/ema.safetensors"
+    weights = load_file(file)
+    weights["patch_out.bias"][0] = float("nan")
+    save_file(weights, file)
+    with pytest.raises(UserError, match=r"sample of 'a red circle' from .* is not finite; its weights are not"):
+        sample_prompts(broken, SampleOptions(prompt=("a red circle",), format=("png",)))
+    assert not list((broken / "samples/prompts").glob("*.png"))
+
+
+def test_of_several_shapes_samples_take_the_commonest_and_say_so(made_run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(made_run, folder)
+    buckets = {"3x32x32": 2, "3x16x16": 5, "1x16x32": 9, "3x64x64": 0}
+    manifest = Manifest.load(str(folder)).model_copy(update={"buckets": buckets, "height": 32, "width": 32})
+    manifest.save(str(folder))  # as a version of before saved it, with the largest shape
+    (file,) = sample_prompts(folder, SampleOptions(prompt=("a",), format=("mp4",)))
+    assert read_mp4(file).shape == (3, 16, 16, 3)
+    assert "1 of 3x16x16 (the commonest of 3x32x32, 3x16x16, 1x16x32; --frames" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from sora_train.codec.files import find_text_encoder, find_vae
 from sora_train.errors import UserError
 from sora_train.export.card import write_card
-from sora_train.export.pipeline import refusal, write_pipeline
+from sora_train.export.pipeline import refusals, write_pipeline
 from sora_train.generate.run import (
     EXPORT_FORMAT,
     EXPORTED,
@@ -39,10 +39,10 @@ def export(path: str | Path, out: str | Path, weights_only: bool = False, weight
     out = Path(out).expanduser()
     check_free(out)
     run = load_run(path, device="cpu", weights=weights)
-    if not weights_only and (reason := refusal(run)):
+    if not weights_only and (reasons := refusals(run.recipe, run.manifest)):
         raise UserError(
-            f"{run.folder} can't become a LattePipeline: {reason}. --weights_only writes its weights and recipe, which "
-            "`sora sample` reads"
+            f"{run.folder} can't become a LattePipeline: {'; '.join(reasons)}. --weights_only writes "
+            "its weights and recipe, which `sora sample` reads"
         )
     with_draft(out, lambda draft: write_weights(run, draft) if weights_only else write_whole_pipeline(run, draft))
     print(f"{out}: the {run.weights} weights of {run.checkpoint}; its README.md says how to use it", flush=True)

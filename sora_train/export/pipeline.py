@@ -14,38 +14,41 @@ from sora_train.codec.vae import load_vae
 from sora_train.diffusion.sampler import make_solver
 from sora_train.export.fold import fold
 from sora_train.generate.run import Run
+from sora_train.manifest import Manifest
 from sora_train.model.convert import FULL_LATTE, to_diffusers
+from sora_train.recipe import Recipe
 
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json")
 
 
-def refusal(run: Run) -> str:
-    """Why a LattePipeline can't hold a run, naming the keys; empty if it can."""
-    recipe, manifest = run.recipe, run.manifest
-    for key, value in FULL_LATTE.items():
-        if (found := getattr(recipe.model, key)) != value:
-            return f"model.{key} is {found}, and diffusers' Latte has only {value}"
-    frames = latent_frames(run)
+def refusals(recipe: Recipe, manifest: Manifest) -> list[str]:
+    """All reasons why a LattePipeline can't hold a run, with the keys and the values it takes; [] if it can."""
+    found = [
+        f"model.{key} is {have}, and diffusers' Latte has only {value}"
+        for key, value in FULL_LATTE.items()
+        if (have := getattr(recipe.model, key)) != value
+    ]
+    frames = latent_frames(manifest)
     if recipe.model.sample_frames not in (0, frames):
-        return f"model.sample_frames is {recipe.model.sample_frames}, and diffusers' Latte counts 0 to {frames - 1}"
+        found.append(f"model.sample_frames is {recipe.model.sample_frames}, and diffusers' Latte takes 0 or {frames}")
     if recipe.diffusion.kind != "ddpm":
-        return f"diffusion.kind is {recipe.diffusion.kind}, and its scheduler takes steps of DDPM alone"
-    if recipe.diffusion.prediction != "epsilon":
-        return f"diffusion.prediction is {recipe.diffusion.prediction}, and released Lattes predict epsilon"
-    if manifest.vae.time_factor != 1:
-        return f"the VAE makes {manifest.vae.time_factor} frames one, and the pipeline decodes frame by frame"
+        found.append(f"diffusion.kind is {recipe.diffusion.kind}, and its scheduler takes steps of ddpm alone")
+    elif recipe.diffusion.prediction != "epsilon":
+        found.append(f"diffusion.prediction is {recipe.diffusion.prediction}, and released Lattes predict epsilon")
     files = find_vae(recipe.codec.vae, recipe.codec.models)
-    if files.kind != "AutoencoderKL" and not is_scalar(files):
-        return (
+    if manifest.vae.time_factor != 1:
+        found.append(f"the VAE makes {manifest.vae.time_factor} frames one, and the pipeline decodes frame by frame")
+    elif files.kind != "AutoencoderKL" and not is_scalar(files):
+        found.append(
             f"latents are normalised per channel (mean {list(files.mean)}, std {list(files.std)}), and an {files.kind} "
             "has no 1 x 1 convolutions that could take that up"
         )
-    return ""
+    return found
 
 
-def latent_frames(run: Run) -> int:
-    """Latent frames of the clips that the run was trained on, the longest of them where there are several."""
-    return run.manifest.vae.latent_shape(run.manifest.frames, run.manifest.height, run.manifest.width)[0]
+def latent_frames(manifest: Manifest) -> int:
+    """Latent frames of the clips that samples look like: those of the commonest shape."""
+    return manifest.vae.latent_shape(manifest.frames, manifest.height, manifest.width)[0]
 
 
 def is_scalar(files: VaeFiles) -> bool:
@@ -54,10 +57,10 @@ def is_scalar(files: VaeFiles) -> bool:
 
 
 def write_pipeline(run: Run, folder: Path) -> None:
-    """Transformer, VAE, text encoder, tokenizer, scheduler and model_index.json, of a run without `refusal`."""
+    """Transformer, VAE, text encoder, tokenizer, scheduler and model_index.json, of a run without `refusals`."""
     import diffusers
 
-    to_diffusers(run.model, folder / "transformer", latent_frames(run), pad_variance=True)
+    to_diffusers(run.model, folder / "transformer", latent_frames(run.manifest), pad_variance=True)
     kind = write_vae(run, folder / "vae")
     tokenizer = write_text_encoder(run, folder)
     make_solver(run.objective, order=1).save_pretrained(folder / "scheduler")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sora_train.data.config import small_buckets
-from sora_train.errors import Stopped
+from sora_train.errors import Stopped, UserError
 from sora_train.launch.changes import changes
 from sora_train.launch.checks import (
     absolute,
@@ -45,6 +45,7 @@ from sora_train.launch.preflight import check_disk, check_quickly
 from sora_train.launch.sigterm import Sigterm, shelter_wandb, warn_of_short_stops
 from sora_train.launch.start import check_start, find_start, remarks, starting_at
 from sora_train.launch.validation import Outstanding, report, supervise
+from sora_train.manifest import Manifest
 from sora_train.recipe import Recipe, load_recipe, save_recipe
 from sora_train.train import checkpoint
 from sora_train.train.home import LEAVE
@@ -88,6 +89,7 @@ def launch_training(
     check_figures(recipe)
     for said in small_buckets(clips.counts(held_out=False), recipe.train.batch_size):
         print(f"warning: {said}", file=sys.stderr, flush=True)
+    print(exportable(recipe, manifest), flush=True)
     warn_of_short_stops()
     print("starting Ray", flush=True)
     need = resources(recipe, gpu=False, most=True)
@@ -145,6 +147,19 @@ def going_on(run: Path, recipe: Recipe, at: int, clips: Clips, new_data: bool) -
     for event, reason in happened:
         print(f"{event.replace('_', ' ')} at step {at}: {reason}", flush=True)
     return happened
+
+
+def exportable(recipe: Recipe, manifest: Manifest) -> str:
+    """Whether `sora export` will make a pipeline of the run, in a line; the reasons if not."""
+    from sora_train.export.pipeline import refusals
+
+    try:
+        reasons = refusals(recipe, manifest)
+    except UserError as error:  # the VAE is not within reach
+        reasons = [str(error)]
+    if not reasons:
+        return "`sora export` will be able to write this run as a LattePipeline of diffusers"
+    return f"`sora export` will write this run with --weights_only, not as a LattePipeline: {'; '.join(reasons)}"
 
 
 def settle(recipe: Recipe, own: bool) -> None:

@@ -39,6 +39,7 @@ class Marks:
     resumed: Sequence[int | float] = field(default=())
     rolled_back: Sequence[int | float] = field(default=())
     skipped: Sequence[int | float] = field(default=())
+    changed: Sequence[int | float] = field(default=())
 
 
 def draw(
@@ -142,11 +143,12 @@ class Colours:
 
 
 def mark(axes, marks: Marks, colours: Colours) -> None:
-    """Upright lines where a run went on or went back, with a triangle each, and ticks where steps were skipped."""
+    """Upright lines where a run went on, went back or was changed, and ticks where steps were skipped."""
     high = axes.get_xaxis_transform()  # x in steps, y from 0 to 1
     for steps, colour, shape, dashes in (
         (marks.resumed, "resumed", "v", (0, (3, 3))),
         (marks.rolled_back, "rolled-back", "X", (0, (1, 2))),
+        (marks.changed, "changed", "D", (0, (5, 2))),
     ):
         for step in spread(steps):
             axes.axvline(step, color=colours.of(colour), linewidth=0.9, linestyle=dashes, zorder=1)

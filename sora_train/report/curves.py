@@ -138,15 +138,13 @@ def legend_of(lines: Sequence[Line]) -> list[tuple[str, str]]:
 
 
 def marks_of(run: RunRecord) -> Marks:
-    """Where a run went on, went back, and skipped steps, after its events."""
+    """Where a run went on, went back, skipped steps, and got other settings or other clips, after its events."""
 
-    def steps(what: str) -> list[float]:
-        found = (event.get("step") for event in run.events if event.get("event") == what)
-        return [float(step) for step in found if is_number(step)]
+    def steps(*kinds: str) -> list[float]:
+        found = (event.get("step") for event in run.events if event.get("event") in kinds)
+        return [float(step) for step in found if is_number(step) and 0 <= step <= last_step([run])]
 
-    return Marks(
-        *([step for step in steps(what) if 0 <= step <= last_step([run])] for what in ("resume", "rollback", "skipped"))
-    )
+    return Marks(steps("resume"), steps("rollback"), steps("skipped"), steps("changed", "new_data"))
 
 
 def mark_legend(marks: Marks) -> list[tuple[str, str]]:
@@ -155,8 +153,14 @@ def mark_legend(marks: Marks) -> list[tuple[str, str]]:
         ("resumed", "▼", marks.resumed),
         ("rolled-back", "✖", marks.rolled_back),
         ("skipped", "❘", marks.skipped),
+        ("changed", "◆", marks.changed),
     )
-    words = {"resumed": "resumed", "rolled-back": "rolled back", "skipped": "steps skipped"}
+    words = {
+        "resumed": "resumed",
+        "rolled-back": "rolled back",
+        "skipped": "steps skipped",
+        "changed": "settings or clips changed",
+    }
     return [(f"{sign} {words[kind]}, {len(steps)}×", f"var(--{kind})") for kind, sign, steps in kinds if spread(steps)]
 
 

@@ -23,6 +23,7 @@ TROUBLE = {
     "interrupted": "interrupted",
     "preempted": "asked to stop",
     "changed": "settings changed",
+    "new_data": "clips came or went",
 }
 GRAVE = {"failed", "damaged", "rollback", "worker_lost", "driver_lost"}
 CALM = {"start", "resume", "checkpoint", "validation_done", "left_out", "end"}

@@ -69,7 +69,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """Prompts × steps: `rows` are prompts with a cell for every run, `steps` are where the slider stops."""
+    """Prompts × steps: `rows` are prompts with a cell for every run that has videos of it, `steps` are where the slider
+    stops.
+    """
 
     steps: list[int]
     rows: list[tuple[str, list[Cell]]]
@@ -79,7 +81,8 @@ class Grid:
 def make_grid(runs: Sequence[RunRecord], shelf: Shelf) -> Grid:
     """The validations of all runs. Prompts are in the order of the newest; one that has gone from it comes after.
 
-    Several runs may have validated at different steps: each shows the newest that it has at the slider's step.
+    Several runs may have validated at different steps: each shows the newest that it has at the slider's step. Prompts
+    that more runs have come first.
     """
     numbers: dict[Key, dict[tuple[int, int], int]] = {}
     shown = [(one.step, i, one) for i, run in enumerate(runs) for one in run.samples if one.step is not None]
@@ -94,8 +97,10 @@ def make_grid(runs: Sequence[RunRecord], shelf: Shelf) -> Grid:
         for i in range(len(runs)):
             there = [step if (i, step) in videos else None for step in steps]
             there = fill(there) if len(runs) > 1 else there
-            cells.append(Cell(i, [None if step is None else videos[i, step] for step in there], there))
+            if len(runs) == 1 or any(step is not None for step in there):  # a run with other prompts has no empty tile
+                cells.append(Cell(i, [None if step is None else videos[i, step] for step in there], there))
         rows.append((prompt + (f" (seed {seed})" if seeds[prompt] > 1 else ""), cells))
+    rows.sort(key=lambda row: -len(row[1]))
     return Grid(steps, rows, sum(map(len, numbers.values())))
 
 

@@ -1,5 +1,7 @@
 """The held-out loss is what one computes by hand, on clips that training never sees, however they are batched."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,8 @@ from sora_train.data.order import batch
 from sora_train.data.shards import ShardSet
 from sora_train.diffusion import DiffusionConfig, make_objective
 from sora_train.evaluate.figures import open_held_out
-from sora_train.evaluate.heldout import BINS, choose, held_out_loss, time_in
+from sora_train.evaluate.heldout import BINS, choose, held_out_loss, ranked, time_in
+from sora_train.evaluate.kept import choose_again
 from sora_train.generate import Run
 
 
@@ -128,3 +131,35 @@ def test_fewer_clips_are_a_part_of_more_and_each_is_where_its_id_says(shards: Sh
     assert all(place.bucket == "1x16x16" for place in choose(shards, 100, ("1x16x16",)))
     for place in everything:
         assert shards.read(place.bucket, [place.row]).sample_ids == [place.sample_id]
+
+
+def test_added_clips_leave_the_measured_set_as_it_is_and_removed_ones_are_said(run: Run, shards: ShardSet, tmp_path):
+    said: list[str] = []
+    mine = replace(run, folder=tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+
+    def chosen(of: ShardSet | Subset, count: int) -> set[str]:
+        return {place.sample_id for place in choose_again(mine, of, count, None, "held-out loss", said.append)}
+
+    everything = [place.sample_id for place in ranked(shards)]
+    later = Subset(shards, everything[3:])  # the first by hash come into the shards later
+    before = chosen(later, 4)
+    assert before == set(everything[3:7])
+    assert chosen(shards, 4) == before
+    assert chosen(shards, 2) < before < chosen(shards, 6)
+    assert not said
+    after = chosen(Subset(shards, [name for name in everything if name != everything[3]]), 4)
+    assert len(after & before) == 3
+    assert len(after) == 4
+    assert "1 of the 4 clips that it was measured on are no longer held out" in said[0]
+
+
+class Subset:
+    """A split without some of its clips."""
+
+    def __init__(self, shards: ShardSet, ids: list[str]):
+        self.folder, self.ids, self.shards = shards.folder, set(ids), shards
+        self.rows = shards.rows
+
+    def all_sample_ids(self, bucket: str) -> list[str]:
+        return [name for name in self.shards.all_sample_ids(bucket) if name in self.ids]

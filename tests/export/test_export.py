@@ -20,6 +20,7 @@ from sora_train.export import export
 from sora_train.export.fold import fold
 from sora_train.generate import embed, generate, load_run, sample_prompts
 from sora_train.generate.sample import latent_shape
+from sora_train.manifest import Manifest
 from sora_train.model import ModelConfig
 from sora_train.model.convert import from_diffusers
 from sora_train.train import checkpoint
@@ -264,6 +265,24 @@ def test_what_a_pipeline_cannot_hold_is_refused_with_the_reason_and_leaves_as_we
     assert not list(tmp_path.iterdir())
     export(folder, tmp_path / "out", weights_only=True)
     assert bits(load_run(tmp_path / "out", "cpu")) == bits(load_run(folder, "cpu"))
+
+
+def test_all_that_is_in_the_way_of_a_pipeline_is_named_at_once(run_of, tmp_path):
+    model = dataclasses.replace(MODEL, text_in="every", frame_positions="input", pooled_text=True, sample_frames=16)
+    with pytest.raises(UserError) as refused:
+        export(run_of(model, DiffusionConfig()), tmp_path / "out")
+    keys = ("model.text_in", "model.frame_positions", "model.pooled_text", "model.sample_frames", "diffusion.kind")
+    assert all(f"{key} is " in str(refused.value) for key in keys)
+
+
+def test_the_card_does_not_count_held_out_clips_as_trained_on(run_of, tmp_path):
+    folder = run_of(MODEL)
+    manifest = Manifest.load(str(folder))
+    manifest.model_copy(update={"held_out": {"3x32x48": 2}}).save(str(folder))
+    export(folder, tmp_path / "out", weights_only=True)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "**Trained on** 5 clips, frames x height x width: 3x32x48 (5 clips)" in card
+    assert "2 more were held out" in card
 
 
 def test_nothing_is_ever_written_over(exported, tmp_path):

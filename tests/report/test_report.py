@@ -373,6 +373,23 @@ def test_of_several_runs_each_shows_the_newest_video_that_it_has_at_the_sliders_
     assert b.numbers[0] is None
 
 
+def test_runs_with_other_prompts_show_what_there_is(tmp_path):
+    one, two = make_run(tmp_path / "one", "a red circle"), make_run(tmp_path / "two", "a blue square")
+    seen = Page(write_report(one, two, out=tmp_path / "both.html"))
+    assert len(seen.shown) == 2  # one tile for each prompt
+    assert all("-" not in numbers for numbers in seen.shown)
+
+
+def test_changed_settings_and_new_clips_are_marked(tmp_path):
+    folder = make_run(tmp_path / "trial")
+    with (folder / "events.jsonl").open("a") as file:
+        for kind, step in (("changed", 40), ("new_data", 50)):
+            file.write(json.dumps({"event": kind, "step": step, "reason": "train.learning_rate was 1 and is 2"}) + "\n")
+    text = Page(write_report(folder)).text
+    assert "◆ settings or clips changed, 2×" in text
+    assert "clips came or went" in text
+
+
 def test_what_differs_between_runs_is_listed_and_nothing_else(tmp_path):
     for name, rate in (("a", 1e-3), ("b", 3e-3)):
         synthetic.make_run(tmp_path / name, validations=0, rate=rate, name="same")
