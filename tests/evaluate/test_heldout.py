@@ -138,7 +138,7 @@ def test_added_clips_leave_the_measured_set_as_it_is_and_removed_ones_are_said(r
     mine = replace(run, folder=tmp_path)
     (tmp_path / "checkpoints").mkdir()
 
-    def chosen(of: ShardSet | Subset, count: int) -> set[str]:
+    def chosen(of: ShardSet, count: int) -> set[str]:
         return {place.sample_id for place in choose_again(mine, of, count, None, "held-out loss", said.append)}
 
     everything = [place.sample_id for place in ranked(shards)]
@@ -154,12 +154,12 @@ def test_added_clips_leave_the_measured_set_as_it_is_and_removed_ones_are_said(r
     assert "1 of the 4 clips that it was measured on are no longer held out" in said[0]
 
 
-class Subset:
-    """A split without some of its clips."""
+class Subset(ShardSet):
+    """A held-out split without some of its clips."""
 
     def __init__(self, shards: ShardSet, ids: list[str]):
-        self.folder, self.ids, self.shards = shards.folder, set(ids), shards
-        self.rows = shards.rows
+        super().__init__(shards.folder, shards.holdout_fraction, "holdout")
+        self.ids = set(ids)
 
     def all_sample_ids(self, bucket: str) -> list[str]:
-        return [name for name in self.shards.all_sample_ids(bucket) if name in self.ids]
+        return [name for name in super().all_sample_ids(bucket) if name in self.ids]

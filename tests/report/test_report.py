@@ -375,9 +375,14 @@ def test_of_several_runs_each_shows_the_newest_video_that_it_has_at_the_sliders_
 
 def test_runs_with_other_prompts_show_what_there_is(tmp_path):
     one, two = make_run(tmp_path / "one", "a red circle"), make_run(tmp_path / "two", "a blue square")
-    seen = Page(write_report(one, two, out=tmp_path / "both.html"))
-    assert len(seen.shown) == 2  # one tile for each prompt
-    assert all("-" not in numbers for numbers in seen.shown)
+    grid = make_grid([read_run(run) for run in (one, two)], Shelf(tmp_path / "page.html"))
+    shown = {prompt: [(cell.run, cell.numbers) for cell in cells] for prompt, cells in grid.rows}
+    assert {prompt: [run for run, _ in cells] for prompt, cells in shown.items()} == {
+        "a red circle": [0],
+        "a blue square": [1],
+    }
+    assert all(None not in numbers for cells in shown.values() for _, numbers in cells)
+    assert Page(write_report(one, two, out=tmp_path / "both.html")).text.count("a blue square")
 
 
 def test_changed_settings_and_new_clips_are_marked(tmp_path):
