@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,8 +16,9 @@ from pyarrow import fs
 
 from data_prep.source import row_id
 from sora_train.errors import UserError
+from sora_train.locks import owned
 from sora_train.manifest import Manifest
-from sora_train.places import named, resolve, write_whole
+from sora_train.places import UNFINISHED, named, resolve, write_whole
 from sora_train.schema import ENCODING_KEY, ROW_GROUP, SHARD_SCHEMA, shard_files
 
 SHARD_ROWS = 8 * ROW_GROUP
@@ -96,7 +97,7 @@ def sweep(folder: str) -> None:
     system, path = resolve(folder)
     with named(folder, "swept"):
         for info in system.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=True)):
-            if info.type == fs.FileType.File and info.base_name.startswith(".unfinished-"):
+            if info.type == fs.FileType.File and info.base_name.startswith(UNFINISHED):
                 system.delete_file(info.path)
 
 
@@ -138,19 +139,12 @@ class ShardWriter:
 
 @contextmanager
 def only_one(folder: str) -> Iterator[None]:
-    """Keeps a second run off the same local folder; UserError where another holds it. Ends with the process."""
+    """Keeps a second `sora prep` of any node off a local folder. UserError where another is at work there."""
     system, path = resolve(folder)
     if not isinstance(system, fs.LocalFileSystem):
         yield
         return
-    with named(folder, "written"):
-        system.create_dir(path, recursive=True)
-        lock = open(f"{path}/.lock", "a")  # noqa: SIM115
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"data.output: another `sora prep` is writing to {folder}; wait for its end") from None
+    with owned(Path(path), "sora prep", "give this one another folder (data.output)"):
         yield
 
 

@@ -7,14 +7,16 @@ Amazon's is set by the environment variable AWS_ENDPOINT_URL, which pyarrow read
 from __future__ import annotations
 
 import codecs
+import contextlib
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
@@ -25,6 +27,8 @@ OBJECT_STORES = ("s3", "gcs", "abfs")
 """Filesystems, by pyarrow's names, where an upload is there whole or not at all, and a rename is a copy."""
 JOBS_FOLDER = "working_dir_files"
 """Where Ray unpacks what `ray job submit --working-dir` uploaded."""
+UNFINISHED = ".unfinished-"
+"""How the names of files begin that are being written."""
 GCS_PATIENCE_S = 60  # else a store that can't be reached is tried for a quarter of an hour
 
 
@@ -71,7 +75,13 @@ def named(place: str, what: str, system: fs.FileSystem | None = None) -> Iterato
     except (OSError, pa.ArrowException) as error:
         if system and "://" not in place and not isinstance(system, fs.LocalFileSystem):
             place = f"{system.type_name}://{place}"
-        raise UserError(f"{place} can't be {what}: {' '.join(str(error).split())}{remedy(place)}") from None
+        said = " ".join(str(error).split()).replace(place, without_password(place))
+        raise UserError(f"{without_password(place)} can't be {what}: {said}{remedy(place)}") from None
+
+
+def without_password(place: str) -> str:
+    """A place as messages show it: `user:password@` in front of a host or bucket is left out."""
+    return re.sub(r"^(\w+://)[^/@]*:[^/]*@", r"\1", place)
 
 
 def remedy(place: str) -> str:
@@ -82,11 +92,17 @@ def remedy(place: str) -> str:
         return (
             "; look at the bucket's name, the credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile) "
             "and the network; the environment variable AWS_ENDPOINT_URL, which names another store than Amazon's, is "
-            + (endpoint or "not set")
+            + (_host(endpoint) if endpoint else "not set")
         )
     if scheme in ("gs", "gcs"):
         return "; look at the bucket's name, the credentials (GOOGLE_APPLICATION_CREDENTIALS) and the network"
     return ""
+
+
+def _host(endpoint: str) -> str:
+    """Scheme, host and port of an endpoint: the rest may be a secret."""
+    parts = urlsplit(endpoint if "://" in endpoint else f"//{endpoint}")
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}".removeprefix("://")
 
 
 def read_bytes(system: fs.FileSystem, path: str) -> bytes | None:
@@ -139,18 +155,68 @@ def write_whole(system: fs.FileSystem, path: str, content: bytes) -> None:
                 pool.submit(_write, system, path, content).result()
             return
         folder, _, name = path.rpartition("/")
-        unfinished = f"{folder}/.unfinished-{name}"
         system.create_dir(folder, recursive=True)
-        _write(system, unfinished, content)
         if isinstance(system, fs.LocalFileSystem):
-            with open(unfinished, "rb") as file:
-                os.fsync(file.fileno())
+            with replacing(Path(path)) as draft:
+                draft.write_bytes(content)
+            return
+        unfinished = f"{folder}/{unfinished_name(name)}"
+        _write(system, unfinished, content)
         system.move(unfinished, path)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives the name of a draft to write. After the block it is on the disk under `path`, or removed if that failed.
+
+    Two writers of one file never share a draft. The file's mode is that of any new file of this process (umask), also
+    where a library makes its own file for the owner alone, as safetensors does.
+    """
+    draft = path.with_name(unfinished_name(path.name))
+    try:
+        draft.touch(exist_ok=False)
+        mode = draft.stat().st_mode
+        yield draft
+        _set_mode(draft, mode)
+        with draft.open("rb+") as file:
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def follow_umask(folder: Path) -> None:
+    """Gives all files of a new folder the mode of any new file of this process."""
+    with replacing(folder / "mode") as draft:
+        mode = draft.stat().st_mode
+    (folder / "mode").unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            _set_mode(path, mode)
+
+
+def _set_mode(path: Path, mode: int) -> None:
+    if path.stat().st_mode != mode:
+        with contextlib.suppress(OSError):  # a file system without modes
+            path.chmod(mode & 0o7777)
+
+
+def unfinished_name(name: str) -> str:
+    """A draft's name, unique and recognisable: a killed process leaves it behind."""
+    return f"{UNFINISHED}{uuid.uuid4().hex[:12]}-{name}"[:255]
 
 
 def _write(system: fs.FileSystem, path: str, content: bytes) -> None:
     with system.open_output_stream(path, compression=None) as file:
         file.write(content)
+
+
+def broken_link(path: Path) -> str:
+    """The symbolic link of a path that leads nowhere, in words; an empty string where there is none."""
+    for place in (path, *path.parents):
+        if place.is_symlink() and not os.path.exists(place):
+            return f"{place} is a symbolic link to {os.readlink(place)}, which does not exist"
+    return ""
 
 
 def free_bytes(path: str) -> int:

@@ -28,6 +28,7 @@ from sora_train.evaluate.kept import choose_again
 from sora_train.evaluate.similarity import load_clip, similarity
 from sora_train.generate import Run, generate_each
 from sora_train.manifest import Manifest
+from sora_train.places import replacing
 from sora_train.recipe import ValidationConfig
 from sora_train.schema import bucket_name, bucket_size
 
@@ -231,10 +232,9 @@ def reference(
         pass  # not there yet, or damaged: it is made anew
     found = features(i3d, real_videos(run, shards, places, progress))
     if (run.folder / "checkpoints").is_dir():  # a run of ours, not a folder that somebody exported
-        draft = file.with_name(f".{file.name}.draft")
         try:
-            save_file({"features": found}, draft, {"of": key})
-            draft.replace(file)
+            with replacing(file) as draft:
+                save_file({"features": found}, draft, {"of": key})
         except (OSError, SafetensorError) as error:
             warn(f"{file} can't be written ({error}): the features will be made again next time")
     return found

@@ -25,6 +25,7 @@ from sora_train.generate.run import (
     read_note,
     transformer_hash,
 )
+from sora_train.places import follow_umask
 from sora_train.recipe import save_recipe
 from sora_train.train.weights import write_whole
 
@@ -70,6 +71,7 @@ def with_draft(out: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(draft, ignore_errors=True)  # what a kill left
         draft.mkdir(parents=True)
         write(draft)
+        follow_umask(draft)
         if out.is_dir():
             out.rmdir()  # it is empty; a rename onto it would fail on some systems
         draft.rename(out)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +14,9 @@ from sora_train.errors import UserError
 from sora_train.launch.clips import CLIPS, Clips
 from sora_train.launch.environment import environment
 from sora_train.launch.validation import EMBEDDINGS, Outstanding
+from sora_train.locks import owned
 from sora_train.manifest import Manifest
+from sora_train.places import UNFINISHED, broken_link
 from sora_train.recipe import Recipe, save_recipe
 from sora_train.train import checkpoint
 from sora_train.train.home import LEAVE, Home
@@ -50,6 +49,8 @@ RECORDS = (
 
 def check_writable(run: Path) -> None:
     """UserError where the run's folder can't be made or written. Leaves nothing behind."""
+    if broken := broken_link(run):
+        raise UserError(f"the run's folder {run} can't be written: {broken}. Make that folder, or remove the link")
     above = next(place for place in (run, *run.parents) if place.exists())
     try:
         with tempfile.TemporaryFile(dir=above) as file:
@@ -86,7 +87,8 @@ def write_folder(run: Path, recipe: Recipe, manifest: Manifest, clips: Clips) ->
     """What a run says of itself; leftovers of a run that was cut off are cleared away."""
     folder = run / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (RAYS_LIST, STOP, LEAVE):
+    drafts = (path.name for path in run.glob(f"{UNFINISHED}*"))
+    for name in (RAYS_LIST, STOP, LEAVE, *drafts):
         (run / name).unlink(missing_ok=True)
     describe_run(run, recipe, manifest, clips)
     note_lost_driver(run)
@@ -144,20 +146,8 @@ def check_whole(run: Path) -> None:
 
 @contextmanager
 def only_one(run: Path) -> Iterator[None]:
-    """Keeps a second `sora train` off a run's folder; UserError where another is at work. Ends with the process."""
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / ".lock").open("a+", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise UserError(
-                f"another `sora train` is at work in {run} ({lock.read().strip()}): wait for its end, end it, or give "
-                "this one another name (--name)"
-            ) from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
+    """Keeps a second `sora train` of any node off a run's folder. UserError where another is at work there."""
+    with owned(run, "sora train", "give this one another name (--name)"):
         yield
 
 

@@ -6,7 +6,6 @@ import base64
 import datetime
 import hashlib
 import sys
-import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import resources
@@ -16,6 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from sora_train.errors import UserError
+from sora_train.places import replacing
 from sora_train.report import events as happened
 from sora_train.report.charts import RUNS
 from sora_train.report.curves import chart_groups
@@ -47,14 +47,9 @@ def write_report(*runs: str | Path, out: str | Path | None = None) -> Path:
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     shelf = Shelf(page)
     parts = environment.from_string(asset("page.html")).generate(**contents(records, shelf))
-    draft = page.with_name(f".{page.name}.{uuid.uuid4().hex}.draft")
     try:
-        try:
-            with draft.open("w", encoding="utf-8", errors="replace") as file:
-                file.writelines(parts)
-            draft.replace(page)
-        finally:
-            draft.unlink(missing_ok=True)
+        with replacing(page) as draft, draft.open("w", encoding="utf-8", errors="replace") as file:
+            file.writelines(parts)
     except OSError as error:
         raise UserError(f"{page} can't be written ({error.strerror or error}); name another file with --out") from error
     return page

@@ -14,12 +14,11 @@ a checkpoint carry one token, so that what an interrupted attempt left never fil
 
 import json
 import math
-import os
 import re
 import secrets
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from sora_train.data.order import batch_number
 from sora_train.errors import UserError
+from sora_train.places import replacing
 from sora_train.train.ema import Ema
 from sora_train.train.engine import Engine
 
@@ -242,17 +242,10 @@ def _checksum(about: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(about).encode())
 
 
-def _write(path: Path, write: Any) -> None:
+def _write(path: Path, write: Callable[[Path], object]) -> None:
     """Writes a file through to the disk under another name, and then renames it."""
-    draft = path.with_name(f".{path.name}.draft")
-    try:
+    with replacing(path) as draft:
         write(draft)
-        with draft.open("rb+") as file:
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:

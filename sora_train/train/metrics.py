@@ -5,35 +5,38 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 from sora_train.errors import UserError
+from sora_train.locks import locked
+from sora_train.places import replacing
 
 T = TypeVar("T")
 
 
 class JsonLines:
-    """A file of one JSON object a line; each is on disk before `write` returns. Floats are written in full.
+    """A file of one JSON object a line, to which driver, workers and validations of several nodes may append.
 
-    Writing raises UserError where that fails, such as on a full disk.
+    Each line is on the disk before `write` returns (fsync). Writers exclude each other by a lock file, since appending
+    is not atomic on NFS. Floats are written in full. Writing raises UserError where it fails, such as on a full disk.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def write(self, record: dict[str, Any]) -> None:
-        # One write of a whole line in append mode: driver, worker and validation may write the same file.
-        try:
-            with self.path.open("ab") as file:
-                file.write((json.dumps(record) + "\n").encode())
-        except OSError as error:
-            raise UserError(
-                f"{self.path} can't be written: {error.strerror or error}. Make room there or make it "
-                "writable; then the same command goes on from the last whole checkpoint"
-            ) from error
+        line = (json.dumps(record) + "\n").encode()
+        with self._named(), locked(self.path), self.path.open("a+b") as file:
+            if end := os.fstat(file.fileno()).st_size:
+                file.seek(end - 1)
+                line = line if file.read(1) == b"\n" else b"\n" + line  # a killed writer left half a line
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
 
     def read(self) -> list[dict[str, Any]]:
         """Every whole line; one that a crash cut short is left out."""
@@ -45,15 +48,25 @@ class JsonLines:
         """Takes out lines of later steps than `step`, and what is no record, such as a line that a crash cut short."""
         if not self.path.exists():
             return
-        before = self.path.read_bytes()
-        lines = before.splitlines(keepends=True)
-        after = b"".join(line for line in lines if (record := parse(line)) is not None and record["step"] <= step)
-        if before.startswith(after):
-            os.truncate(self.path, len(after))
-        else:
-            draft = self.path.with_name(f".{self.path.name}.draft")
-            draft.write_bytes(after)
-            draft.replace(self.path)
+        with self._named(), locked(self.path):
+            before = self.path.read_bytes()
+            lines = before.splitlines(keepends=True)
+            after = b"".join(line for line in lines if (record := parse(line)) is not None and record["step"] <= step)
+            if before.startswith(after):
+                os.truncate(self.path, len(after))
+                return
+            with replacing(self.path) as draft:
+                draft.write_bytes(after)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.path} can't be written: {error.strerror or error}. Make room there or make it "
+                "writable; then the same command goes on from the last whole checkpoint"
+            ) from error
 
 
 class Events:
@@ -119,9 +132,8 @@ class Tally:
 
 def write_text_whole(path: Path, text: str) -> None:
     """Replaces a small file of a run; a kill leaves the one before. OSError where it can't be written."""
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
+    with replacing(path) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
 def parse(line: bytes) -> dict[str, Any] | None:

@@ -109,7 +109,7 @@ def test_a_clip_that_two_shards_hold_is_named(tmp_path: Path):
 def test_a_second_run_is_kept_off_the_same_folder(tmp_path: Path):
     with (
         only_one(str(tmp_path)),
-        pytest.raises(UserError, match="another `sora prep` is writing"),
+        pytest.raises(UserError, match="another `sora prep` is at work"),
         only_one(str(tmp_path)),
     ):
         pass

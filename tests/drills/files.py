@@ -122,7 +122,7 @@ def disk_full(stage: Stage) -> Row:
             command = stage.train("disk-full", output=disk)
             code = end(command)
             wrong = refusal(command, code, "can't be written", "Make room") + newest_is(run, HALF + EVERY)
-            drafts = [path.name for path in run.glob("checkpoints/*/.*.draft")]
+            drafts = [path.name for path in run.glob("checkpoints/*/.unfinished-*")]
             wrong += [f"left behind: {drafts}"] if drafts else []
             damage.remount(disk, "size=256m")
             again = end(stage.train("disk-full", output=disk))

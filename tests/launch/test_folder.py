@@ -10,7 +10,7 @@ import torch
 from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
 from sora_train.launch.checks import STEERS, check_folder, differences
-from sora_train.launch.folder import check_whole, note_lost_driver, only_one, set_aside
+from sora_train.launch.folder import check_whole, check_writable, note_lost_driver, only_one, set_aside
 from sora_train.manifest import Manifest
 from sora_train.model import Latte
 from sora_train.recipe import save_recipe
@@ -132,3 +132,14 @@ def test_that_the_command_before_ended_without_a_word_is_an_event(tmp_path: Path
     note_lost_driver(tmp_path)
     seen = [event["event"] for event in Events(tmp_path).lines.read()]
     assert seen == told + ["driver_lost"] * is_lost
+
+
+@pytest.mark.parametrize("link", ["runs", "runs/tiny"])
+def test_a_link_that_leads_nowhere_is_named(tmp_path: Path, link: str):
+    (tmp_path / link).parent.mkdir(exist_ok=True)
+    (tmp_path / link).symlink_to("nowhere")
+    wrong = pytest.raises(UserError, match=rf"{tmp_path / link} is a symbolic link to nowhere, which does not exist")
+    with wrong:
+        check_writable(tmp_path / "runs/tiny")
+    with wrong, only_one(tmp_path / "runs/tiny"):
+        pass

@@ -61,7 +61,7 @@ def test_a_file_of_another_attempt_does_not_fill_a_gap(last: Path, name: str):
 
 def test_what_an_interrupted_write_left_does_no_harm(last: Path):
     for name in (*PARTS, "state.json"):
-        (last / f".{name}.draft").write_bytes(b"half")
+        (last / f".unfinished-0123-{name}").write_bytes(b"half")
     assert whole_steps(last.parents[1]) == [1, 2, 3]
 
 

@@ -74,3 +74,12 @@ def test_log_lines_of_a_run_are_aligned():
     assert first.index("s/step") == later.index("s/step")
     assert first.endswith("8 min 16 s left")
     assert [duration(s) for s in (0.0, 59.6, 3661.0)] == ["0 s", "1 min 00 s", "1 h 01 min"]
+
+
+def test_a_line_after_a_torn_one_is_whole(tmp_path: Path):
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    lines.write({"step": 1})
+    with lines.path.open("ab") as file:
+        file.write(b'{"step": 2, "lo')  # the writer was killed
+    lines.write({"step": 3})
+    assert [record["step"] for record in lines.read()] == [1, 3]
