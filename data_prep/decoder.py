@@ -1,6 +1,6 @@
 """Decoding in a process of its own: a crash in native code, or a hang, costs one clip and a restart.
 
-`Decoder` is the parent's side. The child is `python -m data_prep.decoder FD`: it imports neither Ray nor torch, and
+`Decoder` is the parent's side. The child is `python -P -m data_prep.decoder FD`: it imports neither Ray nor torch, and
 ends when its parent does. Frames come back in memory that both have mapped; it has no name, so nothing of it is left
 behind when either is killed. All else that the child says is JSON, checked by type: what is read there was made by
 strangers, and nothing that the child sends can run code in the parent.
@@ -100,7 +100,7 @@ class Decoder:
         ours, theirs = socket.socketpair()
         with theirs:
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "data_prep.decoder", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "data_prep.decoder", str(theirs.fileno())],
                 pass_fds=[theirs.fileno(), self._memory],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
                 stdin=subprocess.DEVNULL,

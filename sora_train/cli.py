@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from sora_train import __version__
 from sora_train.errors import RecipeError, Stopped, UserError
 from sora_train.settings import build, parse_flags
+from sora_train.terminal import protect, say
 from sora_train.verbs import (
     EXAMPLES,
     MORE,
@@ -40,15 +40,17 @@ EXIT_FAILED, EXIT_RECIPE, EXIT_RESUMABLE, EXIT_INTERRUPTED = 1, 2, 75, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help", "help"):
-        say(usage())
-        return 0
-    if words[0] == "--version":
-        print(f"sora_train {__version__}")
-        return 0
-    verb, words = words[0], words[1:]
+    if argv is None:
+        protect()
+        os.environ["PYTHONSAFEPATH"] = "1"  # no Python started from here looks for modules in the working folder
+    verb, words = (words[0], words[1:]) if words else ("--help", [])
     try:
-        run(verb, words)
+        if verb in ("-h", "--help", "help"):
+            say(usage())
+        elif verb == "--version":
+            say(f"sora_train {__version__}")
+        else:
+            run(verb, words)
     except UserError as error:
         # Ray hands a worker's error on as a subclass that prints the worker's traceback; its cause is the bare one.
         cause = getattr(error, "cause", None)
@@ -253,32 +255,16 @@ def show_help(verb: str, settings: object) -> NoReturn:
 
     what, sentence = VERBS[verb]
     paragraphs = (sentence, MORE.get(verb, ""), f"For instance: sora {verb} {EXAMPLES[verb]}".rstrip())
-    with to_a_listener():
-        tyro.cli(
-            type(settings),
-            prog=f"sora {verb} {what}".rstrip(),
-            description="\n\n".join(filter(None, paragraphs)),
-            default=settings,
-            args=["--help"],
-            use_underscores=True,
-            config=(tyro.conf.FlagConversionOff,),
-        )
+    tyro.cli(
+        type(settings),
+        prog=f"sora {verb} {what}".rstrip(),
+        description="\n\n".join(filter(None, paragraphs)),
+        default=settings,
+        args=["--help"],
+        use_underscores=True,
+        config=(tyro.conf.FlagConversionOff,),
+    )
     raise SystemExit(0)
-
-
-def say(text: str) -> None:
-    """Prints to stdout."""
-    with to_a_listener():
-        print(text, flush=True)
-
-
-@contextmanager
-def to_a_listener() -> Iterator[None]:
-    """Lets printing end quietly where `| head` has heard enough."""
-    try:
-        yield
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it exits
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sora_train.errors import UserError
+from sora_train.places import replacing
 from sora_train.train.metrics import Events, JsonLines, duration, write_text_whole
 
 ATTEMPTS = 2
@@ -75,11 +76,18 @@ def run_child(words: list[str], timeout_s: float, gpu: bool) -> str:
     own it sees none, lest it take one that trains, and it yields the cores to training.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    environment["PYTHONIOENCODING"] = "utf-8:backslashreplace"  # whatever the locale
     if not gpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    command = [sys.executable, "-m", "sora_train.launch.validation", *words]
+    command = [sys.executable, "-P", "-m", "sora_train.launch.validation", *words]
     child = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, text=True
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        encoding="utf-8",
+        errors="replace",
     )
     ends, leave, output = time.monotonic() + timeout_s, Path(words[-1]) / LEAVE, None
     try:
@@ -204,9 +212,8 @@ def embed_prompts(run: Path, trained: Any = None) -> list:
     else:
         encoder = text_encoder_of(recipe.codec, device=_device())
     embeddings = [embedding.float().cpu().contiguous() for embedding in encoder.encode(prompts)]
-    draft = place.with_suffix(f".{os.getpid()}.draft")  # a validation may make its own at the same time
-    save_file({f"{i:03d}": embedding for i, embedding in enumerate(embeddings)}, draft, {"of": wanted})
-    draft.replace(place)
+    with replacing(place) as draft:  # a validation may make its own at the same time
+        save_file({f"{i:03d}": embedding for i, embedding in enumerate(embeddings)}, draft, {"of": wanted})
     return embeddings
 
 

@@ -212,3 +212,14 @@ def repeated(path: Path, longer: Path, times: int) -> Path:
             copy.pts = copy.dts = number * step
             file.mux(copy)
     return longer
+
+
+def test_no_module_of_the_working_folder_is_imported(
+    tmp_path: Path, write, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+):
+    path = str(write(tmp_path / "clip.mp4", np.arange(30) / 30))
+    for name in ("cv2", "random", "token", "data_prep"):
+        (tmp_path / f"{name}.py").write_text("open('I_WAS_RUN', 'w')")
+    monkeypatch.chdir(tmp_path)
+    assert len(decoder.cut(path).spans) == 1
+    assert not (tmp_path / "I_WAS_RUN").exists()

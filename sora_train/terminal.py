@@ -1,0 +1,76 @@
+"""The standard streams of a command, which must never end its work.
+
+A reader that goes away (`| head`), a closed terminal, a full disk behind `> log` and a locale without UTF-8 would raise
+at the next `print`, in whatever thread it is.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import signal
+import sys
+
+from sora_train.errors import UserError
+
+
+class Lenient(io.RawIOBase):
+    """Writes to a file descriptor as far as that goes; what can't be written is dropped."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.lost: OSError | None = None
+        """The first error, if any."""
+
+    def write(self, data) -> int:
+        data, done = memoryview(data).cast("B"), 0
+        try:
+            while done < len(data):
+                done += os.write(self.descriptor, data[done:])
+        except OSError as error:
+            self.lost = self.lost or error
+        return len(data)
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self.descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self.descriptor)
+
+
+def protect() -> None:
+    """Makes the streams of this process lenient, and has a closed terminal (SIGHUP) end it as SIGTERM does.
+
+    `nohup` ignores SIGHUP, and that stays so.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed, as by `>&-`: the next file that is opened would get what is printed
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout, sys.stderr = _stream(sys.stdout, 1), _stream(sys.stderr, 2)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
+
+
+def _stream(before: object, descriptor: int) -> io.TextIOWrapper:
+    encoding = getattr(before, "encoding", None) or "utf-8"
+    raw = Lenient(descriptor)
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw), encoding, errors="backslashreplace", line_buffering=raw.isatty() or descriptor == 2
+    )
+
+
+def say(text: str) -> None:
+    """Prints a command's result. Raises UserError where stdout can't take it, unless its reader has left."""
+    try:
+        print(text, flush=True)
+        lost = getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "lost", None)
+    except OSError as error:
+        lost = error
+    if lost is not None and lost.errno not in (errno.EPIPE, errno.EIO):
+        raise UserError(f"stdout can't be written: {lost.strerror}. Free the disk, or send the output elsewhere")
