@@ -15,6 +15,7 @@ from sora_train.errors import UserError
 from sora_train.evaluate.i3d import load_i3d
 from sora_train.evaluate.similarity import find_clip
 from sora_train.launch.clips import CLIPS, Clips, check_clips
+from sora_train.launch.start import find_start
 from sora_train.manifest import Manifest
 from sora_train.places import lasting
 from sora_train.recipe import Recipe
@@ -90,8 +91,12 @@ UNTOLD = (
 """Keys that say where things are or how they are shown; a change of any other is an event of the run."""
 
 
-def absolute(recipe: Recipe) -> Recipe:
-    """The recipe with its local folders made absolute: workers and validations have other working folders."""
+def absolute(recipe: Recipe, fresh: bool = False) -> Recipe:
+    """The recipe with its local folders made absolute: workers and validations have other working folders.
+
+    `model.init_from` becomes the folder of the weights, fetched for a hub id; a run that is resumed, and not made anew
+    (`fresh`), has the one that it began with.
+    """
     if "://" in recipe.train.output:
         raise UserError(
             f"train.output {recipe.train.output} is remote; name a folder that every node sees, such as one on NFS"
@@ -118,10 +123,17 @@ def absolute(recipe: Recipe) -> Recipe:
             "codec": recipe.codec.model_copy(
                 update={key: network(getattr(recipe.codec, key)) for key in ("vae", "text", "models")}
             ),
-            "model": replace(recipe.model, init_from=recipe.model.init_from and network(recipe.model.init_from)),
+            "model": replace(recipe.model, init_from=_start(recipe, Path(place(recipe.train.output)), fresh)),
             "train": recipe.train.model_copy(update={"output": place(recipe.train.output)}),
         }
     )
+
+
+def _start(recipe: Recipe, output: Path, fresh: bool) -> str:
+    run = output / recipe.name
+    if not fresh and (run / "recipe.yaml").is_file() and checkpoint.whole(run / "checkpoints"):
+        return str((read_yaml(run / "recipe.yaml").get("model") or {}).get("init_from", ""))
+    return find_start(recipe)
 
 
 def check_shards(recipe: Recipe) -> Manifest:

@@ -49,7 +49,7 @@ from sora_train.launch.judge import (
     judge_versions,
     passed,
 )
-from sora_train.launch.start import check_start, find_start
+from sora_train.launch.start import check_start
 from sora_train.launch.wandb_reach import check_wandb
 from sora_train.manifest import Manifest
 from sora_train.places import free_bytes
@@ -98,7 +98,7 @@ def check_files(recipe: Recipe, tell: Callable[[Check], None]) -> tuple[Recipe, 
         at = told("resume", tell, lambda: check_folder(run, recipe, manifest, read_clips(recipe)), say_resume)
         told("networks", tell, lambda: check_codec(recipe, manifest), lambda _: "those of the shards")
     if recipe.model.init_from and at is None:
-        told("start", tell, lambda: check_start(find_start(recipe)), lambda _: recipe.model.init_from)
+        told("start", tell, lambda: check_start(recipe), lambda _: recipe.model.init_from)
     return recipe, manifest
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import os
 from pathlib import Path
 
 from sora_train.codec.folders import find_folder
@@ -12,19 +12,18 @@ from sora_train.recipe import Recipe, load_recipe
 from sora_train.train.initial import check_initial, own_recipe, starting_point
 
 
-def find_start(recipe: Recipe) -> Recipe:
-    """The recipe with the folder of weights in `model.init_from`: a hub id is fetched, a run becomes its newest
+def find_start(recipe: Recipe) -> str:
+    """The folder of the weights that `model.init_from` names, or "": a hub id is fetched, a run becomes its newest
     checkpoint. UserError where there are none.
     """
-    if not (name := recipe.model.init_from):
-        return recipe
-    folder = find_folder(name, "model.init_from", ("transformer",), recipe.codec.models)
-    return starting_at(recipe, str(starting_point(folder.absolute())))
-
-
-def starting_at(recipe: Recipe, folder: str) -> Recipe:
-    """The recipe with another `model.init_from`."""
-    return recipe.model_copy(update={"model": replace(recipe.model, init_from=folder)})
+    name = recipe.model.init_from
+    if not name:
+        return ""
+    place = os.path.expanduser(name)
+    folder = find_folder(
+        place if os.path.isdir(place) else name, "model.init_from", ("transformer",), recipe.codec.models
+    )
+    return str(starting_point(folder.absolute()))
 
 
 def check_start(recipe: Recipe) -> None:
@@ -32,7 +31,7 @@ def check_start(recipe: Recipe) -> None:
     folder = recipe.model.init_from
     try:
         if folder:
-            check_initial(recipe.model, starting_point(Path(folder)))
+            check_initial(recipe.model, Path(folder))
     except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
         advice = ". Give model the keys that it has there, or other weights" if " there it is " in str(error) else ""
         raise UserError(f"model.init_from: training can't start from {folder}: {error}{advice}") from None

@@ -43,7 +43,7 @@ from sora_train.launch.folder import (
 from sora_train.launch.follow import Follower
 from sora_train.launch.preflight import check_disk, check_quickly
 from sora_train.launch.sigterm import Sigterm, shelter_wandb, warn_of_short_stops
-from sora_train.launch.start import check_start, find_start, remarks, starting_at
+from sora_train.launch.start import check_start, remarks
 from sora_train.launch.validation import Outstanding, report, supervise
 from sora_train.manifest import Manifest
 from sora_train.recipe import Recipe, load_recipe, save_recipe
@@ -64,7 +64,7 @@ def launch_training(
     repetition mends, or more often than `cluster.max_failures`. Raises Stopped where SIGTERM, or a file `leave` in the
     run's folder, ended it before its last step.
     """
-    recipe = absolute(recipe)
+    recipe = absolute(recipe, fresh)
     run = Path(recipe.train.output) / recipe.name
     check_writable(run)
     manifest = check_shards(recipe)
@@ -80,7 +80,6 @@ def launch_training(
             check_whole(run)
         if at:
             happened = going_on(run, recipe, at, clips, new_data)
-    recipe = starting_at(recipe, load_recipe(run / "recipe.yaml").model.init_from) if at else find_start(recipe)
     check_codec(recipe, manifest)
     if not at:
         check_start(recipe)

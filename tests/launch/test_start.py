@@ -14,10 +14,10 @@ from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
 from sora_train.export import export
 from sora_train.launch.changes import changes, rate_jump
-from sora_train.launch.checks import check_folder
+from sora_train.launch.checks import absolute, check_folder
 from sora_train.launch.clips import check_clips, read_clips, recorded
 from sora_train.launch.folder import describe_run
-from sora_train.launch.start import check_start, find_start, remarks, starting_at
+from sora_train.launch.start import check_start, remarks
 from sora_train.manifest import Manifest
 from sora_train.model import Latte
 from sora_train.recipe import Recipe
@@ -75,13 +75,18 @@ def reading(recipe: Recipe, shards: Path) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"output": str(shards)})})
 
 
+def starting_at(recipe: Recipe, folder: str) -> Recipe:
+    """A new run's recipe as `sora train` takes it."""
+    return absolute(recipe.model_copy(update={"name": "second", "model": replace(recipe.model, init_from=folder)}))
+
+
 @pytest.mark.parametrize("kind", ["run", "checkpoint", "export", "raw export"])
 def test_a_new_run_starts_from_a_run_a_checkpoint_or_an_export(run: Path, recipe: Recipe, tmp_path: Path, kind: str):
     last = run / "checkpoints/step_00000002"
     folder = {"run": run, "checkpoint": last}.get(kind) or tmp_path / "export"
     if "export" in kind:
         export(run, folder, weights_only=True, weights="raw" if "raw" in kind else "ema")
-    start = find_start(starting_at(recipe, str(folder)))
+    start = starting_at(recipe, str(folder))
     check_start(start)
     assert remarks(start, Manifest.load(recipe.data.output)) == []
     model = Latte(recipe.model)
@@ -94,28 +99,37 @@ def test_a_new_run_starts_from_a_run_a_checkpoint_or_an_export(run: Path, recipe
 
 
 def test_weights_of_another_shape_are_refused_key_by_key(run: Path, recipe: Recipe):
-    other = recipe.model_copy(update={"model": replace(recipe.model, width=32, heads=4, init_from=str(run))})
+    other = recipe.model_copy(update={"model": replace(recipe.model, width=32, heads=4)})
     with pytest.raises(
         UserError,
         match=r"model.width is 32, there it is 16; model.heads is 4, there it is 2. Give model the keys",
     ):
-        check_start(find_start(other))
+        check_start(starting_at(other, str(run)))
 
 
 def test_a_run_without_a_checkpoint_is_no_start(run: Path, recipe: Recipe):
     shutil.rmtree(run / "checkpoints")
     (run / "checkpoints").mkdir()
     with pytest.raises(UserError, match="no whole checkpoint yet"):
-        find_start(starting_at(recipe, str(run)))
+        starting_at(recipe, str(run))
 
 
 def test_weights_that_learned_something_else_are_remarked_on(run: Path, recipe: Recipe):
     ddpm = replace(recipe.diffusion, kind="ddpm")
     more = recipe.data.model_copy(update={"holdout_fraction": 0.5})
-    start = find_start(starting_at(recipe.model_copy(update={"diffusion": ddpm, "data": more}), str(run)))
+    start = starting_at(recipe.model_copy(update={"diffusion": ddpm, "data": more}), str(run))
     objective, held_out = remarks(start, Manifest.load(recipe.data.output))
     assert "diffusion.kind flow there, ddpm here" in objective
     assert "data.holdout_fraction was 0.2 there and is 0.5" in held_out
+
+
+def test_a_resumed_run_needs_the_weights_it_began_with_no_more(trained: Path, recipe: Recipe, tmp_path: Path):
+    shutil.copytree(trained, tmp_path / recipe.name)
+    there = recipe.train.model_copy(update={"output": str(tmp_path)})
+    gone = recipe.model_copy(update={"train": there, "model": replace(recipe.model, init_from=str(tmp_path / "gone"))})
+    assert absolute(gone).model.init_from == ""
+    with pytest.raises(UserError, match="model.init_from"):
+        absolute(gone, fresh=True)
 
 
 def test_other_clips_are_refused_with_both_ways_on(run: Path, recipe: Recipe, tiny_shards: Path, tmp_path: Path):
