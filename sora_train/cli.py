@@ -15,17 +15,22 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from sora_train import __version__
 from sora_train.errors import RecipeError, Stopped, UserError
-from sora_train.settings import build, parse_flags
+from sora_train.settings import build, keys, parse_flags
 from sora_train.terminal import protect, say
 from sora_train.verbs import (
     EXAMPLES,
     MORE,
+    READS,
     VERBS,
+    DownloadOptions,
     EvalOptions,
     ExportOptions,
     InspectOptions,
+    PreflightOptions,
+    PrepOptions,
     ReportOptions,
     SampleOptions,
+    TrainOptions,
     usage,
 )
 
@@ -69,17 +74,15 @@ def run(verb: str, words: Sequence[str]) -> None:
     """One verb: its words to its arguments, and the call."""
     match verb:
         case "download":
-            words, to = without_flag(words, "--to")
-            recipe = recipe_of(verb, words)
-            if not to:
+            recipe, where = recipe_of(verb, words, DownloadOptions)
+            if not where.to:
                 raise RecipeError(f"--to is missing: sora download {EXAMPLES[verb]}")
             from sora_train.codec.download import download
 
-            download(recipe.codec, to, {"model.init_from": recipe.model.init_from})
+            download(recipe.codec, where.to, {"model.init_from": recipe.model.init_from})
         case "prep":
-            rest = [word for word in words if word != "--plan"]
-            recipe = recipe_of(verb, rest)
-            if len(rest) < len(words):
+            recipe, how = recipe_of(verb, words, PrepOptions)
+            if how.plan:
                 from data_prep.planning.plan import show_plan
 
                 show_plan(recipe)
@@ -100,10 +103,9 @@ def run(verb: str, words: Sequence[str]) -> None:
 
                 print(write_page(shards, options.html, options.clips, options.root), file=sys.stderr)
         case "preflight":
-            rest = [word for word in words if word != "--plan"]
-            rest, asked = plan_options(rest)
-            recipe = recipe_of(verb, rest)
-            if "--plan" in words:
+            recipe, ask = recipe_of(verb, words, PreflightOptions)
+            asked = {name: value for name in ("gpu", "memory", "mfu") if (value := getattr(ask, name)) is not None}
+            if ask.plan:
                 from sora_train.plan.table import PlanOptions, format_plan
 
                 say(format_plan(recipe, build(PlanOptions, {}, asked, "sora preflight")))
@@ -114,16 +116,14 @@ def run(verb: str, words: Sequence[str]) -> None:
 
                 preflight(recipe)
         case "train":
-            flags = ("--fresh", "--overwrite", "--no-preflight", "--new-data")
-            rest = [word for word in words if word not in flags]
-            recipe, fresh, overwrite = recipe_of(verb, rest), "--fresh" in words, "--overwrite" in words
-            if overwrite and not fresh:
+            recipe, how = recipe_of(verb, words, TrainOptions)
+            if how.overwrite and not how.fresh:
                 raise RecipeError("--overwrite goes with --fresh: without it a run goes on from its newest checkpoint")
-            if fresh and "--new-data" in words:
+            if how.fresh and how.new_data:
                 raise RecipeError("--new-data goes on with a run, and --fresh begins at step 0: leave one of them out")
             from sora_train.launch.trainer import launch_training
 
-            launch_training(recipe, fresh, overwrite, "--no-preflight" not in words, "--new-data" in words)
+            launch_training(recipe, how.fresh, how.overwrite, not how.no_preflight, how.new_data)
         case "sample":
             run_folder, how = target_of(verb, words, SampleOptions)
             if not how.prompt and not how.prompts:
@@ -166,15 +166,20 @@ def run(verb: str, words: Sequence[str]) -> None:
             raise RecipeError(f"there is no such verb; the verbs are {', '.join(VERBS)}")
 
 
-def recipe_of(verb: str, words: Sequence[str]) -> Recipe:
-    """The recipe that a verb's words name, with their flags laid over it; or its help, where they ask for that."""
+def recipe_of(verb: str, words: Sequence[str], options: type[S]) -> tuple[Recipe, S]:
+    """The recipe that a verb's words name, with their flags laid over it, and the verb's own options; or its help,
+    where they ask for that.
+    """
     from sora_train.recipe import Recipe, load_recipe
 
     words, wants_help = without_help(words)
-    overrides, files = parse_flags(words, Recipe)
+    flags, files = parse_flags(words, Recipe, options)
+    own = {name for name, _ in keys(options)}
+    overrides = {key: value for key, value in flags.items() if key not in own}
+    chosen = build(options, {}, {key: value for key, value in flags.items() if key in own}, f"sora {verb}")
     if wants_help:
-        show_help(verb, load_recipe(files[0], overrides) if files else Recipe())
-    return load_recipe(the_one(verb, files), overrides)
+        show_help(verb, load_recipe(files[0], overrides) if files else Recipe(), chosen)
+    return load_recipe(the_one(verb, files), overrides), chosen
 
 
 def target_of(verb: str, words: Sequence[str], options: type[S]) -> tuple[str, S]:
@@ -215,30 +220,6 @@ def without_help(words: Sequence[str]) -> tuple[list[str], bool]:
     return rest, len(rest) < len(words)
 
 
-def without_flag(words: Sequence[str], flag: str) -> tuple[list[str], str]:
-    """The words without `flag VALUE` or `flag=VALUE`, and the value, "" where the flag is not among them."""
-    rest, value = list(words), ""
-    for i, word in enumerate(words):
-        if word == flag:
-            value = words[i + 1] if len(words) > i + 1 else ""
-            del rest[i : i + 2]
-        elif word.startswith(f"{flag}="):
-            value = word.partition("=")[2]
-            del rest[i]
-    return rest, value
-
-
-def plan_options(words: Sequence[str]) -> tuple[list[str], dict[str, object]]:
-    """The words without the options of `sora preflight --plan`, and these by name."""
-    rest, asked = list(words), {}
-    for name in ("gpu", "memory", "mfu"):
-        before = len(rest)
-        rest, value = without_flag(rest, f"--{name}")
-        if len(rest) < before:
-            asked[name] = value
-    return rest, asked
-
-
 def the_one(verb: str, words: Sequence[str]) -> str:
     """The one word a verb takes beside its flags."""
     what = VERBS[verb][0].removesuffix(" …")
@@ -249,9 +230,14 @@ def the_one(verb: str, words: Sequence[str]) -> str:
     return words[0]
 
 
-def show_help(verb: str, settings: object) -> NoReturn:
-    """Prints every flag with its sentence and what it stands at now, and exits."""
+def show_help(verb: str, settings: object, options: object = None) -> NoReturn:
+    """Prints every flag that the verb reads, its own `options` first, with its sentence and its value, and exits."""
     import tyro
+
+    from sora_train.help import shown
+
+    if options is not None:
+        settings = shown(settings, options, READS.get(verb, ()))
 
     what, sentence = VERBS[verb]
     paragraphs = (sentence, MORE.get(verb, ""), f"For instance: sora {verb} {EXAMPLES[verb]}".rstrip())

@@ -63,28 +63,92 @@ def _whole_numbers(made: object, section: type) -> Iterator[tuple[str, int]]:
 
 def keys(section: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every dotted key of a section with its type, depth first: ("train.steps", int) …"""
-    if issubclass(section, BaseModel):
-        hints = {name: field.annotation for name, field in section.model_fields.items()}
-    else:
-        resolved = typing.get_type_hints(section)
-        hints = {field.name: resolved[field.name] for field in dataclasses.fields(section)}
-    for name, hint in hints.items():
-        if isinstance(hint, type) and (issubclass(hint, BaseModel) or dataclasses.is_dataclass(hint)):
+    for name, hint in own_keys(section).items():
+        if is_section(hint):
             yield from keys(hint, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", hint
 
 
-def nearest(key: str, section: type) -> str:
-    """What somebody who wrote `key` may have meant, as the end of a sentence."""
-    known = [name for name, _ in keys(section)]
-    last = key.rsplit(".", 1)[-1]
-    close = [name for name in known if name.rsplit(".", 1)[-1] == last]
-    close += [name for name in difflib.get_close_matches(key, known, n=3, cutoff=0.6) if name not in close]
-    if close:
-        return f"the nearest are {', '.join(close)}" if len(close) > 1 else f"did you mean {close[0]}?"
-    inside = [name for name in known if name.startswith(key.split(".", 1)[0] + ".")]
-    return f"known are {', '.join(inside or dict.fromkeys(name.split('.', 1)[0] for name in known))}"
+def own_keys(section: type) -> dict[str, Any]:
+    """A section's own keys with their types, sections within it among them."""
+    if issubclass(section, BaseModel):
+        return {name: field.annotation for name, field in section.model_fields.items()}
+    resolved = typing.get_type_hints(section)
+    return {field.name: resolved[field.name] for field in dataclasses.fields(section)}
+
+
+def is_section(hint: Any) -> bool:
+    return isinstance(hint, type) and (issubclass(hint, BaseModel) or dataclasses.is_dataclass(hint))
+
+
+def nearest(key: str, known: Sequence[str]) -> str:
+    """What somebody who wrote `key` may have meant, as the end of a sentence: the same name elsewhere, what other
+    trainers call so, a name with these words in it, or one with a slip of the fingers; nothing that only looks alike.
+    """
+    section, _, last = key.replace("-", "_").rpartition(".")
+    here = [name for name in known if name.rpartition(".")[0] == section] or list(known)
+    names = {name: name.rpartition(".")[2] for name in known}
+    meant = [name for target in MEANT.get(last.lower(), ()) for name in (target, target.rpartition(".")[2])]
+    words = set(last.lower().split("_"))
+    found = (
+        [name for name in known if names[name] == last]
+        or [name for name in meant if name in names]
+        or [name for name in here if words <= set(names[name].split("_"))]
+        or [name for name in here if names[name] in difflib.get_close_matches(last, names.values(), 3, cutoff=0.75)]
+    )
+    if found := list(dict.fromkeys(found))[:4]:
+        return f"did you mean {' or '.join(found)}?"
+    inside = [name for name in known if name.startswith(f"{key.partition('.')[0]}.")]
+    return f"known are {', '.join(inside or dict.fromkeys(name.partition('.')[0] for name in known))}"
+
+
+MEANT = {
+    "lr": ("train.learning_rate",),
+    "epochs": ("train.steps",),
+    "num_epochs": ("train.steps",),
+    "iterations": ("train.steps",),
+    "max_steps": ("train.steps",),
+    "max_train_steps": ("train.steps",),
+    "train_batch_size": ("train.batch_size",),
+    "gradient_accumulation": ("train.micro_batch_size", "train.batch_size"),
+    "gradient_accumulation_steps": ("train.micro_batch_size", "train.batch_size"),
+    "max_grad_norm": ("train.gradient_clip",),
+    "grad_clip": ("train.gradient_clip",),
+    "lr_scheduler": ("train.schedule",),
+    "lr_warmup_steps": ("train.warmup_steps",),
+    "mixed_precision": ("train.precision", "codec.precision"),
+    "dtype": ("train.precision", "codec.precision"),
+    "fp16": ("train.precision",),
+    "bf16": ("train.precision",),
+    "gradient_checkpointing": ("train.activation_checkpointing",),
+    "checkpointing_steps": ("train.checkpoint_every",),
+    "save_every": ("train.checkpoint_every",),
+    "save_steps": ("train.checkpoint_every",),
+    "output_dir": ("train.output", "data.output", "out"),
+    "num_frames": ("data.frames",),
+    "resolution": ("data.height", "data.width"),
+    "size": ("data.height", "data.width"),
+    "csv": ("data.captions",),
+    "caption_file": ("data.captions",),
+    "videos": ("data.root",),
+    "cfg": ("validation.guidance",),
+    "cfg_scale": ("validation.guidance",),
+    "guidance_scale": ("validation.guidance",),
+    "negative_prompt": ("validation.negative",),
+    "num_inference_steps": ("validation.steps",),
+    "validation_prompts": ("validation.prompts",),
+    "gpus": ("cluster.workers", "cluster.gpu"),
+    "num_gpus": ("cluster.workers", "cluster.gpu"),
+    "num_workers": ("cluster.workers",),
+    "report_to": ("tracking.wandb",),
+    "wandb_project": ("tracking.project",),
+    "pretrained": ("model.init_from",),
+    "hidden_size": ("model.width",),
+    "num_layers": ("model.depth",),
+    "num_heads": ("model.heads",),
+}
+"""What other trainers call a key, and ours. An option that is no key is named as the key's last part."""
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -154,7 +218,7 @@ def _explain(detail: Mapping[str, Any], section: type, overrides: Mapping[str, o
     source = _source(key, overrides, where)
     kind, got = detail["type"], detail["input"]
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{source} is no known key; {nearest(key, section)}"
+        return f"{source} is no known key; {nearest(key, [name for name, _ in keys(section)])}"
     if kind == "literal_error":
         return f"{source} is {got!r}; choices: {detail['ctx']['expected']}"
     if kind == "value_error":  # a section's own check, whose sentence names its keys
@@ -165,20 +229,20 @@ def _explain(detail: Mapping[str, Any], section: type, overrides: Mapping[str, o
     return f"{source} is {got!r}; {message}"
 
 
-def parse_flags(words: Sequence[str], section: type) -> tuple[dict[str, object], list[str]]:
+def parse_flags(words: Sequence[str], *sections: type) -> tuple[dict[str, object], list[str]]:
     """`--section.key value …`, with dashes or underscores or `=`, to dotted overrides; and the words of no flag.
 
     A list takes every word up to the next flag, and more when its flag is repeated; what is one number or several
-    (`cluster.workers`) takes every number; a truth value needs no word to be true. Raises RecipeError for an unknown
-    key or a missing value.
+    (`cluster.workers`) takes every number; a truth value needs no word to be true. A word with a blank in it, such as
+    a prompt, is no flag. Raises RecipeError for a key of none of the sections, or a missing value.
     """
-    known = dict(keys(section))
+    known = {key: hint for section in sections for key, hint in keys(section)}
     overrides: dict[str, Any] = {}
     rest: list[str] = []
     queue = list(words)
     while queue:
         word = queue.pop(0)
-        if not word.startswith("--"):
+        if not _is_flag(word):
             rest.append(word)
             continue
         key, has_value, value = word[2:].partition("=")
@@ -187,11 +251,11 @@ def parse_flags(words: Sequence[str], section: type) -> tuple[dict[str, object],
         if hint is None:
             if typing.get_origin(known.get(key)) is dict:
                 raise RecipeError(f"--{key} takes keys of its own, such as --{key}.KEY VALUE")
-            raise RecipeError(f"--{key} is no known key; {nearest(key, section)}")
+            raise RecipeError(f"--{key} is no known key; {nearest(key, list(known))}")
         takes_many = typing.get_origin(hint) in (tuple, list)
         takes_more = not takes_many and any(typing.get_origin(form) is tuple for form in typing.get_args(hint))
         values = [value] if has_value else []
-        while not has_value and queue and not queue[0].startswith("--"):
+        while not has_value and queue and not _is_flag(queue[0]):
             if values and not takes_many and not (takes_more and queue[0].replace(".", "", 1).isdigit()):
                 break
             if hint is bool and queue[0].lower() not in TRUTHS:
@@ -200,7 +264,8 @@ def parse_flags(words: Sequence[str], section: type) -> tuple[dict[str, object],
         if hint is bool and not values:
             values = ["true"]
         if not values and not takes_many:
-            raise RecipeError(f"--{key} needs a value")
+            hint = f": --{key}=VALUE, if it begins with --" if queue else ""
+            raise RecipeError(f"--{key} needs a value{hint}")
         if typing.get_origin(hint) is typing.Literal:  # pydantic takes 3 for a choice of numbers, but not "3"
             choices = {str(choice): choice for choice in typing.get_args(hint)}
             values = [choices.get(value, value) for value in values]
@@ -209,6 +274,11 @@ def parse_flags(words: Sequence[str], section: type) -> tuple[dict[str, object],
         else:
             overrides[key] = values if len(values) > 1 else values[0]
     return overrides, rest
+
+
+def _is_flag(word: str) -> bool:
+    """Whether a word is a flag: `--key` or `--key=value`; a text that begins with -- has a blank in it."""
+    return word.startswith("--") and not any(map(str.isspace, word.partition("=")[0]))
 
 
 def _type_of(key: str, known: Mapping[str, Any]) -> Any:

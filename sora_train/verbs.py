@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 Extent = Annotated[int, Field(ge=1, le=2**16)]
 """Frames, or pixels on a side: so few that their product still has a name in torch."""
@@ -53,6 +53,12 @@ MORE = {
     "--json, and writes eval.json. Of the quickstart's clips the judge also says how many samples show their captions.",
 }
 """What the help of a verb says beyond its sentence."""
+READS = {
+    "prep": ("name", "data", "selection", "prep", "codec", "cluster.address", "model.patch", "train.batch_size",
+             "train.steps"),
+    "download": ("codec", "model.init_from"),
+}  # fmt: skip
+"""Sections and keys that the help of a verb shows, where it is not the whole recipe."""
 EXAMPLES = {
     "eval": "runs/quickstart --json",
     "preflight": "jobs/quickstart.yaml --plan",
@@ -66,6 +72,58 @@ EXAMPLES = {
     "bench": "train jobs/quickstart.yaml --workers 1 2",
     "report": "runs/quickstart runs/again --out both.html",
 }
+
+
+@dataclass(frozen=True)
+class DownloadOptions:
+    """Where to."""
+
+    __pydantic_config__: ClassVar = {"use_attribute_docstrings": True}
+
+    to: str = ""
+    """Folder that all nodes share, for `codec.models`."""
+
+
+@dataclass(frozen=True)
+class PrepOptions:
+    """Whether to encode."""
+
+    __pydantic_config__: ClassVar = {"use_attribute_docstrings": True}
+
+    plan: bool = False
+    """Open headers only, and print what encoding would give and cost."""
+
+
+@dataclass(frozen=True)
+class PreflightOptions:
+    """Which checks, and of which GPU."""
+
+    __pydantic_config__: ClassVar = {"use_attribute_docstrings": True}
+
+    plan: bool = False
+    """Print memory, FLOPs and hours by the recipe alone, without a cluster."""
+    gpu: str | None = None
+    """With --plan: the GPU whose data sheet the hours are computed from, such as `A100`; H100 if not given."""
+    memory: PositiveFloat | None = None
+    """With --plan: 10⁹ bytes of a GPU that training may use; those of the H100 or A100 if not given."""
+    mfu: PositiveFloat | None = None
+    """With --plan: share of the GPU's FLOP/s that training reaches; 0.35 if not given."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How to begin."""
+
+    __pydantic_config__: ClassVar = {"use_attribute_docstrings": True}
+
+    fresh: bool = False
+    """Begin at step 0, not at the newest checkpoint."""
+    overwrite: bool = False
+    """With --fresh: remove what an earlier run wrote into the run's folder."""
+    new_data: bool = False
+    """Go on with a run whose shards have other clips now; its order of clips begins anew with them."""
+    no_preflight: bool = False
+    """Leave out the quick part of `sora preflight`."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +149,7 @@ class SampleOptions:
     prompt: tuple[str, ...] = ()
     """What the video shows; several make several videos."""
     prompts: str | None = None
-    """Text file with a prompt on each line, in UTF-8."""
+    """Text file with a prompt on each line, in UTF-8; no CSV."""
     seed: tuple[int, ...] = (0,)
     """Fixes the noise that a video begins as; several make several videos of each prompt."""
     sampler: Literal["auto", "ddim", "dpm++", "ddpm", "euler", "heun"] | None = None

@@ -9,6 +9,9 @@ import pytest
 
 from sora_train import cli
 from sora_train.errors import RecipeError, Stopped, UserError
+from sora_train.recipe import Recipe
+from sora_train.settings import keys
+from sora_train.verbs import READS
 
 
 def sora(*words: str) -> subprocess.CompletedProcess[str]:
@@ -57,12 +60,46 @@ def test_the_help_of_a_recipe_shows_what_it_sets(tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize(
+    ("verb", "flags"),
+    [
+        ("download", ["--to "]),
+        ("prep", ["--plan "]),
+        ("preflight", ["--plan ", "--gpu ", "--memory ", "--mfu "]),
+        ("train", ["--fresh ", "--overwrite ", "--new_data ", "--no_preflight "]),
+    ],
+)
+def test_flags_without_a_key_stand_in_the_help(
+    tmp_path: Path, verb: str, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "r.yaml").write_text("codec: {text: some/encoder}")
+    with pytest.raises(SystemExit):
+        cli.main([verb, str(tmp_path / "r.yaml"), "--help"])
+    said = capsys.readouterr().out.partition("options")[2]  # the table; the sentences above it name them too
+    assert all(f" {flag}" in said for flag in flags)
+    assert "some/encoder" in said
+
+
+def test_the_help_of_prep_shows_what_prep_reads(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["prep", "--help"])
+    said = capsys.readouterr().out
+    assert all(key in said for key in ("--data.fps", "--selection.black", "--prep.vae_batch", "--cluster.address"))
+    assert not any(key in said for key in ("--train.learning_rate", "--model.width", "--validation.", "--diffusion."))
+
+
+def test_every_key_that_a_verb_shows_is_a_key() -> None:
+    known = [key for key, _ in keys(Recipe)]
+    for shown in READS.values():
+        assert all(any(key == name or key.startswith(f"{name}.") for key in known) for name in shown)
+
+
+@pytest.mark.parametrize(
     ("words", "says"),
     [
         (["dance"], "the verbs are download, prep, inspect, preflight, train"),
         (["train"], "RECIPE is missing: sora train jobs/quickstart.yaml"),
         (["train", "a.yaml", "b.yaml"], "takes one RECIPE"),
-        (["train", "RECIPE", "--train.stpes", "3"], "--train.stpes is no known key; the nearest are train.steps"),
+        (["train", "RECIPE", "--train.stpes", "3"], "--train.stpes is no known key; did you mean train.steps?"),
         (["train", "RECIPE", "--train.steps", "few"], "--train.steps is 'few'"),
         (["train", "RECIPE", "--train.zero-stage", "5"], "--train.zero_stage is '5'; choices: 0, 1, 2 or 3"),
         (["prep", "RECIPE", "--data.width", "30"], "data.width 30 does not divide by 16"),
@@ -71,6 +108,14 @@ def test_the_help_of_a_recipe_shows_what_it_sets(tmp_path: Path, capsys: pytest.
         (["sample", "runs/x", "--prompt", "a", "--steps", "0"], "--steps is '0'; it should be greater than 0"),
         (["sample", "runs/x", "--prompt", "a", "--frames", str(10**20)], "it should be less than or equal to 65536"),
         (["sample", "runs/x", "--prompts", "no/such.txt"], "--prompts no/such.txt can't be read (No such file"),
+        (["train", "RECIPE", "--train.lr", "1e-3"], "--train.lr is no known key; did you mean train.learning_rate?"),
+        (["train", "RECIPE", "--frehs"], "--frehs is no known key; did you mean fresh?"),
+        (["prep", "RECIPE", "--fresh"], "--fresh is no known key; known are"),
+        (["sample", "runs/x", "--cfg", "7"], "--cfg is no known key; did you mean guidance?"),
+        (["sample", "runs/x", "--prompt", "--steps", "3"], "--prompt is missing"),
+        (["sample", "runs/x", "--steps", "--prompt", "a"], "--steps needs a value: --steps=VALUE, if it begins with"),
+        (["preflight", "RECIPE", "--gpu", "A100"], "--gpu goes with --plan"),
+        (["download", "RECIPE"], "--to is missing"),
         (["inspect", "shards", "--jsno"], "--jsno is no known key; did you mean json?"),
         (["demo", "jobs/quickstart.yaml"], "takes only flags"),
         (["train", "RECIPE", "--overwrite"], "--overwrite goes with --fresh"),

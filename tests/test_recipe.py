@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from sora_train.errors import RecipeError
 from sora_train.recipe import Recipe, load_recipe, save_recipe
-from sora_train.settings import build, keys, parse_flags
+from sora_train.settings import MEANT, build, keys, nearest, parse_flags
+from sora_train.verbs import SampleOptions
 
 JOBS = sorted((Path(__file__).parents[1] / "jobs").glob("*.yaml"))
 
@@ -91,10 +92,10 @@ def test_overrides_lie_over_the_file_and_leave_the_rest(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("train: {stpes: 7}", "train.stpes is no known key; the nearest are train.steps"),
-        ("model: {widht: 7}", "model.widht is no known key; the nearest are model.width, "),
-        ("diffusion: {kin: flow}", "diffusion.kin is no known key; the nearest are diffusion.kind, "),
-        ("batch_size: 7", "batch_size is no known key; the nearest are train.batch_size, "),
+        ("train: {stpes: 7}", "train.stpes is no known key; did you mean train.steps?"),
+        ("model: {widht: 7}", "model.widht is no known key; did you mean model.width?"),
+        ("diffusion: {kin: flow}", "diffusion.kin is no known key; did you mean diffusion.kind?"),
+        ("batch_size: 7", "batch_size is no known key; did you mean train.batch_size?"),
         ("nonsense: 7", "known are name, data, selection, prep, codec"),
         ("train: {zero_stage: 4}", "train.zero_stage is 4; choices: 0, 1, 2 or 3"),
         ("train: {steps: many}", "train.steps is 'many'; it should be a valid integer"),
@@ -172,6 +173,34 @@ def test_flags_take_dashes_underscores_and_equals_signs() -> None:
     overrides, rest = parse_flags(words, Recipe)
     assert overrides == {"train.batch_size": "4", "train.micro_batch_size": "2", "train.seed": "-1"}
     assert rest == ["r.yaml"]
+
+
+def test_a_near_miss_is_named_by_meaning_or_not_at_all() -> None:
+    known = [key for key, _ in keys(Recipe)]
+    for key, meant in {
+        "train.lr": "train.learning_rate",
+        "lr": "train.learning_rate",
+        "train.prompts": "validation.prompts",
+        "train.batch": "train.batch_size or train.micro_batch_size",
+        "train.rate": "train.learning_rate",
+        "num_frames": "data.frames",
+        "model.hidden_size": "model.width",
+        "train.batchsize": "train.batch_size",
+    }.items():
+        assert nearest(key, known) == f"did you mean {meant}?"
+    for key in ("model.lora_rank", "train.fsdp", "data.num_shards"):
+        assert nearest(key, known).startswith(f"known are {key.partition('.')[0]}.")
+    assert {name for names in MEANT.values() for name in names} - {"out"} <= set(known)
+
+
+def test_a_text_that_begins_with_dashes_is_no_flag() -> None:
+    words = ["runs/x", "--prompt", "--a dog", "-- and a cat", "--steps", "3", "--prompt=--fox"]
+    assert parse_flags(words, SampleOptions) == (
+        {"prompt": ["--a dog", "-- and a cat", "--fox"], "steps": "3"},
+        ["runs/x"],
+    )
+    overrides, _ = parse_flags(["--validation.prompts", "--a dog", "--validation.negative", "--no blur"], Recipe)
+    assert overrides == {"validation.prompts": ["--a dog"], "validation.negative": "--no blur"}
 
 
 def test_a_list_takes_words_up_to_the_next_flag_and_a_truth_value_needs_none() -> None:

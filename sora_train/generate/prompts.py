@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,9 +18,14 @@ from sora_train.generate.run import Run, load_run
 from sora_train.generate.sample import Progress, generate_each, latent_shape
 from sora_train.generate.write import read_listing, settings_of, write_listing
 from sora_train.manifest import commonest_shape
+from sora_train.places import as_text
 from sora_train.schema import bucket_name
 from sora_train.verbs import SampleOptions
 from sora_train.video import contact_sheet, slug, write_gif, write_mp4
+
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".pq", ".xlsx", ".gz")
+TABLE = re.compile(r'video_file_name"?\s*[,;\t|]|.*[,;\t|]\s*"?video_file_name|sep=.$|[\[{]\s*"')
+"""How the first line of a captions file begins: a header, or JSON."""
 
 
 def sample_prompts(path: str | Path, ask: SampleOptions) -> list[Path]:
@@ -82,14 +88,21 @@ def sample_prompts(path: str | Path, ask: SampleOptions) -> list[Path]:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts in a text file, one a line; blank lines are left out. RecipeError, saying what is wrong, if none."""
+    """The prompts in a text file, one a line; blank lines are left out. RecipeError, saying what is wrong, if none, or
+    where it is a table of captions, whose lines are no prompts.
+    """
+    file = Path(path).expanduser()
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"--prompts {path} is no text in UTF-8 (byte {error.start}); save it as UTF-8") from None
+        content = file.read_bytes()
     except (OSError, ValueError) as error:
         raise RecipeError(f"--prompts {path} can't be read ({getattr(error, 'strerror', None) or error})") from None
-    prompts = [line.strip() for line in text.split("\n") if line.strip()]
+    try:
+        text = as_text(content)
+    except ValueError as error:
+        raise RecipeError(f"--prompts {path} {error}") from None
+    prompts = [line.strip() for line in re.split("\r\n?|\n", text) if line.strip()]
+    if file.suffix.lower() in TABLES or (prompts and TABLE.match(prompts[0])):
+        raise RecipeError(f"--prompts {path} is a table; write the prompts alone to a text file, one on each line")
     if not prompts:
         raise RecipeError(f"--prompts {path} holds no prompt; write one on each line")
     return prompts

@@ -247,10 +247,11 @@ def check_cluster(recipe: Recipe) -> bool:
         f"{count:g} {kind} (it has {have.get(kind, 0):g})" for kind, count in need.items() if count > have.get(kind, 0)
     ]
     if short:
+        cpus = need["CPU"] if need["CPU"] > have.get("CPU", 0) else 0.0
         beside = f" and {recipe.validation.resources} for validation beside it" if recipe.validation.every else ""
         raise UserError(
             f"the cluster is too small: {recipe.cluster.fewest} workers of {worker_resources(recipe, gpu)}{beside} "
-            f"need {', '.join(short)}; lower cluster.workers, set validation.every to 0, or add nodes. "
+            f"need {', '.join(short)}; lower cluster.workers, set validation.every to 0, or {more_room(cpus)}. "
             "Otherwise Ray would wait for ever"
         )
     full = resources(recipe, gpu, most=True)
@@ -261,6 +262,12 @@ def check_cluster(recipe: Recipe) -> bool:
             flush=True,
         )
     return gpu
+
+
+def more_room(cpus: float) -> str:
+    """What gives a cluster that was joined more room: of CPUs, where so many are needed in all and there are fewer."""
+    counted = f", or start a node's Ray anew with more CPUs than it has cores (`ray start --num-cpus {cpus:g}`)"
+    return "add nodes" + (counted if cpus else "")
 
 
 def resources(recipe: Recipe, gpu: bool, most: bool = False) -> dict[str, float]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from sora_train.launch.checks import worker_resources
+from sora_train.launch.checks import more_room, resources, worker_resources
 from sora_train.launch.facts import NodeFacts
 from sora_train.places import in_bytes
 from sora_train.plan.estimate import Estimate
@@ -54,6 +54,16 @@ def judge_batch(recipe: Recipe) -> Check:
         f"{shares}: {taken - train.batch_size} of {taken} places are padding, which costs as much as clips; use "
         f"train.batch_size {sizes}{micro}",
     )
+
+
+def judge_cores(recipe: Recipe, cores: int) -> Check:
+    """Whether a Ray that is started on this machine alone has a core for each CPU that its workers take."""
+    cluster = recipe.cluster
+    said = f"{cluster.most} workers of {cluster.cpus_per_worker} CPUs on the {cores} cores of this machine"
+    if cluster.most * cluster.cpus_per_worker <= cores:
+        return passed("cores", said)
+    fits = max(1, cores // cluster.cpus_per_worker)
+    return failed("cores", f"{said} wait for each other: set cluster.workers to {fits}, or join a cluster")
 
 
 def judge_nodes(nodes: list[NodeFacts]) -> Check:
@@ -183,11 +193,12 @@ def judge_room(recipe: Recipe, gpu: bool, nodes: Iterable[dict[str, float]]) -> 
     places = [[without(node) if beside and i == host else node for i, node in enumerate(nodes)] for host in hosts]
     most = max((sum(map(workers_on, layout)) for layout in places), default=0)
     if most < recipe.cluster.fewest:
+        cpus = 0.0 if gpu else resources(recipe, gpu)["CPU"]
         room = f"; with the {beside} that validation takes beside them" if beside else ""
         return failed(
             "room",
             f"{recipe.cluster.fewest} workers of {worker} need room, the nodes have it for {most}{room}: lower "
-            "cluster.workers or cluster.cpus_per_worker, set validation.every to 0, or add nodes",
+            f"cluster.workers or cluster.cpus_per_worker, set validation.every to 0, or {more_room(cpus)}",
         )
     return passed("room", f"for {most} workers of {worker}" + (f" beside validation's {beside}" if beside else ""))
 

@@ -6,6 +6,7 @@ Facts are gathered by one Ray task a node (`gather.py`, `facts.py`) and judged b
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -39,6 +40,7 @@ from sora_train.launch.judge import (
     judge_batch,
     judge_clocks,
     judge_code,
+    judge_cores,
     judge_disk,
     judge_free,
     judge_memory,
@@ -76,7 +78,9 @@ def preflight(recipe: Recipe) -> None:
     tell(check_wandb(recipe.tracking.wandb))
     try:
         need = resources(recipe, gpu=False, most=True)
-        with connect(recipe.cluster.address, min_cpus=int(-(-need.get("CPU", 0) // 1)), log_to_driver=False):
+        with connect(recipe.cluster.address, min_cpus=int(-(-need.get("CPU", 0) // 1)), log_to_driver=False) as own:
+            if own:
+                tell(judge_cores(recipe, cores()))
             check_nodes(recipe, manifest, tell)
     except UserError as error:
         tell(failed("cluster", str(error)))
@@ -118,13 +122,14 @@ def check_nodes(recipe: Recipe, manifest: Manifest | None, tell: Callable[[Check
     tell(check_allreduce(recipe, bool(gpu)) if gpu is not None else Check("network", "skipped", "see cluster"))
 
 
-def check_quickly(recipe: Recipe, manifest: Manifest, gpu: bool, disk: Check) -> None:
+def check_quickly(recipe: Recipe, manifest: Manifest, gpu: bool, disk: Check, own: bool) -> None:
     """What `sora train` checks of the cluster at its start, beside its own checks: disk (by `check_disk`) and memory,
-    and where there are several nodes what must be alike on them. Says where micro-batches hold padding; UserError
-    where something failed.
+    and where there are several nodes what must be alike on them. Warns where micro-batches hold padding, and, where
+    Ray was started here (`own`), of more workers than cores; UserError where something failed.
     """
-    if (batch := judge_batch(recipe)).state == "failed":
-        print(f"warning: {batch.said}", file=sys.stderr, flush=True)
+    for check in (judge_batch(recipe), *([judge_cores(recipe, cores())] if own else [])):
+        if check.state == "failed":
+            print(f"warning: {check.said}", file=sys.stderr, flush=True)
     alive = [node for node in ray.nodes() if node["Alive"]]
     checks = [disk]
     nodes: list[NodeFacts] = []
@@ -139,6 +144,11 @@ def check_quickly(recipe: Recipe, manifest: Manifest, gpu: bool, disk: Check) ->
     if wrong := [f"{check.name}: {check.said}" for check in checks if check.state == "failed"]:
         lines = "\n".join(wrong)
         raise UserError(f"the run would fail:\n{lines}\n`sora preflight` shows all checks, --no-preflight skips these")
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def judged(recipe: Recipe, manifest: Manifest | None, nodes: list[NodeFacts]) -> list[Check]:

@@ -103,7 +103,7 @@ def launch_training(
         sigterm.listen_again()
         gpu = check_cluster(recipe)
         if look_first:
-            check_quickly(recipe, manifest, gpu, disk.result())
+            check_quickly(recipe, manifest, gpu, disk.result(), own)
         settle(recipe, own)
         with only_one(run):
             with clear_words(run):

@@ -65,7 +65,10 @@ def test_a_file_of_prompts_has_one_on_each_line(folder, tmp_path):
     [
         (None, "can't be read .No such file"),
         (b"\n \n", "holds no prompt"),
-        (b"good\n\xff\xfe", "is no text in UTF-8 .byte 5.; save it as UTF-8"),
+        (b"good\n\xff\xfe", "is not UTF-8 text in line 2 .byte 0xff.; save it as UTF-8"),
+        (b"video_file_name,prompt\na.mp4,a dog\n", "is a table; write the prompts alone to a text file"),
+        (b'prompt;"video_file_name"\nx;a.mp4\n', "is a table; write the prompts alone"),
+        (b'{"prompt": "a dog"}\n', "is a table; write the prompts alone"),
     ],
 )
 def test_a_file_of_prompts_that_is_none_is_refused(content, says, folder, tmp_path):

@@ -29,6 +29,7 @@ from sora_train.launch.judge import (
     judge_batch,
     judge_clocks,
     judge_code,
+    judge_cores,
     judge_disk,
     judge_free,
     judge_memory,
@@ -189,14 +190,23 @@ def test_a_machine_with_too_little_memory_for_its_processes_is_named(recipe_of, 
 def test_sums_of_cpus_are_no_room_for_a_worker(recipe_of, tmp_path: Path):
     """Four nodes of 2 CPUs have 8, and no node 4."""
     recipe = recipe_of(tmp_path, tmp_path, cluster__cpus_per_worker=4)
-    refused(judge_room(recipe, False, [{"CPU": 2.0}] * 4), "2 workers", "for 0", "cluster.cpus_per_worker")
+    room = judge_room(recipe, False, [{"CPU": 2.0}] * 4)
+    refused(room, "2 workers", "for 0", "cluster.cpus_per_worker", "`ray start --num-cpus 8`")
+
+
+def test_more_workers_than_this_machine_has_cores_are_named(recipe_of, tmp_path: Path):
+    recipe = recipe_of(tmp_path, tmp_path, cluster__cpus_per_worker=2)
+    assert judge_cores(recipe, 4).state == "passed"
+    refused(judge_cores(recipe, 3), "2 workers of 2 CPUs on the 3 cores", "set cluster.workers to 1")
 
 
 def test_no_node_with_room_for_the_validation_is_told(recipe_of, tmp_path: Path):
     recipe = recipe_of(tmp_path, tmp_path, **VALIDATED, validation__resources={"GPU": 2.0})
     refused(judge_room(recipe, True, [{"CPU": 8.0, "GPU": 1.0}] * 4), "no node has {'GPU': 2.0}", "validation.every")
     # One node must go to the validation, so that one GPU too few is left.
-    refused(judge_room(recipe, True, [{"CPU": 8.0, "GPU": 3.0}]), "for 1; with the {'GPU': 2.0}")
+    small = judge_room(recipe, True, [{"CPU": 8.0, "GPU": 3.0}])
+    refused(small, "for 1; with the {'GPU': 2.0}")
+    assert "num-cpus" not in small.said
     assert judge_room(recipe, True, [{"CPU": 8.0, "GPU": 2.0}] * 2).state == "passed"
 
 
@@ -403,12 +413,15 @@ def test_the_quick_part_asks_no_node_where_there_is_one(
 
     recipe = recipe_of(builtin_shards, tmp_path, train__batch_size=4, train__micro_batch_size=2)
     manifest, disk = check_shards(recipe), check_disk(recipe)
-    check_quickly(recipe, manifest, False, disk)
+    check_quickly(recipe, manifest, False, disk, own=False)
     assert not list(tmp_path.iterdir())
     assert not capsys.readouterr().err
-    odd = recipe_of(builtin_shards, tmp_path, train__batch_size=5, train__micro_batch_size=2)
-    check_quickly(odd, manifest, False, disk)
-    assert "are padding, which costs as much as clips" in capsys.readouterr().err
+    batch = {"train__batch_size": 5, "train__micro_batch_size": 2}
+    odd = recipe_of(builtin_shards, tmp_path, **batch, cluster__cpus_per_worker=1000)
+    check_quickly(odd, manifest, False, disk, own=True)
+    said = capsys.readouterr().err
+    assert "are padding, which costs as much as clips" in said
+    assert "2 workers of 1000 CPUs on the" in said
 
 
 def test_a_node_that_left_while_it_was_asked_fails_nothing(
