@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from sora_train.data.shards import ShardSet, Split
 from sora_train.errors import UserError
+from sora_train.places import replacing
 from sora_train.recipe import Recipe
 
 CLIPS = "clips.parquet"
@@ -32,9 +33,9 @@ class Clips:
 
     def save(self, run: Path) -> None:
         """Writes the record, whole or not at all."""
-        draft = run / f".{CLIPS}.draft"
-        pq.write_table(self.table.replace_schema_metadata({"fingerprint": self.fingerprint}), draft, compression="zstd")
-        draft.replace(run / CLIPS)
+        table = self.table.replace_schema_metadata({"fingerprint": self.fingerprint})
+        with replacing(run / CLIPS) as draft:
+            pq.write_table(table, draft, compression="zstd")
 
     def counts(self, held_out: bool) -> dict[str, int]:
         """Clips of a split by bucket."""

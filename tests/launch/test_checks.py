@@ -9,7 +9,8 @@ from sora_train.errors import UserError
 from sora_train.launch.checks import MAY_CHANGE, check_codec, check_shards, flat
 from sora_train.launch.folder import check_writable, clear
 from sora_train.launch.start import check_start
-from sora_train.launch.trainer import launch_training
+from sora_train.launch.trainer import exportable, launch_training
+from sora_train.manifest import Manifest
 from sora_train.model import Latte, ModelConfig
 from sora_train.model.convert import to_diffusers
 from sora_train.recipe import Recipe
@@ -72,6 +73,16 @@ def test_a_run_folder_that_cannot_be_written_is_refused_before_anything_starts(
 def test_a_check_of_the_run_folder_leaves_nothing_behind(tmp_path: Path):
     check_writable(tmp_path / "runs/new")
     assert not list(tmp_path.iterdir())
+
+
+def test_whether_a_run_can_become_a_pipeline_is_said_with_every_reason(builtin_shards: Path, tmp_path: Path, recipe_of):
+    manifest = Manifest.load(str(builtin_shards))
+    said = exportable(recipe_of(builtin_shards, tmp_path, model__pooled_text=True), manifest)
+    assert "--weights_only" in said
+    assert "model.pooled_text is True" in said
+    assert "diffusion.kind is flow" in said
+    ddpm = recipe_of(builtin_shards, tmp_path, diffusion__kind="ddpm")
+    assert "as a LattePipeline of diffusers" in exportable(ddpm, manifest)
 
 
 def test_clearing_a_run_removes_what_it_wrote_and_nothing_else(tmp_path: Path):
