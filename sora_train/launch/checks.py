@@ -214,7 +214,10 @@ def check_folder(
     if trained.encoding_hash != manifest.encoding_hash:
         changed.append(f"the shards' encoding was {trained.encoding_hash[:12]} and is {manifest.encoding_hash[:12]}")
     elif trained.buckets != manifest.buckets and not (run / CLIPS).is_file():
-        changed.append(f"the shards' clips were {trained.buckets} and are {manifest.buckets}")
+        changed.append(
+            f"the shards' clips were {trained.buckets} and are {manifest.buckets} (an earlier version began the run "
+            f"and did not record which; a new run can start from its weights: --name NEW --model.init_from {run})"
+        )
     if changed:
         go_on = ", or add --new-data to go on with the clips that these keys give" if cuts_only else ""
         raise UserError(
