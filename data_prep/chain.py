@@ -11,7 +11,7 @@ import pyarrow as pa
 from data_prep.buckets import Bucket, buckets_of
 from data_prep.harvest import Harvest
 from data_prep.progress import Progress
-from data_prep.standstill import watched
+from data_prep.standstill import Standstill, watched
 from data_prep.stock import Work
 from data_prep.tables import to_table
 from data_prep.workers import Share, share_out
@@ -24,17 +24,24 @@ BLOCK_SOURCES = 32
 
 def encode(recipe: Recipe, buckets: tuple[Bucket, ...], vae: VaeFiles, todo: list[Work], harvest: Harvest) -> None:
     """Sends sources down the chain and brings in what comes out. Raises UserError where too many are bad, and
-    Standstill where Ray waits without end for what it lost.
+    Standstill where Ray waits without end for what it lost, or a GPU fails: this process has left Ray then.
     """
+    import ray
+
     from sora_train.launch.cluster import connect
 
     with connect(recipe.cluster.address, log_to_driver=False), Progress(len(todo), run=recipe.name) as progress:
         failures, seen, reasons = harvest.outcome.failures, 0, Counter[str]()
-        for table in watched(chain(recipe, buckets, vae, todo)):
-            counts = harvest.bring_in(table)
-            reasons.update(failure["reason"] for failure in failures[seen:])
-            seen = len(failures)
-            progress.add(*counts, reasons)
+        try:
+            for table in watched(chain(recipe, buckets, vae, todo)):
+                counts = harvest.bring_in(table)
+                reasons.update(failure["reason"] for failure in failures[seen:])
+                seen = len(failures)
+                progress.add(*counts, reasons)
+        except Standstill as error:
+            error.moved = progress.written > 0
+            ray.shutdown()  # only this frees actors that hang, also in a Ray that the caller had connected to
+            raise
 
 
 def chain(recipe: Recipe, buckets: tuple[Bucket, ...], vae: VaeFiles, todo: list[Work]) -> Iterator[pa.Table]:
@@ -80,6 +87,7 @@ def quiet_ray_data() -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True  # DeviceLost stays one
     context.issue_detectors_config.detectors = []  # they warn of the memory that importing torch takes
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says that the bars are off

@@ -185,6 +185,8 @@ def spans_of(scenes: list[tuple[float, float]], seconds: float, header: Header, 
     if spans:
         return tuple(spans)
     assert refusal is not None
+    if data.start_s >= seconds:
+        raise ClipError("too_short", f"lasts {seconds:.2f} s, and data.start_s {data.start_s:g} is not before its end")
     if refusal.reason == "too_short" and len(scenes) > 1:
         longest = max(end - begin for begin, end in scenes)
         raise ClipError("crosses_cut", f"has {len(scenes)} scenes, the longest of {longest:.2f} s; {refusal.message}")

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import tempfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,7 @@ from pyarrow import fs
 from data_prep.decoder import Decoder
 from data_prep.reasons import ClipError
 from data_prep.source import data_root, sample_id
+from data_prep.standstill import DeviceLost
 from data_prep.tables import DECODED, ENCODED, END, WITH_LATENTS
 from sora_train.codec import CodecConfig
 from sora_train.data.config import DataConfig, SelectionConfig
@@ -26,6 +28,12 @@ from sora_train.places import resolve
 from sora_train.schema import bucket_size, encode_row
 
 CAPTION_BYTES = 2**30  # embeddings that an actor keeps, so that each distinct caption is embedded once
+
+if TYPE_CHECKING:
+    import torch
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 @contextmanager
@@ -120,21 +128,18 @@ class EncodeVideo:
                 by_bucket.setdefault(row["bucket"], []).append(i)
         for bucket, places in by_bucket.items():
             clips = [np.frombuffer(column[i].as_buffer(), np.uint8).reshape(*bucket_size(bucket), 3) for i in places]
-            for i, latents in zip(places, self.encode(clips), strict=True):
-                failed = isinstance(latents, str)
-                rows[i] |= {"reason": "encode_failed", "message": latents} if failed else {"latents": latents.tobytes()}
+            for i, latents in zip(places, each(self.encode, clips, "VAE", self.vae.model.device), strict=True):
+                if isinstance(latents, str):
+                    rows[i] |= {"reason": "encode_failed", "message": latents}
+                else:
+                    rows[i] |= {"latents": latents.tobytes()}
         return noted(rows, self.vae.remarks, WITH_LATENTS)
 
-    def encode(self, clips: list[np.ndarray]) -> list[np.ndarray | str]:
-        """Float32 latents of each clip, or what went wrong with it; a batch that fails is tried clip by clip."""
+    def encode(self, clips: list[np.ndarray]) -> list[np.ndarray]:
+        """Float32 latents of each clip."""
         import torch
 
-        try:
-            return list(self.vae.encode(torch.from_numpy(np.stack(clips))).numpy())
-        except RuntimeError as error:
-            if len(clips) == 1:
-                return [f"VAE: {error}"]
-            return [self.encode([clip])[0] for clip in clips]
+        return list(self.vae.encode(torch.from_numpy(np.stack(clips))).numpy())
 
 
 class EmbedText:
@@ -166,29 +171,38 @@ class EmbedText:
         rows = table.to_pylist()
         embeddings = self.embed({"", *(caption for row in rows if not row["reason"] for caption in row["captions"])})
         encoded = [self.encode(row, embeddings) for row in rows]
-        encoded[0]["empty_text"] = embeddings[""].tobytes()
+        if not isinstance(empty := embeddings[""], str):
+            encoded[0]["empty_text"] = empty.tobytes()
         return noted(encoded, self.encoder.remarks, ENCODED)
 
-    def embed(self, captions: set[str]) -> dict[str, np.ndarray]:
-        """Float16 `[tokens, width]` of each caption; infinite where that overflows."""
+    def embed(self, captions: set[str]) -> dict[str, np.ndarray | str]:
+        """Float16 `[tokens, width]` of each caption, infinite where that overflows; or what went wrong with it."""
         new = sorted(captions - self.known.keys())
-        for caption, embedding in zip(new, self.encoder.encode(new), strict=True):
+        found: dict[str, np.ndarray | str] = {}
+        embedded = each(self.encoder.encode, new, "text encoder", self.encoder.model.device)
+        for caption, embedding in zip(new, embedded, strict=True):
+            if isinstance(embedding, str):
+                found[caption] = embedding
+                continue
             with np.errstate(over="ignore"):
                 self.known[caption] = embedding.numpy().astype(np.float16)
             self.known_bytes += self.known[caption].nbytes
-        found: dict[str, np.ndarray] = {}
-        for caption in captions:
+        for caption in captions - found.keys():
             self.known.move_to_end(caption)
             found[caption] = self.known[caption]
         while self.known_bytes > CAPTION_BYTES:
             self.known_bytes -= self.known.popitem(last=False)[1].nbytes
         return found
 
-    def encode(self, row: dict, embeddings: dict[str, np.ndarray]) -> dict:
+    def encode(self, row: dict, embeddings: dict[str, np.ndarray | str]) -> dict:
         """The row with all that the shard has, or with its reason."""
         latents = row.pop("latents")
         if row["reason"]:
             return row
+        text = [embeddings[caption] for caption in row["captions"]]
+        if failed := [message for message in text if isinstance(message, str)]:
+            return row | {"reason": "encode_failed", "message": failed[0]}
+        good = [embedding for embedding in text if not isinstance(embedding, str)]
         shape = (self.moments, *self.latent_shapes[row["bucket"]])
         try:
             return row | encode_row(
@@ -198,10 +212,28 @@ class EmbedText:
                 content_hash=row["content_hash"],
                 perceptual_hash=row["perceptual_hash"],
                 latents=np.frombuffer(latents, np.float32).reshape(shape),
-                text=[embeddings[caption] for caption in row["captions"]],
+                text=good,
             )
         except ValueError as error:
             return row | {"reason": "not_finite", "message": str(error)}
+
+
+def each(work: Callable[[list[A]], list[B]], items: list[A], name: str, device: torch.device | str) -> list[B | str]:
+    """What `work` makes of each item, or the error message of one that fails alone. A batch that fails is tried again
+    item by item.
+
+    Raises DeviceLost where the device itself no longer works: that is no item's fault.
+    """
+    from sora_train.codec.memory import still_works
+
+    try:
+        return list(work(items))
+    except (RuntimeError, MemoryError) as error:
+        if not still_works(device):
+            raise DeviceLost(f"{name}: {device} no longer works: {error}") from None
+        if len(items) == 1:
+            return [f"{name}: {error}"]
+    return [each(work, [item], name, device)[0] for item in items]  # not above: the error holds the batch's memory
 
 
 def noted(rows: list[dict], remarks: list[str], schema: pa.Schema) -> pa.Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from data_prep.ledger import Record
-from data_prep.reasons import UNDECODABLE, kind_of, stage_of
+from data_prep.reasons import BAD, kind_of, stage_of
 from sora_train.errors import UserError
 
 JUDGED_AFTER = 200  # sources
@@ -44,7 +44,7 @@ class Outcome:
         reason, source = failure["reason"], failure["source"]
         kind = kind_of(reason)
         self.failures.append({"duplicate_of": ""} | failure | {"stage": stage_of(reason), "kind": kind})
-        if reason in UNDECODABLE and source not in self.fine:
+        if reason in BAD and source not in self.fine:
             self.bad[source] = reason
         self.say(f"{source} is {kind}: {reason}: {failure['message']}")
         return kind
@@ -58,7 +58,7 @@ class Outcome:
             print(f"prep: more such files are named in {self.folder}/quarantine.parquet only", flush=True)
 
     def judge(self, finished: bool = False) -> None:
-        """Raises UserError where too many sources can't be decoded, or at the end where no clip is left.
+        """Raises UserError where too many sources are bad, or at the end where no clip is left.
 
         Judged over what was opened once that is 200 sources, and at any time where the rest can't make it good.
         """
@@ -66,9 +66,9 @@ class Outcome:
         for bad, total in ((len(self.bad), self.sources), (len(self.bad.keys() & self.seen), opened)):
             if bad > self.max_bad_fraction * total:
                 raise UserError(
-                    f"{bad} of {total} sources can't be read or decoded, more than data.max_bad_fraction "
+                    f"{bad} of {total} sources can't be read, decoded or encoded, more than data.max_bad_fraction "
                     f"{self.max_bad_fraction:g} allows: {self._commonest(self.bad)}. {self.folder}/quarantine.parquet "
-                    "names each; mend or remove them, check data.root, or raise data.max_bad_fraction"
+                    f"names each; {self._remedy()}, or raise data.max_bad_fraction"
                 )
         if finished and not self.written:
             reasons = {failure["source"]: failure["reason"] for failure in self.failures}
@@ -76,6 +76,11 @@ class Outcome:
                 f"no clip is left of {self.sources} sources: {self._commonest(reasons)}. "
                 f"{self.folder}/quarantine.parquet names each"
             )
+
+    def _remedy(self) -> str:
+        if 2 * sum(stage_of(reason) == "encode" for reason in self.bad.values()) > len(self.bad):
+            return "free that device's memory, lower prep.vae_batch, or encode in fp32 (codec.precision)"
+        return "fix or remove them, check data.root"
 
     def _commonest(self, reasons: dict[str, str]) -> str:
         """The three commonest reasons, each with an example."""

@@ -27,12 +27,16 @@ from sora_train.places import lasting
 from sora_train.recipe import Recipe
 from sora_train.schema import bucket_name, bucket_of
 
+STARTS_IN_VAIN = 3
+"""Starts of the pipeline in a row in which no clip is encoded; then prep ends with an error."""
+
 
 def prep(recipe: Recipe) -> Manifest:
     """Encodes every clip that the recipe names and its shards don't hold yet, and returns the shards' manifest.
 
     Raises UserError where the captions, codec or shards are no good, too many sources can't be decoded, or nothing is
-    left; clips that fail are named in `quarantine.parquet` and don't stop anything.
+    left; clips that fail are named in `quarantine.parquet` and don't stop anything. Where Ray hangs, this process
+    disconnects and connects again by `cluster.address`, even if the caller had connected.
     """
     started, data = time.monotonic(), recipe.data
     lasting("data.output", data.output)
@@ -43,14 +47,7 @@ def prep(recipe: Recipe) -> Manifest:
     rows = read_rows(data)
     with only_one(data.output):
         sweep(data.output)
-        while True:
-            try:
-                harvest = encode_missing(recipe, rows, buckets, vae, text, key)
-                break
-            except Standstill as said:
-                print(
-                    f"prep: {said}, as where a node or its network fails; begins anew with what is missing", flush=True
-                )
+        harvest = encode_with_restarts(recipe, rows, buckets, vae, text, key)
         outcome = harvest.outcome
         manifest = describe(recipe, vae, text, key, harvest.empty_text or empty_prompt(recipe, key), outcome)
         manifest.save(data.output)
@@ -62,6 +59,27 @@ def prep(recipe: Recipe) -> Manifest:
         for said in small_buckets(left, recipe.train.batch_size):
             print(f"prep: warning: {said}", flush=True)
     return manifest
+
+
+def encode_with_restarts(
+    recipe: Recipe, rows: list[Row], buckets: tuple[Bucket, ...], vae: VaeFiles, text: TextFiles, key: str
+) -> Harvest:
+    """`encode_missing`, restarted where the pipeline stalls or a GPU fails. UserError where restarts don't help."""
+    in_vain = 0
+    while True:
+        try:
+            return encode_missing(recipe, rows, buckets, vae, text, key)
+        except Standstill as error:
+            why = getattr(error, "cause", error)  # of a worker's error Ray makes one that prints its traceback
+            in_vain = 0 if error.moved else in_vain + 1
+            if in_vain == STARTS_IN_VAIN:
+                raise UserError(
+                    f"{why}. prep was started {in_vain} times in a row without encoding a clip: a node, its network "
+                    "or a GPU fails each time. Look at `ray status`, at the GPUs (`nvidia-smi`) and into the logs of "
+                    "the workers (/tmp/ray/session_latest/logs), leave the faulty node out, and run the same command "
+                    "again: what is encoded stays"
+                ) from None
+            print(f"prep: {why}; restarts with what is missing", flush=True)
 
 
 def encode_missing(

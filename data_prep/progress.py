@@ -5,20 +5,25 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Callable
 
 from tqdm import tqdm
+
+WINDOW_S = 60.0  # over which rates are measured
+ENOUGH_S = 10.0  # before that a rate says nothing
 
 
 class Progress:
     """Counts sources and their clips; a context manager that says so every `every_s` seconds, also while none come."""
 
-    def __init__(self, total: int, every_s: float = 5.0, run: str = ""):
+    def __init__(self, total: int, every_s: float = 5.0, run: str = "", clock: Callable[[], float] = time.monotonic):
         """`run` is the name that Ray's metrics have it under, where this process is connected to Ray."""
-        self.total, self.every_s = total, every_s
-        self.sources = self.clips = self.bad = self.filtered = 0
-        self.started = time.monotonic()
-        self.first: tuple[float, int, int] | None = None  # when the first came out, and how many: start-up left out
+        self.total, self.every_s, self.clock = total, every_s, clock
+        self.sources = self.clips = self.written = self.bad = self.filtered = 0
+        self.started = clock()
+        self.seen: deque[tuple[float, int, int]] = deque()
+        """When tables came, and the sources and clips after each: those of the last WINDOW_S, and one before."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._metrics = None
@@ -44,10 +49,13 @@ class Progress:
         """
         self.sources += sources
         self.clips += written + bad + filtered
+        self.written += written
         self.bad += bad
         self.filtered += filtered
-        if self.first is None and self.clips:
-            self.first = time.monotonic(), self.sources, self.clips
+        now = self.clock()
+        self.seen.append((now, self.sources, self.clips))
+        while len(self.seen) > 1 and self.seen[1][0] < now - WINDOW_S:
+            self.seen.popleft()
         if self._metrics is not None:
             for outcome, count in (("written", written), ("quarantined", bad), ("filtered", filtered)):
                 self._metrics.count("sora_prep_clips", outcome, count)
@@ -59,26 +67,27 @@ class Progress:
 
     def line(self) -> str:
         """`prep: 512 of 1500 sources (34 %), 530 clips, 45.1 clips/s, 3 bad, 0 filtered, 22 s left`."""
-        now = time.monotonic()
+        if not self.seen:
+            since = self.clock() - self.started
+            return f"prep: starting Ray and loading the VAE and the text encoder, {since:.0f} s so far"
         text = f"prep: {self.sources} of {self.total} sources ({100 * self.sources // max(1, self.total)} %)"
-        if self.first is None:
-            return f"{text}, the first are under way since {now - self.started:.0f} s"
-        seconds, sources, clips = self._since(now)
-        left = f", {(self.total - self.sources) * seconds / sources:.0f} s left" if sources else ""
-        counts = f"{self.clips} clips, {clips / seconds:.3g} clips/s, {self.bad} bad, {self.filtered} filtered"
-        return f"{text}, {counts}{left}"
+        rates = self.rates()
+        clips_per_s = f", {rates[1]:.3g} clips/s" if rates else ""
+        left = f", {(self.total - self.sources) / rates[0]:.0f} s left" if rates and rates[0] else ""
+        return f"{text}, {self.clips} clips{clips_per_s}, {self.bad} bad, {self.filtered} filtered{left}"
 
-    def _since(self, now: float) -> tuple[float, int, int]:
-        """Seconds, and the sources and clips finished in them: since the first came out, if there are more."""
-        if self.first is None or self.sources <= self.first[1]:
-            return now - self.started, self.sources, self.clips
-        return now - self.first[0], self.sources - self.first[1], self.clips - self.first[2]
+    def rates(self) -> tuple[float, float] | None:
+        """Sources and clips a second, of late; None while too little came to tell, start-up left out."""
+        seen = list(self.seen)  # another thread appends
+        if not seen or seen[-1][0] - seen[0][0] < ENOUGH_S:
+            return None
+        seconds = self.clock() - seen[0][0]
+        return (seen[-1][1] - seen[0][1]) / seconds, (seen[-1][2] - seen[0][2]) / seconds
 
     def _run(self) -> None:
         while not self._stop.wait(self.every_s):
-            if self._metrics is not None and self.first is not None:
-                seconds, _, clips = self._since(time.monotonic())
-                self._metrics.show({"sora_prep_clips_per_s": clips / seconds})
+            if self._metrics is not None and (rates := self.rates()):
+                self._metrics.show({"sora_prep_clips_per_s": rates[1]})
             if self._bar is None:
                 print(self.line(), flush=True)
             else:

@@ -16,8 +16,14 @@ PATIENCE_S, TIMES, START_S = 120.0, 10, 1800.0
 take the last of these: networks are loaded before it."""
 
 
-class Standstill(Exception):  # noqa: N818  no mistake of anybody's
-    """Nothing comes any more. The message says for how long."""
+class Standstill(Exception):  # noqa: N818
+    """The pipeline gives nothing any more and must be restarted. `moved` says whether it gave anything before."""
+
+    moved = False
+
+
+class DeviceLost(Standstill):
+    """A GPU no longer works in the process that used it. Only a new process can use it again."""
 
 
 def watched(items: Iterable[T], patience_s: float = PATIENCE_S, start_s: float = START_S) -> Iterator[T]:

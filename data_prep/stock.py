@@ -47,18 +47,11 @@ class Stock:
         self.outdated.clear()
 
 
-def take_stock(
-    data: DataConfig,
-    rows: list[Row],
-    held: dict[str, Held],
-    twice: dict[str, set[str]],
-    ledger: Ledger,
-    outcome: Outcome,
-) -> Stock:
-    """Sorts the rows by what is known of them, and enters into `outcome` all that needs no work.
+def check_folder(data: DataConfig, rows: list[Row], held: dict[str, Held]) -> set[str]:
+    """The names of the buckets that the recipe asks for.
 
-    Raises UserError where the shards hold nothing but other sources, or clips of other buckets: that is a wrong folder,
-    not a change.
+    Raises UserError if the shards in `data.output` hold only other sources, or only clips of other buckets: that is the
+    wrong folder, not a change of the recipe.
     """
     folder = data.output
     if held and not {clip.source for clip in held.values()} & {row.source for row in rows}:
@@ -72,6 +65,22 @@ def take_stock(
             f"data.output: {folder} holds clips of {', '.join(sorted(in_use))} and the recipe asks for "
             f"{', '.join(sorted(wanted))}; set data.output to another folder, or delete this one"
         )
+    return wanted
+
+
+def take_stock(
+    data: DataConfig,
+    rows: list[Row],
+    held: dict[str, Held],
+    twice: dict[str, set[str]],
+    ledger: Ledger,
+    outcome: Outcome,
+) -> Stock:
+    """Sorts the rows by what is known of them, and enters into `outcome` all that needs no work.
+
+    Raises UserError as `check_folder` does.
+    """
+    wanted = check_folder(data, rows, held)
     stock = Stock(held=dict(held), outdated={shard: set(samples) for shard, samples in twice.items()})
     asked = {row.row_id: row for row in rows if not row.reason or row.reason == "missing_file"}
     for sample, clip in held.items():

@@ -46,6 +46,8 @@ class Measured:
     """Frames x height x width of the measured clips: the VAE's time grows with them."""
     text_s: float
     """Seconds a caption."""
+    load_s: float = 0.0
+    """Seconds until both networks are loaded in one process, imports included."""
 
 
 def spread(items: Sequence[T], most: int) -> list[T]:
@@ -83,7 +85,7 @@ def measure(recipe: Recipe, rows: list[Row], captions: list[str], seconds: float
 
     decoder = Decoder(recipe.data, recipe.selection)
     try:
-        vae = vae_of(recipe.codec, device)
+        vae, vae_load_s = timed(vae_of, recipe.codec, device)
 
         def encode(frames: np.ndarray) -> None:
             vae.encode(torch.from_numpy(np.repeat(frames[None], at_once, axis=0)))
@@ -91,7 +93,7 @@ def measure(recipe: Recipe, rows: list[Row], captions: list[str], seconds: float
         clips = measure_clips(recipe.data, rows, decoder, encode, seconds, clock)
         if not clips:
             return None
-        text = text_encoder_of(recipe.codec, device, recipe.prep.text_batch)
+        text, text_load_s = timed(text_encoder_of, recipe.codec, device, recipe.prep.text_batch)
         text_s = measure_text(text.encode, captions, seconds / 2, clock)
         name, used = torch.cuda.get_device_name() if device == "cuda" else "cpu", torch.get_num_threads()
     finally:
@@ -100,7 +102,7 @@ def measure(recipe: Recipe, rows: list[Row], captions: list[str], seconds: float
     each = np.array(clips)
     open_s, decode_s, _, pixels = each.mean(0).tolist()
     vae_s = pixels * float(np.median(each[:, 2] / each[:, 3])) / at_once  # of a busy machine the median says more
-    return Measured(len(clips), name, used, open_s, decode_s, vae_s, pixels, text_s)
+    return Measured(len(clips), name, used, open_s, decode_s, vae_s, pixels, text_s, vae_load_s + text_load_s)
 
 
 def measure_on_cluster(recipe: Recipe, rows: list[Row], captions: list[str]) -> Measured | None:

@@ -6,12 +6,15 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 from data_prep.buckets import buckets_of
-from data_prep.pipeline import check_shapes, find_codec
+from data_prep.pipeline import check_shapes, encoding_hash, find_codec, what_differs
 from data_prep.planning.measure import CAPTIONS, CLIPS, has_cluster, measure_on_cluster, spread, tokens_of
 from data_prep.planning.reckon import Plan, cost, giving, reckon
 from data_prep.planning.survey import is_large, survey
 from data_prep.planning.text import format_plan, judge
+from data_prep.shards import finished_clips
 from data_prep.source import read_rows
+from data_prep.stock import check_folder
+from data_prep.workers import cores, share_out
 from sora_train.recipe import Recipe
 
 
@@ -25,7 +28,8 @@ def show_plan(recipe: Recipe) -> None:
 def plan(recipe: Recipe) -> Plan:
     """Opens every source's header, and decodes and encodes a few clips.
 
-    Raises UserError where captions or networks are no good; `judge` says what is wrong with a plan.
+    Raises UserError where captions, networks or the shards in `data.output` are no good, as `prep` does; `judge` says
+    what is wrong with a plan.
     """
     from sora_train.launch.cluster import connect
 
@@ -33,6 +37,8 @@ def plan(recipe: Recipe) -> Plan:
     vae, text = find_codec(recipe)
     check_shapes(buckets_of(data), vae)
     rows = read_rows(data)
+    held, _ = finished_clips(data.output, encoding_hash(recipe, vae, text), what_differs(recipe, vae, text))
+    check_folder(data, rows, held)
     joined = is_large(rows, data) or has_cluster(recipe.cluster.address)
     with connect(recipe.cluster.address, log_to_driver=False) if joined else nullcontext():
         looks = survey(rows, data, recipe.selection)
@@ -43,4 +49,8 @@ def plan(recipe: Recipe) -> Plan:
         print(f"plan: {len(looks)} files opened; now a few clips are encoded, to see how long they take", flush=True)
         captions = spread(sorted({caption for row in good for caption in row.captions}), CAPTIONS)
         measured = measure_on_cluster(recipe, spread(good, CLIPS), captions)
-    return replace(draft, work=cost(draft, buckets_of(data), measured)) if measured else draft
+    if not measured:
+        return draft
+    shares = share_out(cores(), 0, recipe.prep)
+    loads = (shares.vae.workers + shares.text.workers) / cores() if measured.device == "cpu" else 1.0
+    return replace(draft, work=cost(draft, buckets_of(data), measured, loads))

@@ -11,7 +11,7 @@ from pyarrow import fs
 from data_prep.buckets import Bucket, buckets_of
 from data_prep.planning.measure import Measured, spread
 from data_prep.planning.survey import Look
-from data_prep.reasons import UNDECODABLE, kind_of
+from data_prep.reasons import BAD, kind_of
 from data_prep.source import Row
 from sora_train.codec.files import VaeFiles
 from sora_train.data import order
@@ -23,6 +23,7 @@ from sora_train.recipe import Recipe
 from sora_train.schema import shard_files
 
 TOKENIZED = 2000  # captions at most
+RAY_START_S = 10.0  # for a Ray of one's own on two cores, measured: 8 to 12
 HALF = 2  # bytes of a float16
 
 
@@ -58,6 +59,8 @@ class Work:
     vae: float
     text: float
     measured: Measured
+    start_s: float = 0.0
+    """Seconds before the first clip: Ray starts, and every actor imports and loads its network."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ def reckon(
     return Plan(
         rows=len(rows),
         sources=len({row.source for row in rows}),
-        undecodable=len({row.source for row in rows if reason_of(row, looks)[0] in UNDECODABLE}),
+        undecodable=len({row.source for row in rows if reason_of(row, looks)[0] in BAD}),
         video_s=sum(look.seconds for look in videos),
         longest_s=max((look.seconds for look in videos), default=0.0),
         largest=f"{largest.width}x{largest.height}",
@@ -201,10 +204,12 @@ def room(output: str) -> tuple[int, int | None]:
     return held, free_bytes(path)
 
 
-def cost(draft: Plan, buckets: tuple[Bucket, ...], measured: Measured) -> Work:
-    """Hours for all of the plan's clips at the measured seconds."""
+def cost(draft: Plan, buckets: tuple[Bucket, ...], measured: Measured, loads_per_core: float = 1.0) -> Work:
+    """Hours for all of the plan's clips at the measured seconds. `loads_per_core` actors load networks on a core."""
     pixels = {bucket.name: bucket.frames * bucket.height * bucket.width for bucket in buckets}
     vae_clips = sum(bucket.clips * pixels[bucket.name] for bucket in draft.buckets) / measured.vae_pixels
     opened = draft.rows - sum(drop.rows for drop in draft.dropped)
     decode = opened * measured.open_s + draft.clips * measured.decode_s
-    return Work(decode / 3600, vae_clips * measured.vae_s / 3600, draft.captions * measured.text_s / 3600, measured)
+    vae, text = vae_clips * measured.vae_s, draft.captions * measured.text_s
+    start_s = RAY_START_S + measured.load_s * max(1.0, loads_per_core)
+    return Work(decode / 3600, vae / 3600, text / 3600, measured, start_s)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from data_prep.planning.reckon import BucketPlan, Dropped, Plan
-from data_prep.reasons import UNDECODABLE
+from data_prep.reasons import BAD
 from data_prep.workers import cores
 from sora_train.data.config import DataConfig, small_buckets
 from sora_train.errors import RecipeError, UserError
@@ -24,7 +24,7 @@ def judge(plan: Plan, data: DataConfig) -> None:
 
     commonest = three(list(plan.dropped))
     if plan.undecodable > data.max_bad_fraction * plan.sources:
-        bad = three([drop for drop in plan.dropped if drop.reason in UNDECODABLE])
+        bad = three([drop for drop in plan.dropped if drop.reason in BAD])
         raise UserError(
             f"{plan.undecodable} of {plan.sources} sources can't be read, more than data.max_bad_fraction "
             f"{data.max_bad_fraction:g} allows: {bad}; mend or remove them, check data.root, or raise "
@@ -138,6 +138,7 @@ def work(plan: Plan) -> list[str]:
         return ["work: not measured" + (": no clip could be encoded here, or no GPU became free" if plan.clips else "")]
     took, cost = plan.work.measured, plan.work
     gpu = took.device != "cpu"
+    start = f"      before the first clip about {cost.start_s:.0f} s more: Ray starts and the networks are loaded"
     where = f"on {took.device}" if gpu else f"on {took.threads} threads"
     lines = [
         f"work, {took.clips} clips measured: opening {took.open_s:.2g} s a source, decoding {took.decode_s:.2g} s a "
@@ -149,12 +150,14 @@ def work(plan: Plan) -> list[str]:
             *lines,
             f"      {hours(cost.vae + cost.text)} of a GPU (VAE {hours(cost.vae)}, text {hours(cost.text)}) and "
             f"{hours(cost.decode)} of a core for decoding: {cores_each:.2g} cores for every GPU keep it busy",
+            start,
         ]
     total = cost.decode + (cost.vae + cost.text) * took.threads
     return [
         *lines,
         f"      {hours(total)} of a core: decoding {hours(cost.decode)}, VAE {hours(cost.vae * took.threads)}, text "
         f"{hours(cost.text * took.threads)}; {hours(total / cores())} on this machine's {cores()} cores",
+        start,
     ]
 
 

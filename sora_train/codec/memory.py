@@ -19,6 +19,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def still_works(device: torch.device | str) -> bool:
+    """Whether a device computes, after an error. After some CUDA errors (an illegal memory access, a failed assertion)
+    nothing works any more in the process; being out of memory is not such an error.
+    """
+    try:
+        return torch.ones(2, device=device).sum().item() == 2
+    except Exception as error:
+        return is_out_of_memory(error)
+
+
 def give_back(device: torch.device) -> None:
     """Hands cached blocks back to the device. To be called outside the `except`: the error itself holds tensors."""
     if device.type == "cuda":

@@ -58,7 +58,7 @@ class DataConfig(Section):
     """Share of the steps that take pictures (buckets of one frame), with epochs of their own; 0 leaves pictures out,
     unset lets all buckets take turns by their clips."""
     max_bad_fraction: float = Field(default=0.1, ge=0, le=1)
-    """Largest share of sources that can't be decoded; judged after 200 sources and at the end."""
+    """Largest share of sources that can't be read, decoded or encoded; judged after 200 sources and at the end."""
     timeout_s: PositiveFloat = 120.0
     """Seconds that decoding one clip may take before it is given up as `timeout`."""
 

@@ -143,22 +143,30 @@ def check_shards(recipe: Recipe) -> Manifest:
     wrong = []
     if manifest.vae.channels != model.in_channels:
         wrong.append(
-            f"model.in_channels is {model.in_channels}, the shards have {manifest.vae.channels} latent channels"
+            f"model.in_channels is {model.in_channels} and the shards have {manifest.vae.channels} latent channels: "
+            f"set model.in_channels to {manifest.vae.channels}"
         )
     if manifest.text.width != model.text_width:
-        wrong.append(f"model.text_width is {model.text_width}, the shards' embeddings are {manifest.text.width} wide")
+        wrong.append(
+            f"model.text_width is {model.text_width} and the shards' embeddings are {manifest.text.width} wide: set "
+            f"model.text_width to {manifest.text.width}"
+        )
     asked = [bucket_name(*shape) for shape in recipe.data.shapes]
     there = [name for name, count in manifest.buckets.items() if count or name in asked]
     if set(asked) != set(there):
-        wrong.append(f"data asks for clips of {', '.join(asked)}, the shards have {', '.join(there)}")
+        wrong.append(
+            f"the recipe asks for clips of {', '.join(asked)} and the shards hold {', '.join(there)}: set data.buckets "
+            f"to [{', '.join(there)}], or data.output to another folder, and run `sora prep` to make the clips"
+        )
     for name in there:
         _, _, h, w = manifest.vae.latent_shape(*bucket_size(name))
         if h % model.patch or w % model.patch:
-            wrong.append(f"model.patch {model.patch} does not divide the {h}x{w} latents of the bucket {name}")
+            wrong.append(
+                f"model.patch {model.patch} does not divide the {h}x{w} latents of the bucket {name}: set model.patch "
+                "to 1, or change the bucket's height and width"
+            )
     if wrong:
-        raise UserError(
-            f"{recipe.data.output} does not fit the recipe: {'; '.join(wrong)}. Set the former to the latter"
-        )
+        raise UserError(f"{recipe.data.output} does not fit the recipe: {'; '.join(wrong)}")
     if empty := [name for name in there if not manifest.buckets[name]]:
         raise UserError(
             f"{recipe.data.output} has no clip in the buckets {', '.join(empty)} that the recipe asks for; "

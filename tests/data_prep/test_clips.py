@@ -1,6 +1,7 @@
 """What files are cut into and what clips they give, against videos whose frames carry their own number."""
 
 import hashlib
+import re
 import shutil
 from pathlib import Path
 
@@ -48,6 +49,8 @@ def test_clips_begin_at_the_start_then_every_stride_while_a_bucket_is_filled(tmp
     assert starts(path, stride_s=1.0) == [0.0, 1.0, 2.0, 3.0, 4.0]
     assert starts(path, stride_s=0.3, start_s=3.0, clips_per_video=3) == [3.0, 3.3, 3.6]
     assert refusal(path, DATA.model_copy(update={"start_s": 4.5})).reason == "too_short"
+    beyond = refusal(path, DATA.model_copy(update={"start_s": 60.0})).message
+    assert re.fullmatch(r"lasts \d\.\d\d s, and data.start_s 60 is not before its end", beyond)
 
 
 def test_each_clip_holds_the_frames_of_its_own_span(tmp_path: Path, write, number_of, on_screen):

@@ -29,7 +29,9 @@ def test_a_tenth_of_bad_sources_passes_and_one_more_does_not():
     worse = Outcome(100, 0.1, "out")
     run(worse, 0, 89)
     run(worse, 89, 100, "unreadable")
-    with pytest.raises(UserError, match=r"11 of 100 sources can't be read or decoded.*11 unreadable \(89.mp4: words\)"):
+    with pytest.raises(
+        UserError, match=r"11 of 100 sources can't be read, decoded or encoded.*11 unreadable \(89.mp4: words\)"
+    ):
         worse.judge(finished=True)
 
 
@@ -57,6 +59,16 @@ def test_short_clips_and_names_outside_the_root_are_no_bad_sources():
     run(outcome, 5, 9, "outside_root")
     run(outcome, 9, 10)
     outcome.judge(finished=True)
+
+
+def test_sources_that_can_not_be_encoded_count_too():
+    outcome = Outcome(100, 0.1, "out")
+    run(outcome, 0, 80)
+    run(outcome, 80, 90, "encode_failed")
+    outcome.judge(finished=True)
+    run(outcome, 90, 100, "not_finite")
+    with pytest.raises(UserError, match=r"20 of 100 .*10 encode_failed .*free that device's memory"):
+        outcome.judge(finished=True)
 
 
 def test_a_source_that_gives_a_clip_is_no_bad_source_though_another_of_its_clips_fails():

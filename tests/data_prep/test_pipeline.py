@@ -238,7 +238,9 @@ def test_one_video_gives_many_clips_in_several_buckets_and_other_settings_make_o
 
 def test_missing_files_are_found_out_before_ray_starts(tmp_path: Path, vae_folder: Path):
     save_captions(tmp_path, [(f"{i}.mp4", "x") for i in range(5)])
-    with pytest.raises(UserError, match=r"5 of 5 sources can't be read or decoded.*5 missing_file .*data.root"):
+    with pytest.raises(
+        UserError, match=r"5 of 5 sources can't be read, decoded or encoded.*5 missing_file .*data.root"
+    ):
         prep(recipe(tmp_path, vae_folder))
     lost = pq.read_table(tmp_path / "shards" / "quarantine.parquet").to_pylist()
     assert [row["reason"] for row in lost] == ["missing_file"] * 5

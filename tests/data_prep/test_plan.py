@@ -203,6 +203,9 @@ def test_hours_grow_with_a_clips_pixels_and_each_caption_is_embedded_once(tmp_pa
     took = cost(found, buckets_of(wanted.data), measured)
     assert (took.decode, took.vae, took.text) == pytest.approx((2.0, 6.0, 1.0))
     assert "16.0 h of a core" in format_plan(replace(found, work=took))
+    slow = cost(found, buckets_of(wanted.data), replace(measured, load_s=20.0), loads_per_core=1.5)
+    assert slow.start_s == pytest.approx(took.start_s + 30)
+    assert f"before the first clip about {slow.start_s:.0f} s more" in format_plan(replace(found, work=slow))
     on_gpu = format_plan(replace(found, work=replace(took, measured=replace(measured, device="NVIDIA H200"))))
     assert "7.0 h of a GPU (VAE 6.0 h, text 1.0 h) and 2.0 h of a core" in on_gpu
 

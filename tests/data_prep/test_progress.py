@@ -18,16 +18,46 @@ import pytest
 from data_prep.progress import Progress
 
 
-def test_a_line_counts_sources_and_clips_and_leaves_start_up_out_of_the_rate():
-    progress = Progress(10)
-    assert progress.line() == "prep: 0 of 10 sources (0 %), the first are under way since 0 s"
-    progress.started -= 100
-    progress.add(1, 3, 0, 1)
-    assert "1 of 10 sources (10 %), 4 clips, 0.04 clips/s, 0 bad, 1 filtered, 900 s left" in progress.line()
-    assert progress.first is not None
-    progress.first = (progress.first[0] - 4, *progress.first[1:])
-    progress.add(2, 5, 1, 0)
-    assert "3 of 10 sources (30 %), 10 clips, 1.5 clips/s, 1 bad, 1 filtered, 14 s left" in progress.line()
+class Clock:
+    """Seconds that a test sets."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_start_up_is_said_as_such():
+    clock = Clock()
+    progress = Progress(10, clock=clock)
+    clock.now += 65
+    assert progress.line() == "prep: starting Ray and loading the VAE and the text encoder, 65 s so far"
+
+
+def test_a_rate_and_the_time_left_are_said_once_they_can_be_known():
+    clock = Clock()
+    progress = Progress(66, clock=clock)
+    clock.now += 65
+    progress.add(30, 30, 0, 0)
+    progress.add(6, 5, 1, 0)
+    clock.now += 0.01
+    assert progress.line() == "prep: 36 of 66 sources (54 %), 36 clips, 1 bad, 0 filtered"
+    clock.now += 9.99
+    progress.add(10, 10, 0, 0)
+    assert progress.line() == "prep: 46 of 66 sources (69 %), 46 clips, 1.6 clips/s, 1 bad, 0 filtered, 12 s left"
+
+
+def test_rates_are_of_the_last_minute_and_fall_while_nothing_comes():
+    clock = Clock()
+    progress = Progress(10_000, clock=clock)
+    for second in range(400):  # 10 sources of 2 clips a second, then one
+        clock.now += 1
+        progress.add(1 if second >= 200 else 10, 2 if second >= 200 else 20, 0, 0)
+    sources, clips = progress.rates() or (0.0, 0.0)
+    assert (sources, clips) == pytest.approx((1.0, 2.0))
+    assert progress.line().endswith(", 7800 s left")
+    clock.now += 61
+    assert (progress.rates() or (0.0, 0.0))[0] == pytest.approx(0.5)
 
 
 def test_a_terminal_gets_a_bar():
@@ -61,8 +91,11 @@ def ray_metrics() -> Iterator[str]:
 
 @pytest.mark.ray
 def test_what_prep_did_is_in_rays_metrics(ray_metrics: str):
-    with Progress(4, every_s=0.2, run="clips") as progress:
-        progress.add(2, 5, 1, 2, Counter(unreadable=1, too_short=2))
+    clock = Clock()
+    with Progress(4, every_s=0.2, run="clips", clock=clock) as progress:
+        progress.add(1, 5, 1, 2, Counter(unreadable=1, too_short=2))
+        clock.now += 20
+        progress.add(1, 0, 0, 1, Counter(unreadable=1, too_short=3))
         until, found = time.monotonic() + 60, dict[str, float]()
         while len(found) < 7 and time.monotonic() < until:
             time.sleep(0.5)
@@ -72,5 +105,5 @@ def test_what_prep_did_is_in_rays_metrics(ray_metrics: str):
             tags = (re.findall(r'(?:outcome|reason)="(\w+)"', line) or [line.split("{")[0]] for line in ours)
             found = {tag: float(line.split()[-1]) for (tag,), line in zip(tags, ours, strict=True)}
     assert found.pop("ray_sora_prep_clips_per_s") > 0
-    assert found == {"written": 5, "quarantined": 1, "filtered": 2, "unreadable": 1, "too_short": 2,
+    assert found == {"written": 5, "quarantined": 1, "filtered": 3, "unreadable": 1, "too_short": 3,
                      "ray_sora_prep_share_done": 0.5}  # fmt: skip

@@ -4,18 +4,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 from pyarrow import fs
 
+from data_prep.pipeline import encoding_hash, find_codec, prep
 from data_prep.planning import survey as surveys
 from data_prep.planning.plan import plan, show_plan
 from data_prep.planning.survey import ends_of
 from data_prep.planning.text import format_plan, judge
+from data_prep.shards import ShardWriter
 from data_prep.source import read_rows
 from sora_train.data.config import SelectionConfig
 from sora_train.errors import RecipeError, UserError
 from sora_train.recipe import Recipe
+from sora_train.schema import SHARD_SCHEMA, encode_row
 
 
 def recipe(folder: Path, **data: object) -> Recipe:
@@ -90,6 +94,28 @@ def test_the_table_is_shown_before_the_error(folder: Path, capsys: pytest.Captur
     with pytest.raises(UserError, match=r"no clip in 6 rows: 4 too_short"):
         show_plan(wanted)
     assert "800x32x64" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"height": 64}, "holds clips of 8x32x64 and the recipe asks for 8x64x64; set data.output to another folder"),
+        ({"fps": 5.0}, "holds shards of another encoding .*set data.output to another folder"),
+    ],
+)
+def test_the_plan_refuses_what_prep_refuses(folder: Path, other: dict[str, float], says: str):
+    settings = {"frames": 8, "height": 32, "width": 64, "max_bad_fraction": 0.5}
+    made = recipe(folder, **settings)
+    clip = encode_row(
+        sample_id="0", source="wide.mp4", source_size=1, source_version="v", content_hash="", start_s=0.0, end_s=1.0,
+        captions=["x"], latents=np.zeros((1, 8, 4, 4, 8)), text=[np.zeros((1, 64))],
+    )  # fmt: skip
+    writer = ShardWriter(made.data.output, "8x32x64", encoding_hash(made, *find_codec(made)))
+    writer.add(pa.Table.from_pylist([clip], SHARD_SCHEMA))
+    writer.close()
+    for command in (plan, prep):
+        with pytest.raises(UserError, match=says):
+            command(recipe(folder, **settings | other))
 
 
 @pytest.mark.ray

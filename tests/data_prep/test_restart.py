@@ -1,0 +1,72 @@
+"""Prep restarts where Ray hangs or a GPU fails, and ends where restarts don't help."""
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep import chain
+from data_prep.pipeline import prep
+from data_prep.standstill import DeviceLost, Standstill, watched
+from sora_train.errors import UserError
+from sora_train.recipe import Recipe
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, write) -> Recipe:
+    for number in range(2):
+        write(tmp_path / f"{number}.mp4", np.arange(36) / 30)
+    with (tmp_path / "captions.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("video_file_name", "prompt"), ("0.mp4", "one"), ("1.mp4", "two")])
+    data = {"captions": str(tmp_path / "captions.csv"), "output": str(tmp_path / "shards")}
+    size = {"frames": 4, "fps": 4.0, "height": 16, "width": 32}
+    return Recipe.model_validate({"data": data | size, "cluster": {"address": "local"}})
+
+
+def wait_so_long(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> None:
+    """How long each start of the pipeline is given for its first clip."""
+    starts = iter(seconds)
+
+    def watch(items: Iterable):
+        return watched(items, start_s=next(starts))
+
+    monkeypatch.setattr(chain, "watched", watch)
+
+
+def test_a_restart_frees_the_actors_of_a_ray_that_was_connected(recipe: Recipe, monkeypatch, capsys):
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False)  # no room for a second pipeline beside the first
+    wait_so_long(monkeypatch, 0.5, 240)
+    try:
+        assert prep(recipe).counts.written == 2
+    finally:
+        ray.shutdown()
+    assert "nothing came for 0 s; restarts with what is missing" in capsys.readouterr().out
+
+
+def test_restarts_without_a_clip_come_to_an_end(recipe: Recipe, monkeypatch):
+    wait_so_long(monkeypatch, 0.5, 0.5, 0.5)
+    with pytest.raises(UserError, match="started 3 times in a row without encoding a clip.*`ray status`"):
+        prep(recipe)
+
+
+def test_a_lost_device_is_known_through_ray():
+    import ray
+
+    def lose(table):
+        raise DeviceLost("VAE: cuda:0 no longer works: CUDA error")
+
+    ray.init(address="local", num_cpus=1, include_dashboard=False)
+    chain.quiet_ray_data()
+    try:
+        with pytest.raises(Standstill) as error:
+            list(watched(ray.data.range(4).map_batches(lose, batch_format="pyarrow").iter_batches(batch_size=None)))
+    finally:
+        ray.shutdown()
+    assert isinstance(error.value, DeviceLost)
+    assert str(error.value.cause) == "VAE: cuda:0 no longer works: CUDA error"
