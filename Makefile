@@ -4,13 +4,14 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: help quickstart bench-quickstart test-slow drill-cluster drill-jobs drill-train drill-prep test lint .venv
+.PHONY: help quickstart bench-quickstart check-gpu test-slow drill-cluster drill-jobs drill-train drill-prep test lint .venv
 
 help:
 	@echo 'make quickstart   clips, shards, training, samples and a report in runs/quickstart, in minutes on two cores'
 	@echo 'make test         the tests'
 	@echo 'make test-slow    the slow tests of all but prep: lost nodes, memory, checkpoints to keep'
 	@echo 'make lint         ruff, pyright and the import rules'
+	@echo 'make check-gpu    on a machine with a GPU: NCCL, bf16, compile, resume, memory, prep and train on it, in six minutes'
 	@echo 'make bench-quickstart   after make quickstart: three training seeds, 192 clips each'
 	@echo 'make drill-train  sora train under kills, lost nodes, poison, damage, full disks, and the quickstart: one table'
 	@echo 'make drill-prep   sora prep killed at ten moments, driver and actors in turn; memory over 1,000 clips'
@@ -35,6 +36,10 @@ bench-quickstart: .venv/installed
 # Some of it: make drill-train ARGS='--only worker-killed node-lost'; --out FILE.md writes the table for docs/benchmarks.
 drill-train: .venv/installed
 	$(BIN)/python -m tests.drills.train $(ARGS)
+
+# Some of it: make check-gpu ARGS='--only zero plan'; --out FILE.md writes the table for docs/benchmarks.
+check-gpu: .venv/installed
+	$(BIN)/python -m tests.gpu.check $(ARGS)
 
 # Shorter, with other faults, and with a page for docs/benchmarks: make drill-cluster ARGS='--minutes 6 --seed 3 --out FILE.md'
 drill-cluster: .venv/installed

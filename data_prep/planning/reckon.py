@@ -23,7 +23,9 @@ from sora_train.recipe import Recipe
 from sora_train.schema import shard_files
 
 TOKENIZED = 2000  # captions at most
-RAY_START_S = 10.0  # for a Ray of one's own on two cores, measured: 8 to 12
+RAY_START_S = (
+    10.0  # of a Ray of its own on two cores, roughly: prep of four clips had the first after 20 to 25 s in all
+)
 HALF = 2  # bytes of a float16
 
 

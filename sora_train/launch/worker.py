@@ -24,6 +24,7 @@ from sora_train.launch.folder import stop, stopped_because
 from sora_train.launch.validation import Outstanding
 from sora_train.recipe import Recipe, save_recipe
 from sora_train.train import checkpoint
+from sora_train.train.hardware import memory_errors
 from sora_train.train.home import LEAVE, Home, Report
 from sora_train.train.initial import described
 from sora_train.train.loop import train
@@ -86,16 +87,17 @@ def work(recipe: Recipe, run: Path) -> str:
         where = f"{workers}, ZeRO {recipe.train.zero_stage}, {recipe.train.precision}"
         start = described(Path(recipe.model.init_from)) if recipe.model.init_from else "scratch"
         home.note("resume" if resume else "start", step, f"from {resume.name if resume else start}; {where}")
-    return train(
-        recipe.train,
-        recipe.model,
-        recipe.diffusion,
-        shards,
-        device=get_device(),
-        home=home,
-        resume=resume,
-        image_ratio=recipe.data.image_ratio,
-    )
+    with memory_errors(recipe.train, get_device()):
+        return train(
+            recipe.train,
+            recipe.model,
+            recipe.diffusion,
+            shards,
+            device=get_device(),
+            home=home,
+            resume=resume,
+            image_ratio=recipe.data.image_ratio,
+        )
 
 
 def look(run: Path) -> tuple[str, list[tuple[int, Path]]]:
