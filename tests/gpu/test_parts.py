@@ -10,8 +10,8 @@ import torch
 from tests.gpu.check import NAMES, check, tabulate
 from tests.gpu.parts import PARTS
 
-QUICK = ("codec", "memory", "plan", "resume")
-"""Parts that take seconds on a CPU."""
+QUICK = ("memory", "plan")
+"""Parts that other tests on the CPU do not cover."""
 
 
 def test_every_part_is_named():
