@@ -70,7 +70,8 @@ def encode_with_restarts(
         try:
             return encode_missing(recipe, rows, buckets, vae, text, key)
         except Standstill as error:
-            why = getattr(error, "cause", error)  # of a worker's error Ray makes one that prints its traceback
+            # Of a worker's error Ray makes one that prints its traceback, and Ray Data adds advice of its own.
+            why = str(getattr(error, "cause", error)).splitlines()[0]
             in_vain = 0 if error.moved else in_vain + 1
             if in_vain == STARTS_IN_VAIN:
                 raise UserError(

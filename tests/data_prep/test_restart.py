@@ -41,7 +41,7 @@ def test_a_restart_frees_the_actors_of_a_ray_that_was_connected(recipe: Recipe, 
     import ray
 
     ray.init(address="local", num_cpus=2, include_dashboard=False)  # no room for a second pipeline beside the first
-    wait_so_long(monkeypatch, 0.5, 240)
+    wait_so_long(monkeypatch, 0.5, 1800)
     try:
         assert prep(recipe).counts.written == 2
     finally:
@@ -69,4 +69,4 @@ def test_a_lost_device_is_known_through_ray():
     finally:
         ray.shutdown()
     assert isinstance(error.value, DeviceLost)
-    assert str(error.value.cause) == "VAE: cuda:0 no longer works: CUDA error"
+    assert str(error.value.cause).startswith("VAE: cuda:0 no longer works: CUDA error\n")
