@@ -190,9 +190,11 @@ def test_a_holdout_of_everything_is_an_error(tmp_path: Path):
 def test_a_disk_that_is_too_small_is_warned_of(tmp_path: Path):
     asked = rows(1)
     found = reckoned(recipe(tmp_path, buckets=["16x256x448"]), asked, {asked[0].path: landscape()})
-    assert "WARNING" not in format_plan(found)
+    assert "that disk lacks" not in format_plan(found)
     assert "WARNING: that disk lacks" in format_plan(replace(found, free_bytes=10))
-    assert "WARNING" not in format_plan(replace(found, free_bytes=10, held_bytes=found.latent_bytes + found.text_bytes))
+    assert "that disk lacks" not in format_plan(
+        replace(found, free_bytes=10, held_bytes=found.latent_bytes + found.text_bytes)
+    )
 
 
 def test_hours_grow_with_a_clips_pixels_and_each_caption_is_embedded_once(tmp_path: Path):
