@@ -131,8 +131,9 @@ def test_every_key_that_a_verb_shows_is_a_key() -> None:
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], says: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], says: str
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where nothing is
     (tmp_path / "r.yaml").write_text("name: x")
     words = [str(tmp_path / "r.yaml") if word == "RECIPE" else word for word in words]
     assert cli.main(words) == cli.EXIT_RECIPE

@@ -108,10 +108,13 @@ def test_bfloat16_is_close_to_float32(encoder: TextEncoder):
     assert torch.cosine_similarity(a, b, dim=1).min() > 0.999
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "no-such-owner-q8x/no-such-model"])
-def test_what_can_not_be_had_is_named_with_the_key_and_a_remedy(name: str):
+@pytest.mark.parametrize("name", ["{folder}/no/such/folder", "./nowhere", "no-such-owner-q8x/no-such-model"])
+def test_what_can_not_be_had_is_named_with_the_key_and_a_remedy(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="codec.text.*builtin"):
-        load_text_encoder(name)
+        load_text_encoder(name.format(folder=tmp_path))
 
 
 def test_pickled_weights_are_refused(tmp_path: Path):

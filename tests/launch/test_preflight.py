@@ -369,10 +369,10 @@ class TestWithRay:
         assert found.versions == facts.versions()
         assert abs(found.clock_s) < 1
 
-    def test_a_node_that_raises_or_is_not_there_is_an_answer_in_words(self):
+    def test_a_node_that_raises_or_is_not_there_is_an_answer_in_words(self, tmp_path: Path):
         (here,) = [one["NodeID"] for one in ray.nodes()]
         nobody = "e" * len(here)
-        answers = ask(shutil.copyfile, {here: ("/no/such", "/tmp/none"), nobody: ("/no", "/no")}, 5.0)
+        answers = ask(shutil.copyfile, {here: (f"{tmp_path}/no/such", f"{tmp_path}/none"), nobody: ("a", "b")}, 5.0)
         assert "No such file" in str(answers[here])
         assert isinstance(answers[nobody], Exception)
 
