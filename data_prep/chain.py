@@ -28,9 +28,11 @@ def encode(recipe: Recipe, buckets: tuple[Bucket, ...], vae: VaeFiles, todo: lis
     """
     import ray
 
-    from sora_train.launch.cluster import connect
+    from sora_train.launch.cluster import connect, held_by_others
 
-    with connect(recipe.cluster.address, log_to_driver=False), Progress(len(todo), run=recipe.name) as progress:
+    with connect(recipe.cluster.address, log_to_driver=False) as own, Progress(len(todo), run=recipe.name) as progress:
+        if not own and (held := held_by_others()):
+            print(f"prep: other jobs of this cluster hold {held}; prep waits for what it lacks", flush=True)
         failures, seen, reasons = harvest.outcome.failures, 0, Counter[str]()
         try:
             for table in watched(chain(recipe, buckets, vae, todo)):
@@ -66,12 +68,13 @@ def chain(recipe: Recipe, buckets: tuple[Bucket, ...], vae: VaeFiles, todo: list
             compute=pool, num_cpus=share.cpus, num_gpus=share.gpus or None,
         )  # fmt: skip
 
+    codec = recipe.codec.absolute()  # Ray's workers have another working folder
     size = max(1, min(BLOCK_SOURCES, at_once, -(-len(todo) // (2 * shares.decode.workers))))
     sources = ray.data.from_arrow([to_table(todo[i : i + size]) for i in range(0, len(todo), size)])
     clips = stage(sources, Decode, shares.decode, data=recipe.data, selection=recipe.selection, clips_at_once=at_once)
-    latents = stage(clips, EncodeVideo, shares.vae, codec=recipe.codec, threads=shares.vae.threads, device=device)
+    latents = stage(clips, EncodeVideo, shares.vae, codec=codec, threads=shares.vae.threads, device=device)
     encoded = stage(
-        latents, EmbedText, shares.text, codec=recipe.codec, moments=vae.moments, latent_shapes=shapes,
+        latents, EmbedText, shares.text, codec=codec, moments=vae.moments, latent_shapes=shapes,
         batch=recipe.prep.text_batch, threads=shares.text.threads, device=device if shares.text.gpus else "cpu",
     )  # fmt: skip
     encoded.set_name(f"prep {recipe.name}")  # as Ray's dashboard and metrics show it

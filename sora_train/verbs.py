@@ -37,12 +37,12 @@ MORE = {
     "preflight": "Exit status 1 where a check failed; each says what to do. --plan prints bytes of a GPU by ZeRO stage "
     "and workers, the largest micro-batch, FLOPs and hours; for it --memory 80 (10⁹ bytes of a GPU), --gpu H100 and "
     "--mfu 0.35 (share of its FLOP/s that is reached) say for which GPU.",
-    "train": "SIGTERM, or a file named `leave` in the run's folder, has it make a checkpoint and end with exit status "
-    "75: the same command goes on. A second SIGTERM ends it at once. --fresh begins at step 0, and only with "
-    "--overwrite where the folder holds a run: what that run wrote is removed, but no shards. --new-data goes on "
-    "though `sora prep` added or removed clips since: optimizer, EMA and step stay, and an epoch of the clips that are "
-    "there now begins. --no-preflight leaves "
-    "out the quick part of `sora preflight`: disk, GPU memory; of several nodes versions, code, storage and clocks.",
+    "train": "SIGTERM, Ctrl-C, a closed terminal, or a file named `leave` in the run's folder has it make a checkpoint "
+    "and end with exit status 75: the same command goes on. A second signal ends it at once. --fresh begins at step 0, "
+    "and only with --overwrite where the folder holds a run: what that run wrote is removed, but no shards. --new-data "
+    "goes on though `sora prep` added or removed clips since: optimizer, EMA and step stay, and an epoch of the clips "
+    "that are there now begins. --no-preflight leaves out the quick part of `sora preflight`: disk, GPU memory; of "
+    "several nodes versions, code, storage and clocks.",
     "sample": "A file is named after its prompt and seed. Made again with the same settings it is replaced; with other "
     "settings, or of a prompt that differs only in case or punctuation, it gets another name (-2, -3, …). samples.json "
     "says what made each.",

@@ -1,5 +1,6 @@
 """Frozen networks: pixels to latents and back (`vae.py`), captions to embeddings (`text.py`)."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -30,3 +31,11 @@ class CodecConfig(Section):
     """Number format the text encoder computes in."""
     max_tokens: PositiveInt = 120
     """Text tokens that are kept of a caption; the rest is cut."""
+
+    def absolute(self) -> "CodecConfig":
+        """The same with absolute names of local folders, for a process with another working folder."""
+        names = {key: getattr(self, key) for key in ("vae", "text", "models")}
+        local = {
+            key: name for key, name in names.items() if name != "builtin" and os.path.isdir(os.path.expanduser(name))
+        }
+        return self.model_copy(update={key: os.path.abspath(os.path.expanduser(name)) for key, name in local.items()})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import time
 from datetime import timedelta
 from typing import Any
@@ -20,6 +19,7 @@ from sora_train.launch.judge import Check, failed, interfaces, judge_allreduce
 from sora_train.recipe import Recipe
 
 PLACE_S, JOIN_S = 15.0, 30.0
+TIMEOUT = timedelta(seconds=JOIN_S)
 BYTES = {"gloo": 2**23, "nccl": 2**27}
 ROUNDS = 5
 
@@ -27,18 +27,20 @@ ROUNDS = 5
 class Rank:
     """One process of the group, which holds what a worker of the training would."""
 
-    def address(self) -> str:
-        """Where rank 0 can be met."""
-        with socket.create_server(("", 0)) as free:
-            return f"tcp://{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+    store: dist.TCPStore | None = None
 
-    def reduce(self, backend: str, address: str, rank: int, world: int) -> tuple[bool, float]:
+    def meet(self, world: int) -> tuple[str, int]:
+        """Opens the store through which ranks find each other, and says where it is. For rank 0."""
+        host = ray.util.get_node_ip_address()
+        self.store = dist.TCPStore(host, 0, world, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
+        return host, self.store.port
+
+    def reduce(self, backend: str, meeting: tuple[str, int], rank: int, world: int) -> tuple[bool, float]:
         """Whether sums are exact, and seconds of the fastest of several."""
         device = torch.device("cuda" if backend == "nccl" else "cpu")
         torch.set_num_threads(1)
-        dist.init_process_group(
-            backend, init_method=address, rank=rank, world_size=world, timeout=timedelta(seconds=JOIN_S)
-        )
+        store = self.store or dist.TCPStore(*meeting, world, timeout=TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
         try:
             return sums(world, rank, BYTES[backend] // 4, device)
         finally:
@@ -85,8 +87,8 @@ def check_allreduce(recipe: Recipe, gpu: bool) -> Check:
             ).remote()
             for i in range(world)
         ]
-        address = ray.get(ranks[0].address.remote(), timeout=JOIN_S)
-        told = [rank.reduce.remote(backend, address, i, world) for i, rank in enumerate(ranks)]
+        meeting = ray.get(ranks[0].meet.remote(world), timeout=JOIN_S)
+        told = [rank.reduce.remote(backend, meeting, i, world) for i, rank in enumerate(ranks)]
         results = ray.get(told, timeout=2 * JOIN_S)
     except GetTimeoutError:
         return failed("network", f"{world} ranks did not come together by {backend}: {interfaces(backend)}")

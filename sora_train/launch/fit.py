@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
-from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
+from pyarrow.fs import LocalFileSystem
 from ray.train import (
     CheckpointConfig,
     FailureConfig,
@@ -24,12 +23,14 @@ from ray.train import (
     ValidationConfig,
     ValidationTaskConfig,
 )
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
+from ray.util import placement_group_table
 
 from sora_train.errors import UserError
 from sora_train.launch.checks import worker_resources
 from sora_train.launch.folder import last_checkpoint, last_step, stopped_because
 from sora_train.launch.follow import Follower
+from sora_train.launch.private_ray import Trainer, start_autoscaling_coordinator
 from sora_train.launch.validation import prepare, supervise
 from sora_train.launch.worker import train_worker
 from sora_train.recipe import Recipe
@@ -39,8 +40,8 @@ from sora_train.train.metrics import Events
 def fit(recipe: Recipe, run: Path, gpu: bool, follower: Follower) -> str:
     """Ray's part: worker group, restarts, checkpoints to keep, validations. Returns "", or why training ended early."""
     events = Events(run)
-    # The first that Train's controller asks for and waits for, so that both start at the same time.
-    get_or_create_autoscaling_coordinator()
+    start_autoscaling_coordinator()
+    follower.held_up = lambda: no_room(recipe, gpu)
     validation = None
     if recipe.validation.every:
         timeout_s, on_gpu = recipe.validation.timeout_s, recipe.validation.resources.get("GPU", 0) > 0
@@ -61,7 +62,7 @@ def fit(recipe: Recipe, run: Path, gpu: bool, follower: Follower) -> str:
             task_config=ValidationTaskConfig(fn_kwargs={"run": str(run), "timeout_s": timeout_s, "gpu": on_gpu}),
             ray_remote_kwargs={**options, "name": f"validation of {recipe.name}"},
         )
-    trainer = TorchTrainer(
+    trainer = Trainer(
         train_worker,
         train_loop_config={"recipe": recipe.model_dump(mode="json"), "run": str(run)},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
@@ -74,6 +75,7 @@ def fit(recipe: Recipe, run: Path, gpu: bool, follower: Follower) -> str:
         run_config=RunConfig(
             name=recipe.name,  # as the dashboard shows it; so Ray keeps its own files in the run's folder
             storage_path=str(run.parent),
+            storage_filesystem=LocalFileSystem(),  # as `worker.checkpoint_at`
             failure_config=FailureConfig(max_failures=recipe.cluster.max_failures),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=recipe.train.keep_checkpoints,
@@ -85,22 +87,28 @@ def fit(recipe: Recipe, run: Path, gpu: bool, follower: Follower) -> str:
         ),
         validation_config=validation,
     )
-    handler = signal.getsignal(signal.SIGINT)  # Ray sets its own and leaves it there
     account = ""
     try:
         why = trainer.fit().return_value or ""
     except ray.train.TrainingFailedError as error:
         why, account = reason_of(error), str(error)
-    except SystemExit:  # what Ray makes of Ctrl-C, after it has ended the workers
-        raise KeyboardInterrupt from None
-    finally:
-        if signal.getsignal(signal.SIGINT) is not handler:
-            signal.signal(signal.SIGINT, handler)
     if (reason := stopped_because(run)) or account:
         raise failed(run, events, reason or why, account)
     if not why:
         events.write("end", last_step(run), "all steps are done")
     return why
+
+
+def no_room(recipe: Recipe, gpu: bool) -> str:
+    """Why the workers do not start yet, where Ray waits for resources that others hold; else an empty string."""
+    if all(group["state"] != "PENDING" for group in placement_group_table().values()):
+        return ""
+    free, need = ray.available_resources(), worker_resources(recipe, gpu)
+    shown = ", ".join(f"{free.get(kind, 0):g} {kind}" for kind in need)
+    return (
+        f"Ray waits for room: {recipe.cluster.fewest} workers need {need} each, and {shown} are free. Other jobs of "
+        "this cluster hold the rest (`ray status`); end one, or lower cluster.workers"
+    )
 
 
 def failed(run: Path, events: Events, why: str, account: str) -> UserError:

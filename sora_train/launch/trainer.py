@@ -1,7 +1,8 @@
 """`sora train`: checks everything that can be checked, then hands the run to Ray and watches it.
 
 Resuming is running the same command again. What decides is on disk: the newest whole checkpoint in the run's folder.
-SIGTERM, which schedulers send before they take a machine away, has the run make a checkpoint and end.
+SIGTERM, which schedulers send before they take a machine away, has the run make a checkpoint and end, as have SIGHUP
+(a closed terminal) and Ctrl-C.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from sora_train.launch.checks import (
     resources,
 )
 from sora_train.launch.clips import Clips, check_clips, read_clips
-from sora_train.launch.cluster import connect
+from sora_train.launch.cluster import connect, waiting
 from sora_train.launch.folder import (
     check_fresh,
     check_whole,
@@ -61,8 +62,8 @@ def launch_training(
 
     Raises UserError, before anything starts, for shards that are missing or do not fit, a cluster that is too small, or
     a run folder that another recipe made or that can't be written; and where training failed for a reason that no
-    repetition mends, or more often than `cluster.max_failures`. Raises Stopped where SIGTERM, or a file `leave` in the
-    run's folder, ended it before its last step.
+    repetition mends, or more often than `cluster.max_failures`. Raises Stopped where SIGTERM, SIGHUP, Ctrl-C,
+    or a file `leave` in the run's folder ended it before its last step with a checkpoint.
     """
     recipe = absolute(recipe, fresh)
     run = Path(recipe.train.output) / recipe.name
@@ -74,7 +75,7 @@ def launch_training(
             check_fresh(run, overwrite)
         elif (at := check_folder(run, recipe, manifest, clips, new_data) or 0) >= recipe.train.steps:
             print(f"{run} is finished: {at} steps are done; raise train.steps to train on", flush=True)
-            make_up(run, recipe)
+            rerun_cut_off_validations(run, recipe)
             return run
         else:
             check_whole(run)
@@ -106,6 +107,7 @@ def launch_training(
             check_quickly(recipe, manifest, gpu, disk.result(), own)
         settle(recipe, own)
         with only_one(run):
+            sigterm.owns = True
             with clear_words(run):
                 if fresh:
                     clear(run)
@@ -118,15 +120,18 @@ def launch_training(
                 try:
                     why = ray_train.result().fit(recipe, run, gpu, follower)
                 except KeyboardInterrupt:
-                    by = "SIGTERM" if sigterm.count else "by hand"
+                    by = sigterm.name or "by hand"
                     why = f"{by}; the same command goes on from the last checkpoint"
                     Events(run).write("interrupted", last_step(run), why)
+                    raise  # without a report: a second signal ends the command now
+                except Exception:
+                    report(run, last_step(run))
                     raise
                 finally:
                     (run / LEAVE).unlink(missing_ok=True)
-                    report(run, last_step(run))
+                report(run, last_step(run))
                 if why:
-                    asked = "SIGTERM" if sigterm.count else f"somebody made {run / LEAVE}"
+                    asked = sigterm.name or f"somebody made {run / LEAVE}"
                     step, _ = newest(run) or (0, None)
                     Events(run).write("preempted", step, f"{asked}; the same command goes on")
                     raise Stopped(f"{asked}: {goes_on(run)}")
@@ -179,8 +184,8 @@ def settle(recipe: Recipe, own: bool) -> None:
         os.environ.setdefault(name, value)
 
 
-def make_up(run: Path, recipe: Recipe) -> None:
-    """Has a finished run's validations done here that were cut off with it: there are no workers to ask for them."""
+def rerun_cut_off_validations(run: Path, recipe: Recipe) -> None:
+    """Runs the validations of a finished run that ended with its command, as Ray tasks with `validation.resources`."""
     cut_off = [
         (step, path)
         for step, path in checkpoint.whole(run / "checkpoints")
@@ -188,14 +193,34 @@ def make_up(run: Path, recipe: Recipe) -> None:
     ]
     if not cut_off or not recipe.validation.every:
         return
-    from ray.train import Checkpoint
+    need = recipe.validation.resources
+    with connect(recipe.cluster.address, min_cpus=math.ceil(need.get("CPU", 0)), log_to_driver=False):
+        import ray
 
-    then = load_recipe(run / "recipe.yaml")
-    save_recipe(then.model_copy(update={"validation": recipe.validation}), run / "recipe.yaml")
-    with only_one(run), following(recipe, run):
-        for step, path in cut_off:
-            print(f"its validation of step {step} was cut off, and is made up for now", flush=True)
-            supervise(Checkpoint(path), run=str(run), timeout_s=recipe.validation.timeout_s, gpu=True)
+        from sora_train.launch.fit import remote_options
+        from sora_train.launch.worker import checkpoint_at
+
+        have = ray.cluster_resources()
+        if short := [f"{count:g} {kind}" for kind, count in need.items() if count > have.get(kind, 0)]:
+            steps = ", ".join(str(step) for step, _ in cut_off)
+            print(
+                f"the validations of steps {steps} were cut off and can't run here: the cluster lacks "
+                f"{' and '.join(short)} (validation.resources). Run the same command where it has them",
+                flush=True,
+            )
+            return
+        with only_one(run), following(recipe, run):
+            then = load_recipe(run / "recipe.yaml")
+            save_recipe(then.model_copy(update={"validation": recipe.validation}), run / "recipe.yaml")
+            (run / LEAVE).unlink(missing_ok=True)
+            asked = {"run": str(run), "timeout_s": recipe.validation.timeout_s, "gpu": need.get("GPU", 0) > 0}
+            for step, path in cut_off:
+                print(f"its validation of step {step} was cut off, and is made up for now", flush=True)
+                task = ray.remote(supervise).options(  # pyright: ignore
+                    **remote_options(need), name=f"validation of {recipe.name}"
+                )
+                with waiting(f"the validation of step {step} runs, or waits for {need} of the cluster"):
+                    ray.get(task.remote(checkpoint_at(path), **asked))
 
 
 def following(recipe: Recipe, run: Path) -> Follower:

@@ -13,14 +13,15 @@ from typing import Any
 import ray.train
 import torch
 import torch.distributed as dist
+from pyarrow.fs import LocalFileSystem
 from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode
 from ray.train.torch import get_device
-from ray.train.v2._internal.execution.context import get_train_context
 
 from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
 from sora_train.launch.clips import recorded
 from sora_train.launch.folder import stop, stopped_because
+from sora_train.launch.private_ray import preemption_info
 from sora_train.launch.validation import Outstanding
 from sora_train.recipe import Recipe, save_recipe
 from sora_train.train import checkpoint
@@ -130,7 +131,7 @@ def reporting(recipe: Recipe, run: Path, found: list[tuple[int, Path]]) -> Repor
         told.add(folder.name)
         ray.train.report(
             metrics,
-            checkpoint=Checkpoint(folder),
+            checkpoint=checkpoint_at(folder),
             checkpoint_dir_name=folder.name,
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,  # in the background: the controller takes one a poll
             checkpoint_upload_fn=when_there,
@@ -160,6 +161,13 @@ def reporting(recipe: Recipe, run: Path, found: list[tuple[int, Path]]) -> Repor
     return report
 
 
+def checkpoint_at(folder: Path) -> Checkpoint:
+    """A checkpoint as Ray names it. Without a file system Ray would resolve the path's symbolic links, and then not
+    find it under the run's folder, whose links it leaves alone.
+    """
+    return Checkpoint(folder, LocalFileSystem())
+
+
 def held_by_ray() -> set[str]:
     """Names of the checkpoint folders that Ray keeps count of, once it has taken in all that it was told. Collective:
     what it keeps may change at any time with a validation that ends, so that rank 0 asks for all.
@@ -180,13 +188,12 @@ def figure(loss: float | None) -> float:
 def noticing(run: Path) -> Callable[[int], bool]:
     """Whether Ray has told rank 0 since the last time that nodes are about to be taken away.
 
-    Ray's own `get_preemption_info` hands this on through an actor, to which every worker has to come: where a network
-    fails for seconds an answer is lost, and that worker waits for ever. The loop adds up all ranks' wishes anyway.
+    Only rank 0 asks: the loop adds up all ranks' wishes anyway.
     """
     known: list[Any] = [None]
 
     def notice(step: int) -> bool:
-        said = get_train_context().preemption_context.preemption_info if dist.get_rank() == 0 else None
+        said = preemption_info() if dist.get_rank() == 0 else None
         if said is None or said == known[0]:
             return False
         known[0] = said

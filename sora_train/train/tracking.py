@@ -6,6 +6,7 @@ Every key is there once at each step, also over resumes: what wandb has is known
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from sora_train.errors import UserError
 from sora_train.train.metrics import write_text_whole
 from sora_train.train.wandb_files import rows
 
@@ -144,7 +146,8 @@ class Tracker:
             act()
         except Exception as error:  # whatever a tracker's library does must not cost a training
             self.writer = None
-            self.failed(f"wandb stopped ({type(error).__name__}: {error}); training goes on without it")
+            with contextlib.suppress(UserError):  # a full disk, which the run itself meets as well
+                self.failed(f"wandb stopped ({type(error).__name__}: {error}); training goes on without it")
 
 
 def media(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import ray
 
 from sora_train.codec.text import load_text_encoder
 from sora_train.codec.vae import load_vae
-from sora_train.launch.cluster import known_address
+from sora_train.launch.local_ray import known_address
 from sora_train.manifest import Manifest, TextFacts, VaeFacts
 from sora_train.recipe import Recipe
 from sora_train.settings import build

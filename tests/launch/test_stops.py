@@ -26,9 +26,11 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def terminated(recipe: Recipe, when: Callable[[str], bool]) -> tuple[int, str, float]:
-    """Runs `sora train` and sends it SIGTERM once `when` holds for what it has printed; returns its exit code, its
-    output, and the seconds that it took to end."""
+def terminated(
+    recipe: Recipe, when: Callable[[str], bool], number: int = signal.SIGTERM, times: int = 1
+) -> tuple[int, str, float]:
+    """Runs `sora train` and sends it a signal once `when` holds for what it has printed, SIGTERM to it alone and others
+    to its process group, as a terminal does; returns its exit code, its output, and the seconds that it took to end."""
     path = Path(recipe.train.output) / f"{recipe.name}.yaml"
     save_recipe(recipe, path)
     said = path.with_suffix(".txt")
@@ -38,12 +40,19 @@ def terminated(recipe: Recipe, when: Callable[[str], bool]) -> tuple[int, str, f
             env={**os.environ, "OMP_NUM_THREADS": "1", "SORA_STEP_DELAY_S": "0.3"},
             stdout=file,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             while process.poll() is None and not when(said.read_text()):
                 time.sleep(0.1)
-            process.send_signal(signal.SIGTERM)
             began = time.monotonic()
+            for _ in range(times):
+                if number == signal.SIGTERM:
+                    process.send_signal(number)
+                else:
+                    os.killpg(process.pid, number)
+                while process.poll() is None and "makes a checkpoint" not in said.read_text() and times > 1:
+                    time.sleep(0.05)
             code = process.wait(timeout=120)
         finally:
             process.kill()
@@ -67,6 +76,42 @@ def test_sigterm_makes_a_checkpoint_and_leaves_with_the_status_that_says_resumab
     assert ("preempted", step) in told
     assert not (run / "leave").exists()
     assert [line["step"] for line in lines(run / "metrics.jsonl")] == list(range(1, step + 1))
+
+
+@pytest.mark.timeout(250)
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGHUP, "SIGHUP")])
+def test_ctrl_c_and_a_closed_terminal_save_a_checkpoint(
+    number: int, name: str, builtin_shards: Path, tmp_path: Path, recipe_of
+):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")  # as on most clusters: runs -> /scratch/me/runs
+    (tmp_path / "real/far").mkdir()
+    (tmp_path / "real/tiny").symlink_to(tmp_path / "real/far")
+    recipe = recipe_of(builtin_shards, tmp_path / "link", cluster__address="local", train__steps=500,
+                       train__checkpoint_every=500)  # fmt: skip
+    code, said, _ = terminated(recipe, lambda said: "step   3/500" in said, number)
+    assert code == cli.EXIT_RESUMABLE, said
+    assert "Traceback" not in said
+    assert f"{name}: makes a checkpoint, then ends. A second {name} ends at once\n" in said
+    ((step, folder),) = whole(tmp_path / "real/far/checkpoints")
+    assert 3 <= step < 20
+    (tmp_path / "new").touch()
+    assert {file.stat().st_mode for file in folder.iterdir()} == {(tmp_path / "new").stat().st_mode}
+    events = lines(tmp_path / "real/far/events.jsonl")
+    (reason,) = [event["reason"] for event in events if event["event"] == "preempted"]
+    assert reason == f"{name}; the same command goes on"
+
+
+@pytest.mark.timeout(250)
+def test_a_second_ctrl_c_ends_a_run_now(builtin_shards: Path, tmp_path: Path, recipe_of):
+    recipe = recipe_of(
+        builtin_shards, tmp_path, cluster__address="local", train__steps=500, train__checkpoint_every=500
+    )
+    code, said, _ = terminated(recipe, lambda said: "step   3/500" in said, signal.SIGINT, times=2)
+    assert code == cli.EXIT_INTERRUPTED, said
+    assert "Traceback" not in said
+    (event,) = [event for event in lines(tmp_path / "tiny/events.jsonl") if event["event"] == "interrupted"]
+    assert event["reason"].startswith("Ctrl-C")
 
 
 @pytest.mark.timeout(250)

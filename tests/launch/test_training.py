@@ -215,7 +215,7 @@ def test_a_finished_run_says_so_and_starts_nothing(unbroken: Path, builtin_shard
 
 
 def test_a_finished_run_makes_up_for_a_validation_that_was_cut_off_with_it(
-    unbroken: Path, builtin_shards: Path, recipe_of
+    unbroken: Path, builtin_shards: Path, recipe_of, capsys
 ):
     Outstanding(unbroken).mark(14, "running")
     recipe = recipe_of(
@@ -228,6 +228,10 @@ def test_a_finished_run_makes_up_for_a_validation_that_was_cut_off_with_it(
         validation__steps=2,
     )
     before = [line["step"] for line in lines(unbroken / "metrics.jsonl") if line.get("validation")]
+    wanted = recipe.validation.model_copy(update={"resources": {"CPU": 1.0, "GPU": 1.0}})
+    launch_training(recipe.model_copy(update={"validation": wanted}))  # no GPU here: none is taken, nothing runs
+    assert "the cluster lacks 1 GPU (validation.resources)" in capsys.readouterr().out
+    assert Outstanding(unbroken).status(14) == "running"
     launch_training(recipe)
     assert Outstanding(unbroken).status(14) == "done"
     assert [line["step"] for line in lines(unbroken / "metrics.jsonl") if line.get("validation")] == [*before, 14]

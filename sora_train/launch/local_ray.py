@@ -1,0 +1,134 @@
+"""What a Ray that this process starts on its own machine needs: folders, ports, a token, and no hangups."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import secrets
+import signal
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+import sora_train
+from sora_train.errors import UserError
+
+SOCKETS = "ray/session_2026-11-27_03-57-09_123456_4194304/sockets/dash_TaskEventsHead"
+"""The longest socket that Ray makes under its temporary folder."""
+SOCKET_BYTES = 107
+"""The longest name that Linux takes for one."""
+
+
+@contextmanager
+def outside_the_working_folder() -> Iterator[None]:
+    """Ray puts the working folder of its driver first on the `sys.path` of every worker, so that a `random.py` there
+    would be run. Within the block that folder is the one that this package was imported from.
+
+    A job that was submitted with a working folder (`ray job submit --working-dir`) has that one in any case.
+    """
+    before = os.getcwd()
+    os.chdir(Path(sora_train.__file__).parents[1])
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@contextmanager
+def deaf_to_hangups() -> Iterator[None]:
+    """Processes started in the block never get SIGHUP: a closed terminal would end Ray before a checkpoint is made."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def known_address() -> Iterator[None]:
+    """Lets a Ray that is started in a `with` block, and all its processes, know the address that it will have.
+
+    Without it Train's cleaner, which looks whether the controller is alive, asks the cluster that `ray start` noted on
+    this machine; that one knows no such controller, and so the cleaner ends workers that train.
+    """
+    port = free_port()
+    with variables(
+        RAY_GCS_SERVER_PORT=str(port), RAY_ADDRESS=f"{ray.util.get_node_ip_address()}:{port}", PYTHONSAFEPATH="1"
+    ):
+        yield
+
+
+def free_port() -> int:
+    """A free port that the system gives to nobody by itself: it is still free when it is used a second later."""
+    try:
+        text = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii")
+        ports = [port for port in random.sample(range(10_000, 32_000), 50) if port < int(text.split()[0])]
+    except (OSError, ValueError):
+        ports = []
+    for port in (*ports, 0):
+        with contextlib.suppress(OSError), socket.create_server(("", port)) as free:
+            return free.getsockname()[1]
+    raise UserError("this machine has no free port for Ray")
+
+
+@contextmanager
+def short_folder() -> Iterator[None]:
+    """Gives Ray a temporary folder that is short enough for its sockets. UserError where there is none."""
+    place = temporary_folder()
+    if len(os.fsencode(os.path.join(place, SOCKETS))) <= SOCKET_BYTES:
+        yield
+        return
+    key = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
+    why = f"{key} {place} is too long for Ray's sockets, whose names may have {SOCKET_BYTES} bytes"
+    if key == "RAY_TMPDIR" or not os.access("/tmp", os.W_OK):
+        raise UserError(f"{why}. Set RAY_TMPDIR to a short folder of this machine, such as /tmp")
+    print(f"{why}: Ray keeps its files in /tmp/ray instead (RAY_TMPDIR names another folder)", flush=True)
+    with variables(RAY_TMPDIR="/tmp"):
+        yield
+
+
+@contextmanager
+def own_token() -> Iterator[None]:
+    """Gives Ray a token for this run alone where the home folder can't keep one."""
+    keeps = Path(os.path.expanduser("~/.ray"))
+    asked = any(name.startswith("RAY_AUTH_") for name in os.environ)
+    if asked or (keeps / "auth_token").is_file() or can_be_written(keeps):
+        yield
+        return
+    with variables(RAY_AUTH_TOKEN=secrets.token_hex(32)):  # Ray asks for a token where it finds one
+        yield
+
+
+def can_be_written(folder: Path) -> bool:
+    """Whether a file can be made in a folder, which is made if there is none."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def variables(**values: str) -> Iterator[None]:
+    """Sets environment variables for the length of a block."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def temporary_folder() -> str:
+    """Where Ray keeps its `ray` folder (ray 2.60, `get_default_system_temp_dir`)."""
+    return os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
