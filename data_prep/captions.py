@@ -11,7 +11,7 @@ import math
 import posixpath
 import reprlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -84,7 +84,11 @@ def _csv(place: str, content: bytes, data: DataConfig) -> list[Line]:
     lines: list[Line] = []
     for number, cells in records:
         source, caption = (cells[column] if column < len(cells) else "" for column in columns)
-        lines.append(_line(f"line {number}", source, caption))
+        line = _line(f"line {number}", source, caption)
+        if line.reason and len(cells) < len(records.header):
+            counts = f"line {number} has {len(cells)} cells of the header's {len(records.header)}"
+            line = replace(line, message=f"{counts}, and no caption")
+        lines.append(line)
     return lines
 
 

@@ -96,6 +96,11 @@ def test_backslashes_that_are_text_stay(tmp_path: Path, cell: str):
     assert caption == next(csv.reader([cell]))[0]
 
 
+def test_a_row_with_too_few_cells_says_so(tmp_path: Path):
+    (row,) = read(tmp_path, HEAD + "a.mp4;x\n")
+    assert (row.reason, row.message) == ("no_caption", "line 2 has 1 cells of the header's 2, and no caption")
+
+
 def test_a_very_long_caption_is_read(tmp_path: Path):
     words = "word " * 60_000
     assert captions_of(tmp_path, HEAD + f'a.mp4,"{words}"\n') == [("a.mp4", (words.strip(),))]
