@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from data_prep.buckets import Bucket, buckets_of, choose_bucket, takes
 from data_prep.fitting import drawn, fit
 from data_prep.frames import Anywhere, Fit
-from data_prep.headers import Header, demuxed_seconds, read_header
+from data_prep.headers import Header, read_header
 from data_prep.reasons import ClipError
 from data_prep.stills import read_still, read_still_header, still_kind
+from data_prep.timeline import Timeline, read_timeline
 from sora_train.data.config import DataConfig, SelectionConfig
 
+ROUNDED_S = 0.05  # a promise that is so near to the frames' own end means that
 CUT_SHARE, CUT_S = 0.1, 0.5  # less missing at the end than this is how containers round
 
 
@@ -66,6 +68,7 @@ class Source:
         self.anywhere: Anywhere | None = None
         self.remarked = False
         self._hash = ""
+        self._timeline: Timeline | None = None
 
     def cut(self, headers_only: bool = False) -> Cut:
         """Its spans. Raises ClipError `too_short`, `too_long`, `too_small` or `crosses_cut`."""
@@ -82,9 +85,11 @@ class Source:
             bucket = choose_bucket(buckets, width, height, 0.0, data.max_enlarge, still=True)
             return Cut((Span(0.0, 0.0, bucket),), round(width), round(height), 0.0, True, "")
         shortest = min(buckets, key=lambda b: (b.frames == 1, b.frames))
+        if not headers_only:
+            self.timeline()
         seconds = self.header.promised_s
         if not shortest.is_filled_by(seconds - data.start_s):  # a promise too small is none
-            seconds = max(seconds, demuxed_seconds(self.path, self.header))
+            seconds = max(seconds, self.timeline().end)
         if seconds < selection.min_seconds:
             raise ClipError(
                 "too_short", f"lasts {seconds:.2f} s; at least {selection.min_seconds:g} (selection.min_seconds)"
@@ -98,10 +103,43 @@ class Source:
             from data_prep.selection import scene_spans
 
             scenes = scene_spans(self.path, selection.scene_threshold, self.alive)
-        spans = spans_of(scenes, seconds, self.header, data)
+        holes = () if headers_only else self.holes()
+        apart = ("crosses_cut", "scenes") if len(scenes) > 1 else ("too_short", "stretches between holes")
+        spans = spans_of(outside(scenes, holes), seconds, self.header, data, apart)
+        lost = sum(end - start for start, end in holes)
+        count = f"{len(holes)} hole{'s' * (len(holes) > 1)}"
+        remark = f"no clips of {count} in its timestamps, {lost:.1f} s in all" if holes else ""
         return Cut(
-            spans, round(width), round(height), seconds, False, "", frames_per_second=self.header.frames_per_second
+            spans, round(width), round(height), seconds, False, remark, frames_per_second=self.header.frames_per_second
         )
+
+    def timeline(self) -> Timeline:
+        """When its frames are shown, read once. A hole is as long as the shortest clip."""
+        assert self.header is not None
+        if self._timeline is None:
+            moving = [bucket.seconds for bucket in buckets_of(self.data) if bucket.frames > 1]
+            timeline = read_timeline(self.path, self.header, min(moving, default=float("inf")), self.alive)
+            promised, end = self.header.promised_s, timeline.end
+            if any(abs(promised - late - end) <= ROUNDED_S for late in (0.0, timeline.start_s)):
+                self.header = replace(self.header, promised_s=end)  # FLV and NUT may count from 0
+            self._timeline = timeline
+        return self._timeline
+
+    def video(self) -> Anywhere:
+        """The reader of its frames."""
+        assert self.header is not None
+        if self.anywhere is None:
+            self.anywhere = Anywhere(self.path, self.header, seekable=not self.timeline().jumps_back)
+        return self.anywhere
+
+    def holes(self) -> tuple[tuple[float, float], ...]:
+        """The holes in its timestamps, in seconds since the first frame that can be decoded."""
+        timeline = self.timeline()
+        if not timeline.holes:
+            return ()
+        start = self.video().start()
+        late = 0.0 if start is None else start - timeline.start_s
+        return tuple((begin - late, end - late) for begin, end in timeline.holes)
 
     def read(self, span: Span, seed: str) -> Clip:
         """One clip. Raises ClipError with the reason why there is none."""
@@ -113,7 +151,7 @@ class Source:
             frames = fit(picture, span.bucket, 1.0, place, mirrored)[None]
         else:
             assert self.header is not None
-            video = self.anywhere = self.anywhere or Anywhere(self.path, self.header)
+            video = self.video()
             frames = self.frames(
                 span, self.header, lambda frame: fit(frame, span.bucket, video.pixel_aspect, place, mirrored)
             )
@@ -123,13 +161,13 @@ class Source:
     def frames(self, span: Span, header: Header, fitted: Fit) -> np.ndarray:
         """A span's frames, fitted. Raises ClipError."""
         due = span.start_s + span.bucket.times()
-        self.anywhere = self.anywhere or Anywhere(self.path, header)
-        frames = self.anywhere.frames(due, fitted)
+        video = self.video()
+        frames = video.frames(due, fitted)
         if len(frames) < len(due):
-            if not self.anywhere.end:
+            if not video.end:
                 raise ClipError("corrupt", "no frame of it decodes")
-            check_length(self.anywhere.end, header, span)
-            raise ClipError("corrupt", f"frames are missing before {self.anywhere.end:.2f} s")
+            check_length(video.end, header, span)
+            raise ClipError("corrupt", f"frames are missing before {video.end:.2f} s")
         return np.stack(frames)
 
     def break_remark(self) -> str:
@@ -138,7 +176,7 @@ class Source:
             return ""
         self.remarked = True
         end = self.anywhere.end if self.anywhere else 0.0
-        return breaks_off(end or demuxed_seconds(self.path, self.header), self.header)
+        return breaks_off(end or self.timeline().end, self.header)
 
     def content_hash(self) -> str:
         """sha256 of the file's bytes, computed once."""
@@ -162,14 +200,30 @@ def read_clip(path: str, span: Span, data: DataConfig, selection: SelectionConfi
     return Source(path, data, selection).read(span, seed)
 
 
-def spans_of(scenes: list[tuple[float, float]], seconds: float, header: Header, data: DataConfig) -> tuple[Span, ...]:
-    """Clips from `data.start_s` on, every `data.stride_s`, in each scene anew. Raises ClipError where there is none."""
+def outside(scenes: list[tuple[float, float]], holes: tuple[tuple[float, float], ...]) -> list[tuple[float, float]]:
+    """What of the scenes is in no hole; both rise."""
+    stretches = []
+    for begin, end in scenes:
+        for start, stop in holes:
+            if start < end and stop > begin:
+                stretches.append((begin, start))
+                begin = stop
+        stretches.append((begin, end))
+    return [(begin, end) for begin, end in stretches if end > begin]
+
+
+def spans_of(
+    scenes: list[tuple[float, float]], seconds: float, header: Header, data: DataConfig, apart: tuple[str, str]
+) -> tuple[Span, ...]:
+    """Clips from `data.start_s` on, every `data.stride_s`, in each scene anew.
+
+    Raises ClipError where there is none; where all of several scenes are too short, `apart` is its reason, and what
+    the scenes are called.
+    """
     most = 1 if not data.stride_s else data.clips_per_video or None
     spans: list[Span] = []
     refusal: ClipError | None = None
-    for number, (begin, end) in enumerate(scenes):
-        if number < len(scenes) - 1:  # of frames further apart than a clip's, the nearest may be the next scene's first
-            end -= max(0.0, header.frame_s / 2 - 1 / data.fps)
+    for begin, end in scenes:
         begin, step = max(begin, data.start_s), 0
         while most is None or len(spans) < most:
             start = round(begin + step * data.stride_s, 6)
@@ -189,7 +243,7 @@ def spans_of(scenes: list[tuple[float, float]], seconds: float, header: Header, 
         raise ClipError("too_short", f"lasts {seconds:.2f} s, and data.start_s {data.start_s:g} is not before its end")
     if refusal.reason == "too_short" and len(scenes) > 1:
         longest = max(end - begin for begin, end in scenes)
-        raise ClipError("crosses_cut", f"has {len(scenes)} scenes, the longest of {longest:.2f} s; {refusal.message}")
+        raise ClipError(apart[0], f"has {len(scenes)} {apart[1]}, the longest of {longest:.2f} s; {refusal.message}")
     late = f" after data.start_s ({data.start_s:g}) of {seconds:.2f} s" if data.start_s else ""
     raise ClipError(refusal.reason, f"{refusal.message}{late}")
 

@@ -44,8 +44,8 @@ class Shown(NamedTuple):
 class Anywhere:
     """PyAV. It goes on forward to what is near, seeks to what is far, and begins anew where a seek can't be trusted."""
 
-    def __init__(self, path: str, header: Header):
-        self.path, self.header = path, header
+    def __init__(self, path: str, header: Header, seekable: bool = True):
+        self.path, self.header, self.seekable = path, header, seekable
         self.stream: Iterator[Shown] | None = None
         self.before: Shown | None = None  # the last frame that was passed, and the one after it
         self.after: Shown | None = None
@@ -73,6 +73,16 @@ class Anywhere:
                     break
         self.close()
         raise refusal
+
+    def start(self) -> float | None:
+        """The timestamp of the first frame that can be decoded, in seconds, if any."""
+        if self.zero is None:
+            try:
+                self.begins()
+                self.step()
+            except (av.FFmpegError, ValueError):
+                self.close()
+        return self.zero
 
     def collect(self, due: np.ndarray, fit: Fit) -> list[np.ndarray]:
         fitted: list[np.ndarray] = []
@@ -125,7 +135,7 @@ class Anywhere:
     def seeks(self, moment: float) -> bool:
         """Goes to the keyframe before a moment; whether that is where it came to."""
         early = SEEKS.get(self.header.container)
-        if early is None:
+        if early is None or not self.seekable:
             return False
         if self.zero is None:
             self.begins()
@@ -185,7 +195,8 @@ class Anywhere:
                 yield Shown(time - zero, replace(frame, sound_s=sound), orientation, self.aspect_of(frame))
                 continue
             # A display orientation in H.264 or HEVC holds until the next keyframe; FFmpeg tells it of its own frame.
-            orientation = orientation_of(frame) or (upright if frame.key_frame else orientation)
+            own = orientation_of(frame) if self.header.may_turn or frame.rotation else None
+            orientation = own or (upright if frame.key_frame else orientation)
             yield Shown(time - zero, frame, orientation, self.aspect_of(frame))
 
     def pictures(self, stream: Any) -> Iterator[Any]:

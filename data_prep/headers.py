@@ -37,8 +37,9 @@ EXIF_CODECS = {"mjpeg", "png", "apng", "webp", "tiff"}
 class Header:
     """A video as its container describes it; times in seconds. `promised_s` is 0 where nothing is promised.
 
-    `orientation` is that of the first frame; `aspect_in_stream` says that no container overrides the pixel aspect that
-    the stream itself names, and may change; `still`, that the file holds one picture.
+    `orientation` is that of the first frame, and `may_turn` says that frames may carry one; `aspect_in_stream` says
+    that no container overrides the pixel aspect that the stream itself names, and may change; `still`, that the file
+    holds one picture.
     """
 
     container: str
@@ -48,6 +49,7 @@ class Header:
     promised_s: float
     frames_per_second: float
     orientation: Orientation
+    may_turn: bool
     alpha: bool
     aspect_in_stream: bool
     still: bool
@@ -99,6 +101,7 @@ def read_header(path: str) -> Header:
             promised_s=promised_s,
             frames_per_second=float(rate),
             orientation=first_orientation(path) if may_turn else UPRIGHT,
+            may_turn=may_turn,
             alpha=stream.metadata.get("alpha_mode") == "1" or has_alpha(context.format),
             aspect_in_stream=(aspect or 0) == (context.sample_aspect_ratio or 0),
             still=holds_one(packets, stream, promised_s, float(rate)),
@@ -174,6 +177,8 @@ def promised(file: Any, stream: Any, start: float) -> float:
     if not file.duration:
         return 0.0
     whole = file.duration / av.time_base
+    if file.format.name == "matroska,webm":  # counts from 0, not from its first frame
+        whole -= max(0.0, start)
     if len(file.streams) == 1:
         return whole
     # The longest stream's duration, not the video's: where the file's tail is there, it says when the video ends.
@@ -182,19 +187,6 @@ def promised(file: Any, stream: Any, start: float) -> float:
         ends[index] = max(end, ends.get(index, 0.0))
     video = ends.get(stream.index, 0.0)
     return video - start if video > start and max(ends.values()) >= whole - 0.1 else whole
-
-
-def demuxed_seconds(path: str, header: Header) -> float:
-    """How long a video lasts by its packets, none of which is decoded; 0 where nothing can be read."""
-    with opened(path) as file:
-        stream = video_of(file)
-        first, last, count, frame_s = None, 0.0, 0, header.frame_s
-        for _, start, end in packet_times(file, [stream]):
-            count += 1
-            if start is not None:
-                end = end if end > start else start + frame_s  # ASF, FLV and others name no durations
-                first, last = start if first is None else min(first, start), max(last, end)
-        return count * frame_s if first is None else max(0.0, last - first)
 
 
 def packet_times(file: Any, streams: Any, from_s: float | None = None) -> Iterator[tuple[int, float | None, float]]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from av.filter import Graph
 from av.sidedata.sidedata import Type
+from av.video.reformatter import Interpolation
 
 EXIF = 31  # AV_FRAME_DATA_EXIF
 DISPLAY_ORIENTATION = 47  # the type of SEI message: ITU-T H.274, 8.5
@@ -38,10 +39,12 @@ UPRIGHT = Orientation()
 
 def orientation_of(frame: Any) -> Orientation | None:
     """The orientation that a PyAV frame carries, if any; an angle between two right angles goes to the nearer one."""
+    # Side data and its frame hold each other until garbage is collected, so that of a small copy is read.
+    small = frame.reformat(16, 16, interpolation=Interpolation.POINT)
     try:
-        side_data = frame.side_data
+        side_data = small.side_data
     except ValueError:  # PyAV 18.1 refuses all of it where it does not know one type, such as EXIF
-        side_data = without_exif(frame).side_data
+        side_data = without_exif(small).side_data
     if Type.DISPLAYMATRIX not in side_data:
         return None
     matrix = bytes(side_data[Type.DISPLAYMATRIX])

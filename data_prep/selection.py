@@ -128,7 +128,7 @@ def scene_spans(path: str, threshold: float, alive: Callable[[], None] = lambda:
 
     header = read_header(path)
     detector, resizer = ContentDetector(threshold, min_scene_len=0), VideoReformatter()
-    starts, end, count, damage = [0.0], 0.0, 0, ""
+    starts, end, count, damage, width, height = [0.0], 0.0, 0, "", 0, 0
     video = Anywhere(path, header)  # the clips' own clock
     try:
         video.begins()
@@ -137,8 +137,9 @@ def scene_spans(path: str, threshold: float, alive: Callable[[], None] = lambda:
             if isinstance(frame, Damaged):
                 damage, end = damage or f": {frame.why}", time
                 continue
-            scale = min(1.0, CUT_SIDE / max(frame.width, frame.height))
-            width, height = (max(1, round(side * scale)) for side in (frame.width, frame.height))
+            if not width:  # the first frame's shape is every frame's, since the detector compares them
+                scale = min(1.0, CUT_SIDE / max(frame.width, frame.height))
+                width, height = (max(1, round(side * scale)) for side in (frame.width, frame.height))
             small = resizer.reformat(frame, width, height, "bgr24", interpolation=Interpolation.AREA).to_ndarray()
             if detector.process_frame(FrameTimecode(count, 25.0), small):
                 starts.append(time)

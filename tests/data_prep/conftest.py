@@ -88,6 +88,11 @@ def _write() -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture(name="picture")
+def _picture() -> Callable[..., np.ndarray]:
+    return picture
+
+
 @pytest.fixture(name="on_screen")
 def _on_screen() -> Callable[[np.ndarray, np.ndarray], list[int]]:
     return on_screen

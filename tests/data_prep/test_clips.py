@@ -12,8 +12,9 @@ from PIL import Image
 
 from data_prep.buckets import Bucket
 from data_prep.clips import Source, Span, cut_source, read_clip
-from data_prep.headers import demuxed_seconds, read_header
+from data_prep.headers import read_header
 from data_prep.reasons import ClipError
+from data_prep.timeline import read_timeline
 from sora_train.data.config import DataConfig, SelectionConfig
 
 DATA = DataConfig(frames=8, height=32, width=64, fps=8.0)
@@ -208,7 +209,7 @@ def test_a_file_that_promises_nothing_is_measured_by_its_packets(tmp_path: Path,
                 packet.stream = stream
                 file.mux(packet)
     assert read_header(str(path)).promised_s == 0.0
-    assert demuxed_seconds(str(path), read_header(str(path))) == pytest.approx(2.0, abs=0.01)
+    assert read_timeline(str(path), read_header(str(path))).end == pytest.approx(2.0, abs=0.01)
     assert starts(path, stride_s=0.5) == [0.0, 0.5, 1.0]
     assert len(first(path).frames) == 8
 
