@@ -1,8 +1,10 @@
 """Every container and codec: exactly the frames asked for make a clip, and one frame less is too short."""
 
+from fractions import Fraction
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 
 from data_prep.clips import Source
@@ -89,3 +91,55 @@ def test_exactly_enough_frames_are_enough_and_one_less_is_not(
     with pytest.raises(ClipError) as error:
         source.read(source.cut().spans[0], "0")
     assert error.value.reason == "too_short"
+
+
+def joined(folder: Path, name: str, codec: str, shapes: list[tuple[int, int]], pix_fmt: str = "yuv420p") -> Path:
+    """One stream of several sizes: a circle of 40 pixels' radius in each, for two seconds."""
+    with av.open(str(folder / name), "w") as target:
+        out = target.add_stream(codec, rate=16)
+        out.width, out.height, out.pix_fmt = *shapes[0], pix_fmt
+        start = 0
+        for number, (width, height) in enumerate(shapes):
+            part = av.CodecContext.create(codec, "w")
+            part.width, part.height, part.pix_fmt = width, height, pix_fmt
+            part.time_base, part.framerate, part.bit_rate = Fraction(1, 16), Fraction(16), 3_000_000
+            part.thread_count, part.max_b_frames, part.gop_size = 1, 0, 16
+            y, x = np.mgrid[:height, :width]
+            circle = (x - width / 2) ** 2 + (y - height / 2) ** 2 < 40**2
+            image = np.where(circle[..., None], 235, 20 + 30 * number).astype(np.uint8).repeat(3, 2)
+            packets = []
+            for time in range(32):
+                frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+                frame.pts, frame.time_base = time, Fraction(1, 16)
+                packets += part.encode(frame)
+            for packet in [*packets, *part.encode(None)]:
+                packet.pts, packet.dts, packet.time_base = packet.pts + start, packet.dts + start, Fraction(1, 16)
+                packet.stream = out
+                target.mux(packet)
+            start += 32
+    return folder / name
+
+
+@pytest.mark.parametrize("scene_cuts", [False, True])
+@pytest.mark.parametrize(
+    ("name", "codec", "pix_fmt"),
+    [
+        ("a.ts", "libx264", "yuv420p"),
+        ("a.webm", "libvpx", "yuv420p"),
+        ("a.webm", "libvpx-vp9", "yuv420p"),
+        ("a.avi", "mjpeg", "yuvj420p"),
+        ("a.mp4", "libvpx-vp9", "yuv420p"),
+    ],
+)
+def test_a_circle_stays_round_where_the_frame_size_changes(
+    tmp_path: Path, name: str, codec: str, pix_fmt: str, scene_cuts: bool
+):
+    shapes = [(256, 128), (128, 256), (256, 128)]
+    path = joined(tmp_path, name, codec, shapes, pix_fmt)
+    data = DataConfig(frames=8, fps=8.0, height=128, width=128, stride_s=1.0)
+    source = Source(str(path), data, SelectionConfig(scene_cuts=scene_cuts))
+    spans = source.cut().spans
+    assert [span.start_s for span in spans] == pytest.approx([0, 1, 2, 3, 4, 5], abs=2e-3)
+    for span in spans:
+        light = source.read(span, "0").frames[4][..., 0] > 160
+        assert light.any(0).sum() == pytest.approx(light.any(1).sum(), abs=4), span.start_s
