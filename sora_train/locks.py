@@ -88,6 +88,8 @@ def _take(path: Path, me: dict, otherwise: str) -> None:
     seen, waited = "", 0.0
     while not _create(path, _line(me, 0)):
         found = _read(path)
+        if not found and not path.exists():
+            continue  # its owner has just left
         owner = _parse(found)
         what = (
             f"`{owner.get('command', 'sora')}` is at work in {path.parent} (process {owner.get('process', '?')} on "
