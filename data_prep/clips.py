@@ -88,7 +88,8 @@ class Source:
         if not headers_only:
             self.timeline()
         seconds = self.header.promised_s
-        if not shortest.is_filled_by(seconds - data.start_s):  # a promise too small is none
+        joined = self._timeline is not None and self._timeline.jumps_back
+        if joined or not shortest.is_filled_by(seconds - data.start_s):  # a promise too small is none
             seconds = max(seconds, self.timeline().end)
         if seconds < selection.min_seconds:
             raise ClipError(

@@ -125,7 +125,9 @@ def test_joined_recordings_are_read_one_after_the_other(tmp_path: Path, write, n
     assert source.timeline().end == pytest.approx(8.0, abs=0.1)
     _, found = clips(path)
     numbers = [[number_of(frame) for frame in clip.frames] for clip in found]
+    assert len(numbers) == 8
     assert numbers[:3] == [list(range(16 * k, 16 * k + 16, 2)) for k in range(3)]
+    assert all(np.diff(clip).tolist() == [2] * 7 for clip in numbers[4:])
 
 
 def numbered(number: int) -> np.ndarray:
