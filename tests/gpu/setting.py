@@ -3,6 +3,7 @@
 import base64
 import json
 import resource
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,20 +102,24 @@ def run(
 
 
 @contextmanager
-def only(device: torch.device, more: int):
+def only(device: torch.device, more: int) -> Iterator[None]:
     """Lets this process have so many bytes more than it has now: of the GPU's memory, or of address space."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         whole = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated(device) + more) / whole, device)
-        yield
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
         return
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + more, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def apart(a: torch.Tensor, b: torch.Tensor) -> float:
