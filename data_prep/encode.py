@@ -164,16 +164,25 @@ class EmbedText:
         torch.set_num_threads(threads)
         self.moments, self.latent_shapes = moments, latent_shapes
         self.encoder = text_encoder_of(codec, device, batch)
+        self.empty_text: bytes | None = None
         self.known: OrderedDict[str, np.ndarray] = OrderedDict()
         self.known_bytes = 0
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows = table.to_pylist()
-        embeddings = self.embed({"", *(caption for row in rows if not row["reason"] for caption in row["captions"])})
+        embeddings = self.embed({*(caption for row in rows if not row["reason"] for caption in row["captions"])})
         encoded = [self.encode(row, embeddings) for row in rows]
-        if not isinstance(empty := embeddings[""], str):
-            encoded[0]["empty_text"] = empty.tobytes()
+        encoded[0]["empty_text"] = self.null()
         return noted(encoded, self.encoder.remarks, ENCODED)
+
+    def null(self) -> bytes | None:
+        """The empty prompt's embedding, made once; None while the encoder fails on it."""
+        from sora_train.codec.text import null_tokens
+
+        if self.empty_text is None:
+            (made,) = each(lambda _: [null_tokens(self.encoder)], [""], "text encoder", self.encoder.model.device)
+            self.empty_text = made if isinstance(made, bytes) else None
+        return self.empty_text
 
     def embed(self, captions: set[str]) -> dict[str, np.ndarray | str]:
         """Float16 `[tokens, width]` of each caption, infinite where that overflows; or what went wrong with it."""

@@ -18,6 +18,7 @@ from data_prep.shards import finished_clips, manifest_or_none, only_one, sweep
 from data_prep.source import Row, read_rows
 from data_prep.standstill import Standstill
 from data_prep.stock import take_stock
+from sora_train.codec.conventions import cleaning_of
 from sora_train.codec.files import TextFiles, VaeFiles, find_text_encoder, find_vae
 from sora_train.data.config import small_buckets
 from sora_train.data.shards import ShardSet
@@ -38,7 +39,8 @@ def prep(recipe: Recipe) -> Manifest:
     left; clips that fail are named in `quarantine.parquet` and don't stop anything. Where Ray hangs, this process
     disconnects and connects again by `cluster.address`, even if the caller had connected.
     """
-    started, data = time.monotonic(), recipe.data
+    started, recipe = time.monotonic(), settled(recipe)
+    data = recipe.data
     lasting("data.output", data.output)
     buckets = buckets_of(data)
     vae, text = find_codec(recipe)
@@ -110,6 +112,12 @@ def encode_missing(
     return harvest
 
 
+def settled(recipe: Recipe) -> Recipe:
+    """The recipe with what `codec.caption_cleaning: auto` stands for."""
+    cleaning = cleaning_of(recipe.codec, recipe.model.init_from)
+    return recipe.model_copy(update={"codec": recipe.codec.model_copy(update={"caption_cleaning": cleaning})})
+
+
 def find_codec(recipe: Recipe) -> tuple[VaeFiles, TextFiles]:
     """The recipe's VAE and text encoder on disk. Raises UserError where they can't be had."""
     codec = recipe.codec
@@ -131,11 +139,12 @@ def check_shapes(buckets: tuple[Bucket, ...], vae: VaeFiles) -> None:
 
 def encoding_hash(recipe: Recipe, vae: VaeFiles, text: TextFiles) -> str:
     """Over all that decides what a clip's row holds, but for the clip itself."""
-    data, codec = recipe.data, recipe.codec
+    data, codec = recipe.data, settled(recipe).codec
     frames = [TRANSFORM_VERSION, data.fps, data.crop, data.flip]
-    return _hash(
-        [SCHEMA_VERSION, *frames, vae.hash, codec.precision, text.hash, codec.text_precision, codec.max_tokens]
-    )
+    text_settings = [text.hash, codec.text_precision, codec.max_tokens]
+    if codec.caption_cleaning != "none":  # shards of before this key were encoded without
+        text_settings.append(codec.caption_cleaning)
+    return _hash([SCHEMA_VERSION, *frames, vae.hash, codec.precision, *text_settings])
 
 
 def what_differs(recipe: Recipe, vae: VaeFiles, text: TextFiles) -> str:
@@ -153,6 +162,7 @@ def what_differs(recipe: Recipe, vae: VaeFiles, text: TextFiles) -> str:
         "codec.text": (f"{there.text.name} ({there.text.hash[:8]})", f"{codec.text} ({text.hash[:8]})"),
         "codec.text_precision": (there.text.precision, codec.text_precision),
         "codec.max_tokens": (there.text.max_tokens, codec.max_tokens),
+        "codec.caption_cleaning": (there.text.caption_cleaning, codec.caption_cleaning),
     }
     changed = [f"{key} was {was}, is {now}" for key, (was, now) in pairs.items() if was != now]
     return "; ".join(changed) or "this version of sora_train cuts or encodes otherwise"
@@ -186,11 +196,11 @@ def vae_facts(recipe: Recipe, vae: VaeFiles) -> VaeFacts:
 def empty_prompt(recipe: Recipe, key: str) -> bytes:
     """The empty prompt's embedding where this run made none: the manifest's, or else it is made in this process."""
     previous = manifest_or_none(recipe.data.output)
-    if previous and previous.encoding_hash == key:
+    if previous and previous.encoding_hash == key and previous.empty_tokens == 2:
         return base64.b64decode(previous.empty_text)
-    from sora_train.codec.text import text_encoder_of
+    from sora_train.codec.text import null_tokens, text_encoder_of
 
-    return text_encoder_of(recipe.codec).encode([""])[0].half().numpy().tobytes()
+    return null_tokens(text_encoder_of(recipe.codec))
 
 
 def describe(recipe: Recipe, vae: VaeFiles, text: TextFiles, key: str, empty: bytes, outcome: Outcome) -> Manifest:
@@ -215,6 +225,7 @@ def describe(recipe: Recipe, vae: VaeFiles, text: TextFiles, key: str, empty: by
             width=text.width,
             max_tokens=recipe.codec.max_tokens,
             precision=recipe.codec.text_precision,
+            caption_cleaning=recipe.codec.caption_cleaning,
         ),
         latents=LatentFormat(moments=vae.moments),
         frames=frames,

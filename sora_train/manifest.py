@@ -61,6 +61,8 @@ class TextFacts(Section):
     width: int
     max_tokens: int
     precision: str = "fp32"
+    caption_cleaning: str = "none"
+    """What captions went through before they were embedded, as `codec.caption_cleaning` has it."""
 
 
 class LatentFormat(Section):
@@ -101,8 +103,9 @@ class Manifest(Section):
     settings: dict[str, Any] = {}
     """The recipe's `data` and `selection` as they stood: by them a clip's frames can be made again."""
     empty_text: str
-    """The empty prompt's embedding, `[empty_tokens, width]`, base64 of float16."""
+    """The empty prompt's embedding, `[empty_tokens, width]`, base64 of float16: its `</s>`, and a token of padding."""
     empty_tokens: int
+    """2; 1 in shards made before padding was kept."""
     counts: Counts
     reasons: dict[str, int]
     """How many clips are missing for which reason."""
@@ -132,7 +135,18 @@ class Manifest(Section):
                 "reads: encode the clips again with `sora prep RECIPE` into another data.output"
             ) from None
 
-    def empty_embedding(self) -> np.ndarray:
-        """The empty prompt's embedding, float16 `[tokens, width]`."""
+    def null_embedding(self, null_prompt: str) -> np.ndarray:
+        """The empty prompt's embedding, float16: `eos` `[1, width]`; `padded` `[max_tokens, width]`, to be cut.
+
+        All of its padding is alike: a token of padding sees nothing but the `</s>`. UserError where none was kept.
+        """
         content = base64.b64decode(self.empty_text)
-        return np.frombuffer(content, np.float16).reshape(self.empty_tokens, self.text.width)
+        tokens = np.frombuffer(content, np.float16).reshape(self.empty_tokens, self.text.width)
+        if null_prompt != "padded":
+            return tokens[:1]
+        if len(tokens) < 2:
+            raise UserError(
+                "codec.null_prompt is padded, but the shards were made by an earlier version, which did not keep the "
+                "padding's embedding. Run `sora prep` again, or set codec.null_prompt: eos"
+            )
+        return tokens[[0] + [1] * (self.text.max_tokens - 1)]

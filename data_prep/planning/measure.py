@@ -175,14 +175,16 @@ def measure_text(encode: Callable[[list[str]], Any], captions: list[str], second
     return timed(encode, batch, clock=clock)[1] / len(batch)
 
 
-def tokens_of(text: TextFiles, max_tokens: int) -> Callable[[list[str]], list[int]]:
+def tokens_of(text: TextFiles, max_tokens: int, cleaning: str = "none") -> Callable[[list[str]], list[int]]:
     """Counts the tokens of captions as the text encoder keeps them."""
 
     def count(captions: list[str]) -> list[int]:
+        from sora_train.codec.conventions import clean
         from sora_train.codec.text import load_tokenizer
 
         if not captions:
             return []
+        captions = [clean(caption, cleaning) for caption in captions]
         ids = load_tokenizer(text.tokenizer)(captions, truncation=True, max_length=max_tokens)["input_ids"]
         return [len(tokens) for tokens in ids]  # pyright: ignore[reportArgumentType]
 

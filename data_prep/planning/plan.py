@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 from data_prep.buckets import buckets_of
-from data_prep.pipeline import check_shapes, encoding_hash, find_codec, what_differs
+from data_prep.pipeline import check_shapes, encoding_hash, find_codec, settled, what_differs
 from data_prep.planning.measure import CAPTIONS, CLIPS, has_cluster, measure_on_cluster, spread, tokens_of
 from data_prep.planning.reckon import Plan, cost, giving, reckon
 from data_prep.planning.survey import is_large, survey
@@ -33,6 +33,7 @@ def plan(recipe: Recipe) -> Plan:
     """
     from sora_train.launch.cluster import connect
 
+    recipe = settled(recipe)
     data = recipe.data
     vae, text = find_codec(recipe)
     check_shapes(buckets_of(data), vae)
@@ -42,7 +43,8 @@ def plan(recipe: Recipe) -> Plan:
     joined = is_large(rows, data) or has_cluster(recipe.cluster.address)
     with connect(recipe.cluster.address, log_to_driver=False) if joined else nullcontext():
         looks = survey(rows, data, recipe.selection)
-        draft = reckon(recipe, rows, looks, vae, text.width, tokens_of(text, recipe.codec.max_tokens))
+        tokens = tokens_of(text, recipe.codec.max_tokens, recipe.codec.caption_cleaning)
+        draft = reckon(recipe, rows, looks, vae, text.width, tokens)
         good = sorted(giving(rows, looks), key=lambda row: sorted(looks[row.path].clips))  # bucket by bucket
         if not good:
             return draft

@@ -26,7 +26,7 @@ from data_prep.clips import cut_source, read_clip
 from data_prep.encode import local_copy
 from data_prep.harvest import Harvest
 from data_prep.outcome import Outcome
-from data_prep.pipeline import encoding_hash, find_codec, settings_hash
+from data_prep.pipeline import encoding_hash, find_codec, settings_hash, settled
 from data_prep.reasons import ClipError
 from data_prep.shards import ShardWriter
 from data_prep.source import Row, data_root, read_rows, row_id
@@ -244,4 +244,4 @@ def pipeline(recipe: Recipe, sources: list[Row]) -> float:
 def main(words: Sequence[str], prog: str = "sora bench prep") -> int:
     """The command; returns the exit status."""
     options, rest = parse(Options, words, f"{prog} RECIPE", __doc__ or "")
-    return finish(bench(options, recipe_in(rest, "prep")), options, ["prep", *words])
+    return finish(bench(options, settled(recipe_in(rest, "prep"))), options, ["prep", *words])

@@ -25,12 +25,21 @@ class CodecConfig(Section):
     """T5 text encoder and its tokenizer: `builtin`, a folder, or a hub id, `owner/name` or `owner/name@revision`."""
     models: str = ""
     """Folder that `sora download` filled: hub ids above are looked for there first."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Number format the VAE computes in; latents are stored in float16 either way."""
+    precision: Literal["bf16", "fp32"] = "fp32"
+    """Number format the VAE encodes in; latents are stored in float16 either way. bf16 adds an error of the size of the
+    noise at DDPM's lowest step."""
     text_precision: Literal["bf16", "fp32"] = "bf16"
     """Number format the text encoder computes in."""
     max_tokens: PositiveInt = 120
     """Text tokens that are kept of a caption; the rest is cut."""
+    caption_cleaning: Literal["auto", "none", "lower"] = "auto"
+    """What is done to captions and prompts before they are embedded: `lower` makes them lower case and strips spaces,
+    as LattePipeline and PixArt-α do. `auto`: that of the weights in model.init_from, `lower` if they are released ones;
+    `none` without."""
+    null_prompt: Literal["auto", "eos", "padded"] = "auto"
+    """What a dropped caption and the pass without a prompt are given: `eos` is "" alone, one token; `padded` is ""
+    padded, cut to the caption's number of tokens, as in LattePipeline. `auto`: that of the weights in model.init_from;
+    `eos` without."""
 
     def absolute(self) -> "CodecConfig":
         """The same with absolute names of local folders, for a process with another working folder."""

@@ -7,13 +7,14 @@ float16, so the encoder runs in float32 or bfloat16.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sora_train.codec import DTYPES, CodecConfig
+from sora_train.codec.conventions import clean
 from sora_train.codec.files import TextFiles, find_text_encoder, readable
 from sora_train.codec.memory import give_back, is_out_of_memory
 
@@ -36,6 +37,7 @@ class TextEncoder:
         max_tokens: int,
         files: TextFiles,
         batch: int = 32,
+        cleaning: str = "none",
     ):
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
@@ -43,6 +45,7 @@ class TextEncoder:
         self.width = files.width
         self.files = files
         self.batch = batch
+        self.cleaning = cleaning
         self.one_by_one = model.device.type == "cpu"
         self.remarks: list[str] = []
 
@@ -59,7 +62,7 @@ class TextEncoder:
         """
         if not captions:
             return []
-        ids = self.tokenizer(captions, truncation=True, max_length=self.max_tokens)["input_ids"]
+        ids = self.tokenizer([clean(caption, self.cleaning) for caption in captions], **self._limit)["input_ids"]
         order = sorted(range(len(captions)), key=lambda i: len(ids[i]))  # alike lengths together: little padding
         embeddings: dict[int, Tensor] = {}
         while left := order[len(embeddings) :]:
@@ -76,8 +79,25 @@ class TextEncoder:
             give_back(self.model.device)
         return [embeddings[i] for i in range(len(captions))]
 
-    def _forward(self, ids: list[list[int]]) -> Float[Tensor, "b l e"]:
-        longest = max(map(len, ids))
+    @torch.inference_mode()
+    def encode_padded(self, caption: str, length: int = 0) -> Float[Tensor, "l e"]:
+        """A caption's tokens and then padding up to `length`, `max_tokens` if 0.
+
+        Padding attends to the caption's tokens alone. So of "" all padding is alike: two tokens say everything.
+        """
+        ids: list[int] = self.tokenizer(clean(caption, self.cleaning), **self._limit)["input_ids"]  # pyright: ignore
+        return self._forward([ids], length or self.max_tokens)[0]
+
+    def encode_null(self, caption: str, null_prompt: str) -> Float[Tensor, "l e"]:
+        """What guidance leads away from: `eos` has the caption's own tokens; `padded` is to be cut, see `cut_null`."""
+        return self.encode_padded(caption) if null_prompt == "padded" else self.encode([caption])[0]
+
+    @property
+    def _limit(self) -> dict[str, Any]:
+        return {"truncation": True, "max_length": self.max_tokens}
+
+    def _forward(self, ids: list[list[int]], length: int = 0) -> Float[Tensor, "b l e"]:
+        longest = max(length, *map(len, ids))
         tokens = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids])
         device = self.model.device
@@ -92,6 +112,7 @@ def load_text_encoder(
     dtype: torch.dtype = torch.float32,
     models: str = "",
     batch: int = 32,
+    cleaning: str = "none",
 ) -> TextEncoder:
     """The text encoder that `codec.text` names: `builtin`, a folder, or a hub id; also a whole pipeline's.
 
@@ -114,13 +135,15 @@ def load_text_encoder(
         if bars:
             transformers.utils.logging.enable_progress_bar()
     model.to(device)  # pyright: ignore[reportArgumentType]
-    return TextEncoder(model, load_tokenizer(files.tokenizer), max_tokens, files, batch)
+    return TextEncoder(model, load_tokenizer(files.tokenizer), max_tokens, files, batch, cleaning)
 
 
 def text_encoder_of(codec: CodecConfig, device: str | torch.device = "cpu", batch: int = 32) -> TextEncoder:
-    """A recipe's text encoder in its precision."""
+    """A recipe's text encoder in its precision. ValueError while `codec.caption_cleaning` is `auto`."""
+    if codec.caption_cleaning == "auto":
+        raise ValueError("codec.caption_cleaning is auto; expected what it stands for")
     dtype = getattr(torch, DTYPES[codec.text_precision])
-    return load_text_encoder(codec.text, codec.max_tokens, device, dtype, codec.models, batch)
+    return load_text_encoder(codec.text, codec.max_tokens, device, dtype, codec.models, batch, codec.caption_cleaning)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -130,6 +153,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     kind = AutoTokenizer if (folder / "tokenizer.json").is_file() else T5Tokenizer
     with readable(f"codec.text: {folder}"):
         return kind.from_pretrained(str(folder), local_files_only=True)
+
+
+def null_tokens(encoder: TextEncoder) -> bytes:
+    """The empty prompt's `</s>` and a token of its padding, float16, as the manifest keeps them."""
+    return encoder.encode_padded("", 2).half().numpy().tobytes()
+
+
+def cut_null(null: Float[Tensor, "m e"], null_prompt: str, tokens: int) -> Float[Tensor, "_ e"]:
+    """What stands beside a caption of so many tokens when it is dropped or led away from."""
+    return null[:tokens] if null_prompt == "padded" else null
 
 
 def pad_text(embeddings: list[Tensor]) -> tuple[Float[Tensor, "b l e"], Bool[Tensor, "b l"]]:

@@ -35,7 +35,7 @@ class MicroBatch:
     weight: Float[Tensor, "b"]
     """1 for a clip, 0 for padding, which repeats a clip."""
     dropped: Bool[Tensor, "b"]
-    """True where the empty caption took the caption's place."""
+    """True where the null prompt took the caption's place."""
     sample_ids: tuple[str | None, ...]
     """None for padding."""
 
@@ -58,8 +58,10 @@ class Draw:
     latents: Float[Tensor, "f c h w"]
     noise: Float[Tensor, "f c h w"]
     t: Float[Tensor, ""]
-    caption: int | None
-    """Which of the clip's captions, or None for the empty one."""
+    caption: int
+    """Which of the clip's captions."""
+    dropped: bool
+    """Whether the null prompt takes its place."""
 
 
 def collate(
@@ -71,12 +73,19 @@ def collate(
     seed: int,
     step: int,
     caption_dropout: float,
+    null_prompt: str = "eos",
 ) -> MicroBatch:
-    """The micro-batch of these clips at a step; the last `padding` of them are repeats, which get weight 0."""
+    """The micro-batch of these clips at a step; the last `padding` of them are repeats, which get weight 0.
+
+    A dropped caption becomes the null prompt, `padded` to the caption's own number of tokens, or one token (`eos`).
+    """
     rows = len(clips.sample_ids)
     draws = [draw(clips, row, objective, seed, step, caption_dropout) for row in range(rows)]
-    empty = manifest.empty_embedding()
-    captions = [empty if drawn.caption is None else clips.text[row][drawn.caption] for row, drawn in enumerate(draws)]
+    null = manifest.null_embedding(null_prompt)
+    drawn_text = [clips.text[row][drawn.caption] for row, drawn in enumerate(draws)]
+    captions = [
+        null[: len(caption)] if drawn.dropped else caption for caption, drawn in zip(drawn_text, draws, strict=True)
+    ]
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (manifest.vae.mean, manifest.vae.std))
     text, text_mask = pad_text([torch.from_numpy(caption.astype(np.float32)) for caption in captions])
     return MicroBatch(
@@ -86,7 +95,7 @@ def collate(
         text=text,
         text_mask=text_mask,
         weight=(torch.arange(rows) < rows - padding).float(),
-        dropped=torch.tensor([drawn.caption is None for drawn in draws]),
+        dropped=torch.tensor([drawn.dropped for drawn in draws]),
         sample_ids=tuple(None if row >= rows - padding else clips.sample_ids[row] for row in range(rows)),
     )
 
@@ -103,7 +112,8 @@ def draw(clips: Clips, row: int, objective: Objective, seed: int, step: int, cap
         latents=draw_posterior(moments, generator),
         noise=noise,
         t=objective.draw_time(generator, (f, c, h, w)),
-        caption=None if dropout < caption_dropout else int(choice * len(clips.captions[row])),
+        caption=int(choice * len(clips.captions[row])),
+        dropped=dropout < caption_dropout,
     )
 
 

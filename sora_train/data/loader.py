@@ -22,6 +22,7 @@ def micro_batches(
     world: int = 1,
     micro_batch_size: int,
     caption_dropout: float,
+    null_prompt: str = "eos",
 ) -> list[MicroBatch]:
     """What one rank takes of a batch of the run; on every rank equally many micro-batches, of equal size.
 
@@ -43,6 +44,7 @@ def micro_batches(
                 seed=plan.seed,
                 step=number,
                 caption_dropout=caption_dropout,
+                null_prompt=null_prompt,
             )
         )
     return result
@@ -58,6 +60,7 @@ def batches(
     world: int = 1,
     micro_batch_size: int,
     caption_dropout: float,
+    null_prompt: str = "eos",
     ahead: int = 2,
     device: torch.device | None = None,
 ) -> Generator[tuple[int, list[MicroBatch]], None, None]:
@@ -78,6 +81,7 @@ def batches(
             world=world,
             micro_batch_size=micro_batch_size,
             caption_dropout=caption_dropout,
+            null_prompt=null_prompt,
         )
         if device is None or device.type != "cuda":
             return number, made

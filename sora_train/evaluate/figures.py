@@ -193,7 +193,7 @@ def captions_of(run: Run, shards: ShardSet, places: list[Place]) -> tuple[list[s
     for batch in batches(places, shards, None):
         clips = shards.read(batch[0].bucket, [place.row for place in batch])
         for row in range(len(batch)):
-            which = draw(clips, row, run.objective, SEED, 0, caption_dropout=0.0).caption or 0
+            which = draw(clips, row, run.objective, SEED, 0, caption_dropout=0.0).caption
             prompts.append(clips.captions[row][which])
             embeddings.append(torch.from_numpy(clips.text[row][which].astype(np.float32)))
     return prompts, embeddings

@@ -93,29 +93,7 @@ def pipeline_use(run: Run) -> str:
     usable = usable_steps(run.objective)
     wrong = [str(n) for n in range(1, 201) if n <= usable and trailing_of_diffusers(usable, n) != trailing(usable, n)]
     but = f" (but {', '.join(wrong)}, where diffusers' spacing makes one too many)" if wrong else ""
-    tokens = run.recipe.codec.max_tokens
-    return f"""## Use
-
-```python
-import torch
-from diffusers import LattePipeline
-from diffusers.utils import export_to_video
-
-pipe = LattePipeline.from_pretrained(".")  # this folder
-
-
-@torch.no_grad()
-def embed(text):
-    ids = pipe.tokenizer(text, truncation=True, max_length={tokens}, return_tensors="pt").input_ids
-    return pipe.text_encoder(ids.to(pipe.text_encoder.device))[0]
-
-
-prompt, nothing = embed({prompt_of(run)}), embed("")
-frames = pipe(
-    prompt_embeds=prompt,
-    negative_prompt=None,
-    negative_prompt_embeds=nothing.repeat(1, prompt.shape[1], 1),
-    mask_feature=False,{still}
+    shape = f"""{still}
     video_length={manifest.frames},
     height={manifest.height},
     width={manifest.width},
@@ -124,12 +102,20 @@ frames = pipe(
     decode_chunk_size={manifest.frames},
     generator=torch.Generator().manual_seed(0),
 ).frames[0]
-export_to_video(frames, "sample.mp4", fps={round(manifest.fps)})
+export_to_video(frames, "sample.mp4", fps={round(manifest.fps)})"""
+    lower = run.recipe.codec.caption_cleaning == "lower"
+    return f"""## Use
+
+```python
+import torch
+from diffusers import LattePipeline
+from diffusers.utils import export_to_video
+
+pipe = LattePipeline.from_pretrained(".")  # this folder
+{call_by_prompt(run) if lower else call_by_embeddings(run)}{shape}
 ```
 
-- Prompts are embedded outside of the pipeline, because it would put them in lower case and pad the empty one, which the
-  model has not seen: it learned from the text's own tokens. Repeating the empty prompt's token changes nothing, since
-  attention over equal tokens is attention over one.
+{about_prompts(run)}
 - `video_length` is fixed: diffusers' Latte takes only the number of frames that it was made for.
 - The scheduler is DDIM, written as DPM-Solver++ of first order, which is the same and right at any number of steps up
   to {usable}{but}. For the solver of second order:
@@ -138,6 +124,58 @@ export_to_video(frames, "sample.mp4", fps={round(manifest.fps)})
   latents as the transformer has them.
 - With sora_train: `sora sample . --prompt "{PLACEHOLDER}"`.
 """
+
+
+def call_by_prompt(run: Run) -> str:
+    """The pipeline's own way with a prompt, which is that of the training."""
+    return f"""frames = pipe(
+    {prompt_of(run)},
+    clean_caption=False,"""
+
+
+def call_by_embeddings(run: Run) -> str:
+    """Prompts embedded as they are written, as captions were in training; the pipeline would make them lower case."""
+    return f"""
+
+@torch.no_grad()
+def embed(text, **how):
+    tokens = pipe.tokenizer(text, truncation=True, return_tensors="pt", **how).to(pipe.text_encoder.device)
+    return pipe.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
+
+
+prompt = embed({prompt_of(run)}, max_length={run.recipe.codec.max_tokens})
+frames = pipe(
+    prompt_embeds=prompt,
+    negative_prompt=None,
+    negative_prompt_embeds=embed("", padding="max_length", max_length=prompt.shape[1]),
+    mask_feature=False,"""
+
+
+def about_prompts(run: Run) -> str:
+    """What decides whether the pipeline reads a prompt as the training read captions."""
+    codec, lines = run.recipe.codec, list[str]()
+    if codec.caption_cleaning == "lower":
+        lines.append(
+            "- `pipe(prompt)` makes the prompt lower case and strips it, as was done to the captions in training. "
+            "`clean_caption=False` leaves\n  it at that; otherwise, if `bs4` and `ftfy` are installed, it also removes "
+            "links, file names and more."
+        )
+    else:
+        lines.append(
+            "- The model read captions as they were written, and `pipe(prompt)` makes the prompt lower case. So it is "
+            "embedded outside\n  of the pipeline here. For a prompt in lower case `pipe(prompt)` gives the same."
+        )
+    if codec.null_prompt == "padded":
+        lines.append('- Without a prompt the model is given "" with padding, as LattePipeline does it.')
+    else:
+        lines.append(
+            "- The tokenizer pads with `</s>`, so that the pipeline's empty prompt is what the model learned: the "
+            "embedding of `</s>`,\n  repeated; attention over equal tokens is attention over one."
+        )
+    if codec.max_tokens != 120:
+        lines.append(f"- `pipe(prompt)` reads 120 tokens; captions were cut at {codec.max_tokens} in training.")
+    lines.append("- Give one prompt at a time: of a list, the pipeline has the model read the padding of each too.")
+    return "\n".join(lines)
 
 
 def trailing_of_diffusers(usable: int, steps: int) -> list[int]:

@@ -92,6 +92,10 @@ def write_vae(run: Run, folder: Path) -> str:
 def write_text_encoder(run: Run, folder: Path) -> str:
     """The run's text encoder and tokenizer, file by file; returns the tokenizer's class.
 
+    LattePipeline pads "" for the pass without a prompt. A model that learned `codec.null_prompt: eos` gets a tokenizer
+    that pads with `</s>`: as padding attends to the `</s>` before it alone, every token of it is that token's embedding
+    again, and attention over equal tokens is attention over one.
+
     Whatever the weights' number format, config.json says float32: what embeds prompts sets the pipeline's own format,
     and T5 overflows in float16.
     """
@@ -112,5 +116,17 @@ def write_text_encoder(run: Run, folder: Path) -> str:
     for name in TOKENIZER_FILES:
         if (files.tokenizer / name).is_file():
             shutil.copyfile(files.tokenizer / name, tokenizer / name)
+    if run.recipe.codec.null_prompt == "eos":
+        pad_with_eos(tokenizer)
     name = type(load_tokenizer(tokenizer)).__name__
     return "PreTrainedTokenizerFast" if name == "TokenizersBackend" else name  # its name of old, which 4 and 5 know
+
+
+def pad_with_eos(tokenizer: Path) -> None:
+    """Has the tokenizer in a folder pad with its `</s>`."""
+    eos = load_tokenizer(tokenizer).eos_token
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        place = tokenizer / name
+        if place.is_file() or name == "tokenizer_config.json":
+            settings = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
+            place.write_text(json.dumps(settings | {"pad_token": eos}, indent=2) + "\n", encoding="utf-8")

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sora_train.codec import CodecConfig
 from sora_train.codec.files import content_hash
 from sora_train.codec.text import TextEncoder, text_encoder_of
 from sora_train.codec.vae import Vae, load_vae
@@ -122,9 +123,10 @@ def load_run(path: str | Path, device: str | torch.device | None = None, weights
         manifest = Manifest.load(str(facts.parent))
     except UserError:  # it speaks to those who have the clips and would encode them again
         raise UserError(f"{facts} is damaged, or of another version of sora_train; {remedy}") from None
+    codec = as_trained(recipe.codec, manifest)
     if note is not None and note.kind == "pipeline":  # it stands alone, wherever it was moved to
-        codec = recipe.codec.model_copy(update={"vae": str(folder), "text": str(folder), "models": ""})
-        recipe = recipe.model_copy(update={"codec": codec})
+        codec = codec.model_copy(update={"vae": str(folder), "text": str(folder), "models": ""})
+    recipe = recipe.model_copy(update={"codec": codec})
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = Latte(recipe.model)
     place, tensors = _read(model, checkpoint, note, weights)
@@ -137,6 +139,13 @@ def load_run(path: str | Path, device: str | torch.device | None = None, weights
     objective = make_objective(recipe.diffusion, recipe.model.learned_variance)
     held = note.weights if note is not None else weights or "ema"
     return Run(folder, checkpoint, recipe, manifest, model, objective, device, note, held)
+
+
+def as_trained(codec: CodecConfig, manifest: Manifest) -> CodecConfig:
+    """A run's codec without `auto`: captions as its shards have them; a run of before `null_prompt` learned `eos`."""
+    null_prompt = "eos" if codec.null_prompt == "auto" else codec.null_prompt
+    cleaning = manifest.text.caption_cleaning
+    return codec.model_copy(update={"caption_cleaning": cleaning, "null_prompt": null_prompt})
 
 
 def _read(

@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sora_train.codec.conventions import clean
 from sora_train.codec.memory import is_out_of_memory
-from sora_train.codec.text import TextEncoder, pad_text
+from sora_train.codec.text import TextEncoder, cut_null, pad_text
 from sora_train.diffusion import Sampling, fitting, sample
 from sora_train.errors import RecipeError, UserError
 from sora_train.generate.run import Run
@@ -53,8 +54,9 @@ def generate_each(
     """Videos uint8 `F H W 3` one by one, so that memory holds a batch.
 
     `how` to sample and the `negative` prompt are as the recipe's `validation` has them if None, the shape (frames,
-    height, width) as it was trained. Given embeddings, of the prompts and of what is negative, no text encoder is
-    loaded. Raises UserError for a sampler or a shape that the model does not take, or that memory does not hold.
+    height, width) as it was trained. Given embeddings, of the prompts and of what is negative (by `encode_null`), no
+    text encoder is loaded. Raises UserError for a sampler or a shape that the model does not take, or that memory does
+    not hold.
     """
     if not prompts or len(prompts) != len(seeds) or len(prompts) != len(prompts if embeddings is None else embeddings):
         raise ValueError(f"expected a seed (and an embedding) for each prompt, got {len(seeds)} for {len(prompts)}")
@@ -63,10 +65,13 @@ def generate_each(
     fitting(how.sampler, run.objective.config.kind)
     latents_of = latent_shape(run, shape)
     vae = run.vae  # first: should it not be there, that is better known before the sampling
+    null_prompt = run.recipe.codec.null_prompt
     if isinstance(negative, str):
-        empty = torch.from_numpy(run.manifest.empty_embedding().astype(np.float32))
-        negative = embed(run, [negative])[0] if negative else empty
-    null_text, null_mask = pad_text([negative])
+        if negative or embeddings is None:
+            check_prompt(run, negative)
+            negative = run.text_encoder.encode_null(negative, null_prompt)
+        else:  # in float16, as the embeddings of captions in shards
+            negative = torch.from_numpy(run.manifest.null_embedding(null_prompt).astype(np.float32))
     size = max(1, PLACES_AT_ONCE // (latents_of[0] * latents_of[2] * latents_of[3]))
     batches = [slice(start, start + size) for start in range(0, len(prompts), size)]
     for i, batch in enumerate(batches):
@@ -75,7 +80,9 @@ def generate_each(
             if progress is not None:
                 progress(before * of + done, len(batches) * of)
 
-        text, mask = pad_text(embed(run, prompts[batch]) if embeddings is None else list(embeddings[batch]))
+        texts = embed(run, prompts[batch]) if embeddings is None else list(embeddings[batch])
+        text, mask = pad_text(texts)
+        null_text, null_mask = pad_text([cut_null(negative, null_prompt, len(prompt)) for prompt in texts])
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[batch]]
         try:
             latents = sample(
@@ -137,25 +144,30 @@ def latent_shape(run: Run, shape: tuple[int, int, int] | None = None) -> tuple[i
 
 
 def embed(run: Run, prompts: Sequence[str]) -> list[Float[Tensor, "_ e"]]:
-    """Embeddings of the prompts; a prompt that is too long is cut, and what is lost is said on stderr.
-
-    Raises UserError for one that is no text: a terminal gives bytes that are no UTF-8 as lone surrogates.
-    """
+    """Embeddings of the prompts, each of which is checked."""
     distinct = list(dict.fromkeys(prompts))
     for prompt in distinct:
-        if any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise RecipeError(f"the prompt {ascii(prompt)[:200]} has bytes that are no UTF-8; write it in UTF-8")
-        if lost := cut_off(run.text_encoder, prompt):
-            shown = lost if len(lost) <= 200 else f"{lost[:200].rstrip()}… ({len(lost)} characters)"
-            limit = f"codec.max_tokens {run.text_encoder.max_tokens}"
-            print(f"warning: the prompt is longer than {limit}; not used: {shown!r}", file=sys.stderr, flush=True)
+        check_prompt(run, prompt)
     found = dict(zip(distinct, run.text_encoder.encode(distinct), strict=True))
     return [found[prompt] for prompt in prompts]
 
 
+def check_prompt(run: Run, prompt: str) -> None:
+    """Says on stderr what is cut from a prompt that is too long.
+
+    Raises UserError for one that is no text: a terminal gives bytes that are no UTF-8 as lone surrogates.
+    """
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise RecipeError(f"the prompt {ascii(prompt)[:200]} has bytes that are no UTF-8; write it in UTF-8")
+    if lost := cut_off(run.text_encoder, prompt):
+        shown = lost if len(lost) <= 200 else f"{lost[:200].rstrip()}… ({len(lost)} characters)"
+        limit = f"codec.max_tokens {run.text_encoder.max_tokens}"
+        print(f"warning: the prompt is longer than {limit}; not used: {shown!r}", file=sys.stderr, flush=True)
+
+
 def cut_off(encoder: TextEncoder, prompt: str) -> str:
     """The end of a prompt that does not fit into the encoder's `max_tokens`, of which the last is `</s>`."""
-    ids = encoder.tokenizer(prompt, truncation=False, verbose=False)["input_ids"]
+    ids = encoder.tokenizer(clean(prompt, encoder.cleaning), truncation=False, verbose=False)["input_ids"]
     if len(ids) <= encoder.max_tokens:
         return ""
     return one_line(str(encoder.tokenizer.decode(ids[encoder.max_tokens - 1 :], skip_special_tokens=True)))

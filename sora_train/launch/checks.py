@@ -9,6 +9,8 @@ from typing import Any
 
 import ray
 
+from sora_train.codec import CodecConfig
+from sora_train.codec.conventions import cleaning_of, null_prompt_of
 from sora_train.codec.files import find_text_encoder, find_vae
 from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
@@ -33,7 +35,7 @@ MAY_CHANGE = (
     "data.file_column",
     "data.caption_column",
     "prep.",
-    "codec.",  # likewise
+    "codec.",  # likewise, and `null_prompt` by itself
     "model.init_from",
     "model.preset",  # the keys that it stands for are compared
     "train.output",
@@ -111,6 +113,9 @@ def absolute(recipe: Recipe, fresh: bool = False) -> Recipe:
     def network(name: str) -> str:
         return place(name) if os.path.isdir(os.path.expanduser(name)) and name != "builtin" else name
 
+    run = Path(place(recipe.train.output)) / recipe.name
+    begun = run if not fresh and (run / "recipe.yaml").is_file() and checkpoint.whole(run / "checkpoints") else None
+    start = _start(recipe, begun)
     return recipe.model_copy(
         update={
             "data": recipe.data.model_copy(update={"output": place(recipe.data.output)}),
@@ -122,18 +127,27 @@ def absolute(recipe: Recipe, fresh: bool = False) -> Recipe:
             ),
             "codec": recipe.codec.model_copy(
                 update={key: network(getattr(recipe.codec, key)) for key in ("vae", "text", "models")}
+                | _given_text(recipe.codec, start, begun)
             ),
-            "model": replace(recipe.model, init_from=_start(recipe, Path(place(recipe.train.output)), fresh)),
+            "model": replace(recipe.model, init_from=start),
             "train": recipe.train.model_copy(update={"output": place(recipe.train.output)}),
         }
     )
 
 
-def _start(recipe: Recipe, output: Path, fresh: bool) -> str:
-    run = output / recipe.name
-    if not fresh and (run / "recipe.yaml").is_file() and checkpoint.whole(run / "checkpoints"):
-        return str((read_yaml(run / "recipe.yaml").get("model") or {}).get("init_from", ""))
+def _start(recipe: Recipe, begun: Path | None) -> str:
+    if begun is not None:
+        return str((read_yaml(begun / "recipe.yaml").get("model") or {}).get("init_from", ""))
     return find_start(recipe)
+
+
+def _given_text(codec: CodecConfig, start: str, begun: Path | None) -> dict[str, str]:
+    """What `auto` stands for. The cleaning of captions is what the shards have, unless weights of others are read."""
+    if begun is not None:
+        stated = codec.null_prompt != "auto"
+        return {"null_prompt": codec.null_prompt if stated else null_prompt_then(begun)}
+    cleaning = cleaning_of(codec, start) if start else codec.caption_cleaning
+    return {"caption_cleaning": cleaning, "null_prompt": null_prompt_of(codec, start)}
 
 
 def check_shards(recipe: Recipe) -> Manifest:
@@ -194,6 +208,18 @@ def check_codec(recipe: Recipe, manifest: Manifest) -> None:
             )
 
 
+def check_text(recipe: Recipe, manifest: Manifest) -> None:
+    """UserError where the shards' captions are not what the model is to be given, or they lack its null prompt."""
+    wanted, there = recipe.codec.caption_cleaning, manifest.text.caption_cleaning
+    if wanted not in ("auto", there):
+        raise UserError(
+            f"codec.caption_cleaning is {wanted}, but {recipe.data.output} was encoded with {there}"
+            + (f", and model.init_from {recipe.model.init_from} was not" if recipe.model.init_from else "")
+            + f". Run `sora prep` into another data.output, or set codec.caption_cleaning: {there}"
+        )
+    manifest.null_embedding(recipe.codec.null_prompt)
+
+
 def check_figures(recipe: Recipe) -> None:
     """UserError where the networks that measure a validation can't be read: training would not say so for hours."""
     if recipe.validation.every and recipe.validation.fvd:
@@ -219,6 +245,8 @@ def check_folder(
     if not (run / "manifest.json").is_file():
         raise UserError(f"{run / 'manifest.json'} is missing: put a copy of its shards' there")
     trained = Manifest.load(str(run))
+    if recipe.codec.null_prompt not in ("auto", before := null_prompt_then(run)):
+        changed.append(f"codec.null_prompt was {before} and is {recipe.codec.null_prompt}")
     if trained.encoding_hash != manifest.encoding_hash:
         changed.append(f"the shards' encoding was {trained.encoding_hash[:12]} and is {manifest.encoding_hash[:12]}")
     elif trained.buckets != manifest.buckets and not (run / CLIPS).is_file():
@@ -235,6 +263,12 @@ def check_folder(
     if clips is not None:
         check_clips(run, recipe.data.output, clips, new_data)
     return found[-1][0]
+
+
+def null_prompt_then(run: Path) -> str:
+    """The null prompt that a run learned; one of before `codec.null_prompt` learned `eos`."""
+    stated = build(Recipe, read_yaml(run / "recipe.yaml"), {}, str(run / "recipe.yaml")).codec.null_prompt
+    return "eos" if stated == "auto" else stated
 
 
 def differences(run: Path, recipe: Recipe, of: tuple[str, ...] = ("",)) -> list[str]:

@@ -26,6 +26,7 @@ from sora_train.launch.checks import (
     check_codec,
     check_folder,
     check_shards,
+    check_text,
     resources,
 )
 from sora_train.launch.clips import read_clips
@@ -101,6 +102,8 @@ def check_files(recipe: Recipe, tell: Callable[[Check], None]) -> tuple[Recipe, 
     if manifest is not None:
         at = told("resume", tell, lambda: check_folder(run, recipe, manifest, read_clips(recipe)), say_resume)
         told("networks", tell, lambda: check_codec(recipe, manifest), lambda _: "those of the shards")
+        null = f"null prompt: {recipe.codec.null_prompt}"
+        told("captions", tell, lambda: check_text(recipe, manifest), lambda _: null)
     if recipe.model.init_from and at is None:
         told("start", tell, lambda: check_start(recipe), lambda _: recipe.model.init_from)
     return recipe, manifest

@@ -25,6 +25,7 @@ from sora_train.launch.checks import (
     check_figures,
     check_folder,
     check_shards,
+    check_text,
     resources,
 )
 from sora_train.launch.clips import Clips, check_clips, read_clips
@@ -82,6 +83,7 @@ def launch_training(
         if at:
             happened = going_on(run, recipe, at, clips, new_data)
     check_codec(recipe, manifest)
+    check_text(recipe, manifest)
     if not at:
         check_start(recipe)
         for remark in remarks(recipe, manifest):

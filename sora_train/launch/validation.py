@@ -153,10 +153,10 @@ def validate(checkpoint: Path, run: Path) -> None:
     folder = run / "samples" / checkpoint.name
     clear(folder)
     *embeddings, negative = embed_prompts(run, trained)
-    prompts, lead_away = list(asked.prompts), negative if asked.negative else ""
+    prompts = list(asked.prompts)
     frames: list[Any] = []  # as sampled: similarity is of what `sora eval` measures, not of H.264's copy
     keep = frames.append if asked.clip else None
-    sample_to_folder(trained, prompts, embeddings, folder, (asked.seed,), asked.sampling, lead_away, on_video=keep)
+    sample_to_folder(trained, prompts, embeddings, folder, (asked.seed,), asked.sampling, negative, on_video=keep)
     videos = zip(prompts, frames, strict=True) if asked.clip else None
     figures = measure(trained, asked, recipe.data.output, videos, remark=lambda said: note_once(run, step, said))
     took = {"validation_s": time.monotonic() - began}
@@ -189,19 +189,23 @@ def note_once(run: Path, step: int, remark: str) -> None:
 
 
 def embed_prompts(run: Path, trained: Any = None) -> list:
-    """Embeddings of the recipe's prompts, the negative one last: read from the run's folder, or made and put there if
-    it has not these.
+    """Embeddings of the recipe's prompts, last that of what guidance leads away from.
+
+    They are read from the run's folder, or made and put there if it has not these.
     """
     from safetensors import safe_open
     from safetensors.torch import save_file
 
     from sora_train.codec.text import text_encoder_of
+    from sora_train.generate.run import as_trained
+    from sora_train.manifest import Manifest
     from sora_train.recipe import load_recipe
 
     recipe = load_recipe(run / "recipe.yaml")
     prompts = [*recipe.validation.prompts, recipe.validation.negative]
-    codec = recipe.codec
-    wanted = json.dumps([prompts, codec.text, codec.max_tokens, codec.text_precision])
+    codec = as_trained(recipe.codec, Manifest.load(str(run)))
+    how = [codec.text, codec.max_tokens, codec.text_precision, codec.caption_cleaning, codec.null_prompt]
+    wanted = json.dumps([prompts, *how])
     place = run / EMBEDDINGS
     if place.exists():
         with safe_open(place, "pt") as file:
@@ -210,8 +214,9 @@ def embed_prompts(run: Path, trained: Any = None) -> list:
     if trained is not None:
         encoder = trained.text_encoder
     else:
-        encoder = text_encoder_of(recipe.codec, device=_device())
-    embeddings = [embedding.float().cpu().contiguous() for embedding in encoder.encode(prompts)]
+        encoder = text_encoder_of(codec, device=_device())
+    made = [*encoder.encode(prompts[:-1]), encoder.encode_null(prompts[-1], codec.null_prompt)]
+    embeddings = [embedding.float().cpu().contiguous() for embedding in made]
     with replacing(place) as draft:  # a validation may make its own at the same time
         save_file({f"{i:03d}": embedding for i, embedding in enumerate(embeddings)}, draft, {"of": wanted})
     return embeddings

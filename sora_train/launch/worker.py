@@ -98,6 +98,7 @@ def work(recipe: Recipe, run: Path) -> str:
             home=home,
             resume=resume,
             image_ratio=recipe.data.image_ratio,
+            null_prompt=recipe.codec.null_prompt,
         )
 
 

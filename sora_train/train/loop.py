@@ -44,6 +44,7 @@ def train(
     home: Home,
     resume: Path | None = None,
     image_ratio: float | None = None,
+    null_prompt: str = "eos",
 ) -> str:
     """Trains from step 0, or from the checkpoint in `resume`, to `config.steps`; returns "" or why it ended before.
 
@@ -89,6 +90,7 @@ def train(
             world=world,
             micro_batch_size=config.micro_batch_size,
             caption_dropout=config.caption_dropout,
+            null_prompt=null_prompt,
             device=device,
         )
 

@@ -1,5 +1,6 @@
 """What chance adds to a clip depends on the seed, the step and the clip, and on nothing else."""
 
+import base64
 import math
 import threading
 
@@ -108,7 +109,7 @@ def test_text_is_a_caption_of_the_clip_or_the_empty_one_and_padding_is_masked(ma
     shards = ShardSet(make_shards(30))
     clips = shards.read(BUCKET, range(30))
     made = collate(clips, 0, manifest=shards.manifest, objective=FLOW, seed=0, step=0, caption_dropout=0.3)
-    empty = torch.from_numpy(shards.manifest.empty_embedding().astype(np.float32))
+    empty = torch.from_numpy(shards.manifest.null_embedding("eos").astype(np.float32))
     assert 0 < made.dropped.sum() < 30
     for row in range(30):
         text = made.text[row][made.text_mask[row]]
@@ -118,12 +119,33 @@ def test_text_is_a_caption_of_the_clip_or_the_empty_one_and_padding_is_masked(ma
     assert made.text.shape[1] == made.text_mask.sum(1).max()
 
 
+def test_a_dropped_caption_becomes_a_padded_null_prompt_of_its_own_length(make_shards):
+    shards = ShardSet(make_shards(30))
+    clips = shards.read(BUCKET, range(30))
+    width = shards.manifest.text.width
+    tokens = np.stack([np.full(width, value, np.float16) for value in (0.5, -2.0)])
+    text = base64.b64encode(tokens.tobytes()).decode()
+    manifest = shards.manifest.model_copy(update={"empty_text": text, "empty_tokens": 2})
+    how = {"manifest": manifest, "objective": FLOW, "seed": 0, "step": 3}
+    kept = collate(clips, 0, **how, caption_dropout=0.0, null_prompt="padded")
+    made = collate(clips, 0, **how, caption_dropout=0.5, null_prompt="padded")
+    assert len(set(kept.text_mask.sum(1).tolist())) > 2  # captions of several lengths
+    assert torch.equal(made.text_mask, kept.text_mask)
+    for row, dropped in enumerate(made.dropped.tolist()):
+        null = torch.tensor([0.5] + [-2.0] * (int(kept.text_mask[row].sum()) - 1))[:, None].expand(-1, width)
+        expected = null if dropped else kept.text[row][kept.text_mask[row]]
+        assert torch.equal(made.text[row][made.text_mask[row]], expected)
+    single = collate(clips, 0, **how, caption_dropout=1.0, null_prompt="eos")
+    assert torch.equal(single.text, torch.full((30, 1, width), 0.5))
+
+
 def test_captions_are_dropped_per_clip_and_drawn_evenly_as_often_as_asked():
     captions = [["one", "two", "three"]] * 100
     ids = [f"{i}" for i in range(100)]
     text = [[np.zeros((1, 2), np.float16)] * 3] * 100
     clips = Clips(ids, ids, captions, np.zeros((100, 1, 1, 1, 1, 1), np.float16), text)
-    drawn = np.array([draw(clips, row, FLOW, 0, step, 0.1).caption for step in range(100) for row in range(100)], float)
+    draws = [draw(clips, row, FLOW, 0, step, 0.1) for step in range(100) for row in range(100)]
+    drawn = np.array([np.nan if one.dropped else one.caption for one in draws], float)
     drawn = drawn.reshape(100, 100)  # step, clip; NaN is dropped
     dropped = np.isnan(drawn)
     assert abs(dropped.sum() - 1000) < 3 * math.sqrt(10_000 * 0.1 * 0.9)

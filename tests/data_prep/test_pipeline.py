@@ -152,7 +152,9 @@ def test_clips_become_shards_once_and_only_what_changed_is_made_again(
         np.testing.assert_allclose(clips.latents[i], expected, atol=2e-3, rtol=2e-3)
         assert clips.captions[i] == [names[source]]
         np.testing.assert_allclose(clips.text[i][0], text.encode([names[source]])[0], atol=2e-3, rtol=2e-3)
-    np.testing.assert_allclose(manifest.empty_embedding(), text.encode([""])[0], atol=2e-3, rtol=2e-3)
+    for null_prompt in ("eos", "padded"):
+        expected = text.encode_null("", null_prompt)
+        np.testing.assert_allclose(manifest.null_embedding(null_prompt), expected, atol=2e-3, rtol=2e-3)
     assert (manifest.latents.moments, manifest.vae.factor) == (2, 2)
 
     # Again: nothing is touched, what is known to be bad is not tried again, and the manifest is the same.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sora_train.codec.text import load_text_encoder
+from sora_train.codec.text import load_text_encoder, null_tokens
 from sora_train.codec.vae import load_vae
 from sora_train.diffusion import DiffusionConfig
 from sora_train.manifest import Counts, LatentFormat, Manifest, TextFacts, VaeFacts
@@ -21,7 +21,7 @@ DDPM = DiffusionConfig(kind="ddpm")
 
 @pytest.fixture(scope="session")
 def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """run_of(model, diffusion, vae, text, frames): a run's folder of clips of 32 x 48 pixels, at step 20."""
+    """run_of(model, diffusion, vae, text, frames, **codec): a run's folder of clips of 32 x 48 pixels, at step 20."""
 
     def make(
         model: ModelConfig,
@@ -29,34 +29,37 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         vae: str = "builtin",
         text: str = "builtin",
         frames: int = 3,
+        **codec: object,
     ) -> Path:
         folder = tmp_path_factory.mktemp("runs") / "tiny"
         folder.mkdir()
         recipe = Recipe.model_validate(
             {
                 "name": "tiny",
-                "codec": {"vae": vae, "text": text, "max_tokens": 20, "text_precision": "fp32"},
+                "codec": {"vae": vae, "text": text, "max_tokens": 20, "text_precision": "fp32", **codec},
                 "model": dataclasses.asdict(model),
                 "diffusion": dataclasses.asdict(diffusion),
                 "validation": {"steps": 4, "guidance": 3.0, "prompts": ['a "red" circle\n```\n<script>']},
             }
         )
-        made, encoder = load_vae(vae), load_text_encoder(text, max_tokens=20)
-        empty = encoder.encode([""])[0].half().numpy()
+        max_tokens, cleaning = recipe.codec.max_tokens, str(codec.get("caption_cleaning", "none"))
+        made, encoder = load_vae(vae), load_text_encoder(text, max_tokens)
         mean, std = tuple(made.mean.tolist()), tuple(made.std.tolist())
         save_recipe(recipe, folder / "recipe.yaml")
         Manifest(
             encoding_hash="",
             vae=VaeFacts(name=vae, hash=made.hash, channels=made.channels, factor=made.factor, mean=mean, std=std),
-            text=TextFacts(name=text, hash=encoder.hash, width=encoder.width, max_tokens=20),
+            text=TextFacts(
+                name=text, hash=encoder.hash, width=encoder.width, max_tokens=max_tokens, caption_cleaning=cleaning
+            ),
             latents=LatentFormat(moments=made.moments),
             frames=frames,
             fps=8.0,
             height=32,
             width=48,
             buckets={f"{frames}x32x48": 7, "1x32x48": 0},
-            empty_text=base64.b64encode(empty.tobytes()).decode(),
-            empty_tokens=len(empty),
+            empty_text=base64.b64encode(null_tokens(encoder)).decode(),
+            empty_tokens=2,
             counts=Counts(asked=7, written=7, quarantined=0, filtered=0),
             reasons={},
         ).save(str(folder))

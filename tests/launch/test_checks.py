@@ -6,14 +6,22 @@ from pathlib import Path
 import pytest
 
 from sora_train.errors import UserError
-from sora_train.launch.checks import MAY_CHANGE, check_codec, check_shards, flat
+from sora_train.launch.checks import (
+    MAY_CHANGE,
+    absolute,
+    check_codec,
+    check_shards,
+    check_text,
+    flat,
+    null_prompt_then,
+)
 from sora_train.launch.folder import check_writable, clear
 from sora_train.launch.start import check_start
 from sora_train.launch.trainer import exportable, launch_training
 from sora_train.manifest import Manifest
 from sora_train.model import Latte, ModelConfig
 from sora_train.model.convert import to_diffusers
-from sora_train.recipe import Recipe
+from sora_train.recipe import Recipe, save_recipe
 
 
 def test_shards_of_other_clips_or_channels_than_the_recipes_are_refused_with_both_numbers(
@@ -42,6 +50,34 @@ def test_a_vae_that_did_not_make_the_shards_is_refused_by_its_key(
 def test_networks_that_made_the_shards_pass(builtin_shards: Path, tmp_path: Path, recipe_of):
     recipe = recipe_of(builtin_shards, tmp_path)
     check_codec(recipe, check_shards(recipe))
+
+
+def test_shards_whose_captions_the_start_does_not_read_are_refused(builtin_shards: Path, tmp_path: Path, recipe_of):
+    shape = replace(recipe_of(builtin_shards, tmp_path).model, attention="factorised", text_in="spatial",
+                    frame_positions="temporal", pooled_text=False)  # fmt: skip
+    to_diffusers(Latte(shape), tmp_path / "start")
+    start = {"model__init_from": str(tmp_path / "start")}
+    scratch = absolute(recipe_of(builtin_shards, tmp_path))
+    manifest = check_shards(scratch)
+    check_text(scratch, manifest)
+    assert scratch.codec.null_prompt == "eos"
+    with pytest.raises(UserError, match=r"caption_cleaning is lower, but .* with none, and model.init_from .*: none$"):
+        check_text(absolute(recipe_of(builtin_shards, tmp_path, **start)), manifest)
+    stated = absolute(recipe_of(builtin_shards, tmp_path, **start, codec__caption_cleaning="none"))
+    assert stated.codec.null_prompt == "padded"
+    with pytest.raises(UserError, match=r"Run `sora prep` again, or set codec.null_prompt: eos"):
+        check_text(stated, manifest)
+    eos = recipe_of(builtin_shards, tmp_path, **start, codec__caption_cleaning="none", codec__null_prompt="eos")
+    check_text(absolute(eos), manifest)
+
+
+def test_a_run_that_goes_on_keeps_the_null_prompt_it_learned(builtin_shards: Path, tmp_path: Path, recipe_of):
+    recipe = absolute(recipe_of(builtin_shards, tmp_path))
+    save_recipe(recipe_of(builtin_shards, tmp_path), tmp_path / "recipe.yaml")  # `auto`, as before there was the key
+    assert null_prompt_then(tmp_path) == recipe.codec.null_prompt == "eos"
+    padded = recipe_of(builtin_shards, tmp_path, codec__null_prompt="padded")
+    save_recipe(padded, tmp_path / "recipe.yaml")
+    assert null_prompt_then(tmp_path) == absolute(padded).codec.null_prompt == "padded"
 
 
 def test_training_starts_from_weights_of_the_same_shape_alone(builtin_shards: Path, tmp_path: Path, recipe_of):

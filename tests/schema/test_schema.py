@@ -61,7 +61,7 @@ def test_a_manifest_comes_back_as_it_was_saved(tiny_shards: Path, tmp_path: Path
     manifest = Manifest.load(str(tiny_shards))
     manifest.save(str(tmp_path / "new folder"))
     assert Manifest.load(str(tmp_path / "new folder")) == manifest
-    assert manifest.empty_embedding().shape == (1, 64)
+    assert manifest.null_embedding("eos").shape == (1, 64)
 
 
 def test_a_folder_without_a_manifest_says_what_to_run(tmp_path: Path):

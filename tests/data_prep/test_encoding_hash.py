@@ -1,0 +1,36 @@
+"""What makes shards another encoding, and what does not."""
+
+import hashlib
+import json
+
+from data_prep.buckets import TRANSFORM_VERSION
+from data_prep.pipeline import encoding_hash, find_codec
+from sora_train.manifest import SCHEMA_VERSION
+from sora_train.recipe import Recipe
+
+
+def hash_of(**changed: object) -> str:
+    codec = {key.removeprefix("codec__"): value for key, value in changed.items() if key.startswith("codec__")}
+    recipe = Recipe.model_validate({"codec": codec, "model": {"init_from": changed.get("init_from", "")}})
+    return encoding_hash(recipe, *find_codec(recipe))
+
+
+def test_captions_as_written_have_the_hash_of_shards_made_before_there_was_cleaning():
+    recipe = Recipe.model_validate({"codec": {"precision": "bf16"}})
+    vae, text = find_codec(recipe)
+    before = [SCHEMA_VERSION, TRANSFORM_VERSION, recipe.data.fps, recipe.data.crop, recipe.data.flip]
+    before += [vae.hash, "bf16", text.hash, recipe.codec.text_precision, recipe.codec.max_tokens]
+    expected = hashlib.sha256(json.dumps(before).encode()).hexdigest()[:32]
+    assert hash_of(codec__precision="bf16") == hash_of(codec__precision="bf16", codec__caption_cleaning="none")
+    assert hash_of(codec__precision="bf16") == expected
+
+
+def test_cleaned_captions_and_another_precision_are_other_encodings():
+    cleaned = hash_of(codec__caption_cleaning="lower")
+    assert len({cleaned, hash_of(), hash_of(codec__precision="bf16")}) == 3
+    assert hash_of(init_from="owner/released") == cleaned  # as the released model reads them
+    assert hash_of(init_from="owner/released", codec__caption_cleaning="none") == hash_of()
+
+
+def test_the_null_prompt_is_not_part_of_a_clips_row():
+    assert hash_of(codec__null_prompt="padded") == hash_of(codec__null_prompt="eos") == hash_of()
