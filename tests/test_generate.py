@@ -125,7 +125,8 @@ def test_samples_in_a_folder_are_named_listed_and_shown(run, tmp_path):
 
 def test_embeddings_made_before_spare_the_text_encoder(made_run, run, tmp_path):
     fresh = load_run(made_run)
-    files = sample_to_folder(fresh, ["a red circle"], embed(run, ["a red circle"]), tmp_path)
+    null = run.text_encoder.encode_null("", "eos")
+    files = sample_to_folder(fresh, ["a red circle"], embed(run, ["a red circle"]), tmp_path, negative=null)
     assert "text_encoder" not in vars(fresh)
     assert files[0].read_bytes() == sample_to_folder(run, ["a red circle"], None, tmp_path / "b")[0].read_bytes()
 

@@ -10,10 +10,11 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from einops import rearrange
 
+from sora_train.codec import CodecConfig
 from sora_train.codec.files import find_vae, readable
 from sora_train.codec.folders import BUILTIN
 from sora_train.codec.text import load_text_encoder
-from sora_train.codec.vae import Vae, load_vae
+from sora_train.codec.vae import Vae, load_vae, vae_of
 from sora_train.demo.shapes import all_scenes, draw
 from sora_train.errors import UserError
 
@@ -45,6 +46,14 @@ def frames(batch: int, count: int, height: int, width: int) -> torch.Tensor:
     return torch.randint(
         0, 256, (batch, count, height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
+
+
+def test_by_default_latents_are_those_of_float32_and_bf16_is_far_from_them():
+    clip = torch.from_numpy(draw(all_scenes()[0], np.random.default_rng(0)))[None]
+    exact, half = vae_of(CodecConfig()), vae_of(CodecConfig(precision="bf16"))
+    latents = [exact.normalise(made.encode(clip)[:, 0]) for made in (load_vae("builtin"), exact, half)]
+    assert torch.equal(latents[0], latents[1])
+    assert (latents[2] - latents[1]).square().mean().sqrt() > 0.001  # a tenth of the noise at DDPM's lowest step
 
 
 def test_a_vae_with_a_posterior_gives_mean_and_log_variance(vae: Vae, tiny: Path):

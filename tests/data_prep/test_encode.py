@@ -13,7 +13,7 @@ from data_prep.tables import DECODED, WITH_LATENTS
 from sora_train.codec import CodecConfig
 from sora_train.codec.text import load_text_encoder
 
-CODEC = CodecConfig(precision="fp32", text_precision="fp32")
+CODEC = CodecConfig(precision="fp32", text_precision="fp32", caption_cleaning="none")
 
 
 class Short:
