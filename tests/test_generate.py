@@ -103,6 +103,26 @@ def test_a_clip_depends_on_its_prompt_and_seed_and_not_on_its_neighbours(run):
     assert np.abs(alone - among[2]).mean() > 1
 
 
+def test_samples_of_a_bf16_recipe_are_made_in_bf16_and_near_those_in_float32(made_run, run, tmp_path):
+    shutil.copytree(made_run, tmp_path / "run")
+    recipe = tmp_path / "run/recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("precision: fp32\n  reduce", "precision: bf16\n  reduce"))
+    half = load_run(tmp_path / "run")
+    assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+    given = (
+        torch.randn(1, 3, 4, 8, 16),
+        torch.tensor([500.0]),
+        torch.randn(1, 5, 64),
+        torch.ones(1, 5, dtype=torch.bool),
+    )
+    exact, found = run.predict(*given), half.predict(*given)
+    assert found.dtype == torch.float32  # so a sampler adds up in float32
+    assert 0 < float((found - exact).norm() / exact.norm()) < 0.02
+    videos = [generate(each, ["a red circle"], [0]).astype(int) for each in (run, half)]
+    assert 0 < np.abs(videos[0] - videos[1]).mean() < 4  # of 255
+
+
 def test_a_negative_prompt_takes_the_place_of_the_empty_one(run):
     plain = generate(run, ["a red circle"], [0])
     assert np.array_equal(plain, generate(run, ["a red circle"], [0], negative=""))

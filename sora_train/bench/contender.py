@@ -188,7 +188,7 @@ def ours(contender: Contender) -> Callable[[], tuple[nn.Module, Callable[..., Te
         assert isinstance(model, Latte)
         model.checkpoint(case.checkpointing)  # pyright: ignore[reportArgumentType]
         if contender.compiled:
-            model.compile_blocks()
+            model.compile_blocks(2)  # with and without gradients
         return model, lambda model, x, t, text, mask: model(x, t, text, mask)
 
     return make

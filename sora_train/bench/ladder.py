@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from sora_train.codec.text import padded_lengths
 from sora_train.data.collate import MicroBatch
 from sora_train.data.loader import batches, micro_batches
 from sora_train.data.shards import ShardSet
@@ -56,7 +58,8 @@ class Climber:
         self.steps, self.recipe, self.height = rung.steps, recipe, RUNGS.index(rung.name)
         if self.height:
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        self.shards = ShardSet(recipe.data.output, recipe.data.holdout_fraction, "train")
+        cache = int(1e9 * recipe.train.shard_cache_gb)
+        self.shards = ShardSet(recipe.data.output, recipe.data.holdout_fraction, "train", cache_bytes=cache)
         self.act = self.whole() if self.height == 4 else self.part()
 
     def turn(self) -> float:
@@ -88,31 +91,11 @@ class Climber:
         model = Latte(recipe.model)
         model.checkpoint(config.activation_checkpointing)
         if config.compile:
-            model.compile_blocks()
+            model.compile_blocks(len(self.shards.rows) * len(padded_lengths(self.shards.manifest.text.max_tokens)))
         objective = make_objective(recipe.diffusion, recipe.model.learned_variance)
         data = self.feed()
-        half = config.precision == "bf16"
         if not self.height:
-            model = model.to(device)
-            adam = torch.optim.AdamW(
-                decay_groups(model, config.weight_decay), lr=config.learning_rate, betas=config.betas, fused=True
-            )
-
-            def bare(steps: int) -> None:
-                for _ in range(steps):
-                    for micro in next(data):
-                        micro = micro.to(device)
-                        with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                            losses = objective.loss(
-                                model, micro.latents, micro.noise, micro.t, micro.text, micro.text_mask
-                            )
-                        ((losses * micro.weight).sum() / config.batch_size).backward()
-                    if config.gradient_clip:
-                        torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
-                    adam.step()
-                    adam.zero_grad(set_to_none=True)
-
-            return bare
+            return bare(model.to(device), self.recipe, data)
         engine = Engine(model, config, accumulation=accumulation(config, 1), device=device)
         ema = Ema(engine, config.ema_decay) if self.height > 1 else None
 
@@ -162,3 +145,53 @@ class Climber:
                 wait()
 
         return steps
+
+
+def bare(model: Latte, recipe: Recipe, data: Iterator[list[MicroBatch]]) -> Callable[[int], None]:
+    """The same arithmetic as the engine's in plain torch: in bf16, stage 0 computes by autocast, and the other stages
+    with bfloat16 weights, of which AdamW changes float32 masters by gradients that are added up in float32.
+    """
+    config, device = recipe.train, model.patch_in.weight.device
+    objective = make_objective(recipe.diffusion, recipe.model.learned_variance)
+    half = config.precision == "bf16"
+    masters: list[Tensor] = list(model.parameters())
+    groups = decay_groups(model, config.weight_decay)
+    copied = half and config.zero_stage > 0
+    if copied:
+        model.bfloat16()  # first: DeepSpeed's masters begin as the bfloat16 weights too
+        float32 = {p: p.detach().float().requires_grad_() for p in masters}
+        groups = [{**group, "params": [float32[p] for p in group["params"]]} for group in groups]
+        masters = list(float32.values())
+    weights: list[Tensor] = list(model.parameters())
+    adam = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+
+    def predict(x: Tensor, t: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        if copied:
+            return model(x.bfloat16(), t, text.bfloat16(), text_mask).float()
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            return model(x, t, text, text_mask).float()
+
+    def add_up() -> None:
+        """Moves the gradients of a micro-batch into those of the masters."""
+        for master, weight in zip(masters, weights, strict=True):
+            if weight.grad is not None:
+                master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
+                weight.grad = None
+
+    def steps(number: int) -> None:
+        for _ in range(number):
+            for micro in next(data):
+                micro = micro.to(device)
+                losses = objective.loss(predict, micro.latents, micro.noise, micro.t, micro.text, micro.text_mask)
+                ((losses * micro.weight).sum() / config.batch_size).backward()
+                if copied:
+                    add_up()
+            if config.gradient_clip:
+                torch.nn.utils.clip_grad_norm_(masters, config.gradient_clip)
+            adam.step()
+            adam.zero_grad(set_to_none=True)
+            if copied:
+                with torch.no_grad():
+                    torch._foreach_copy_(weights, masters)
+
+    return steps

@@ -29,7 +29,7 @@ class MicroBatch:
     t: Float[Tensor, "b"]
     """Diffusion times, as the objective draws them."""
     text: Float[Tensor, "b l e"]
-    """Caption embeddings, zero behind their last token."""
+    """Caption embeddings, zero behind their last token; padded to one of `padded_lengths`."""
     text_mask: Bool[Tensor, "b l"]
     """True for real tokens."""
     weight: Float[Tensor, "b"]
@@ -39,12 +39,19 @@ class MicroBatch:
     sample_ids: tuple[str | None, ...]
     """None for padding."""
 
+    @property
+    def tokens(self) -> float:
+        """Caption tokens of its clips, without padding of either kind."""
+        return float((self.text_mask.sum(1) * self.weight).sum())
+
     def to(self, device: torch.device | str) -> "MicroBatch":
-        """The same on another device; the copy of pinned memory is not waited for."""
+        """The same on another device. The caller does not wait for copies of pinned memory, the device does: they run
+        before the kernels that are issued next (0.5 ms for 10 MB, against hundreds of ms that a micro-batch computes).
+        """
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> "MicroBatch":
-        """The same in memory that a GPU copies while it computes."""
+        """The same in pinned memory, which a GPU copies by itself while this process goes on."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
@@ -87,7 +94,8 @@ def collate(
         null[: len(caption)] if drawn.dropped else caption for caption, drawn in zip(drawn_text, draws, strict=True)
     ]
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (manifest.vae.mean, manifest.vae.std))
-    text, text_mask = pad_text([torch.from_numpy(caption.astype(np.float32)) for caption in captions])
+    embeddings = [torch.from_numpy(caption.astype(np.float32)) for caption in captions]
+    text, text_mask = pad_text(embeddings, manifest.text.max_tokens)
     return MicroBatch(
         latents=(torch.stack([drawn.latents for drawn in draws]) - mean) / std,
         noise=torch.stack([drawn.noise for drawn in draws]),

@@ -65,7 +65,7 @@ def batches(
     device: torch.device | None = None,
 ) -> Generator[tuple[int, list[MicroBatch]], None, None]:
     """(number, its micro-batches) for each of the batches `numbers`, up to `ahead` made before they are asked for, in
-    memory from which a GPU `device` copies while it computes.
+    pinned memory where `device` is a GPU.
 
     An error of the thread is raised here, at the batch it belongs to. The time spent in `next` is the wait for data.
     `close()` returns at once: what is not begun is given up, and the thread ends with the batch that it has in hand.

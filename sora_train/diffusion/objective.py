@@ -37,7 +37,8 @@ class DiffusionConfig:
     times: Literal["logit_normal", "uniform"] = "logit_normal"
     """Flow: how training times are drawn; logit-normal ones lie mostly between data and noise."""
     time_mean: float = 0.0
-    """Flow: mean of the logit-normal times; above 0 is toward noise."""
+    """Flow: mean of the logit-normal times, which run from 0 (data) to 1 (noise). Above 0 trains more near noise, below
+    0 more near the data; for code whose time runs from noise to data the sign is the other one."""
     time_std: float = 1.0
     """Flow: standard deviation of the logit-normal times."""
     shift: float = 1.0

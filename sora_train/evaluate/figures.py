@@ -107,7 +107,7 @@ def _held_out(
     places = choose_again(run, shards, ask.holdout_clips, names, "held-out loss", remark)
     if not places:
         raise UserError("only pictures were held out, and data.image_ratio 0 leaves them out of training")
-    loss = held_out_loss(run.model, run.objective, shards, places, run.device, progress=progress)
+    loss = held_out_loss(run.predict, run.objective, shards, places, run.device, progress=progress)
     return {**loss, "holdout_clips": len(places)}
 
 

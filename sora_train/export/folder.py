@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 from sora_train.codec.files import find_text_encoder, find_vae
@@ -39,7 +40,7 @@ def export(path: str | Path, out: str | Path, weights_only: bool = False, weight
     """
     out = Path(out).expanduser()
     check_free(out)
-    run = load_run(path, device="cpu", weights=weights)
+    run = load_run(path, device="cpu", weights=weights, dtype=torch.float32)
     if not weights_only and (reasons := refusals(run.recipe, run.manifest)):
         raise UserError(
             f"{run.folder} can't become a LattePipeline: {'; '.join(reasons)}. --weights_only writes "

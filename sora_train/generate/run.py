@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from jaxtyping import Bool, Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -75,6 +76,17 @@ class Run:
         self.check_text(encoder.hash)
         return encoder
 
+    def predict(
+        self,
+        x: Float[Tensor, "b f c h w"],
+        t: Float[Tensor, " b"],
+        text: Float[Tensor, "b l e"],
+        text_mask: Bool[Tensor, "b l"],
+    ) -> Float[Tensor, "b f o h w"]:
+        """The model in the number format of its weights. float32 in and out, so a sampler's state stays float32."""
+        dtype = self.model.patch_in.weight.dtype
+        return self.model(x.to(dtype), t, text.to(dtype), text_mask).float()
+
     @property
     def fps(self) -> float:
         return self.manifest.fps
@@ -97,9 +109,14 @@ class Run:
             )
 
 
-def load_run(path: str | Path, device: str | torch.device | None = None, weights: Weights | None = None) -> Run:
+def load_run(
+    path: str | Path,
+    device: str | torch.device | None = None,
+    weights: Weights | None = None,
+    dtype: torch.dtype | None = None,
+) -> Run:
     """A run's folder, one of its checkpoints, or what `sora export` wrote, ready to sample; on a GPU where there is
-    one, unless told otherwise.
+    one, unless told otherwise. The weights get the format of the recipe's `train.precision`, or `dtype`.
 
     `weights` are the averaged ones (`ema`) or those that were trained (`raw`); None is what an export holds, and the
     averaged ones of a run. Raises UserError, with what to do, where there is no run, no complete checkpoint, or none
@@ -135,7 +152,9 @@ def load_run(path: str | Path, device: str | torch.device | None = None, weights
     except RuntimeError as error:
         first = str(error).splitlines()[-1].strip()
         raise UserError(f"{place} does not fit the model in its recipe.yaml: {first}") from None
-    model.requires_grad_(False).eval().to(device)
+    if dtype is None:
+        dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+    model.requires_grad_(False).eval().to(device, dtype)
     objective = make_objective(recipe.diffusion, recipe.model.learned_variance)
     held = note.weights if note is not None else weights or "ema"
     return Run(folder, checkpoint, recipe, manifest, model, objective, device, note, held)

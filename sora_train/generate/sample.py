@@ -72,6 +72,7 @@ def generate_each(
             negative = run.text_encoder.encode_null(negative, null_prompt)
         else:  # in float16, as the embeddings of captions in shards
             negative = torch.from_numpy(run.manifest.null_embedding(null_prompt).astype(np.float32))
+    most = run.manifest.text.max_tokens
     size = max(1, PLACES_AT_ONCE // (latents_of[0] * latents_of[2] * latents_of[3]))
     batches = [slice(start, start + size) for start in range(0, len(prompts), size)]
     for i, batch in enumerate(batches):
@@ -81,12 +82,12 @@ def generate_each(
                 progress(before * of + done, len(batches) * of)
 
         texts = embed(run, prompts[batch]) if embeddings is None else list(embeddings[batch])
-        text, mask = pad_text(texts)
-        null_text, null_mask = pad_text([cut_null(negative, null_prompt, len(prompt)) for prompt in texts])
+        text, mask = pad_text(texts, most)
+        null_text, null_mask = pad_text([cut_null(negative, null_prompt, len(prompt)) for prompt in texts], most)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[batch]]
         try:
             latents = sample(
-                run.model,
+                run.predict,
                 run.objective,
                 torch.stack([torch.randn(latents_of, generator=generator) for generator in generators]).to(run.device),
                 *(tensor.to(run.device) for tensor in (text, mask, null_text, null_mask)),

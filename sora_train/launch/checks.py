@@ -44,11 +44,11 @@ MAY_CHANGE = (
     "train.zero_stage",
     "train.log_every",
     "train.log_samples",
-    "train.log_samples",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.keep_by",
     "train.offload",
+    "train.shard_cache_gb",
     "train.activation_checkpointing",
     "train.compile",
     "train.guard_",
@@ -59,7 +59,14 @@ MAY_CHANGE = (
 )
 """What a resumed run may have otherwise than it began with: nothing of it changes what is learned, but for rounding."""
 
-STEERS = ("train.learning_rate", "train.warmup_steps", "train.schedule", "train.gradient_clip", "train.weight_decay")
+STEERS = (
+    "train.learning_rate",
+    "train.warmup_steps",
+    "train.schedule",
+    "train.gradient_clip",
+    "train.weight_decay",
+    "train.reduce_dtype",
+)
 """What it may have otherwise too, from the resumed step on, since people steer by it."""
 
 CUTS = (
@@ -241,6 +248,7 @@ def check_folder(
         raise UserError(f"{run / 'recipe.yaml'} is missing: put a copy of its newest checkpoint's there")
     free = MAY_CHANGE + STEERS + (CUTS if new_data else ())
     changed = [change for change in differences(run, recipe) if not change.startswith(free)]
+    changed += other_arithmetic(run, recipe)
     cuts_only = bool(changed) and all(change.startswith(CUTS) for change in changed)
     if not (run / "manifest.json").is_file():
         raise UserError(f"{run / 'manifest.json'} is missing: put a copy of its shards' there")
@@ -269,6 +277,18 @@ def null_prompt_then(run: Path) -> str:
     """The null prompt that a run learned; one of before `codec.null_prompt` learned `eos`."""
     stated = build(Recipe, read_yaml(run / "recipe.yaml"), {}, str(run / "recipe.yaml")).codec.null_prompt
     return "eos" if stated == "auto" else stated
+
+
+def other_arithmetic(run: Path, recipe: Recipe) -> list[str]:
+    """A phrase if the run goes between stage 0 and the others in bf16, which is more than rounding; else nothing."""
+    then = build(Recipe, read_yaml(run / "recipe.yaml"), {}, str(run / "recipe.yaml")).train.zero_stage
+    now = recipe.train.zero_stage
+    if recipe.train.precision == "fp32" or bool(then) == bool(now):
+        return []
+    return [
+        f"train.zero_stage was {then} and is {now}: in bf16, stage 0 computes with float32 weights under autocast, the "
+        "other stages with bfloat16 weights"
+    ]
 
 
 def differences(run: Path, recipe: Recipe, of: tuple[str, ...] = ("",)) -> list[str]:

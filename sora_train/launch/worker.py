@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import shutil
 import socket
 from collections.abc import Callable
@@ -60,6 +61,8 @@ def work(recipe: Recipe, run: Path) -> str:
     if (dist.get_world_size(), rank) != (world, ray.train.get_context().get_world_rank()):
         raise RuntimeError(f"torch.distributed has rank {rank} of {dist.get_world_size()}, Ray another of {world}")
     torch.set_num_threads(recipe.cluster.cpus_per_worker)
+    gc.collect()
+    gc.freeze()  # what the imports made is never garbage: later collections, which stop every rank, skip it
     if get_device().type == "cuda":
         torch.cuda.set_device(get_device())  # where NCCL sends objects; a worker sees all GPUs of its machine
 
@@ -78,7 +81,8 @@ def work(recipe: Recipe, run: Path) -> str:
         return why
     step, resume = found[-1] if found else (0, None)
     home = Home(run, reporting(recipe, run, found), noticing(run))
-    shards = ShardSet(recipe.data.output, recipe.data.holdout_fraction, "train")
+    cache = int(1e9 * recipe.train.shard_cache_gb)
+    shards = ShardSet(recipe.data.output, recipe.data.holdout_fraction, "train", cache_bytes=cache)
     if rank == 0:
         before = recorded(run)
         if before is not None and before.fingerprint != shards.fingerprint:

@@ -17,8 +17,8 @@ def parameter_count(config: ModelConfig) -> int:
         return sum(parameter.numel() for parameter in Latte(config).parameters())
 
 
-def forward_flops(config: ModelConfig, f: int, h: int, w: int, l: int) -> int:  # noqa: E741
-    """FLOPs of one sample's forward pass: f latent frames of h x w latents and a caption of l tokens.
+def forward_flops(config: ModelConfig, f: int, h: int, w: int, l: int | float) -> int:  # noqa: E741
+    """FLOPs of one sample's forward pass: f latent frames of h x w latents and a caption of l tokens, or l on average.
 
     A single frame leaves the temporal blocks of a factorised model out, as the model does.
     """
@@ -30,7 +30,7 @@ def forward_flops(config: ModelConfig, f: int, h: int, w: int, l: int) -> int:  
         return channels * d + d * d
 
     # A token in a block: maps of d x d, four for attention and eight for feed-forward; then scores and their sums.
-    products = embedding(TIME_CHANNELS) + 6 * d * d + l * embedding(e)
+    products: float = embedding(TIME_CHANNELS) + 6 * d * d + l * embedding(e)
     if config.pooled_text:
         products += embedding(e)
     for i in range(config.depth):
@@ -42,4 +42,4 @@ def forward_flops(config: ModelConfig, f: int, h: int, w: int, l: int) -> int:  
         if joint or not temporal or config.text_in == "every":
             products += tokens * (2 * d * d + 2 * l * d) + l * 2 * d * d
     products += tokens * d * p**2 * (config.in_channels + config.out_channels)
-    return 2 * products
+    return round(2 * products)

@@ -76,16 +76,28 @@ class Latte(nn.Module):
             if isinstance(module, Block):
                 module.checkpointing = mode
 
-    def compile_blocks(self) -> None:
-        """Lets torch compile what a block computes, when a shape is first seen; blocks of a kind share it."""
+    def compile_blocks(self, shapes: int) -> None:
+        """Compiles each kind of block when it first sees a shape; blocks of one kind share the graph.
+
+        `shapes` is how many inputs there are that differ in the clip's shape, the caption's padded length or whether
+        gradients are taken. There are at most `graphs_at_most(shapes)` graphs; one more is an error, since a step that
+        compiles takes a hundred times as long.
+        """
         import torch._dynamo  # takes a second
 
-        # Torch's own 8 are for a function whose shapes never end. Ours are the buckets, each for two kinds of blocks.
-        torch._dynamo.config.recompile_limit = 64
+        limit = self.graphs_at_most(shapes)
+        torch._dynamo.config.recompile_limit = limit
+        torch._dynamo.config.accumulated_recompile_limit = limit
         for module in self.modules():
             if isinstance(module, Block):
                 run = torch.compile(module.run, fullgraph=True, dynamic=False)  # pyright: ignore[reportUnknownMemberType]
                 module.run = run
+
+    def graphs_at_most(self, shapes: int) -> int:
+        """The most graphs that `compile_blocks` makes: one for each kind of block and shape, and one for the single
+        token with which images pass the temporal blocks.
+        """
+        return shapes if self.config.attention == "joint" else 2 * shapes + 1
 
     def forward(
         self,

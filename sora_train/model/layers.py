@@ -19,7 +19,6 @@ from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,  # pyright: ignore[reportUnknownVariableType]
     create_selective_checkpoint_contexts,  # pyright: ignore[reportUnknownVariableType]
-    noop_context_fn,
 )
 
 from sora_train.model.embed import rotate
@@ -43,6 +42,9 @@ The sum in place is a linear map's bias, where torch or ZeRO-3's own linear func
 kept of the matmul has it then, and it would be added once more.
 """
 
+MAX_GROUPS = 2**16 - 1
+"""The largest grid of CUDA in the dimension that its attention kernels use for the batch."""
+
 
 def dear(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Torch's policy for selective checkpointing; the signature is torch's."""
@@ -65,8 +67,17 @@ class Attention(nn.Module):
         q, k, v = rearrange(self.qkv(x), "b g s (three m k) -> three (b g) m s k", three=3, m=self.heads)
         if turn is not None:
             q, k = rotate(q, turn), rotate(k, turn)
-        y = scaled_dot_product_attention(q, k, v)
-        return self.out(rearrange(y, "(b g) m s k -> b g s (m k)", b=b))
+        return self.out(rearrange(attend(q, k, v), "(b g) m s k -> b g s (m k)", b=b))
+
+
+def attend(q: Float[Tensor, "bg m s k"], k: Float[Tensor, "bg m s k"], v: Float[Tensor, "bg m s k"]) -> Tensor:
+    """Attention within each group. CUDA's kernels take at most 65,535 groups at once (pytorch issue 142228), and
+    temporal attention has one for each latent position: more go in several calls.
+    """
+    if len(q) <= MAX_GROUPS:
+        return scaled_dot_product_attention(q, k, v)
+    parts = [slice(begin, begin + MAX_GROUPS) for begin in range(0, len(q), MAX_GROUPS)]
+    return torch.cat([scaled_dot_product_attention(q[part], k[part], v[part]) for part in parts])
 
 
 class TextAttention(nn.Module):
@@ -143,13 +154,17 @@ class Block(nn.Module):
         """
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return self.compute(x, modulation, text, mask, turn)
-        selective = partial(create_selective_checkpoint_contexts, dear, allow_cache_entry_mutation=True)
+        contexts: dict[str, Any] = {}
+        if self.checkpointing == "selective":  # `full` passes none at all: the compiler refuses torch's own default
+            contexts["context_fn"] = partial(
+                create_selective_checkpoint_contexts, dear, allow_cache_entry_mutation=True
+            )
         y: Tensor | None = checkpoint(  # pyright: ignore[reportUnknownVariableType]
             self.compute,
             *(x, modulation, text, mask, turn),
             use_reentrant=False,
             preserve_rng_state=False,  # nothing in a block is random
-            context_fn=selective if self.checkpointing == "selective" else noop_context_fn,
+            **contexts,
         )
         assert isinstance(y, Tensor)
         return y

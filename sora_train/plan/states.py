@@ -91,6 +91,7 @@ def states(model: ModelConfig, train: TrainConfig, world: int) -> States:
     reduce_bucket = settings["reduce_bucket_size"]
     half = train.precision == "bf16"
     number = HALF if half and train.zero_stage else FLOAT
+    sent = HALF if train.reduce_dtype == "bf16" else FLOAT
     if train.zero_stage == 0:
         return States(
             parameters=FLOAT * total,
@@ -100,7 +101,7 @@ def states(model: ModelConfig, train: TrainConfig, world: int) -> States:
             gradients=FLOAT * total,
             lasting=0,
             bucket=0,
-            copies=FLOAT * min(total, ALLREDUCE) if world > 1 else 0,
+            copies=(FLOAT + converted(sent, FLOAT)) * min(total, ALLREDUCE) if world > 1 else 0,
             gathered=0,
             update=0,
         )
@@ -117,7 +118,7 @@ def states(model: ModelConfig, train: TrainConfig, world: int) -> States:
         gradients=FLOAT * part,
         lasting=FLOAT * part,
         bucket=number * reduce_bucket,
-        copies=number * (min(total, reduce_bucket) + block_elements(model)),
+        copies=(number + converted(sent, number)) * min(total, reduce_bucket) + number * block_elements(model),
         gathered=number * (live + min(live, settings["stage3_prefetch_bucket_size"])),
         update=FLOAT * part,
     )
@@ -132,10 +133,11 @@ def sharded_optimizer(
     part, total, flat = sum(aligned) // world, sum(groups), sum(aligned)
     reduce_bucket, own_bf16 = settings["reduce_bucket_size"], train.zero_stage == 1 and number == HALF
     reduced = FLOAT if train.zero_stage == 1 else number  # stage 1 sends what it added up in float32
+    sent = HALF if train.reduce_dtype == "bf16" else FLOAT
     buckets = 2 if settings.get("overlap_comm") else 1
     # A micro-batch's own sums are made before they are added to those of the step: bfloat16's stage 2 does without.
     again = FLOAT * part if number == FLOAT else 0
-    copies = reduced * min(total, reduce_bucket) + 2 * number * largest
+    copies = (reduced + converted(sent, reduced)) * min(total, reduce_bucket) + 2 * number * largest
     placed = States(
         parameters=number * flat,
         masters=FLOAT * part,
@@ -154,9 +156,14 @@ def sharded_optimizer(
         placed = offloaded(placed, train, {})
         return replace(placed, gradients=at_device + number * largest, lasting=number * largest)
     if own_bf16:  # its own optimizer: float32 sums of all gradients, the bfloat16 ones beside them, and no bucket
-        gradients, copies = FLOAT * flat + HALF * total, (FLOAT + HALF) * min(total, ALLREDUCE)
+        gradients, copies = FLOAT * flat + HALF * total, (FLOAT + converted(sent, FLOAT)) * min(total, ALLREDUCE)
         return replace(placed, gradients=gradients, lasting=FLOAT * flat, bucket=0, copies=copies)
     return placed
+
+
+def converted(sent: int, held: int) -> int:
+    """Bytes of a number of the copy in `train.reduce_dtype`, which is made where gradients are held in another."""
+    return sent if sent != held else 0
 
 
 def offloaded(placed: States, train: TrainConfig, parameters: dict[str, int]) -> States:

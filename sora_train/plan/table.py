@@ -186,8 +186,8 @@ def breakdown(recipe: Recipe, own: Estimate, sizes: Sizes) -> list[str]:
     overlap = "  less than the sum: gradients come as activations go"
     added = sum(count for _, count, _ in rows)
     lines.append(f"{'at most':<16}{in_bytes(own.total):>10}{overlap if added > own.total else ''}")
-    if held.host:
-        lines.append(f"{'in the CPU':<16}{in_bytes(sum(held.host.values())):>10}  {', '.join(held.host)}")
+    host = {**held.host, "row groups of shards (train.shard_cache_gb)": int(1e9 * recipe.train.shard_cache_gb)}
+    lines.append(f"{'in the CPU':<16}{in_bytes(sum(host.values())):>10}  at most, each worker: {', '.join(host)}")
     return lines
 
 

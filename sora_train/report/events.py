@@ -26,7 +26,7 @@ TROUBLE = {
     "new_data": "clips came or went",
 }
 GRAVE = {"failed", "damaged", "rollback", "worker_lost", "driver_lost"}
-CALM = {"start", "resume", "checkpoint", "validation_done", "left_out", "end"}
+CALM = {"start", "resume", "checkpoint", "validation_done", "left_out", "compiling", "end"}
 STATES = {"end": "finished", "failed": "failed", "preempted": "stopped, can go on", "interrupted": "interrupted"}
 MOST_OF_A_KIND, MOST_ROWS = 3, 3000
 

@@ -106,6 +106,8 @@ class Engine:
 
     def backward(self, loss: Float[Tensor, ""]) -> None:
         """Adds the gradients of `loss`; with the last micro-batch of a step they are averaged over the ranks."""
+        if self.stage == 2:  # which sums, see `deepspeed_config`
+            loss = loss / self.world
         self.inner.backward(loss, scale_wrt_gas=False)
         if not self.inner.is_gradient_accumulation_boundary():
             self.inner.step()  # DeepSpeed counts micro-batches by these calls

@@ -35,6 +35,7 @@ class Home:
         self.metrics, self.events = JsonLines(run / "metrics.jsonl"), Events(run)
         self.writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.writing: Future[None] | None = None
+        self.noting: list[Future[None]] = []
         self.timings: dict[str, float] = {}  # of the last checkpoint, for the next line of the log
         self.looked_at, self.leaving = 0.0, False
 
@@ -46,6 +47,18 @@ class Home:
     def note(self, event: str, step: int, reason: str) -> None:
         """An event. For rank 0."""
         self.events.write(event, step, reason)
+
+    def note_later(self, event: str, step: int, reasons: Callable[[], str | list[str]]) -> None:
+        """Events whose reasons take long to find, such as names in remote shards. They are written in the background,
+        before any checkpoint that is made later. For rank 0.
+        """
+
+        def write() -> None:
+            found = reasons()
+            for reason in [found] if isinstance(found, str) else found:
+                self.events.write(event, step, reason)
+
+        self.noting.append(self.writer.submit(write))
 
     def trained(self, rank: int, step: int, batch: int, sample_ids: list[str]) -> None:
         """What this rank learned from at a step; nothing at one that was skipped. A step that comes again, after a
@@ -73,21 +86,22 @@ class Home:
 
     def wish(self, step: int) -> tuple[bool, bool]:
         """Whether somebody wants a checkpoint now, and whether the run shall end with it. On every rank, each step."""
-        time.sleep(STEP_DELAY_S)
+        if STEP_DELAY_S:
+            time.sleep(STEP_DELAY_S)
         notice = self.notice is not None and self.notice(step)
         if time.monotonic() - self.looked_at > LOOK_S:
             self.looked_at, self.leaving = time.monotonic(), (self.run / LEAVE).exists()
         return notice, self.leaving
 
     def keep(self, make: Callable[[], checkpoint.Snapshot]) -> None:
-        """Has a snapshot made, and written in the background. Waits for the one before, so that a slow disk slows
-        training down rather than fill the memory.
+        """Has a snapshot made, and written in the background. Waits first until the one before is written: a slow disk
+        slows training down, and memory never holds two. The copy itself is from and to pageable memory.
 
         On every rank. Raises UserError where the one before could not be written.
         """
         began = time.monotonic()
-        snapshot = make()
         self.settle()
+        snapshot = make()
         stall_s, state = time.monotonic() - began, snapshot.state
         folder = self.run / "checkpoints" / checkpoint.name_of(state.step)
 
@@ -101,10 +115,11 @@ class Home:
             self.report(state.step, metrics, folder, lambda: writing.result())
 
     def settle(self) -> None:
-        """Waits for the checkpoint that is being written; raises UserError if it could not be."""
-        if self.writing is not None:
-            writing, self.writing = self.writing, None
-            writing.result()
+        """Waits for the events and the checkpoint that are being written; raises UserError if one could not be."""
+        writing, self.writing = [*self.noting, *([self.writing] if self.writing else [])], None
+        self.noting.clear()
+        for each in writing:
+            each.result()
 
     def newest(self, step: int) -> Path | None:
         """The newest whole checkpoint of this step or an earlier one, the same on every rank. Collective."""

@@ -4,7 +4,7 @@ Read it from top to bottom: fetch, forward and backward, judge and step, average
 """
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sora_train.codec.text import padded_lengths
 from sora_train.data.collate import MicroBatch
 from sora_train.data.loader import batches
 from sora_train.data.order import Plan, batch, batch_number
@@ -60,8 +61,9 @@ def train(
     if model_config.init_from and resume is None:
         load_initial(model, Path(model_config.init_from))
     model.checkpoint(config.activation_checkpointing)
+    shapes = Shapes(home, len(shards.rows) * len(padded_lengths(shards.manifest.text.max_tokens)))
     if config.compile:
-        model.compile_blocks()
+        model.compile_blocks(shapes.most)
     objective = make_objective(diffusion, model_config.learned_variance)
     engine = Engine(model, config, accumulation=accumulation(config, world), device=device)
     ema = Ema(engine, config.ema_decay)
@@ -95,25 +97,31 @@ def train(
         )
 
     data, tally, kept = feed(), Tally(), (0.0, 0.0)
+    asked = False  # whether a checkpoint is wanted before the next one that is due
     try:
         while state.step < config.steps:
             # fetch
             number, micro_batches = tally.wait(partial(next, data))
-            clips, rate = len(batch(plan, number).rows), learning_rate(config, state.step)
+            taken, rate = batch(plan, number), learning_rate(config, state.step)
+            clips = len(taken.rows)
 
             # forward and backward: DeepSpeed averages over the ranks, so world / clips makes it the mean over all clips
             sums = torch.zeros(4, 2, dtype=torch.float64, device=device)  # loss and clips by quarter of diffusion time
+            tokens = sum(micro.tokens for micro in micro_batches)
             for micro in micro_batches:
+                if config.compile and rank == 0:
+                    shapes.see(state.step + 1, taken.bucket, micro.text.shape[1])
                 micro = micro.to(device)
                 losses = objective.loss(engine, micro.latents, micro.noise, micro.t, micro.text, micro.text_mask)
                 engine.backward((losses * micro.weight).sum() * (world / clips))
                 sums += by_quarter(objective.told(micro.t), losses.detach(), micro.weight)
 
             # judge and step: every rank has the same sums and the same norm, so all decide alike
-            wishes = torch.tensor(home.wish(state.step + 1), dtype=torch.float64, device=device)
-            figures = torch.cat([sums.flatten(), wishes])
+            others = torch.tensor([tokens, *home.wish(state.step + 1)], dtype=torch.float64, device=device)
+            figures = torch.cat([sums.flatten(), others])
             dist.all_reduce(figures)
-            *parts, asked, leave = figures.tolist()  # waits for the device
+            *parts, tokens, wanted, leave = figures.tolist()  # waits for the device
+            asked = asked or wanted > 0
             loss = sum(parts[0::2]) / clips
             judge = partial(guard.verdict, loss=loss, recent=state.norms, spike=config.guard_spike)
             norm, why = engine.step(rate, judge)
@@ -121,7 +129,7 @@ def train(
             if why:
                 state = replace(state, step=step, streak=(*state.streak, number))
                 if rank == 0:
-                    home.note("skipped", step, f"{why}; batch {number}: {named(shards, plan, number)}")
+                    home.note_later("skipped", step, partial(named, shards, plan, [number], f"{why}; "))
                 if config.log_samples:
                     home.trained(rank, step, number, [])  # it may come again in place of one that was taken
             else:
@@ -135,7 +143,7 @@ def train(
                     norms=guard.remembered(state.norms, norm),
                 )
                 f, _, h, w = micro_batches[0].latents.shape[1:]
-                flops = clips * forward_flops(model_config, f, h, w, micro_batches[0].text.shape[1])
+                flops = clips * forward_flops(model_config, f, h, w, tokens / clips)
                 tally.add(clips, clips * f * h * w // model_config.patch**2, flops, parts[0::2], parts[1::2])
                 kept = (kept[0] + loss, kept[1] + 1)
                 if config.log_samples:
@@ -174,7 +182,7 @@ def train(
             if due or asked or leave or step == config.steps:
                 state = replace(state, loss=kept[0] / kept[1] if kept[1] else None, epoch=plan.epoch(number))
                 home.keep(partial(checkpoint.snapshot, engine, ema, state))
-                kept = (0.0, 0.0)
+                kept, asked = (0.0, 0.0), False
             if leave:
                 break
     finally:
@@ -210,18 +218,40 @@ def go_back(
         skipped = guard.left_out(batch_number(back.step, skipped), state.streak, skipped)
     if dist.get_rank() == 0:
         to = "no checkpoint is there yet: goes on with what comes next" if folder is None else f"back to {folder.name}"
-        home.note("rollback", state.step, f"{len(state.streak)} bad steps in a row; {to}")
-        for number in sorted(set(skipped) - set(state.skipped)):
-            home.note("left_out", back.step, f"batch {number}: {named(shards, plan, number)}")
+        home.note_later("rollback", state.step, lambda: f"{len(state.streak)} bad steps in a row; {to}")
+        left_out = sorted(set(skipped) - set(state.skipped))
+        home.note_later("left_out", back.step, lambda: named(shards, plan, left_out))
         home.cut_back(back.step)
     at = state.back_at if folder is None else back.step
     return replace(back, skipped=skipped, streak=(), rollbacks=state.rollbacks + 1, back_at=at)
 
 
-def named(shards: ShardSet, plan: Plan, number: int) -> str:
-    """The sample ids of a batch."""
-    taken = batch(plan, number)
-    return " ".join(shards.sample_ids(taken.bucket, taken.rows))
+def named(shards: ShardSet, plan: Plan, numbers: Sequence[int], before: str = "") -> list[str]:
+    """Each of these batches with its sample ids, for people. Reads a row group once for all of them."""
+    taken = [batch(plan, number) for number in numbers]
+    ids: dict[tuple[str, int], str] = {}
+    for bucket in {one.bucket for one in taken}:
+        rows = sorted({row for one in taken if one.bucket == bucket for row in one.rows})
+        ids |= {(bucket, row): name for row, name in zip(rows, shards.sample_ids(bucket, rows), strict=True)}
+    return [
+        f"{before}batch {number}: {' '.join(ids[one.bucket, row] for row in one.rows)}"
+        for number, one in zip(numbers, taken, strict=True)
+    ]
+
+
+class Shapes:
+    """The input shapes that a compiled model has seen; announces each in the run's events, as compiling takes long."""
+
+    def __init__(self, home: Home, most: int) -> None:
+        """`most` is how many there may be: a bucket with a padded caption length is one."""
+        self.home, self.most, self.seen = home, most, set[tuple[str, int]]()
+
+    def see(self, step: int, bucket: str, tokens: int) -> None:
+        """Before a forward pass of clips of `bucket` with captions padded to `tokens`."""
+        if (bucket, tokens) not in self.seen:
+            self.seen.add((bucket, tokens))
+            count = f"shape {len(self.seen)} of at most {self.most}"
+            self.home.note("compiling", step, f"{bucket}, captions of up to {tokens} tokens ({count})")
 
 
 def by_quarter(told: Tensor, losses: Tensor, weight: Tensor) -> Tensor:

@@ -116,7 +116,8 @@ def test_text_is_a_caption_of_the_clip_or_the_empty_one_and_padding_is_masked(ma
         assert not made.text[row][~made.text_mask[row]].any()
         choices = [torch.from_numpy(caption.astype(np.float32)) for caption in clips.text[row]]
         assert any(torch.equal(text, choice) for choice in ([empty] if made.dropped[row] else choices))
-    assert made.text.shape[1] == made.text_mask.sum(1).max()
+    assert made.text_mask.sum(1).max() == 5
+    assert made.text.shape[1] == 9  # the shards' longest caption
 
 
 def test_a_dropped_caption_becomes_a_padded_null_prompt_of_its_own_length(make_shards):

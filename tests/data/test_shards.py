@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -32,6 +33,19 @@ def test_only_the_row_groups_that_are_needed_are_read(make_shards):
     shards = ShardSet(make_shards(128, 128))
     shards.read(BUCKET, [1, 30, 130])
     assert [(Path(path).name, group) for path, group in shards._cache] == [("0000.parquet", 0), ("0001.parquet", 0)]
+
+
+def test_ids_are_read_once_a_row_group_in_the_order_asked_for(make_shards, monkeypatch: pytest.MonkeyPatch):
+    shards = ShardSet(make_shards(80, 80, row_group=4))
+    rows, read, read_group = [*range(159, -1, -3), 0, 159, 0], [], pq.ParquetFile.read_row_group
+
+    def counted(file: pq.ParquetFile, group: int, **how) -> pa.Table:
+        read.append(group)
+        return read_group(file, group, **how)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+    assert shards.sample_ids(BUCKET, rows) == [f"{row:08x}" for row in rows]
+    assert sorted(read) == sorted([*range(20)] * 2)
 
 
 def test_the_cache_keeps_what_was_read_last_and_no_more_than_it_may(make_shards):

@@ -1,6 +1,7 @@
 """The held-out loss is what one computes by hand, on clips that training never sees, however they are batched."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from sora_train.diffusion import DiffusionConfig, make_objective
 from sora_train.evaluate.figures import open_held_out
 from sora_train.evaluate.heldout import BINS, choose, held_out_loss, ranked, time_in
 from sora_train.evaluate.kept import choose_again
-from sora_train.generate import Run
+from sora_train.generate import Run, load_run
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def shards(run: Run) -> ShardSet:
 
 
 def losses(run: Run, shards: ShardSet, batch_size: int | None, count: int = 100) -> list[float]:
-    found = held_out_loss(run.model, run.objective, shards, choose(shards, count), batch_size=batch_size)
+    found = held_out_loss(run.predict, run.objective, shards, choose(shards, count), batch_size=batch_size)
     assert list(found) == ["holdout_loss", *(f"holdout_loss_{i}" for i in range(BINS))]
     return list(found.values())
 
@@ -32,6 +33,14 @@ def test_the_loss_is_the_same_for_batches_of_one_and_of_seven(run: Run, shards: 
     assert losses(run, shards, 7) == pytest.approx(alone, rel=1e-6)
     assert losses(run, shards, None) == pytest.approx(alone, rel=1e-6)
     assert losses(run, shards, 7, count=9) == losses(run, shards, 7, count=9) != losses(run, shards, 7)
+
+
+def test_the_loss_in_bf16_is_that_in_float32_within_a_hundredth(run: Run, run_folder: Path, shards: ShardSet):
+    half = load_run(run_folder, device="cpu", dtype=torch.bfloat16)
+    places = choose(shards, 100)
+    exact, found = (held_out_loss(each.predict, run.objective, shards, places) for each in (run, half))
+    assert found == pytest.approx(exact, rel=1e-2)
+    assert found != exact
 
 
 def test_the_loss_equals_one_computed_by_hand_of_what_the_model_was_given(run: Run, shards: ShardSet):

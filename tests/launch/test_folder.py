@@ -112,6 +112,25 @@ def test_the_learning_rate_may_change_on_resume_and_the_seed_may_not(tiny_shards
         check_folder(run, recipe, manifest)
 
 
+@pytest.mark.parametrize(("then", "now", "same"), [(0, 1, False), (2, 0, False), (1, 3, True)])
+def test_in_bf16_stage_0_and_the_others_are_not_the_same_training(
+    tiny_shards: Path, run: Path, recipe, then: int, now: int, same: bool
+):
+    def of(stage: int, precision: str):
+        changes = {"zero_stage": stage, "precision": precision}
+        return recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
+
+    manifest = Manifest.load(str(tiny_shards))
+    save_recipe(of(then, "bf16"), run / "recipe.yaml")
+    if same:
+        assert check_folder(run, of(now, "bf16"), manifest) == 3
+    else:
+        with pytest.raises(UserError, match=f"train.zero_stage was {then} and is {now}: in bf16"):
+            check_folder(run, of(now, "bf16"), manifest)
+    save_recipe(of(then, "fp32"), run / "recipe.yaml")
+    assert check_folder(run, of(now, "fp32"), manifest) == 3
+
+
 def test_a_garbled_line_of_metrics_costs_only_itself(run: Path):
     metrics = run / "metrics.jsonl"
     lines = metrics.read_text().splitlines()

@@ -7,6 +7,7 @@ import torch
 
 from sora_train.model import Latte, ModelConfig
 from sora_train.model.embed import from_patches, to_patches
+from sora_train.model.layers import MAX_GROUPS, attend
 
 SMALL = ModelConfig(width=32, depth=4, heads=4, text_width=12, sample_size=8)
 VARIANTS = [
@@ -114,3 +115,10 @@ def test_latents_that_do_not_divide_into_patches_are_refused():
     x, t, text, mask = inputs()
     with pytest.raises(ValueError, match="7 x 8"):
         Latte(SMALL)(x[..., :7, :], t, text, mask)
+
+
+def test_more_groups_than_a_cuda_grid_holds_attend_as_few_do():
+    count = MAX_GROUPS + 3
+    q, k, v = torch.randn(3, count, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    weights = torch.softmax(q.double() @ k.double().transpose(-1, -2) / 2**0.5, dim=-1)
+    torch.testing.assert_close(attend(q, k, v).double(), weights @ v.double(), rtol=1e-5, atol=1e-6)

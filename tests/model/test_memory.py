@@ -103,7 +103,7 @@ plain, compiled = (Latte(ModelConfig(width=16, depth=2, heads=2, text_width=12, 
 for parameter in plain.parameters():
     torch.nn.init.normal_(parameter, std=0.2)
 compiled.load_state_dict(plain.state_dict())
-compiled.compile_blocks()
+compiled.compile_blocks(1)
 inputs = torch.randn(2, 3, 4, 8, 8), torch.rand(2) * 1000, torch.randn(2, 5, 12), torch.ones(2, 5, dtype=torch.bool)
 with torch.no_grad():
     torch.testing.assert_close(compiled(*inputs), plain(*inputs), rtol=1e-5, atol=1e-5)

@@ -3,11 +3,13 @@
 import json
 import sys
 import time
+from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 
 from sora_train.model import Latte, ModelConfig
@@ -71,13 +73,51 @@ def refuse_a_step(model: ModelConfig, out: Path, settings: dict, resume: str | N
 
 def learn(engine: Engine, seed: int, scale: float = 1.0) -> None:
     """The two micro-batches of a step, of noise, which differs between the ranks."""
-    model = engine.model.config
-    for micro in range(2):
-        draw = torch.Generator().manual_seed(100 * seed + 10 * micro + engine.rank)
-        x = torch.randn(1, 2, model.in_channels, 4, 4, generator=draw)
-        text = torch.randn(1, 3, model.text_width, generator=draw)
+    for x, text in noise(engine.model.config, seed, engine.rank):
         y = engine(x, torch.tensor([500.0]), text, torch.ones(1, 3, dtype=torch.bool))
         engine.backward(scale * (y - x).square().mean())
+
+
+def noise(model: ModelConfig, seed: int, rank: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Latents and text of a step's two micro-batches."""
+    for micro in range(2):
+        draw = torch.Generator().manual_seed(100 * seed + 10 * micro + rank)
+        x = torch.randn(1, 2, model.in_channels, 4, 4, generator=draw)
+        yield x, torch.randn(1, 3, model.text_width, generator=draw)
+
+
+def reduce(model: ModelConfig, out: Path, settings: dict, resume: str | None) -> None:
+    """A checkpoint after one step whose first moments are the gradient (betas 0), and `exact`, the float64 mean over
+    the ranks of what a plain bfloat16 model computes.
+    """
+    config = TrainConfig(**settings)
+    torch.manual_seed(config.seed)
+    latte = Latte(model)
+    with torch.no_grad():
+        for p in latte.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    weights = {name: tensor.bfloat16() for name, tensor in latte.state_dict().items()}
+    engine = Engine(latte, config, accumulation=2, device=torch.device("cpu"))
+    ema = Ema(engine, config.ema_decay)
+    learn(engine, seed=1)
+    engine.step(config.learning_rate, lambda norm: "")
+    checkpoint.snapshot(engine, ema, State()).write(out)
+    plain = Latte(model).bfloat16()  # after the engine: at stage 3 that changes torch's linear function
+    plain.load_state_dict(weights)
+    scale = 1 / engine.world if engine.stage == 2 else 1.0  # there the ranks' gradients are of a share of the loss
+    exact = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in plain.named_parameters()}
+    for x, text in noise(model, 1, engine.rank):
+        plain.zero_grad()
+        mask = torch.ones(1, 3, dtype=torch.bool)
+        y = plain(x.bfloat16(), torch.tensor([500.0]), text.bfloat16(), mask).float()
+        ((y - x).square().mean() * scale).backward()
+        for name, p in plain.named_parameters():
+            exact[name] += p.grad.double()
+    for tensor in exact.values():
+        dist.all_reduce(tensor)
+        tensor /= engine.world * scale
+    if engine.rank == 0:
+        save_file(exact, out / "exact.safetensors")
 
 
 def tell(model: ModelConfig, out: Path, settings: dict, resume: str | None) -> None:

@@ -2,7 +2,8 @@
 
 A task is {"out": folder, "train": {…}} with, as needed, "resume": a checkpoint, "init_from": a folder, "shards": other
 shards than the others', "model": keys of the model, "act": instead of training, a function of `acts.py`, "largest":
-bytes that a file of rank 1 may have from then on, as if its disk were full. With "refused": true the task is to end in
+bytes that a file of rank 1 may have from then on, as if its disk were full, "noticed": a step at which a checkpoint is
+wanted at once. With "refused": true the task is to end in
 a UserError: its message goes to refused_RANK.txt in `out`, and the next task begins, on the same group.
 """
 
@@ -27,7 +28,15 @@ from sora_train.train.loop import train
 MODEL = ModelConfig(width=16, depth=2, heads=2, text_width=64, sample_size=4)
 
 
-def run(shards: str, out: Path, settings: dict, resume: str | None = None, init_from: str = "", **model: Any) -> None:
+def run(
+    shards: str,
+    out: Path,
+    settings: dict,
+    resume: str | None = None,
+    init_from: str = "",
+    noticed: int | None = None,
+    **model: Any,
+) -> None:
     """Trains, and leaves every checkpoint and a line for every step in `out`."""
     out.mkdir(parents=True, exist_ok=True)
     train(
@@ -36,7 +45,7 @@ def run(shards: str, out: Path, settings: dict, resume: str | None = None, init_
         DiffusionConfig(),
         ShardSet(shards),
         device=torch.device("cpu"),
-        home=Home(out),
+        home=Home(out, notice=lambda step: step == noticed),
         resume=Path(resume) if resume else None,
     )
 
@@ -57,7 +66,7 @@ def main(rank: int, world: int, store: Path, shards: str, tasks: list[dict], log
                 model = replace(MODEL, **task.get("model", {}))
                 getattr(acts, task["act"])(model, out, task["train"], task.get("resume"))
                 continue
-            rest = task.get("resume"), task.get("init_from", "")
+            rest = task.get("resume"), task.get("init_from", ""), task.get("noticed")
             run(task.get("shards", shards), out, task["train"], *rest, **task.get("model", {}))
         except UserError as error:
             if not task.get("refused"):

@@ -137,6 +137,7 @@ def runs(start, plan: Plan, tiny_shards: Path, tmp_path_factory: pytest.TempPath
         stretch("amid", 9),
         stretch("amid", resume=root / "amid/checkpoints/step_00000009"),
         stretch("no_checkpoint", checkpoint_every=100),
+        stretch("wanted", 12, checkpoint_every=6) | {"noticed": 10},
         stretch("bad_end", 10, checkpoint_every=100),
         task("gave_up", tiny_shards, 6),
         task("gave_up", worst, 20, root / "gave_up/checkpoints/step_00000006", guard_rollbacks=1) | {"refused": True},
@@ -277,6 +278,12 @@ def test_a_run_that_dies_around_a_rollback_goes_on_as_one_that_did_not(runs: Pat
     assert standing(runs / name, STRETCH_STEPS) == standing(runs / "stretch", STRETCH_STEPS)
     ends = [dict(tensors(runs / each, STRETCH_STEPS)) for each in ("stretch", name)]
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+
+
+def test_a_checkpoint_that_is_wanted_as_the_guard_goes_back_is_made_at_the_next_step(runs: Path):
+    assert events(runs / "wanted", "rollback").keys() == {10}
+    made = [step for step, _ in checkpoint.whole(runs / "wanted/checkpoints")]
+    assert made == [6, 7, 10, 12]  # 7 is the one wanted at 10; as step 10 comes again, it is wanted again
 
 
 def test_without_a_checkpoint_a_run_goes_on_from_where_it_is(runs: Path, bad: list[int]):

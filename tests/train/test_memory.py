@@ -65,6 +65,37 @@ def test_the_most_that_a_step_takes_is_as_planned_within_a_twentieth(weighed: Pa
     assert held.held + max(plan.backward, plan.sending) == pytest.approx(there + most, rel=0.05)
 
 
+SENDING = {"batch_size": 4, "micro_batch_size": 1, "activation_checkpointing": "full", "precision": "bf16",
+           "deepspeed": {"zero_optimization": BUCKETS | {"reduce_bucket_size": 600_000}}}  # fmt: skip
+"""Few activations, and a bucket that all gradients fit into: the moment at which they are sent is the largest."""
+
+
+@pytest.fixture(scope="module")
+def sent(start, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `stage_dtype`, by what gradients are reduced in."""
+    root = tmp_path_factory.mktemp("sent")
+    tasks = [
+        {"out": str(root / f"{stage}_{dtype}"), "model": MODEL, "act": "weigh"}
+        | {"train": SETTINGS | SENDING | {"zero_stage": stage, "reduce_dtype": dtype}}
+        for stage, dtype in product((1, 2, 3), ("fp32", "bf16"))
+    ]
+    codes, output = start(WORLD, tiny_shards, tasks)()
+    assert not any(codes), "\n".join(output)
+    return root
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_what_sending_gradients_takes_in_either_format_is_as_planned(sent: Path, stage: int, dtype: str):
+    train = TrainConfig(**SETTINGS | SENDING | {"zero_stage": stage, "reduce_dtype": dtype})
+    plan = estimate(replace(ranks.MODEL, **MODEL), train, Sizes(1, 4, 8, 8, 7), WORLD)
+    held = plan.states
+    assert plan.sending > plan.backward
+    there = held.held + held.lasting + (held.bucket if stage == 3 else 0)
+    most = max(json.loads((sent / f"{stage}_{dtype}/weighed_{rank}.json").read_text())["most"] for rank in range(WORLD))
+    assert held.held + plan.sending == pytest.approx(there + most, rel=0.05)
+
+
 def test_a_checkpoint_takes_as_many_bytes_as_planned(start, tiny_shards: Path, tmp_path: Path):
     model = {"width": 128}
     task = {"out": str(tmp_path), "train": {"steps": 1, "batch_size": 2, "checkpoint_every": 1}, "model": model}

@@ -1,0 +1,109 @@
+"""Training with `train.compile`: few graphs whatever the captions' lengths, and every kind of checkpointing."""
+
+import base64
+import json
+import subprocess
+import sys
+from pathlib import Path
+from shutil import which
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sora_train import manifest, schema
+
+LENGTHS = 100
+PROGRAM = """
+import sys
+from pathlib import Path
+import torch, torch._dynamo
+from sora_train.data.shards import ShardSet
+from sora_train.diffusion import DiffusionConfig
+from sora_train.model import ModelConfig
+from sora_train.train.config import TrainConfig
+from sora_train.train.home import Home
+from sora_train.train.loop import train
+shards, out, mode, compiled, attention = sys.argv[1:]
+torch.set_num_threads(1)
+config = TrainConfig(steps=100, batch_size=1, micro_batch_size=1, log_every=1, checkpoint_every=1000, zero_stage=0,
+                     activation_checkpointing=mode, compile=compiled == "yes", caption_dropout=0.0)
+model = ModelConfig(width=16, depth=2, heads=2, text_width=8, sample_size=4, attention=attention)
+Path(out).mkdir()
+train(config, model, DiffusionConfig(), ShardSet(shards), device=torch.device("cpu"), home=Home(Path(out)))
+print(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+"""
+
+
+@pytest.fixture(scope="module")
+def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of 100 clips, whose captions have 1 to 100 tokens."""
+    folder, rng = tmp_path_factory.mktemp("captions"), np.random.default_rng(0)
+    rows = [
+        schema.encode_row(
+            sample_id=f"{i:04x}",
+            source=f"{i}.mp4",
+            source_size=1,
+            source_version="1",
+            content_hash="",
+            start_s=0.0,
+            end_s=0.25,
+            captions=[f"clip {i}"],
+            latents=rng.standard_normal((1, 2, 4, 4, 4)),
+            text=[rng.standard_normal((1 + i, 8))],
+        )
+        for i in range(LENGTHS)
+    ]
+    place = folder / "bucket=2x32x32"
+    place.mkdir()
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema.SHARD_SCHEMA), place / "part.parquet", row_group_size=8)
+    manifest.Manifest(
+        encoding_hash="captions",
+        vae=manifest.VaeFacts(name="none", hash="none", channels=4, factor=8, mean=(0.0,) * 4, std=(1.0,) * 4),
+        text=manifest.TextFacts(name="none", hash="none", width=8, max_tokens=LENGTHS),
+        latents=manifest.LatentFormat(moments=1),
+        frames=2,
+        fps=8.0,
+        height=32,
+        width=32,
+        buckets={"2x32x32": LENGTHS},
+        empty_text=base64.b64encode(np.zeros((1, 8), np.float16).tobytes()).decode(),
+        empty_tokens=1,
+        counts=manifest.Counts(asked=LENGTHS, written=LENGTHS, quarantined=0, filtered=0),
+        reasons={},
+    ).save(str(folder))
+    return folder
+
+
+def trained(captions: Path, out: Path, mode: str, compiled: str, attention: str) -> tuple[dict[int, float], int]:
+    """Losses by step, and how many graphs were compiled. A process of its own: jaxtyping's checks can't be compiled."""
+    command = [sys.executable, "-c", PROGRAM, str(captions), str(out), mode, compiled, attention]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1100)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines}, int(done.stdout.split()[-1])
+
+
+@pytest.fixture(scope="module")
+def eager(captions: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """Losses without compilation."""
+    return trained(captions, tmp_path_factory.mktemp("eager") / "run", "none", "no", "factorised")[0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(which("c++") is None, reason="torch compiles for the CPU by a C++ compiler, and there is none")
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_a_hundred_caption_lengths_compile_to_few_graphs(captions: Path, eager: dict, tmp_path: Path, mode: str):
+    losses, graphs = trained(captions, tmp_path / "run", mode, "yes", "factorised")
+    assert losses == pytest.approx(eager, rel=1e-5)
+    assert len(losses) == LENGTHS
+    events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    said = [event["reason"] for event in events if event["event"] == "compiling"]
+    assert sorted(said) == sorted(
+        f"2x32x32, captions of up to {length} tokens (shape {i + 1} of at most 4)"
+        for i, length in enumerate(int(reason.split()[5]) for reason in said)
+    )
+    assert {int(reason.split()[5]) for reason in said} == {32, 64, 96, 100}
+    assert len(said) < graphs <= 2 * len(said) + 1
