@@ -39,6 +39,28 @@ def mp4_facts(path: str) -> tuple[list[tuple[int, int]], bool]:
     return sizes, has_matrix
 
 
+def clean_aperture(path: str) -> list[str]:
+    """A remark where an mp4 names a part of its frames that alone is to be shown: 12.1.4."""
+    with Path(path).open("rb") as file:
+        if file.read(8)[4:] not in MP4_STARTS:
+            return []
+        for kind, start, end in boxes(file, 0, Path(path).stat().st_size):
+            if kind != b"stsd":
+                continue
+            file.seek(start)
+            content = file.read(min(end - start, 1 << 16))
+            place = content.find(b"clap")
+            if 28 <= place <= len(content) - 36:
+                across, by, down, by_2 = struct.unpack_from(">4I", content, place + 4)
+                width, height = struct.unpack_from(">HH", content, 8 + 8 + 24)
+                if by and by_2 and (across / by, down / by_2) < (width, height):
+                    return [
+                        f"clean_aperture: of its {width}x{height} pixels {across / by:g}x{down / by_2:g} are to be "
+                        "shown, and all are taken"
+                    ]
+    return []
+
+
 def boxes(file: BinaryIO, start: int, end: int, depth: int = 0) -> Iterator[tuple[bytes, int, int]]:
     """Kind, first byte of the content, and end of each box, those inside containers too. Stops at nonsense."""
     while start + 8 <= end:

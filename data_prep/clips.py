@@ -83,7 +83,9 @@ class Source:
         check_side(width, height, selection)
         if self.header.still:
             bucket = choose_bucket(buckets, width, height, 0.0, data.max_enlarge, still=True)
-            return Cut((Span(0.0, 0.0, bucket),), round(width), round(height), 0.0, True, "")
+            return Cut(
+                (Span(0.0, 0.0, bucket),), round(width), round(height), 0.0, True, "; ".join(self.header.remarks)
+            )
         shortest = min(buckets, key=lambda b: (b.frames == 1, b.frames))
         if not headers_only:
             self.timeline()
@@ -109,10 +111,10 @@ class Source:
         spans = spans_of(outside(scenes, holes), seconds, self.header, data, apart)
         lost = sum(end - start for start, end in holes)
         count = f"{len(holes)} hole{'s' * (len(holes) > 1)}"
-        remark = f"no clips of {count} in its timestamps, {lost:.1f} s in all" if holes else ""
-        return Cut(
-            spans, round(width), round(height), seconds, False, remark, frames_per_second=self.header.frames_per_second
-        )
+        gaps = f"holes: no clips of {count} in its timestamps, {lost:.1f} s in all" if holes else ""
+        remark = "; ".join(filter(None, (*self.header.remarks, gaps)))
+        size, rate = (round(width), round(height)), self.header.frames_per_second
+        return Cut(spans, *size, seconds, False, remark, frames_per_second=rate)
 
     def timeline(self) -> Timeline:
         """When its frames are shown, read once. A hole is as long as the shortest clip."""
@@ -157,7 +159,7 @@ class Source:
                 span, self.header, lambda frame: fit(frame, span.bucket, video.pixel_aspect, place, mirrored)
             )
         check_pixels(frames, span.bucket.fps, self.selection)
-        return Clip(frames, self.content_hash(), perceptual_hash(frames), self.break_remark())
+        return Clip(frames, self.content_hash(), perceptual_hash(frames), self.remark())
 
     def frames(self, span: Span, header: Header, fitted: Fit) -> np.ndarray:
         """A span's frames, fitted. Raises ClipError."""
@@ -171,13 +173,14 @@ class Source:
             raise ClipError("corrupt", f"frames are missing before {video.end:.2f} s")
         return np.stack(frames)
 
-    def break_remark(self) -> str:
-        """A remark where the file breaks off behind its clips, once."""
+    def remark(self) -> str:
+        """Remarks on a video, once: what it signals and is not applied, and where it breaks off behind its clips."""
         if self.header is None or self.remarked:
             return ""
         self.remarked = True
         end = self.anywhere.end if self.anywhere else 0.0
-        return breaks_off(end or self.timeline().end, self.header)
+        end = end or self.timeline().end
+        return "; ".join(filter(None, (*self.header.remarks, breaks_off(end, self.header))))
 
     def content_hash(self) -> str:
         """sha256 of the file's bytes, computed once."""
@@ -272,4 +275,4 @@ def breaks_off(end: float, header: Header) -> str:
     missing = header.promised_s - end if end else 0.0
     if missing <= max(CUT_S, CUT_SHARE * header.promised_s):
         return ""
-    return f"breaks off at {end:.1f} s of {header.promised_s:.1f} s; clips before the break are kept"
+    return f"breaks_off: breaks off at {end:.1f} s of {header.promised_s:.1f} s, and clips before the break are kept"

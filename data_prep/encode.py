@@ -82,11 +82,13 @@ class Decode:
         common = {name: source[name] for name in ("row_id", "source", "captions", "size", "version")}
         whole = common | {"sample_id": source["row_id"], "start_s": 0.0, "end_s": 0.0}
         asked: list[str] = []
+        remarks: set[str] = set()
         done = set(source["done"])
         try:
             with local_copy(self.system, source["path"]) as path:
                 cut = self.decoder.cut(path)
                 remark = cut.remark
+                remarks.add(remark)
                 for span in cut.spans:
                     sample = sample_id(source["source"], span.start_s, span.end_s, tuple(source["captions"]))
                     asked.append(sample)
@@ -99,13 +101,14 @@ class Decode:
                     except ClipError as error:
                         yield row | {"reason": error.reason, "message": error.message}
                         continue
+                    remarks.add(clip.remark)
                     row |= {"content_hash": clip.content_hash, "perceptual_hash": clip.perceptual_hash}
                     yield row | {"frames": clip.frames.tobytes(), "remark": clip.remark or remark}
                     remark = ""
         except ClipError as error:
             asked = [source["row_id"]]
             yield whole | {"reason": error.reason, "message": error.message}
-        yield whole | {"reason": END, "asked": asked}
+        yield whole | {"reason": END, "asked": asked, "remark": "; ".join(sorted(filter(None, remarks)))}
 
 
 class EncodeVideo:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import av
 import numpy as np
 
+from data_prep import colours
 from data_prep.buckets import ROUNDING_S
 from data_prep.damage import Damaged, pictures
 from data_prep.headers import Header, check_size, opened, plain, plausible, video_of
@@ -217,8 +218,9 @@ class Anywhere:
 
     def pixels(self, frame: Any) -> np.ndarray:
         """A frame uint8 `H W 3`, transparency on black."""
-        alpha = self.header.alpha
-        return on_black(frame.to_ndarray(format="rgba")) if alpha else frame.to_ndarray(format="rgb24")
+        if self.header.alpha:
+            return on_black(colours.pixels(frame, self.header.colours, "rgba"))
+        return colours.pixels(frame, self.header.colours, "rgb24")
 
     def aspect_of(self, frame: Any) -> float:
         """The width over the height of a frame's pixels, which a stream may change as it goes."""

@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from data_prep.ledger import Record, save_ledger
 from data_prep.outcome import Outcome
+from data_prep.reasons import remark_kinds
 from data_prep.selection import Duplicates
 from data_prep.shards import ShardWriter
 from data_prep.stock import Stock
@@ -107,8 +108,9 @@ class Harvest:
         for sample in (set(mine) - set(asked)) & self.stock.held.keys():
             self.stock.drop(sample)
             self.outcome.written -= 1
+        kinds = sorted(set(remark_kinds(row["remark"] or "")))
         self.outcome.seen.add(row["source"])
-        self.outcome.settle(row["row_id"], Record(row["source"], row["size"], row["version"], asked))
+        self.outcome.settle(row["row_id"], Record(row["source"], row["size"], row["version"], asked, kinds))
 
     def _save(self) -> None:
         began = time.monotonic()

@@ -11,7 +11,8 @@ from typing import Any
 import av
 from av.stream import Disposition
 
-from data_prep.boxes import mp4_facts
+from data_prep.boxes import clean_aperture, mp4_facts
+from data_prep.colours import Colours, colour_remarks, colours_of
 from data_prep.orientation import UPRIGHT, Orientation, orientation_of, orientation_sei
 from data_prep.reasons import ClipError
 
@@ -53,6 +54,8 @@ class Header:
     alpha: bool
     aspect_in_stream: bool
     still: bool
+    colours: Colours
+    remarks: tuple[str, ...]
 
     @property
     def frame_s(self) -> float:
@@ -105,6 +108,8 @@ def read_header(path: str) -> Header:
             alpha=stream.metadata.get("alpha_mode") == "1" or has_alpha(context.format),
             aspect_in_stream=(aspect or 0) == (context.sample_aspect_ratio or 0),
             still=holds_one(packets, stream, promised_s, float(rate)),
+            colours=colours_of(context),
+            remarks=(*colour_remarks(context), *clean_aperture(path)),
         )
 
 

@@ -26,18 +26,23 @@ SOURCES_SCHEMA = pa.schema(
         ("source_size", pa.int64()),
         ("source_version", pa.string()),
         ("sample_ids", pa.list_(pa.string())),
+        ("remarks", pa.list_(pa.string())),
     ]
 )
 
 
 @dataclass(slots=True)
 class Record:
-    """A source that was gone through to its end: the file as it was, and the ids of all clips asked of it."""
+    """A source that was gone through to its end: the file as it was, the ids of all clips asked of it, and remarks.
+
+    Remarks are names of `reasons.REMARKS`.
+    """
 
     source: str
     size: int
     version: str
     sample_ids: list[str]
+    remarks: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -52,7 +57,9 @@ class Ledger:
         """What runs with the same settings wrote; empty where there is nothing, or nothing that can be read."""
         sources, failures = (_read(folder, name, settings_hash) for name in ("sources", "quarantine"))
         records = {
-            row["row_id"]: Record(row["source"], row["source_size"], row["source_version"], row["sample_ids"])
+            row["row_id"]: Record(
+                row["source"], row["source_size"], row["source_version"], row["sample_ids"], row.get("remarks") or []
+            )
             for row in sources
         }
         return cls(records, {row["sample_id"]: row for row in failures})
@@ -70,7 +77,7 @@ def save_ledger(folder: str, settings_hash: str, records: dict[str, Record], fai
     _write(folder, "quarantine", failures, QUARANTINE_SCHEMA, settings_hash)
     rows = [
         {"row_id": row_id, "source": record.source, "source_size": record.size, "source_version": record.version,
-         "sample_ids": record.sample_ids}
+         "sample_ids": record.sample_ids, "remarks": record.remarks}
         for row_id, record in records.items()
     ]  # fmt: skip
     _write(folder, "sources", rows, SOURCES_SCHEMA, settings_hash)

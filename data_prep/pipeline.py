@@ -54,6 +54,9 @@ def prep(recipe: Recipe) -> Manifest:
         manifest = describe(recipe, vae, text, key, harvest.empty_text or empty_prompt(recipe, key), outcome)
         manifest.save(data.output)
     print(f"prep: {outcome.summary()} in {time.monotonic() - started:.0f} s; shards in {data.output}", flush=True)
+    if manifest.remarks:
+        counted = ", ".join(f"{kind} {count}" for kind, count in manifest.remarks.items())
+        print(f"prep: sources with remarks: {counted}; docs/prep.md says what each means", flush=True)
     for name in (name for name, count in manifest.buckets.items() if not count):
         print(f"prep: no clip fills the bucket {name}; `sora prep RECIPE --plan` says why", flush=True)
     with contextlib.suppress(UserError):  # all clips are held out, which training says
@@ -238,4 +241,5 @@ def describe(recipe: Recipe, vae: VaeFiles, text: TextFiles, key: str, empty: by
         empty_tokens=len(empty) // 2 // text.width,
         counts=counts,
         reasons=dict(sorted(Counter(failure["reason"] for failure in outcome.failures).items())),
+        remarks=dict(sorted(Counter(kind for record in outcome.records.values() for kind in record.remarks).items())),
     )

@@ -41,6 +41,25 @@ LASTING = frozenset({"unreadable", "no_video_stream", "too_large", "truncated", 
 """The reasons that hold for as long as the file and the recipe are the same: such a clip is not tried again."""
 
 
+REMARKS = {
+    "hdr": "PQ or HLG, mapped to SDR",
+    "wide_gamut": "BT.2020 or P3, mapped to BT.709",
+    "interlaced": "both fields of a frame are taken as one picture",
+    "clean_aperture": "the whole frame is taken",
+    "icc_profile": "an image's ICC profile that can't be applied",
+    "pages": "the first of an image's pages is taken",
+    "holes": "no clips of holes in its timestamps",
+    "breaks_off": "the file ends before its header says, behind its clips",
+}
+"""What is odd about a source that gives clips. A remark is such a name, a colon and words; several are joined."""
+
+
+def remark_kinds(remark: str) -> list[str]:
+    """The names in a remark."""
+    found = (part.partition(":")[0] for part in remark.split("; "))
+    return [kind for kind in found if kind in REMARKS]
+
+
 class ClipError(Exception):
     """One clip can't be had; the job goes on. `reason` is one of those above."""
 

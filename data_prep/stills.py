@@ -62,9 +62,9 @@ def read_still_header(path: str) -> Still:
         count = getattr(image, "n_frames", 1) if image.format in ("TIFF", "WEBP") else 1
         if count > 1 and image.format == "WEBP":
             raise ClipError("unreadable", "is an animated WebP, which is not read; convert it to mp4, webm or gif")
-        remarks = [f"the first of its {count} pictures"] if count > 1 else []
+        remarks = [f"pages: the first of its {count} pictures"] if count > 1 else []
         if image.info.get("icc_profile") and colours_of(image) is None:
-            remarks.append("has an ICC profile that can't be applied")
+            remarks.append("icc_profile: has an ICC profile that can't be applied")
         return Still(size[0], size[1], "; ".join(remarks))
 
 

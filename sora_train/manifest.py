@@ -109,6 +109,8 @@ class Manifest(Section):
     counts: Counts
     reasons: dict[str, int]
     """How many clips are missing for which reason."""
+    remarks: dict[str, int] = {}
+    """How many sources have which oddity, such as `hdr`, that did not keep clips from being made."""
 
     def save(self, folder: str) -> None:
         """Writes `folder/manifest.json`, whole or not at all."""

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from data_prep.reasons import REMARKS
 from data_prep.shards import manifest_or_none
 from sora_train.errors import UserError
 from sora_train.manifest import Manifest
@@ -164,6 +165,7 @@ def counts_of(inventory: Inventory) -> dict:
         "captions_at_limit": round(at_limit, 6) if most else None,
         "bytes": inventory.size,
         "shards": len(inventory.rows),
+        "remarks": manifest.remarks if manifest else {},
         "settled": manifest is not None and sum(lost.values()) + written == manifest.counts.asked,
         "reasons": {
             kind: {
@@ -245,6 +247,10 @@ def table_lines(counts: dict) -> Iterator[str]:
             yield f"\n{kind}"
             for reason, lost in counts["reasons"][kind].items():
                 yield f"  {reason:<22}{lost['clips']:>12,}  {lost['example']}"
+    if counts["remarks"]:
+        yield "\nremarks (sources)"
+        for kind, sources in counts["remarks"].items():
+            yield f"  {kind:<22}{sources:>12,}  {REMARKS.get(kind, '')}"
     if not counts["settled"]:
         yield (
             "\nthese are not the clips that manifest.json counts: a run is under way or was stopped, or a shard is "

@@ -103,7 +103,7 @@ def test_a_large_photograph_is_decoded_small_where_that_is_enough(tmp_path: Path
 def test_of_a_tiff_with_pages_the_first_is_taken_and_the_remark_says_so(tmp_path: Path):
     pages = [Image.fromarray(np.full((64, 64, 3), value, np.uint8)) for value in (50, 100, 200)]
     path = save(tmp_path / "a", pages[0], format="TIFF", save_all=True, append_images=pages[1:])
-    assert read_still_header(path).remark == "the first of its 3 pictures"
+    assert read_still_header(path).remark == "pages: the first of its 3 pictures"
     assert (read_still(path) == 50).all()
 
 
