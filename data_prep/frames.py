@@ -8,6 +8,7 @@ decoding errors, opens playlists, returns wrong frames where groups of pictures 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ Fit = Callable[[np.ndarray], np.ndarray]
 NEAR_S = 10.0  # decoding on is about as quick as a seek that lands at the keyframe before
 SEEKS = {"mov,mp4,m4a,3gp,3g2,mj2": 0.0, "matroska,webm": 0.0, "mpegts": 5.0}
 """Containers in which a seek is sound, and how many seconds early it has to aim: MPEG-TS has no index of keyframes."""
+LOOKS = 8  # frames whose side data is looked at: PyAV ties each into a cycle, which keeps it until it is collected
 REORDERED = 64  # more frames than a decoder holds back
 BACK_S = 0.5  # a timestamp that lies further back starts a clock anew; one that lies less far back is late
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own drop the transparency of WebM
@@ -168,6 +170,7 @@ class Anywhere:
         tick, last, sound, shift = float(stream.time_base), None, None, 0.0
         # A decoder of our own choice knows nothing of the container's display matrix.
         upright = orientation = self.header.orientation if self.decoder_of(stream) else UPRIGHT
+        looks = 0
         for frame in self.pictures(stream):
             broken = isinstance(frame, Damaged)
             if after_seek and last is None and (broken or not frame.key_frame):
@@ -196,8 +199,12 @@ class Anywhere:
                 yield Shown(time - zero, replace(frame, sound_s=sound), orientation, self.aspect_of(frame))
                 continue
             # A display orientation in H.264 or HEVC holds until the next keyframe; FFmpeg tells it of its own frame.
-            own = orientation_of(frame) if self.header.may_turn or frame.rotation else None
+            looks_there = self.header.may_turn or bool(frame.rotation)
+            own = orientation_of(frame) if looks_there else None
             orientation = own or (upright if frame.key_frame else orientation)
+            looks += looks_there
+            if looks_there and looks % LOOKS == 0:
+                gc.collect()
             yield Shown(time - zero, frame, orientation, self.aspect_of(frame))
 
     def pictures(self, stream: Any) -> Iterator[Any]:

@@ -40,7 +40,7 @@ class Header:
 
     `orientation` is that of the first frame, and `may_turn` says that frames may carry one; `aspect_in_stream` says
     that no container overrides the pixel aspect that the stream itself names, and may change; `still`, that the file
-    holds one picture.
+    holds one picture; `colours` and `remarks` are of what it signals.
     """
 
     container: str

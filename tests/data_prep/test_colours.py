@@ -65,6 +65,16 @@ def test_pq_is_shown_with_its_reference_white_as_white(tmp_path: Path):
     assert np.abs(found - srgb(light / 203)[:, None]).max() <= 4
 
 
+def test_saturated_colours_of_hdr_are_those_that_were_meant(tmp_path: Path):
+    """BT.2087, equation 4: BT.709 in BT.2020."""
+    to_2020 = np.array([[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]])
+    colours = np.array([(1.0, 0.1, 0.1), (0.1, 0.9, 0.1), (0.1, 0.1, 0.8), (0.6, 0.5, 0.05)])  # linear, BT.709
+    tags = {"colorprim": "bt2020", "transfer": PQ, "colormatrix": "bt2020nc"}
+    patches = [tuple(patch) for patch in pq(203 * colours @ to_2020.T)]
+    found, _ = read(film(tmp_path / "a.mp4", patches, Colorspace.BT2020, **tags), 4)
+    assert np.abs(found - srgb(colours)).max() <= 5
+
+
 def test_hlg_is_shown_with_its_reference_white_as_white(tmp_path: Path):
     """At a peak of 1000 cd/m2: ITU-R BT.2100, table 5; 75 % is reference white, BT.2408."""
     codes = np.array([0.0, 0.25, 0.38, 0.5, 0.75])
@@ -80,11 +90,11 @@ def test_a_wide_gamut_is_taken_to_that_of_srgb(tmp_path: Path):
     """P3 by SMPTE EG 432-1 to BT.709, both with D65; colours outside are clipped."""
     to_709 = np.array([[1.2249, -0.2247, 0.0], [-0.0420, 1.0419, 0.0], [-0.0197, -0.0786, 1.0979]])
     patches = [(0.5, 0.5, 0.5), (0.6, 0.4, 0.4), (0.4, 0.6, 0.5), (0.5, 0.5, 0.7)]
-    linear = ((np.array(patches) + 0.099) / 1.099) ** (1 / 0.45)  # BT.709's own curve
+    linear = np.array(patches) ** 2.4  # as a display shows BT.709's code: BT.1886
     tags = {"colorprim": "smpte432", "transfer": "bt709", "colormatrix": "bt709"}
     found, remarks = read(film(tmp_path / "a.mp4", patches, Colorspace.ITU709, **tags), 4)
     assert remarks == ["wide_gamut"]
-    assert np.abs(found - 255 * (1.099 * np.clip(linear @ to_709.T, 0, 1) ** 0.45 - 0.099)).max() <= 4
+    assert np.abs(found - 255 * np.clip(linear @ to_709.T, 0, 1) ** (1 / 2.4)).max() <= 3
 
 
 @pytest.mark.parametrize(
