@@ -1,0 +1,39 @@
+"""Remarks on sources, from the file to the counts that stay with the shards."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from data_prep.encode import Decode
+from data_prep.ledger import Ledger, Record, save_ledger
+from data_prep.reasons import remark_kinds
+from data_prep.tables import DECODED, END
+from sora_train.data.config import DataConfig, SelectionConfig
+
+
+def test_a_source_ends_with_all_remarks_on_it(tmp_path: Path, write):
+    path = write(tmp_path / "a.mkv", np.arange(120) / 30, options={"x264-params": "tff=1"})
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
+    data = DataConfig(root=str(tmp_path), captions=str(tmp_path / "c.csv"), frames=8, fps=8, height=32, width=64)
+    (tmp_path / "c.csv").write_text("video_file_name,prompt\na.mkv,x\n")
+    source = {
+        "row_id": "r",
+        "source": "a.mkv",
+        "captions": ["x"],
+        "size": 1,
+        "version": "",
+        "path": str(path),
+        "done": [],
+    }
+    decode = Decode(data, SelectionConfig(), 1)
+    rows = pa.Table.from_pylist(list(decode.clips(source)), DECODED).to_pylist()
+    decode.decoder.close()
+    assert [row["reason"] for row in rows] == [None, END]
+    assert sorted(set(remark_kinds(rows[-1]["remark"]))) == ["breaks_off", "interlaced"]
+
+
+def test_remarks_stay_in_the_ledger(tmp_path: Path):
+    records = {"r": Record("a.mp4", 5, "1", ["c"], ["hdr", "interlaced"]), "s": Record("b.mp4", 6, "1", ["d"])}
+    save_ledger(str(tmp_path), "key", records, [])
+    assert Ledger.load(str(tmp_path), "key").records == records
