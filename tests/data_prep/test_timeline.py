@@ -50,7 +50,7 @@ def test_no_clip_is_of_a_hole_and_the_next_begins_behind_it(tmp_path: Path, writ
     assert [span.start_s for span in cut.spans] == pytest.approx([0, 1, 2, 63, 64, 65], abs=2e-3)
     for span, clip in zip(cut.spans, found, strict=True):
         assert [number_of(frame) for frame in clip.frames] == on_screen(HOLE, span.start_s + np.arange(8) / 8)
-    assert cut.remark == "no clips of 1 hole in its timestamps, 60.0 s in all"
+    assert cut.remark == "holes: no clips of 1 hole in its timestamps, 60.0 s in all"
 
 
 def test_a_hole_in_a_video_with_b_frames_is_found(tmp_path: Path, write):
