@@ -1,8 +1,46 @@
 """What several tests share."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+
+class OneRay:
+    """The local Ray of this test process. It stays up while tests ask for the same one, so tests pass in any order."""
+
+    def __init__(self) -> None:
+        self.asked: dict[str, Any] = {}
+        self.patch = pytest.MonkeyPatch()
+
+    def start(self, environment: dict[str, str], **options: Any) -> None:
+        """Starts Ray with `options` of `ray.init` and `environment` for its processes, unless it runs already."""
+        import ray
+
+        asked = {"environment": environment, **options}
+        if ray.is_initialized() and asked == self.asked:
+            return
+        self.stop()
+        for name, value in environment.items():
+            self.patch.setenv(name, value)
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, **options)
+        self.asked = asked
+
+    def stop(self) -> None:
+        """Stops it and takes its environment back."""
+        import ray
+
+        self.patch.undo()
+        self.asked = {}
+        ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def one_ray() -> Iterator[OneRay]:
+    ray = OneRay()
+    yield ray
+    ray.stop()
 
 
 @pytest.fixture(scope="session")

@@ -85,7 +85,7 @@ def kill(process: subprocess.Popen, whom: str) -> list[psutil.Process]:
 
 
 def wait_for_shard(folder: Path, process: subprocess.Popen) -> None:
-    until = time.monotonic() + 120
+    until = time.monotonic() + 240
     while not shard_files(str(folder / "shards")):
         assert process.poll() is None, (folder / "log").read_text()
         assert time.monotonic() < until
@@ -102,6 +102,7 @@ def left_over(family: list[psutil.Process], seconds: float = 30.0) -> list[str]:
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(900)
 def test_a_run_whose_driver_was_killed_is_taken_up_where_it_was(videos: Path, unbroken: Path, tmp_path: Path):
     process = start(videos, tmp_path)
     wait_for_shard(tmp_path, process)

@@ -5,7 +5,6 @@ import os
 import re
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -40,14 +39,9 @@ def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def ray_here() -> Iterator[None]:
-    import ray
-
-    interval = {"metrics_report_interval_ms": 1000}
-    ray.init(address="local", num_cpus=2, include_dashboard=False, _system_config=interval)
-    yield
-    ray.shutdown()
+@pytest.fixture
+def ray_here(one_ray) -> None:
+    one_ray.start({}, num_cpus=2, _system_config={"metrics_report_interval_ms": 1000})
 
 
 def left_out_by_ray() -> dict[str, float]:

@@ -11,7 +11,6 @@ import termios
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 
@@ -78,15 +77,13 @@ with Progress(4) as progress:
 
 
 @pytest.fixture
-def ray_metrics() -> Iterator[str]:
+def ray_metrics(one_ray) -> str:
     """The address of a local Ray's own metrics."""
     import ray
 
-    interval = {"metrics_report_interval_ms": 1000}
-    ray.init(address="local", num_cpus=1, include_dashboard=False, _system_config=interval)
+    one_ray.start({}, num_cpus=1, _system_config={"metrics_report_interval_ms": 1000})
     (node,) = ray.nodes()
-    yield f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    ray.shutdown()
+    return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
 
 @pytest.mark.ray

@@ -2,11 +2,10 @@
 
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import ray
 
 from sora_train.codec.text import load_text_encoder
 from sora_train.codec.vae import load_vae
@@ -21,26 +20,33 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-@pytest.fixture(scope="package")
-def local_ray() -> Iterator[None]:
-    """A Ray of 4 logical CPUs. What starts workers inherits one thread each, and a validation that takes its time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("SORA_VALIDATION_DELAY_S", "5")
-        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+@pytest.fixture(scope="session")
+def start_local_ray(one_ray) -> Callable[[], None]:
+    """Starts a Ray of 4 logical CPUs, whose processes run one thread each and whose validations take 5 s more."""
+    # A Ray without a dashboard believes that it has one at 8265, where another Ray of this machine may answer
+    # Train's cleaner that it knows no such controller: the workers would be ended.
+    dashboard_port = free_port()
+
+    def start() -> None:
         with known_address():
-            # A Ray without a dashboard believes that it has one at 8265, where another Ray of this machine may answer
-            # Train's cleaner that it knows no such controller: the workers would be ended.
-            ray.init(
-                address="local",
+            one_ray.start(
+                {
+                    "OMP_NUM_THREADS": "1",
+                    "SORA_VALIDATION_DELAY_S": "5",
+                    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+                },
                 num_cpus=4,
-                include_dashboard=False,
-                dashboard_port=free_port(),
-                log_to_driver=False,
+                dashboard_port=dashboard_port,
                 _system_config={"metrics_report_interval_ms": 1000},
             )
-        yield
-        ray.shutdown()
+
+    return start
+
+
+@pytest.fixture
+def local_ray(start_local_ray: Callable[[], None]) -> None:
+    """Ray as `start_local_ray` starts it."""
+    start_local_ray()
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -26,8 +27,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
 
 @pytest.fixture(scope="module")
-def unbroken(local_ray: None, builtin_shards: Path, recipe_of, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unbroken(start_local_ray, builtin_shards: Path, recipe_of, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 12 steps with a checkpoint and a validation every 4, each of which sleeps 5 s, and wandb offline."""
+    start_local_ray()
     recipe = recipe_of(
         builtin_shards,
         tmp_path_factory.mktemp("runs"),
@@ -41,6 +43,12 @@ def unbroken(local_ray: None, builtin_shards: Path, recipe_of, tmp_path_factory:
     time.sleep(2)  # Ray's report interval here, twice
     (run.parent / "metrics.txt").write_text(metrics_endpoint())
     return run
+
+
+@pytest.fixture
+def finished(unbroken: Path, tmp_path: Path) -> Path:
+    """A copy of the unbroken run that a test may change."""
+    return Path(shutil.copytree(unbroken, tmp_path / "runs" / unbroken.name, symlinks=True))
 
 
 def metrics_endpoint() -> str:
@@ -194,55 +202,56 @@ def test_a_run_whose_worker_was_killed_repeats_the_losses_of_the_unbroken_one(
     assert all((ours[name] == theirs[name]).all() for name in theirs)
 
 
-def test_the_same_command_goes_on_and_keeps_the_newest_checkpoints(unbroken: Path, builtin_shards: Path, recipe_of):
-    before = losses(unbroken)
-    torn = unbroken / "checkpoints/step_00000012/part_00001_of_00002.safetensors"
+def test_the_same_command_goes_on_and_keeps_the_newest_checkpoints(finished: Path, builtin_shards: Path, recipe_of):
+    before = losses(finished)
+    torn = finished / "checkpoints/step_00000012/part_00001_of_00002.safetensors"
     torn.write_bytes(torn.read_bytes()[:-1])
     recipe = recipe_of(
-        builtin_shards, unbroken.parent, data__holdout_fraction=0.2, train__steps=14, train__keep_checkpoints=2
+        builtin_shards, finished.parent, data__holdout_fraction=0.2, train__steps=14, train__keep_checkpoints=2
     )
     run = launch_training(recipe)
-    assert run == unbroken
+    assert run == finished
     assert [event["step"] for event in events(run, "resume")] == [8]
     assert losses(run)[:12] == before
     assert [step for step, _ in losses(run)] == list(range(1, 15))
     assert [step for step, _ in whole(run / "checkpoints")] == [12, 14]
 
 
-def test_a_finished_run_says_so_and_starts_nothing(unbroken: Path, builtin_shards: Path, recipe_of, capsys):
-    launch_training(recipe_of(builtin_shards, unbroken.parent, data__holdout_fraction=0.2, train__steps=14))
-    assert "is finished: 14 steps" in capsys.readouterr().out
+def test_a_finished_run_says_so_and_starts_nothing(finished: Path, builtin_shards: Path, recipe_of, capsys):
+    launch_training(recipe_of(builtin_shards, finished.parent, data__holdout_fraction=0.2))
+    assert "is finished: 12 steps" in capsys.readouterr().out
 
 
 def test_a_finished_run_makes_up_for_a_validation_that_was_cut_off_with_it(
-    unbroken: Path, builtin_shards: Path, recipe_of, capsys
+    finished: Path, builtin_shards: Path, recipe_of, capsys
 ):
-    Outstanding(unbroken).mark(14, "running")
+    steps_validated = [line["step"] for line in lines(finished / "metrics.jsonl") if line.get("validation")]
+    shutil.rmtree(finished / "samples/step_00000012")
+    Outstanding(finished).mark(12, "running")
     recipe = recipe_of(
         builtin_shards,
-        unbroken.parent,
+        finished.parent,
         data__holdout_fraction=0.2,
-        train__steps=14,
         validation__every=4,
         validation__prompts=["a red circle"],
         validation__steps=2,
     )
-    before = [line["step"] for line in lines(unbroken / "metrics.jsonl") if line.get("validation")]
     wanted = recipe.validation.model_copy(update={"resources": {"CPU": 1.0, "GPU": 1.0}})
     launch_training(recipe.model_copy(update={"validation": wanted}))  # no GPU here: none is taken, nothing runs
     assert "the cluster lacks 1 GPU (validation.resources)" in capsys.readouterr().out
-    assert Outstanding(unbroken).status(14) == "running"
+    assert Outstanding(finished).status(12) == "running"
     launch_training(recipe)
-    assert Outstanding(unbroken).status(14) == "done"
-    assert [line["step"] for line in lines(unbroken / "metrics.jsonl") if line.get("validation")] == [*before, 14]
-    assert list((unbroken / "samples/step_00000014").glob("*.mp4"))
+    assert Outstanding(finished).status(12) == "done"
+    validated = [line["step"] for line in lines(finished / "metrics.jsonl") if line.get("validation")]
+    assert validated == [*steps_validated, 12]
+    assert list((finished / "samples/step_00000012").glob("*.mp4"))
 
 
 def test_a_run_folder_of_another_recipe_is_refused_with_the_keys_that_differ(
-    unbroken: Path, builtin_shards: Path, recipe_of
+    finished: Path, builtin_shards: Path, recipe_of
 ):
     recipe = recipe_of(
-        builtin_shards, unbroken.parent, data__holdout_fraction=0.2, train__steps=20, model__width=32, train__seed=1
+        builtin_shards, finished.parent, data__holdout_fraction=0.2, train__steps=20, model__width=32, train__seed=1
     )
     with pytest.raises(UserError, match=r"model.width was 16 and is 32; train.seed was 0 and is 1"):
         launch_training(recipe)
