@@ -37,7 +37,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def unbroken(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unbroken")
-    assert start(videos, folder).wait(timeout=240) == 0
+    assert ended(start(videos, folder)) == 0
     return folder
 
 
@@ -51,6 +51,14 @@ def start(videos: Path, folder: Path, address: str = "local") -> subprocess.Pope
             [sys.executable, "-m", "sora_train.cli", "prep", str(folder / "recipe.yaml")],
             stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "RAY_ADDRESS": ""},
         )  # fmt: skip
+
+
+def ended(process: subprocess.Popen) -> int:
+    """Its exit code, once it has ended; kills it after 15 minutes, which only a busy machine needs."""
+    try:
+        return process.wait(timeout=900)
+    finally:
+        process.kill()
 
 
 def contents(folder: Path) -> dict[str, dict]:
@@ -102,13 +110,13 @@ def left_over(family: list[psutil.Process], seconds: float = 30.0) -> list[str]:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3000)
 def test_a_run_whose_driver_was_killed_is_taken_up_where_it_was(videos: Path, unbroken: Path, tmp_path: Path):
     process = start(videos, tmp_path)
     wait_for_shard(tmp_path, process)
     assert left_over(kill(process, "driver"), seconds=10.0) == []
     before = {file: os.stat(file).st_mtime_ns for file in shard_files(str(tmp_path / "shards"))}
-    assert start(videos, tmp_path).wait(timeout=240) == 0, (tmp_path / "log").read_text()
+    assert ended(start(videos, tmp_path)) == 0, (tmp_path / "log").read_text()
     assert {file: os.stat(file).st_mtime_ns for file in before} == before, "what was done was done again"
     assert_equal(tmp_path, unbroken)
     assert Manifest.load(str(tmp_path / "shards")).counts.model_dump() == {
@@ -118,7 +126,7 @@ def test_a_run_whose_driver_was_killed_is_taken_up_where_it_was(videos: Path, un
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(3000)
 @pytest.mark.parametrize("number", range(10))
 def test_a_kill_at_any_moment_changes_nothing(videos: Path, unbroken: Path, tmp_path: Path, number: int):
     draw = random.Random(number)
@@ -139,12 +147,12 @@ def test_a_kill_at_any_moment_changes_nothing(videos: Path, unbroken: Path, tmp_
             family = kill(process, whom)
         except StopIteration:
             whom = f"{whom} (was not there)"
-    code = process.wait(timeout=240)
+    code = ended(process)
     if whom == "driver" and not finished:
         assert left_over(family, seconds=10.0) == []
     again = ""
     if code:
-        assert start(videos, tmp_path).wait(timeout=240) == 0, (tmp_path / "log").read_text()
+        assert ended(start(videos, tmp_path)) == 0, (tmp_path / "log").read_text()
         again = ", run again"
     assert_equal(tmp_path, unbroken)
     since = "the start" if early else "the first shard"
@@ -154,7 +162,7 @@ def test_a_kill_at_any_moment_changes_nothing(videos: Path, unbroken: Path, tmp_
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(3000)
 def test_the_loss_of_a_node_changes_nothing(videos: Path, unbroken: Path, tmp_path: Path):
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     try:
@@ -162,9 +170,9 @@ def test_the_loss_of_a_node_changes_nothing(videos: Path, unbroken: Path, tmp_pa
         process = start(videos, tmp_path, cluster.address)
         wait_for_shard(tmp_path, process)
         cluster.remove_node(node, allow_graceful=False)
-        code = process.wait(timeout=240)
+        code = ended(process)
         if code:
-            assert start(videos, tmp_path, cluster.address).wait(timeout=240) == 0, (tmp_path / "log").read_text()
+            assert ended(start(videos, tmp_path, cluster.address)) == 0, (tmp_path / "log").read_text()
     finally:
         cluster.shutdown()
     assert_equal(tmp_path, unbroken)
