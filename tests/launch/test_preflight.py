@@ -301,7 +301,7 @@ def test_shards_that_are_absent_of_another_recipe_or_cut_short_are_rows_of_the_t
     assert {one.state for one in files(recipe_of(builtin_shards, tmp_path)).values()} == {"passed"}
     refused(files(recipe_of(tmp_path / "none", tmp_path))["shards"], "no manifest.json", "sora prep")
     other = files(recipe_of(builtin_shards, tmp_path, data__frames=9, model__text_width=7))
-    refused(other["shards"], "text_width is 7", "the shards have 2x32x32")
+    refused(other["shards"], "text_width is 7", "hold 2x32x32")
     cut = tmp_path / "cut"
     shutil.copytree(builtin_shards, cut)
     (part,) = cut.glob("bucket=*/*.parquet")
