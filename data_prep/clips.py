@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from data_prep.buckets import Bucket, buckets_of, choose_bucket, takes
+from data_prep.decord_reader import DecordReader, NotOrdinaryError
 from data_prep.fitting import drawn, fit
 from data_prep.frames import Anywhere, Fit
 from data_prep.headers import Header, read_header
@@ -165,13 +166,23 @@ class Source:
         """A span's frames, fitted. Raises ClipError."""
         due = span.start_s + span.bucket.times()
         video = self.video()
-        frames = video.frames(due, fitted)
+        frames = self.by_decord(due, fitted) or video.frames(due, fitted)
         if len(frames) < len(due):
             if not video.end:
                 raise ClipError("corrupt", "no frame of it decodes")
             check_length(video.end, header, span)
             raise ClipError("corrupt", f"frames are missing before {video.end:.2f} s")
         return np.stack(frames)
+
+    def by_decord(self, due: np.ndarray, fitted: Fit) -> list[np.ndarray]:
+        """The frames of a video's only clip; none where decord is not sure of them, and PyAV has to read the clip."""
+        if self.data.stride_s or self.timeline().holes or self.timeline().jumps_back:
+            return []
+        assert self.header is not None
+        try:
+            return DecordReader(self.path, self.header).frames(due, fitted)
+        except NotOrdinaryError:
+            return []
 
     def remark(self) -> str:
         """Remarks on a video, once: what it signals and is not applied, and where it breaks off behind its clips."""

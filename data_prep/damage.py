@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,16 +111,8 @@ def jpeg_damage(content: bytes) -> str:
     Pillow hides these warnings and FFmpeg misses many of them. OpenCV prints them: they are read from its stderr. Only
     the decoding of the bits matters, so it is asked for an eighth of the size in grey.
     """
-    with tempfile.TemporaryFile() as said:
-        stderr = os.dup(2)
-        try:
-            os.dup2(said.fileno(), 2)
-            cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8)
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-        said.seek(0)
-        lines = said.read().decode(errors="replace").splitlines()
+    with captured_stderr() as lines:
+        cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8)
     for line in lines:
         padding = EXTRA.search(line)
         if any(word in line for word in ("Corrupt JPEG", "Premature end")) and not (
@@ -128,6 +120,25 @@ def jpeg_damage(content: bytes) -> str:
         ):
             return line.strip()
     return ""
+
+
+@contextmanager
+def captured_stderr() -> Iterator[list[str]]:
+    """The lines, there once it ends, that libraries in C print on this process's stderr meanwhile; 64 KiB at most."""
+    lines: list[str] = []
+    read, write = os.pipe()
+    os.set_blocking(read, False)
+    os.set_blocking(write, False)  # what is beyond a pipe's size is dropped
+    stderr = os.dup(2)
+    try:
+        os.dup2(write, 2)
+        yield lines
+    finally:
+        os.dup2(stderr, 2)
+        with suppress(BlockingIOError):
+            lines += os.read(read, 1 << 16).decode(errors="replace").splitlines()
+        for number in (read, write, stderr):
+            os.close(number)
 
 
 class Watch:

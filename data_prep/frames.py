@@ -1,9 +1,8 @@
 """PyAV reader: the frames that are on screen at the times that are due, each fitted as soon as it is decoded.
 
 A frame is on screen until the next one's time, as in players. Time zero is the first frame's timestamp. The reader
-seeks, checks where it arrived, and holds two raw frames, however long the video is. decord was dropped: it hides
-decoding errors, opens playlists, returns wrong frames where groups of pictures are open, and is no faster
-(docs/design.md).
+seeks, checks where it arrived, and holds two raw frames, however long the video is. decord gives the same frames of
+ordinary videos (decord_reader.py); PyAV reads all others, and whatever decord is not sure of.
 """
 
 from __future__ import annotations

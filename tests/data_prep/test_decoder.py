@@ -56,8 +56,7 @@ def test_what_the_child_refuses_is_raised_here(tmp_path: Path, write, decoder: D
     assert error.value.reason == "missing_file"
 
 
-def test_a_crash_or_a_hang_costs_one_clip_and_a_new_child(tmp_path: Path, write):
-    decoder = Decoder(DATA.model_copy(update={"timeout_s": 2.0}), ALL)
+def test_a_crash_or_a_hang_costs_one_clip_and_a_new_child(tmp_path: Path, write, decoder: Decoder):
     path = str(write(tmp_path / "clip.mp4", np.arange(30) / 30))
     span = decoder.cut(path).spans[0]
     assert decoder._child is not None
@@ -70,13 +69,14 @@ def test_a_crash_or_a_hang_costs_one_clip_and_a_new_child(tmp_path: Path, write)
 
     fifo = tmp_path / "never.mp4"  # opening it waits for a writer that never comes
     os.mkfifo(fifo)
+    decoder.data = DATA.model_copy(update={"timeout_s": 2.0})
     began = time.monotonic()
     with pytest.raises(ClipError, match=r"2 s \(data\.timeout_s\)") as hang:
         decoder.cut(str(fifo))
     assert hang.value.reason == "timeout"
-    assert 2.0 <= time.monotonic() - began < 10.0
+    assert 2.0 <= time.monotonic() - began < 60.0
+    decoder.data = DATA
     assert len(decoder.read(path, span, "").frames) == 8
-    decoder.close()
 
 
 def test_a_child_killed_amid_a_clip_costs_that_clip(tmp_path: Path, write, decoder: Decoder):
@@ -97,28 +97,37 @@ def test_a_child_killed_amid_a_clip_costs_that_clip(tmp_path: Path, write, decod
 
 
 def test_a_child_that_says_it_makes_progress_is_not_given_up(tmp_path: Path, write, monkeypatch):
-    """Hashing a file says so: here slowly, by a hash that waits."""
+    """Hashing a file says so: here slowly, by a hash that waits; ten times slower where the machine is too busy."""
     path = tmp_path / "large.mp4"
     write(path, np.arange(30) / 30)
     with path.open("ab") as file:
         file.truncate(32 << 20)  # eight pieces of 4 MB
     hook = tmp_path / "sitecustomize.py"
     hook.write_text(
-        "import hashlib, time\n"
+        "import hashlib, os, time\n"
         "class Slow:\n"
         "    def __init__(self, data=b''): self.real = sha256(data)\n"
-        "    def update(self, data): time.sleep(0.4); self.real.update(data)\n"
+        "    def update(self, data): time.sleep(float(os.environ['PAUSE_S'])); self.real.update(data)\n"
         "    def hexdigest(self): return self.real.hexdigest()\n"
         "    def digest(self): return self.real.digest()\n"
         "sha256, hashlib.sha256 = hashlib.sha256, Slow\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    decoder = Decoder(DATA.model_copy(update={"timeout_s": 2.2}), ALL)
-    span = decoder.cut(str(path)).spans[0]
-    began = time.monotonic()
-    assert decoder.read(str(path), span, "").content_hash
-    assert time.monotonic() - began > 2.5
-    decoder.close()
+    for timeout_s in (2.2, 22.0):
+        monkeypatch.setenv("PAUSE_S", str(timeout_s / 5.5))
+        decoder = Decoder(DATA, ALL)
+        span = decoder.cut(str(path)).spans[0]
+        decoder.data = DATA.model_copy(update={"timeout_s": timeout_s})
+        began = time.monotonic()
+        try:
+            assert decoder.read(str(path), span, "").content_hash
+            break
+        except ClipError:
+            if timeout_s > 3:
+                raise
+        finally:
+            decoder.close()
+    assert time.monotonic() - began > timeout_s
 
 
 def test_the_child_imports_neither_torch_nor_ray_and_ends_with_its_parent_even_amid_a_clip(tmp_path: Path):
