@@ -121,7 +121,7 @@ def opened(path: str, largest: int = LARGEST_FRAME) -> Any:
     try:
         return av.open(path, options={**ALONE, "max_pixels": str(largest)})
     except av.ArgumentError:
-        raise ClipError("unreadable", f"is a playlist or of another format that is not read; {FORMATS_HINT}") from None
+        raise ClipError("unreadable", f"is a playlist, or in a format that is not supported; {FORMATS_HINT}") from None
     except (av.FFmpegError, ValueError) as error:
         raise ClipError("unreadable", f"no decoder can open it: {plain(error)}") from None
 

@@ -97,9 +97,9 @@ def misfit(image_ratio: float | None, shapes: Iterable[tuple[int, int, int]]) ->
 def small_buckets(clips: Mapping[str, int], batch_size: int) -> list[str]:
     """A warning for every bucket that has fewer clips to train on than a batch takes."""
     return [
-        f"the bucket {name} has {count} clips to train on, fewer than train.batch_size {batch_size}: each of its steps "
-        "takes all of them, so they repeat more often than other clips. Add clips of this shape, remove it from "
-        "data.buckets, or lower train.batch_size"
+        f"the bucket {name} has {count} training clip{'s' * (count > 1)}, fewer than train.batch_size {batch_size}: "
+        "its steps average over fewer clips, so each of these weighs more than a clip of another bucket. Add clips of "
+        "this shape, remove it from data.buckets, or lower train.batch_size"
         for name, count in clips.items()
         if 0 < count < batch_size
     ]

@@ -175,9 +175,12 @@ def check_shards(recipe: Recipe) -> Manifest:
     asked = [bucket_name(*shape) for shape in recipe.data.shapes]
     there = [name for name, count in manifest.buckets.items() if count or name in asked]
     if set(asked) != set(there):
+        remedy = f"data.buckets to [{', '.join(there)}]"
+        if not recipe.data.buckets and len(there) == 1:
+            remedy = "data.frames to {}, data.height to {} and data.width to {}".format(*bucket_size(there[0]))
         wrong.append(
-            f"the recipe asks for clips of {', '.join(asked)} and the shards hold {', '.join(there)}: set data.buckets "
-            f"to [{', '.join(there)}], or data.output to another folder, and run `sora prep` to make the clips"
+            f"the recipe asks for clips of {', '.join(asked)} and the shards hold {', '.join(there)}: set {remedy}; or "
+            "set data.output to another folder and run `sora prep` to make the clips"
         )
     for name in there:
         _, _, h, w = manifest.vae.latent_shape(*bucket_size(name))

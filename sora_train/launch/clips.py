@@ -83,14 +83,14 @@ def recorded(run: Path) -> Clips | None:
 
 
 def difference(before: Clips, now: Clips) -> str:
-    """Which clips to train on came and went, in words."""
+    """Which training clips were added and removed, in words."""
     was, are = before.sources(held_out=False), now.sources(held_out=False)
-    came = [source for sample, source in are.items() if sample not in was]
-    went = [source for sample, source in was.items() if sample not in are]
-    if not came and not went:
+    added = [source for sample, source in are.items() if sample not in was]
+    removed = [source for sample, source in was.items() if sample not in are]
+    if not added and not removed:
         return "the same clips are in the shards in another order"
-    parts = [f"{count_of(of)} {what} ({some(of)})" for what, of in (("came", came), ("went", went)) if of]
-    return f"{', '.join(parts)}: {len(was)} clips to train on before, {len(are)} now"
+    parts = [f"{count_of(of)} {what} ({some(of)})" for what, of in (("added", added), ("removed", removed)) if of]
+    return f"{', '.join(parts)}: {len(was)} training clips before, {len(are)} now"
 
 
 def count_of(sources: list[str]) -> str:
@@ -117,7 +117,7 @@ def check_sides(before: Clips, now: Clips) -> None:
 
 
 def check_clips(run: Path, shards: str, now: Clips, new_data: bool) -> str:
-    """Which clips came and went since the run last started, in words; "" where its clips are the same.
+    """Which clips were added and removed since the run last started, in words; "" where its clips are the same.
 
     Raises UserError where they are others and nobody agreed to it (`new_data`).
     """
@@ -129,7 +129,7 @@ def check_clips(run: Path, shards: str, now: Clips, new_data: bool) -> str:
         raise UserError(
             f"{shards} holds other clips than {run} was trained on: {said}. To go on with its optimizer and step, on "
             "the clips that are there now, add --new-data. To start a new run at step 0 from its weights: --name NEW "
-            f"--model.init_from {run}. To go on as before, bring the former clips back"
+            f"--model.init_from {run}. To go on as before, restore the previous clips"
         )
     check_sides(before, now)
     return said

@@ -93,12 +93,12 @@ def launch_training(
         print(f"warning: {said}", file=sys.stderr, flush=True)
     print(exportable(recipe, manifest), flush=True)
     warn_of_short_stops()
-    print("starting Ray", flush=True)
     need = resources(recipe, gpu=False, most=True)
     beside = ThreadPoolExecutor(1)  # Ray takes seconds to start, and leaves a core to what takes others
     disk = beside.submit(check_disk, recipe)
     ray_train = beside.submit(importlib.import_module, "sora_train.launch.fit")
     beside.shutdown(wait=False)
+    print("starting Ray", flush=True)
     with (
         Sigterm(run) as sigterm,
         connect(recipe.cluster.address, min_cpus=math.ceil(need.get("CPU", 0)), log_to_driver=False) as own,
@@ -145,7 +145,7 @@ def going_on(run: Path, recipe: Recipe, at: int, clips: Clips, new_data: bool) -
     """What a run does otherwise from step `at` on, as kinds and reasons of events; says it before it happens."""
     happened: list[tuple[str, str]] = []
     if said := changes(run, recipe, at):
-        happened.append(("changed", f"from here on {said}"))
+        happened.append(("changed", said))
     if said := check_clips(run, recipe.data.output, clips, new_data):
         happened.append(("new_data", f"{said}; an epoch of these begins here"))
     elif new_data:

@@ -135,7 +135,7 @@ def test_what_is_left_out_is_counted_by_reason_with_an_example(tmp_path: Path):
     text = format_plan(found)
     assert "too_short" in text
     assert "lasts 0.2 s" in text
-    assert "WARNING: the bucket 16x256x448 has 3 clips to train on, fewer than train.batch_size 16" in text
+    assert "WARNING: the bucket 16x256x448 has 3 training clips, fewer than train.batch_size 16" in text
     json.dumps(asdict(found))
 
 

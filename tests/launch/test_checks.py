@@ -30,7 +30,7 @@ def test_shards_of_other_clips_or_channels_than_the_recipes_are_refused_with_bot
     recipe = recipe_of(builtin_shards, tmp_path, data__frames=9, model__text_width=7)
     with pytest.raises(
         UserError,
-        match=r"set model.text_width to 64; .* 9x32x32 and the shards hold 2x32x32: set data.buckets to \[2x32x32\]",
+        match=r"set model.text_width to 64; .* 9x32x32 and the shards hold 2x32x32: set data.frames to 2, data.height",
     ):
         check_shards(recipe)
 

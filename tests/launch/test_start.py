@@ -137,7 +137,7 @@ def test_other_clips_are_refused_with_both_ways_on(run: Path, recipe: Recipe, ti
     assert check_folder(run, recipe, manifest, read_clips(recipe)) == 2
     fewer = reading(recipe, without(tiny_shards, 3, tmp_path / "fewer"))
     clips = read_clips(fewer)
-    with pytest.raises(UserError, match=rf"2 clips went \(1.mp4, 2.mp4\).*--new-data.*--model.init_from {run}"):
+    with pytest.raises(UserError, match=rf"2 clips removed \(1.mp4, 2.mp4\).*--new-data.*--model.init_from {run}"):
         check_folder(run, fewer, manifest, clips)
     assert check_folder(run, fewer, manifest, clips, new_data=True) == 2
     assert "2 clips went" in check_clips(run, fewer.data.output, clips, new_data=True)
