@@ -140,7 +140,7 @@ def test_other_clips_are_refused_with_both_ways_on(run: Path, recipe: Recipe, ti
     with pytest.raises(UserError, match=rf"2 clips removed \(1.mp4, 2.mp4\).*--new-data.*--model.init_from {run}"):
         check_folder(run, fewer, manifest, clips)
     assert check_folder(run, fewer, manifest, clips, new_data=True) == 2
-    assert "2 clips went" in check_clips(run, fewer.data.output, clips, new_data=True)
+    assert "2 clips removed" in check_clips(run, fewer.data.output, clips, new_data=True)
     describe_run(run, fewer, manifest, clips)
     assert check_folder(run, fewer, manifest, clips) == 2
     assert check_clips(run, fewer.data.output, clips, new_data=True) == ""
