@@ -1,6 +1,7 @@
 """What several tests share."""
 
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ class OneRay:
         """Starts Ray with `options` of `ray.init` and `environment` for its processes, unless it runs already."""
         import ray
 
-        asked = {"environment": environment, **options}
+        asked = deepcopy({"environment": environment, **options})  # Ray changes what it is given
         if ray.is_initialized() and asked == self.asked:
             return
         self.stop()
