@@ -26,11 +26,11 @@ from sora_train.launch.private_ray import preemption_info
 from sora_train.launch.validation import Outstanding
 from sora_train.recipe import Recipe, save_recipe
 from sora_train.train import checkpoint
-from sora_train.train.hardware import memory_errors
 from sora_train.train.home import LEAVE, Home, Report
 from sora_train.train.initial import described
 from sora_train.train.loop import train
 from sora_train.train.metrics import Events
+from sora_train.train.out_of_memory import memory_errors
 
 STALE_S = 600.0  # beyond both attempts of a validation: its supervisor is gone
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
