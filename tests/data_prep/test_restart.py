@@ -37,36 +37,31 @@ def wait_so_long(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> None:
     monkeypatch.setattr(chain, "watched", watch)
 
 
-def test_a_restart_frees_the_actors_of_a_ray_that_was_connected(recipe: Recipe, monkeypatch, capsys):
-    import ray
-
-    ray.init(address="local", num_cpus=2, include_dashboard=False)  # no room for a second pipeline beside the first
+@pytest.mark.timeout(1900)
+def test_a_restart_frees_the_actors_of_a_ray_that_was_connected(recipe: Recipe, monkeypatch, capsys, one_ray):
+    one_ray.stop()
+    one_ray.start({}, num_cpus=2)  # no room for a second pipeline beside the first
     wait_so_long(monkeypatch, 0.5, 1800)
-    try:
-        assert prep(recipe).counts.written == 2
-    finally:
-        ray.shutdown()
+    assert prep(recipe).counts.written == 2
     assert "nothing came for 0 s; restarts with what is missing" in capsys.readouterr().out
 
 
-def test_restarts_without_a_clip_come_to_an_end(recipe: Recipe, monkeypatch):
+def test_restarts_without_a_clip_come_to_an_end(recipe: Recipe, monkeypatch, one_ray):
+    one_ray.stop()
     wait_so_long(monkeypatch, 0.5, 0.5, 0.5)
     with pytest.raises(UserError, match="started 3 times in a row without encoding a clip.*`ray status`"):
         prep(recipe)
 
 
-def test_a_lost_device_is_known_through_ray():
+def test_a_lost_device_is_known_through_ray(one_ray):
     import ray
 
     def lose(table):
         raise DeviceLost("VAE: cuda:0 no longer works: CUDA error")
 
-    ray.init(address="local", num_cpus=1, include_dashboard=False)
+    one_ray.start({}, num_cpus=1)
     chain.quiet_ray_data()
-    try:
-        with pytest.raises(Standstill) as error:
-            list(watched(ray.data.range(4).map_batches(lose, batch_format="pyarrow").iter_batches(batch_size=None)))
-    finally:
-        ray.shutdown()
+    with pytest.raises(Standstill) as error:
+        list(watched(ray.data.range(4).map_batches(lose, batch_format="pyarrow").iter_batches(batch_size=None)))
     assert isinstance(error.value, DeviceLost)
     assert str(error.value.cause).startswith("VAE: cuda:0 no longer works: CUDA error\n")
