@@ -7,6 +7,7 @@ that a run was asked to stop (SIGTERM) and can go on: what EX_TEMPFAIL of sysexi
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import sys
@@ -253,5 +254,20 @@ def show_help(verb: str, settings: object, options: object = None) -> NoReturn:
     raise SystemExit(0)
 
 
+def command() -> NoReturn:
+    """`main` as a process. One that a signal ended waits for none of its threads.
+
+    Ray's own SIGTERM handler, in force while Ray starts, raises wherever Python is: also where `logging` releases its
+    lock. A thread that logs then waits for ever, and the process would wait for that thread.
+    """
+    code = main()
+    if code in (EXIT_RESUMABLE, EXIT_INTERRUPTED):
+        atexit._run_exitfuncs()  # Ray ends the processes that it started
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()
