@@ -173,7 +173,7 @@ def kill_a_worker_at(step: int, run: Path) -> threading.Thread:
     def kill() -> None:
         metrics = run / "metrics.jsonl"
         while not (metrics.exists() and any(done >= step for done, _ in losses(run))):
-            time.sleep(0.05)
+            time.sleep(0.01)
         workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
         os.kill(workers[-1].pid, signal.SIGKILL)
 
