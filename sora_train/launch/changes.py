@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sora_train.launch.checks import UNTOLD, differences
+from sora_train.launch.resume import UNTOLD, differences
 from sora_train.recipe import Recipe, load_recipe
 from sora_train.train.config import TrainConfig
 from sora_train.train.loop import learning_rate

@@ -24,7 +24,6 @@ from sora_train.launch.checks import (
     absolute,
     check_cluster,
     check_codec,
-    check_folder,
     check_shards,
     check_text,
     resources,
@@ -52,6 +51,7 @@ from sora_train.launch.judge import (
     judge_versions,
     passed,
 )
+from sora_train.launch.resume import check_folder
 from sora_train.launch.start import check_start
 from sora_train.launch.wandb_reach import check_wandb
 from sora_train.manifest import Manifest

@@ -23,7 +23,6 @@ from sora_train.launch.checks import (
     check_cluster,
     check_codec,
     check_figures,
-    check_folder,
     check_shards,
     check_text,
     resources,
@@ -44,6 +43,7 @@ from sora_train.launch.folder import (
 )
 from sora_train.launch.follow import Follower
 from sora_train.launch.preflight import check_disk, check_quickly
+from sora_train.launch.resume import check_folder
 from sora_train.launch.sigterm import Sigterm, shelter_wandb, warn_of_short_stops
 from sora_train.launch.start import check_start, remarks
 from sora_train.launch.validation import Outstanding, report, supervise

@@ -7,15 +7,13 @@ import pytest
 
 from sora_train.errors import UserError
 from sora_train.launch.checks import (
-    MAY_CHANGE,
     absolute,
     check_codec,
     check_shards,
     check_text,
-    flat,
-    null_prompt_then,
 )
 from sora_train.launch.folder import check_writable, clear
+from sora_train.launch.resume import MAY_CHANGE, flat, null_prompt_then
 from sora_train.launch.start import check_start
 from sora_train.launch.trainer import exportable, launch_training
 from sora_train.manifest import Manifest

@@ -9,8 +9,8 @@ import torch
 
 from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
-from sora_train.launch.checks import STEERS, check_folder, differences
 from sora_train.launch.folder import check_whole, check_writable, note_lost_driver, only_one, set_aside
+from sora_train.launch.resume import STEERS, check_folder, differences
 from sora_train.manifest import Manifest
 from sora_train.model import Latte
 from sora_train.recipe import save_recipe

@@ -14,9 +14,10 @@ from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
 from sora_train.export import export
 from sora_train.launch.changes import changes, rate_jump
-from sora_train.launch.checks import absolute, check_folder
+from sora_train.launch.checks import absolute
 from sora_train.launch.clips import check_clips, read_clips, recorded
 from sora_train.launch.folder import describe_run
+from sora_train.launch.resume import check_folder
 from sora_train.launch.start import check_start, remarks
 from sora_train.manifest import Manifest
 from sora_train.model import Latte
