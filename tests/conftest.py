@@ -1,6 +1,6 @@
 """What several tests share."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,8 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of 21 clips of noise, without a VAE: 2 latent frames of 4 x 4 x 4, texts of 1 to 4 tokens, 64 wide."""
+def write_noise_shards() -> Callable[..., Path]:
+    """Writes shards of clips of noise, made without a VAE."""
     import base64
 
     import numpy as np
@@ -64,38 +64,48 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from sora_train import manifest, schema
 
-    folder, rng = tmp_path_factory.mktemp("shards"), np.random.default_rng(0)
-    rows = [
-        schema.encode_row(
-            sample_id=f"{i:04x}",
-            source=f"{i}.mp4",
-            source_size=1,
-            source_version="1",
-            content_hash="",
-            start_s=0.0,
-            end_s=0.25,
-            captions=[f"clip {i}"],
-            latents=rng.standard_normal((1, 2, 4, 4, 4)),
-            text=[rng.standard_normal((1 + i % 4, 64))],
-        )
-        for i in range(21)
-    ]
-    place = folder / "bucket=2x32x32"
-    place.mkdir()
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema.SHARD_SCHEMA), place / "part.parquet", row_group_size=8)
-    manifest.Manifest(
-        encoding_hash="tiny",
-        vae=manifest.VaeFacts(name="none", hash="none", channels=4, factor=8, mean=(0.0,) * 4, std=(1.0,) * 4),
-        text=manifest.TextFacts(name="none", hash="none", width=64, max_tokens=4),
-        latents=manifest.LatentFormat(moments=1),
-        frames=2,
-        fps=8.0,
-        height=32,
-        width=32,
-        buckets={"2x32x32": 21},
-        empty_text=base64.b64encode(np.zeros((1, 64), np.float16).tobytes()).decode(),
-        empty_tokens=1,
-        counts=manifest.Counts(asked=21, written=21, quarantined=0, filtered=0),
-        reasons={},
-    ).save(str(folder))
-    return folder
+    def write(folder: Path, caption_tokens: list[int], text_width: int) -> Path:
+        """A clip of 2 latent frames of 4 x 4 x 4 for each number of caption tokens."""
+        rng, clips = np.random.default_rng(0), len(caption_tokens)
+        rows = [
+            schema.encode_row(
+                sample_id=f"{i:04x}",
+                source=f"{i}.mp4",
+                source_size=1,
+                source_version="1",
+                content_hash="",
+                start_s=0.0,
+                end_s=0.25,
+                captions=[f"clip {i}"],
+                latents=rng.standard_normal((1, 2, 4, 4, 4)),
+                text=[rng.standard_normal((tokens, text_width))],
+            )
+            for i, tokens in enumerate(caption_tokens)
+        ]
+        place = folder / "bucket=2x32x32"
+        place.mkdir()
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema.SHARD_SCHEMA), place / "part.parquet", row_group_size=8)
+        manifest.Manifest(
+            encoding_hash="tiny",
+            vae=manifest.VaeFacts(name="none", hash="none", channels=4, factor=8, mean=(0.0,) * 4, std=(1.0,) * 4),
+            text=manifest.TextFacts(name="none", hash="none", width=text_width, max_tokens=max(caption_tokens)),
+            latents=manifest.LatentFormat(moments=1),
+            frames=2,
+            fps=8.0,
+            height=32,
+            width=32,
+            buckets={"2x32x32": clips},
+            empty_text=base64.b64encode(np.zeros((1, text_width), np.float16).tobytes()).decode(),
+            empty_tokens=1,
+            counts=manifest.Counts(asked=clips, written=clips, quarantined=0, filtered=0),
+            reasons={},
+        ).save(str(folder))
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(write_noise_shards: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of 21 clips of noise: 2 latent frames of 4 x 4 x 4, captions of 1 to 4 tokens, 64 wide."""
+    return write_noise_shards(tmp_path_factory.mktemp("shards"), [1 + i % 4 for i in range(21)], 64)

@@ -1,6 +1,5 @@
 """Training with `train.compile`: few graphs whatever the captions' lengths, and every kind of checkpointing."""
 
-import base64
 import json
 import os
 import subprocess
@@ -8,12 +7,7 @@ import sys
 from pathlib import Path
 from shutil import which
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-
-from sora_train import manifest, schema
 
 LENGTHS = 100
 PROGRAM = """
@@ -39,43 +33,9 @@ print(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 @pytest.fixture(scope="module")
-def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def captions(write_noise_shards, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of 100 clips, whose captions have 1 to 100 tokens."""
-    folder, rng = tmp_path_factory.mktemp("captions"), np.random.default_rng(0)
-    rows = [
-        schema.encode_row(
-            sample_id=f"{i:04x}",
-            source=f"{i}.mp4",
-            source_size=1,
-            source_version="1",
-            content_hash="",
-            start_s=0.0,
-            end_s=0.25,
-            captions=[f"clip {i}"],
-            latents=rng.standard_normal((1, 2, 4, 4, 4)),
-            text=[rng.standard_normal((1 + i, 8))],
-        )
-        for i in range(LENGTHS)
-    ]
-    place = folder / "bucket=2x32x32"
-    place.mkdir()
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema.SHARD_SCHEMA), place / "part.parquet", row_group_size=8)
-    manifest.Manifest(
-        encoding_hash="captions",
-        vae=manifest.VaeFacts(name="none", hash="none", channels=4, factor=8, mean=(0.0,) * 4, std=(1.0,) * 4),
-        text=manifest.TextFacts(name="none", hash="none", width=8, max_tokens=LENGTHS),
-        latents=manifest.LatentFormat(moments=1),
-        frames=2,
-        fps=8.0,
-        height=32,
-        width=32,
-        buckets={"2x32x32": LENGTHS},
-        empty_text=base64.b64encode(np.zeros((1, 8), np.float16).tobytes()).decode(),
-        empty_tokens=1,
-        counts=manifest.Counts(asked=LENGTHS, written=LENGTHS, quarantined=0, filtered=0),
-        reasons={},
-    ).save(str(folder))
-    return folder
+    return write_noise_shards(tmp_path_factory.mktemp("captions"), list(range(1, LENGTHS + 1)), 8)
 
 
 def trained(captions: Path, out: Path, mode: str, compiled: str, attention: str) -> tuple[dict[int, float], int]:
