@@ -1,6 +1,6 @@
 """Jobs on a cluster of three machines with addresses of their own, and the drill's plan of faults."""
 
-import os
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def test_the_drill_finds_a_restart_that_is_not_in_the_events(attempts: int, told
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(1800)
-@pytest.mark.skipif(os.name != "posix", reason="namespaces are Linux's")
+@pytest.mark.skipif(sys.platform != "linux", reason="namespaces are Linux's")
 def test_jobs_on_three_machines_succeed_by_the_pages_commands_alone(tmp_path_factory: pytest.TempPathFactory):
     if why := lacking():
         pytest.skip(why)

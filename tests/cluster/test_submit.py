@@ -1,7 +1,7 @@
 """What `ray job submit --working-dir .` takes along, and what its jobs do on a real head node."""
 
-import os
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -97,7 +97,7 @@ def test_a_run_says_where_a_stop_would_leave_it_too_little_time(
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(1200)
-@pytest.mark.skipif(os.name != "posix", reason="namespaces are Linux's")
+@pytest.mark.skipif(sys.platform != "linux", reason="namespaces are Linux's")
 def test_jobs_on_a_head_node_are_submitted_stopped_with_a_checkpoint_and_go_on(
     tmp_path_factory: pytest.TempPathFactory,
 ):

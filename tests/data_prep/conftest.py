@@ -136,3 +136,20 @@ def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     bucket = f"clips-{uuid.uuid4().hex[:12]}"
     fs.S3FileSystem(endpoint_override=s3_server, allow_bucket_creation=True).create_dir(bucket)
     return f"s3://{bucket}"
+
+
+@pytest.fixture
+def cut_to_second_keyframe() -> Callable[[Path, Path], Path]:
+    def cut(whole: Path, path: Path) -> Path:
+        """Copies the packets of a video from its second keyframe on; nothing is encoded again."""
+        with av.open(str(whole)) as source, av.open(str(path), "w") as file:
+            stream = file.add_stream_from_template(source.streams.video[0])
+            keys = 0
+            for packet in source.demux(video=0):
+                keys += packet.is_keyframe
+                if packet.size and keys >= 2:
+                    packet.stream = stream
+                    file.mux(packet)
+        return path
+
+    return cut

@@ -99,18 +99,10 @@ def test_what_would_fill_the_memory_is_left_to_pyav(tmp_path: Path, write, monke
         by(DecordReader, path, np.arange(4) / 30)
 
 
-def test_a_cut_file_is_left_to_pyav(tmp_path: Path, write):
+def test_a_cut_file_is_left_to_pyav(tmp_path: Path, write, cut_to_second_keyframe):
     """Copied from its second keyframe on, it begins with pictures that refer to the group before."""
     whole = drawn(write, tmp_path / "whole.mp4", options=OPEN_GOP)
-    path = tmp_path / "cut.mp4"
-    with av.open(str(whole)) as source, av.open(str(path), "w") as file:
-        stream = file.add_stream_from_template(source.streams.video[0])
-        keys = 0
-        for packet in source.demux(video=0):
-            keys += packet.is_keyframe
-            if packet.size and keys >= 2:
-                packet.stream = stream
-                file.mux(packet)
+    path = cut_to_second_keyframe(whole, tmp_path / "cut.mp4")
     with pytest.raises(NotOrdinaryError):
         by(DecordReader, path, np.arange(4) / 30)
 

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 
@@ -71,18 +70,10 @@ def test_clips_in_any_order_hold_the_frames_that_are_due(
         assert numbers == on_screen(times, due + start), f"at {start} s"
 
 
-def test_a_cut_file_begins_with_its_first_whole_picture(tmp_path: Path, write, number_of):
+def test_a_cut_file_begins_with_its_first_whole_picture(tmp_path: Path, write, number_of, cut_to_second_keyframe):
     """Copied from its second keyframe on, a stream begins with pictures that refer to the group before."""
     whole = write(tmp_path / "whole.mkv", np.arange(90) / 30, options=OPEN_GOP)
-    with av.open(str(whole)) as source, av.open(str(tmp_path / "cut.mkv"), "w") as file:
-        stream = file.add_stream_from_template(source.streams.video[0])
-        keys = 0
-        for packet in source.demux(video=0):
-            keys += packet.is_keyframe
-            if packet.size and keys >= 2:
-                packet.stream = stream
-                file.mux(packet)
-    path = tmp_path / "cut.mkv"
+    path = cut_to_second_keyframe(whole, tmp_path / "cut.mkv")
     numbers = [number_of(frame) for frame in by(Anywhere, path).frames(np.arange(20) / 30, same)]
     assert numbers[0] >= 9
     assert np.diff(numbers).tolist() == [1] * 19
