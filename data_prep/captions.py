@@ -25,7 +25,7 @@ from sora_train.places import as_text, read_bytes, remedy
 JSON_LINES, PARQUET = (".jsonl", ".ndjson", ".json"), (".parquet", ".pq")
 PACKED = (".gz", ".bz2", ".zst", ".lz4")
 NO_CAPTION = frozenset(("nan", "NaN", "NAN", "null", "NULL", "None", "<NA>", "NA", "N/A", "n/a", "#N/A", "\\N"))
-"""What pandas, SQL and Excel write where there is no value; as a caption they are none."""
+"""What pandas, SQL and Excel write for a missing value. A caption that is one of these counts as missing."""
 NAMED = 12  # columns in a message
 
 

@@ -230,7 +230,7 @@ def outside(scenes: list[tuple[float, float]], holes: tuple[tuple[float, float],
 def spans_of(
     scenes: list[tuple[float, float]], seconds: float, header: Header, data: DataConfig, apart: tuple[str, str]
 ) -> tuple[Span, ...]:
-    """Clips from `data.start_s` on, every `data.stride_s`, in each scene anew.
+    """Clips every `data.stride_s` from `data.start_s` on, counted from the start of each scene.
 
     Raises ClipError where there is none; where all of several scenes are too short, `apart` is its reason, and what
     the scenes are called.

@@ -206,7 +206,7 @@ def serve(line: Connection) -> None:
     data, selection, memory, size = line.recv()
     reader = Reader(line, data, selection, mmap.mmap(memory, size))
     threading.Thread(target=leave_with_parent, args=(line.fileno(),), daemon=True).start()
-    gc.freeze()  # so that collecting is quick: see frames.LOOKS
+    gc.freeze()  # frames.py collects garbage every LOOKS frames; that is quick without what the imports made
     line.send_bytes(READY)
     while True:
         try:

@@ -75,7 +75,7 @@ class DecordReader:
             try:
                 fitted, why = self.read(indices, fit), ""
             except Exception as error:  # whatever decord raises, PyAV finds out what is wrong
-                fitted, why = [], str(error)
+                fitted, why = [], str(error) or type(error).__name__
         said = [line for line in said if not line.startswith(CONVERSION)]
         if why or said:
             raise NotOrdinaryError(why or said[0])

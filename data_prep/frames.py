@@ -29,7 +29,7 @@ SEEKS = {"mov,mp4,m4a,3gp,3g2,mj2": 0.0, "matroska,webm": 0.0, "mpegts": 5.0}
 """Containers in which a seek is sound, and how many seconds early it has to aim: MPEG-TS has no index of keyframes."""
 LOOKS = 8  # frames whose side data is looked at: PyAV ties each into a cycle, which keeps it until it is collected
 REORDERED = 64  # more frames than a decoder holds back
-BACK_S = 0.5  # a timestamp that lies further back starts a clock anew; one that lies less far back is late
+BACK_S = 0.5  # a timestamp further back than this restarts the clock; one less far back is a late frame
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own drop the transparency of WebM
 DECODERS = {"vp9": "libvpx-vp9"}  # FFmpeg's own does not notice damage
 

@@ -39,7 +39,7 @@ UPRIGHT = Orientation()
 
 def orientation_of(frame: Any) -> Orientation | None:
     """The orientation that a PyAV frame carries, if any; an angle between two right angles goes to the nearer one."""
-    # Side data and its frame hold each other until garbage is collected, so that of a small copy is read.
+    # Side data and its frame form a reference cycle until garbage is collected. A small copy keeps that cheap.
     small = frame.reformat(16, 16, interpolation=Interpolation.POINT)
     try:
         side_data = small.side_data

@@ -1,4 +1,4 @@
-"""Still pictures as clips of one frame: JPEG, PNG, WebP, AVIF, BMP, TIFF, told by their first bytes.
+"""Still images as clips of one frame: JPEG, PNG, WebP, AVIF, BMP, TIFF, recognised by their first bytes.
 
 What is animated is a video, or refused by name. One picture in a container of videos is a still too: see headers.py.
 """

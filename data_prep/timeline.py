@@ -23,7 +23,7 @@ class Timeline:
 
     `end` is where the last frame ends, 0 where no packet can be read. `holes` are where one frame would stand so long
     that a whole clip shows nothing else, though frames usually follow each other much faster: a recording that lost its
-    signal, or stood still. `jumps_back` says that its timestamps begin anew somewhere, so a seek by time is unsound.
+    signal, or stood still. `jumps_back` is true if its timestamps restart somewhere: seeking by time is then wrong.
     """
 
     start_s: float

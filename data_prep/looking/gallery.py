@@ -70,7 +70,7 @@ def contents(inventory: Inventory, manifest: Manifest | None, sheets: list[dict]
     return {
         "name": one_line(inventory.folder),
         "written": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "style": asset("page.css"),  # that of a run's report, so that both pages look alike
+        "style": asset("page.css"),  # the style sheet of a run's report: both pages look alike
         "counts": counts,
         "facts": facts,
         "made_by": made_by(manifest) if manifest else [],
