@@ -133,6 +133,14 @@ def test_a_json_array_is_named_as_one(tmp_path: Path):
 CELLS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufeff"), max_size=20)
 
 
+def written(rows, delimiter: str, quoting, end: str) -> str:
+    """What Python's writer makes of them. It leaves a line end unquoted where that is not its own."""
+    quoting = csv.QUOTE_ALL if any("\r" in cell or "\n" in cell for row in rows for cell in row) else quoting
+    text = io.StringIO(newline="")
+    csv.writer(text, delimiter=delimiter, quoting=quoting, lineterminator=end).writerows([("f", "p"), *rows])
+    return text.getvalue()
+
+
 @given(
     rows=st.lists(st.tuples(CELLS, CELLS), max_size=5),
     delimiter=st.sampled_from(",;\t|"),
@@ -140,8 +148,6 @@ CELLS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\
     end=st.sampled_from(["\n", "\r\n", "\r"]),
 )
 def test_what_pythons_writer_writes_is_read_back(rows, delimiter: str, quoting, end: str):
-    text = io.StringIO(newline="")
-    csv.writer(text, delimiter=delimiter, quoting=quoting, lineterminator=end).writerows([("f", "p"), *rows])
     stripped = [(a.strip(), b.strip()) for a, b in rows]
-    found = [tuple(cells) for _, cells in Records("c.csv", text.getvalue(), ("f", "p"))]
+    found = [tuple(cells) for _, cells in Records("c.csv", written(rows, delimiter, quoting, end), ("f", "p"))]
     assert found == [row for row in stripped if any(row)]

@@ -61,7 +61,8 @@ print(os.getenv("RAY_ADDRESS"))
     assert after == "None"
 
 
-def test_a_cluster_that_is_gone_is_an_error_with_the_way_out(notes: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_cluster_that_is_gone_is_an_error_with_the_way_out(notes: Path, one_ray, monkeypatch: pytest.MonkeyPatch):
+    one_ray.stop()  # a process that is connected stays with its cluster
     monkeypatch.setattr(cluster, "WAIT_S", 1.0)
     gone = f"127.0.0.1:{free_port()}"
     monkeypatch.setenv("RAY_ADDRESS", gone)
