@@ -31,7 +31,7 @@ quickstart: .venv/installed
 	$(BIN)/sora demo
 
 bench-quickstart: .venv/installed
-	$(BIN)/python -m sora_train.demo.seeds
+	$(BIN)/python -m sora_train.quickstart.seeds
 
 # Some of it: make drill-train ARGS='--only worker-killed node-lost'; --out FILE.md writes the table for docs/benchmarks.
 drill-train: .venv/installed

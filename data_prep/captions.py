@@ -20,7 +20,7 @@ from pyarrow import fs
 from data_prep.csv_records import SEPARATORS, Records
 from sora_train.data.config import DataConfig
 from sora_train.errors import RecipeError
-from sora_train.places import as_text, read_bytes, remedy
+from sora_train.storage import as_text, read_bytes, remedy
 
 JSON_LINES, PARQUET = (".jsonl", ".ndjson", ".json"), (".parquet", ".pq")
 PACKED = (".gz", ".bz2", ".zst", ".lz4")

@@ -12,7 +12,7 @@ from pyarrow import fs
 
 from data_prep.captions import NO_CAPTION, Line, no_caption
 from sora_train.errors import RecipeError
-from sora_train.places import as_text, named
+from sora_train.storage import as_text, named
 
 PICTURES = "avif bmp heic heif jpeg jpg png tif tiff webp"
 VIDEOS = "3g2 3gp apng asf avi f4v flv gif m2ts m4v mkv mov mp4 mpe mpeg mpg mts mxf ogg ogv ts vob webm wmv y4m"

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from data_prep.reasons import LASTING
-from sora_train.places import named, resolve, write_whole
 from sora_train.schema import QUARANTINE_SCHEMA
+from sora_train.storage import named, resolve, write_whole
 
 SETTINGS_KEY = b"settings_hash"
 SOURCES_SCHEMA = pa.schema(

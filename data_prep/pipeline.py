@@ -10,23 +10,23 @@ import time
 from collections import Counter
 
 from data_prep.buckets import TRANSFORM_VERSION, Bucket, buckets_of
-from data_prep.chain import encode
-from data_prep.harvest import Harvest
 from data_prep.ledger import Ledger
-from data_prep.outcome import Outcome
+from data_prep.ray_pipeline import encode
+from data_prep.resume import take_stock
 from data_prep.shards import finished_clips, manifest_or_none, only_one, sweep
-from data_prep.source import Row, read_rows
-from data_prep.standstill import Standstill
-from data_prep.stock import take_stock
+from data_prep.sink import Harvest
+from data_prep.sources import Row, read_rows
+from data_prep.stats import Outcome
+from data_prep.watchdog import Standstill
 from sora_train.codec.conventions import cleaning_of
 from sora_train.codec.files import TextFiles, VaeFiles, find_text_encoder, find_vae
 from sora_train.data.config import small_buckets
 from sora_train.data.shards import ShardSet
 from sora_train.errors import RecipeError, UserError
 from sora_train.manifest import SCHEMA_VERSION, Counts, LatentFormat, Manifest, TextFacts, VaeFacts, commonest_shape
-from sora_train.places import lasting
 from sora_train.recipe import Recipe
 from sora_train.schema import bucket_name, bucket_of
+from sora_train.storage import lasting
 
 STARTS_IN_VAIN = 3
 """Starts of the pipeline in a row in which no clip is encoded; then prep ends with an error."""

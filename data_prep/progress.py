@@ -28,7 +28,7 @@ class Progress:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._metrics = None
         if run:
-            from sora_train.launch.ray_metrics import RayMetrics
+            from sora_train.ray_cluster.metrics import RayMetrics
 
             self._metrics = RayMetrics(run)
         self._bar = tqdm(total=total, desc="prep", unit=" sources", mininterval=0.5) if sys.stdout.isatty() else None

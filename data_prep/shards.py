@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from data_prep.source import row_id
+from data_prep.sources import row_id
 from sora_train.errors import UserError
 from sora_train.locks import owned
 from sora_train.manifest import Manifest
-from sora_train.places import UNFINISHED, named, resolve, write_whole
 from sora_train.schema import ENCODING_KEY, ROW_GROUP, SHARD_SCHEMA, shard_files
+from sora_train.storage import UNFINISHED, named, resolve, write_whole
 
 SHARD_ROWS = 8 * ROW_GROUP
 COLUMNS = [field.name for field in SHARD_SCHEMA if field.name not in ("latents", "text", "tokens")]

@@ -15,10 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from sora_train import __version__
-from sora_train.errors import RecipeError, Stopped, UserError
-from sora_train.settings import build, keys, parse_flags
-from sora_train.terminal import protect, say
-from sora_train.verbs import (
+from sora_train.commands import (
     EXAMPLES,
     MORE,
     READS,
@@ -34,6 +31,9 @@ from sora_train.verbs import (
     TrainOptions,
     usage,
 )
+from sora_train.errors import RecipeError, Stopped, UserError
+from sora_train.settings import build, keys, parse_flags
+from sora_train.terminal import protect, say
 
 if TYPE_CHECKING:
     from sora_train.recipe import Recipe
@@ -84,7 +84,7 @@ def run(verb: str, words: Sequence[str]) -> None:
         case "prep":
             recipe, how = recipe_of(verb, words, PrepOptions)
             if how.plan:
-                from data_prep.planning.plan import show_plan
+                from data_prep.estimate.command import show_plan
 
                 show_plan(recipe)
             else:
@@ -93,14 +93,14 @@ def run(verb: str, words: Sequence[str]) -> None:
                 prep(recipe)
         case "inspect":
             shards, options = target_of(verb, words, InspectOptions)
-            from data_prep.looking.inspect import check_shards, format_table, inspect
+            from data_prep.inspect.table import check_shards, format_table, inspect
 
             if options.check:
                 check_shards(shards)
             counts = inspect(shards)
             say(json.dumps(counts) if options.json else format_table(counts))
             if options.html:
-                from data_prep.looking.gallery import write_page
+                from data_prep.inspect.page import write_page
 
                 print(write_page(shards, options.html, options.clips, options.root), file=sys.stderr)
         case "preflight":
@@ -113,7 +113,7 @@ def run(verb: str, words: Sequence[str]) -> None:
             elif asked:
                 raise RecipeError(f"--{next(iter(asked))} goes with --plan: without it the cluster's own GPUs count")
             else:
-                from sora_train.launch.preflight import preflight
+                from sora_train.launch.preflight.table import preflight
 
                 preflight(recipe)
         case "train":
@@ -129,7 +129,7 @@ def run(verb: str, words: Sequence[str]) -> None:
             run_folder, how = target_of(verb, words, SampleOptions)
             if not how.prompt and not how.prompts:
                 raise RecipeError('--prompt is missing, for instance --prompt "a blue square moving up"')
-            from sora_train.generate import sample_prompts
+            from sora_train.sample import sample_prompts
 
             sample_prompts(run_folder, how)
         case "export":
@@ -141,13 +141,13 @@ def run(verb: str, words: Sequence[str]) -> None:
             export(*folders, weights_only=what.weights_only, weights=what.weights)
         case "eval":
             run_folder, ask = target_of(verb, words, EvalOptions)
-            from sora_train.demo.measure import obey
             from sora_train.evaluate import evaluate
+            from sora_train.quickstart.measure import obey
 
             evaluate(run_folder, ask, obey)
         case "demo":
             overrides = demo_overrides(words)
-            from sora_train.demo.run import demo
+            from sora_train.quickstart.run import demo
 
             demo(overrides=overrides)
         case "report":
@@ -207,7 +207,7 @@ def demo_overrides(words: Sequence[str]) -> dict[str, object]:
     words, wants_help = without_help(words)
     overrides, rest = parse_flags(words, Recipe)
     if wants_help:
-        from sora_train.demo.run import find_recipe
+        from sora_train.quickstart.run import find_recipe
 
         show_help("demo", load_recipe(find_recipe("jobs/quickstart.yaml"), overrides))
     if rest:

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sora_train.errors import UserError
-from sora_train.places import broken_link
+from sora_train.storage import broken_link
 
 OWNER = ".owner"
 """The file that names the process which works in a folder."""

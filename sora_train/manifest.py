@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from sora_train.errors import UserError
-from sora_train.places import read_bytes, resolve, write_whole
 from sora_train.section import Section
+from sora_train.storage import read_bytes, resolve, write_whole
 
 SCHEMA_VERSION = 2
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from sora_train.manifest import Manifest
-from sora_train.places import named, resolve
+from sora_train.storage import named, resolve
 
 ROW_GROUP = 32
 """Rows of a row group: a reader must take a whole one."""

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from sora_train import cli
+from sora_train.commands import READS
 from sora_train.errors import RecipeError, Stopped, UserError
 from sora_train.recipe import Recipe
 from sora_train.settings import keys
-from sora_train.verbs import READS
 
 
 def sora(*words: str) -> subprocess.CompletedProcess[str]:

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sora_train.commands import SampleOptions
 from sora_train.errors import RecipeError
 from sora_train.recipe import Recipe, load_recipe, save_recipe
 from sora_train.settings import MEANT, build, keys, nearest, parse_flags
-from sora_train.verbs import SampleOptions
 
 JOBS = sorted((Path(__file__).parents[1] / "jobs").glob("*.yaml"))
 

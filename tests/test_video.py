@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sora_train.demo.shapes import Scene, draw
+from sora_train.quickstart.shapes import Scene, draw
 from sora_train.video import contact_sheet, fit, font, one_line, read_mp4, slug, write_gif, write_mp4
 
 HOSTILE = [

@@ -16,12 +16,12 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from sora_train.bench.contender import Case, inputs
 from sora_train.bench.core import Row, Table, fs_type, say, seconds, spread
 from sora_train.bench.model import Options as ModelOptions
 from sora_train.bench.model import cases, title
 from sora_train.bench.options import Common, parse, refuse
 from sora_train.bench.output import finish
+from sora_train.bench.variant import Case, inputs
 from sora_train.errors import RecipeError
 from sora_train.model import Latte
 from sora_train.train import checkpoint
@@ -29,7 +29,7 @@ from sora_train.train.checkpoint import State
 from sora_train.train.config import TrainConfig
 from sora_train.train.ema import Ema
 from sora_train.train.engine import Engine
-from sora_train.train.home import Home
+from sora_train.train.run_dir import Home
 
 ABOUT = (
     "Trains a model of a named shape on noise with DeepSpeed in one process, and makes checkpoints as `sora train` "

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module
 
+from sora_train.commands import VERBS
 from sora_train.errors import RecipeError
-from sora_train.verbs import VERBS
 
 BENCHES = {
     "model": ("", "forward, backward, step, tokens/s, FLOP/s, MFU and memory beside diffusers' Latte"),

@@ -27,8 +27,8 @@ from sora_train.bench.shards import make_shards
 from sora_train.data.order import Bucket, Plan, batch
 from sora_train.errors import RecipeError, UserError
 from sora_train.manifest import Manifest
-from sora_train.places import resolve
 from sora_train.schema import shard_files
+from sora_train.storage import resolve
 
 ABOUT = (
     "Reads shards once through, in turns, by our reader (in training's shuffled order, then as the loop gets it), raw "
@@ -182,7 +182,7 @@ def started_ray() -> Iterator[None]:
         raise UserError("--ray: Ray is not installed")
     import ray
 
-    from data_prep.chain import quiet_ray_data
+    from data_prep.ray_pipeline import quiet_ray_data
 
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     quiet_ray_data()

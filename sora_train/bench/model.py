@@ -19,11 +19,11 @@ from typing import Any, Literal
 
 import torch
 
-from sora_train.bench.contender import Case, Contender, Trainee, relative, seeded
 from sora_train.bench.core import Row, Table, interleave, say, spread
 from sora_train.bench.options import Common, parse, refuse
 from sora_train.bench.output import finish
 from sora_train.bench.process import Process
+from sora_train.bench.variant import Case, Contender, Trainee, relative, seeded
 from sora_train.errors import RecipeError, UserError
 from sora_train.model.config import PRESETS
 from sora_train.model.flops import forward_flops, parameter_count

@@ -21,16 +21,16 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep.buckets import buckets_of
-from data_prep.chain import chain, clips_at_once
-from data_prep.clips import cut_source, read_clip
-from data_prep.encode import local_copy
-from data_prep.harvest import Harvest
-from data_prep.outcome import Outcome
 from data_prep.pipeline import encoding_hash, find_codec, settings_hash, settled
+from data_prep.ray_pipeline import chain, clips_at_once
 from data_prep.reasons import ClipError
+from data_prep.resume import Stock
 from data_prep.shards import ShardWriter
-from data_prep.source import Row, data_root, read_rows, row_id
-from data_prep.stock import Stock
+from data_prep.sink import Harvest
+from data_prep.sources import Row, data_root, read_rows, row_id
+from data_prep.stages import local_copy
+from data_prep.stats import Outcome
+from data_prep.video.clips import cut_source, read_clip
 from data_prep.workers import cores, share_out
 from sora_train.bench.core import Row as Figures
 from sora_train.bench.core import Table, say, seconds, spread
@@ -38,9 +38,9 @@ from sora_train.bench.options import Common, parse
 from sora_train.bench.output import finish
 from sora_train.bench.recipes import recipe_in
 from sora_train.errors import RecipeError, UserError
-from sora_train.places import resolve
 from sora_train.recipe import Recipe
 from sora_train.schema import SHARD_SCHEMA, encode_row
+from sora_train.storage import resolve
 
 WARM_UP_S = 3.0
 
@@ -104,7 +104,7 @@ def beside_bare(options: Options, recipe: Recipe, sources: list[Row], frames: np
 
 def by_stage(recipe: Recipe, sources: list[Row]) -> Table:
     """Seconds that each stage takes of a clip, by itself in this process, with all cores."""
-    from data_prep.encode import EncodeVideo
+    from data_prep.stages import EncodeVideo
     from sora_train.codec.text import text_encoder_of
 
     system, _ = resolve(data_root(recipe.data))
@@ -201,7 +201,7 @@ def loop(
     """One process of the bare loop: puts its clips per second into `results`."""
     import torch
 
-    from data_prep.encode import EncodeVideo
+    from data_prep.stages import EncodeVideo
 
     vae = EncodeVideo(recipe.codec, threads, "cpu").vae
     clips = torch.from_numpy(frames[np.arange(batch) % len(frames)])
@@ -220,7 +220,7 @@ def loop(
 
 def pipeline(recipe: Recipe, sources: list[Row]) -> float:
     """Clips per second of the whole road into a folder that is thrown away."""
-    from sora_train.launch.cluster import connect
+    from sora_train.ray_cluster.connection import connect
 
     vae, text = find_codec(recipe)
     key = encoding_hash(recipe, vae, text)

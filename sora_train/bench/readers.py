@@ -20,8 +20,8 @@ from sora_train.data.order import batch
 from sora_train.data.shards import ShardSet
 from sora_train.diffusion import DiffusionConfig, make_objective
 from sora_train.errors import UserError
-from sora_train.places import resolve
 from sora_train.schema import shard_files
+from sora_train.storage import resolve
 
 Reader = Callable[[str, int], int]
 """Reads a folder of shards once, in batches of so many clips, and says how many clips it was."""

@@ -11,9 +11,9 @@ from itertools import pairwise
 from typing import Any
 
 from sora_train.bench.core import Row, Table, interleave, one_line, say, spread
-from sora_train.bench.ladder import RUNGS, Climber, Rung
 from sora_train.bench.options import Common, parse
 from sora_train.bench.output import finish
+from sora_train.bench.overhead import RUNGS, Climber, Rung
 from sora_train.bench.process import Process
 from sora_train.bench.recipes import recipe_in, train
 from sora_train.errors import RecipeError, UserError

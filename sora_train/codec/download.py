@@ -16,7 +16,7 @@ from sora_train.codec import CodecConfig
 from sora_train.codec.folders import STATE, downloaded_folder, hub_id
 from sora_train.codec.hub import File, Repository, resolve
 from sora_train.errors import UserError
-from sora_train.places import free_bytes, in_bytes
+from sora_train.storage import free_bytes, in_bytes
 
 
 def download(codec: CodecConfig, to: str, extra: dict[str, str] | None = None) -> dict[str, Any]:

@@ -25,8 +25,8 @@ from sora_train.data.config import misfit
 from sora_train.data.order import WINDOW_GROUPS, Bucket, Plan, stable_hash
 from sora_train.errors import UserError
 from sora_train.manifest import Manifest
-from sora_train.places import resolve
 from sora_train.schema import ENCODING_KEY, SHARD_SCHEMA, Clips, bucket_of, bucket_size, decode_rows, shard_files
+from sora_train.storage import resolve
 
 Split = Literal["train", "holdout"]
 OPENERS = 16  # footers of a remote folder fetched at a time

@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from sora_train.commands import EvalOptions
 from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
-from sora_train.evaluate.figures import Progress, check_frames, check_shards, measure
 from sora_train.evaluate.heldout import BINS
 from sora_train.evaluate.i3d import load_i3d
+from sora_train.evaluate.metrics import Progress, check_frames, check_shards, measure
 from sora_train.evaluate.similarity import load_clip
-from sora_train.generate import Run, load_run
+from sora_train.sample import Run, load_run
 from sora_train.train.metrics import write_text_whole
-from sora_train.verbs import EvalOptions
 
 Judge = Callable[[Run, Iterable[str], Callable[[int, int], None]], dict[str, Any] | None]
 """Obedience of a run's samples to their prompts; None where these captions are not the judge's."""

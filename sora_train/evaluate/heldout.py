@@ -18,7 +18,7 @@ from sora_train.data.collate import collate
 from sora_train.data.order import stable_hash
 from sora_train.data.shards import ShardSet
 from sora_train.diffusion import Model, Objective, ddpm
-from sora_train.generate.sample import PLACES_AT_ONCE
+from sora_train.sample.generate import PLACES_AT_ONCE
 from sora_train.schema import bucket_size
 
 BINS = 10

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from sora_train.data.shards import ShardSet
 from sora_train.evaluate.heldout import Place, ranked
-from sora_train.generate import Run
+from sora_train.sample import Run
 from sora_train.train.metrics import write_text_whole
 
 CHOSEN = "heldout.json"

@@ -1,6 +1,6 @@
 """Weights that leave home: a run as a `LattePipeline` of diffusers, or as one safetensors file. No Ray.
 
-`sora_train.generate.load_run` reads both back.
+`sora_train.sample.load_run` reads both back.
 """
 
 from sora_train.export.folder import export

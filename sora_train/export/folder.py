@@ -15,7 +15,8 @@ from sora_train.codec.files import find_text_encoder, find_vae
 from sora_train.errors import UserError
 from sora_train.export.card import write_card
 from sora_train.export.pipeline import refusals, write_pipeline
-from sora_train.generate.run import (
+from sora_train.recipe import save_recipe
+from sora_train.sample.load import (
     EXPORT_FORMAT,
     EXPORTED,
     NOTE,
@@ -26,8 +27,7 @@ from sora_train.generate.run import (
     read_note,
     transformer_hash,
 )
-from sora_train.places import follow_umask
-from sora_train.recipe import save_recipe
+from sora_train.storage import follow_umask
 from sora_train.train.weights import write_whole
 
 

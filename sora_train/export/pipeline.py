@@ -13,10 +13,10 @@ from sora_train.codec.text import load_tokenizer
 from sora_train.codec.vae import load_vae
 from sora_train.diffusion.sampler import make_solver
 from sora_train.export.fold import fold
-from sora_train.generate.run import Run
 from sora_train.manifest import Manifest
 from sora_train.model.convert import FULL_LATTE, to_diffusers
 from sora_train.recipe import Recipe
+from sora_train.sample.load import Run
 
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json")
 

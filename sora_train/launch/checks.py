@@ -18,10 +18,10 @@ from sora_train.evaluate.similarity import find_clip
 from sora_train.launch.resume import null_prompt_then
 from sora_train.launch.start import find_start
 from sora_train.manifest import Manifest
-from sora_train.places import lasting
 from sora_train.recipe import Recipe
 from sora_train.schema import bucket_name, bucket_size
 from sora_train.settings import read_yaml
+from sora_train.storage import lasting
 from sora_train.train import checkpoint
 
 

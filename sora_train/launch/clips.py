@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 
 from sora_train.data.shards import ShardSet, Split
 from sora_train.errors import UserError
-from sora_train.places import replacing
 from sora_train.recipe import Recipe
+from sora_train.storage import replacing
 
 CLIPS = "clips.parquet"
 """In a run's folder: a row for each clip of its shards, those that are held out too."""

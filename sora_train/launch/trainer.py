@@ -28,8 +28,10 @@ from sora_train.launch.checks import (
     resources,
 )
 from sora_train.launch.clips import Clips, check_clips, read_clips
-from sora_train.launch.cluster import connect, waiting
-from sora_train.launch.folder import (
+from sora_train.launch.monitor import Follower
+from sora_train.launch.preflight.table import check_disk, check_quickly
+from sora_train.launch.resume import check_folder
+from sora_train.launch.run_folder import (
     check_fresh,
     check_whole,
     check_writable,
@@ -41,17 +43,15 @@ from sora_train.launch.folder import (
     only_one,
     write_folder,
 )
-from sora_train.launch.follow import Follower
-from sora_train.launch.preflight import check_disk, check_quickly
-from sora_train.launch.resume import check_folder
-from sora_train.launch.sigterm import Sigterm, shelter_wandb, warn_of_short_stops
+from sora_train.launch.signals import Sigterm, shelter_wandb, warn_of_short_stops
 from sora_train.launch.start import check_start, remarks
 from sora_train.launch.validation import Outstanding, report, supervise
 from sora_train.manifest import Manifest
+from sora_train.ray_cluster.connection import connect, waiting
 from sora_train.recipe import Recipe, load_recipe, save_recipe
 from sora_train.train import checkpoint
-from sora_train.train.home import LEAVE
 from sora_train.train.metrics import Events
+from sora_train.train.run_dir import LEAVE
 
 
 def launch_training(
@@ -96,7 +96,7 @@ def launch_training(
     need = resources(recipe, gpu=False, most=True)
     beside = ThreadPoolExecutor(1)  # Ray takes seconds to start, and leaves a core to what takes others
     disk = beside.submit(check_disk, recipe)
-    ray_train = beside.submit(importlib.import_module, "sora_train.launch.fit")
+    ray_train = beside.submit(importlib.import_module, "sora_train.launch.ray_trainer")
     beside.shutdown(wait=False)
     print("starting Ray", flush=True)
     with (
@@ -199,7 +199,7 @@ def rerun_cut_off_validations(run: Path, recipe: Recipe) -> None:
     with connect(recipe.cluster.address, min_cpus=math.ceil(need.get("CPU", 0)), log_to_driver=False):
         import ray
 
-        from sora_train.launch.fit import remote_options
+        from sora_train.launch.ray_trainer import remote_options
         from sora_train.launch.worker import checkpoint_at
 
         have = ray.cluster_resources()

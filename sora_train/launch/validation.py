@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from sora_train.errors import UserError
-from sora_train.places import replacing
+from sora_train.storage import replacing
 from sora_train.train.metrics import Events, JsonLines, duration, write_text_whole
 
 ATTEMPTS = 2
-LEAVE = "leave"  # as `sora_train.train.home` has it, which imports torch
+LEAVE = "leave"  # as `sora_train.train.run_dir` has it, which imports torch
 LOOK_S = 1.0  # between two looks for it
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 EMBEDDINGS = "prompts.safetensors"
@@ -143,8 +143,8 @@ def validate(checkpoint: Path, run: Path) -> None:
     """
     began = time.monotonic()
     from sora_train.evaluate import measure
-    from sora_train.generate import load_run, sample_to_folder
     from sora_train.recipe import load_recipe
+    from sora_train.sample import load_run, sample_to_folder
 
     # The checkpoint's recipe says what the model is; the run's says what is asked for now.
     recipe = load_recipe(run / "recipe.yaml")
@@ -197,9 +197,9 @@ def embed_prompts(run: Path, trained: Any = None) -> list:
     from safetensors.torch import save_file
 
     from sora_train.codec.text import text_encoder_of
-    from sora_train.generate.run import as_trained
     from sora_train.manifest import Manifest
     from sora_train.recipe import load_recipe
+    from sora_train.sample.load import as_trained
 
     recipe = load_recipe(run / "recipe.yaml")
     prompts = [*recipe.validation.prompts, recipe.validation.negative]

@@ -21,16 +21,16 @@ from ray.train.torch import get_device
 from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
 from sora_train.launch.clips import recorded
-from sora_train.launch.folder import stop, stopped_because
 from sora_train.launch.private_ray import preemption_info
+from sora_train.launch.run_folder import stop, stopped_because
 from sora_train.launch.validation import Outstanding
 from sora_train.recipe import Recipe, save_recipe
 from sora_train.train import checkpoint
-from sora_train.train.home import LEAVE, Home, Report
 from sora_train.train.initial import described
 from sora_train.train.loop import train
 from sora_train.train.metrics import Events
 from sora_train.train.out_of_memory import memory_errors
+from sora_train.train.run_dir import LEAVE, Home, Report
 
 STALE_S = 600.0  # beyond both attempts of a validation: its supervisor is gone
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)

@@ -17,12 +17,12 @@ from sora_train.data.shards import ShardSet
 from sora_train.errors import RecipeError, UserError
 from sora_train.manifest import Manifest, latent_shape
 from sora_train.model.flops import forward_flops
-from sora_train.places import in_bytes
 from sora_train.plan.activations import Sizes, kept_by_block
 from sora_train.plan.estimate import Estimate, estimate, largest_micro_batch, step_flops
 from sora_train.plan.states import checkpoint_bytes, counts
 from sora_train.recipe import PIXELS_PER_LATENT, Recipe
 from sora_train.schema import bucket_name
+from sora_train.storage import in_bytes
 from sora_train.train.config import TrainConfig
 from sora_train.train.hardware import PEAKS, peak_of
 from sora_train.train.loop import accumulation

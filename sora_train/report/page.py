@@ -15,13 +15,13 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from sora_train.errors import UserError
-from sora_train.places import replacing
 from sora_train.report import events as happened
 from sora_train.report.charts import RUNS
 from sora_train.report.curves import chart_groups
 from sora_train.report.differences import differing, flatten
 from sora_train.report.media import MOST_CLIPS, Shelf, make_grid, sheet_address
 from sora_train.report.read import RunRecord, is_number, read_run
+from sora_train.storage import replacing
 from sora_train.video import one_line
 
 MOST_FLAWS = 20  # files of a run; more would hide the rest of the page

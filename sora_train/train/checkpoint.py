@@ -31,7 +31,7 @@ from torch import Tensor
 
 from sora_train.data.order import batch_number
 from sora_train.errors import UserError
-from sora_train.places import replacing
+from sora_train.storage import replacing
 from sora_train.train.ema import Ema
 from sora_train.train.engine import Engine
 

@@ -4,7 +4,7 @@ DeepSpeed takes the global gradient norm only inside its optimizer's step, and h
 that overflowed. The engine stands at that point: it shows the norm to a judge, and a refused step takes DeepSpeed's own
 way out, with weights and moments untouched.
 
-How each stage lays weights and moments out over the ranks is `slices.py`'s knowledge.
+How each stage lays weights and moments out over the ranks is `zero_layout.py`'s knowledge.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from sora_train.errors import UserError
 from sora_train.model.layers import Block
 from sora_train.train.config import TrainConfig
 from sora_train.train.deepspeed_config import complaint, deepspeed_config
-from sora_train.train.slices import Slice, bucketed, find_slices
+from sora_train.train.zero_layout import Slice, bucketed, find_slices
 
 Judge = Callable[[float], str]
 """Why a step of this global gradient norm, before clipping, must not be taken, or "". All ranks ask with the same."""

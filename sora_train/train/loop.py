@@ -28,9 +28,9 @@ from sora_train.train.config import TrainConfig
 from sora_train.train.ema import Ema
 from sora_train.train.engine import Engine
 from sora_train.train.hardware import memory_gb, peak_flops
-from sora_train.train.home import Home
 from sora_train.train.initial import load_initial
 from sora_train.train.metrics import Tally
+from sora_train.train.run_dir import Home
 
 HEARTBEAT_S = 10.0  # a record at least this often, if a step is not longer
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from sora_train.errors import UserError
 from sora_train.locks import locked
-from sora_train.places import replacing
+from sora_train.storage import replacing
 
 T = TypeVar("T")
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from sora_train.bench import checkpoint, data, readers, validate
-from sora_train.bench.contender import Case, Contender, Trainee, inputs, relative, seeded, theirs
 from sora_train.bench.model import main as bench_model
 from sora_train.bench.recipes import Training
 from sora_train.bench.shards import make_shards
+from sora_train.bench.variant import Case, Contender, Trainee, inputs, relative, seeded, theirs
 from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
 

@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from sora_train.demo.shapes import make_clips
+from sora_train.quickstart.shapes import make_clips
 from sora_train.train.checkpoint import whole
 from tests.cluster.world import ADDRESS, ROOT
 

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from sora_train.demo.shapes import make_clips
+from sora_train.quickstart.shapes import make_clips
 from sora_train.train.checkpoint import whole
 from tests.cluster.job_drill import step, wait_for
 from tests.cluster.world import ROOT

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sora_train.launch.judge import judge_batch
+from sora_train.commands import VERBS
+from sora_train.launch.preflight.verdicts import judge_batch
 from sora_train.recipe import Recipe, load_recipe
 from sora_train.settings import parse_flags
-from sora_train.verbs import VERBS
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("cluster/README.md", "cluster/slurm.sbatch", "README.md", "SECURITY.md")

@@ -45,7 +45,7 @@ class ProcessList(threading.Thread):
 def test_no_secret_of_the_environment_is_in_a_run_a_log_a_report_or_a_process_list(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ):
-    from sora_train.demo.shapes import make_clips
+    from sora_train.quickstart.shapes import make_clips
 
     planted = {name: secrets.token_hex(20) for name in NAMES}
     marker = {"marker": f"m{secrets.token_hex(8)}"}  # no secret: the run's name, which must be found wherever we look

@@ -9,7 +9,7 @@ import pytest
 from ray._private.ray_constants import get_runtime_env_default_excludes
 from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE, create_package
 
-from sora_train.launch.sigterm import IN_A_JOB, STOP_WAIT, warn_of_short_stops
+from sora_train.launch.signals import IN_A_JOB, STOP_WAIT, warn_of_short_stops
 from tests.cluster.world import lacking, run_inside
 
 ROOT = Path(__file__).parents[2]

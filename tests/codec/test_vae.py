@@ -15,8 +15,8 @@ from sora_train.codec.files import find_vae, readable
 from sora_train.codec.folders import BUILTIN
 from sora_train.codec.text import load_text_encoder
 from sora_train.codec.vae import Vae, load_vae, vae_of
-from sora_train.demo.shapes import all_scenes, draw
 from sora_train.errors import UserError
+from sora_train.quickstart.shapes import all_scenes, draw
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from data_prep.captions import NO_CAPTION
 from data_prep.csv_records import Records
-from data_prep.source import read_rows
+from data_prep.sources import read_rows
 from sora_train.data.config import DataConfig
 from sora_train.errors import RecipeError
 

@@ -15,8 +15,8 @@ import pytest
 import yaml
 from ray.cluster_utils import Cluster
 
-from sora_train.demo.shapes import make_clips
 from sora_train.manifest import Manifest
+from sora_train.quickstart.shapes import make_clips
 from sora_train.schema import shard_files
 
 ACTORS = ("Decode", "EncodeVideo", "EmbedText")

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import selection
-from data_prep.clips import cut_source, read_clip
-from data_prep.selection import Duplicates
+from data_prep import filters
+from data_prep.filters import Duplicates
+from data_prep.video.clips import cut_source, read_clip
 from sora_train.data.config import DataConfig, SelectionConfig
 
 
@@ -25,7 +25,7 @@ def test_a_clip_with_the_bytes_and_the_place_of_an_earlier_one_is_its_duplicate(
 
 
 def test_a_near_duplicate_is_found_as_by_comparing_every_pair_bit_by_bit(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(selection, "BLOCK", 700)
+    monkeypatch.setattr(filters, "BLOCK", 700)
     rng = np.random.default_rng(0)
     clips = rng.integers(0, 2, (2000, 3, 64), dtype=np.uint8)
     for i in range(1000, 2000):  # half of them differ from another clip by 0 to 6 bits of each frame

@@ -6,7 +6,7 @@ from unicodedata import normalize
 
 import pytest
 
-from data_prep.source import read_rows, row_id
+from data_prep.sources import read_rows, row_id
 from sora_train.data.config import DataConfig
 from sora_train.data.shards import is_held_out
 

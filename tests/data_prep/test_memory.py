@@ -25,7 +25,9 @@ def peaks(driver: psutil.Process) -> dict[int, tuple[str, float]]:
             status = Path(f"/proc/{process.pid}/status").read_text()
         except (OSError, psutil.Error):
             continue
-        kind = next((word for word in ("data_prep.decoder", "MapWorker", "sora_train.cli") if word in name), "")
+        kind = next(
+            (word for word in ("data_prep.video.decode_process", "MapWorker", "sora_train.cli") if word in name), ""
+        )
         if kind:
             found[process.pid] = (name[:60], int(re.findall(r"VmHWM:\s+(\d+)", status)[0]) / 1024)
     return found

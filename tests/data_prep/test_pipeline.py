@@ -14,9 +14,9 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from data_prep.clips import cut_source, read_clip
-from data_prep.looking.inspect import inspect
+from data_prep.inspect.table import inspect
 from data_prep.pipeline import prep
+from data_prep.video.clips import cut_source, read_clip
 from data_prep.workers import share_out
 from sora_train.codec import CodecConfig
 from sora_train.codec.text import load_text_encoder

@@ -10,8 +10,8 @@ import av
 import numpy as np
 import pytest
 
-from data_prep.clips import Source
 from data_prep.reasons import ClipError
+from data_prep.video.clips import Source
 from sora_train.data.config import DataConfig, SelectionConfig
 
 IN_OPEN, IN_NONBLOCK = 0x20, 0o4000

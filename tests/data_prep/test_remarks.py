@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from data_prep.encode import Decode
 from data_prep.ledger import Ledger, Record, save_ledger
 from data_prep.reasons import remark_kinds
-from data_prep.tables import DECODED, END
+from data_prep.schemas import DECODED, END
+from data_prep.stages import Decode
 from sora_train.data.config import DataConfig, SelectionConfig
 
 

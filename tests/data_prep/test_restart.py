@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import chain
+from data_prep import ray_pipeline
 from data_prep.pipeline import prep
-from data_prep.standstill import DeviceLost, Standstill, watched
+from data_prep.watchdog import DeviceLost, Standstill, watched
 from sora_train.errors import UserError
 from sora_train.recipe import Recipe
 
@@ -34,7 +34,7 @@ def wait_so_long(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> None:
     def watch(items: Iterable):
         return watched(items, start_s=next(starts))
 
-    monkeypatch.setattr(chain, "watched", watch)
+    monkeypatch.setattr(ray_pipeline, "watched", watch)
 
 
 @pytest.mark.timeout(1900)
@@ -60,7 +60,7 @@ def test_a_lost_device_is_known_through_ray(one_ray):
         raise DeviceLost("VAE: cuda:0 no longer works: CUDA error")
 
     one_ray.start({}, num_cpus=1)
-    chain.quiet_ray_data()
+    ray_pipeline.quiet_ray_data()
     with pytest.raises(Standstill) as error:
         list(watched(ray.data.range(4).map_batches(lose, batch_format="pyarrow").iter_batches(batch_size=None)))
     assert isinstance(error.value, DeviceLost)

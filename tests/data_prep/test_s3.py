@@ -12,12 +12,12 @@ import pytest
 from pyarrow import fs
 
 from data_prep import files
-from data_prep.source import Row, read_rows
+from data_prep.sources import Row, read_rows
 from sora_train.data.config import DataConfig
 from sora_train.errors import RecipeError, UserError
 from sora_train.manifest import Counts, LatentFormat, Manifest, TextFacts, VaeFacts
-from sora_train.places import read_bytes, resolve, write_whole
 from sora_train.schema import shard_files
+from sora_train.storage import read_bytes, resolve, write_whole
 
 
 def put(place: str, content: bytes) -> None:
@@ -179,5 +179,5 @@ def test_a_query_string_is_refused_with_the_variable_that_stands_for_it(s3: str)
 
 def test_another_process_reaches_the_bucket_by_the_environment(s3: str):
     put(f"{s3}/x", b"from here")
-    code = f"from sora_train.places import *; print(read_bytes(*resolve('{s3}/x')).decode())"
+    code = f"from sora_train.storage import *; print(read_bytes(*resolve('{s3}/x')).decode())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "from here\n"

@@ -9,8 +9,8 @@ from data_prep.pipeline import prep
 from sora_train.codec import CodecConfig
 from sora_train.data.config import DataConfig
 from sora_train.data.shards import ShardSet
-from sora_train.places import resolve, write_whole
 from sora_train.recipe import ClusterConfig, Recipe
+from sora_train.storage import resolve, write_whole
 
 
 @pytest.mark.slow

@@ -8,8 +8,8 @@ import av
 import numpy as np
 import pytest
 
+from data_prep.filters import scene_spans
 from data_prep.reasons import ClipError
-from data_prep.selection import scene_spans
 
 EVEN = np.arange(60) / 30
 UNEVEN = np.cumsum(np.r_[0, np.tile([0.01, 0.09, 0.03, 0.2], 12)])

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.harvest import pause_s
 from data_prep.ledger import Ledger, Record, save_ledger
 from data_prep.shards import ShardWriter, finished_clips, only_one, sweep, take_out
+from data_prep.sink import pause_s
 from sora_train.errors import UserError
 from sora_train.schema import SHARD_SCHEMA, encode_row, shard_files
 

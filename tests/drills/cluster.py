@@ -24,7 +24,7 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-from sora_train.demo.shapes import make_clips
+from sora_train.quickstart.shapes import make_clips
 from tests.cluster.nodes import SHARED
 from tests.cluster.world import INTO, ROOT, lacking
 from tests.drills.cluster_faults import FAULTS, Later, Planned, schedule

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from sora_train.demo.shapes import make_clips
+from sora_train.quickstart.shapes import make_clips
 from sora_train.train.checkpoint import whole
 from tests.drills.commands import Command, end, lines, start
 from tests.drills.history import Account, account, difference

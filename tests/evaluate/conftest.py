@@ -16,10 +16,10 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTo
 
 from sora_train.codec.text import load_text_encoder
 from sora_train.codec.vae import load_vae
-from sora_train.generate import Run, load_run
 from sora_train.manifest import Counts, LatentFormat, Manifest, TextFacts, VaeFacts
 from sora_train.model import Latte, ModelConfig
 from sora_train.recipe import Recipe, save_recipe
+from sora_train.sample import Run, load_run
 from sora_train.schema import ENCODING_KEY, SHARD_SCHEMA, encode_row
 
 MODEL = ModelConfig(width=16, depth=2, heads=2, text_width=64, sample_size=8)

@@ -10,10 +10,10 @@ import torch
 from sora_train.data.order import batch
 from sora_train.data.shards import ShardSet
 from sora_train.diffusion import DiffusionConfig, make_objective
-from sora_train.evaluate.figures import open_held_out
 from sora_train.evaluate.heldout import BINS, choose, held_out_loss, ranked, time_in
 from sora_train.evaluate.kept import choose_again
-from sora_train.generate import Run, load_run
+from sora_train.evaluate.metrics import open_held_out
+from sora_train.sample import Run, load_run
 
 
 @pytest.fixture(scope="module")

@@ -14,17 +14,17 @@ from transformers import T5Config, T5EncoderModel
 
 from sora_train.codec.text import pad_text
 from sora_train.codec.vae import load_vae
+from sora_train.commands import SampleOptions
 from sora_train.diffusion import DiffusionConfig, Sampling, sample
 from sora_train.errors import UserError
 from sora_train.export import export
 from sora_train.export.fold import fold
-from sora_train.generate import embed, generate, load_run, sample_prompts
-from sora_train.generate.sample import latent_shape
 from sora_train.manifest import Manifest
 from sora_train.model import ModelConfig
 from sora_train.model.convert import from_diffusers
+from sora_train.sample import embed, generate, load_run, sample_prompts
+from sora_train.sample.generate import latent_shape
 from sora_train.train import checkpoint
-from sora_train.verbs import SampleOptions
 
 MODEL = ModelConfig(width=32, depth=4, heads=2, text_width=64, sample_size=8)
 PROMPT, NEGATIVE = "a red circle moving left", "a blue square"

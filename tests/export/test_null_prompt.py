@@ -12,10 +12,10 @@ from sora_train.codec.text import cut_null, load_text_encoder, load_tokenizer, p
 from sora_train.diffusion import DiffusionConfig, Sampling, make_objective, sample
 from sora_train.diffusion.sampler import make_solver
 from sora_train.export import export
-from sora_train.generate import Run, embed, generate, load_run
-from sora_train.generate.sample import latent_shape
 from sora_train.model import ModelConfig
 from sora_train.model.convert import from_diffusers
+from sora_train.sample import Run, embed, generate, load_run
+from sora_train.sample.generate import latent_shape
 
 MODEL = ModelConfig(width=32, depth=4, heads=2, text_width=32, sample_size=8)
 MILD = DiffusionConfig(kind="ddpm", beta_end=0.001)

@@ -6,11 +6,11 @@ import pytest
 from PIL import Image
 
 from sora_train import cli
+from sora_train.commands import SampleOptions
 from sora_train.errors import RecipeError, UserError
-from sora_train.generate import sample_prompts
-from sora_train.generate.prompts import read_prompts
 from sora_train.model import ModelConfig
-from sora_train.verbs import SampleOptions
+from sora_train.sample import sample_prompts
+from sora_train.sample.command import read_prompts
 from sora_train.video import read_mp4
 
 MODEL = ModelConfig(width=32, depth=2, heads=2, text_width=64, sample_size=8)

@@ -18,10 +18,10 @@ from torch._dynamo.utils import counters
 from sora_train.codec.text import load_text_encoder
 from sora_train.codec.vae import load_vae
 from sora_train.errors import UserError
-from sora_train.generate import generate, load_run
 from sora_train.model import Latte
 from sora_train.plan.activations import Sizes
 from sora_train.plan.estimate import estimate
+from sora_train.sample import generate, load_run
 from sora_train.settings import read_yaml
 from sora_train.train.config import TrainConfig
 from sora_train.train.ema import Ema
@@ -171,7 +171,7 @@ def peak(device: torch.device, act: Callable[[], None]) -> int:
 
 def road(device: torch.device, out: Path) -> str:
     """`sora prep`, `sora train`, a resume and samples through Ray; samples in the run's precision against float32."""
-    from sora_train.demo.shapes import make_clips
+    from sora_train.quickstart.shapes import make_clips
 
     make_clips(out / "clips", 12)
     recipe = out / "job.yaml"

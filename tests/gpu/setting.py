@@ -19,9 +19,9 @@ from sora_train.data.shards import ShardSet
 from sora_train.diffusion import DiffusionConfig
 from sora_train.model import ModelConfig
 from sora_train.train.config import TrainConfig
-from sora_train.train.home import Home
 from sora_train.train.loop import train
 from sora_train.train.out_of_memory import memory_errors
+from sora_train.train.run_dir import Home
 
 
 @dataclass(frozen=True)

@@ -126,8 +126,8 @@ def start_weights(recipe: Recipe, folder: Path) -> str:
 @pytest.mark.parametrize("job", JOBS)
 def test_a_shrunken_job_goes_the_whole_road(job: str, tmp_path: Path):
     from data_prep.pipeline import prep
-    from sora_train.demo.shapes import make_clips
     from sora_train.launch.trainer import launch_training
+    from sora_train.quickstart.shapes import make_clips
 
     make_clips(tmp_path / "clips", 12)
     recipe = shrunken(job, tmp_path)

@@ -9,8 +9,8 @@ import pytest
 
 from sora_train.codec.text import load_text_encoder
 from sora_train.codec.vae import load_vae
-from sora_train.launch.local_ray import known_address
 from sora_train.manifest import Manifest, TextFacts, VaeFacts
+from sora_train.ray_cluster.local_ray import known_address
 from sora_train.recipe import Recipe
 from sora_train.settings import build
 

@@ -25,8 +25,8 @@ from ray.cluster_utils import Cluster
 from sora_train.data.shards import ShardSet
 from sora_train.launch.trainer import launch_training
 from sora_train.recipe import Recipe, load_recipe
-from sora_train.train.home import Home
 from sora_train.train.loop import train
+from sora_train.train.run_dir import Home
 
 WARNING_S = 15
 

@@ -12,8 +12,8 @@ from sora_train.launch.checks import (
     check_shards,
     check_text,
 )
-from sora_train.launch.folder import check_writable, clear
 from sora_train.launch.resume import MAY_CHANGE, flat, null_prompt_then
+from sora_train.launch.run_folder import check_writable, clear
 from sora_train.launch.start import check_start
 from sora_train.launch.trainer import exportable, launch_training
 from sora_train.manifest import Manifest

@@ -9,17 +9,17 @@ import torch
 
 from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
-from sora_train.launch.folder import check_whole, check_writable, note_lost_driver, only_one, set_aside
 from sora_train.launch.resume import STEERS, check_folder, differences
+from sora_train.launch.run_folder import check_whole, check_writable, note_lost_driver, only_one, set_aside
 from sora_train.manifest import Manifest
 from sora_train.model import Latte
 from sora_train.recipe import save_recipe
 from sora_train.train import checkpoint
 from sora_train.train.ema import Ema
 from sora_train.train.engine import Engine
-from sora_train.train.home import Home
 from sora_train.train.loop import train
 from sora_train.train.metrics import Events
+from sora_train.train.run_dir import Home
 from sora_train.train.weights import read_whole
 
 

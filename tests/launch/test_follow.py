@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sora_train.errors import UserError
-from sora_train.launch.follow import Follower, Tail
+from sora_train.launch.monitor import Follower, Tail
 from sora_train.train.metrics import Events, JsonLines
 from sora_train.train.tracking import Tracker
 

@@ -19,11 +19,12 @@ import torch
 import torch.distributed as dist
 
 from sora_train.errors import RecipeError, UserError
-from sora_train.launch import facts
-from sora_train.launch.allreduce import bandwidth, check_allreduce, sums
-from sora_train.launch.facts import NodeFacts, parse_gpus
-from sora_train.launch.gather import ask, gather, shared_folder
-from sora_train.launch.judge import (
+from sora_train.launch.preflight import node_info
+from sora_train.launch.preflight.allreduce import bandwidth, check_allreduce, sums
+from sora_train.launch.preflight.gather import ask, gather, shared_folder
+from sora_train.launch.preflight.node_info import NodeFacts, parse_gpus
+from sora_train.launch.preflight.table import check_disk, check_files, check_memory, check_quickly, planned, preflight
+from sora_train.launch.preflight.verdicts import (
     Check,
     judge_allreduce,
     judge_batch,
@@ -39,9 +40,8 @@ from sora_train.launch.judge import (
     judge_storage,
     judge_versions,
 )
-from sora_train.launch.preflight import check_disk, check_files, check_memory, check_quickly, planned, preflight
+from sora_train.launch.preflight.wandb_reach import check_wandb
 from sora_train.launch.trainer import launch_training
-from sora_train.launch.wandb_reach import check_wandb
 from sora_train.recipe import Recipe, check, save_recipe
 
 HERE = {"python": "3.11.7", "torch": "2.13.0", "ray": "2.60.0", "deepspeed": "0.19.8"}
@@ -129,20 +129,20 @@ def test_a_folder_that_is_not_shared_is_found_by_what_its_nodes_write(tmp_path: 
     for number in (1, 2):
         folder = tmp_path / str(number) / ".preflight"
         folder.mkdir(parents=True)
-        nodes.append(node(number, wrote=facts.write(folder, f"id{number}")))
+        nodes.append(node(number, wrote=node_info.write(folder, f"id{number}")))
     for number in (1, 2):
-        unread = facts.unread(str(tmp_path / str(number) / ".preflight"), ["id1", "id2"], patience_s=0.3)
+        unread = node_info.unread(str(tmp_path / str(number) / ".preflight"), ["id1", "id2"], patience_s=0.3)
         nodes[number - 1] = replace(nodes[number - 1], unread=unread)
     refused(judge_storage(nodes, "/runs"), "10.0.0.1 does not see what 10.0.0.2 wrote", "--train.output", "Mount")
 
 
 def test_a_folder_that_a_node_lacks_or_can_not_write_is_named(tmp_path: Path):
-    lacks = node(1, wrote=facts.write(tmp_path / "none" / ".preflight", "id1"))
-    other = node(2, wrote=facts.write(tmp_path / ".preflight", "id2"))
+    lacks = node(1, wrote=node_info.write(tmp_path / "none" / ".preflight", "id1"))
+    other = node(2, wrote=node_info.write(tmp_path / ".preflight", "id2"))
     (tmp_path / "file").write_text("")
     (tmp_path / ".whole").mkdir()
     (tmp_path / ".whole" / "id3").mkdir()  # where the node's file would be
-    full = node(3, wrote=facts.write(tmp_path / ".whole", "id3"))
+    full = node(3, wrote=node_info.write(tmp_path / ".whole", "id3"))
     found = judge_storage([lacks, other, full], str(tmp_path))
     refused(found, "10.0.0.1: no folder", "10.0.0.2: ", "another folder there", "10.0.0.3: ", "can't be written")
 
@@ -365,8 +365,8 @@ class TestWithRay:
     def test_facts_of_this_node_are_its_own(self, builtin_shards: Path, tmp_path: Path, recipe_of):
         (found,) = gather(recipe_of(builtin_shards, tmp_path), ray.nodes())
         assert (found.problem, found.wrote, found.unread) == ("", "", ())
-        assert found.code == facts.code_hash()
-        assert found.versions == facts.versions()
+        assert found.code == node_info.code_hash()
+        assert found.versions == node_info.versions()
         assert abs(found.clock_s) < 1
 
     def test_a_node_that_raises_or_is_not_there_is_an_answer_in_words(self, tmp_path: Path):

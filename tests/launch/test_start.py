@@ -16,16 +16,16 @@ from sora_train.export import export
 from sora_train.launch.changes import changes, rate_jump
 from sora_train.launch.checks import absolute
 from sora_train.launch.clips import check_clips, read_clips, recorded
-from sora_train.launch.folder import describe_run
 from sora_train.launch.resume import check_folder
+from sora_train.launch.run_folder import describe_run
 from sora_train.launch.start import check_start, remarks
 from sora_train.manifest import Manifest
 from sora_train.model import Latte
 from sora_train.recipe import Recipe
 from sora_train.train.config import TrainConfig
-from sora_train.train.home import Home
 from sora_train.train.initial import described, load_initial
 from sora_train.train.loop import learning_rate, train
+from sora_train.train.run_dir import Home
 
 FLOW_JOINT_POOLED = {"model__attention": "joint", "model__frame_positions": "input", "model__pooled_text": True}
 

@@ -17,9 +17,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file
 
 from sora_train.errors import UserError
-from sora_train.launch.ray_metrics import METRICS
 from sora_train.launch.trainer import launch_training
 from sora_train.launch.validation import Outstanding
+from sora_train.ray_cluster.metrics import METRICS
 from sora_train.train.checkpoint import whole
 from sora_train.train.wandb_files import rows
 

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from sora_train.launch.follow import Tail
+from sora_train.launch.monitor import Tail
 from sora_train.launch.validation import Outstanding, run_child, supervise
 from sora_train.launch.worker import ask_for_validation
-from sora_train.train.home import LEAVE
 from sora_train.train.metrics import Events, JsonLines
+from sora_train.train.run_dir import LEAVE
 
 
 def events(run: Path) -> list[tuple[str, int, str]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sora_train.launch.node_stats import NodeStats, figures
-from sora_train.launch.ray_metrics import METRICS, RayMetrics
+from sora_train.ray_cluster.metrics import METRICS, RayMetrics
 
 BOARD = json.loads((Path(__file__).parents[2] / "cluster/grafana/sora_train.json").read_text())
 PANELS = BOARD["panels"]
@@ -80,7 +80,7 @@ def test_a_nodes_figures_are_read_off_what_its_agent_shows():
 
 def test_a_process_without_ray_publishes_nothing_and_goes_on():
     code = (
-        "import ray; from sora_train.launch.ray_metrics import RayMetrics\n"
+        "import ray; from sora_train.ray_cluster.metrics import RayMetrics\n"
         "from sora_train.launch.node_stats import NodeStats\n"
         "shown = RayMetrics('run'); shown.line({'step': 1, 'loss': 0.5}); shown.count('sora_events', 'start')\n"
         "assert not shown.handles and not ray.is_initialized() and NodeStats().look() == {}"

@@ -22,8 +22,8 @@ from sora_train.diffusion import DiffusionConfig
 from sora_train.errors import UserError
 from sora_train.model import ModelConfig
 from sora_train.train.config import TrainConfig
-from sora_train.train.home import Home
 from sora_train.train.loop import train
+from sora_train.train.run_dir import Home
 
 MODEL = ModelConfig(width=16, depth=2, heads=2, text_width=64, sample_size=4)
 

@@ -18,7 +18,7 @@ from sora_train.data.shards import ShardSet
 from sora_train.diffusion import DiffusionConfig
 from sora_train.model import ModelConfig
 from sora_train.train.config import TrainConfig
-from sora_train.train.home import Home
+from sora_train.train.run_dir import Home
 from sora_train.train.loop import train
 shards, out, mode, compiled, attention = sys.argv[1:]
 torch.set_num_threads(1)

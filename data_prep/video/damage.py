@@ -1,0 +1,201 @@
+"""Decodes packets, and marks frames as Damaged where the decoder conceals damage or they refer to such a frame.
+
+What proves a picture sound: its decoder raises no error and sets no flag, its packet holds no hole, and the same is
+true of all that was decoded since the keyframe before. H.264, MPEG-1, -2 and -4 and their relatives flag what they
+conceal. libvpx reports damaged VP9, which FFmpeg's own decoder does not; FFV1 only logs it. HEVC, VP8 and AV1 report
+little: there a run of zeros, as lost sectors and unfinished downloads leave it, is found in the packet itself.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import av
+import av.logging
+import cv2
+import numpy as np
+
+from data_prep.video.probe import plain
+
+ZEROS = re.compile(rb"\0{16}\0*[^\0\1]")
+"""In a NAL unit, where no three zeros may follow each other; before a start code (a 1) they may be padding."""
+HOLES = {"vp8": 256, "vp9": 256, "av1": 256, "hevc": 64}
+"""Zeros in a row, or for HEVC at a packet's end, that are a hole and not data: a sector has 512 bytes."""
+REORDER = 64  # packets that may be decoded before the picture of one of them is shown; H.264 allows 16 frames
+EXTRA, PADDING = re.compile(r"(\d+) extraneous bytes before marker 0xd9"), 16  # bytes that cameras fill up with
+CONCEALED = "the decoder conceals damage"
+STRICT = {"mjpeg", "wmv1", "wmv2"}
+"""Decoders that tell more damage when they are asked to be strict, and nothing of what is whole."""
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """Stands in place of a picture that can't be trusted. `pts` and `dts` are in the stream's time base."""
+
+    why: str
+    pts: int | None
+    dts: int | None
+    sound_s: float | None = None
+    """When the last sound frame before it is shown, in seconds since the first one."""
+
+
+def pictures(
+    file: Any, stream: Any, context: Any, decoded: Callable[[Any], None] = lambda packet: None
+) -> Iterator[Any]:
+    """Frames in the order in which they are shown, with Damaged in place of what can't be trusted.
+
+    `decoded` is called with each packet once its picture is decoded, before that is shown.
+
+    av.FFmpegError passes through where the file itself can't be read on.
+    """
+    codec = stream.codec_context.codec.canonical_name
+    if codec in STRICT:
+        context.options = {**context.options, "err_detect": "explode"}
+    watch = Watch()
+    for packet in file.demux(stream):
+        watch.enter(packet, hole_in(packet, codec))
+        frames, error = decode(context, packet)
+        decoded(packet)
+        if error:
+            watch.distrust(time_of(packet), error)
+        yield from watch.judged(frames)
+        if error and not packet.is_discard:
+            watch.lost.append(Damaged(error, packet.pts, packet.dts))
+    yield from watch.lost
+
+
+def decode(context: Any, packet: Any) -> tuple[list[Any], str]:
+    """The frames that a packet completes, and what the decoder says is wrong with it."""
+    listens = context.name == "ffv1"
+    try:
+        if not listens:
+            return context.decode(packet), ""
+        av.logging.set_level(av.logging.ERROR)
+        with av.logging.Capture() as said:
+            frames = context.decode(packet)
+        return ([], said[0][2].strip()) if said else (frames, "")
+    except av.FFmpegError as error:
+        return [], plain(error)
+    finally:
+        if listens:
+            av.logging.set_level(None)
+
+
+def hole_in(packet: Any, codec: str) -> str:
+    """What a packet's bytes alone say is wrong with it; empty where nothing is."""
+    if codec not in HOLES and codec != "h264":
+        return ""
+    if codec == "hevc" and packet.is_corrupt:  # a transport stream that lost a packet; H.264's decoder knows better
+        return "the container reports a lost packet"
+    return hole_of(bytes(packet), codec)
+
+
+def hole_of(content: bytes, codec: str) -> str:
+    """What a compressed picture's bytes alone say is wrong with it; empty where nothing is."""
+    if codec in ("h264", "hevc"):
+        if bytes(16) in content and ZEROS.search(content):
+            return "a run of zeros in the compressed picture"
+        content = content[-HOLES["hevc"] :] if codec == "hevc" else b""
+    return "a run of zeros in the compressed picture" if codec in HOLES and bytes(HOLES[codec]) in content else ""
+
+
+def jpeg_damage(content: bytes) -> str:
+    """What libjpeg warns of in a JPEG, such as `Premature end of JPEG file`; empty where the picture is sound.
+
+    Pillow hides these warnings and FFmpeg misses many of them. OpenCV prints them: they are read from its stderr. Only
+    the decoding of the bits matters, so it is asked for an eighth of the size in grey.
+    """
+    with captured_stderr() as lines:
+        cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8)
+    for line in lines:
+        padding = EXTRA.search(line)
+        if any(word in line for word in ("Corrupt JPEG", "Premature end")) and not (
+            padding and int(padding.group(1)) <= PADDING
+        ):
+            return line.strip()
+    return ""
+
+
+@contextmanager
+def captured_stderr() -> Iterator[list[str]]:
+    """The lines, there once it ends, that libraries in C print on this process's stderr meanwhile; 64 KiB at most."""
+    lines: list[str] = []
+    read, write = os.pipe()
+    os.set_blocking(read, False)
+    os.set_blocking(write, False)  # what is beyond a pipe's size is dropped
+    stderr = os.dup(2)
+    try:
+        os.dup2(write, 2)
+        yield lines
+    finally:
+        os.dup2(stderr, 2)
+        with suppress(BlockingIOError):
+            lines += os.read(read, 1 << 16).decode(errors="replace").splitlines()
+        for number in (read, write, stderr):
+            os.close(number)
+
+
+class Watch:
+    """Knows which packets, and so which frames, are damaged or refer to one that is."""
+
+    def __init__(self) -> None:
+        self.recent: deque[tuple[int | None, bool]] = deque(maxlen=REORDER)  # time, and whether it is a keyframe
+        self.suspect: dict[int | None, str] = {}  # time -> why
+        self.why = ""  # why what follows can't be trusted, until the next keyframe
+        self.lead: int | None = None  # frames shown before this keyframe may refer to the damage before it
+        self.lead_why = ""
+        self.lost: list[Damaged] = []  # frames that did not come out, to be shown in their place
+        self.shown = False
+
+    def enter(self, packet: Any, hole: str) -> None:
+        """Takes note of the next packet in decoding order."""
+        if not packet.size:
+            return
+        time = time_of(packet)
+        if packet.is_keyframe:
+            self.lead, self.lead_why, self.why = time, self.why, ""
+        self.why = hole or self.why
+        self.recent.append((time, bool(packet.is_keyframe)))
+        leads = time is not None and self.lead is not None and time < self.lead
+        if why := self.why or (self.lead_why if leads else ""):
+            self.suspect[time] = why
+
+    def distrust(self, time: int | None, why: str) -> None:
+        """Trusts nothing from this packet on, in decoding order, up to the next keyframe."""
+        packets = list(self.recent)
+        known = [other for other, _ in packets]
+        key = None
+        for other, is_key in packets[known.index(time) if time in known else 0 :]:  # AVI knows no times: all of them
+            key = other if is_key and other != time else key
+            if key is None or (other is not None and other < key):
+                self.suspect[other] = why
+        if key is None:
+            self.why = self.why or why
+
+    def judged(self, frames: list[Any]) -> Iterator[Any]:
+        """The frames that came out, and Damaged in place of those that can't be trusted."""
+        for frame in frames:
+            time = time_of(frame)
+            if frame.is_corrupt:
+                if not self.shown and not any(is_key for _, is_key in self.recent):
+                    continue  # a recording that begins in the middle of a group of pictures
+                self.distrust(time, CONCEALED)
+            while self.lost and (time is None or (time_of(self.lost[0]) or 0) < time):
+                self.suspect.pop(time_of(self.lost[0]), None)
+                yield self.lost.pop(0)
+            self.shown = True
+            why = self.suspect.pop(time, CONCEALED if frame.is_corrupt else "")
+            yield Damaged(why, frame.pts, frame.dts) if why else frame
+        while len(self.lost) > REORDER:
+            yield self.lost.pop(0)
+
+
+def time_of(place: Any) -> int | None:
+    """The presentation time of a packet or a frame, or where it has none, the decoding time."""
+    return place.dts if place.pts is None else place.pts

@@ -1,0 +1,227 @@
+"""Decoding in a process of its own: a crash in native code, or a hang, costs one clip and a restart.
+
+`Decoder` is the parent's side. The child is `python -P -m data_prep.video.decode_process FD`: it imports neither Ray
+nor torch, and ends when its parent does. Frames come back in memory that both have mapped; it has no name, so nothing
+of it is left behind when either is killed. All else that the child says is JSON, checked by type: what is read there
+was made by strangers, and nothing that the child sends can run code in the parent.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import mmap
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from data_prep.buckets import buckets_of
+from data_prep.reasons import FILTERED, QUARANTINED, ClipError
+from data_prep.video.clips import Clip, Cut, Source, Span
+from sora_train.data.config import DataConfig, SelectionConfig
+
+START_S = 120.0  # for a child to import its libraries, on a machine that is busy
+ALIVE_S = 1.0  # how often a child that makes progress says so
+MOST_BYTES = 64 << 20  # of an answer: the cut of a very long video
+READY, ALIVE = b'"ready"', b'"alive"'
+CUT, FACTS, REFUSAL = TypeAdapter(Cut), TypeAdapter(dict[str, str]), TypeAdapter(tuple[str, str])
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the child is asked for: a file's cut, or where there is a span, that clip."""
+
+    path: str
+    span: Span | None = None
+    seed: str = ""
+    headers_only: bool = False
+
+
+class Decoder:
+    """Reads clips through a child process, which is started at the first one and again after it died."""
+
+    def __init__(self, data: DataConfig, selection: SelectionConfig):
+        self.data, self.selection = data, selection
+        self._size = max(bucket.clip_bytes for bucket in buckets_of(data))
+        self._memory, self._shared = shared_memory(self._size)
+        self._child: subprocess.Popen | None = None
+        self._line: Connection | None = None
+
+    def cut(self, path: str, headers_only: bool = False) -> Cut:
+        """What a local file is cut into. Raises ClipError, also where the child dies or makes no progress."""
+        return self._answer(Order(path, headers_only=headers_only), CUT)
+
+    def read(self, path: str, span: Span, seed: str) -> Clip:
+        """One clip of a local file; it is kept open for the next. Raises ClipError as `cut` does."""
+        facts = self._answer(Order(path, span, seed), FACTS)
+        bucket = span.bucket
+        shape = bucket.frames, bucket.height, bucket.width, 3
+        return Clip(np.frombuffer(self._shared, np.uint8, bucket.clip_bytes).reshape(shape).copy(), **facts)
+
+    def close(self) -> None:
+        """Ends the child."""
+        if self._child:
+            self._child.kill()
+            self._end()
+
+    def _answer(self, order: Order, kind: TypeAdapter) -> Any:
+        line = self._connected()
+        answer = ALIVE
+        try:
+            line.send(order)
+            while answer == ALIVE:
+                if not line.poll(self.data.timeout_s):
+                    self.close()
+                    raise ClipError(
+                        "timeout", f"decoding was given up after {self.data.timeout_s:g} s (data.timeout_s)"
+                    )
+                answer = line.recv_bytes(MOST_BYTES)
+            return understood(answer, kind)
+        except (EOFError, OSError):
+            raise ClipError("decoder_crashed", f"the decoder's process {self._end()} on it") from None
+        except ValueError:
+            self.close()
+            raise ClipError("decoder_crashed", "the decoder's process answered nonsense on it") from None
+
+    def _connected(self) -> Connection:
+        if self._line is not None:
+            return self._line
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._child = subprocess.Popen(
+                [sys.executable, "-P", "-m", "data_prep.video.decode_process", str(theirs.fileno())],
+                pass_fds=[theirs.fileno(), self._memory],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+                stdin=subprocess.DEVNULL,
+            )
+        self._line = Connection(ours.detach())
+        try:
+            self._line.send((self.data, self.selection, self._memory, self._size))
+            if self._line.poll(START_S) and self._line.recv_bytes(len(READY)) == READY:
+                return self._line
+        except (EOFError, OSError):
+            pass
+        self.close()
+        raise RuntimeError("the decoder's process doesn't start; its own message stands above")
+
+    def _end(self) -> str:
+        """Waits for the dead child and says how it ended."""
+        assert self._child is not None
+        assert self._line is not None
+        self._line.close()
+        code = self._child.wait()
+        self._child = self._line = None
+        return f"died of {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
+
+    def __del__(self) -> None:
+        """The memory goes with the last who has it mapped; the child ends when the line is closed."""
+        if hasattr(self, "_memory"):
+            os.close(self._memory)
+
+
+def understood(answer: bytes, kind: TypeAdapter) -> Any:
+    """What the child found. Raises ClipError where it refused, ValueError where it is none of what was asked for."""
+    said = json.loads(answer)
+    if isinstance(said, dict) and "refused" in said:
+        reason, message = REFUSAL.validate_python(said["refused"])
+        if reason not in QUARANTINED and reason not in FILTERED:
+            raise ValueError(reason)
+        raise ClipError(reason, message)
+    return kind.validate_python(said)
+
+
+def shared_memory(size: int) -> tuple[int, mmap.mmap]:
+    """A nameless file of so many bytes in memory (where the system has no such thing, on disk), and its map."""
+    if hasattr(os, "memfd_create"):
+        memory = os.memfd_create("sora-clip")
+    else:
+        with tempfile.TemporaryFile() as file:
+            memory = os.dup(file.fileno())
+    os.ftruncate(memory, size)
+    return memory, mmap.mmap(memory, size)
+
+
+class Reader:
+    """The child's side: answers orders, and keeps the last file open."""
+
+    def __init__(self, line: Connection, data: DataConfig, selection: SelectionConfig, shared: mmap.mmap):
+        self.line, self.data, self.selection, self.shared = line, data, selection, shared
+        self.source: Source | None = None
+        self.identity: tuple | None = None
+        self.spoke = 0.0
+
+    def answer(self, order: Order) -> bytes:
+        """A Cut; the facts of a Clip whose frames are in the shared memory; or why there is none."""
+        try:
+            said = self.found(order)
+        except ClipError as error:
+            said = {"refused": (error.reason, error.message)}
+        except Exception as error:  # whatever a decoder makes of a bad file costs that clip, never the job
+            said = {"refused": ("corrupt", f"{type(error).__name__}: {error}")}
+        return json.dumps(said).encode()
+
+    def found(self, order: Order) -> dict[str, Any]:
+        """A Cut, or the facts of a Clip. Raises ClipError."""
+        source = self.opened(order.path)
+        if order.span is None:
+            return asdict(source.cut(order.headers_only))
+        clip = source.read(order.span, order.seed)
+        np.frombuffer(self.shared, np.uint8, clip.frames.size)[:] = clip.frames.ravel()
+        return {name: value for name, value in vars(clip).items() if name != "frames"}
+
+    def opened(self, path: str) -> Source:
+        """The file, as it was left if it is the last one."""
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise ClipError("missing_file", f"can't be opened: {error.strerror}") from None
+        identity = path, status.st_ino, status.st_size, status.st_mtime_ns
+        if self.source is None or identity != self.identity:
+            self.source = None  # before the next one is opened: two files open are twice the memory
+            self.source = Source(path, self.data, self.selection, self.alive)
+            self.identity = identity
+        return self.source
+
+    def alive(self) -> None:
+        """Says, not too often, that there is progress."""
+        if time.monotonic() - self.spoke > ALIVE_S:
+            self.spoke = time.monotonic()
+            self.line.send_bytes(ALIVE)
+
+
+def serve(line: Connection) -> None:
+    """The child's loop: orders come in, answers go out, until the parent hangs up."""
+    data, selection, memory, size = line.recv()
+    reader = Reader(line, data, selection, mmap.mmap(memory, size))
+    threading.Thread(target=leave_with_parent, args=(line.fileno(),), daemon=True).start()
+    gc.freeze()  # readers.py collects garbage every LOOKS frames; that is quick without what the imports made
+    line.send_bytes(READY)
+    while True:
+        try:
+            line.send_bytes(reader.answer(line.recv()))
+        except (EOFError, OSError):
+            return
+
+
+def leave_with_parent(line: int) -> None:
+    """Ends the process, even amid decoding, as soon as the other end of its line is closed."""
+    watch = select.poll()
+    watch.register(line, select.POLLRDHUP if hasattr(select, "POLLRDHUP") else select.POLLHUP)
+    watch.poll()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    serve(Connection(int(sys.argv[1])))

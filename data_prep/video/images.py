@@ -1,0 +1,178 @@
+"""Still images as clips of one frame: JPEG, PNG, WebP, AVIF, BMP, TIFF, recognised by their first bytes.
+
+What is animated is a video, or refused by name. One picture in a container of videos is a still too: see probe.py.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from data_prep.reasons import ClipError
+from data_prep.video.damage import hole_of, jpeg_damage
+from data_prep.video.probe import check_size
+from data_prep.video.readers import on_black
+
+ORIENTATION = 0x0112  # of EXIF: 5 to 8 are on their side
+STARTS = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"BM": "BMP",
+    b"II*\x00": "TIFF",
+    b"MM\x00*": "TIFF",
+}
+
+
+@dataclass(frozen=True)
+class Still:
+    """A picture's size as it is shown, and a remark on the file, or none."""
+
+    width: int
+    height: int
+    remark: str
+
+
+def still_kind(path: str) -> str:
+    """`JPEG`, `PNG`, `WEBP`, `AVIF`, `BMP`, `TIFF`; empty for anything else, and for what is animated but for WebP."""
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WEBP"
+    if head[4:8] == b"ftyp":
+        brands = head[8 : struct.unpack(">I", head[:4])[0]]
+        return "AVIF" if b"avif" in brands and b"avis" not in brands else ""
+    kind = next((kind for start, kind in STARTS.items() if head.startswith(start)), "")
+    animation = head.partition(b"IDAT")[0].partition(b"acTL")[2][:4] if kind == "PNG" else b""
+    return "" if int.from_bytes(animation, "big") > 1 else kind
+
+
+def read_still_header(path: str) -> Still:
+    """Opens a picture without decoding it. Raises ClipError `too_large`, `truncated` or `corrupt`."""
+    with picture(path) as image:
+        exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}  # else PNG decodes to look
+        size = image.size[::-1] if exif.get(ORIENTATION, 1) >= 5 else image.size
+        count = getattr(image, "n_frames", 1) if image.format in ("TIFF", "WEBP") else 1
+        if count > 1 and image.format == "WEBP":
+            raise ClipError("unreadable", "is an animated WebP, which is not read; convert it to mp4, webm or gif")
+        remarks = [f"pages: the first of its {count} pictures"] if count > 1 else []
+        if image.info.get("icc_profile") and colours_of(image) is None:
+            remarks.append("icc_profile: has an ICC profile that can't be applied")
+        return Still(size[0], size[1], "; ".join(remarks))
+
+
+def read_still(path: str, at_least: int = 0) -> np.ndarray:
+    """A picture uint8 `H W 3`: turned as its EXIF says, in sRGB, transparency on black, 16 bits cut to 8.
+
+    A JPEG whose sides are many times `at_least` is decoded at a half, a quarter or an eighth of its size. Raises
+    ClipError `too_large`, `truncated` or `corrupt`.
+    """
+    with picture(path) as image:
+        if image.format == "PNG":
+            image.verify()  # which Pillow's decoder doesn't; it takes the file apart, so that it is opened again
+        check_damage(path, image.format)
+    with picture(path) as image:
+        if at_least:
+            image.draft("RGB", (2 * at_least, 2 * at_least))
+        image.load()
+        convert = colours_of(image) if image.info.get("icc_profile") else None
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I;16"):
+            return (np.asarray(upright) >> 8).astype(np.uint8)[..., None].repeat(3, 2)
+        if upright.mode in ("I", "F"):  # of no fixed range: stretched from its darkest to its brightest
+            values = np.asarray(upright, np.float64)
+            low, high = float(values.min()), float(values.max())
+            return ((values - low) * (255 / max(high - low, 1e-9))).round().astype(np.uint8)[..., None].repeat(3, 2)
+        if upright.has_transparency_data:
+            rgba = upright.convert("RGBA")
+            if convert:
+                rgba = Image.merge("RGBA", (*convert(rgba.convert("RGB")).split(), rgba.getchannel("A")))
+            return on_black(np.asarray(rgba))
+        return np.asarray(convert(upright) if convert else upright.convert("RGB"))
+
+
+def colours_of(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
+    """What takes a picture's colours to sRGB by its ICC profile; None where that can't be done."""
+    if image.mode not in ("L", "LA", "P", "PA", "RGB", "RGBA", "CMYK"):
+        return None
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+        if "srgb" in ImageCms.getProfileDescription(profile).lower():
+            return lambda picture: picture.convert("RGB")
+        space = image.info["icc_profile"][16:20]  # ICC.1:2022, 7.2
+        mode = {b"GRAY": "L", b"RGB ": "RGB", b"CMYK": "CMYK"}[space]
+        if (mode == "L") != (image.mode in ("L", "LA")) or (mode == "CMYK") != (image.mode == "CMYK"):
+            return None
+        transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError, KeyError):
+        return None
+
+    def convert(picture: Image.Image) -> Image.Image:
+        converted = ImageCms.applyTransform(picture.convert(mode), transform)
+        assert converted is not None
+        return converted
+
+    return convert
+
+
+def check_damage(path: str, kind: str | None) -> None:
+    """Raises ClipError `corrupt` or `truncated` where a JPEG or a WebP is damaged, which Pillow doesn't mind."""
+    if kind not in ("JPEG", "WEBP"):
+        return
+    with open(path, "rb") as file:
+        content = file.read()
+    damage = jpeg_damage(content) if kind == "JPEG" else webp_damage(content)
+    if damage:
+        reason = "truncated" if "premature end" in damage.lower() else "corrupt"
+        raise ClipError(reason, f"the {kind} is damaged: {damage}")
+
+
+def webp_damage(content: bytes) -> str:
+    """What is wrong with the compressed picture of a lossy WebP: chunks are a name, a size and that many bytes."""
+    place = 12
+    while place + 8 <= len(content):
+        name, size = struct.unpack_from("<4sI", content, place)
+        if name == b"VP8 ":
+            return hole_of(content[place + 8 : place + 8 + size], "vp8")
+        place += 8 + size + size % 2
+    return ""
+
+
+@contextmanager
+def picture(path: str) -> Iterator[Image.Image]:
+    """An opened picture; what goes wrong inside becomes a ClipError."""
+    kind = still_kind(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own opinion on sizes and on odd metadata
+            with Image.open(path, formats=[kind]) as image:
+                check_size([image.size])
+                yield image
+    except Image.DecompressionBombError as error:
+        raise ClipError("too_large", str(error)) from None
+    except ClipError:
+        raise
+    except (OSError, SyntaxError, ValueError, EOFError, UnidentifiedImageError) as error:
+        if "truncated" in str(error) or is_cut(path, kind):
+            raise ClipError("truncated", f"the {kind} breaks off: {error}") from None
+        raise ClipError("corrupt", f"the {kind} can't be decoded: {error}") from None
+
+
+def is_cut(path: str, kind: str) -> bool:
+    """Whether a picture's own end is missing from its file."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        head = file.read(8)
+        file.seek(max(0, size - 4096))
+        tail = file.read()
+    if kind in ("WEBP", "BMP"):  # both say how large the file is
+        declared = int.from_bytes(head[4:8], "little") + 8 if kind == "WEBP" else int.from_bytes(head[2:6], "little")
+        return size < declared
+    return {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(kind, b"") not in tail

@@ -1,0 +1,240 @@
+"""The figures of a checkpoint: held-out loss, Fréchet video distance, similarity to prompts. Validation and `sora eval`
+ask for them here. What can't be had is left out with a remark: one figure that fails spoils no other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from sora_train.data.collate import draw
+from sora_train.data.shards import ShardSet
+from sora_train.errors import UserError
+from sora_train.evaluate.fvd import ENOUGH_CLIPS, frechet_distance
+from sora_train.evaluate.heldout import SEED, Place, batches, held_out_loss
+from sora_train.evaluate.i3d import I3D, I3D_FRAMES, features, load_i3d
+from sora_train.evaluate.kept import choose_again
+from sora_train.evaluate.similarity import load_clip, similarity
+from sora_train.manifest import Manifest
+from sora_train.recipe import ValidationConfig
+from sora_train.sample import Run, generate_each
+from sora_train.schema import bucket_name, bucket_size
+from sora_train.storage import replacing
+
+Figures = dict[str, float | int]
+Progress = Callable[[str, int, int], None]
+"""Takes what is being done, how much of it is done, and of how much."""
+Video = tuple[str, np.ndarray]
+"""A prompt, and the frames uint8 `F H W 3` made of it."""
+
+REFERENCE = "fvd_reference.safetensors"
+"""In a run's folder: I3D's features of the held-out clips, so that fifty validations make them once."""
+
+
+def warn(remark: str) -> None:
+    print(f"warning: {remark}", file=sys.stderr, flush=True)
+
+
+def measure(
+    run: Run,
+    ask: ValidationConfig,
+    shards_folder: str | Path,
+    videos: Iterable[Video] | None = None,
+    progress: Progress | None = None,
+    remark: Callable[[str], None] = warn,
+) -> Figures:
+    """What `ask` asks for and can be had: `holdout_loss`, `holdout_loss_0` to `_9` and `holdout_clips`; `fvd` and
+    `fvd_clips`; `similarity`, of `videos` where they are given, else of new ones of `ask.prompts`.
+
+    What can't be had is told to `remark`, with the reason.
+    """
+    tell = progress or (lambda what, done, of: None)
+    parts: list[tuple[str, Callable[[], Figures]]] = []
+
+    def held_out() -> Figures:
+        return _held_out(run, ask, str(shards_folder), partial(tell, "held-out loss"), remark)
+
+    if ask.holdout_clips:
+        parts.append(("held-out loss", held_out))
+    if ask.clip:
+        parts.append(("similarity", lambda: _similarity(run, ask, videos, tell)))
+    if ask.fvd:
+        parts.append(("FVD", lambda: _fvd(run, ask, str(shards_folder), tell, remark)))
+    found: Figures = {}
+    for name, part in parts:
+        try:
+            found |= part()
+        except UserError as error:
+            remark(f"{name}: {error}")
+    return found
+
+
+def check_shards(run: Run, folder: str) -> None:
+    """UserError where a folder holds no shards, or others than a run was trained on."""
+    found = Manifest.load(folder).encoding_hash
+    if found != run.manifest.encoding_hash:
+        raise UserError(
+            f"the shards in {folder} have the encoding {found}, {run.checkpoint} was trained on "
+            f"{run.manifest.encoding_hash}: name the shards that it was trained on"
+        )
+
+
+def open_held_out(run: Run, folder: str) -> ShardSet:
+    """The held-out split of the shards that a run was trained on. UserError where none is, or these are others."""
+    check_shards(run, folder)
+    if not run.recipe.data.holdout_fraction:
+        raise UserError("data.holdout_fraction is 0, so that no clip was held out; train a run with 0.02, for instance")
+    return ShardSet(folder, run.recipe.data.holdout_fraction, "holdout")
+
+
+def _held_out(
+    run: Run, ask: ValidationConfig, folder: str, progress: Callable[[int, int], None], remark: Callable[[str], None]
+) -> Figures:
+    shards = open_held_out(run, folder)
+    # Pictures that training left out would be measured for nothing.
+    names = tuple(name for name in shards.rows if bucket_size(name)[0] > 1 or run.recipe.data.image_ratio != 0)
+    places = choose_again(run, shards, ask.holdout_clips, names, "held-out loss", remark)
+    if not places:
+        raise UserError("only pictures were held out, and data.image_ratio 0 leaves them out of training")
+    loss = held_out_loss(run.predict, run.objective, shards, places, run.device, progress=progress)
+    return {**loss, "holdout_clips": len(places)}
+
+
+def _similarity(run: Run, ask: ValidationConfig, videos: Iterable[Video] | None, tell: Progress) -> Figures:
+    if videos is None and not ask.prompts:
+        raise UserError("validation.prompts is empty, so that there is nothing to make samples of")
+    clip = load_clip(ask.clip, run.device, run.recipe.codec.models)
+    if videos is None:
+        made = make(
+            run, ask, ask.prompts, [ask.seed] * len(ask.prompts), None, partial(tell, "samples of the prompts, step")
+        )
+        videos = zip(ask.prompts, made, strict=True)
+    scores = [similarity(clip, prompt, video) for prompt, video in videos]
+    if not scores:
+        raise UserError("there are no samples to score")
+    return {"similarity": float(np.mean(scores))}
+
+
+def _fvd(run: Run, ask: ValidationConfig, folder: str, tell: Progress, remark: Callable[[str], None]) -> Figures:
+    if not ask.i3d:
+        raise UserError("validation.i3d is empty; name the safetensors of I3D's weights")
+    manifest = run.manifest
+    check_frames(run)
+    bucket = bucket_name(manifest.frames, manifest.height, manifest.width)  # what samples look like
+    shards = open_held_out(run, folder)
+    places = choose_again(run, shards, ask.fvd_clips, (bucket,), f"FVD of {bucket}", remark)
+    if len(places) < 2:
+        raise UserError(
+            f"{len(places)} of the held-out clips are of {bucket}, the shape of samples; two at least are needed"
+        )
+    i3d = load_i3d(ask.i3d, run.device)
+    real = reference(run, i3d, shards, places, partial(tell, "I3D of held-out clips"))
+    prompts, embeddings = captions_of(run, shards, places)
+    made = make(
+        run,
+        ask,
+        prompts,
+        range(ask.seed, ask.seed + len(prompts)),
+        embeddings,
+        partial(tell, "samples of held-out captions, step"),
+    )
+    if len(places) < ENOUGH_CLIPS:
+        remark(
+            f"FVD is of {len(places)} clips: with fewer than {ENOUGH_CLIPS} it says more of their number than of the "
+            "model, and compares only with FVD of as many"
+        )
+    return {"fvd": frechet_distance(real, features(i3d, made)), "fvd_clips": len(places)}
+
+
+def check_frames(run: Run) -> None:
+    """UserError where a run's clips are too short for I3D."""
+    if run.manifest.frames < I3D_FRAMES:
+        raise UserError(
+            f"the run's clips have {run.manifest.frames} frames and I3D needs {I3D_FRAMES}; train one with data.frames "
+            f"{I3D_FRAMES} or more"
+        )
+
+
+def make(
+    run: Run,
+    ask: ValidationConfig,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    embeddings: Sequence[Float[Tensor, "_ e"]] | None,
+    progress: Callable[[int, int], None],
+) -> Iterator[np.ndarray]:
+    """Videos of these prompts, sampled as `ask` says."""
+    return generate_each(
+        run,
+        prompts,
+        seeds,
+        ask.sampling,
+        ask.negative,
+        embeddings=embeddings,
+        progress=progress,
+    )
+
+
+def captions_of(run: Run, shards: ShardSet, places: list[Place]) -> tuple[list[str], list[Float[Tensor, "_ e"]]]:
+    """A caption of each clip, the one that its held-out loss takes, and the embedding that its shard has of it."""
+    prompts: list[str] = []
+    embeddings: list[Tensor] = []
+    for batch in batches(places, shards, None):
+        clips = shards.read(batch[0].bucket, [place.row for place in batch])
+        for row in range(len(batch)):
+            which = draw(clips, row, run.objective, SEED, 0, caption_dropout=0.0).caption
+            prompts.append(clips.captions[row][which])
+            embeddings.append(torch.from_numpy(clips.text[row][which].astype(np.float32)))
+    return prompts, embeddings
+
+
+def real_videos(
+    run: Run, shards: ShardSet, places: list[Place], progress: Callable[[int, int], None]
+) -> Iterator[np.ndarray]:
+    """Held-out clips uint8 `F H W 3`, decoded from the means of their latents: shards hold no pixels.
+
+    By way of what the model sees: an export's VAE takes other raw latents than the one that made the shards.
+    """
+    facts, done = shards.manifest.vae, 0
+    mean, std = (torch.tensor(values)[:, None, None] for values in (facts.mean, facts.std))
+    for batch in batches(places, shards, None):
+        clips = shards.read(batch[0].bucket, [place.row for place in batch])
+        for row in range(len(batch)):
+            latents = (torch.from_numpy(clips.latents[row, :1].astype(np.float32)) - mean) / std
+            yield run.vae.decode(run.vae.denormalise(latents))[0].numpy()
+            done += 1
+            progress(done, len(places))
+
+
+def reference(
+    run: Run, i3d: I3D, shards: ShardSet, places: list[Place], progress: Callable[[int, int], None]
+) -> Float[np.ndarray, "n 400"]:
+    """I3D's features of held-out clips; kept in the run's folder, under all that they depend on."""
+    ids = [place.sample_id for place in places]
+    key = hashlib.sha256(json.dumps([shards.manifest.encoding_hash, i3d.hash, ids]).encode()).hexdigest()
+    file = run.folder / REFERENCE
+    try:
+        with safe_open(file, "np") as stored:
+            if (stored.metadata() or {}).get("of") == key:
+                return stored.get_tensor("features")
+    except (OSError, SafetensorError):
+        pass  # not there yet, or damaged: it is made anew
+    found = features(i3d, real_videos(run, shards, places, progress))
+    if (run.folder / "checkpoints").is_dir():  # a run of ours, not a folder that somebody exported
+        try:
+            with replacing(file) as draft:
+                save_file({"features": found}, draft, {"of": key})
+        except (OSError, SafetensorError) as error:
+            warn(f"{file} can't be written ({error}): the features will be made again next time")
+    return found

@@ -1,0 +1,222 @@
+"""The quickstart, `sora demo`: clips of moving shapes to a trained model whose obedience is measured, in six stages.
+
+Every stage does only what is missing, so running it again resumes. `sora_train.quickstart.shapes` draws the clips,
+everything between is what anybody's own videos go through, and `sora_train.quickstart.oracle` reads the samples back.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from sora_train.errors import UserError
+from sora_train.quickstart.measure import SEEDS, VERDICTS, measure, scenes, write_verdicts
+from sora_train.quickstart.oracle import Verdict, judge
+from sora_train.quickstart.shapes import COLOURS, DIRECTIONS, make_clips
+from sora_train.recipe import Recipe, load_recipe
+from sora_train.video import contact_sheet, read_mp4
+
+CLIPS = 1500
+STAGES = 6
+
+
+def demo(recipe_path: str | Path = "jobs/quickstart.yaml", overrides: Mapping[str, object] | None = None) -> Path:
+    """Runs all stages and returns the run's folder. Paths in the recipe are relative to the current directory."""
+    from sora_train.report import write_report
+
+    started = time.monotonic()
+    recipe = load_recipe(find_recipe(recipe_path), overrides)
+    run_folder = Path(recipe.train.output) / recipe.name
+
+    with stage(1, "clips: coloured shapes that move, as mp4 files with captions", started):
+        clips_folder = clips(recipe)
+    with stage(2, "prep: videos and captions to latents and embeddings", started):
+        prepare(recipe)
+    with stage(3, f"train: {recipe.train.steps} steps on {recipe.cluster.workers} workers", started):
+        train(recipe)
+    with stage(4, f"sample: {len(scenes())} captions, half of them held out of training, {len(SEEDS)} seeds", started):
+        final = sample(run_folder)
+    with stage(5, "judge: what the samples show, read from their pixels", started):
+        shares = measure(clips_folder, run_folder, final)
+    with stage(6, "report", started):
+        report = write_report(run_folder)
+        print(f"  {report}")
+    print(last_words(run_folder, shares, time.monotonic() - started), flush=True)
+    return run_folder
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The recipe as named from here, or else from the top of the checkout that this code lies in."""
+    places = [Path(path), Path(__file__).parents[2] / path]
+    for place in places:
+        if place.is_file():
+            return place
+    raise UserError(f"no recipe at {places[0]} nor at {places[1]}; run the demo from a checkout of the repository")
+
+
+@contextmanager
+def stage(number: int, what: str, started: float) -> Iterator[None]:
+    """Prints a stage's heading and, at its end, how long it took."""
+    print(f"\n[{number}/{STAGES}] {what}", flush=True)
+    begun = time.monotonic()
+    yield
+    now = time.monotonic()
+    print(f"[{number}/{STAGES}] done in {now - begun:.0f} s, {now - started:.0f} s in all", flush=True)
+
+
+def clips(recipe: Recipe, count: int = CLIPS) -> Path:
+    """Stage 1: makes the clips where the recipe's captions.csv is to be, if any is missing. Returns the folder."""
+    captions = Path(recipe.data.captions)
+    if captions.name != "captions.csv":
+        raise UserError(
+            f"data.captions is {captions}, but the demo writes its own: name a path that ends in captions.csv"
+        )
+    folder = captions.parent
+    if are_whole(captions, count):
+        print(f"  {count} clips are in {folder} already")
+        return folder
+    with heartbeat(lambda: f"  {len(list(folder.glob('*.mp4')))} of {count} clips"):
+        make_clips(folder, count)
+    print(f"  {count} clips in {folder}")
+    return folder
+
+
+def are_whole(captions: Path, count: int) -> bool:
+    """Whether every clip is there: captions.csv is written last, so what it names was written in full."""
+    if not captions.is_file():
+        return False
+    with captions.open(newline="", encoding="utf-8") as file:
+        names = [row["video_file_name"] for row in csv.DictReader(file)]
+    return len(names) == count and all((captions.parent / name).is_file() for name in names)
+
+
+@contextmanager
+def heartbeat(line: Callable[[], str], seconds: float = 5.0) -> Iterator[None]:
+    """Prints `line()` every so many seconds until the block ends."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(seconds):
+            print(line(), flush=True)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def prepare(recipe: Recipe) -> None:
+    """Stage 2."""
+    from data_prep.pipeline import prep
+
+    prep(recipe)
+
+
+def train(recipe: Recipe) -> None:
+    """Stage 3; a run that is finished is left as it is."""
+    from sora_train.launch.trainer import launch_training
+
+    launch_training(recipe)
+
+
+def sample(run_folder: Path, seeds: Sequence[int] = SEEDS) -> Path:
+    """Stage 4: an mp4 of every scene and seed, what the judge reads from each, and the sheet. Returns their folder."""
+    import torch
+
+    from sora_train.sample import load_run, sample_to_folder
+
+    run = load_run(run_folder)
+    folder = run_folder / "samples" / "final"
+    if is_sampled(folder, run.checkpoint, seeds):
+        print(f"  {folder} holds them already")
+        return folder
+    for stale in (*folder.glob("*.mp4"), folder / "samples.json", folder / VERDICTS):
+        stale.unlink(missing_ok=True)
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    prompts = [scene.caption for scene in scenes()]
+    state, verdicts = "loading the text encoder", list[Verdict]()
+
+    def progress(done: int, of: int) -> None:
+        nonlocal state
+        state = f"{done} of {of} sampler steps"
+
+    with heartbeat(lambda: f"  {state}, {len(list(folder.glob('*.mp4')))} of {len(prompts) * len(seeds)} videos"):
+        files = sample_to_folder(
+            run,
+            prompts,
+            None,
+            folder,
+            seeds,
+            progress=progress,
+            on_video=lambda video: verdicts.append(judge(video)),
+        )
+    write_verdicts(folder, verdicts)
+    write_sheet(files, len(seeds), folder / "sheet.png")
+    print(f"  {len(files)} videos and sheet.png in {folder}")
+    return folder
+
+
+def is_sampled(folder: Path, checkpoint: Path, seeds: Sequence[int]) -> bool:
+    """Whether the folder holds all samples of this checkpoint and their verdicts: both lists are written last."""
+    listing = folder / "samples.json"
+    if (
+        not listing.is_file()
+        or not (folder / VERDICTS).is_file()
+        or listing.stat().st_mtime < (checkpoint / "ema.safetensors").stat().st_mtime
+    ):
+        return False
+    about = json.loads(listing.read_text(encoding="utf-8"))
+    wanted = [(scene.caption, seed) for scene in scenes() for seed in seeds]
+    listed = [(entry["prompt"], entry["seed"]) for entry in about["samples"]]
+    files_there = all((folder / entry["file"]).is_file() for entry in about["samples"])
+    return about["checkpoint"] == checkpoint.name and listed == wanted and files_there
+
+
+def write_sheet(files: Sequence[Path], seeds: int, path: Path) -> None:
+    """The picture at the README's top: every colour once seen and once held out, chosen by place and not by looks."""
+    everything, directions = scenes(), list(DIRECTIONS)
+    wanted = [
+        (colour, directions[(i + 2 * held_out) % len(directions)], held_out)
+        for i, colour in enumerate(COLOURS)
+        for held_out in (False, True)
+    ]
+    at = {(scene.colour, scene.direction, scene.held_out): index for index, scene in enumerate(everything)}
+    chosen = [at[what] for what in wanted]
+    videos = [read_mp4(files[index * seeds]) for index in chosen]
+    badges = ["held out" if everything[index].held_out else "seen" for index in chosen]
+    contact_sheet(videos, [everything[index].caption for index in chosen], badges).save(path, optimize=True)
+
+
+def last_words(run_folder: Path, shares: dict, seconds: float) -> str:
+    """The final screenful: what came out, where it is, what to try next."""
+    names = ("colour", "direction", "shape", "all")
+    head = f"  {'':18}" + "".join(f"{name:>11}" for name in names) + f"{'clips':>9}"
+    rows = [
+        f"  {title:18}" + "".join(f"{row[name]:>11.0%}" for name in names) + f"{row['clips']:>9}"
+        for title, row in (("seen in training", shares["seen"]), ("held out", shares["held_out"]), ("together", shares))
+    ]
+    table = "\n".join([head, *rows])
+    return f"""
+Done in {int(seconds // 60)} min {seconds % 60:02.0f} s. The share of samples that show what their caption says:
+
+{table}
+
+Look at
+  {run_folder}/samples/final/sheet.png    samples, seen and held-out captions beside each other
+  {run_folder}/report.html                curves, samples by step, events, recipe: open it in a browser
+  {run_folder}/obedience.json             the table above
+
+Try next
+  sora sample {run_folder} --prompt "a blue square moving up"
+  sora train jobs/quickstart.yaml --name again --train.steps 40
+  sora prep jobs/quickstart.yaml --data.captions my/captions.csv --data.root my/videos --data.output my/shards
+"""

@@ -1,0 +1,154 @@
+"""Joins the Ray cluster that this process belongs to, or starts one here and takes it down again."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+from sora_train.errors import UserError
+from sora_train.ray_cluster.local_ray import (
+    deaf_to_hangups,
+    known_address,
+    outside_the_working_folder,
+    own_token,
+    short_folder,
+    temporary_folder,
+)
+
+WAIT_S, AGAIN_S = 30.0, 60.0
+"""A wait for Ray is explained after the first of these, and then every so often."""
+
+
+@contextmanager
+def connect(
+    address: str = "auto", min_cpus: int = 1, dashboard: bool = True, log_to_driver: bool = True
+) -> Iterator[bool]:
+    """Connects this process to Ray for the length of a `with` block; gives whether it started a Ray of its own.
+
+    `auto` joins the cluster of this job (`RAY_ADDRESS`) or the one that `ray start` runs on this machine, and starts
+    one where there is none; `local` always starts one; anything else is the address to join. A cluster started here
+    has a logical CPU per core, at least `min_cpus`, and ends with the block; one that was joined is left running, and
+    where the process is connected already nothing happens. With `log_to_driver`, what workers print
+    appears here. Raises UserError where an address can't be joined.
+    """
+    if ray.is_initialized():
+        yield False
+        return
+    key = "cluster.address" if address != "auto" else "RAY_ADDRESS" if os.environ.get("RAY_ADDRESS") else "auto"
+    address = (running_cluster() or "local") if address == "auto" else address
+    # Its warning that a cluster of one's own has a password needs nobody's attention.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    own = address == "local"
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(outside_the_working_folder())
+            if own:
+                # Given `local`, Ray never joins what another process left running, which `num_cpus` alone would raise
+                # for.
+                for place in (short_folder, own_token, known_address, deaf_to_hangups):
+                    stack.enter_context(place())
+                cpus = max(os.cpu_count() or 1, min_cpus)
+                stack.enter_context(waiting("Ray is still starting on this machine"))
+                ray.init(
+                    "local",
+                    num_cpus=cpus,
+                    include_dashboard=dashboard,
+                    logging_level=logging.WARNING,
+                    log_to_driver=log_to_driver,
+                )
+            else:
+                reach(address, key)
+                stack.enter_context(waiting(f"Ray at {address} ({key}) is there, but has not let this process in yet"))
+                ray.init(address, logging_level=logging.WARNING, log_to_driver=log_to_driver)
+    except UserError:
+        raise
+    except Exception as error:  # a node that takes too long to start is no more than that to Ray
+        if own:
+            raise UserError(
+                f"Ray can't start on this machine: {error}. Its logs: {temporary_folder()}/ray/session_latest/logs"
+            ) from error
+        # With another token Ray says no more than that it could not connect.
+        raise UserError(
+            f"{key}: can't join the Ray cluster at {address}: {error}. Is its token this process's own? That is "
+            "~/.ray/auth_token of its head node, here with RAY_AUTH_MODE=token in ~/.ray/auth_token or where "
+            f"RAY_AUTH_TOKEN_PATH says. {run_alone(key)}"
+        ) from error
+    try:
+        yield own
+    finally:
+        ray.shutdown()
+
+
+def reach(address: str, key: str) -> None:
+    """Raises UserError where nothing listens at a cluster's address for `WAIT_S`: Ray itself would wait for ever."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    ends, said = time.monotonic() + WAIT_S, False
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except (OSError, OverflowError) as error:
+            if time.monotonic() > ends:
+                raise UserError(f"no Ray at {address} ({key}): {error}. Start that cluster. {run_alone(key)}") from None
+            if not said:
+                print(f"no Ray at {address} ({key}) yet: waiting up to {WAIT_S:.0f} s for it", flush=True)
+                said = True
+            time.sleep(1)
+
+
+def run_alone(key: str) -> str:
+    """How to run without the cluster that `key` names."""
+    unset = "unset RAY_ADDRESS or " if key == "RAY_ADDRESS" else ""
+    return f"To run on this machine alone, {unset}give --cluster.address local"
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Says what a block waits for, when it takes more than `WAIT_S`, and again every `AGAIN_S`."""
+    ended, began = threading.Event(), time.monotonic()
+
+    def explain() -> None:
+        pause = WAIT_S
+        while not ended.wait(pause):
+            pause = AGAIN_S
+            print(f"{what} ({time.monotonic() - began:.0f} s so far; Ctrl-C ends it)", flush=True)
+
+    thread = threading.Thread(target=explain, name="waiting", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def running_cluster() -> str | None:
+    """The address in RAY_ADDRESS, else of the cluster that `ray start` noted on this machine, if it still answers."""
+    if address := os.environ.get("RAY_ADDRESS"):
+        return address
+    note = Path(temporary_folder()) / "ray" / "ray_current_cluster"
+    try:
+        address = note.read_text().strip()
+        host, _, port = address.rpartition(":")
+        socket.create_connection((host, int(port)), timeout=2).close()
+    except (OSError, ValueError):
+        return None
+    return address
+
+
+def held_by_others() -> str:
+    """CPUs and GPUs of the cluster that other jobs have taken, in words; an empty string where all are free."""
+    total, free = ray.cluster_resources(), ray.available_resources()
+    held = {kind: total.get(kind, 0) - free.get(kind, 0) for kind in ("CPU", "GPU")}
+    return " and ".join(f"{count:g} of {total[kind]:g} {kind}s" for kind, count in held.items() if count >= 1)

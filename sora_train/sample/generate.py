@@ -1,0 +1,174 @@
+"""Prompts and seeds in, frames out.
+
+A clip's noise is drawn on the CPU from its seed alone, so it depends neither on the clips beside it nor on the device:
+that which it begins as, and then that which the sampler `ddpm` adds.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sora_train.codec.conventions import clean
+from sora_train.codec.memory import is_out_of_memory
+from sora_train.codec.text import TextEncoder, cut_null, pad_text
+from sora_train.diffusion import Sampling, fitting, sample
+from sora_train.errors import RecipeError, UserError
+from sora_train.sample.load import Run
+from sora_train.video import one_line
+
+PLACES_AT_ONCE = 2**15  # latent places (f h w) of one sampling batch: 64 clips of the quickstart, 2 of 16 x 256 x 256
+
+Progress = Callable[[int, int], None]
+"""Takes sampler steps done, and steps in all."""
+
+
+def generate(
+    run: Run,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    how: Sampling | None = None,
+    negative: str | None = None,
+    shape: tuple[int, int, int] | None = None,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """Videos uint8 `b F H W 3`, one for each prompt and its seed; otherwise as `generate_each`."""
+    return np.stack(list(generate_each(run, prompts, seeds, how, negative, shape, progress=progress)))
+
+
+def generate_each(
+    run: Run,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    how: Sampling | None = None,
+    negative: str | Float[Tensor, "_ e"] | None = None,
+    shape: tuple[int, int, int] | None = None,
+    embeddings: Sequence[Float[Tensor, "_ e"]] | None = None,
+    progress: Progress | None = None,
+) -> Iterator[np.ndarray]:
+    """Videos uint8 `F H W 3` one by one, so that memory holds a batch.
+
+    `how` to sample and the `negative` prompt are as the recipe's `validation` has them if None, the shape (frames,
+    height, width) as it was trained. Given embeddings, of the prompts and of what is negative (by `encode_null`), no
+    text encoder is loaded. Raises UserError for a sampler or a shape that the model does not take, or that memory does
+    not hold.
+    """
+    if not prompts or len(prompts) != len(seeds) or len(prompts) != len(prompts if embeddings is None else embeddings):
+        raise ValueError(f"expected a seed (and an embedding) for each prompt, got {len(seeds)} for {len(prompts)}")
+    how = run.recipe.validation.sampling if how is None else how
+    negative = run.recipe.validation.negative if negative is None else negative
+    fitting(how.sampler, run.objective.config.kind)
+    latents_of = latent_shape(run, shape)
+    vae = run.vae  # first: should it not be there, that is better known before the sampling
+    null_prompt = run.recipe.codec.null_prompt
+    if isinstance(negative, str):
+        if negative or embeddings is None:
+            check_prompt(run, negative)
+            negative = run.text_encoder.encode_null(negative, null_prompt)
+        else:  # in float16, as the embeddings of captions in shards
+            negative = torch.from_numpy(run.manifest.null_embedding(null_prompt).astype(np.float32))
+    most = run.manifest.text.max_tokens
+    size = max(1, PLACES_AT_ONCE // (latents_of[0] * latents_of[2] * latents_of[3]))
+    batches = [slice(start, start + size) for start in range(0, len(prompts), size)]
+    for i, batch in enumerate(batches):
+
+        def report(done: int, of: int, before: int = i) -> None:
+            if progress is not None:
+                progress(before * of + done, len(batches) * of)
+
+        texts = embed(run, prompts[batch]) if embeddings is None else list(embeddings[batch])
+        text, mask = pad_text(texts, most)
+        null_text, null_mask = pad_text([cut_null(negative, null_prompt, len(prompt)) for prompt in texts], most)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[batch]]
+        try:
+            latents = sample(
+                run.predict,
+                run.objective,
+                torch.stack([torch.randn(latents_of, generator=generator) for generator in generators]).to(run.device),
+                *(tensor.to(run.device) for tensor in (text, mask, null_text, null_mask)),
+                how=how,
+                generators=generators,
+                progress=report,
+            )
+            check_finite(run, latents, prompts[batch])
+            videos = vae.decode(vae.denormalise(latents)).numpy()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            asked = shape or (run.manifest.frames, run.manifest.height, run.manifest.width)
+            raise UserError(
+                f"out of memory on {run.device} with {len(generators)} of {' x '.join(map(str, asked))} (frames x "
+                "height x width) at once; ask for fewer frames or a smaller size: --frames, --height, --width"
+            ) from None
+        yield from videos
+
+
+def check_finite(run: Run, latents: Float[Tensor, "b f c h w"], prompts: Sequence[str]) -> None:
+    """UserError where a sample is not finite: it would become a black video."""
+    bad = [prompt for prompt, clip in zip(prompts, latents, strict=True) if not clip.isfinite().all()]
+    if bad:
+        weights = all(bool(parameter.isfinite().all()) for parameter in run.model.parameters())
+        why = "the weights are finite, so the sampler diverged: try other steps, a lower guidance or another sampler"
+        raise UserError(
+            f"the sample of {one_line(bad[0])[:200]!r} from {run.checkpoint} is not finite"
+            + (f" ({len(bad)} of {len(latents)} at once)" if len(bad) > 1 else "")
+            + f"; {why if weights else 'its weights are not finite: use an earlier checkpoint'}"
+        )
+
+
+def latent_shape(run: Run, shape: tuple[int, int, int] | None = None) -> tuple[int, int, int, int]:
+    """Axes `f c h w` of the latents of one clip of `shape`, frames, height and width; None is as it was trained.
+
+    Positions in space and time interpolate or go on counting, so that the model takes any shape that divides into
+    frames of the VAE and patches of the model. RecipeError, with the nearest that do, for others.
+    """
+    manifest = run.manifest
+    frames, height, width = shape or (manifest.frames, manifest.height, manifest.width)
+    grid = manifest.vae.factor * run.recipe.model.patch
+    for side, size in (("height", height), ("width", width)):
+        if size % grid or size < 1:
+            below = size // grid * grid
+            choices = " or ".join(str(n) for n in (below, below + grid) if n > 0)
+            raise RecipeError(
+                f"{side} {size} does not divide by {grid} (VAE {manifest.vae.factor} x model.patch "
+                f"{run.recipe.model.patch}); use {choices}"
+            )
+    if over := (frames - 1) % manifest.vae.time_factor:
+        below, above = frames - over, frames - over + manifest.vae.time_factor
+        raise RecipeError(f"frames is {frames}; the VAE takes {manifest.vae.time_factor}k+1, so use {below} or {above}")
+    return manifest.vae.latent_shape(frames, height, width)
+
+
+def embed(run: Run, prompts: Sequence[str]) -> list[Float[Tensor, "_ e"]]:
+    """Embeddings of the prompts, each of which is checked."""
+    distinct = list(dict.fromkeys(prompts))
+    for prompt in distinct:
+        check_prompt(run, prompt)
+    found = dict(zip(distinct, run.text_encoder.encode(distinct), strict=True))
+    return [found[prompt] for prompt in prompts]
+
+
+def check_prompt(run: Run, prompt: str) -> None:
+    """Says on stderr what is cut from a prompt that is too long.
+
+    Raises UserError for one that is no text: a terminal gives bytes that are no UTF-8 as lone surrogates.
+    """
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise RecipeError(f"the prompt {ascii(prompt)[:200]} has bytes that are no UTF-8; write it in UTF-8")
+    if lost := cut_off(run.text_encoder, prompt):
+        shown = lost if len(lost) <= 200 else f"{lost[:200].rstrip()}… ({len(lost)} characters)"
+        limit = f"codec.max_tokens {run.text_encoder.max_tokens}"
+        print(f"warning: the prompt is longer than {limit}; not used: {shown!r}", file=sys.stderr, flush=True)
+
+
+def cut_off(encoder: TextEncoder, prompt: str) -> str:
+    """The end of a prompt that does not fit into the encoder's `max_tokens`, of which the last is `</s>`."""
+    ids = encoder.tokenizer(clean(prompt, encoder.cleaning), truncation=False, verbose=False)["input_ids"]
+    if len(ids) <= encoder.max_tokens:
+        return ""
+    return one_line(str(encoder.tokenizer.decode(ids[encoder.max_tokens - 1 :], skip_special_tokens=True)))

@@ -1,0 +1,87 @@
+"""A folder of samples with a sheet, as validation and the quickstart make it, and the list of what is in a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from sora_train.diffusion import Sampling, fitting
+from sora_train.sample.generate import Progress, generate_each
+from sora_train.sample.load import Run
+from sora_train.train.metrics import write_text_whole
+from sora_train.video import contact_sheet, slug, write_mp4
+
+SHEET_CLIPS = 24  # more would be too small to see
+
+
+def sample_to_folder(
+    run: Run,
+    prompts: Sequence[str],
+    embeddings: Sequence[Float[Tensor, "_ e"]] | None,
+    folder: str | Path,
+    seeds: Sequence[int] = (0,),
+    how: Sampling | None = None,
+    negative: str | Float[Tensor, "_ e"] | None = None,
+    progress: Progress | None = None,
+    on_video: Callable[[np.ndarray], None] | None = None,
+) -> list[Path]:
+    """One mp4 for every prompt and seed, `sheet.png` of the first 24, and `samples.json`, written last, that lists all.
+
+    Files are called `000-a-red-circle.mp4`, counted over prompts and, within each, seeds. `how` and `negative` are as
+    for `generate_each`. `on_video` gets each video's own frames, before H.264 changes them. Returns the mp4s' paths.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs = [(i, seed) for i in range(len(prompts)) for seed in seeds]
+    texts = None if embeddings is None else [embeddings[i] for i, _ in pairs]
+    videos = generate_each(
+        run,
+        [prompts[i] for i, _ in pairs],
+        [seed for _, seed in pairs],
+        how,
+        negative,
+        embeddings=texts,
+        progress=progress,
+    )
+    listing, shown = [], []
+    for count, ((i, seed), video) in enumerate(zip(pairs, videos, strict=True)):
+        name = f"{count:03d}-{slug(prompts[i])}.mp4"
+        write_mp4(folder / name, video, run.fps)
+        if on_video is not None:
+            on_video(video)
+        listing.append({"file": name, "prompt": prompts[i], "seed": seed})
+        if len(shown) < SHEET_CLIPS:
+            shown.append(video)
+    contact_sheet(shown, [entry["prompt"] for entry in listing[: len(shown)]]).save(folder / "sheet.png")
+    write_listing(folder, run, listing)
+    return [folder / entry["file"] for entry in listing]
+
+
+def settings_of(run: Run, how: Sampling) -> dict[str, Any]:
+    """What of a run and its sampling decides what a video shows, beside prompt, seed and shape."""
+    name = fitting(how.sampler, run.objective.config.kind)
+    interval = list(how.guidance_interval)  # as JSON gives it back
+    about = asdict(how) | {"sampler": name, "guidance_interval": interval}
+    return {"checkpoint": run.checkpoint.name, "weights": run.weights} | about
+
+
+def write_listing(folder: Path, run: Run, listing: list[dict]) -> None:
+    """`samples.json`: which file shows which prompt, since file names hold only letters that are safe."""
+    about = {"checkpoint": run.checkpoint.name, "fps": run.fps, "samples": listing}
+    write_text_whole(folder / "samples.json", json.dumps(about, indent=1))
+
+
+def read_listing(folder: Path) -> dict[str, dict]:
+    """The entries of a folder's `samples.json` by file name; none where it is missing or unreadable."""
+    try:
+        entries = json.loads((folder / "samples.json").read_text(encoding="utf-8"))["samples"]
+        return {entry["file"]: entry for entry in entries}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}

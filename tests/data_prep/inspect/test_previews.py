@@ -1,0 +1,57 @@
+"""The parts of the page of `sora inspect --html`, by arithmetic: which clips, how good, how large, how many."""
+
+import base64
+import io
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.inspect.page import chart
+from data_prep.inspect.previews import drawn, pictures, rows_at
+from data_prep.inspect.reference import psnr
+from data_prep.inspect.table import take_inventory
+
+
+def test_clips_are_drawn_evenly():
+    assert drawn(3, 12) == [0, 1, 2]
+    assert drawn(100, 4) == [12, 37, 62, 87]
+
+
+def test_the_rows_at_a_place_are_those_that_lie_there(tiny_shards: Path):
+    """Its row groups hold 8, 8 and 5 rows."""
+    inventory = take_inventory(str(tiny_shards))
+    for places in ([0], [7, 8], [3, 15, 16, 20], list(range(21))):
+        assert [row["sample_id"] for row in rows_at(inventory, "2x32x32", places)] == [f"{i:04x}" for i in places]
+
+
+def test_psnr_is_20_log_of_255_over_a_constant_error():
+    frames = np.full((2, 4, 4, 3), 100, np.uint8)
+    assert np.isclose(psnr(frames + np.uint8(5), frames), 20 * np.log10(255 / 5))
+    assert psnr(frames, frames) == float("inf")
+
+
+def test_pictures_of_a_clip_are_equally_tall_and_the_moving_one_keeps_its_time():
+    clip = np.random.default_rng(0).integers(0, 255, (80, 48, 96, 3), np.uint8)
+    moving, strip = pictures([clip, clip], fps=16.0)
+    assert np.isclose(moving["width"] / moving["share"], strip["width"] / strip["share"], rtol=0.02)
+    image = Image.open(io.BytesIO(base64.b64decode(moving["address"].partition(",")[2])))
+    durations = []
+    for frame in range(image.n_frames):
+        image.seek(frame)
+        image.load()
+        durations.append(image.info["duration"])
+    assert np.isclose(sum(durations), 80 / 16 * 1000, rtol=0.05)
+    assert len(pictures([clip[:1]], fps=16.0)) == 1
+
+
+@pytest.mark.parametrize("values", [[3], [1, 2, 2, 9], list(range(500)), [0.5, 1.0, 1.0, 2.25], [0.0]])
+def test_the_bars_of_a_chart_hold_every_value(values: list):
+    drawn = chart("title", Counter(values))
+    assert drawn is not None
+    assert sum(int(bar["label"].rpartition(": ")[2].replace(",", "")) for bar in drawn["bars"]) == len(values)
+    assert max(bar["height"] for bar in drawn["bars"]) == 100
+    assert len(drawn["bars"]) <= 40
+    assert (drawn["low"], drawn["high"]) == (min(values), max(values))

@@ -1,0 +1,85 @@
+"""What a network can't encode costs its own clip; a device that no longer works costs none."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from data_prep.schemas import DECODED, WITH_LATENTS
+from data_prep.stages import EmbedText, EncodeVideo, each
+from data_prep.watchdog import DeviceLost
+from sora_train.codec import CodecConfig
+from sora_train.codec.text import load_text_encoder
+
+CODEC = CodecConfig(precision="fp32", text_precision="fp32", caption_cleaning="none")
+
+
+class Short:
+    """Stands before a network and has no memory for inputs of more than `most` values."""
+
+    def __init__(self, network: torch.nn.Module, most: int):
+        self.network, self.most = network, most
+        self.device = torch.device("cpu")
+
+    def __call__(self, input_ids: torch.Tensor, **options: torch.Tensor):
+        if input_ids.numel() > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return self.network(input_ids=input_ids, **options)
+
+
+def row(sample: str, captions: Sequence[str], **more: object) -> dict:
+    known = {"row_id": sample, "source": f"{sample}.mp4", "size": 1, "version": "v", "sample_id": sample}
+    times = {"start_s": 0.0, "end_s": 1.0, "content_hash": "", "perceptual_hash": ""}
+    empty = {"reason": "", "message": "", "remark": "", "note": "", "asked": []}
+    return known | times | empty | {"captions": list(captions), "bucket": "4x16x16"} | more
+
+
+def test_a_caption_that_does_not_fit_costs_its_own_clip():
+    stage = EmbedText(CODEC, 1, {"4x16x16": (4, 4, 2, 2)}, 32, 1, "cpu")
+    stage.encoder.model = Short(stage.encoder.model, most=12)
+    latents = np.zeros((1, 4, 4, 2, 2), np.float32).tobytes()
+    long = "a very long caption " * 5
+    rows = [row(name, captions, latents=latents) for name, captions in
+            {"a": ["a dog"], "b": ["a cat", long], "c": [long], "d": ["a dog"]}.items()]  # fmt: skip
+    made = stage(pa.Table.from_pylist(rows, WITH_LATENTS)).to_pylist()
+    assert [clip["reason"] for clip in made] == ["", "encode_failed", "encode_failed", ""]
+    assert made[1]["message"].startswith("text encoder: CUDA out of memory")
+    expected = load_text_encoder("builtin").encode(["a dog"])[0].numpy().astype(np.float16)
+    np.testing.assert_allclose(np.frombuffer(made[3]["text"][0], np.float16).reshape(expected.shape), expected)
+
+
+def test_a_clip_that_the_vae_fails_on_costs_only_itself():
+    stage = EncodeVideo(CODEC, 1, "cpu")
+    encode = stage.vae.model.encode
+
+    def picky(x: torch.Tensor):
+        if x.max() == 1:  # white
+            raise RuntimeError("CUDNN_STATUS_NOT_SUPPORTED")
+        return encode(x)
+
+    stage.vae.model.encode = picky
+    grey = {"a": 99, "b": 255, "c": 99}
+    rows = [row(name, ["x"], frames=np.full((4, 16, 16, 3), value, np.uint8).tobytes()) for name, value in grey.items()]
+    made = stage(pa.Table.from_pylist(rows, DECODED)).to_pylist()
+    assert [clip["reason"] for clip in made] == ["", "encode_failed", ""]
+    assert made[1]["message"] == "VAE: CUDNN_STATUS_NOT_SUPPORTED"
+    assert made[0]["latents"] == made[2]["latents"]
+
+
+def broken(items: list[int]) -> list[int]:
+    if 3 in items:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    return [2 * item for item in items]
+
+
+def test_an_error_costs_one_item_while_the_device_works():
+    assert each(broken, [1, 2, 3, 4], "VAE", "cpu") == [
+        2, 4, "VAE: CUDA error: an illegal memory access was encountered", 8,
+    ]  # fmt: skip
+
+
+def test_a_device_that_computes_no_more_costs_no_clip():
+    with pytest.raises(DeviceLost, match="VAE: meta no longer works: CUDA error: an illegal memory access"):
+        each(broken, [1, 2, 3, 4], "VAE", "meta")  # torch's device without memory: nothing can be read from it

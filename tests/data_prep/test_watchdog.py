@@ -1,0 +1,61 @@
+"""What is done where Ray Data waits for ever: prep itself begins anew, in tests/drills/cluster.py."""
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from data_prep.watchdog import Standstill, watched
+
+
+def test_all_comes_in_order_and_an_error_comes_where_it_was_raised():
+    def items() -> Iterator[int]:
+        yield from range(100)
+        raise ValueError("the 101st")
+
+    found: list[int] = []
+    with pytest.raises(ValueError, match="the 101st"):
+        found.extend(watched(items()))
+    assert found == list(range(100))
+    assert list(watched(iter(range(100)))) == list(range(100))
+
+
+def test_nothing_more_is_a_standstill():
+    released = threading.Event()
+
+    def items() -> Iterator[int]:
+        yield 1
+        released.wait(30)
+
+    tables = watched(items(), patience_s=0.2)
+    assert next(tables) == 1
+    with pytest.raises(Standstill, match="nothing came for 0 s"):
+        next(tables)
+    released.set()
+
+
+def test_what_always_was_slow_is_waited_for_and_the_first_longer_still():
+    def items() -> Iterator[int]:
+        for number, seconds in enumerate((0.6, 0.2, 1.0)):  # patience ends after 0.3, then after 10 times 0.2
+            time.sleep(seconds)
+            yield number
+
+    assert list(watched(items(), patience_s=0.3, start_s=30)) == [0, 1, 2]
+
+
+def test_whoever_stops_listening_leaves_no_thread_behind():
+    def items() -> Iterator[int]:
+        while True:
+            yield 0
+
+    before = threading.active_count()
+    tables = watched(items())
+    next(tables)
+    assert threading.active_count() == before + 1
+    tables.close()
+    for _ in range(100):
+        if threading.active_count() == before:
+            return
+        time.sleep(0.05)
+    raise AssertionError("the thread goes on")

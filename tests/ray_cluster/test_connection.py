@@ -1,0 +1,145 @@
+"""Which cluster a process belongs to, found out without starting one."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from sora_train.errors import UserError
+from sora_train.ray_cluster import connection
+from sora_train.ray_cluster.connection import connect, reach, running_cluster, waiting
+from sora_train.ray_cluster.local_ray import free_port, short_folder
+
+
+@pytest.fixture
+def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where `ray start` would note its address."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    (tmp_path / "ray").mkdir()
+    return tmp_path / "ray" / "ray_current_cluster"
+
+
+def test_the_jobs_own_cluster_comes_first(notes: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert running_cluster() == "10.0.0.1:6379"
+
+
+def test_a_cluster_that_is_gone_is_not_joined(notes: Path):
+    assert running_cluster() is None
+    notes.write_text("127.0.0.1:1")  # nothing listens there
+    assert running_cluster() is None
+    notes.write_text("nonsense")
+    assert running_cluster() is None
+
+
+def test_a_cluster_that_answers_is_joined(notes: Path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        notes.write_text(address + "\n")
+        assert running_cluster() == address
+
+
+@pytest.mark.ray
+def test_all_processes_of_a_ray_started_here_know_its_address():
+    """In a process of its own: this one may be connected to another."""
+    program = """
+import os, ray
+from sora_train.ray_cluster.connection import connect
+with connect("local", dashboard=False):
+    print(ray.get_runtime_context().gcs_address, ray.get(ray.remote(os.getenv).remote("RAY_ADDRESS")))
+print(os.getenv("RAY_ADDRESS"))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    here, told, after = done.stdout.split()[-3:]  # a slow start is explained before it
+    assert here == told
+    assert after == "None"
+
+
+def test_a_cluster_that_is_gone_is_an_error_with_the_way_out(notes: Path, one_ray, monkeypatch: pytest.MonkeyPatch):
+    one_ray.stop()  # a process that is connected stays with its cluster
+    monkeypatch.setattr(connection, "WAIT_S", 1.0)
+    gone = f"127.0.0.1:{free_port()}"
+    monkeypatch.setenv("RAY_ADDRESS", gone)
+    with pytest.raises(UserError, match=rf"^no Ray at {gone} \(RAY_ADDRESS\): .*refused.* unset RAY_ADDRESS or give"):
+        connect().__enter__()
+    with pytest.raises(UserError, match=rf"^no Ray at {gone} \(cluster.address\): .*give --cluster.address local"):
+        connect(gone).__enter__()
+    with pytest.raises(UserError, match="no Ray at ray://"):
+        connect(f"ray://{gone}").__enter__()
+
+
+def test_a_cluster_that_starts_a_little_later_is_waited_for(capsys: pytest.CaptureFixture[str]):
+    port = free_port()
+
+    def open_later() -> None:
+        time.sleep(1.5)
+        with socket.create_server(("127.0.0.1", port)) as server:
+            server.accept()[0].close()
+
+    thread = threading.Thread(target=open_later)
+    thread.start()
+    reach(f"127.0.0.1:{port}", "RAY_ADDRESS")
+    thread.join()
+    assert "waiting up to 30 s" in capsys.readouterr().out
+
+
+def test_a_long_wait_is_explained(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(connection, "WAIT_S", 0.2)
+    with waiting("something is not there"):
+        time.sleep(1)
+    with waiting("never said"):
+        pass
+    assert capsys.readouterr().out.startswith("something is not there (0 s so far")
+
+
+def test_a_port_is_none_that_the_system_gives_away():
+    first_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert all(free_port() < first_given for _ in range(5))
+
+
+def test_a_folder_too_long_for_sockets_is_replaced_or_refused(monkeypatch: pytest.MonkeyPatch):
+    long = "/" + "x" * 60
+    monkeypatch.setenv("TMPDIR", long)
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    with short_folder():
+        assert os.environ["RAY_TMPDIR"] == "/tmp"
+    assert "RAY_TMPDIR" not in os.environ
+    monkeypatch.setenv("RAY_TMPDIR", long)
+    with pytest.raises(UserError, match="RAY_TMPDIR /xxx.* Set RAY_TMPDIR to a short folder"):
+        short_folder().__enter__()
+
+
+@pytest.mark.ray
+def test_ray_starts_without_a_home_and_beside_files_named_as_modules(tmp_path: Path):
+    """With a temporary folder too long for its sockets too. No worker has the working folder on its path, and none is
+    ended by a hangup of the terminal."""
+    (tmp_path / "random.py").write_text("raise ImportError('of the working folder')")
+    (tmp_path / "cv2.py").write_text("raise ImportError('of the working folder')")
+    (long := tmp_path / ("x" * 80)).mkdir()
+    program = """
+import os, signal, sys
+import ray
+from sora_train.ray_cluster.connection import connect
+def inside():
+    import cv2, random
+    blocked = int(next(l for l in open("/proc/self/status") if l.startswith("SigBlk")).split()[1], 16)
+    return sys.path, cv2.__file__, random.__file__, bool(blocked & 1 << (signal.SIGHUP - 1))
+with connect("local", dashboard=False):
+    paths, *files, deaf = ray.get(ray.remote(inside).remote())
+here = os.getcwd()
+assert here not in paths and not any(file.startswith(here) for file in files), (paths, files)
+assert deaf
+"""
+    environment = {**os.environ, "TMPDIR": str(long), "HOME": "/proc"}
+    for name in ("RAY_TMPDIR", "RAY_ADDRESS", "RAY_AUTH_MODE"):
+        environment.pop(name, None)
+    command = [sys.executable, "-P", "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "too long for Ray's sockets" in done.stdout
