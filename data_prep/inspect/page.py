@@ -19,7 +19,7 @@ from data_prep.inspect.previews import sheets_of
 from data_prep.inspect.table import KINDS, MOST_LOST, Inventory, counts_of, take_inventory
 from sora_train.errors import UserError
 from sora_train.manifest import Manifest
-from sora_train.report.page import asset
+from sora_train.report import style_sheet
 from sora_train.schema import bucket_size
 from sora_train.storage import in_bytes, named, resolve, write_whole
 from sora_train.video import one_line
@@ -70,7 +70,7 @@ def contents(inventory: Inventory, manifest: Manifest | None, sheets: list[dict]
     return {
         "name": one_line(inventory.folder),
         "written": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "style": asset("page.css"),  # the style sheet of a run's report: both pages look alike
+        "style": style_sheet(),  # the style sheet of a run's report: both pages look alike
         "counts": counts,
         "facts": facts,
         "made_by": made_by(manifest) if manifest else [],

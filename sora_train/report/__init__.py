@@ -1,5 +1,5 @@
-"""A run's folder to one HTML page: curves, samples by step, obedience, events, recipe; no server, nothing fetched."""
+"""`sora report`: one self-contained HTML page about a run, or one that compares several."""
 
-from sora_train.report.page import write_report
+from sora_train.report.page import style_sheet, write_report
 
-__all__ = ["write_report"]
+__all__ = ["style_sheet", "write_report"]

@@ -90,7 +90,7 @@ def contents(records: Sequence[RunRecord], shelf: Shelf) -> dict:
         "environment_differs": [] if only else differing([run.environment for run in records]),
         "written": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "shelf": shelf,
-        "style": Markup(asset("page.css")),
+        "style": Markup(style_sheet()),
         "script": Markup(script),
         "policy": f"default-src 'none'; img-src data:; media-src blob: 'self' file:; style-src 'unsafe-inline'; "
         f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
@@ -188,6 +188,11 @@ def with_names(records: list[RunRecord]) -> list[RunRecord]:
     return records
 
 
+def style_sheet() -> str:
+    """CSS that the run report and `sora inspect --html` share."""
+    return asset("page.css")
+
+
 def asset(name: str) -> str:
-    """A file that lies beside this module."""
+    """The text of a file in this package."""
     return resources.files("sora_train.report").joinpath(name).read_text(encoding="utf-8")
