@@ -20,7 +20,7 @@ from pyarrow import fs
 from data_prep.csv_records import SEPARATORS, Records
 from sora_train.data.config import DataConfig
 from sora_train.errors import RecipeError
-from sora_train.storage import as_text, read_bytes, remedy
+from sora_train.storage import decode_text, hint, read_bytes
 
 JSON_LINES, PARQUET = (".jsonl", ".ndjson", ".json"), (".parquet", ".pq")
 PACKED = (".gz", ".bz2", ".zst", ".lz4")
@@ -63,7 +63,7 @@ def _ending(path: str) -> str:
 
 def _text(place: str, content: bytes) -> str:
     try:
-        return as_text(content)
+        return decode_text(content)
     except ValueError as error:
         raise RecipeError(f"data.captions: {place} {error}") from None
 
@@ -147,7 +147,7 @@ def _parquet(place: str, system: fs.FileSystem, path: str, data: DataConfig) -> 
             table = file.read(columns=names)  # these alone: others may hold the videos themselves
     except (OSError, pa.ArrowException) as error:
         raise RecipeError(
-            f"data.captions: {place} can't be read as Parquet ({error}); write it anew{remedy(place)}"
+            f"data.captions: {place} can't be read as Parquet ({error}); write it anew{hint(place)}"
         ) from None
     pairs: Iterable[tuple[object, object]] = zip(*(table.column(name).to_pylist() for name in names), strict=True)
     return [_checked(place, f"row {number}", *pair) for number, pair in enumerate(pairs, start=1)]

@@ -12,7 +12,7 @@ from pyarrow import fs
 
 from data_prep.captions import NO_CAPTION, Line, no_caption
 from sora_train.errors import RecipeError
-from sora_train.storage import as_text, named
+from sora_train.storage import decode_text, storage_errors
 
 PICTURES = "avif bmp heic heif jpeg jpg png tif tiff webp"
 VIDEOS = "3g2 3gp apng asf avi f4v flv gif m2ts m4v mkv mov mp4 mpe mpeg mpg mts mxf ogg ogv ts vob webm wmv y4m"
@@ -26,7 +26,7 @@ def read_folder(place: str, system: fs.FileSystem, path: str) -> list[Line]:
     One without a text is `no_caption`; texts without media are counted in one printed line. Raises RecipeError where
     there is no media at all, UserError where the folder can't be read.
     """
-    with named(place, "read", system):
+    with storage_errors(place, "read", system):
         names = sorted(_walk(path) if isinstance(system, fs.LocalFileSystem) else _list(system, path))
     media = [name for name in names if posixpath.splitext(name)[1].lower() in MEDIA]
     texts: dict[str, list[str]] = {}  # by stem in one normal form: macOS and zips write names in another
@@ -62,7 +62,7 @@ def _line(system: fs.FileSystem, path: str, name: str, texts: dict[str, list[str
     (text,) = there
     try:
         with system.open_input_stream(f"{path}/{text}", compression=None) as file:
-            caption = as_text(file.read()).strip()
+            caption = decode_text(file.read()).strip()
     except ValueError as error:
         return Line(name, name, (), "no_caption", f"{text} {error}")
     except OSError as error:

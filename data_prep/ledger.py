@@ -16,7 +16,7 @@ from pyarrow import fs
 
 from data_prep.reasons import LASTING
 from sora_train.schema import QUARANTINE_SCHEMA
-from sora_train.storage import named, resolve, write_whole
+from sora_train.storage import atomic_write, resolve, storage_errors
 
 SETTINGS_KEY = b"settings_hash"
 SOURCES_SCHEMA = pa.schema(
@@ -86,7 +86,7 @@ def save_ledger(folder: str, settings_hash: str, records: dict[str, Record], fai
 def _read(folder: str, name: str, settings_hash: str) -> list[dict]:
     system, path = resolve(folder)
     file = f"{path}/{name}.parquet"
-    with named(file, "read", system):
+    with storage_errors(file, "read", system):
         if system.get_file_info(file).type != fs.FileType.File:
             return []
         # Not `pq.read_table`, nor bytes of Python's: its threads may still hold them when a refused command ends, and
@@ -105,4 +105,4 @@ def _write(folder: str, name: str, rows: list[dict], schema: pa.Schema, settings
     system, path = resolve(folder)
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema.with_metadata({SETTINGS_KEY: settings_hash.encode()})), sink)
-    write_whole(system, f"{path}/{name}.parquet", sink.getvalue())
+    atomic_write(system, f"{path}/{name}.parquet", sink.getvalue())

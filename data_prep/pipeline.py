@@ -26,7 +26,7 @@ from sora_train.errors import RecipeError, UserError
 from sora_train.manifest import SCHEMA_VERSION, Counts, LatentFormat, Manifest, TextFacts, VaeFacts, commonest_shape
 from sora_train.recipe import Recipe
 from sora_train.schema import bucket_name, bucket_of
-from sora_train.storage import lasting
+from sora_train.storage import reject_job_dir
 
 STARTS_IN_VAIN = 3
 """Starts of the pipeline in a row in which no clip is encoded; then prep ends with an error."""
@@ -41,7 +41,7 @@ def prep(recipe: Recipe) -> Manifest:
     """
     started, recipe = time.monotonic(), settled(recipe)
     data = recipe.data
-    lasting("data.output", data.output)
+    reject_job_dir("data.output", data.output)
     buckets = buckets_of(data)
     vae, text = find_codec(recipe)
     check_shapes(buckets, vae)

@@ -19,7 +19,7 @@ from sora_train.errors import UserError
 from sora_train.locks import owned
 from sora_train.manifest import Manifest
 from sora_train.schema import ENCODING_KEY, ROW_GROUP, SHARD_SCHEMA, shard_files
-from sora_train.storage import UNFINISHED, named, resolve, write_whole
+from sora_train.storage import DRAFT_PREFIX, atomic_write, resolve, storage_errors
 
 SHARD_ROWS = 8 * ROW_GROUP
 COLUMNS = [field.name for field in SHARD_SCHEMA if field.name not in ("latents", "text", "tokens")]
@@ -95,9 +95,9 @@ def take_out(folder: str, file: str, sample_ids: set[str]) -> None:
 def sweep(folder: str) -> None:
     """Deletes what a killed run left unfinished."""
     system, path = resolve(folder)
-    with named(folder, "swept"):
+    with storage_errors(folder, "swept"):
         for info in system.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=True)):
-            if info.type == fs.FileType.File and info.base_name.startswith(UNFINISHED):
+            if info.type == fs.FileType.File and info.base_name.startswith(DRAFT_PREFIX):
                 system.delete_file(info.path)
 
 
@@ -169,4 +169,4 @@ def _write(system: fs.FileSystem, path: str, table: pa.Table) -> None:
         write_statistics=False,
         write_page_checksum=True,
     )
-    write_whole(system, path, sink.getvalue())
+    atomic_write(system, path, sink.getvalue())

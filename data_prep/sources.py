@@ -20,7 +20,7 @@ from data_prep.files import canonical, find, root_spellings
 from data_prep.folder import read_folder
 from sora_train.data.config import DataConfig
 from sora_train.errors import RecipeError, UserError
-from sora_train.storage import named, remedy, resolve
+from sora_train.storage import hint, resolve, storage_errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +71,13 @@ def _lines(data: DataConfig) -> list[Line]:
     if kind == fs.FileType.Directory:
         return read_folder(place, system, path)
     if kind != fs.FileType.File:
-        raise RecipeError(f"data.captions: {place} is no file; set data.captions to yours{remedy(place)}")
+        raise RecipeError(f"data.captions: {place} is no file; set data.captions to yours{hint(place)}")
     return read_captions(data, system, path)
 
 
 def _kind(place: str) -> tuple[fs.FileType, fs.FileSystem, str]:
     system, path = resolve(place)
-    with named(place, "reached"):
+    with storage_errors(place, "reached"):
         return system.get_file_info(path).type, system, path
 
 
@@ -86,10 +86,10 @@ def _rows(data: DataConfig, lines: list[Line]) -> list[Row]:
     system, root = resolve(place)
     roots = root_spellings(system, root, place)
     rows = [_row(line, root, roots) for line in lines]
-    with named(place, "reached"):
+    with storage_errors(place, "reached"):
         rows = _looked_up(system, root, rows)
     if {row.reason for row in rows if row.path} == {"missing_file"} and _kind(place)[0] != fs.FileType.Directory:
-        raise RecipeError(f"data.root: there is no folder {place}; name the one that the files lie in{remedy(place)}")
+        raise RecipeError(f"data.root: there is no folder {place}; name the one that the files lie in{hint(place)}")
     seen: dict[str, str] = {}
     for i, (line, row) in enumerate(zip(lines, rows, strict=True)):
         first = seen.setdefault(row.row_id, line.where)

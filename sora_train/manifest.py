@@ -10,7 +10,7 @@ import numpy as np
 
 from sora_train.errors import UserError
 from sora_train.section import Section
-from sora_train.storage import read_bytes, resolve, write_whole
+from sora_train.storage import atomic_write, read_bytes, resolve
 
 SCHEMA_VERSION = 2
 
@@ -115,7 +115,7 @@ class Manifest(Section):
     def save(self, folder: str) -> None:
         """Writes `folder/manifest.json`, whole or not at all."""
         system, path = resolve(folder)
-        write_whole(system, f"{path}/manifest.json", self.model_dump_json(indent=1).encode())
+        atomic_write(system, f"{path}/manifest.json", self.model_dump_json(indent=1).encode())
 
     @classmethod
     def load(cls, folder: str) -> Manifest:

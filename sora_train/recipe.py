@@ -29,9 +29,9 @@ from sora_train.model import ModelConfig
 from sora_train.model.config import PRESETS, with_preset
 from sora_train.section import Section
 from sora_train.settings import build, read_yaml
+from sora_train.storage import atomic_write_text
 from sora_train.train.config import TrainConfig
 from sora_train.train.deepspeed_config import contradictions
-from sora_train.train.metrics import write_text_whole
 
 PIXELS_PER_LATENT = 8
 """Pixels on a side that one latent stands for: the VAEs that are read here shrink by eight."""
@@ -188,7 +188,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, object] | None = None)
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
     """Writes every key, so that the run's own recipe.yaml says what the defaults were on that day."""
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
-    write_text_whole(Path(path), text)
+    atomic_write_text(Path(path), text)
 
 
 def check(recipe: Recipe) -> list[str]:

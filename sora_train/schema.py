@@ -14,7 +14,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from sora_train.manifest import Manifest
-from sora_train.storage import named, resolve
+from sora_train.storage import resolve, storage_errors
 
 ROW_GROUP = 32
 """Rows of a row group: a reader must take a whole one."""
@@ -151,7 +151,7 @@ def bucket_size(bucket: str) -> tuple[int, int, int]:
 def shard_files(folder: str) -> list[str]:
     """Paths of the finished shards `bucket=*/*.parquet` on the folder's filesystem, sorted."""
     system, path = resolve(folder)
-    with named(folder, "listed"):
+    with storage_errors(folder, "listed"):
         found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
         buckets = [
             info.path for info in found if info.type == fs.FileType.Directory and info.base_name.startswith("bucket=")

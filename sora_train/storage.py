@@ -1,7 +1,7 @@
-"""Places that may be remote: a local path or a URI such as `s3://bucket/folder`, always as a string.
+"""Storage: a local path or a URI such as `s3://bucket/folder`, always as a string; atomic writes.
 
-Folders and files are named by what is put behind a place, so that a place has no query string: another S3 store than
-Amazon's is set by the environment variable AWS_ENDPOINT_URL, which pyarrow reads.
+A file's name is appended to its folder's URI, so a URI has no query string. For an S3 store that is not Amazon's, set
+the environment variable AWS_ENDPOINT_URL, which pyarrow reads.
 """
 
 from __future__ import annotations
@@ -24,102 +24,103 @@ from pyarrow import fs
 from sora_train.errors import UserError
 
 OBJECT_STORES = ("s3", "gcs", "abfs")
-"""Filesystems, by pyarrow's names, where an upload is there whole or not at all, and a rename is a copy."""
-JOBS_FOLDER = "working_dir_files"
-"""Where Ray unpacks what `ray job submit --working-dir` uploaded."""
-UNFINISHED = ".unfinished-"
-"""How the names of files begin that are being written."""
-GCS_PATIENCE_S = 60  # else a store that can't be reached is tried for a quarter of an hour
+"""Filesystems, by pyarrow's names, where an upload is atomic and a rename is a copy."""
+JOB_DIR_PARENT = "working_dir_files"
+"""The folder that Ray unpacks the upload of `ray job submit --working-dir` into."""
+DRAFT_PREFIX = ".unfinished-"
+"""Prefix of the names of files that are being written."""
+GCS_RETRY_S = 60  # pyarrow's default is a quarter of an hour
 
 
 def resolve(place: str) -> tuple[fs.FileSystem, str]:
-    """The filesystem of a place and its path there; a local path is made absolute.
+    """The filesystem of a path or URI, and the path on it; a local path is made absolute.
 
-    Strings and not `Path`: `Path("s3://b/x")` becomes `s3:/b/x`. Raises UserError where the place is none, or its
-    bucket can't be reached.
+    Takes strings, because `Path("s3://b/x")` becomes `s3:/b/x`. Raises UserError for a URI that is not valid or a
+    bucket that can't be reached.
     """
     scheme, mark, rest = place.partition("://")
     if not mark:
         return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(place))
     if "?" in rest:
         raise UserError(
-            f"{place} has a query string, and shards and files are named by what is put behind a place: leave out "
-            f"{place[place.index('?') :]}, and set the environment variable AWS_ENDPOINT_URL for another S3 store"
+            f"{place} has a query string, but file names are appended to this URI. Leave out "
+            f"{place[place.index('?') :]}; for another S3 store set the environment variable AWS_ENDPOINT_URL"
         )
     authority, slash, path = rest.partition("/")
-    path = path.rstrip("/")  # or an object's name had two
-    path = quote(re.sub("%(?![0-9A-Fa-f]{2})", "%25", path), safe="/:@!$&'()*+,;=~%")  # as people write names
-    limit = f"?retry_limit_seconds={GCS_PATIENCE_S}" if scheme.lower() in ("gs", "gcs") else ""
-    with named(place, "reached"):
+    path = path.rstrip("/")  # otherwise an object would have two names
+    path = quote(re.sub("%(?![0-9A-Fa-f]{2})", "%25", path), safe="/:@!$&'()*+,;=~%")  # people write names unquoted
+    limit = f"?retry_limit_seconds={GCS_RETRY_S}" if scheme.lower() in ("gs", "gcs") else ""
+    with storage_errors(place, "reached"):
         return fs.FileSystem.from_uri(f"{scheme}://{authority}{slash}{path}{limit}")
 
 
-def lasting(key: str, place: str) -> None:
-    """Raises UserError where the place that a recipe's key names would go with a submitted job's own working folder."""
-    if "://" in place or os.path.isabs(os.path.expanduser(place)) or JOBS_FOLDER not in Path.cwd().parts:
+def reject_job_dir(key: str, place: str) -> None:
+    """Raises UserError if a recipe's key names a folder that is deleted with a submitted job's working folder."""
+    if "://" in place or os.path.isabs(os.path.expanduser(place)) or JOB_DIR_PARENT not in Path.cwd().parts:
         return
     raise UserError(
-        f"{key} is {place}, which in a submitted job lies in the job's own working folder and is removed with it; give "
-        f"an absolute path on storage that every node sees, such as --{key} /shared/{Path(place).name}"
+        f"{key} is {place}, which is in the submitted job's working folder and is deleted with it. Give an absolute "
+        f"path on storage that every node sees, such as --{key} /shared/{Path(place).name}"
     )
 
 
 @contextmanager
-def named(place: str, what: str, system: fs.FileSystem | None = None) -> Iterator[None]:
-    """Turns what storage raises within into one UserError: the place can't be `what`, why, and what to look at.
+def storage_errors(place: str, what: str, system: fs.FileSystem | None = None) -> Iterator[None]:
+    """Turns errors of the storage into a UserError: `place` can't be `what` (read, written, ...), the cause, a hint.
 
-    The place may be a path on the system.
+    `place` may be a path on `system`.
     """
     try:
         yield
     except (OSError, pa.ArrowException) as error:
         if system and "://" not in place and not isinstance(system, fs.LocalFileSystem):
             place = f"{system.type_name}://{place}"
-        said = " ".join(str(error).split()).replace(place, without_password(place))
-        raise UserError(f"{without_password(place)} can't be {what}: {said}{remedy(place)}") from None
+        said = " ".join(str(error).split()).replace(place, hide_password(place))
+        raise UserError(f"{hide_password(place)} can't be {what}: {said}{hint(place)}") from None
 
 
-def without_password(place: str) -> str:
-    """A place as messages show it: `user:password@` in front of a host or bucket is left out."""
+def hide_password(place: str) -> str:
+    """A URI without the `user:password@` in front of its host or bucket, for messages."""
     return re.sub(r"^(\w+://)[^/@]*:[^/]*@", r"\1", place)
 
 
-def remedy(place: str) -> str:
-    """What to look at where a place can't be reached, to be put behind a message; empty for a local one."""
+def hint(place: str) -> str:
+    """What to check if a URI can't be reached, to be appended to a message; empty for a local path."""
     scheme = place.partition("://")[0].lower() if "://" in place else ""
     if scheme == "s3":
         endpoint = os.environ.get("AWS_ENDPOINT_URL")
         return (
-            "; look at the bucket's name, the credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile) "
-            "and the network; the environment variable AWS_ENDPOINT_URL, which names another store than Amazon's, is "
+            ". Check the bucket's name, the credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile) "
+            "and the network; AWS_ENDPOINT_URL, the environment variable for stores other than Amazon's, is "
             + (_host(endpoint) if endpoint else "not set")
         )
     if scheme in ("gs", "gcs"):
-        return "; look at the bucket's name, the credentials (GOOGLE_APPLICATION_CREDENTIALS) and the network"
+        return ". Check the bucket's name, the credentials (GOOGLE_APPLICATION_CREDENTIALS) and the network"
     return ""
 
 
 def _host(endpoint: str) -> str:
-    """Scheme, host and port of an endpoint: the rest may be a secret."""
+    """Scheme, host and port of an endpoint; the rest may be secret."""
     parts = urlsplit(endpoint if "://" in endpoint else f"//{endpoint}")
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}".removeprefix("://")
 
 
 def read_bytes(system: fs.FileSystem, path: str) -> bytes | None:
-    """The whole of a file, unpacked where its name ends in `.gz` or the like, or None where there is none.
+    """A file's content, decompressed if its name ends in `.gz` or similar; None if it does not exist.
 
-    Raises UserError where it can't be read.
+    Raises UserError if it can't be read.
     """
-    with named(path, "read", system):
+    with storage_errors(path, "read", system):
         if system.get_file_info(path).type != fs.FileType.File:
             return None
         with system.open_input_stream(path) as file:
             return file.read()
 
 
-def as_text(content: bytes) -> str:
-    """UTF-8, or what a byte order mark says (Excel and Windows write UTF-16). Raises ValueError, whose message is the
-    predicate of a sentence about the file: what is wrong, in which line, what to do.
+def decode_text(content: bytes) -> str:
+    """Decodes UTF-8, or the encoding that a byte order mark names (Excel and Windows write UTF-16).
+
+    Raises ValueError, whose message continues a sentence that begins with the file's name.
     """
     marks = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
              (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))  # fmt: skip
@@ -138,56 +139,61 @@ def as_text(content: bytes) -> str:
     if "\0" in text:
         line = text[: text.index("\0")].count("\n") + 1
         raise ValueError(f"has a NUL byte in line {line}, so it is damaged; write it again")
-    return text.removeprefix("\ufeff")  # some writers put two
+    return text.removeprefix("\ufeff")  # some writers write two
 
 
-def write_whole(system: fs.FileSystem, path: str, content: bytes) -> None:
-    """Writes a file that is there whole or not at all. Raises UserError where it can't be written.
+def atomic_write(system: fs.FileSystem, path: str, content: bytes) -> None:
+    """Writes a file, on any storage, completely or not at all. Raises UserError if it can't be written.
 
-    On an object store an upload is so by itself; elsewhere the file is written under another name, brought to the disk
-    (or a power cut leaves it empty), and renamed.
+    An object store does this itself; elsewhere a draft is written and renamed.
     """
-    with named(path, "written", system):
+    with storage_errors(path, "written", system):
         if system.type_name in OBJECT_STORES:
-            # A stream that is closed before its time leaves half an object, so that Ctrl-C must not come between: it
-            # interrupts the main thread only, and leaving the pool waits for the other.
+            # Closing the stream early would leave half an object, so Ctrl-C must not interrupt the upload. It
+            # interrupts only the main thread, and leaving the pool waits for the other one.
             with ThreadPoolExecutor(1) as pool:
                 pool.submit(_write, system, path, content).result()
             return
         folder, _, name = path.rpartition("/")
         system.create_dir(folder, recursive=True)
         if isinstance(system, fs.LocalFileSystem):
-            with replacing(Path(path)) as draft:
+            with atomic_file(Path(path)) as draft:
                 draft.write_bytes(content)
             return
-        unfinished = f"{folder}/{unfinished_name(name)}"
-        _write(system, unfinished, content)
-        system.move(unfinished, path)
+        draft = f"{folder}/{draft_name(name)}"
+        _write(system, draft, content)
+        system.move(draft, path)
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Replaces a small local text file. A kill leaves the old one. Raises OSError if it can't be written."""
+    with atomic_file(path) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives the name of a draft to write. After the block it is on the disk under `path`, or removed if that failed.
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yields a draft's name to write to. After the block the draft is synced to disk and renamed to `path`.
 
-    Two writers of one file never share a draft. The file's mode is that of any new file of this process (umask), also
-    where a library makes its own file for the owner alone, as safetensors does.
+    If the block raises, the draft is removed. Two writers of one file never share a draft. The file gets the mode of
+    any new file of this process (umask), even if a library creates it for the owner alone, as safetensors does.
     """
-    draft = path.with_name(unfinished_name(path.name))
+    draft = path.with_name(draft_name(path.name))
     try:
         draft.touch(exist_ok=False)
         mode = draft.stat().st_mode
         yield draft
         _set_mode(draft, mode)
         with draft.open("rb+") as file:
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # otherwise a power cut may leave an empty file
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
 
 
 def follow_umask(folder: Path) -> None:
-    """Gives all files of a new folder the mode of any new file of this process."""
-    with replacing(folder / "mode") as draft:
+    """Gives all files in a new folder the mode of any new file of this process."""
+    with atomic_file(folder / "mode") as draft:
         mode = draft.stat().st_mode
     (folder / "mode").unlink()
     for path in folder.rglob("*"):
@@ -201,9 +207,9 @@ def _set_mode(path: Path, mode: int) -> None:
             path.chmod(mode & 0o7777)
 
 
-def unfinished_name(name: str) -> str:
-    """A draft's name, unique and recognisable: a killed process leaves it behind."""
-    return f"{UNFINISHED}{uuid.uuid4().hex[:12]}-{name}"[:255]
+def draft_name(name: str) -> str:
+    """A draft's name: unique, and recognisable if a killed process leaves it behind."""
+    return f"{DRAFT_PREFIX}{uuid.uuid4().hex[:12]}-{name}"[:255]
 
 
 def _write(system: fs.FileSystem, path: str, content: bytes) -> None:
@@ -212,7 +218,7 @@ def _write(system: fs.FileSystem, path: str, content: bytes) -> None:
 
 
 def broken_link(path: Path) -> str:
-    """The symbolic link of a path that leads nowhere, in words; an empty string where there is none."""
+    """Names the broken symbolic link in a path, if any; otherwise an empty string."""
     for place in (path, *path.parents):
         if place.is_symlink() and not os.path.exists(place):
             return f"{place} is a symbolic link to {os.readlink(place)}, which does not exist"
@@ -220,7 +226,7 @@ def broken_link(path: Path) -> str:
 
 
 def free_bytes(path: str) -> int:
-    """Free bytes of the disk of a local path that need not exist yet."""
+    """Free bytes on the disk of a local path, which need not exist yet."""
     place = Path(path).absolute()
     return shutil.disk_usage(next(above for above in (place, *place.parents) if above.is_dir())).free
 

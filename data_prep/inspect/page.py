@@ -21,7 +21,7 @@ from sora_train.errors import UserError
 from sora_train.manifest import Manifest
 from sora_train.report import style_sheet
 from sora_train.schema import bucket_size
-from sora_train.storage import in_bytes, named, resolve, write_whole
+from sora_train.storage import atomic_write, in_bytes, resolve, storage_errors
 from sora_train.video import one_line
 
 BARS = 40
@@ -34,7 +34,7 @@ def write_page(folder: str, out: str, clips: int = 12, root: str = "", models: s
     UserError where the shards, their VAE or `out` is no good; a source that can't be had is a remark on the page.
     """
     system, path = resolve(out)
-    with named(out, "written"):
+    with storage_errors(out, "written"):
         if system.get_file_info(path).type == fs.FileType.Directory:
             raise UserError(f"--html: {out} is a folder; name a file, such as {out.rstrip('/')}/inspect.html")
     inventory = take_inventory(folder)
@@ -44,7 +44,7 @@ def write_page(folder: str, out: str, clips: int = 12, root: str = "", models: s
     environment.filters["decibels"] = decibels
     template = resources.files("data_prep.inspect").joinpath("gallery.html").read_text(encoding="utf-8")
     html = environment.from_string(template).render(**contents(inventory, manifest, sheets))
-    write_whole(system, path, html.encode("utf-8", "replace"))
+    atomic_write(system, path, html.encode("utf-8", "replace"))
     return out
 
 

@@ -18,7 +18,7 @@ from data_prep.shards import manifest_or_none
 from sora_train.errors import UserError
 from sora_train.manifest import Manifest
 from sora_train.schema import bucket_of, shard_files
-from sora_train.storage import in_bytes, named, resolve
+from sora_train.storage import in_bytes, resolve, storage_errors
 from sora_train.video import one_line
 
 COLUMNS = ["captions", "tokens", "start_s", "end_s"]
@@ -67,7 +67,7 @@ def take_inventory(folder: str) -> Inventory:
     Raises UserError where the folder holds neither shards nor a quarantine, or something that can't be read.
     """
     system, path = resolve(folder)
-    with named(folder, "read"):
+    with storage_errors(folder, "read"):
         if system.get_file_info(path).type == fs.FileType.File:
             raise UserError(f"{folder} is a file; name the folder of the shards (data.output)")
         files, manifest = shard_files(folder), manifest_or_none(folder)

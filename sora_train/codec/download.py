@@ -16,7 +16,7 @@ from sora_train.codec import CodecConfig
 from sora_train.codec.folders import STATE, downloaded_folder, hub_id
 from sora_train.codec.hub import File, Repository, resolve
 from sora_train.errors import UserError
-from sora_train.storage import free_bytes, in_bytes
+from sora_train.storage import atomic_write_text, free_bytes, in_bytes
 
 
 def download(codec: CodecConfig, to: str, extra: dict[str, str] | None = None) -> dict[str, Any]:
@@ -154,6 +154,4 @@ def part_of(folder: Path, file: File) -> Path:
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
-    new = folder / f"{STATE}.new"
-    new.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-    new.replace(folder / STATE)
+    atomic_write_text(folder / STATE, json.dumps(state, indent=2) + "\n")

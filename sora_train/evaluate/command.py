@@ -18,7 +18,7 @@ from sora_train.evaluate.i3d import load_i3d
 from sora_train.evaluate.metrics import Progress, check_frames, check_shards, measure
 from sora_train.evaluate.similarity import load_clip
 from sora_train.sample import Run, load_run
-from sora_train.train.metrics import write_text_whole
+from sora_train.storage import atomic_write_text
 
 Judge = Callable[[Run, Iterable[str], Callable[[int, int], None]], dict[str, Any] | None]
 """Obedience of a run's samples to their prompts; None where these captions are not the judge's."""
@@ -112,7 +112,7 @@ def some_captions(folder: str | Path) -> list[str]:
 def write(file: Path, record: dict[str, Any]) -> None:
     """Writes the JSON, whole or not at all."""
     try:
-        write_text_whole(file, json.dumps(record, indent=1) + "\n")
+        atomic_write_text(file, json.dumps(record, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"{file} can't be written ({error.strerror}); name another file with --out") from None
 

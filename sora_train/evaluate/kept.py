@@ -8,7 +8,7 @@ from collections.abc import Callable
 from sora_train.data.shards import ShardSet
 from sora_train.evaluate.heldout import Place, ranked
 from sora_train.sample import Run
-from sora_train.train.metrics import write_text_whole
+from sora_train.storage import atomic_write_text
 
 CHOSEN = "heldout.json"
 """In a run's folder: ids of the clips that each figure is of, in the order in which they were chosen."""
@@ -56,6 +56,6 @@ def write_chosen(run: Run, chosen: dict[str, list[str]]) -> None:
     """Stores the ids in a run's own folder, not in an export's."""
     if (run.folder / "checkpoints").is_dir():
         try:
-            write_text_whole(run.folder / CHOSEN, json.dumps(chosen, indent=1))
+            atomic_write_text(run.folder / CHOSEN, json.dumps(chosen, indent=1))
         except OSError:  # such as a run that only its owner may write: its choice is the same until clips are added
             return

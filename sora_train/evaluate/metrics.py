@@ -30,7 +30,7 @@ from sora_train.manifest import Manifest
 from sora_train.recipe import ValidationConfig
 from sora_train.sample import Run, generate_each
 from sora_train.schema import bucket_name, bucket_size
-from sora_train.storage import replacing
+from sora_train.storage import atomic_file
 
 Figures = dict[str, float | int]
 Progress = Callable[[str, int, int], None]
@@ -233,7 +233,7 @@ def reference(
     found = features(i3d, real_videos(run, shards, places, progress))
     if (run.folder / "checkpoints").is_dir():  # a run of ours, not a folder that somebody exported
         try:
-            with replacing(file) as draft:
+            with atomic_file(file) as draft:
                 save_file({"features": found}, draft, {"of": key})
         except (OSError, SafetensorError) as error:
             warn(f"{file} can't be written ({error}): the features will be made again next time")

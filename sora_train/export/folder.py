@@ -27,7 +27,7 @@ from sora_train.sample.load import (
     read_note,
     transformer_hash,
 )
-from sora_train.storage import follow_umask
+from sora_train.storage import draft_name, follow_umask
 from sora_train.train.weights import write_whole
 
 
@@ -67,9 +67,8 @@ def check_free(out: Path) -> None:
 
 def with_draft(out: Path, write: Callable[[Path], None]) -> None:
     """Has a folder written under another name, and then renamed; UserError, and nothing left, where that fails."""
-    draft = out.absolute().with_name(f".{out.absolute().name}.draft")
+    draft = out.absolute().with_name(draft_name(out.absolute().name))
     try:
-        shutil.rmtree(draft, ignore_errors=True)  # what a kill left
         draft.mkdir(parents=True)
         write(draft)
         follow_umask(draft)

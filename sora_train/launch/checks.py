@@ -21,7 +21,7 @@ from sora_train.manifest import Manifest
 from sora_train.recipe import Recipe
 from sora_train.schema import bucket_name, bucket_size
 from sora_train.settings import read_yaml
-from sora_train.storage import lasting
+from sora_train.storage import reject_job_dir
 from sora_train.train import checkpoint
 
 
@@ -36,8 +36,8 @@ def absolute(recipe: Recipe, fresh: bool = False) -> Recipe:
             f"train.output {recipe.train.output} is remote; name a folder that every node sees, such as one on NFS"
         )
 
-    lasting("data.output", recipe.data.output)
-    lasting("train.output", recipe.train.output)
+    reject_job_dir("data.output", recipe.data.output)
+    reject_job_dir("train.output", recipe.train.output)
 
     def place(name: str) -> str:
         return name if "://" in name else os.path.abspath(os.path.expanduser(name))

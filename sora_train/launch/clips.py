@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from sora_train.data.shards import ShardSet, Split
 from sora_train.errors import UserError
 from sora_train.recipe import Recipe
-from sora_train.storage import replacing
+from sora_train.storage import atomic_file
 
 CLIPS = "clips.parquet"
 """In a run's folder: a row for each clip of its shards, those that are held out too."""
@@ -34,7 +34,7 @@ class Clips:
     def save(self, run: Path) -> None:
         """Writes the record, whole or not at all."""
         table = self.table.replace_schema_metadata({"fingerprint": self.fingerprint})
-        with replacing(run / CLIPS) as draft:
+        with atomic_file(run / CLIPS) as draft:
             pq.write_table(table, draft, compression="zstd")
 
     def counts(self, held_out: bool) -> dict[str, int]:

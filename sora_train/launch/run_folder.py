@@ -17,7 +17,7 @@ from sora_train.launch.validation import EMBEDDINGS, Outstanding
 from sora_train.locks import owned
 from sora_train.manifest import Manifest
 from sora_train.recipe import Recipe, save_recipe
-from sora_train.storage import UNFINISHED, broken_link
+from sora_train.storage import DRAFT_PREFIX, atomic_write_text, broken_link
 from sora_train.train import checkpoint
 from sora_train.train.metrics import Events, JsonLines
 from sora_train.train.run_dir import LEAVE, Home
@@ -87,12 +87,12 @@ def write_folder(run: Path, recipe: Recipe, manifest: Manifest, clips: Clips) ->
     """What a run says of itself; leftovers of a run that was cut off are cleared away."""
     folder = run / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
-    drafts = (path.name for path in run.glob(f"{UNFINISHED}*"))
+    drafts = (path.name for path in run.glob(f"{DRAFT_PREFIX}*"))
     for name in (RAYS_LIST, STOP, LEAVE, *drafts):
         (run / name).unlink(missing_ok=True)
     describe_run(run, recipe, manifest, clips)
     note_lost_driver(run)
-    (run / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
+    atomic_write_text(run / "environment.json", json.dumps(environment(), indent=1))
     set_aside(run)
     last = max((step for step, _ in checkpoint.whole(folder)), default=0)
     outstanding = Outstanding(run)

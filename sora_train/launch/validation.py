@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from sora_train.errors import UserError
-from sora_train.storage import replacing
-from sora_train.train.metrics import Events, JsonLines, duration, write_text_whole
+from sora_train.storage import atomic_file, atomic_write_text
+from sora_train.train.metrics import Events, JsonLines, duration
 
 ATTEMPTS = 2
 LEAVE = "leave"  # as `sora_train.train.run_dir` has it, which imports torch
@@ -124,7 +124,7 @@ class Outstanding:
         """`asked`, `running`, `done`, `failed`, or `lost` when whoever ran it is no more."""
         self.folder(step).mkdir(parents=True, exist_ok=True)
         about = {"step": step, "status": status, "time": time.time()}
-        write_text_whole(self.folder(step) / "result.json", json.dumps(about))
+        atomic_write_text(self.folder(step) / "result.json", json.dumps(about))
 
     def status(self, step: int) -> str | None:
         note = self.folder(step) / "result.json"
@@ -217,7 +217,7 @@ def embed_prompts(run: Path, trained: Any = None) -> list:
         encoder = text_encoder_of(codec, device=_device())
     made = [*encoder.encode(prompts[:-1]), encoder.encode_null(prompts[-1], codec.null_prompt)]
     embeddings = [embedding.float().cpu().contiguous() for embedding in made]
-    with replacing(place) as draft:  # a validation may make its own at the same time
+    with atomic_file(place) as draft:  # a validation may make its own at the same time
         save_file({f"{i:03d}": embedding for i, embedding in enumerate(embeddings)}, draft, {"of": wanted})
     return embeddings
 

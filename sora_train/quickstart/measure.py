@@ -15,7 +15,7 @@ from sora_train.quickstart.oracle import Verdict, accuracy, judge, obedience
 from sora_train.quickstart.shapes import FPS, SHAPES, Scene, all_scenes, draw
 from sora_train.sample import Run, generate_each
 from sora_train.sample.generate import Progress
-from sora_train.train.metrics import write_text_whole
+from sora_train.storage import atomic_write_text
 from sora_train.video import read_mp4, write_mp4
 
 SEEDS = (0, 1)
@@ -55,7 +55,7 @@ def measure(clips_folder: Path, run_folder: Path, final: Path) -> dict:
 
 def write_verdicts(final: Path, verdicts: Sequence[Verdict]) -> None:
     """Verdicts on samples, into their folder."""
-    write_text_whole(final / VERDICTS, json.dumps([asdict(verdict) for verdict in verdicts]))
+    atomic_write_text(final / VERDICTS, json.dumps([asdict(verdict) for verdict in verdicts]))
 
 
 def read_verdicts(final: Path) -> list[Verdict]:

@@ -21,7 +21,7 @@ from sora_train.report.curves import chart_groups
 from sora_train.report.differences import differing, flatten
 from sora_train.report.media import MOST_CLIPS, Shelf, make_grid, sheet_address
 from sora_train.report.read import RunRecord, is_number, read_run
-from sora_train.storage import replacing
+from sora_train.storage import atomic_file
 from sora_train.video import one_line
 
 MOST_FLAWS = 20  # files of a run; more would hide the rest of the page
@@ -48,7 +48,7 @@ def write_report(*runs: str | Path, out: str | Path | None = None) -> Path:
     shelf = Shelf(page)
     parts = environment.from_string(asset("page.html")).generate(**contents(records, shelf))
     try:
-        with replacing(page) as draft, draft.open("w", encoding="utf-8", errors="replace") as file:
+        with atomic_file(page) as draft, draft.open("w", encoding="utf-8", errors="replace") as file:
             file.writelines(parts)
     except OSError as error:
         raise UserError(f"{page} can't be written ({error.strerror or error}); name another file with --out") from error

@@ -20,7 +20,7 @@ from sora_train.sample.generate import Progress, generate_each, latent_shape
 from sora_train.sample.load import Run, load_run
 from sora_train.sample.write import read_listing, settings_of, write_listing
 from sora_train.schema import bucket_name
-from sora_train.storage import as_text
+from sora_train.storage import decode_text
 from sora_train.video import contact_sheet, slug, write_gif, write_mp4
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".pq", ".xlsx", ".gz")
@@ -97,7 +97,7 @@ def read_prompts(path: str | Path) -> list[str]:
     except (OSError, ValueError) as error:
         raise RecipeError(f"--prompts {path} can't be read ({getattr(error, 'strerror', None) or error})") from None
     try:
-        text = as_text(content)
+        text = decode_text(content)
     except ValueError as error:
         raise RecipeError(f"--prompts {path} {error}") from None
     prompts = [line.strip() for line in re.split("\r\n?|\n", text) if line.strip()]

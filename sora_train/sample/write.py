@@ -15,7 +15,7 @@ from torch import Tensor
 from sora_train.diffusion import Sampling, fitting
 from sora_train.sample.generate import Progress, generate_each
 from sora_train.sample.load import Run
-from sora_train.train.metrics import write_text_whole
+from sora_train.storage import atomic_write_text
 from sora_train.video import contact_sheet, slug, write_mp4
 
 SHEET_CLIPS = 24  # more would be too small to see
@@ -75,7 +75,7 @@ def settings_of(run: Run, how: Sampling) -> dict[str, Any]:
 def write_listing(folder: Path, run: Run, listing: list[dict]) -> None:
     """`samples.json`: which file shows which prompt, since file names hold only letters that are safe."""
     about = {"checkpoint": run.checkpoint.name, "fps": run.fps, "samples": listing}
-    write_text_whole(folder / "samples.json", json.dumps(about, indent=1))
+    atomic_write_text(folder / "samples.json", json.dumps(about, indent=1))
 
 
 def read_listing(folder: Path) -> dict[str, dict]:

@@ -18,7 +18,7 @@ import re
 import secrets
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from sora_train.data.order import batch_number
 from sora_train.errors import UserError
-from sora_train.storage import replacing
+from sora_train.storage import atomic_file, atomic_write_text
 from sora_train.train.ema import Ema
 from sora_train.train.engine import Engine
 
@@ -107,15 +107,17 @@ class Snapshot:
             folder.mkdir(parents=True, exist_ok=True)
             sums = {key: checksum(key, tensor, self.offsets) for key, tensor in self.owned.items()}
             metadata = {"offsets": json.dumps(self.offsets), "crc32": json.dumps(sums), "token": self.token}
-            _write(folder / part_name(self.rank, self.world), lambda draft: save_file(self.owned, draft, metadata))
+            with atomic_file(folder / part_name(self.rank, self.world)) as draft:
+                save_file(self.owned, draft, metadata)
             if self.rank == 0:
                 sums = {name: crc32(name, tensor) for name, tensor in self.averaged.items()}
                 metadata = {"crc32": json.dumps(sums), "token": self.token}
-                _write(folder / AVERAGED, lambda draft: save_file(self.averaged, draft, metadata))
+                with atomic_file(folder / AVERAGED) as draft:
+                    save_file(self.averaged, draft, metadata)
                 about = {"format": FORMAT, "token": self.token, **asdict(self.state)}
                 about |= {"world_size": self.world, "zero_stage": self.stage}
                 text = json.dumps(about | {"crc32": _checksum(about)}, indent=1)
-                _write(folder / "state.json", lambda draft: draft.write_text(text, encoding="utf-8"))
+                atomic_write_text(folder / "state.json", text)
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"the checkpoint of step {self.state.step} can't be written to {folder}: {error}. Make room there "
@@ -240,12 +242,6 @@ def crc32(place: str, tensor: Tensor) -> int:
 def _checksum(about: dict[str, Any]) -> int:
     """CRC-32 of what `state.json` says; JSON gives every float back as it was."""
     return zlib.crc32(json.dumps(about).encode())
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file through to the disk under another name, and then renames it."""
-    with replacing(path) as draft:
-        write(draft)
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:

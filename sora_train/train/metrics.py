@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from sora_train.errors import UserError
 from sora_train.locks import locked
-from sora_train.storage import replacing
+from sora_train.storage import atomic_file
 
 T = TypeVar("T")
 
@@ -55,7 +55,7 @@ class JsonLines:
             if before.startswith(after):
                 os.truncate(self.path, len(after))
                 return
-            with replacing(self.path) as draft:
+            with atomic_file(self.path) as draft:
                 draft.write_bytes(after)
 
     @contextmanager
@@ -128,12 +128,6 @@ class Tally:
             "data_wait_share": self.waited / seconds,
             "mfu": 3 * self.flops / seconds / peak_flops if peak_flops else None,
         }
-
-
-def write_text_whole(path: Path, text: str) -> None:
-    """Replaces a small file of a run; a kill leaves the one before. OSError where it can't be written."""
-    with replacing(path) as draft:
-        draft.write_text(text, encoding="utf-8")
 
 
 def parse(line: bytes) -> dict[str, Any] | None:

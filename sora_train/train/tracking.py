@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sora_train.errors import UserError
-from sora_train.train.metrics import write_text_whole
+from sora_train.storage import atomic_write_text
 from sora_train.train.wandb_files import rows
 
 STEP = "train_step"
@@ -139,7 +139,7 @@ class Tracker:
             self._write_note()  # only now: a kill in between repeats a row, which does no harm
 
     def _write_note(self) -> None:
-        write_text_whole(self.run / NOTE, json.dumps(self.note))
+        atomic_write_text(self.run / NOTE, json.dumps(self.note))
 
     def _guarded(self, act: Callable[[], object]) -> None:
         try:

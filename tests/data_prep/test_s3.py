@@ -17,12 +17,12 @@ from sora_train.data.config import DataConfig
 from sora_train.errors import RecipeError, UserError
 from sora_train.manifest import Counts, LatentFormat, Manifest, TextFacts, VaeFacts
 from sora_train.schema import shard_files
-from sora_train.storage import read_bytes, resolve, write_whole
+from sora_train.storage import atomic_write, read_bytes, resolve
 
 
 def put(place: str, content: bytes) -> None:
     system, path = resolve(place)
-    write_whole(system, path, content)
+    atomic_write(system, path, content)
 
 
 def put_csv(place: str, names: list[str]) -> None:
@@ -117,7 +117,7 @@ def test_a_file_in_a_bucket_is_written_overwritten_and_nothing_else(s3: str):
     system, path = resolve(f"{s3}/new/folder/file")
     assert read_bytes(system, path) is None
     for content in (b"first", b"", b"x" * 20_000_000):  # the last in several parts
-        write_whole(system, path, content)
+        atomic_write(system, path, content)
         assert read_bytes(system, path) == content
     names = [info.path for info in system.get_file_info(fs.FileSelector(path.split("/")[0], recursive=True))]
     assert path in names
@@ -173,7 +173,7 @@ def test_a_store_that_does_not_answer_is_one_message(s3: str, monkeypatch: pytes
 
 
 def test_a_query_string_is_refused_with_the_variable_that_stands_for_it(s3: str):
-    with pytest.raises(UserError, match="leave out .endpoint_override=localhost:9000, and set .* AWS_ENDPOINT_URL"):
+    with pytest.raises(UserError, match="Leave out .endpoint_override=localhost:9000; .* AWS_ENDPOINT_URL"):
         resolve(f"{s3}/x?endpoint_override=localhost:9000")
 
 

@@ -10,7 +10,7 @@ from sora_train.codec import CodecConfig
 from sora_train.data.config import DataConfig
 from sora_train.data.shards import ShardSet
 from sora_train.recipe import ClusterConfig, Recipe
-from sora_train.storage import resolve, write_whole
+from sora_train.storage import atomic_write, resolve
 
 
 @pytest.mark.slow
@@ -19,9 +19,9 @@ def test_videos_on_s3_become_shards_on_s3(tmp_path: Path, write, s3: str):
     system, bucket = resolve(s3)
     lines = ["video_file_name,prompt"]
     for i in range(3):
-        write_whole(system, f"{bucket}/videos/{i}.mp4", write(tmp_path / f"{i}.mp4", np.arange(36) / 30).read_bytes())
+        atomic_write(system, f"{bucket}/videos/{i}.mp4", write(tmp_path / f"{i}.mp4", np.arange(36) / 30).read_bytes())
         lines.append(f"{i}.mp4,clip {i}")
-    write_whole(system, f"{bucket}/videos/captions.csv", "\n".join([*lines, "gone.mp4,nothing"]).encode())
+    atomic_write(system, f"{bucket}/videos/captions.csv", "\n".join([*lines, "gone.mp4,nothing"]).encode())
     made = Recipe(
         data=DataConfig(
             captions=f"{s3}/videos/captions.csv", output=f"{s3}/shards", frames=4, fps=4.0, height=64, width=64,
