@@ -15,7 +15,7 @@ from sora_train.schema import bucket_name
 TRANSFORM_VERSION = 3
 """Part of the encoding hash: raise it when the same video gives other frames."""
 TOLERANCE_S = 0.01  # containers round durations to milliseconds
-ROUNDING_S = 1.5e-3  # a frame's time may be off by so much: Matroska, FLV and ASF round to milliseconds
+TIMESTAMP_ERROR_S = 1.5e-3  # a frame's time may be off by so much: Matroska, FLV and ASF round to milliseconds
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Bucket:
         left, top = (width - crop_width) * place[0], (height - crop_height) * place[1]
         return left, top, left + crop_width, top + crop_height
 
-    def enlarges(self, width: float, height: float) -> float:
+    def upscale_factor(self, width: float, height: float) -> float:
         """How many times larger a picture is made to cover the bucket; below 1 it shrinks."""
         return max(self.width / width, self.height / height)
 
@@ -96,27 +96,27 @@ def choose_bucket(
         filled = [bucket for bucket in moving if bucket.is_filled_by(seconds)]
         if not filled:
             least = min(moving, key=lambda bucket: bucket.frames)
-            raise ClipError("too_short", f"lasts {seconds:.2f} s; {takes(least)}")
+            raise ClipError("too_short", f"lasts {seconds:.2f} s; {clip_length(least)}")
         most = max(bucket.frames for bucket in filled)
         filled = [bucket for bucket in filled if bucket.frames == most]
-    large_enough = [b for b in filled if not max_enlarge or b.enlarges(width, height) <= max_enlarge + 1e-9]
+    large_enough = [b for b in filled if not max_enlarge or b.upscale_factor(width, height) <= max_enlarge + 1e-9]
     if not large_enough:
-        least = min(filled, key=lambda bucket: bucket.enlarges(width, height))
+        least = min(filled, key=lambda bucket: bucket.upscale_factor(width, height))
         raise ClipError(
             "too_small",
-            f"is {width:.0f}x{height:.0f}; {least.name} would enlarge it {least.enlarges(width, height):.2f} times, "
-            f"the bound is {max_enlarge:g} (data.max_enlarge)",
+            f"is {width:.0f}x{height:.0f}; {least.name} would enlarge it "
+            f"{least.upscale_factor(width, height):.2f} times, the bound is {max_enlarge:g} (data.max_enlarge)",
         )
 
     def order(bucket: Bucket) -> tuple:
         stretch = abs(math.log(bucket.width / bucket.height) - math.log(width / height))
-        scale, area = bucket.enlarges(width, height), bucket.width * bucket.height
+        scale, area = bucket.upscale_factor(width, height), bucket.width * bucket.height
         fits = scale <= 1 + 1e-9
         return round(stretch, 6), not fits, -area if fits else area, -bucket.width, bucket.height
 
     return min(large_enough, key=order)
 
 
-def takes(bucket: Bucket) -> str:
+def clip_length(bucket: Bucket) -> str:
     """How long a clip is, for messages."""
     return f"a clip of {bucket.frames} frames at {bucket.fps:g} fps takes {bucket.seconds:.2f} s"

@@ -26,11 +26,11 @@ JSON_LINES, PARQUET = (".jsonl", ".ndjson", ".json"), (".parquet", ".pq")
 PACKED = (".gz", ".bz2", ".zst", ".lz4")
 NO_CAPTION = frozenset(("nan", "NaN", "NAN", "null", "NULL", "None", "<NA>", "NA", "N/A", "n/a", "#N/A", "\\N"))
 """What pandas, SQL and Excel write for a missing value. A caption that is one of these counts as missing."""
-NAMED = 12  # columns in a message
+MAX_COLUMNS_SHOWN = 12  # columns in a message
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class CaptionLine:
     """A source as it is named, with its captions. `where` says so in a message; `reason` is set where it is no good."""
 
     where: str
@@ -40,7 +40,7 @@ class Line:
     message: str = ""
 
 
-def read_captions(data: DataConfig, system: fs.FileSystem, path: str) -> list[Line]:
+def read_captions(data: DataConfig, system: fs.FileSystem, path: str) -> list[CaptionLine]:
     """The lines of data.captions, in its order. RecipeError says what is wrong with it and where.
 
     A line without a caption is `no_caption`; one that is nonsense, such as a number for a file name, is an error.
@@ -68,7 +68,7 @@ def _text(place: str, content: bytes) -> str:
         raise RecipeError(f"data.captions: {place} {error}") from None
 
 
-def _csv(place: str, content: bytes, data: DataConfig) -> list[Line]:
+def _csv(place: str, content: bytes, data: DataConfig) -> list[CaptionLine]:
     wanted = (data.file_column, data.caption_column)
     records = Records(place, _text(place, content), wanted)
     if not any(records.header):
@@ -81,7 +81,7 @@ def _csv(place: str, content: bytes, data: DataConfig) -> list[Line]:
     columns = _columns(place, records.header, data)
     if records.separator != ",":
         print(f"{place}: cells are separated by {SEPARATORS.get(records.separator, records.separator)}s", flush=True)
-    lines: list[Line] = []
+    lines: list[CaptionLine] = []
     for number, cells in records:
         source, caption = (cells[column] if column < len(cells) else "" for column in columns)
         line = _line(f"line {number}", source, caption)
@@ -92,8 +92,8 @@ def _csv(place: str, content: bytes, data: DataConfig) -> list[Line]:
     return lines
 
 
-def _json_lines(place: str, content: bytes, data: DataConfig) -> list[Line]:
-    lines: list[Line] = []
+def _json_lines(place: str, content: bytes, data: DataConfig) -> list[CaptionLine]:
+    lines: list[CaptionLine] = []
     found: dict[str, None] = {}  # in the order of first mention
     whole = _text(place, content)
     if whole.lstrip().startswith("["):
@@ -138,7 +138,7 @@ def _example(data: DataConfig) -> str:
     return f"write one object per line, such as {example}"
 
 
-def _parquet(place: str, system: fs.FileSystem, path: str, data: DataConfig) -> list[Line]:
+def _parquet(place: str, system: fs.FileSystem, path: str, data: DataConfig) -> list[CaptionLine]:
     try:
         with system.open_input_file(path) as opened:
             file = pq.ParquetFile(opened)
@@ -169,10 +169,12 @@ def _columns(place: str, found: list[str], data: DataConfig, where: str = "") ->
 
 def _named(columns: list[str]) -> str:
     """The columns, of many the first."""
-    return ", ".join(columns[:NAMED]) + (f" and {len(columns) - NAMED} more" if len(columns) > NAMED else "")
+    return ", ".join(columns[:MAX_COLUMNS_SHOWN]) + (
+        f" and {len(columns) - MAX_COLUMNS_SHOWN} more" if len(columns) > MAX_COLUMNS_SHOWN else ""
+    )
 
 
-def _checked(place: str, where: str, source: object, caption: object) -> Line:
+def _checked(place: str, where: str, source: object, caption: object) -> CaptionLine:
     """The line of a file name and what stands for its captions: a text, a list of texts, or nothing."""
     texts = [text for text in (caption if isinstance(caption, list) else [caption]) if not _is_none(text)]
     for what, value in (("file name", source), *(("caption", text) for text in texts)):
@@ -193,11 +195,11 @@ def _is_none(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def _line(where: str, source: str, *captions: str) -> Line:
+def _line(where: str, source: str, *captions: str) -> CaptionLine:
     there = tuple(caption for caption in captions if caption and caption not in NO_CAPTION)
     if there:
-        return Line(where, source, there)
-    return Line(where, source, (), "no_caption", f"{where} of the captions file has {no_caption(captions)}")
+        return CaptionLine(where, source, there)
+    return CaptionLine(where, source, (), "no_caption", f"{where} of the captions file has {no_caption(captions)}")
 
 
 def no_caption(texts: Iterable[str]) -> str:

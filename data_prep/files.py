@@ -35,7 +35,7 @@ class File:
     missing: str = ""
 
 
-def root_spellings(system: fs.FileSystem, root: str, place: str) -> tuple[str, ...]:
+def root_prefixes(system: fs.FileSystem, root: str, place: str) -> tuple[str, ...]:
     """What absolute names of files under the root may begin with: its path and URI, and its real path where links lead
     there.
     """
@@ -45,7 +45,7 @@ def root_spellings(system: fs.FileSystem, root: str, place: str) -> tuple[str, .
     return (place.rstrip("/"), f"{place.partition('://')[0]}://{root}")
 
 
-def canonical(name: str, roots: Iterable[str]) -> str | None:
+def relative_name(name: str, roots: Iterable[str]) -> str | None:
     """The one spelling of a name relative to the data root, which begins as in `roots`; None where it is outside.
 
     `./a.mp4`, `b//../a.mp4` and absolute names under the root are `a.mp4`. What leaves the root on Windows is outside.
@@ -64,7 +64,7 @@ def canonical(name: str, roots: Iterable[str]) -> str | None:
     return posixpath.normpath(name)
 
 
-def find(system: fs.FileSystem, root: str, paths: Iterable[str]) -> dict[str, File]:
+def find_files(system: fs.FileSystem, root: str, paths: Iterable[str]) -> dict[str, File]:
     """The files of paths under the root. Raises OSError where remote storage doesn't answer; a local file that can't
     be looked up is missing.
     """

@@ -34,7 +34,7 @@ def check_pixels(frames: np.ndarray, fps: float, selection: SelectionConfig) -> 
     if selection.black and (share := black_share(frames)) >= BLACK_SHARE:
         raise ClipError("black", f"{share:.1%} of every frame is black; kept below {BLACK_SHARE:.0%} (selection.black)")
     if len(frames) > 1:
-        if selection.frozen and (step := largest_change(frames)) <= FROZEN_STEP:
+        if selection.frozen and (step := max_block_change(frames)) <= FROZEN_STEP:
             raise ClipError(
                 "frozen", f"no part changes by more than {step:.0f} of 255; kept above {FROZEN_STEP} (selection.frozen)"
             )
@@ -53,17 +53,17 @@ def check_pixels(frames: np.ndarray, fps: float, selection: SelectionConfig) -> 
 
 def black_share(frames: np.ndarray) -> float:
     """The share of black pixels in that frame of `F H W 3` that has the fewest."""
-    return min(float((grey(frame) <= BLACK_LUMA).mean()) for frame in frames)
+    return min(float((to_grey(frame) <= BLACK_LUMA).mean()) for frame in frames)
 
 
-def largest_change(frames: np.ndarray) -> float:
+def max_block_change(frames: np.ndarray) -> float:
     """How far the mean colour of any block of any frame lies from the first frame's, of 255.
 
     A mean over whole frames, as freezedetect takes it, does not tell noise from motion: a still photograph wanders by
     0.4 to 5.9 once it is encoded, a car that drives into the picture by 0.9. Means of blocks do: 1 to 4 (x264 at crf 18
     to 34 and with a camera's noise, MPEG-2, MPEG-4; 5 at crf 40) against 7 for that car and more for all else.
     """
-    first, *rest = (sized(frame, FROZEN_BLOCKS).astype(np.int16) for frame in frames)
+    first, *rest = (resize_short_side(frame, FROZEN_BLOCKS).astype(np.int16) for frame in frames)
     return max(float(np.abs(later - first).max()) for later in rest)
 
 
@@ -74,7 +74,7 @@ def motion(frames: np.ndarray, fps: float) -> float:
     which show no motion, count as still. A still picture's noise comes to less than 0.5.
     """
     flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    small = [sized(grey(frame), FLOW_SIDE) for frame in frames]
+    small = [resize_short_side(to_grey(frame), FLOW_SIDE) for frame in frames]
     # An array in place of None would be taken for an earlier flow to begin with.
     steps = [flow.calc(a, b, None) for a, b in pairwise(small)]  # pyright: ignore[reportArgumentType, reportCallIssue]
     lengths = [cv2.magnitude(step[..., 0], step[..., 1]).mean() for step in steps]
@@ -83,15 +83,15 @@ def motion(frames: np.ndarray, fps: float) -> float:
 
 def sharpness(frames: np.ndarray) -> float:
     """Variance of the Laplacian of the grey frames, 0 to 255: the median over the frames."""
-    return float(np.median([cv2.Laplacian(grey(frame), cv2.CV_32F).var() for frame in frames]))
+    return float(np.median([cv2.Laplacian(to_grey(frame), cv2.CV_32F).var() for frame in frames]))
 
 
-def grey(frame: np.ndarray) -> np.ndarray:
+def to_grey(frame: np.ndarray) -> np.ndarray:
     """Luma uint8 `H W`, full range, of a frame uint8 `H W 3`."""
     return cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
 
 
-def sized(picture: np.ndarray, side: int) -> np.ndarray:
+def resize_short_side(picture: np.ndarray, side: int) -> np.ndarray:
     """A picture `H W` or `H W 3` whose short side is `side`; it shrinks by averaging areas."""
     height, width = picture.shape[:2]
     scale = side / min(height, width)
@@ -104,7 +104,9 @@ def perceptual_hash(frames: np.ndarray) -> str:
     import imagehash
     from PIL import Image
 
-    chosen = {index: sized(grey(frames[index]), HASH_SIDE) for index in (0, len(frames) // 2, len(frames) - 1)}
+    chosen = {
+        index: resize_short_side(to_grey(frames[index]), HASH_SIDE) for index in (0, len(frames) // 2, len(frames) - 1)
+    }
     hashes = {index: str(imagehash.phash(Image.fromarray(small))) for index, small in chosen.items()}
     return "".join(hashes[index] for index in (0, len(frames) // 2, len(frames) - 1))
 
@@ -167,7 +169,7 @@ class Duplicates:
         self.seen: dict[tuple[str, tuple[float, float]], str] = {}
 
     @property
-    def are_looked_for(self) -> bool:
+    def enabled(self) -> bool:
         """Whether any kind of duplicate is left out."""
         return self.exact or self.bits is not None
 
@@ -180,7 +182,7 @@ class Duplicates:
         count = len(self.ids)
         if count == self.hashes.shape[1]:
             self.hashes = np.concatenate([self.hashes, np.empty_like(self.hashes)], axis=1)
-        self.hashes[:, count] = as_numbers(perceptual_hash)
+        self.hashes[:, count] = as_uint64(perceptual_hash)
         self.ids.append(sample_id)
 
     def of(self, content_hash: str, perceptual_hash: str, span: tuple[float, float]) -> tuple[str, str] | None:
@@ -189,7 +191,7 @@ class Duplicates:
             return "duplicate", earlier
         if self.bits is None or not perceptual_hash or not self.ids:
             return None
-        first, middle, last = as_numbers(perceptual_hash)
+        first, middle, last = as_uint64(perceptual_hash)
         for begin in range(0, len(self.ids), BLOCK):
             place = slice(begin, min(begin + BLOCK, len(self.ids)))
             near = begin + np.flatnonzero(np.bitwise_count(self.hashes[1, place] ^ middle) <= self.bits)
@@ -200,6 +202,6 @@ class Duplicates:
         return None
 
 
-def as_numbers(perceptual_hash: str) -> np.ndarray:
+def as_uint64(perceptual_hash: str) -> np.ndarray:
     """48 hex digits as three uint64."""
     return np.array([int(perceptual_hash[i : i + 16], 16) for i in (0, 16, 32)], np.uint64)

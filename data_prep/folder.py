@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from pyarrow import fs
 
-from data_prep.captions import NO_CAPTION, Line, no_caption
+from data_prep.captions import NO_CAPTION, CaptionLine, no_caption
 from sora_train.errors import RecipeError
 from sora_train.storage import decode_text, storage_errors
 
@@ -20,7 +20,7 @@ MEDIA = frozenset(f".{name}" for name in f"{PICTURES} {VIDEOS}".split())
 READERS = 16  # texts read at a time
 
 
-def read_folder(place: str, system: fs.FileSystem, path: str) -> list[Line]:
+def read_folder(place: str, system: fs.FileSystem, path: str) -> list[CaptionLine]:
     """A line for every video and picture of the folder, sorted by name; hidden ones are left out.
 
     One without a text is `no_caption`; texts without media are counted in one printed line. Raises RecipeError where
@@ -49,29 +49,31 @@ def _composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _line(system: fs.FileSystem, path: str, name: str, texts: dict[str, list[str]]) -> Line:
+def _line(system: fs.FileSystem, path: str, name: str, texts: dict[str, list[str]]) -> CaptionLine:
     """The line of a file by the text beside it, which is one caption, line breaks and all."""
     plain, stem = _plain(name), posixpath.splitext(name)[0]
     if plain != name:
-        return Line(plain, plain, (), "missing_file", "the file's name is not UTF-8, and can't be passed on; rename it")
+        return CaptionLine(
+            plain, plain, (), "missing_file", "the file's name is not UTF-8, and can't be passed on; rename it"
+        )
     there = texts.get(_composed(stem), [])
     if not there:
-        return Line(name, name, (), "no_caption", f"there is no {posixpath.basename(stem)}.txt beside it")
+        return CaptionLine(name, name, (), "no_caption", f"there is no {posixpath.basename(stem)}.txt beside it")
     if len(there) > 1:
-        return Line(name, name, (), "no_caption", f"{' and '.join(there)} are both beside it; remove one")
+        return CaptionLine(name, name, (), "no_caption", f"{' and '.join(there)} are both beside it; remove one")
     (text,) = there
     try:
         with system.open_input_stream(f"{path}/{text}", compression=None) as file:
             caption = decode_text(file.read()).strip()
     except ValueError as error:
-        return Line(name, name, (), "no_caption", f"{text} {error}")
+        return CaptionLine(name, name, (), "no_caption", f"{text} {error}")
     except OSError as error:
-        return Line(name, name, (), "fetch_failed", f"its caption {text} can't be read: {error}")
+        return CaptionLine(name, name, (), "fetch_failed", f"its caption {text} can't be read: {error}")
     if not caption:
-        return Line(name, name, (), "no_caption", f"{text} is empty")
+        return CaptionLine(name, name, (), "no_caption", f"{text} is empty")
     if caption in NO_CAPTION:
-        return Line(name, name, (), "no_caption", f"{text} holds {no_caption([caption])}")
-    return Line(name, name, (caption,))
+        return CaptionLine(name, name, (), "no_caption", f"{text} holds {no_caption([caption])}")
+    return CaptionLine(name, name, (caption,))
 
 
 def _plain(name: str) -> str:

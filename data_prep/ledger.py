@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from data_prep.reasons import LASTING
+from data_prep.reasons import PERMANENT
 from sora_train.schema import QUARANTINE_SCHEMA
 from sora_train.storage import atomic_write, resolve, storage_errors
 
@@ -32,7 +32,7 @@ SOURCES_SCHEMA = pa.schema(
 
 
 @dataclass(slots=True)
-class Record:
+class SourceRecord:
     """A source that was gone through to its end: the file as it was, the ids of all clips asked of it, and remarks.
 
     Remarks are names of `reasons.REMARKS`.
@@ -46,33 +46,33 @@ class Record:
 
 
 @dataclass
-class Ledger:
+class SavedProgress:
     """Records by `row_id`, and rows of the quarantine by `sample_id`."""
 
-    records: dict[str, Record] = field(default_factory=dict)
+    records: dict[str, SourceRecord] = field(default_factory=dict)
     failures: dict[str, dict] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, folder: str, settings_hash: str) -> Ledger:
+    def load(cls, folder: str, settings_hash: str) -> SavedProgress:
         """What runs with the same settings wrote; empty where there is nothing, or nothing that can be read."""
         sources, failures = (_read(folder, name, settings_hash) for name in ("sources", "quarantine"))
         records = {
-            row["row_id"]: Record(
+            row["row_id"]: SourceRecord(
                 row["source"], row["source_size"], row["source_version"], row["sample_ids"], row.get("remarks") or []
             )
             for row in sources
         }
         return cls(records, {row["sample_id"]: row for row in failures})
 
-    def lasting(self, sample_id: str, held: Container[str]) -> dict | None:
+    def permanent_failure(self, sample_id: str, held: Container[str]) -> dict | None:
         """The failure of a clip, where trying again would find the same."""
         failure = self.failures.get(sample_id)
-        if failure is None or failure["reason"] not in LASTING:
+        if failure is None or failure["reason"] not in PERMANENT:
             return None
         return failure if not failure["duplicate_of"] or failure["duplicate_of"] in held else None
 
 
-def save_ledger(folder: str, settings_hash: str, records: dict[str, Record], failures: list[dict]) -> None:
+def save_progress(folder: str, settings_hash: str, records: dict[str, SourceRecord], failures: list[dict]) -> None:
     """Writes both files; the quarantine first, since a record says that the failures of its source are known."""
     _write(folder, "quarantine", failures, QUARANTINE_SCHEMA, settings_hash)
     rows = [

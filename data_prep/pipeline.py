@@ -10,14 +10,14 @@ import time
 from collections import Counter
 
 from data_prep.buckets import TRANSFORM_VERSION, Bucket, buckets_of
-from data_prep.ledger import Ledger
+from data_prep.ledger import SavedProgress
 from data_prep.ray_pipeline import encode
-from data_prep.resume import take_stock
-from data_prep.shards import finished_clips, manifest_or_none, only_one, sweep
-from data_prep.sink import Harvest
-from data_prep.sources import Row, read_rows
-from data_prep.stats import Outcome
-from data_prep.watchdog import Standstill
+from data_prep.resume import reconcile
+from data_prep.shards import manifest_or_none, prep_lock, read_stored_clips, remove_unfinished
+from data_prep.sink import ShardSink
+from data_prep.sources import SourceRow, read_rows
+from data_prep.stats import PrepStats
+from data_prep.watchdog import PipelineStalled
 from sora_train.codec.conventions import cleaning_of
 from sora_train.codec.files import TextFiles, VaeFiles, find_text_encoder, find_vae
 from sora_train.data.config import small_buckets
@@ -28,7 +28,7 @@ from sora_train.recipe import Recipe
 from sora_train.schema import bucket_name, bucket_of
 from sora_train.storage import reject_job_dir
 
-STARTS_IN_VAIN = 3
+MAX_FRUITLESS_STARTS = 3
 """Starts of the pipeline in a row in which no clip is encoded; then prep ends with an error."""
 
 
@@ -39,7 +39,7 @@ def prep(recipe: Recipe) -> Manifest:
     left; clips that fail are named in `quarantine.parquet` and don't stop anything. Where Ray hangs, this process
     disconnects and connects again by `cluster.address`, even if the caller had connected.
     """
-    started, recipe = time.monotonic(), settled(recipe)
+    started, recipe = time.monotonic(), resolve_caption_cleaning(recipe)
     data = recipe.data
     reject_job_dir("data.output", data.output)
     buckets = buckets_of(data)
@@ -47,13 +47,13 @@ def prep(recipe: Recipe) -> Manifest:
     check_shapes(buckets, vae)
     key = encoding_hash(recipe, vae, text)
     rows = read_rows(data)
-    with only_one(data.output):
-        sweep(data.output)
-        harvest = encode_with_restarts(recipe, rows, buckets, vae, text, key)
-        outcome = harvest.outcome
-        manifest = describe(recipe, vae, text, key, harvest.empty_text or empty_prompt(recipe, key), outcome)
+    with prep_lock(data.output):
+        remove_unfinished(data.output)
+        sink = encode_with_restarts(recipe, rows, buckets, vae, text, key)
+        stats = sink.stats
+        manifest = describe(recipe, vae, text, key, sink.empty_text or empty_prompt(recipe, key), stats)
         manifest.save(data.output)
-    print(f"prep: {outcome.summary()} in {time.monotonic() - started:.0f} s; shards in {data.output}", flush=True)
+    print(f"prep: {stats.summary()} in {time.monotonic() - started:.0f} s; shards in {data.output}", flush=True)
     if manifest.remarks:
         counted = ", ".join(f"{kind} {count}" for kind, count in manifest.remarks.items())
         print(f"prep: sources with remarks: {counted}; docs/prep.md says what each means", flush=True)
@@ -67,18 +67,18 @@ def prep(recipe: Recipe) -> Manifest:
 
 
 def encode_with_restarts(
-    recipe: Recipe, rows: list[Row], buckets: tuple[Bucket, ...], vae: VaeFiles, text: TextFiles, key: str
-) -> Harvest:
+    recipe: Recipe, rows: list[SourceRow], buckets: tuple[Bucket, ...], vae: VaeFiles, text: TextFiles, key: str
+) -> ShardSink:
     """`encode_missing`, restarted where the pipeline stalls or a GPU fails. UserError where restarts don't help."""
     in_vain = 0
     while True:
         try:
             return encode_missing(recipe, rows, buckets, vae, text, key)
-        except Standstill as error:
+        except PipelineStalled as error:
             # Of a worker's error Ray makes one that prints its traceback, and Ray Data adds advice of its own.
             why = str(getattr(error, "cause", error)).splitlines()[0]
-            in_vain = 0 if error.moved else in_vain + 1
-            if in_vain == STARTS_IN_VAIN:
+            in_vain = 0 if error.made_progress else in_vain + 1
+            if in_vain == MAX_FRUITLESS_STARTS:
                 raise UserError(
                     f"{why}. prep was started {in_vain} times in a row without encoding a clip: a node, its network "
                     "or a GPU fails each time. Look at `ray status`, at the GPUs (`nvidia-smi`) and into the logs of "
@@ -89,33 +89,33 @@ def encode_with_restarts(
 
 
 def encode_missing(
-    recipe: Recipe, rows: list[Row], buckets: tuple[Bucket, ...], vae: VaeFiles, text: TextFiles, key: str
-) -> Harvest:
-    """Encodes what the shards don't hold of the rows. Raises UserError as `prep`, and Standstill."""
+    recipe: Recipe, rows: list[SourceRow], buckets: tuple[Bucket, ...], vae: VaeFiles, text: TextFiles, key: str
+) -> ShardSink:
+    """Encodes what the shards don't hold of the rows. Raises UserError as `prep`, and PipelineStalled."""
     data, settings = recipe.data, settings_hash(recipe, key)
-    held, twice = finished_clips(data.output, key, what_differs(recipe, vae, text))
-    ledger = Ledger.load(data.output, settings)
-    outcome = Outcome(len({row.source for row in rows}), data.max_bad_fraction, data.output)
-    stock = take_stock(data, rows, held, twice, ledger, outcome)
-    stock.clear_out(data.output)
+    stored, twice = read_stored_clips(data.output, key, encoding_differences(recipe, vae, text))
+    saved = SavedProgress.load(data.output, settings)
+    stats = PrepStats(len({row.source for row in rows}), data.max_bad_fraction, data.output)
+    state = reconcile(data, rows, stored, twice, saved, stats)
+    state.remove_stale(data.output)
     shapes = ", ".join(bucket.name for bucket in buckets)
     print(
-        f"prep: {len(rows)} sources, {outcome.written} clips encoded already, {len(stock.todo)} sources to go "
+        f"prep: {len(rows)} sources, {stats.written} clips encoded already, {len(state.todo)} sources to go "
         f"through; {shapes} at {data.fps:g} fps",
         flush=True,
     )
-    harvest = Harvest(recipe, key, settings, outcome, stock)
+    sink = ShardSink(recipe, key, settings, stats, state)
     try:
-        outcome.judge()
-        if stock.todo:
-            encode(recipe, buckets, vae, stock.todo, harvest)
-        outcome.judge(finished=True)
+        stats.check_limits()
+        if state.todo:
+            encode(recipe, buckets, vae, state.todo, sink)
+        stats.check_limits(finished=True)
     finally:
-        harvest.close()
-    return harvest
+        sink.close()
+    return sink
 
 
-def settled(recipe: Recipe) -> Recipe:
+def resolve_caption_cleaning(recipe: Recipe) -> Recipe:
     """The recipe with what `codec.caption_cleaning: auto` stands for."""
     cleaning = cleaning_of(recipe.codec, recipe.model.init_from)
     return recipe.model_copy(update={"codec": recipe.codec.model_copy(update={"caption_cleaning": cleaning})})
@@ -142,7 +142,7 @@ def check_shapes(buckets: tuple[Bucket, ...], vae: VaeFiles) -> None:
 
 def encoding_hash(recipe: Recipe, vae: VaeFiles, text: TextFiles) -> str:
     """Over all that decides what a clip's row holds, but for the clip itself."""
-    data, codec = recipe.data, settled(recipe).codec
+    data, codec = recipe.data, resolve_caption_cleaning(recipe).codec
     frames = [TRANSFORM_VERSION, data.fps, data.crop, data.flip]
     text_settings = [text.hash, codec.text_precision, codec.max_tokens]
     if codec.caption_cleaning != "none":  # shards of before this key were encoded without
@@ -150,7 +150,7 @@ def encoding_hash(recipe: Recipe, vae: VaeFiles, text: TextFiles) -> str:
     return _hash([SCHEMA_VERSION, *frames, vae.hash, codec.precision, *text_settings])
 
 
-def what_differs(recipe: Recipe, vae: VaeFiles, text: TextFiles) -> str:
+def encoding_differences(recipe: Recipe, vae: VaeFiles, text: TextFiles) -> str:
     """In what the shards that are there were encoded otherwise, by their manifest: "data.fps was 8.0, is 5.0"."""
     data, codec, there = recipe.data, recipe.codec, manifest_or_none(recipe.data.output)
     if there is None:
@@ -206,13 +206,11 @@ def empty_prompt(recipe: Recipe, key: str) -> bytes:
     return null_tokens(text_encoder_of(recipe.codec))
 
 
-def describe(recipe: Recipe, vae: VaeFiles, text: TextFiles, key: str, empty: bytes, outcome: Outcome) -> Manifest:
+def describe(recipe: Recipe, vae: VaeFiles, text: TextFiles, key: str, empty: bytes, stats: PrepStats) -> Manifest:
     """The manifest, its counts taken from the shards themselves. RuntimeError where they don't add up."""
-    clips, twice = finished_clips(recipe.data.output, key)
-    kinds = Counter(failure["kind"] for failure in outcome.failures)
-    counts = Counts(
-        asked=outcome.asked, written=len(clips), quarantined=kinds["quarantined"], filtered=kinds["filtered"]
-    )
+    clips, twice = read_stored_clips(recipe.data.output, key)
+    kinds = Counter(failure["kind"] for failure in stats.failures)
+    counts = Counts(asked=stats.asked, written=len(clips), quarantined=kinds["quarantined"], filtered=kinds["filtered"])
     if twice or counts.asked != counts.written + counts.quarantined + counts.filtered:
         raise RuntimeError(
             f"the counts of {recipe.data.output} don't add up: {counts}, {len(twice)} shards repeat clips"
@@ -240,6 +238,6 @@ def describe(recipe: Recipe, vae: VaeFiles, text: TextFiles, key: str, empty: by
         empty_text=base64.b64encode(empty).decode(),
         empty_tokens=len(empty) // 2 // text.width,
         counts=counts,
-        reasons=dict(sorted(Counter(failure["reason"] for failure in outcome.failures).items())),
-        remarks=dict(sorted(Counter(kind for record in outcome.records.values() for kind in record.remarks).items())),
+        reasons=dict(sorted(Counter(failure["reason"] for failure in stats.failures).items())),
+        remarks=dict(sorted(Counter(kind for record in stats.records.values() for kind in record.remarks).items())),
     )

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from tqdm import tqdm
 
 WINDOW_S = 60.0  # over which rates are measured
-ENOUGH_S = 10.0  # before that a rate says nothing
+MIN_WINDOW_S = 10.0  # before that a rate says nothing
 
 
 class Progress:
@@ -79,7 +79,7 @@ class Progress:
     def rates(self) -> tuple[float, float] | None:
         """Sources and clips a second, of late; None while too little came to tell, start-up left out."""
         seen = list(self.seen)  # another thread appends
-        if not seen or seen[-1][0] - seen[0][0] < ENOUGH_S:
+        if not seen or seen[-1][0] - seen[0][0] < MIN_WINDOW_S:
             return None
         seconds = self.clock() - seen[0][0]
         return (seen[-1][1] - seen[0][1]) / seconds, (seen[-1][2] - seen[0][2]) / seconds

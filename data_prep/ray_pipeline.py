@@ -10,11 +10,11 @@ import pyarrow as pa
 
 from data_prep.buckets import Bucket, buckets_of
 from data_prep.progress import Progress
-from data_prep.resume import Work
+from data_prep.resume import PendingSource
 from data_prep.schemas import to_table
-from data_prep.sink import Harvest
-from data_prep.watchdog import Standstill, watched
-from data_prep.workers import Share, share_out
+from data_prep.sink import ShardSink
+from data_prep.watchdog import PipelineStalled, with_watchdog
+from data_prep.workers import StageResources, allocate_cpus
 from sora_train.codec.files import VaeFiles
 from sora_train.recipe import Recipe
 
@@ -22,9 +22,11 @@ BLOCK_BYTES, BLOCK_BYTES_GPU = 2**23, 2**27  # frames that travel between two st
 BLOCK_SOURCES = 32
 
 
-def encode(recipe: Recipe, buckets: tuple[Bucket, ...], vae: VaeFiles, todo: list[Work], harvest: Harvest) -> None:
+def encode(
+    recipe: Recipe, buckets: tuple[Bucket, ...], vae: VaeFiles, todo: list[PendingSource], sink: ShardSink
+) -> None:
     """Sends sources down the chain and brings in what comes out. Raises UserError where too many are bad, and
-    Standstill where Ray waits without end for what it lost, or a GPU fails: this process has left Ray then.
+    PipelineStalled where Ray waits without end for what it lost, or a GPU fails: this process has left Ray then.
     """
     import ray
 
@@ -33,20 +35,22 @@ def encode(recipe: Recipe, buckets: tuple[Bucket, ...], vae: VaeFiles, todo: lis
     with connect(recipe.cluster.address, log_to_driver=False) as own, Progress(len(todo), run=recipe.name) as progress:
         if not own and (held := held_by_others()):
             print(f"prep: other jobs of this cluster hold {held}; prep waits for what it lacks", flush=True)
-        failures, seen, reasons = harvest.outcome.failures, 0, Counter[str]()
+        failures, seen, reasons = sink.stats.failures, 0, Counter[str]()
         try:
-            for table in watched(chain(recipe, buckets, vae, todo)):
-                counts = harvest.bring_in(table)
+            for table in with_watchdog(run_stages(recipe, buckets, vae, todo)):
+                counts = sink.consume(table)
                 reasons.update(failure["reason"] for failure in failures[seen:])
                 seen = len(failures)
                 progress.add(*counts, reasons)
-        except Standstill as error:
-            error.moved = progress.written > 0
+        except PipelineStalled as error:
+            error.made_progress = progress.written > 0
             ray.shutdown()  # only this frees actors that hang, also in a Ray that the caller had connected to
             raise
 
 
-def chain(recipe: Recipe, buckets: tuple[Bucket, ...], vae: VaeFiles, todo: list[Work]) -> Iterator[pa.Table]:
+def run_stages(
+    recipe: Recipe, buckets: tuple[Bucket, ...], vae: VaeFiles, todo: list[PendingSource]
+) -> Iterator[pa.Table]:
     """Tables of ENCODED, in the order of `todo`."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
@@ -56,12 +60,12 @@ def chain(recipe: Recipe, buckets: tuple[Bucket, ...], vae: VaeFiles, todo: list
     quiet_ray_data()
     DataContext.get_current().execution_options.preserve_order = True  # the same captions give the same shards
     total = ray.cluster_resources()
-    shares = share_out(int(total.get("CPU", 1)), int(total.get("GPU", 0)), recipe.prep)
-    device = "cuda" if shares.vae.gpus else "cpu"
-    at_once = clips_at_once(recipe, gpus=shares.vae.gpus)
+    allocation = allocate_cpus(int(total.get("CPU", 1)), int(total.get("GPU", 0)), recipe.prep)
+    device = "cuda" if allocation.vae.gpus else "cpu"
+    at_once = vae_batch_size(recipe, gpus=allocation.vae.gpus)
     shapes = {b.name: vae.latent_shape(b.frames, b.height, b.width) for b in buckets}
 
-    def stage(dataset: ray.data.Dataset, work: type, share: Share, **arguments: object) -> ray.data.Dataset:
+    def stage(dataset: ray.data.Dataset, work: type, share: StageResources, **arguments: object) -> ray.data.Dataset:
         pool = ActorPoolStrategy(size=share.workers)
         return dataset.map_batches(
             work, fn_constructor_kwargs=arguments, batch_size=None, batch_format="pyarrow",
@@ -69,13 +73,15 @@ def chain(recipe: Recipe, buckets: tuple[Bucket, ...], vae: VaeFiles, todo: list
         )  # fmt: skip
 
     codec = recipe.codec.absolute()  # Ray's workers have another working folder
-    size = max(1, min(BLOCK_SOURCES, at_once, -(-len(todo) // (2 * shares.decode.workers))))
+    size = max(1, min(BLOCK_SOURCES, at_once, -(-len(todo) // (2 * allocation.decode.workers))))
     sources = ray.data.from_arrow([to_table(todo[i : i + size]) for i in range(0, len(todo), size)])
-    clips = stage(sources, Decode, shares.decode, data=recipe.data, selection=recipe.selection, clips_at_once=at_once)
-    latents = stage(clips, EncodeVideo, shares.vae, codec=codec, threads=shares.vae.threads, device=device)
+    clips = stage(
+        sources, Decode, allocation.decode, data=recipe.data, selection=recipe.selection, vae_batch_size=at_once
+    )
+    latents = stage(clips, EncodeVideo, allocation.vae, codec=codec, threads=allocation.vae.threads, device=device)
     encoded = stage(
-        latents, EmbedText, shares.text, codec=codec, moments=vae.moments, latent_shapes=shapes,
-        batch=recipe.prep.text_batch, threads=shares.text.threads, device=device if shares.text.gpus else "cpu",
+        latents, EmbedText, allocation.text, codec=codec, moments=vae.moments, latent_shapes=shapes,
+        batch=recipe.prep.text_batch, threads=allocation.text.threads, device=device if allocation.text.gpus else "cpu",
     )  # fmt: skip
     encoded.set_name(f"prep {recipe.name}")  # as Ray's dashboard and metrics show it
     for table in encoded.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -96,7 +102,7 @@ def quiet_ray_data() -> None:
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says that the bars are off
 
 
-def clips_at_once(recipe: Recipe, gpus: float) -> int:
+def vae_batch_size(recipe: Recipe, gpus: float) -> int:
     """Clips that travel between two stages at once, which is what the VAE gets."""
     block = BLOCK_BYTES_GPU if gpus else BLOCK_BYTES
     return recipe.prep.vae_batch or max(1, block // max(bucket.clip_bytes for bucket in buckets_of(recipe.data)))

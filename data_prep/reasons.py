@@ -34,10 +34,10 @@ FILTERED = {
     "near_duplicate": "select",  # looks like an earlier clip
 }
 """Why a clip was left out though nothing is wrong with its file, and at which stage."""
-BAD = frozenset(QUARANTINED) - {"outside_root"}
+BAD_SOURCE_REASONS = frozenset(QUARANTINED) - {"outside_root"}
 """The reasons that count for `data.max_bad_fraction`. Encoding that fails counts too: one clip in a thousand is its own
 fault, a tenth of them is that of the network, its precision or the memory."""
-LASTING = frozenset({"unreadable", "no_video_stream", "too_large", "truncated", "corrupt"}) | frozenset(FILTERED)
+PERMANENT = frozenset({"unreadable", "no_video_stream", "too_large", "truncated", "corrupt"}) | frozenset(FILTERED)
 """The reasons that hold for as long as the file and the recipe are the same: such a clip is not tried again."""
 
 

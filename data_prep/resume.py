@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from data_prep.ledger import Ledger, Record
-from data_prep.shards import Held, take_out
-from data_prep.sources import Row
-from data_prep.stats import Outcome
+from data_prep.ledger import SavedProgress, SourceRecord
+from data_prep.shards import StoredClip, remove_clips
+from data_prep.sources import SourceRow
+from data_prep.stats import PrepStats
 from sora_train.data.config import DataConfig
 from sora_train.errors import UserError
 from sora_train.schema import bucket_name, bucket_of
 
-Work = tuple[Row, list[str]]
+PendingSource = tuple[SourceRow, list[str]]
 """A source to go through, and those of its clips that need not be made: `bucket/sample_id`, or `sample_id` alone."""
 
 
 @dataclass
-class Stock:
-    """What `take_stock` found."""
+class ResumeState:
+    """What `reconcile` found."""
 
-    todo: list[Work] = field(default_factory=list)
-    held: dict[str, Held] = field(default_factory=dict)
+    todo: list[PendingSource] = field(default_factory=list)
+    stored: dict[str, StoredClip] = field(default_factory=dict)
     """Clips in the shards that stay, by `sample_id`."""
     of_row: dict[str, list[str]] = field(default_factory=dict)
     """Their ids by `row_id`."""
@@ -30,37 +30,38 @@ class Stock:
 
     def drop(self, sample_id: str) -> None:
         """Marks a clip of the shards as outdated."""
-        self.outdated.setdefault(self.held.pop(sample_id).shard, set()).add(sample_id)
+        self.outdated.setdefault(self.stored.pop(sample_id).shard, set()).add(sample_id)
 
     def done(self, sample_ids: list[str]) -> list[str]:
         """Clips of the shards as the decoder is told of them: in another bucket they are made anew."""
-        return [f"{bucket_of(self.held[sample].shard)}/{sample}" for sample in sample_ids]
+        return [f"{bucket_of(self.stored[sample].shard)}/{sample}" for sample in sample_ids]
 
-    def clear_out(self, folder: str) -> None:
+    def remove_stale(self, folder: str) -> None:
         """Takes what is outdated out of the shards."""
         for shard, samples in self.outdated.items():
             name = shard.rpartition("/")[2]
             print(
                 f"prep: {len(samples)} clips of {name} go: no longer asked for, or their file has changed", flush=True
             )
-            take_out(folder, shard, samples)
+            remove_clips(folder, shard, samples)
         self.outdated.clear()
 
 
-def check_folder(data: DataConfig, rows: list[Row], held: dict[str, Held]) -> set[str]:
+def check_folder(data: DataConfig, rows: list[SourceRow], stored: dict[str, StoredClip]) -> set[str]:
     """The names of the buckets that the recipe asks for.
 
     Raises UserError if the shards in `data.output` hold only other sources, or only clips of other buckets: that is the
     wrong folder, not a change of the recipe.
     """
     folder = data.output
-    if held and not {clip.source for clip in held.values()} & {row.source for row in rows}:
+    if stored and not {clip.source for clip in stored.values()} & {row.source for row in rows}:
         raise UserError(
-            f"data.output: {folder} holds {len(held)} clips of other sources (as {next(iter(held.values())).source}), "
-            "none that data.captions names; set data.output to another folder, or delete this one"
+            f"data.output: {folder} holds {len(stored)} clips of other sources (as "
+            f"{next(iter(stored.values())).source}), none that data.captions names; set data.output to another folder, "
+            "or delete this one"
         )
-    in_use, wanted = {bucket_of(clip.shard) for clip in held.values()}, {bucket_name(*shape) for shape in data.shapes}
-    if held and not in_use & wanted:
+    in_use, wanted = {bucket_of(clip.shard) for clip in stored.values()}, {bucket_name(*shape) for shape in data.shapes}
+    if stored and not in_use & wanted:
         raise UserError(
             f"data.output: {folder} holds clips of {', '.join(sorted(in_use))} and the recipe asks for "
             f"{', '.join(sorted(wanted))}; set data.output to another folder, or delete this one"
@@ -68,61 +69,65 @@ def check_folder(data: DataConfig, rows: list[Row], held: dict[str, Held]) -> se
     return wanted
 
 
-def take_stock(
+def reconcile(
     data: DataConfig,
-    rows: list[Row],
-    held: dict[str, Held],
+    rows: list[SourceRow],
+    stored: dict[str, StoredClip],
     twice: dict[str, set[str]],
-    ledger: Ledger,
-    outcome: Outcome,
-) -> Stock:
-    """Sorts the rows by what is known of them, and enters into `outcome` all that needs no work.
+    saved: SavedProgress,
+    stats: PrepStats,
+) -> ResumeState:
+    """Sorts the rows by what is known of them, and enters into `stats` all that needs no work.
 
     Raises UserError as `check_folder` does.
     """
-    wanted = check_folder(data, rows, held)
-    stock = Stock(held=dict(held), outdated={shard: set(samples) for shard, samples in twice.items()})
+    wanted = check_folder(data, rows, stored)
+    state = ResumeState(stored=dict(stored), outdated={shard: set(samples) for shard, samples in twice.items()})
     asked = {row.row_id: row for row in rows if not row.reason or row.reason == "missing_file"}
-    for sample, clip in held.items():
+    for sample, clip in stored.items():
         row = asked.get(clip.row_id)
-        record = ledger.records.get(clip.row_id)
+        record = saved.records.get(clip.row_id)
         if row is None or _has_changed(row, clip.size, clip.version) or bucket_of(clip.shard) not in wanted:
-            stock.drop(sample)
+            state.drop(sample)
         elif record and not _has_changed(row, record.size, record.version) and sample not in record.sample_ids:
-            stock.drop(sample)  # the recipe cuts otherwise now
+            state.drop(sample)  # the recipe cuts otherwise now
         else:
-            stock.of_row.setdefault(clip.row_id, []).append(sample)
-    for clip in stock.held.values():
-        outcome.keep(clip.source)
+            state.of_row.setdefault(clip.row_id, []).append(sample)
+    for clip in state.stored.values():
+        stats.count_written(clip.source)
     for row in rows:
-        _sort(row, stock, ledger, outcome)
-    return stock
+        _sort(row, state, saved, stats)
+    return state
 
 
-def _sort(row: Row, stock: Stock, ledger: Ledger, outcome: Outcome) -> None:
+def _sort(row: SourceRow, state: ResumeState, saved: SavedProgress, stats: PrepStats) -> None:
     """Enters a row where it belongs: settled, failed, or to be worked on."""
-    mine = stock.of_row.get(row.row_id, [])
+    mine = state.of_row.get(row.row_id, [])
     if row.reason == "missing_file" and mine:  # of a file that is gone the clips stay
-        outcome.settle(row.row_id, Record(row.source, stock.held[mine[0]].size, stock.held[mine[0]].version, mine))
+        stats.record_source(
+            row.row_id, SourceRecord(row.source, state.stored[mine[0]].size, state.stored[mine[0]].version, mine)
+        )
         return
     if row.reason:
-        outcome.asked += 1
-        outcome.fail(_failure(row))
+        stats.asked += 1
+        stats.count_failure(_failure(row))
         return
-    record = ledger.records.get(row.row_id)
+    record = saved.records.get(row.row_id)
     if record is None or _has_changed(row, record.size, record.version):
-        stock.todo.append((row, stock.done(mine)))
+        state.todo.append((row, state.done(mine)))
         return
-    failures = [ledger.lasting(sample, stock.held) for sample in record.sample_ids if sample not in stock.held]
+    failures = [
+        saved.permanent_failure(sample, state.stored) for sample in record.sample_ids if sample not in state.stored
+    ]
     for failure in filter(None, failures):
-        outcome.fail(failure)
+        stats.count_failure(failure)
     if all(failures):
-        outcome.settle(row.row_id, record)
+        stats.record_source(row.row_id, record)
     else:
-        stock.todo.append((row, stock.done(mine) + [failure["sample_id"] for failure in failures if failure]))
+        state.todo.append((row, state.done(mine) + [failure["sample_id"] for failure in failures if failure]))
 
 
-def _failure(row: Row) -> dict:
+def _failure(row: SourceRow) -> dict:
     """A row of the quarantine for a source that was not opened."""
     return {
         "sample_id": row.row_id,
@@ -136,6 +141,6 @@ def _failure(row: Row) -> dict:
     }
 
 
-def _has_changed(row: Row, size: int, version: str) -> bool:
+def _has_changed(row: SourceRow, size: int, version: str) -> bool:
     """Whether a file is another than that with this size and version; one that is gone has not changed."""
     return row.reason != "missing_file" and (row.size, row.version) != (size, version)

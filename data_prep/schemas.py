@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from data_prep.sources import Row
+from data_prep.sources import SourceRow
 from sora_train.schema import SHARD_SCHEMA
 
-END = "end"
+END_OF_SOURCE = "end"
 """The `reason` of the row that follows a source's last clip; its `asked` are the ids of all that it was cut into."""
 SOURCES = pa.schema(
     [
@@ -46,7 +46,7 @@ ENCODED = pa.schema([*CLIPS, *(field for field in SHARD_SCHEMA if field.name not
                      pa.field("empty_text", pa.large_binary())])  # fmt: skip
 
 
-def to_table(rows: list[tuple[Row, list[str]]]) -> pa.Table:
+def to_table(rows: list[tuple[SourceRow, list[str]]]) -> pa.Table:
     """Sources, and the ids of those of their clips that need not be made, as the first stage takes them."""
     columns = [name for name in SOURCES.names if name != "done"]
     return pa.Table.from_pylist([{name: getattr(row, name) for name in columns} | {"done": done} for row, done in rows],

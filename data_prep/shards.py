@@ -23,11 +23,11 @@ from sora_train.storage import DRAFT_PREFIX, atomic_write, resolve, storage_erro
 
 SHARD_ROWS = 8 * ROW_GROUP
 COLUMNS = [field.name for field in SHARD_SCHEMA if field.name not in ("latents", "text", "tokens")]
-PATIENCE_S = 30.0  # then a shard is written though it isn't full: so much work can be lost, not more
+MAX_WRITE_DELAY_S = 30.0  # then a shard is written though it isn't full: so much work can be lost, not more
 
 
 @dataclass(slots=True)
-class Held:
+class StoredClip:
     """A clip that a shard holds: what of it decides whether it may stay, and what tells it from others."""
 
     row_id: str
@@ -40,15 +40,15 @@ class Held:
     span: tuple[float, float]
 
 
-def finished_clips(
+def read_stored_clips(
     folder: str, encoding_hash: str, otherwise: str = "other frames, VAE, text encoder or code"
-) -> tuple[dict[str, Held], dict[str, set[str]]]:
+) -> tuple[dict[str, StoredClip], dict[str, set[str]]]:
     """The clips in the shards by `sample_id`; and per shard the ids that it holds though an earlier one does too.
 
     Raises UserError for a shard of another encoding, which says what is `otherwise`, or one that can't be read.
     """
     system, _ = resolve(folder)
-    clips: dict[str, Held] = {}
+    clips: dict[str, StoredClip] = {}
     twice: dict[str, set[str]] = {}
     for file in shard_files(folder):
         try:
@@ -67,7 +67,7 @@ def finished_clips(
             if row["sample_id"] in clips:
                 twice.setdefault(file, set()).add(row["sample_id"])
                 continue
-            clips[row["sample_id"]] = Held(
+            clips[row["sample_id"]] = StoredClip(
                 row_id(row["source"], tuple(row["captions"])),
                 row["source"],
                 row["source_size"],
@@ -80,7 +80,7 @@ def finished_clips(
     return clips, twice
 
 
-def take_out(folder: str, file: str, sample_ids: set[str]) -> None:
+def remove_clips(folder: str, file: str, sample_ids: set[str]) -> None:
     """Writes a shard again without these clips, or deletes it where nothing is left."""
     system, _ = resolve(folder)
     with system.open_input_file(file) as opened:
@@ -92,7 +92,7 @@ def take_out(folder: str, file: str, sample_ids: set[str]) -> None:
         system.delete_file(file)
 
 
-def sweep(folder: str) -> None:
+def remove_unfinished(folder: str) -> None:
     """Deletes what a killed run left unfinished."""
     system, path = resolve(folder)
     with storage_errors(folder, "swept"):
@@ -120,7 +120,7 @@ class ShardWriter:
         self.count += len(rows)
         while self.count >= SHARD_ROWS:
             self._write_first(SHARD_ROWS)
-        if self.count >= ROW_GROUP and time.monotonic() - self.written_at > PATIENCE_S:
+        if self.count >= ROW_GROUP and time.monotonic() - self.written_at > MAX_WRITE_DELAY_S:
             self._write_first(self.count - self.count % ROW_GROUP)
 
     def close(self) -> None:
@@ -138,7 +138,7 @@ class ShardWriter:
 
 
 @contextmanager
-def only_one(folder: str) -> Iterator[None]:
+def prep_lock(folder: str) -> Iterator[None]:
     """Keeps a second `sora prep` of any node off a local folder. UserError where another is at work there."""
     system, path = resolve(folder)
     if not isinstance(system, fs.LocalFileSystem):

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 
 from pyarrow import fs
 
-from data_prep.captions import Line, read_captions
-from data_prep.files import canonical, find, root_spellings
+from data_prep.captions import CaptionLine, read_captions
+from data_prep.files import find_files, relative_name, root_prefixes
 from data_prep.folder import read_folder
 from sora_train.data.config import DataConfig
 from sora_train.errors import RecipeError, UserError
@@ -24,7 +24,7 @@ from sora_train.storage import hint, resolve, storage_errors
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SourceRow:
     """A source with its captions. `path` is on the data root's filesystem; `reason` is set where it can't be had."""
 
     row_id: str
@@ -39,7 +39,7 @@ class Row:
     message: str = ""
 
 
-def read_rows(data: DataConfig) -> list[Row]:
+def read_rows(data: DataConfig) -> list[SourceRow]:
     """The sources that `data.captions` names, their files looked up, not opened.
 
     Raises RecipeError where the captions are no good, or a place can't be reached.
@@ -65,7 +65,7 @@ def _of_key(key: str) -> Iterator[None]:
         raise RecipeError(f"{key}: {error}") from None
 
 
-def _lines(data: DataConfig) -> list[Line]:
+def _lines(data: DataConfig) -> list[CaptionLine]:
     place = data.captions
     kind, system, path = _kind(place)
     if kind == fs.FileType.Directory:
@@ -81,10 +81,10 @@ def _kind(place: str) -> tuple[fs.FileType, fs.FileSystem, str]:
         return system.get_file_info(path).type, system, path
 
 
-def _rows(data: DataConfig, lines: list[Line]) -> list[Row]:
+def _rows(data: DataConfig, lines: list[CaptionLine]) -> list[SourceRow]:
     place = data_root(data)
     system, root = resolve(place)
-    roots = root_spellings(system, root, place)
+    roots = root_prefixes(system, root, place)
     rows = [_row(line, root, roots) for line in lines]
     with storage_errors(place, "reached"):
         rows = _looked_up(system, root, rows)
@@ -99,10 +99,10 @@ def _rows(data: DataConfig, lines: list[Line]) -> list[Row]:
     return rows
 
 
-def _row(line: Line, root: str, roots: tuple[str, ...]) -> Row:
+def _row(line: CaptionLine, root: str, roots: tuple[str, ...]) -> SourceRow:
     """The row of a line, not looked up yet."""
-    name = canonical(line.source, roots)
-    row = Row(row_id(name or line.source, line.captions), name or line.source, line.captions)
+    name = relative_name(line.source, roots)
+    row = SourceRow(row_id(name or line.source, line.captions), name or line.source, line.captions)
     if line.reason:
         return replace(row, reason=line.reason, message=line.message)
     if not line.source:
@@ -145,11 +145,11 @@ def _hash(parts: list) -> str:
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def _looked_up(system: fs.FileSystem, root: str, rows: list[Row]) -> list[Row]:
+def _looked_up(system: fs.FileSystem, root: str, rows: list[SourceRow]) -> list[SourceRow]:
     """Rows with their files, or with the reason why there is no file. Of several names of a file the first counts."""
-    files = find(system, root, (row.path for row in rows if not row.reason))
+    files = find_files(system, root, (row.path for row in rows if not row.reason))
     names: dict[object, str] = {}
-    found: list[Row] = []
+    found: list[SourceRow] = []
     for row in rows:
         if not row.reason:
             file = files[row.path]

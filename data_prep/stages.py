@@ -18,7 +18,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from data_prep.reasons import ClipError
-from data_prep.schemas import DECODED, ENCODED, END, WITH_LATENTS
+from data_prep.schemas import DECODED, ENCODED, END_OF_SOURCE, WITH_LATENTS
 from data_prep.sources import data_root, sample_id
 from data_prep.video.decode_process import Decoder
 from data_prep.watchdog import DeviceLost
@@ -57,12 +57,12 @@ def local_copy(system: fs.FileSystem, path: str) -> Iterator[str]:
 
 
 class Decode:
-    """Sources to clips, through a child process; a source gives as many rows as clips, and then its END."""
+    """Sources to clips, through a child process; a source gives as many rows as clips, and then its END_OF_SOURCE."""
 
-    def __init__(self, data: DataConfig, selection: SelectionConfig, clips_at_once: int):
+    def __init__(self, data: DataConfig, selection: SelectionConfig, vae_batch_size: int):
         self.system, _ = resolve(data_root(data))
         self.decoder = Decoder(data, selection)
-        self.clips_at_once = clips_at_once
+        self.vae_batch_size = vae_batch_size
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         pending: list[dict] = []
@@ -71,7 +71,7 @@ class Decode:
             for clip in self.clips(source):
                 pending.append(clip)
                 good += "frames" in clip
-                if good >= self.clips_at_once:
+                if good >= self.vae_batch_size:
                     yield pa.Table.from_pylist(pending, DECODED)
                     pending, good = [], 0
         if pending:
@@ -108,7 +108,7 @@ class Decode:
         except ClipError as error:
             asked = [source["row_id"]]
             yield whole | {"reason": error.reason, "message": error.message}
-        yield whole | {"reason": END, "asked": asked, "remark": "; ".join(sorted(filter(None, remarks)))}
+        yield whole | {"reason": END_OF_SOURCE, "asked": asked, "remark": "; ".join(sorted(filter(None, remarks)))}
 
 
 class EncodeVideo:
@@ -131,12 +131,12 @@ class EncodeVideo:
                 by_bucket.setdefault(row["bucket"], []).append(i)
         for bucket, places in by_bucket.items():
             clips = [np.frombuffer(column[i].as_buffer(), np.uint8).reshape(*bucket_size(bucket), 3) for i in places]
-            for i, latents in zip(places, each(self.encode, clips, "VAE", self.vae.model.device), strict=True):
+            for i, latents in zip(places, run_batch(self.encode, clips, "VAE", self.vae.model.device), strict=True):
                 if isinstance(latents, str):
                     rows[i] |= {"reason": "encode_failed", "message": latents}
                 else:
                     rows[i] |= {"latents": latents.tobytes()}
-        return noted(rows, self.vae.remarks, WITH_LATENTS)
+        return with_notes(rows, self.vae.remarks, WITH_LATENTS)
 
     def encode(self, clips: list[np.ndarray]) -> list[np.ndarray]:
         """Float32 latents of each clip."""
@@ -176,14 +176,14 @@ class EmbedText:
         embeddings = self.embed({*(caption for row in rows if not row["reason"] for caption in row["captions"])})
         encoded = [self.encode(row, embeddings) for row in rows]
         encoded[0]["empty_text"] = self.null()
-        return noted(encoded, self.encoder.remarks, ENCODED)
+        return with_notes(encoded, self.encoder.remarks, ENCODED)
 
     def null(self) -> bytes | None:
         """The empty prompt's embedding, made once; None while the encoder fails on it."""
         from sora_train.codec.text import null_tokens
 
         if self.empty_text is None:
-            (made,) = each(lambda _: [null_tokens(self.encoder)], [""], "text encoder", self.encoder.model.device)
+            (made,) = run_batch(lambda _: [null_tokens(self.encoder)], [""], "text encoder", self.encoder.model.device)
             self.empty_text = made if isinstance(made, bytes) else None
         return self.empty_text
 
@@ -191,7 +191,7 @@ class EmbedText:
         """Float16 `[tokens, width]` of each caption, infinite where that overflows; or what went wrong with it."""
         new = sorted(captions - self.known.keys())
         found: dict[str, np.ndarray | str] = {}
-        embedded = each(self.encoder.encode, new, "text encoder", self.encoder.model.device)
+        embedded = run_batch(self.encoder.encode, new, "text encoder", self.encoder.model.device)
         for caption, embedding in zip(new, embedded, strict=True):
             if isinstance(embedding, str):
                 found[caption] = embedding
@@ -230,7 +230,9 @@ class EmbedText:
             return row | {"reason": "not_finite", "message": str(error)}
 
 
-def each(work: Callable[[list[A]], list[B]], items: list[A], name: str, device: torch.device | str) -> list[B | str]:
+def run_batch(
+    work: Callable[[list[A]], list[B]], items: list[A], name: str, device: torch.device | str
+) -> list[B | str]:
     """What `work` makes of each item, or the error message of one that fails alone. A batch that fails is tried again
     item by item.
 
@@ -245,10 +247,10 @@ def each(work: Callable[[list[A]], list[B]], items: list[A], name: str, device: 
             raise DeviceLost(f"{name}: {device} no longer works: {error}") from None
         if len(items) == 1:
             return [f"{name}: {error}"]
-    return [each(work, [item], name, device)[0] for item in items]  # not above: the error holds the batch's memory
+    return [run_batch(work, [item], name, device)[0] for item in items]  # not above: the error holds the batch's memory
 
 
-def noted(rows: list[dict], remarks: list[str], schema: pa.Schema) -> pa.Table:
+def with_notes(rows: list[dict], remarks: list[str], schema: pa.Schema) -> pa.Table:
     """Rows as a table, of which the first carries what a network had to say; `remarks` is emptied."""
     if remarks:
         rows[0]["note"] = "; ".join(filter(None, (rows[0]["note"], *remarks)))

@@ -4,39 +4,39 @@ from __future__ import annotations
 
 from collections import Counter
 
-from data_prep.ledger import Record
-from data_prep.reasons import BAD, kind_of, stage_of
+from data_prep.ledger import SourceRecord
+from data_prep.reasons import BAD_SOURCE_REASONS, kind_of, stage_of
 from sora_train.errors import UserError
 
 JUDGED_AFTER = 200  # sources
 REMARKS = 20  # lines about single files
 
 
-class Outcome:
+class PrepStats:
     """Counts clips by how they ended. `failures` are rows of the quarantine, `records` what the ledger keeps."""
 
     def __init__(self, sources: int, max_bad_fraction: float, folder: str):
         self.sources, self.max_bad_fraction, self.folder = sources, max_bad_fraction, folder
         self.asked = self.written = 0
         self.failures: list[dict] = []
-        self.records: dict[str, Record] = {}
-        self.seen: set[str] = set()  # sources that were opened in this run
-        self.fine: set[str] = set()  # sources of which a clip is written
-        self.bad: dict[str, str] = {}  # source that gave no clip -> reason
+        self.records: dict[str, SourceRecord] = {}
+        self.opened: set[str] = set()  # sources that were opened in this run
+        self.good_sources: set[str] = set()  # sources of which a clip is written
+        self.bad_sources: dict[str, str] = {}  # source that gave no clip -> reason
         self._remarks = 0
 
-    def settle(self, row_id: str, record: Record) -> None:
+    def record_source(self, row_id: str, record: SourceRecord) -> None:
         """Takes note of all that was asked of a source; once per row."""
         self.asked += len(record.sample_ids)
         self.records[row_id] = record
 
-    def keep(self, source: str) -> None:
+    def count_written(self, source: str) -> None:
         """Counts a clip that is in the shards."""
         self.written += 1
-        self.fine.add(source)
-        self.bad.pop(source, None)
+        self.good_sources.add(source)
+        self.bad_sources.pop(source, None)
 
-    def fail(self, failure: dict) -> str:
+    def count_failure(self, failure: dict) -> str:
         """Counts a clip that is not; returns `quarantined` or `filtered`.
 
         `failure` has the quarantine's columns, but for `stage` and `kind`, which follow from the reason.
@@ -44,12 +44,12 @@ class Outcome:
         reason, source = failure["reason"], failure["source"]
         kind = kind_of(reason)
         self.failures.append({"duplicate_of": ""} | failure | {"stage": stage_of(reason), "kind": kind})
-        if reason in BAD and source not in self.fine:
-            self.bad[source] = reason
-        self.say(f"{source} is {kind}: {reason}: {failure['message']}")
+        if reason in BAD_SOURCE_REASONS and source not in self.good_sources:
+            self.bad_sources[source] = reason
+        self.log_remark(f"{source} is {kind}: {reason}: {failure['message']}")
         return kind
 
-    def say(self, remark: str) -> None:
+    def log_remark(self, remark: str) -> None:
         """Prints a line about one file, the first few times."""
         self._remarks += 1
         if self._remarks <= REMARKS:
@@ -57,18 +57,18 @@ class Outcome:
         elif self._remarks == REMARKS + 1:
             print(f"prep: more such files are named in {self.folder}/quarantine.parquet only", flush=True)
 
-    def judge(self, finished: bool = False) -> None:
+    def check_limits(self, finished: bool = False) -> None:
         """Raises UserError where too many sources are bad, or at the end where no clip is left.
 
         Judged over what was opened once that is 200 sources, and at any time where the rest can't make it good.
         """
-        opened = len(self.seen) if len(self.seen) >= JUDGED_AFTER else self.sources
-        for bad, total in ((len(self.bad), self.sources), (len(self.bad.keys() & self.seen), opened)):
+        opened = len(self.opened) if len(self.opened) >= JUDGED_AFTER else self.sources
+        for bad, total in ((len(self.bad_sources), self.sources), (len(self.bad_sources.keys() & self.opened), opened)):
             if bad > self.max_bad_fraction * total:
                 raise UserError(
                     f"{bad} of {total} sources can't be read, decoded or encoded, more than data.max_bad_fraction "
-                    f"{self.max_bad_fraction:g} allows: {self._commonest(self.bad)}. {self.folder}/quarantine.parquet "
-                    f"names each; {self._remedy()}, or raise data.max_bad_fraction"
+                    f"{self.max_bad_fraction:g} allows: {self._commonest(self.bad_sources)}. "
+                    f"{self.folder}/quarantine.parquet names each; {self._remedy()}, or raise data.max_bad_fraction"
                 )
         if finished and not self.written:
             reasons = {failure["source"]: failure["reason"] for failure in self.failures}
@@ -78,7 +78,7 @@ class Outcome:
             )
 
     def _remedy(self) -> str:
-        if 2 * sum(stage_of(reason) == "encode" for reason in self.bad.values()) > len(self.bad):
+        if 2 * sum(stage_of(reason) == "encode" for reason in self.bad_sources.values()) > len(self.bad_sources):
             return "free that device's memory, lower prep.vae_batch, or encode in fp32 (codec.precision)"
         return "fix or remove them, check data.root"
 

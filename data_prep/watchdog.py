@@ -11,24 +11,27 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-PATIENCE_S, TIMES, START_S = 120.0, 10, 1800.0
+STALL_TIMEOUT_S, LONGEST_WAIT_FACTOR, STARTUP_TIMEOUT_S = 120.0, 10, 1800.0
 """Without anything for so long, and for so many times the longest wait before, nothing comes any more. The first may
 take the last of these: networks are loaded before it."""
 
 
-class Standstill(Exception):  # noqa: N818
-    """The pipeline gives nothing any more and must be restarted. `moved` says whether it gave anything before."""
+class PipelineStalled(Exception):  # noqa: N818
+    """The pipeline gives no output and must be restarted. `made_progress`: it wrote a clip before that."""
 
-    moved = False
+    made_progress = False
 
 
-class DeviceLost(Standstill):
+class DeviceLost(PipelineStalled):
     """A GPU no longer works in the process that used it. Only a new process can use it again."""
 
 
-def watched(items: Iterable[T], patience_s: float = PATIENCE_S, start_s: float = START_S) -> Iterator[T]:
-    """The items, taken in a thread of its own. Raises Standstill where none came for too long; what the thread is stuck
-    in must then be ended by others.
+def with_watchdog(
+    items: Iterable[T], stall_timeout_s: float = STALL_TIMEOUT_S, startup_timeout_s: float = STARTUP_TIMEOUT_S
+) -> Iterator[T]:
+    """Yields the items, which a thread reads. Raises PipelineStalled if none came for too long.
+
+    The caller must then end what the thread is stuck in.
     """
     ready: queue.Queue[tuple[str, T | BaseException | None]] = queue.Queue(maxsize=1)
     given_up = threading.Event()
@@ -50,21 +53,21 @@ def watched(items: Iterable[T], patience_s: float = PATIENCE_S, start_s: float =
             put("error", error)
 
     threading.Thread(target=take, name="chain", daemon=True).start()
-    limit, longest = start_s, 0.0
+    limit, longest = startup_timeout_s, 0.0
     try:
         while True:
             began = time.monotonic()
             try:
                 kind, what = ready.get(timeout=limit)
             except queue.Empty:
-                raise Standstill(f"nothing came for {limit:.0f} s") from None
+                raise PipelineStalled(f"nothing came for {limit:.0f} s") from None
             if kind == "end":
                 return
             if isinstance(what, BaseException):
                 raise what
-            if limit != start_s:  # the first wait is for more than its item
+            if limit != startup_timeout_s:  # the first wait is for more than its item
                 longest = max(longest, time.monotonic() - began)
-            limit = max(patience_s, TIMES * longest)
+            limit = max(stall_timeout_s, LONGEST_WAIT_FACTOR * longest)
             yield what  # type: ignore[misc]
     finally:
         given_up.set()

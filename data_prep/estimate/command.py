@@ -10,11 +10,11 @@ from data_prep.estimate.estimate import Plan, cost, giving, reckon
 from data_prep.estimate.measure import CAPTIONS, CLIPS, has_cluster, measure_on_cluster, spread, tokens_of
 from data_prep.estimate.probe import is_large, survey
 from data_prep.estimate.text import format_plan, judge
-from data_prep.pipeline import check_shapes, encoding_hash, find_codec, settled, what_differs
+from data_prep.pipeline import check_shapes, encoding_differences, encoding_hash, find_codec, resolve_caption_cleaning
 from data_prep.resume import check_folder
-from data_prep.shards import finished_clips
+from data_prep.shards import read_stored_clips
 from data_prep.sources import read_rows
-from data_prep.workers import cores, share_out
+from data_prep.workers import allocate_cpus, available_cpus
 from sora_train.recipe import Recipe
 
 
@@ -33,12 +33,12 @@ def plan(recipe: Recipe) -> Plan:
     """
     from sora_train.ray_cluster.connection import connect
 
-    recipe = settled(recipe)
+    recipe = resolve_caption_cleaning(recipe)
     data = recipe.data
     vae, text = find_codec(recipe)
     check_shapes(buckets_of(data), vae)
     rows = read_rows(data)
-    held, _ = finished_clips(data.output, encoding_hash(recipe, vae, text), what_differs(recipe, vae, text))
+    held, _ = read_stored_clips(data.output, encoding_hash(recipe, vae, text), encoding_differences(recipe, vae, text))
     check_folder(data, rows, held)
     joined = is_large(rows, data) or has_cluster(recipe.cluster.address)
     with connect(recipe.cluster.address, log_to_driver=False) if joined else nullcontext():
@@ -53,6 +53,6 @@ def plan(recipe: Recipe) -> Plan:
         measured = measure_on_cluster(recipe, spread(good, CLIPS), captions)
     if not measured:
         return draft
-    shares = share_out(cores(), 0, recipe.prep)
-    loads = (shares.vae.workers + shares.text.workers) / cores() if measured.device == "cpu" else 1.0
+    allocation = allocate_cpus(available_cpus(), 0, recipe.prep)
+    loads = (allocation.vae.workers + allocation.text.workers) / available_cpus() if measured.device == "cpu" else 1.0
     return replace(draft, work=cost(draft, buckets_of(data), measured, loads))

@@ -11,8 +11,8 @@ from pyarrow import fs
 from data_prep.buckets import Bucket, buckets_of
 from data_prep.estimate.measure import Measured, spread
 from data_prep.estimate.probe import Look
-from data_prep.reasons import BAD, kind_of
-from data_prep.sources import Row
+from data_prep.reasons import BAD_SOURCE_REASONS, kind_of
+from data_prep.sources import SourceRow
 from sora_train.codec.files import VaeFiles
 from sora_train.data import order
 from sora_train.data.config import SelectionConfig
@@ -108,14 +108,14 @@ class Plan:
         return sum(bucket.clips for bucket in self.buckets)
 
 
-def giving(rows: list[Row], looks: dict[str, Look]) -> list[Row]:
+def giving(rows: list[SourceRow], looks: dict[str, Look]) -> list[SourceRow]:
     """Rows that give clips."""
     return [row for row in rows if not row.reason and not looks[row.path].reason]
 
 
 def reckon(
     recipe: Recipe,
-    rows: list[Row],
+    rows: list[SourceRow],
     looks: dict[str, Look],
     vae: VaeFiles,
     text_width: int,
@@ -148,7 +148,7 @@ def reckon(
     return Plan(
         rows=len(rows),
         sources=len({row.source for row in rows}),
-        undecodable=len({row.source for row in rows if reason_of(row, looks)[0] in BAD}),
+        undecodable=len({row.source for row in rows if reason_of(row, looks)[0] in BAD_SOURCE_REASONS}),
         video_s=sum(look.seconds for look in videos),
         longest_s=max((look.seconds for look in videos), default=0.0),
         largest=f"{largest.width}x{largest.height}",
@@ -170,13 +170,13 @@ def reckon(
     )
 
 
-def reason_of(row: Row, looks: dict[str, Look]) -> tuple[str, str]:
+def reason_of(row: SourceRow, looks: dict[str, Look]) -> tuple[str, str]:
     """Why a row gives no clip, and the message; both empty where it gives some."""
     found = row if row.reason else looks[row.path]
     return found.reason, found.message
 
 
-def dropped(rows: list[Row], looks: dict[str, Look]) -> tuple[Dropped, ...]:
+def dropped(rows: list[SourceRow], looks: dict[str, Look]) -> tuple[Dropped, ...]:
     """Reasons, the commonest first."""
     counts, examples = Counter[str](), dict[str, str]()
     for row in rows:

@@ -13,12 +13,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from data_prep.ray_pipeline import clips_at_once
+from data_prep.ray_pipeline import vae_batch_size
 from data_prep.reasons import ClipError
-from data_prep.sources import Row, data_root
+from data_prep.sources import SourceRow, data_root
 from data_prep.stages import local_copy
 from data_prep.video.decode_process import Decoder
-from data_prep.workers import cores, share_out
+from data_prep.workers import allocate_cpus, available_cpus
 from sora_train.codec.files import TextFiles
 from sora_train.data.config import DataConfig
 from sora_train.recipe import Recipe
@@ -61,7 +61,7 @@ def timed(work: Callable[..., T], *arguments: Any, clock: Clock = time.monotonic
     return work(*arguments), clock() - start
 
 
-def measure(recipe: Recipe, rows: list[Row], captions: list[str], seconds: float = SECONDS) -> Measured | None:
+def measure(recipe: Recipe, rows: list[SourceRow], captions: list[str], seconds: float = SECONDS) -> Measured | None:
     """Decodes and encodes a clip of each row until the time is over; None where not one of them can be.
 
     Raises UserError where the networks can't be loaded.
@@ -75,9 +75,9 @@ def measure(recipe: Recipe, rows: list[Row], captions: list[str], seconds: float
     device, at_once = "cpu", 1
     clock: Clock = time.monotonic
     if torch.cuda.is_available():
-        device, at_once = "cuda", clips_at_once(recipe, gpus=1)
+        device, at_once = "cuda", vae_batch_size(recipe, gpus=1)
     else:
-        threads = share_out(cores(), 0, recipe.prep).vae.threads
+        threads = allocate_cpus(available_cpus(), 0, recipe.prep).vae.threads
         torch.set_num_threads(threads)
 
         def clock() -> float:  # what the threads did, not what they waited for on a busy machine
@@ -105,7 +105,7 @@ def measure(recipe: Recipe, rows: list[Row], captions: list[str], seconds: float
     return Measured(len(clips), name, used, open_s, decode_s, vae_s, pixels, text_s, vae_load_s + text_load_s)
 
 
-def measure_on_cluster(recipe: Recipe, rows: list[Row], captions: list[str]) -> Measured | None:
+def measure_on_cluster(recipe: Recipe, rows: list[SourceRow], captions: list[str]) -> Measured | None:
     """The same, with a GPU of the cluster that this process is connected to where it has none itself.
 
     None also where no GPU becomes free.
@@ -126,7 +126,7 @@ def measure_on_cluster(recipe: Recipe, rows: list[Row], captions: list[str]) -> 
 
 def measure_clips(
     data: DataConfig,
-    rows: list[Row],
+    rows: list[SourceRow],
     decoder: Decoder,
     encode: Callable[[np.ndarray], Any],
     seconds: float,

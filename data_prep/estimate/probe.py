@@ -21,10 +21,10 @@ from pyarrow import fs
 
 from data_prep.ray_pipeline import quiet_ray_data
 from data_prep.reasons import ClipError
-from data_prep.sources import Row, data_root
+from data_prep.sources import SourceRow, data_root
 from data_prep.stages import local_copy
 from data_prep.video.decode_process import Decoder
-from data_prep.workers import cores
+from data_prep.workers import available_cpus
 from sora_train.data.config import DataConfig, SelectionConfig
 from sora_train.storage import resolve
 
@@ -108,13 +108,15 @@ def ends_of(system: fs.FileSystem, path: str, size: int) -> Iterator[str]:
         yield local.name
 
 
-def is_large(rows: list[Row], data: DataConfig) -> bool:
+def is_large(rows: list[SourceRow], data: DataConfig) -> bool:
     """Whether opening the rows' files is work for Ray."""
     local = isinstance(resolve(data_root(data))[0], fs.LocalFileSystem)
     return len({row.path for row in rows if not row.reason}) > (HERE if local else HERE_REMOTE)
 
 
-def survey(rows: list[Row], data: DataConfig, selection: SelectionConfig, cluster: str = "auto") -> dict[str, Look]:
+def survey(
+    rows: list[SourceRow], data: DataConfig, selection: SelectionConfig, cluster: str = "auto"
+) -> dict[str, Look]:
     """A Look for the path of every row that has a file; says every 5 s how far it is."""
     files = {row.path: row.size for row in rows if not row.reason}
     if not files:
@@ -133,7 +135,9 @@ def here(
     files: dict[str, int], data: DataConfig, selection: SelectionConfig, cluster: str = ""
 ) -> Iterator[tuple[str, Look]]:
     """Looks, in threads of this process with a decoder each."""
-    openers = [Opener(data_root(data), data, selection) for _ in range(max(1, min(8, cores(), len(files) // 8)))]
+    openers = [
+        Opener(data_root(data), data, selection) for _ in range(max(1, min(8, available_cpus(), len(files) // 8)))
+    ]
     free: SimpleQueue[Opener] = SimpleQueue()
 
     def look(file: tuple[str, int]) -> tuple[str, Look]:

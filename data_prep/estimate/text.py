@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from data_prep.estimate.estimate import BucketPlan, Dropped, Plan
-from data_prep.reasons import BAD
-from data_prep.workers import cores
+from data_prep.reasons import BAD_SOURCE_REASONS
+from data_prep.workers import available_cpus
 from sora_train.data.config import DataConfig, small_buckets
 from sora_train.errors import RecipeError, UserError
 from sora_train.schema import bucket_name, bucket_size
@@ -24,7 +24,7 @@ def judge(plan: Plan, data: DataConfig) -> None:
 
     commonest = three(list(plan.dropped))
     if plan.undecodable > data.max_bad_fraction * plan.sources:
-        bad = three([drop for drop in plan.dropped if drop.reason in BAD])
+        bad = three([drop for drop in plan.dropped if drop.reason in BAD_SOURCE_REASONS])
         raise UserError(
             f"{plan.undecodable} of {plan.sources} sources can't be read, more than data.max_bad_fraction "
             f"{data.max_bad_fraction:g} allows: {bad}; mend or remove them, check data.root, or raise "
@@ -156,7 +156,8 @@ def work(plan: Plan) -> list[str]:
     return [
         *lines,
         f"      {hours(total)} of a core: decoding {hours(cost.decode)}, VAE {hours(cost.vae * took.threads)}, text "
-        f"{hours(cost.text * took.threads)}; {hours(total / cores())} on this machine's {cores()} cores",
+        f"{hours(cost.text * took.threads)}; {hours(total / available_cpus())} on this machine's {available_cpus()} "
+        "cores",
         start,
     ]
 

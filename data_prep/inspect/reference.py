@@ -9,7 +9,7 @@ from pyarrow import fs
 from pydantic import ValidationError
 
 from data_prep.buckets import Bucket
-from data_prep.files import canonical, find
+from data_prep.files import find_files, relative_name
 from data_prep.reasons import ClipError
 from data_prep.sources import data_root
 from data_prep.stages import local_copy
@@ -58,12 +58,12 @@ class References:
         """The reference of a shard's row, whatever became of its source."""
         if self.decoder is None:
             return Reference(None, self.remark)
-        name = canonical(row["source"], ())
+        name = relative_name(row["source"], ())
         if name is None:
             return Reference(None, f"source not found: {row['source']}")
         path = f"{self.root}/{name}"
         try:
-            file = find(self.system, self.root, [path])[path]
+            file = find_files(self.system, self.root, [path])[path]
             if file.missing:
                 return Reference(None, f"source not found: {path}")
             span = Span(row["start_s"], row["end_s"], Bucket(*bucket_size(bucket), self.fps))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from data_prep.buckets import Bucket, buckets_of, choose_bucket, takes
+from data_prep.buckets import Bucket, buckets_of, choose_bucket, clip_length
 from data_prep.reasons import ClipError
 from data_prep.video.decord_reader import DecordReader, NotOrdinaryError
 from data_prep.video.images import read_still, read_still_header, still_kind
@@ -278,7 +278,7 @@ def check_length(end: float, header: Header, span: Span) -> None:
     wanted = f"the clip from {span.start_s:.2f} to {span.end_s:.2f} s lies beyond"
     if header.promised_s - end > 2 * header.frame_s:
         raise ClipError("truncated", f"{end:.2f} s of the {header.promised_s:.2f} s that it promises decode; {wanted}")
-    raise ClipError("too_short", f"lasts {end:.2f} s; {takes(span.bucket)}, and {wanted}")
+    raise ClipError("too_short", f"lasts {end:.2f} s; {clip_length(span.bucket)}, and {wanted}")
 
 
 def breaks_off(end: float, header: Header) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.buckets import ROUNDING_S
+from data_prep.buckets import TIMESTAMP_ERROR_S
 from data_prep.video.colours import HD_HEIGHT, HD_WIDTH, UNKNOWN
 from data_prep.video.damage import captured_stderr, hole_of
 from data_prep.video.orientation import DISPLAY_ORIENTATION, sei_types
@@ -70,7 +70,7 @@ class DecordReader:
         """The fitted frames on screen at `due`, which rises. Raises NotOrdinaryError."""
         if due[0] > NEAR_S or due[-1] >= self.times[-1]:
             raise NotOrdinaryError("PyAV seeks to what is far, and knows when the last frame ends")
-        indices = np.maximum(np.searchsorted(self.times, due + ROUNDING_S, side="right") - 1, 0)
+        indices = np.maximum(np.searchsorted(self.times, due + TIMESTAMP_ERROR_S, side="right") - 1, 0)
         with captured_stderr() as said:
             try:
                 fitted, why = self.read(indices, fit), ""

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import av
 import numpy as np
 
-from data_prep.buckets import ROUNDING_S
+from data_prep.buckets import TIMESTAMP_ERROR_S
 from data_prep.reasons import ClipError
 from data_prep.video import colours
 from data_prep.video.damage import Damaged, pictures
@@ -90,7 +90,7 @@ class Anywhere:
         fitted: list[np.ndarray] = []
         latest: tuple[Shown, np.ndarray] | None = None  # a frame that is due twice is fitted once
         for moment in due:
-            while self.after is None or self.after.time <= moment + ROUNDING_S:
+            while self.after is None or self.after.time <= moment + TIMESTAMP_ERROR_S:
                 if not self.step():
                     break
             shown = self.on_screen(moment)
@@ -187,7 +187,7 @@ class Anywhere:
                 following = last + self.header.frame_s
                 shift += 0.0 if time is None else following - time
                 time = following
-            elif time < last - ROUNDING_S:
+            elif time < last - TIMESTAMP_ERROR_S:
                 continue
             else:
                 time = max(time, last)

@@ -9,7 +9,7 @@ from typing import Any
 
 import av
 
-from data_prep.buckets import ROUNDING_S
+from data_prep.buckets import TIMESTAMP_ERROR_S
 from data_prep.video.probe import Header, opened, video_of
 from data_prep.video.readers import BACK_S
 
@@ -80,7 +80,7 @@ def shown_times(path: str, header: Header) -> Iterator[tuple[float, float, bool]
             if last is not None and back:
                 shift += last + header.frame_s - time
                 time = last + header.frame_s
-            if last is None or time >= last - ROUNDING_S:
+            if last is None or time >= last - TIMESTAMP_ERROR_S:
                 last = time if last is None else max(time, last)
                 yield last, duration, back
 

@@ -21,17 +21,17 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep.buckets import buckets_of
-from data_prep.pipeline import encoding_hash, find_codec, settings_hash, settled
-from data_prep.ray_pipeline import chain, clips_at_once
+from data_prep.pipeline import encoding_hash, find_codec, resolve_caption_cleaning, settings_hash
+from data_prep.ray_pipeline import run_stages, vae_batch_size
 from data_prep.reasons import ClipError
-from data_prep.resume import Stock
+from data_prep.resume import ResumeState
 from data_prep.shards import ShardWriter
-from data_prep.sink import Harvest
-from data_prep.sources import Row, data_root, read_rows, row_id
+from data_prep.sink import ShardSink
+from data_prep.sources import SourceRow, data_root, read_rows, row_id
 from data_prep.stages import local_copy
-from data_prep.stats import Outcome
+from data_prep.stats import PrepStats
 from data_prep.video.clips import cut_source, read_clip
-from data_prep.workers import cores, share_out
+from data_prep.workers import allocate_cpus, available_cpus
 from sora_train.bench.core import Row as Figures
 from sora_train.bench.core import Table, say, seconds, spread
 from sora_train.bench.options import Common, parse
@@ -76,11 +76,11 @@ def bench(options: Options, recipe: Recipe) -> list[Table]:
     return [beside_bare(options, recipe, sources, frames), by_stage(recipe, sources[:16])]
 
 
-def beside_bare(options: Options, recipe: Recipe, sources: list[Row], frames: np.ndarray) -> Table:
+def beside_bare(options: Options, recipe: Recipe, sources: list[SourceRow], frames: np.ndarray) -> Table:
     """Clips per second of the bare loop's layouts and of the pipeline."""
-    available = cores()
+    available = available_cpus()
     layouts = [Layout(1, available), *([Layout(available, 1)] if available > 1 else [])]
-    batch = clips_at_once(recipe, gpus=0)
+    batch = vae_batch_size(recipe, gpus=0)
     found: dict[str, list[float]] = {f"bare VAE, {layout}": [] for layout in layouts} | {"pipeline": []}
     for turn in range(options.rounds):
         for layout in layouts:
@@ -102,13 +102,13 @@ def beside_bare(options: Options, recipe: Recipe, sources: list[Row], frames: np
     return Table("prep: pipeline beside a bare VAE loop", rows, notes)
 
 
-def by_stage(recipe: Recipe, sources: list[Row]) -> Table:
+def by_stage(recipe: Recipe, sources: list[SourceRow]) -> Table:
     """Seconds that each stage takes of a clip, by itself in this process, with all cores."""
     from data_prep.stages import EncodeVideo
     from sora_train.codec.text import text_encoder_of
 
     system, _ = resolve(data_root(recipe.data))
-    vae = EncodeVideo(recipe.codec, cores(), "cpu")
+    vae = EncodeVideo(recipe.codec, available_cpus(), "cpu")
     text = text_encoder_of(recipe.codec, "cpu", 1)
     took: dict[str, list[float]] = {"decode, cut and fit": [], "VAE": [], "text": [], "write": []}
 
@@ -119,12 +119,12 @@ def by_stage(recipe: Recipe, sources: list[Row]) -> Table:
     with tempfile.TemporaryDirectory() as folder:
         writer = ShardWriter(folder, buckets_of(recipe.data)[0].name, "bench")
 
-        def decode(row: Row) -> None:
+        def decode(row: SourceRow) -> None:
             with local_copy(system, row.path) as path:
                 cut = cut_source(path, recipe.data, recipe.selection)
                 clips.append(read_clip(path, cut.spans[0], recipe.data, recipe.selection, row.row_id))
 
-        def write(row: Row) -> None:
+        def write(row: SourceRow) -> None:
             rows.append(
                 encode_row(
                     sample_id=row.row_id, source=row.source, source_size=row.size, source_version=row.version,
@@ -149,13 +149,13 @@ def by_stage(recipe: Recipe, sources: list[Row]) -> Table:
     return Table("prep: stages", found, ["one clip at a time, the first left out; the share counts writing through"])
 
 
-def sample(recipe: Recipe, clips: int) -> tuple[list[Row], np.ndarray]:
+def sample(recipe: Recipe, clips: int) -> tuple[list[SourceRow], np.ndarray]:
     """Sources that give a clip, repeated until there are as many as wanted, and frames of some of them.
 
     Frames are uint8 `[clips, F, H, W, 3]` of the first bucket.
     """
     system, _ = resolve(data_root(recipe.data))
-    good: list[Row] = []
+    good: list[SourceRow] = []
     frames: list[np.ndarray] = []
     first = buckets_of(recipe.data)[0]
     for row in read_rows(recipe.data):
@@ -175,10 +175,10 @@ def sample(recipe: Recipe, clips: int) -> tuple[list[Row], np.ndarray]:
     return [_copy(good[i % len(good)], i) for i in range(clips)], np.stack(frames)
 
 
-def _copy(row: Row, number: int) -> Row:
+def _copy(row: SourceRow, number: int) -> SourceRow:
     """The same source under another id, so that every copy is decoded and encoded."""
     captions = (f"{row.captions[0]} ({number})", *row.captions[1:])
-    return Row(row_id(row.source, captions), row.source, captions, row.path, row.size, row.version)
+    return SourceRow(row_id(row.source, captions), row.source, captions, row.path, row.size, row.version)
 
 
 def bare(recipe: Recipe, frames: np.ndarray, batch: int, layout: Layout, seconds: float) -> float:
@@ -218,7 +218,7 @@ def loop(
     results.put(run(seconds))
 
 
-def pipeline(recipe: Recipe, sources: list[Row]) -> float:
+def pipeline(recipe: Recipe, sources: list[SourceRow]) -> float:
     """Clips per second of the whole road into a folder that is thrown away."""
     from sora_train.ray_cluster.connection import connect
 
@@ -226,17 +226,17 @@ def pipeline(recipe: Recipe, sources: list[Row]) -> float:
     key = encoding_hash(recipe, vae, text)
     with tempfile.TemporaryDirectory() as folder:
         there = recipe.model_copy(update={"data": recipe.data.model_copy(update={"output": folder})})
-        stock = Stock(todo=[(row, []) for row in sources])
-        outcome = Outcome(len(sources), 1.0, folder)
-        harvest = Harvest(there, key, settings_hash(there, key), outcome, stock)
+        state = ResumeState(todo=[(row, []) for row in sources])
+        stats = PrepStats(len(sources), 1.0, folder)
+        sink = ShardSink(there, key, settings_hash(there, key), stats, state)
         marks: list[tuple[float, int]] = []
         with connect(recipe.cluster.address, log_to_driver=False):
-            for table in chain(there, buckets_of(recipe.data), vae, stock.todo):
-                harvest.bring_in(table)
-                marks.append((time.monotonic(), outcome.written))
-        harvest.close()
+            for table in run_stages(there, buckets_of(recipe.data), vae, state.todo):
+                sink.consume(table)
+                marks.append((time.monotonic(), stats.written))
+        sink.close()
     # When each VAE has brought its first batch they all begin another: of what counts from here on nothing is done yet.
-    begins = [mark for mark in marks if mark[1]][: share_out(cores(), 0, recipe.prep).vae.workers]
+    begins = [mark for mark in marks if mark[1]][: allocate_cpus(available_cpus(), 0, recipe.prep).vae.workers]
     (begin, before), (end, after) = begins[-1], marks[-1]
     return (after - before) / (end - begin)
 
@@ -244,4 +244,4 @@ def pipeline(recipe: Recipe, sources: list[Row]) -> float:
 def main(words: Sequence[str], prog: str = "sora bench prep") -> int:
     """The command; returns the exit status."""
     options, rest = parse(Options, words, f"{prog} RECIPE", __doc__ or "")
-    return finish(bench(options, settled(recipe_in(rest, "prep"))), options, ["prep", *words])
+    return finish(bench(options, resolve_caption_cleaning(recipe_in(rest, "prep"))), options, ["prep", *words])

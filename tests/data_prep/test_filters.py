@@ -151,7 +151,7 @@ def test_a_picture_neither_moves_nor_freezes():
 
 
 def test_checks_that_are_off_are_not_computed(monkeypatch: pytest.MonkeyPatch):
-    for name in ("black_share", "largest_change", "motion", "sharpness"):
+    for name in ("black_share", "max_block_change", "motion", "sharpness"):
         monkeypatch.delattr(filters, name)
     check_pixels(moving(0), 8.0, SelectionConfig())
 

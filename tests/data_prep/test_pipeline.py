@@ -17,7 +17,7 @@ from PIL import Image
 from data_prep.inspect.table import inspect
 from data_prep.pipeline import prep
 from data_prep.video.clips import cut_source, read_clip
-from data_prep.workers import share_out
+from data_prep.workers import allocate_cpus
 from sora_train.codec import CodecConfig
 from sora_train.codec.text import load_text_encoder
 from sora_train.codec.vae import load_vae
@@ -249,7 +249,7 @@ def test_a_size_that_the_vae_can_not_halve_is_refused_by_key(tmp_path: Path, vae
 
 @pytest.mark.parametrize(("cpus", "gpus"), [(1, 0), (2, 0), (3, 0), (8, 0), (64, 0), (4, 1), (128, 8), (8, 8)])
 def test_the_stages_together_fit_into_the_cluster(cpus: int, gpus: int):
-    found = share_out(cpus, gpus, PrepConfig())
+    found = allocate_cpus(cpus, gpus, PrepConfig())
     shares = (found.decode, found.vae, found.text)
     assert all(share.workers >= 1 for share in shares)
     assert sum(share.workers * share.cpus for share in shares) <= cpus

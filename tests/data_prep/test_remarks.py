@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from data_prep.ledger import Ledger, Record, save_ledger
+from data_prep.ledger import SavedProgress, SourceRecord, save_progress
 from data_prep.reasons import remark_kinds
-from data_prep.schemas import DECODED, END
+from data_prep.schemas import DECODED, END_OF_SOURCE
 from data_prep.stages import Decode
 from sora_train.data.config import DataConfig, SelectionConfig
 
@@ -29,11 +29,14 @@ def test_a_source_ends_with_all_remarks_on_it(tmp_path: Path, write):
     decode = Decode(data, SelectionConfig(), 1)
     rows = pa.Table.from_pylist(list(decode.clips(source)), DECODED).to_pylist()
     decode.decoder.close()
-    assert [row["reason"] for row in rows] == [None, END]
+    assert [row["reason"] for row in rows] == [None, END_OF_SOURCE]
     assert sorted(set(remark_kinds(rows[-1]["remark"]))) == ["breaks_off", "interlaced"]
 
 
 def test_remarks_stay_in_the_ledger(tmp_path: Path):
-    records = {"r": Record("a.mp4", 5, "1", ["c"], ["hdr", "interlaced"]), "s": Record("b.mp4", 6, "1", ["d"])}
-    save_ledger(str(tmp_path), "key", records, [])
-    assert Ledger.load(str(tmp_path), "key").records == records
+    records = {
+        "r": SourceRecord("a.mp4", 5, "1", ["c"], ["hdr", "interlaced"]),
+        "s": SourceRecord("b.mp4", 6, "1", ["d"]),
+    }
+    save_progress(str(tmp_path), "key", records, [])
+    assert SavedProgress.load(str(tmp_path), "key").records == records

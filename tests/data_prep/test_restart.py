@@ -9,7 +9,7 @@ import pytest
 
 from data_prep import ray_pipeline
 from data_prep.pipeline import prep
-from data_prep.watchdog import DeviceLost, Standstill, watched
+from data_prep.watchdog import DeviceLost, PipelineStalled, with_watchdog
 from sora_train.errors import UserError
 from sora_train.recipe import Recipe
 
@@ -32,9 +32,9 @@ def wait_so_long(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> None:
     starts = iter(seconds)
 
     def watch(items: Iterable):
-        return watched(items, start_s=next(starts))
+        return with_watchdog(items, startup_timeout_s=next(starts))
 
-    monkeypatch.setattr(ray_pipeline, "watched", watch)
+    monkeypatch.setattr(ray_pipeline, "with_watchdog", watch)
 
 
 @pytest.mark.timeout(1900)
@@ -61,7 +61,7 @@ def test_a_lost_device_is_known_through_ray(one_ray):
 
     one_ray.start({}, num_cpus=1)
     ray_pipeline.quiet_ray_data()
-    with pytest.raises(Standstill) as error:
-        list(watched(ray.data.range(4).map_batches(lose, batch_format="pyarrow").iter_batches(batch_size=None)))
+    with pytest.raises(PipelineStalled) as error:
+        list(with_watchdog(ray.data.range(4).map_batches(lose, batch_format="pyarrow").iter_batches(batch_size=None)))
     assert isinstance(error.value, DeviceLost)
     assert str(error.value.cause).startswith("VAE: cuda:0 no longer works: CUDA error\n")

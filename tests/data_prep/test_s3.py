@@ -12,7 +12,7 @@ import pytest
 from pyarrow import fs
 
 from data_prep import files
-from data_prep.sources import Row, read_rows
+from data_prep.sources import SourceRow, read_rows
 from sora_train.data.config import DataConfig
 from sora_train.errors import RecipeError, UserError
 from sora_train.manifest import Counts, LatentFormat, Manifest, TextFacts, VaeFacts
@@ -84,7 +84,7 @@ def test_a_listed_folder_and_single_requests_give_the_same_rows(s3: str, monkeyp
         put(f"{s3}/sub/{i}.mp4", bytes(i))
     put(f"{s3}/sub/deeper/x.mp4", b"x")
     put_csv(f"{s3}/c.csv", [*(f"sub/{i}.mp4" for i in range(10)), "sub/deeper", "sub/deeper/x.mp4", "none/x.mp4"])
-    found: list[list[Row]] = []
+    found: list[list[SourceRow]] = []
     for above in (100, 5, 0):
         monkeypatch.setattr(files, "LIST_ABOVE", above)
         found.append(read_rows(DataConfig(captions=f"{s3}/c.csv")))

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.ledger import Ledger, Record, save_ledger
-from data_prep.shards import ShardWriter, finished_clips, only_one, sweep, take_out
+from data_prep.ledger import SavedProgress, SourceRecord, save_progress
+from data_prep.shards import ShardWriter, prep_lock, read_stored_clips, remove_clips, remove_unfinished
 from data_prep.sink import pause_s
 from sora_train.errors import UserError
 from sora_train.schema import SHARD_SCHEMA, encode_row, shard_files
@@ -35,7 +35,7 @@ def write(folder: Path, start: int, stop: int, key: str = "key") -> None:
 
 
 def ids(folder: Path) -> list[str]:
-    clips, twice = finished_clips(str(folder), "key")
+    clips, twice = read_stored_clips(str(folder), "key")
     assert not twice
     return list(clips)
 
@@ -63,20 +63,20 @@ def test_what_is_taken_out_is_gone_and_the_rest_stays(tmp_path: Path):
     write(tmp_path, 0, 50)
     (file,) = shard_files(str(tmp_path))
     before = pq.read_table(file)
-    take_out(str(tmp_path), file, {"00003", "00049"})
+    remove_clips(str(tmp_path), file, {"00003", "00049"})
     after = pq.read_table(file)
     kept = [i for i in range(50) if i not in (3, 49)]
     assert after.equals(before.take(kept))
-    clip = finished_clips(str(tmp_path), "key")[0]["00004"]
+    clip = read_stored_clips(str(tmp_path), "key")[0]["00004"]
     assert (clip.source, clip.size, clip.version, clip.shard) == ("4.mp4", 4, "v", file)
-    take_out(str(tmp_path), file, {f"{i:05d}" for i in range(50)})
+    remove_clips(str(tmp_path), file, {f"{i:05d}" for i in range(50)})
     assert shard_files(str(tmp_path)) == []
 
 
 def test_shards_of_another_encoding_are_refused_by_name(tmp_path: Path):
     write(tmp_path, 0, 5, key="another")
     with pytest.raises(UserError, match=r"shards of another encoding \(part-000000.*another folder"):
-        finished_clips(str(tmp_path), "key")
+        read_stored_clips(str(tmp_path), "key")
 
 
 def test_a_shard_that_is_no_parquet_is_named(tmp_path: Path):
@@ -84,7 +84,7 @@ def test_a_shard_that_is_no_parquet_is_named(tmp_path: Path):
     (file,) = shard_files(str(tmp_path))
     Path(file).write_bytes(b"nonsense")
     with pytest.raises(UserError, match="can't be read.*delete it"):
-        finished_clips(str(tmp_path), "key")
+        read_stored_clips(str(tmp_path), "key")
 
 
 def test_what_a_killed_run_left_is_swept_away(tmp_path: Path):
@@ -92,7 +92,7 @@ def test_what_a_killed_run_left_is_swept_away(tmp_path: Path):
     left = tmp_path / "bucket=1x8x8" / ".unfinished-part-000001.parquet"
     left.write_bytes(b"half a shard")
     assert ids(tmp_path) == [f"{i:05d}" for i in range(5)]
-    sweep(str(tmp_path))
+    remove_unfinished(str(tmp_path))
     assert not left.exists()
     assert len(ids(tmp_path)) == 5
 
@@ -100,7 +100,7 @@ def test_what_a_killed_run_left_is_swept_away(tmp_path: Path):
 def test_a_clip_that_two_shards_hold_is_named(tmp_path: Path):
     write(tmp_path, 0, 5)
     write(tmp_path, 3, 8)
-    clips, twice = finished_clips(str(tmp_path), "key")
+    clips, twice = read_stored_clips(str(tmp_path), "key")
     assert len(clips) == 8
     assert list(twice.values()) == [{"00003", "00004"}]
     assert next(iter(twice)) == shard_files(str(tmp_path))[1]
@@ -108,12 +108,12 @@ def test_a_clip_that_two_shards_hold_is_named(tmp_path: Path):
 
 def test_a_second_run_is_kept_off_the_same_folder(tmp_path: Path):
     with (
-        only_one(str(tmp_path)),
+        prep_lock(str(tmp_path)),
         pytest.raises(UserError, match="another `sora prep` is at work"),
-        only_one(str(tmp_path)),
+        prep_lock(str(tmp_path)),
     ):
         pass
-    with only_one(str(tmp_path)):
+    with prep_lock(str(tmp_path)):
         pass
 
 
@@ -125,29 +125,29 @@ def failure(sample: str, reason: str, duplicate_of: str = "") -> dict:
 
 def test_the_ledger_comes_back_for_the_same_settings_alone(tmp_path: Path):
     failures = [failure("s", "corrupt"), failure("t", "timeout"), failure("u", "duplicate", "v")]
-    records = {"row": Record("a.mp4", 5, "7", ["s", "t", "u", "v"])}
-    save_ledger(str(tmp_path), "settings", records, failures)
-    ledger = Ledger.load(str(tmp_path), "settings")
-    assert ledger.records == records
-    assert ledger.lasting("s", {"v"}) == failures[0]
-    assert ledger.lasting("t", {"v"}) is None, "what may go better next time is tried again"
-    assert ledger.lasting("u", {"v"}) == failures[2]
-    assert ledger.lasting("u", set()) is None, "the clip it was a duplicate of is gone"
-    assert Ledger.load(str(tmp_path), "others") == Ledger()
-    assert Ledger.load(str(tmp_path / "nowhere"), "settings") == Ledger()
+    records = {"row": SourceRecord("a.mp4", 5, "7", ["s", "t", "u", "v"])}
+    save_progress(str(tmp_path), "settings", records, failures)
+    saved = SavedProgress.load(str(tmp_path), "settings")
+    assert saved.records == records
+    assert saved.permanent_failure("s", {"v"}) == failures[0]
+    assert saved.permanent_failure("t", {"v"}) is None, "what may go better next time is tried again"
+    assert saved.permanent_failure("u", {"v"}) == failures[2]
+    assert saved.permanent_failure("u", set()) is None, "the clip it was a duplicate of is gone"
+    assert SavedProgress.load(str(tmp_path), "others") == SavedProgress()
+    assert SavedProgress.load(str(tmp_path / "nowhere"), "settings") == SavedProgress()
     (tmp_path / "quarantine.parquet").write_bytes(b"no parquet")
-    assert Ledger.load(str(tmp_path), "settings").failures == {}
+    assert SavedProgress.load(str(tmp_path), "settings").failures == {}
 
 
 def test_reading_the_ledger_leaves_no_thread_behind(tmp_path: Path):
-    save_ledger(str(tmp_path), "settings", {"row": Record("a.mp4", 5, "7", ["s"])}, [failure("s", "corrupt")])
+    save_progress(str(tmp_path), "settings", {"row": SourceRecord("a.mp4", 5, "7", ["s"])}, [failure("s", "corrupt")])
     code = (
         "from pathlib import Path\n"
-        "from data_prep.ledger import Ledger\n"
+        "from data_prep.ledger import SavedProgress\n"
         "def threads(): return {t.name for t in Path('/proc/self/task').iterdir()"
         " if not (t / 'comm').read_text().startswith('jemalloc')}\n"
         "before = threads()\n"
-        f"assert Ledger.load({str(tmp_path)!r}, 'settings').failures\n"
+        f"assert SavedProgress.load({str(tmp_path)!r}, 'settings').failures\n"
         "assert threads() == before"
     )
     subprocess.run([sys.executable, "-c", code], timeout=120, check=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data_prep.schemas import DECODED, WITH_LATENTS
-from data_prep.stages import EmbedText, EncodeVideo, each
+from data_prep.stages import EmbedText, EncodeVideo, run_batch
 from data_prep.watchdog import DeviceLost
 from sora_train.codec import CodecConfig
 from sora_train.codec.text import load_text_encoder
@@ -75,11 +75,11 @@ def broken(items: list[int]) -> list[int]:
 
 
 def test_an_error_costs_one_item_while_the_device_works():
-    assert each(broken, [1, 2, 3, 4], "VAE", "cpu") == [
+    assert run_batch(broken, [1, 2, 3, 4], "VAE", "cpu") == [
         2, 4, "VAE: CUDA error: an illegal memory access was encountered", 8,
     ]  # fmt: skip
 
 
 def test_a_device_that_computes_no_more_costs_no_clip():
     with pytest.raises(DeviceLost, match="VAE: meta no longer works: CUDA error: an illegal memory access"):
-        each(broken, [1, 2, 3, 4], "VAE", "meta")  # torch's device without memory: nothing can be read from it
+        run_batch(broken, [1, 2, 3, 4], "VAE", "meta")  # torch's device without memory: nothing can be read from it

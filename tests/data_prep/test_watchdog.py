@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from data_prep.watchdog import Standstill, watched
+from data_prep.watchdog import PipelineStalled, with_watchdog
 
 
 def test_all_comes_in_order_and_an_error_comes_where_it_was_raised():
@@ -16,9 +16,9 @@ def test_all_comes_in_order_and_an_error_comes_where_it_was_raised():
 
     found: list[int] = []
     with pytest.raises(ValueError, match="the 101st"):
-        found.extend(watched(items()))
+        found.extend(with_watchdog(items()))
     assert found == list(range(100))
-    assert list(watched(iter(range(100)))) == list(range(100))
+    assert list(with_watchdog(iter(range(100)))) == list(range(100))
 
 
 def test_nothing_more_is_a_standstill():
@@ -28,9 +28,9 @@ def test_nothing_more_is_a_standstill():
         yield 1
         released.wait(30)
 
-    tables = watched(items(), patience_s=0.2)
+    tables = with_watchdog(items(), stall_timeout_s=0.2)
     assert next(tables) == 1
-    with pytest.raises(Standstill, match="nothing came for 0 s"):
+    with pytest.raises(PipelineStalled, match="nothing came for 0 s"):
         next(tables)
     released.set()
 
@@ -41,7 +41,7 @@ def test_what_always_was_slow_is_waited_for_and_the_first_longer_still():
             time.sleep(seconds)
             yield number
 
-    assert list(watched(items(), patience_s=0.3, start_s=30)) == [0, 1, 2]
+    assert list(with_watchdog(items(), stall_timeout_s=0.3, startup_timeout_s=30)) == [0, 1, 2]
 
 
 def test_whoever_stops_listening_leaves_no_thread_behind():
@@ -50,7 +50,7 @@ def test_whoever_stops_listening_leaves_no_thread_behind():
             yield 0
 
     before = threading.active_count()
-    tables = watched(items())
+    tables = with_watchdog(items())
     next(tables)
     assert threading.active_count() == before + 1
     tables.close()

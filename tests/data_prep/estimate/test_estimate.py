@@ -12,7 +12,7 @@ from data_prep.estimate.estimate import Plan, cost, reckon
 from data_prep.estimate.measure import Measured, spread, tokens_of
 from data_prep.estimate.probe import Look
 from data_prep.estimate.text import empty_buckets, format_plan, judge
-from data_prep.sources import Row
+from data_prep.sources import SourceRow
 from sora_train.codec.files import find_text_encoder, find_vae
 from sora_train.codec.text import load_text_encoder
 from sora_train.data.config import SelectionConfig
@@ -26,9 +26,10 @@ TEXT = find_text_encoder("builtin")
 COUNT = tokens_of(TEXT, 120)
 
 
-def rows(number: int, prefix: str = "clip") -> list[Row]:
+def rows(number: int, prefix: str = "clip") -> list[SourceRow]:
     return [
-        Row(f"{prefix}{i}", f"{prefix}{i}.mp4", (f"a thing number {i}",), f"/{prefix}{i}.mp4") for i in range(number)
+        SourceRow(f"{prefix}{i}", f"{prefix}{i}.mp4", (f"a thing number {i}",), f"/{prefix}{i}.mp4")
+        for i in range(number)
     ]
 
 
@@ -40,7 +41,7 @@ def landscape(clips: int = 1) -> Look:
     return Look({"16x256x448": clips}, 640, 360, 12.0)
 
 
-def reckoned(wanted: Recipe, asked: list[Row], looks: dict[str, Look]) -> Plan:
+def reckoned(wanted: Recipe, asked: list[SourceRow], looks: dict[str, Look]) -> Plan:
     return reckon(wanted, asked, looks, VAE, TEXT.width, COUNT)
 
 
