@@ -249,6 +249,11 @@ def test_a_whole_number_that_torch_can_not_take_is_refused_at_once(tmp_path: Pat
         assert key in refusal(tmp_path, "", {key: str(number)})
 
 
+@pytest.mark.parametrize("key", [key for key in WHOLE if key.endswith("seed")])
+def test_a_negative_seed_which_numpy_can_not_take_is_refused_at_once(tmp_path: Path, key: str) -> None:
+    assert f"{key} is '-1'; it should be greater than or equal to 0" in refusal(tmp_path, "", {key: "-1"})
+
+
 def test_a_seed_that_is_taken_seeds_torch_and_numpy(tmp_path: Path) -> None:
     keys = {"train.seed": str(2**63 - 1), "validation.seed": str(2**63 - 1)}
     recipe = load_recipe(write(tmp_path, ""), keys)

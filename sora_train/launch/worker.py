@@ -27,9 +27,9 @@ from sora_train.launch.validation import Outstanding
 from sora_train.recipe import Recipe, save_recipe
 from sora_train.train import checkpoint
 from sora_train.train.initial import described
+from sora_train.train.known_errors import known_errors
 from sora_train.train.loop import train
 from sora_train.train.metrics import Events
-from sora_train.train.out_of_memory import memory_errors
 from sora_train.train.run_dir import LEAVE, Home, Report
 
 STALE_S = 600.0  # beyond both attempts of a validation: its supervisor is gone
@@ -92,7 +92,7 @@ def work(recipe: Recipe, run: Path) -> str:
         where = f"{workers}, ZeRO {recipe.train.zero_stage}, {recipe.train.precision}"
         start = described(Path(recipe.model.init_from)) if recipe.model.init_from else "scratch"
         home.note("resume" if resume else "start", step, f"from {resume.name if resume else start}; {where}")
-    with memory_errors(recipe.train, get_device()):
+    with known_errors(recipe.train, get_device()):
         return train(
             recipe.train,
             recipe.model,

@@ -70,5 +70,5 @@ class TrainConfig(Section):
     """How many times it may; the next time it stops with a message."""
     deepspeed: dict[str, Any] = {}
     """Further keys of DeepSpeed's own configuration, such as `{zero_optimization: {overlap_comm: true}}`."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Fixes initial weights, order of samples, noise, times and dropout."""

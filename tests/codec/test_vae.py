@@ -181,3 +181,12 @@ def test_a_network_of_a_newer_library_says_so(tmp_path: Path):
     (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"_diffusers_version": "99.1", "act_fn": "new"}))
     with pytest.raises(UserError, match=r"written by diffusers 99\.1, and here is \d"):
         load_vae(str(tmp_path / "vae"))
+
+
+def test_pixels_that_are_not_finite_are_an_error_and_no_black_video():
+    broken, latents = load_vae("builtin"), torch.zeros(1, 2, 4, 2, 2)
+    assert broken.decode(latents).shape == (1, 2, 16, 16, 3)
+    with torch.no_grad():
+        broken.model.decoder.conv_out.bias[1] = torch.nan
+    with pytest.raises(UserError, match="makes pixels that are not finite of these latents, in torch.float32"):
+        broken.decode(latents)

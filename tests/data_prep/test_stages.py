@@ -68,6 +68,34 @@ def test_a_clip_that_the_vae_fails_on_costs_only_itself():
     assert made[0]["latents"] == made[2]["latents"]
 
 
+def test_latents_beyond_float16_cost_their_own_clip():
+    stage = EncodeVideo(CODEC, 1, "cpu")
+    random = np.random.default_rng(0)
+    clips = [np.full((4, 16, 16, 3), 99, np.uint8), random.integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)]
+    grey, noise = (float(abs(mean).max()) for mean in stage.vae.encode(torch.from_numpy(np.stack(clips)))[:, 0])
+    assert noise > 1.2 * grey
+    last = stage.vae.model.quant_conv
+    with torch.no_grad():
+        for parameter in last.parameters():  # all that follows it is the mean itself
+            parameter.mul_(np.finfo(np.float16).max / (noise * grey) ** 0.5)
+    rows = [row(name, ["x"], frames=clip.tobytes()) for name, clip in zip("ab", clips, strict=True)]
+    encoded = stage(pa.Table.from_pylist(rows, DECODED))
+    made = EmbedText(CODEC, 2, {"4x16x16": (4, 4, 2, 2)}, 32, 1, "cpu")(encoded).to_pylist()
+    assert [clip["reason"] for clip in made] == ["", "not_finite"]
+    assert made[1]["message"] == "b.mp4: latents are not finite in float16"
+    assert made[1]["latents"] is None
+
+
+def test_a_vae_that_gives_no_numbers_costs_every_clip_and_raises_nothing():
+    stage = EncodeVideo(CODEC, 1, "cpu")
+    with torch.no_grad():
+        stage.vae.model.quant_conv.bias[0] = torch.nan
+    clip = np.full((4, 16, 16, 3), 99, np.uint8)
+    encoded = stage(pa.Table.from_pylist([row(name, ["x"], frames=clip.tobytes()) for name in "ab"], DECODED))
+    made = EmbedText(CODEC, 2, {"4x16x16": (4, 4, 2, 2)}, 32, 1, "cpu")(encoded).to_pylist()
+    assert [clip["reason"] for clip in made] == ["not_finite"] * 2
+
+
 def broken(items: list[int]) -> list[int]:
     if 3 in items:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

@@ -19,8 +19,8 @@ from sora_train.data.shards import ShardSet
 from sora_train.diffusion import DiffusionConfig
 from sora_train.model import ModelConfig
 from sora_train.train.config import TrainConfig
+from sora_train.train.known_errors import known_errors
 from sora_train.train.loop import train
-from sora_train.train.out_of_memory import memory_errors
 from sora_train.train.run_dir import Home
 
 
@@ -95,7 +95,7 @@ def run(
         "learning_rate": 3e-3 if device.type == "cpu" else 3e-4,  # so that a few steps move the loss
     }
     config = TrainConfig.model_validate(steps | settings)
-    with memory_errors(config, device):
+    with known_errors(config, device):
         train(config, model or size_of(device).model, DiffusionConfig(), shards, device=device, home=Home(out),
               resume=resume)  # fmt: skip
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

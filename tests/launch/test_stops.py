@@ -1,5 +1,7 @@
 """How a run ends before its last step, and what the same command does then."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -12,6 +14,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import ray
+import ray.util
 
 from sora_train import cli
 from sora_train.errors import UserError
@@ -147,6 +151,29 @@ def test_damage_that_no_retry_mends_ends_a_run_at_once_and_says_what_it_was(
     told = [event["event"] for event in lines(tmp_path / "tiny/events.jsonl")]
     assert told.count("failed") == told.count("start") == 1
     assert "worker_lost" not in told
+
+
+def test_a_run_says_that_ray_waits_for_room_and_begins_once_there_is_some(
+    local_ray: None, builtin_shards: Path, tmp_path: Path, recipe_of, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("sora_train.launch.monitor.WAIT_S", 2.0)
+    monkeypatch.setattr("sora_train.launch.monitor.QUIET_S", 1.0)
+    taken = ray.util.placement_group([{"CPU": 3}])
+    ray.get(taken.ready())
+
+    class Reader(io.StringIO):
+        def write(self, text: str) -> int:
+            if "Ray waits for room" in text:
+                ray.util.remove_placement_group(taken)
+            return super().write(text)
+
+    with contextlib.redirect_stdout(Reader()) as said:
+        run = launch_training(recipe_of(builtin_shards, tmp_path, train__steps=2), look_first=False)
+    assert (
+        "Ray waits for room: 2 workers need {'CPU': 1.0} each, and 1 CPU are free. Other jobs of this cluster hold the "
+        "rest (`ray status`); end one, or lower cluster.workers\n"
+    ) in said.getvalue()
+    assert [line["step"] for line in lines(run / "metrics.jsonl")] == [1, 2]
 
 
 @pytest.mark.slow

@@ -2,7 +2,8 @@
 
 import itertools
 import multiprocessing
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -73,3 +74,27 @@ def alive(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("alive")
     to_diffusers(model, folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def poisoned() -> Callable[[Path, Path, Sequence[int], float], Path]:
+    """Writes a copy of shards of one bucket in which the latents of some rows are multiplied."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def write(shards: Path, folder: Path, rows: Sequence[int], factor: float) -> Path:
+        shutil.copytree(shards, folder)
+        before = 0
+        for file in sorted(folder.glob("bucket=*/*.parquet")):
+            table = pq.ParquetFile(file).read()
+            clips = table.to_pylist()
+            for row, clip in enumerate(clips, before):
+                if row in rows:
+                    latents = np.frombuffer(clip["latents"], np.float16)
+                    clip["latents"] = (latents * np.float16(factor)).tobytes()
+            before += len(clips)
+            pq.write_table(pa.Table.from_pylist(clips, schema=table.schema), file, row_group_size=8)
+        return folder
+
+    return write

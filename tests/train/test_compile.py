@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,3 +73,34 @@ def test_a_hundred_caption_lengths_compile_to_few_graphs(captions: Path, eager: 
     )
     assert {int(reason.split()[5]) for reason in said} == {32, 64, 96, 100}
     assert len(said) < graphs <= 2 * len(said) + 1
+
+
+DAMAGED = """
+import torch
+from sora_train.errors import UserError
+from sora_train.train.config import TrainConfig
+from sora_train.train.known_errors import known_errors
+try:
+    with known_errors(TrainConfig(compile=True), torch.device("cpu")):
+        torch.compile(lambda x: torch.nn.functional.silu(x) * x)(torch.ones(3))
+    print("compiled")
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(which("c++") is None, reason="torch compiles for the CPU by a C++ compiler, and there is none")
+def test_an_incomplete_library_of_a_killed_compilation_is_an_error_that_names_the_cache(tmp_path: Path):
+    def said() -> str:
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+        command = [sys.executable, "-c", DAMAGED]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+
+    assert said() == "compiled\n"
+    (library,) = (tmp_path / "cache").rglob("*.main.so")
+    library.write_bytes(b"")
+    assert f"{library}: file too short" in (message := said())
+    assert f"Remove the folder {tmp_path / 'cache'} there and run the same command again" in message
+    shutil.rmtree(tmp_path / "cache")
+    assert said() == "compiled\n"

@@ -7,15 +7,11 @@ batches hold those is computed here from the order of samples.
 import json
 import math
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
@@ -77,19 +73,6 @@ def test_left_out_are_the_bad_batches_and_those_from_the_checkpoint_on_and_all_t
     assert len(set(result) - skipped) <= bad + WARY
 
 
-def poisoned(shards: Path, folder: Path, rows: Sequence[int], factor: float) -> Path:
-    """A copy of shards in which the latents of some rows are multiplied."""
-    shutil.copytree(shards, folder)
-    (file,) = folder.glob("bucket=*/part.parquet")
-    table = pq.ParquetFile(file).read()
-    clips = table.to_pylist()
-    for row in rows:
-        latents = np.frombuffer(clips[row]["latents"], np.float16)
-        clips[row]["latents"] = (latents * np.float16(factor)).tobytes()
-    pq.write_table(pa.Table.from_pylist(clips, schema=table.schema), file, row_group_size=8)
-    return folder
-
-
 def bad_batches(plan: Plan, rows: Sequence[int], count: int) -> list[int]:
     return [k for k in range(count) if set(rows) & set(batch(plan, k).rows)]
 
@@ -109,7 +92,7 @@ def plan(tiny_shards: Path) -> Plan:
 
 
 @pytest.fixture(scope="module")
-def runs(start, plan: Plan, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(start, plan: Plan, poisoned, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders of runs by name."""
     root = tmp_path_factory.mktemp("guard")
     nan = poisoned(tiny_shards, root / "nan", batch(plan, NAN_STEPS - 1).rows[:1], math.nan)

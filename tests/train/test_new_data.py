@@ -1,7 +1,10 @@
 """Going on with other clips: an epoch of them begins, and whoever is killed after that repeats the unbroken run."""
 
 import json
+import math
 from collections import Counter
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,8 @@ import pytest
 from reading import KINDS, at_step, checkpoint_at, distance, losses, records
 
 from sora_train import schema
+from sora_train.data.order import Plan, batch
+from sora_train.data.shards import ShardSet
 
 BATCH, BEFORE, OLD, NEW = 4, 4, 21, 25
 EPOCH = -(-NEW // BATCH)
@@ -45,19 +50,50 @@ def more_shards(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def runs(start, alive: str, tiny_shards: Path, more_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plan(more_shards: Path) -> Plan:
+    """The order of the new clips, from the epoch that begins where the old ones end."""
+    return replace(ShardSet(str(more_shards)).plan(BATCH, 0), origin=BEFORE, epochs=1)
+
+
+@pytest.fixture(scope="module")
+def bad(plan: Plan) -> set[int]:
+    """A row of each of the first two batches of new clips. In the next epoch's order no two batches in a row hold one,
+    and not the batch of step HELD, so that its checkpoint is made.
+    """
+    later = replace(plan, epochs=2)
+    for rows in product(batch(plan, BEFORE).rows, batch(plan, BEFORE + 1).rows):
+        taken = [k for k in range(BEFORE, LAST) if set(rows) & set(batch(later, k).rows)]
+        if HELD - 1 not in taken and all(k + 1 not in taken for k in taken):
+            return set(rows)
+    raise AssertionError("no such rows: choose another seed")
+
+
+@pytest.fixture(scope="module")
+def runs(
+    start, alive: str, bad: set[int], poisoned, tiny_shards: Path, more_shards: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:  # fmt: skip
     """old: BEFORE steps on the old clips; new: on from there on the new ones; again: new, on from HELD; alone: new and
-    again on one rank each, from the two ranks' checkpoints.
+    again on one rank each, from the two ranks' checkpoints; back: new, but its first two batches are bad, so the guard
+    goes back to the checkpoint of the old clips; back_again: back, on from HELD.
     """
     root = tmp_path_factory.mktemp("runs")
+    worse = poisoned(more_shards, root / "worse", bad, math.nan)
+    (root / "back/checkpoints").mkdir(parents=True)
+    checkpoint_at(root / "back", BEFORE).symlink_to(checkpoint_at(root / "old", BEFORE))
 
-    def task(out: str, resume: str | None, step: int, steps: int, **changes) -> dict:
+    def task(out: str, resume: str | None, step: int, steps: int, shards: Path = more_shards, **changes) -> dict:
         from_ = resume and str(checkpoint_at(root / resume, step))
-        shards = {"shards": str(more_shards)} if resume else {}
         return {"out": str(root / out), "train": SETTINGS | {"steps": steps} | changes, "resume": from_,
-                "init_from": alive, **shards}  # fmt: skip
+                "init_from": alive, **({"shards": str(shards)} if resume else {})}  # fmt: skip
 
-    two = [task("old", None, 0, BEFORE), task("new", "old", BEFORE, LAST), task("again", "new", HELD, LAST)]
+    two = [
+        task("old", None, 0, BEFORE),
+        task("new", "old", BEFORE, LAST),
+        task("again", "new", HELD, LAST),
+        task("back", "old", BEFORE, LAST, worse, guard_patience=2),
+        task("back_again", "back", HELD, LAST, worse, guard_patience=2),
+    ]
     for world, tasks in ((2, two), (1, [task("alone", "old", BEFORE, LAST)])):
         codes, output = start(world, tiny_shards, tasks)()
         assert not any(codes), "\n".join(output)
@@ -104,3 +140,26 @@ def test_a_checkpoint_says_which_clips_its_order_is_over(runs: Path):
     assert (old["data_from"], old["data_epoch"]) == (0, 0)
     assert (new["data_from"], new["data_epoch"], new["epoch"]) == (BEFORE, 1, 2)
     assert old["clips"] != new["clips"]
+
+
+def test_the_guard_goes_back_behind_new_data_and_begins_an_epoch_of_the_new_clips(
+    runs: Path, plan: Plan, bad: set[int], more_shards: Path
+):
+    events = [json.loads(line) for line in (runs / "back/events.jsonl").read_text().splitlines()]
+    assert [(event["step"], event["reason"]) for event in events if event["event"] == "rollback"] == [
+        (BEFORE + 2, f"2 bad steps in a row; back to step_{BEFORE:08d}")
+    ]
+    later, ids = replace(plan, epochs=2), ShardSet(str(more_shards)).sample_ids
+    taken = {k: batch(later, k) for k in range(BEFORE, LAST)}
+    expected = {k + 1: sorted(ids(one.bucket, list(one.rows))) for k, one in taken.items() if not bad & set(one.rows)}
+    assert {step: sorted(names) for step, names in trained(runs / "back").items() if names} == expected
+    assert losses(runs / "back").keys() == expected.keys()
+    state = json.loads((checkpoint_at(runs / "back", LAST) / "state.json").read_text())
+    assert (state["data_from"], state["data_epoch"], state["rollbacks"]) == (BEFORE, 2, 1)
+    assert state["updates"] == BEFORE + len(expected)
+
+
+def test_a_run_killed_after_that_repeats_the_unbroken_one_bit_for_bit(runs: Path):
+    assert losses(runs / "back_again") == {step: loss for step, loss in losses(runs / "back").items() if step > HELD}
+    for kind in KINDS:
+        assert distance(at_step(runs / "back_again", LAST, kind), at_step(runs / "back", LAST, kind)) == 0
