@@ -18,10 +18,9 @@ from sora_train.errors import UserError
 class Lenient(io.RawIOBase):
     """Writes to a file descriptor as far as that goes; what can't be written is dropped."""
 
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-        self.lost: OSError | None = None
-        """The first error, if any."""
+    def __init__(self, descriptor: int, lost: OSError | None) -> None:
+        self.descriptor, self.lost = descriptor, lost
+        """`lost` is the first error, if any."""
 
     def write(self, data) -> int:
         data, done = memoryview(data).cast("B"), 0
@@ -47,19 +46,21 @@ def protect() -> None:
 
     `nohup` ignores SIGHUP, and that stays so.
     """
+    closed: list[OSError | None] = [None] * 3
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
-        except OSError:  # closed, as by `>&-`: the next file that is opened would get what is printed
+        except OSError as error:  # closed, as by `>&-`: the next file that is opened would get what is printed
+            closed[descriptor] = OSError(error.errno, "it is closed")
             os.open(os.devnull, os.O_RDWR)
-    sys.stdout, sys.stderr = _stream(sys.stdout, 1), _stream(sys.stderr, 2)
+    sys.stdout, sys.stderr = _stream(sys.stdout, 1, closed[1]), _stream(sys.stderr, 2, closed[2])
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
         signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
 
 
-def _stream(before: object, descriptor: int) -> io.TextIOWrapper:
+def _stream(before: object, descriptor: int, lost: OSError | None) -> io.TextIOWrapper:
     encoding = getattr(before, "encoding", None) or "utf-8"
-    raw = Lenient(descriptor)
+    raw = Lenient(descriptor, lost)
     return io.TextIOWrapper(
         io.BufferedWriter(raw), encoding, errors="backslashreplace", line_buffering=raw.isatty() or descriptor == 2
     )
@@ -73,4 +74,5 @@ def say(text: str) -> None:
     except OSError as error:
         lost = error
     if lost is not None and lost.errno not in (errno.EPIPE, errno.EIO):
-        raise UserError(f"stdout can't be written: {lost.strerror}. Free the disk, or send the output elsewhere")
+        remedy = "Free the disk, or send" if lost.errno == errno.ENOSPC else "Send"
+        raise UserError(f"stdout can't be written: {lost.strerror}. {remedy} the output elsewhere")

@@ -57,6 +57,14 @@ def test_a_result_that_stdout_can_not_take_is_an_error():
     done = subprocess.run(["bash", "-c", '"$@" | head -1; exit ${PIPESTATUS[0]}', "_", *SORA, "--help"], check=True)
 
 
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["inspect", "SHARDS"], ["inspect", "SHARDS", "--json"]])
+def test_a_result_for_a_closed_stdout_is_an_error(tiny_shards: Path, words: list[str]):
+    command = [*SORA, *(str(tiny_shards) if word == "SHARDS" else word for word in words)]
+    done = subprocess.run(["bash", "-c", '"$@" >&-', "_", *command], stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == (f"sora {words[0]}: stdout can't be written: it is closed. Send the output elsewhere\n")
+
+
 @pytest.mark.parametrize(("before", "code"), [("", -signal.SIGTERM), ("trap '' HUP;", 0)])
 def test_a_hangup_ends_a_command_as_sigterm_does_unless_ignored(before: str, code: int):
     """`nohup` ignores the signal before it starts a command, as `trap ''` does."""

@@ -16,12 +16,13 @@ from data_prep.shards import read_stored_clips
 from data_prep.sources import read_rows
 from data_prep.workers import allocate_cpus, available_cpus
 from sora_train.recipe import Recipe
+from sora_train.terminal import say
 
 
 def show_plan(recipe: Recipe) -> None:
     """Prints the plan; then raises UserError or RecipeError where it comes to nothing, or a bucket stays empty."""
     found = plan(recipe)
-    print(format_plan(found), flush=True)
+    say(format_plan(found))
     judge(found, recipe.data)
 
 
