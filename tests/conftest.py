@@ -1,11 +1,19 @@
 """What several tests share."""
 
+import gc
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+
+def pytest_collection_finish() -> None:
+    """Garbage collection skips what the imports made. With Ray and torch loaded a full one takes 0.4 s, and the video
+    readers ask for many; the decoder's process does the same (decode_process.py)."""
+    gc.collect()
+    gc.freeze()
 
 
 class OneRay:
