@@ -13,7 +13,7 @@ from data_prep.buckets import TRANSFORM_VERSION, Bucket, buckets_of
 from data_prep.ledger import SavedProgress
 from data_prep.ray_pipeline import encode
 from data_prep.resume import reconcile
-from data_prep.shards import manifest_or_none, prep_lock, read_stored_clips, remove_unfinished
+from data_prep.shards import manifest_or_none, read_stored_clips, remove_unfinished
 from data_prep.sink import ShardSink
 from data_prep.sources import SourceRow, read_rows
 from data_prep.stats import PrepStats
@@ -23,6 +23,7 @@ from sora_train.codec.files import TextFiles, VaeFiles, find_text_encoder, find_
 from sora_train.data.config import small_buckets
 from sora_train.data.shards import ShardSet
 from sora_train.errors import RecipeError, UserError
+from sora_train.locks import run_lock
 from sora_train.manifest import SCHEMA_VERSION, Counts, LatentFormat, Manifest, TextFacts, VaeFacts, commonest_shape
 from sora_train.recipe import Recipe
 from sora_train.schema import bucket_name, bucket_of
@@ -47,7 +48,7 @@ def prep(recipe: Recipe) -> Manifest:
     check_shapes(buckets, vae)
     key = encoding_hash(recipe, vae, text)
     rows = read_rows(data)
-    with prep_lock(data.output):
+    with run_lock(data.output, "sora prep"):
         remove_unfinished(data.output)
         sink = encode_with_restarts(recipe, rows, buckets, vae, text, key)
         stats = sink.stats

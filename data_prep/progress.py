@@ -59,8 +59,10 @@ class Progress:
         if self._metrics is not None:
             for outcome, count in (("written", written), ("quarantined", bad), ("filtered", filtered)):
                 self._metrics.count("sora_prep_clips", outcome, count)
-            self._metrics.show_by({("sora_prep_left_out", reason): count for reason, count in (reasons or {}).items()})
-            self._metrics.show({"sora_prep_share_done": self.sources / max(1, self.total)})
+            self._metrics.set_tagged(
+                {("sora_prep_left_out", reason): count for reason, count in (reasons or {}).items()}
+            )
+            self._metrics.set({"sora_prep_share_done": self.sources / max(1, self.total)})
         if self._bar is not None:
             self._bar.update(sources)
             self._bar.set_postfix_str(f"{self.clips} clips, {self.bad} bad, {self.filtered} filtered", refresh=False)
@@ -87,7 +89,7 @@ class Progress:
     def _run(self) -> None:
         while not self._stop.wait(self.every_s):
             if self._metrics is not None and (rates := self.rates()):
-                self._metrics.show({"sora_prep_clips_per_s": rates[1]})
+                self._metrics.set({"sora_prep_clips_per_s": rates[1]})
             if self._bar is None:
                 print(self.line(), flush=True)
             else:

@@ -30,10 +30,10 @@ def encode(
     """
     import ray
 
-    from sora_train.ray_cluster.connection import connect, held_by_others
+    from sora_train.ray_cluster.connection import connect, resources_in_use
 
     with connect(recipe.cluster.address, log_to_driver=False) as own, Progress(len(todo), run=recipe.name) as progress:
-        if not own and (held := held_by_others()):
+        if not own and (held := resources_in_use()):
             print(f"prep: other jobs of this cluster hold {held}; prep waits for what it lacks", flush=True)
         failures, seen, reasons = sink.stats.failures, 0, Counter[str]()
         try:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import io
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +13,6 @@ from pyarrow import fs
 
 from data_prep.sources import row_id
 from sora_train.errors import UserError
-from sora_train.locks import owned
 from sora_train.manifest import Manifest
 from sora_train.schema import ENCODING_KEY, ROW_GROUP, SHARD_SCHEMA, shard_files
 from sora_train.storage import DRAFT_PREFIX, atomic_write, resolve, storage_errors
@@ -135,17 +131,6 @@ class ShardWriter:
         self.rows, self.count = [table.slice(count)], len(table) - count
         self.next += 1
         self.written_at = time.monotonic()
-
-
-@contextmanager
-def prep_lock(folder: str) -> Iterator[None]:
-    """Keeps a second `sora prep` of any node off a local folder. UserError where another is at work there."""
-    system, path = resolve(folder)
-    if not isinstance(system, fs.LocalFileSystem):
-        yield
-        return
-    with owned(Path(path), "sora prep", "give this one another folder (data.output)"):
-        yield
 
 
 def manifest_or_none(folder: str) -> Manifest | None:

@@ -33,7 +33,7 @@ from sora_train.commands import (
 )
 from sora_train.errors import RecipeError, Stopped, UserError
 from sora_train.settings import build, keys, parse_flags
-from sora_train.terminal import protect, say
+from sora_train.terminal import print_result, protect_streams
 
 if TYPE_CHECKING:
     from sora_train.recipe import Recipe
@@ -47,14 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if argv is None:
-        protect()
+        protect_streams()
         os.environ["PYTHONSAFEPATH"] = "1"  # no Python started from here looks for modules in the working folder
     verb, words = (words[0], words[1:]) if words else ("--help", [])
     try:
         if verb in ("-h", "--help", "help"):
-            say(usage())
+            print_result(usage())
         elif verb == "--version":
-            say(f"sora_train {__version__}")
+            print_result(f"sora_train {__version__}")
         else:
             run(verb, words)
     except UserError as error:
@@ -98,7 +98,7 @@ def run(verb: str, words: Sequence[str]) -> None:
             if options.check:
                 check_shards(shards)
             counts = inspect(shards)
-            say(json.dumps(counts) if options.json else format_table(counts))
+            print_result(json.dumps(counts) if options.json else format_table(counts))
             if options.html:
                 from data_prep.inspect.page import write_page
 
@@ -109,7 +109,7 @@ def run(verb: str, words: Sequence[str]) -> None:
             if ask.plan:
                 from sora_train.plan.table import PlanOptions, format_plan
 
-                say(format_plan(recipe, build(PlanOptions, {}, asked, "sora preflight")))
+                print_result(format_plan(recipe, build(PlanOptions, {}, asked, "sora preflight")))
             elif asked:
                 raise RecipeError(f"--{next(iter(asked))} goes with --plan: without it the cluster's own GPUs count")
             else:
@@ -159,7 +159,7 @@ def run(verb: str, words: Sequence[str]) -> None:
             from sora_train.bench import command
 
             if words[:1] in (["-h"], ["--help"]):
-                say(command.usage())
+                print_result(command.usage())
                 raise SystemExit(0)
             if status := command.run(words):
                 raise SystemExit(status)

@@ -1,4 +1,4 @@
-"""Locks on folders that several nodes share, made of files that only one process can create.
+"""Locks on shared folders, by files that only one process can create.
 
 `flock` is local to a node, or does nothing, on some cluster file systems (Lustre without `-o flock`, some NFS).
 Exclusive creation (`O_EXCL`) works on all of them.
@@ -18,20 +18,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sora_train.errors import UserError
-from sora_train.storage import broken_link
+from pyarrow.fs import LocalFileSystem
 
-OWNER = ".owner"
-"""The file that names the process which works in a folder."""
-BEAT_S, STALE_S = 5.0, 30.0
-"""An owner rewrites its file every `BEAT_S`. One of another machine that does not for `STALE_S` is dead."""
+from sora_train.errors import UserError
+from sora_train.storage import broken_link, resolve
+
+OWNER_FILE = ".owner"
+"""Name of the file in a locked folder that describes the owner process."""
+HEARTBEAT_S, STALE_S = 5.0, 30.0
+"""An owner rewrites its file every `HEARTBEAT_S`. An owner on another machine is dead after `STALE_S` without one."""
 ABANDONED_S, POLL_S = 10.0, 0.02
-"""A lock for one line is held for milliseconds; one that stays for `ABANDONED_S` belongs to a killed process."""
+"""A file lock is held for milliseconds; one that stays for `ABANDONED_S` belongs to a killed process."""
+INSTEAD = {
+    "sora prep": "give this one another folder (data.output)",
+    "sora train": "give this one another name (--name)",
+}
+"""What to do instead of waiting, for each command that takes a `run_lock`."""
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Excludes other threads, processes and nodes from a file for a short block. Raises OSError where it can't."""
+def file_lock(path: Path) -> Iterator[None]:
+    """Excludes other threads, processes and nodes from a file for a short block. Raises OSError if it can't."""
     lock, token = path.with_name(f".{path.name}.lock"), uuid.uuid4().hex
     seen, waited = "", 0.0
     while not _create(lock, token):
@@ -40,7 +47,7 @@ def locked(path: Path) -> Iterator[None]:
         if waited > ABANDONED_S:
             _remove(lock, found)
         time.sleep(POLL_S)
-        waited += POLL_S  # not the clock's time: a file system that stalls is not a lock that stays
+        waited += POLL_S  # not wall-clock time: a stalled file system must not count as an abandoned lock
     began = time.monotonic()
     try:
         yield
@@ -50,13 +57,17 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def owned(folder: Path, command: str, otherwise: str) -> Iterator[None]:
-    """Keeps other processes of any node off a folder for the length of a block.
+def run_lock(folder: str, command: str) -> Iterator[None]:
+    """Keeps every other `sora prep` or `sora train`, on any node, out of a folder.
 
-    Raises UserError where one is at work there: names it, and says what to do `otherwise` than wait. The owner's file
-    of a process that was killed is removed, at once on the same machine, after `STALE_S` on another.
+    Raises UserError if another process owns the folder; the message names it. A killed process loses its lock: at once
+    on the same machine, after `STALE_S` on another. A remote folder (`s3://…`) can't be locked, and is not.
     """
-    path = folder / OWNER
+    system, local = resolve(folder)
+    if not isinstance(system, LocalFileSystem):
+        yield
+        return
+    path = Path(local) / OWNER_FILE
     me = {
         "command": command,
         "process": os.getpid(),
@@ -66,73 +77,73 @@ def owned(folder: Path, command: str, otherwise: str) -> Iterator[None]:
         "token": uuid.uuid4().hex,
     }
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _take(path, me, otherwise)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _acquire(path, me)
     except OSError as error:
-        why = broken_link(folder) or error.strerror or error
-        raise UserError(f"{path} can't be written ({why}): make room there or make it writable") from None
+        why = broken_link(path.parent) or error.strerror or error
+        raise UserError(f"{path} can't be written: {why}. Free space there or make it writable") from None
     ended = threading.Event()
-    beating = threading.Thread(target=_beat, args=(path, me, ended), name="owner", daemon=True)
-    beating.start()
+    heartbeat = threading.Thread(target=_heartbeat, args=(path, me, ended), name="run lock", daemon=True)
+    heartbeat.start()
     try:
         yield
     finally:
         ended.set()
-        beating.join()
+        heartbeat.join()
         if _parse(_read(path)).get("token") == me["token"]:
             path.unlink(missing_ok=True)
 
 
-def _take(path: Path, me: dict, otherwise: str) -> None:
-    """Creates the owner's file, once no living process has it."""
+def _acquire(path: Path, me: dict) -> None:
+    """Creates the owner file once no living process has it."""
     seen, waited = "", 0.0
     while not _create(path, _line(me, 0)):
         found = _read(path)
         if not found and not path.exists():
-            continue  # its owner has just left
+            continue  # the owner has just released it
         owner = _parse(found)
-        what = (
-            f"`{owner.get('command', 'sora')}` is at work in {path.parent} (process {owner.get('process', '?')} on "
-            f"{owner.get('host', 'an unknown host')})"
+        other = (
+            f"another `{owner.get('command', 'sora')}` is running in {path.parent} "
+            f"(process {owner.get('process', '?')} on {owner.get('host', 'an unknown host')})"
         )
         here = owner.get("machine") == me["machine"]
         alive = here and owner["started"] == _started(owner["process"])
         if alive or (waited and found and found != seen):
-            raise UserError(f"another {what}. Wait for its end, end it, or {otherwise}")
+            raise UserError(f"{other}. Wait until it ends, stop it, or {INSTEAD[me['command']]}")
         if here or waited >= STALE_S:
             _remove(path, found)
             continue
         if not waited:
-            print(f"another {what}, or was killed: waiting {STALE_S:.0f} s for a sign of life", flush=True)
+            print(f"{other}, or was killed. Waiting {STALE_S:.0f} s for its heartbeat", flush=True)
         seen, waited = found, waited + 1
         time.sleep(1)
 
 
-def _beat(path: Path, me: dict, ended: threading.Event) -> None:
-    """Rewrites the owner's file again and again. Ends this process where another has taken the folder over."""
-    beat = 0
-    while not ended.wait(BEAT_S):
-        beat += 1
-        with contextlib.suppress(OSError):  # a full or stalled disk; the next beat may get through
+def _heartbeat(path: Path, me: dict, ended: threading.Event) -> None:
+    """Rewrites the owner file periodically. Ends this process if another process has taken the folder over."""
+    count = 0
+    while not ended.wait(HEARTBEAT_S):
+        count += 1
+        with contextlib.suppress(OSError):  # a full or stalled disk; the next heartbeat may succeed
             found = _parse(_read(path))
             if found and found.get("token") != me["token"]:
                 other = f"process {found.get('process')} on {found.get('host')}"
                 with contextlib.suppress(OSError):
-                    why = f"{other} took {path.parent} over: this process was silent for {STALE_S:.0f} s, and ends"
-                    print(why, file=sys.stderr, flush=True)
-                os._exit(1)  # at once: whatever else it wrote would be into the other's folder
-            if not _create(path, _line(me, beat)):
+                    why = f"{other} took over {path.parent} after {STALE_S:.0f} s without a heartbeat from this process"
+                    print(f"{why}. This process ends", file=sys.stderr, flush=True)
+                os._exit(1)  # at once: anything else it writes would go into the other process's folder
+            if not _create(path, _line(me, count)):
                 with path.open("r+", encoding="utf-8") as file:
-                    file.write(_line(me, beat))
+                    file.write(_line(me, count))
 
 
-def _line(me: dict, beat: int) -> str:
-    """Always as long, so that it is rewritten in place."""
-    return json.dumps({**me, "beat": f"{beat:012d}"})
+def _line(me: dict, count: int) -> str:
+    """The owner file's content. Its length is constant, so it can be rewritten in place."""
+    return json.dumps({**me, "beat": f"{count:012d}"})
 
 
 def _create(path: Path, content: str) -> bool:
-    """Whether the file was created by this very call."""
+    """Creates the file with `content`; False if it exists."""
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(content)
@@ -157,7 +168,7 @@ def _parse(text: str) -> dict:
 
 
 def _remove(path: Path, content: str) -> None:
-    """Removes the file if it still has this content. Another that appeared meanwhile is put back."""
+    """Removes the file if it still has this content. A file that another process created meanwhile is put back."""
     aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     with contextlib.suppress(FileNotFoundError):
         path.rename(aside)
@@ -168,7 +179,7 @@ def _remove(path: Path, content: str) -> None:
 
 
 def _machine() -> str:
-    """The same for processes that see each other's numbers, and for no others."""
+    """Identifies the PID namespace of this boot: equal only for processes that see each other's PIDs."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -177,7 +188,7 @@ def _machine() -> str:
 
 
 def _started(process: int) -> str:
-    """When a process of this machine started, in ticks since boot; an empty string where none lives."""
+    """When a process of this machine started, in ticks since boot; empty if it is not running."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
         return "" if fields[0] in "ZX" else fields[19]

@@ -15,7 +15,7 @@ import sys
 from sora_train.errors import UserError
 
 
-class Lenient(io.RawIOBase):
+class LenientOutput(io.RawIOBase):
     """Writes to a file descriptor as far as that goes; what can't be written is dropped."""
 
     def __init__(self, descriptor: int, lost: OSError | None) -> None:
@@ -41,7 +41,7 @@ class Lenient(io.RawIOBase):
         return os.isatty(self.descriptor)
 
 
-def protect() -> None:
+def protect_streams() -> None:
     """Makes the streams of this process lenient, and has a closed terminal (SIGHUP) end it as SIGTERM does.
 
     `nohup` ignores SIGHUP, and that stays so.
@@ -60,13 +60,13 @@ def protect() -> None:
 
 def _stream(before: object, descriptor: int, lost: OSError | None) -> io.TextIOWrapper:
     encoding = getattr(before, "encoding", None) or "utf-8"
-    raw = Lenient(descriptor, lost)
+    raw = LenientOutput(descriptor, lost)
     return io.TextIOWrapper(
         io.BufferedWriter(raw), encoding, errors="backslashreplace", line_buffering=raw.isatty() or descriptor == 2
     )
 
 
-def say(text: str) -> None:
+def print_result(text: str) -> None:
     """Prints a command's result. Raises UserError where stdout can't take it, unless its reader has left."""
     try:
         print(text, flush=True)

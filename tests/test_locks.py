@@ -13,13 +13,13 @@ import pytest
 
 from sora_train import locks
 from sora_train.errors import UserError
-from sora_train.locks import OWNER, locked, owned
+from sora_train.locks import OWNER_FILE, file_lock, run_lock
 from sora_train.train.metrics import JsonLines
 
 HOLD = (
-    "import sys, time; from pathlib import Path; from sora_train import locks\n"
-    "locks.BEAT_S = 0.1\n"
-    "with locks.owned(Path(sys.argv[1]), 'sora train', 'no'):\n"
+    "import sys, time; from sora_train import locks\n"
+    "locks.HEARTBEAT_S = 0.1\n"
+    "with locks.run_lock(sys.argv[1], 'sora train'):\n"
     "    print('held', flush=True); time.sleep(60)"
 )
 
@@ -57,7 +57,7 @@ def test_no_line_of_several_writers_is_lost_nor_cut_off(tmp_path: Path):
 def test_a_lock_that_a_killed_process_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(locks, "ABANDONED_S", 0.2)
     (tmp_path / ".file.lock").write_text("of a dead process")
-    with locked(tmp_path / "file"):
+    with file_lock(tmp_path / "file"):
         assert (tmp_path / ".file.lock").exists()
     assert not list(tmp_path.iterdir())
 
@@ -65,8 +65,8 @@ def test_a_lock_that_a_killed_process_left_is_removed(tmp_path: Path, monkeypatc
 def test_the_owner_of_a_folder_is_named_with_its_host(tmp_path: Path):
     process = holder(tmp_path)
     try:
-        with pytest.raises(UserError, match=rf"process {process.pid} on {os.uname().nodename}\)\. .*or use another"):
-            owned(tmp_path, "sora train", "use another").__enter__()
+        with pytest.raises(UserError, match=rf"process {process.pid} on {os.uname().nodename}\)\. .*or give"):
+            run_lock(str(tmp_path), "sora train").__enter__()
     finally:
         process.kill()
         process.wait()
@@ -76,36 +76,36 @@ def test_a_killed_owner_of_this_machine_holds_nobody_up(tmp_path: Path):
     process = holder(tmp_path)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert (tmp_path / OWNER).exists()
+    assert (tmp_path / OWNER_FILE).exists()
     began = time.monotonic()
-    with owned(tmp_path, "sora train", "no"):
+    with run_lock(str(tmp_path), "sora train"):
         assert time.monotonic() - began < locks.STALE_S / 2
     assert not list(tmp_path.iterdir())
 
 
 def test_a_silent_owner_of_another_machine_loses_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr(locks, "STALE_S", 2.0)
-    (tmp_path / OWNER).write_text(of_another_machine())
-    with owned(tmp_path, "sora train", "no"):
-        assert json.loads((tmp_path / OWNER).read_text())["process"] == os.getpid()
-    assert "process 77 on node-9), or was killed: waiting 2 s" in capsys.readouterr().out
+    (tmp_path / OWNER_FILE).write_text(of_another_machine())
+    with run_lock(str(tmp_path), "sora train"):
+        assert json.loads((tmp_path / OWNER_FILE).read_text())["process"] == os.getpid()
+    assert "process 77 on node-9), or was killed. Waiting 2 s" in capsys.readouterr().out
 
 
 def test_a_living_owner_of_another_machine_keeps_its_folder(tmp_path: Path):
-    (tmp_path / OWNER).write_text(of_another_machine())
+    (tmp_path / OWNER_FILE).write_text(of_another_machine())
     ended = threading.Event()
 
     def beat() -> None:
         count = 0
         while not ended.wait(0.5):
             count += 1
-            (tmp_path / OWNER).write_text(of_another_machine(count))
+            (tmp_path / OWNER_FILE).write_text(of_another_machine(count))
 
     thread = threading.Thread(target=beat)
     thread.start()
     try:
         with pytest.raises(UserError, match="process 77 on node-9"):
-            owned(tmp_path, "sora train", "no").__enter__()
+            run_lock(str(tmp_path), "sora train").__enter__()
     finally:
         ended.set()
         thread.join()
@@ -113,8 +113,8 @@ def test_a_living_owner_of_another_machine_keeps_its_folder(tmp_path: Path):
 
 def test_an_owner_that_lost_its_folder_ends_itself(tmp_path: Path):
     process = holder(tmp_path)
-    (tmp_path / OWNER).write_text(of_another_machine())
+    (tmp_path / OWNER_FILE).write_text(of_another_machine())
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "process 77 on node-9 took" in said
-    assert json.loads((tmp_path / OWNER).read_text())["host"] == "node-9"
+    assert "process 77 on node-9 took over" in said
+    assert json.loads((tmp_path / OWNER_FILE).read_text())["host"] == "node-9"

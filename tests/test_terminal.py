@@ -11,8 +11,8 @@ import pytest
 
 SORA = [sys.executable, "-m", "sora_train.cli"]
 WORK = (
-    "import sys; from pathlib import Path; from sora_train.terminal import protect, say\n"
-    "protect()\n"
+    "import sys; from pathlib import Path; from sora_train.terminal import print_result, protect_streams\n"
+    "protect_streams()\n"
     "for i in range(3000): print('… ä', i, flush=True); print('… ä', i, file=sys.stderr, flush=True)\n"
     "Path(sys.argv[1]).write_text('done')"
 )
@@ -41,8 +41,8 @@ def test_a_locale_that_lacks_a_character_ends_no_work(tmp_path: Path, encoding: 
 
 def test_a_file_opened_later_never_takes_the_place_of_a_closed_stdout(tmp_path: Path):
     program = (
-        "import os, sys; from sora_train.terminal import protect\n"
-        "protect(); file = open(sys.argv[1], 'w'); os.write(1, b'printed'); file.write('content')"
+        "import os, sys; from sora_train.terminal import protect_streams\n"
+        "protect_streams(); file = open(sys.argv[1], 'w'); os.write(1, b'printed'); file.write('content')"
     )
     subprocess.run(["bash", "-c", f'"$0" -c "$1" {tmp_path}/file >&-', sys.executable, program], check=True)
     assert (tmp_path / "file").read_text() == "content"
@@ -69,8 +69,8 @@ def test_a_result_for_a_closed_stdout_is_an_error(tiny_shards: Path, words: list
 def test_a_hangup_ends_a_command_as_sigterm_does_unless_ignored(before: str, code: int):
     """`nohup` ignores the signal before it starts a command, as `trap ''` does."""
     program = (
-        "import os, signal, time; from sora_train.terminal import protect\n"
-        "protect(); os.kill(os.getpid(), signal.SIGHUP); time.sleep(0.1)"
+        "import os, signal, time; from sora_train.terminal import protect_streams\n"
+        "protect_streams(); os.kill(os.getpid(), signal.SIGHUP); time.sleep(0.1)"
     )
     shell = f'{before} exec "$0" -c "$1"'
     command = ["bash", "-c", shell, sys.executable, program]

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sora_train.launch.resume import UNTOLD, differences
+from sora_train.launch.resume import UNREPORTED_KEYS, changed_keys
 from sora_train.recipe import Recipe, load_recipe
 from sora_train.train.config import TrainConfig
 from sora_train.train.loop import learning_rate
 
 
-def changes(run: Path, recipe: Recipe, at: int) -> str:
+def describe_changes(run: Path, recipe: Recipe, at: int) -> str:
     """The keys that differ from when the run last started, and how the learning rate jumps at step `at`; "" if none."""
-    found = [change for change in differences(run, recipe) if not change.startswith(UNTOLD)]
-    if found and (jump := rate_jump(load_recipe(run / "recipe.yaml").train, recipe.train, at)):
+    found = [change for change in changed_keys(run, recipe) if not change.startswith(UNREPORTED_KEYS)]
+    if found and (jump := learning_rate_jump(load_recipe(run / "recipe.yaml").train, recipe.train, at)):
         found.append(jump)
     return "; ".join(found)
 
 
-def rate_jump(then: TrainConfig, now: TrainConfig, at: int) -> str:
+def learning_rate_jump(then: TrainConfig, now: TrainConfig, at: int) -> str:
     """Both learning rates where step `at` + 1 does not follow the schedule so far, and what would avoid a rise."""
     before, after = learning_rate(then, at - 1), learning_rate(now, at)
     expected = learning_rate(then, at) if at < then.steps else before

@@ -15,8 +15,8 @@ from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
 from sora_train.evaluate.i3d import load_i3d
 from sora_train.evaluate.similarity import find_clip
-from sora_train.launch.resume import null_prompt_then
-from sora_train.launch.start import find_start
+from sora_train.launch.resume import saved_null_prompt
+from sora_train.launch.start import find_initial_weights
 from sora_train.manifest import Manifest
 from sora_train.recipe import Recipe
 from sora_train.schema import bucket_name, bucket_size
@@ -25,7 +25,7 @@ from sora_train.storage import reject_job_dir
 from sora_train.train import checkpoint
 
 
-def absolute(recipe: Recipe, fresh: bool = False) -> Recipe:
+def resolve_recipe(recipe: Recipe, fresh: bool = False) -> Recipe:
     """The recipe with its local folders made absolute: workers and validations have other working folders.
 
     `model.init_from` becomes the folder of the weights, fetched for a hub id; a run that is resumed, and not made anew
@@ -47,7 +47,7 @@ def absolute(recipe: Recipe, fresh: bool = False) -> Recipe:
 
     run = Path(place(recipe.train.output)) / recipe.name
     begun = run if not fresh and (run / "recipe.yaml").is_file() and checkpoint.whole(run / "checkpoints") else None
-    start = _start(recipe, begun)
+    start = _initial_weights(recipe, begun)
     return recipe.model_copy(
         update={
             "data": recipe.data.model_copy(update={"output": place(recipe.data.output)}),
@@ -59,7 +59,7 @@ def absolute(recipe: Recipe, fresh: bool = False) -> Recipe:
             ),
             "codec": recipe.codec.model_copy(
                 update={key: network(getattr(recipe.codec, key)) for key in ("vae", "text", "models")}
-                | _given_text(recipe.codec, start, begun)
+                | _text_settings(recipe.codec, start, begun)
             ),
             "model": replace(recipe.model, init_from=start),
             "train": recipe.train.model_copy(update={"output": place(recipe.train.output)}),
@@ -67,17 +67,17 @@ def absolute(recipe: Recipe, fresh: bool = False) -> Recipe:
     )
 
 
-def _start(recipe: Recipe, begun: Path | None) -> str:
+def _initial_weights(recipe: Recipe, begun: Path | None) -> str:
     if begun is not None:
         return str((read_yaml(begun / "recipe.yaml").get("model") or {}).get("init_from", ""))
-    return find_start(recipe)
+    return find_initial_weights(recipe)
 
 
-def _given_text(codec: CodecConfig, start: str, begun: Path | None) -> dict[str, str]:
+def _text_settings(codec: CodecConfig, start: str, begun: Path | None) -> dict[str, str]:
     """What `auto` stands for. The cleaning of captions is what the shards have, unless weights of others are read."""
     if begun is not None:
         stated = codec.null_prompt != "auto"
-        return {"null_prompt": codec.null_prompt if stated else null_prompt_then(begun)}
+        return {"null_prompt": codec.null_prompt if stated else saved_null_prompt(begun)}
     cleaning = cleaning_of(codec, start) if start else codec.caption_cleaning
     return {"caption_cleaning": cleaning, "null_prompt": null_prompt_of(codec, start)}
 
@@ -155,7 +155,7 @@ def check_text(recipe: Recipe, manifest: Manifest) -> None:
     manifest.null_embedding(recipe.codec.null_prompt)
 
 
-def check_figures(recipe: Recipe) -> None:
+def check_metric_models(recipe: Recipe) -> None:
     """UserError where the networks that measure a validation can't be read: training would not say so for hours."""
     if recipe.validation.every and recipe.validation.fvd:
         load_i3d(recipe.validation.i3d)
@@ -167,8 +167,8 @@ def check_cluster(recipe: Recipe) -> bool:
     """Whether workers take GPUs; UserError if training and the validation beside it do not fit the cluster together."""
     have = ray.cluster_resources()
     wish = recipe.cluster.gpu
-    gpu = wish == "yes" or (wish == "auto" and have.get("GPU", 0) >= resources(recipe, gpu=True)["GPU"])
-    need = resources(recipe, gpu)
+    gpu = wish == "yes" or (wish == "auto" and have.get("GPU", 0) >= run_resources(recipe, gpu=True)["GPU"])
+    need = run_resources(recipe, gpu)
     short = [
         f"{count:g} {kind} (it has {have.get(kind, 0):g})" for kind, count in need.items() if count > have.get(kind, 0)
     ]
@@ -177,10 +177,10 @@ def check_cluster(recipe: Recipe) -> bool:
         beside = f" and {recipe.validation.resources} for validation beside it" if recipe.validation.every else ""
         raise UserError(
             f"the cluster is too small: {recipe.cluster.fewest} workers of {worker_resources(recipe, gpu)}{beside} "
-            f"need {', '.join(short)}; lower cluster.workers, set validation.every to 0, or {more_room(cpus)}. "
-            "Otherwise Ray would wait for ever"
+            f"need {', '.join(short)}. Ray would wait for ever: lower cluster.workers, set validation.every to 0, or "
+            f"{add_resources_hint(cpus)}"
         )
-    full = resources(recipe, gpu, most=True)
+    full = run_resources(recipe, gpu, most=True)
     if recipe.validation.every and any(count > have.get(kind, 0) >= 1 for kind, count in full.items()):
         print(
             f"with more than the fewest of cluster.workers {recipe.cluster.workers} there may be no room left for "
@@ -190,13 +190,13 @@ def check_cluster(recipe: Recipe) -> bool:
     return gpu
 
 
-def more_room(cpus: float) -> str:
+def add_resources_hint(cpus: float) -> str:
     """What gives a cluster that was joined more room: of CPUs, where so many are needed in all and there are fewer."""
     counted = f", or start a node's Ray anew with more CPUs than it has cores (`ray start --num-cpus {cpus:g}`)"
     return "add nodes" + (counted if cpus else "")
 
 
-def resources(recipe: Recipe, gpu: bool, most: bool = False) -> dict[str, float]:
+def run_resources(recipe: Recipe, gpu: bool, most: bool = False) -> dict[str, float]:
     """What the whole run takes of a cluster, with the fewest of its workers or with the most."""
     workers = recipe.cluster.most if most else recipe.cluster.fewest
     need = {kind: count * workers for kind, count in worker_resources(recipe, gpu).items()}

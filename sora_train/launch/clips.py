@@ -20,7 +20,7 @@ from sora_train.storage import atomic_file
 CLIPS = "clips.parquet"
 """In a run's folder: a row for each clip of its shards, those that are held out too."""
 COLUMNS = ["sample_id", "source", "content_hash", "start_s"]
-NAMED = 5
+MAX_NAMES = 5
 """Most sources that a message names."""
 
 
@@ -70,7 +70,7 @@ def read_clips(recipe: Recipe) -> Clips:
     return Clips(pa.concat_tables(tables), train.fingerprint)
 
 
-def recorded(run: Path) -> Clips | None:
+def saved_clips(run: Path) -> Clips | None:
     """The clips that a run was trained on so far; None where it has no record. UserError for one that is damaged."""
     place = run / CLIPS
     if not place.is_file():
@@ -82,28 +82,30 @@ def recorded(run: Path) -> Clips | None:
         raise UserError(f"{place} is damaged ({error!r}): it says which clips the run was trained on") from None
 
 
-def difference(before: Clips, now: Clips) -> str:
+def describe_difference(before: Clips, now: Clips) -> str:
     """Which training clips were added and removed, in words."""
     was, are = before.sources(held_out=False), now.sources(held_out=False)
     added = [source for sample, source in are.items() if sample not in was]
     removed = [source for sample, source in was.items() if sample not in are]
     if not added and not removed:
         return "the same clips are in the shards in another order"
-    parts = [f"{count_of(of)} {what} ({some(of)})" for what, of in (("added", added), ("removed", removed)) if of]
+    parts = [
+        f"{clip_count(of)} {what} ({first_names(of)})" for what, of in (("added", added), ("removed", removed)) if of
+    ]
     return f"{', '.join(parts)}: {len(was)} training clips before, {len(are)} now"
 
 
-def count_of(sources: list[str]) -> str:
+def clip_count(sources: list[str]) -> str:
     return f"{len(sources)} clip{'s' if len(sources) > 1 else ''}"
 
 
-def some(sources: list[str]) -> str:
+def first_names(sources: list[str]) -> str:
     """The first few names."""
     distinct = list(dict.fromkeys(sources))
-    return ", ".join(distinct[:NAMED]) + (", …" if len(distinct) > NAMED else "")
+    return ", ".join(distinct[:MAX_NAMES]) + (", …" if len(distinct) > MAX_NAMES else "")
 
 
-def check_sides(before: Clips, now: Clips) -> None:
+def check_holdout_moves(before: Clips, now: Clips) -> None:
     """UserError where clips that were trained on are held out now, or the other way round, as renamed files may be."""
     for held_out, then, here in ((False, "trained on", "held out"), (True, "held out", "trained on")):
         was, there = before.contents(held_out), before.contents(not held_out)
@@ -111,8 +113,9 @@ def check_sides(before: Clips, now: Clips) -> None:
         moved = [source for content, source in here_now if content in was and content not in there]
         if moved:
             raise UserError(
-                f"{count_of(moved)} that the run has {then} would be {here} now ({some(moved)}): the name decides, and "
-                "the file was renamed. Give the files their former names, or remove them, and run `sora prep` again"
+                f"{clip_count(moved)} that the run has {then} would be {here} now ({first_names(moved)}): the file "
+                "name decides, and it changed. Give the files their former names, or remove them, and run `sora prep` "
+                "again"
             )
 
 
@@ -121,15 +124,15 @@ def check_clips(run: Path, shards: str, now: Clips, new_data: bool) -> str:
 
     Raises UserError where they are others and nobody agreed to it (`new_data`).
     """
-    before = recorded(run)
+    before = saved_clips(run)
     if before is None or before.fingerprint == now.fingerprint:
         return ""
-    said = difference(before, now)
+    said = describe_difference(before, now)
     if not new_data:
         raise UserError(
             f"{shards} holds other clips than {run} was trained on: {said}. To go on with its optimizer and step, on "
             "the clips that are there now, add --new-data. To start a new run at step 0 from its weights: --name NEW "
             f"--model.init_from {run}. To go on as before, restore the previous clips"
         )
-    check_sides(before, now)
+    check_holdout_moves(before, now)
     return said

@@ -24,66 +24,66 @@ from sora_train.train.metrics import Events, JsonLines, duration, log_line, pars
 from sora_train.train.tracking import Tracker
 
 POLL_S = 0.5
-MOST_FAULTS = 20
+MAX_ERRORS = 20
 T = TypeVar("T")
 QUIET_S = 9.0  # after so long without a line there is one that says what is waited for
 
 
-class Follower:
+class Monitor:
     """A thread that follows `metrics.jsonl` and `events.jsonl` of a run, from now until the end of its block.
 
-    wandb and `begun`, which the caller may set, start only once training has: until then the workers need the cores.
-    wandb has a thread of its own, since it may wait for its server. Nothing ends either thread before the block: a full
-    disk, a damaged line or a closed stdout costs what it costs, and is reported once.
+    wandb and the optional `on_first_step` callback start only after training has begun, so they don't compete with the
+    workers for CPU cores during start-up. wandb has its own thread, because it may wait for its server. No error ends
+    either thread early: a full disk, a damaged line or a closed stdout is reported once.
     """
 
     def __init__(self, run: Path, steps: int, tracking: dict[str, Any], config: dict[str, Any]) -> None:
         self.run, self.steps, self.tracking, self.config = run, steps, tracking, config
         self.metrics, self.events = Tail(run / "metrics.jsonl"), Tail(run / "events.jsonl")
-        self.doing, self.said_at, self.began = "starting workers", time.monotonic(), time.monotonic()
+        self.activity, self.printed_at, self.started_at = "starting workers", time.monotonic(), time.monotonic()
         self.training = False  # whether workers are there that would hear of a wish
-        self.begun: Callable[[], object] = lambda: None
-        self.held_up: Callable[[], str] = lambda: ""
+        self.on_first_step: Callable[[], object] = lambda: None
+        self.wait_reason: Callable[[], str] = lambda: ""
         """Why no workers start, if Ray says so; the caller may set it."""
-        self.faults: set[str] = set()
-        self.shown, self.nodes = RayMetrics(run.name), NodeStats()
+        self.seen_errors: set[str] = set()
+        self.ray_metrics, self.nodes = RayMetrics(run.name), NodeStats()
         self.tracker: Tracker | None = None
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._follow, name="follow", daemon=True)
-        self.beside = ThreadPoolExecutor(1, thread_name_prefix="tracking")
+        self.background = ThreadPoolExecutor(1, thread_name_prefix="tracking")
 
-    def __enter__(self) -> Follower:
+    def __enter__(self) -> Monitor:
         self.thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.ended.set()
         self.thread.join()
-        self.beside.shutdown()
+        self.background.shutdown()
 
     def _follow(self) -> None:
         tracked = ending = False
         while not ending:
             ending = self.ended.is_set()  # asked first, so that the last round sees the last lines
-            records = self._guarded(self.metrics.new) or []
-            fresh = self._guarded(self.events.new) or []
+            records = self._catch_errors(self.metrics.new_records) or []
+            fresh = self._catch_errors(self.events.new_records) or []
             self._show(records, fresh)
-            quiet = time.monotonic() - self.said_at > QUIET_S
+            quiet = time.monotonic() - self.printed_at > QUIET_S
             if not tracked and (records or ending or (self.training and quiet)):
                 tracked = True
-                self._beside(self._begin_tracking)
+                self._in_background(self._begin_tracking)
                 if self.training and not ending:
-                    self._guarded(self.begun)
+                    self._catch_errors(self.on_first_step)
             elif tracked and (records or fresh):
-                self._beside(partial(self._track, records, bool(fresh)))
+                self._in_background(partial(self._track, records, bool(fresh)))
             if quiet:
-                waited = time.monotonic() - self.began
-                self._say(f"… {self.doing}, {duration(waited)} since the start")
-                if not self.training and waited > WAIT_S and (why := self._guarded(self.held_up)):
-                    self._say(why)
+                waited = time.monotonic() - self.started_at
+                self._print(f"… {self.activity}, {duration(waited)} since the start")
+                if not self.training and waited > WAIT_S and (why := self._catch_errors(self.wait_reason)):
+                    self._print(why)
             self.ended.wait(POLL_S)
         if tracked:
-            self._beside(lambda: self.tracker and self.tracker.finish())
+            self._in_background(lambda: self.tracker and self.tracker.finish())
 
     def _begin_tracking(self) -> None:
         """Also tells wandb of the lines of before: a kill may have kept them from it."""
@@ -95,52 +95,52 @@ class Follower:
 
     def _track(self, records: list[dict[str, Any]], alert: bool) -> None:
         if self.tracker is not None and self.tracker.writer is not None:
-            self.tracker.log(records, self.nodes.look() if records else {})
+            self.tracker.log(records, self.nodes.read() if records else {})
             if alert:
                 self.tracker.alert(JsonLines(self.events.path).read())
 
     def _show(self, records: list[dict[str, Any]], fresh: list[dict[str, Any]]) -> None:
         """New lines, to people and to Ray's metrics."""
         for record in records:
-            self._guarded(partial(self._show_record, record))
+            self._catch_errors(partial(self._show_record, record))
         for event in fresh:
-            self._guarded(partial(self._show_event, event))
-        self._guarded(self.shown.again)
+            self._catch_errors(partial(self._show_event, event))
+        self._catch_errors(self.ray_metrics.refresh)
 
     def _show_record(self, record: dict[str, Any]) -> None:
-        self.shown.line(record)
+        self.ray_metrics.set_from_record(record)
         if record.get("validation"):
-            self._say(validation_line(record))
+            self._print(validation_line(record))
             return
-        self.doing = "training" if record["step"] < self.steps else "waiting for checkpoints and validations to end"
-        self._say(log_line(record, self.steps))
+        self.activity = "training" if record["step"] < self.steps else "waiting for checkpoints and validations to end"
+        self._print(log_line(record, self.steps))
 
     def _show_event(self, event: dict[str, Any]) -> None:
         kind = str(event["event"])
         if kind in ("start", "resume"):
-            self.doing, self.training = "training", True
+            self.activity, self.training = "training", True
         if kind == "worker_lost":
-            self.doing, self.training = "replacing workers", False
-            self.shown.forget()
-        self.shown.count("sora_events", kind[:80])
-        self._say(f"{kind.replace('_', ' ')} at step {event['step']}: {event['reason']}")
+            self.activity, self.training = "replacing workers", False
+            self.ray_metrics.clear()
+        self.ray_metrics.count("sora_events", kind[:80])
+        self._print(f"{kind.replace('_', ' ')} at step {event['step']}: {event['reason']}")
 
-    def _say(self, line: str) -> None:
-        self.said_at = time.monotonic()
+    def _print(self, line: str) -> None:
+        self.printed_at = time.monotonic()
         with contextlib.suppress(OSError, ValueError):  # stdout is gone, or can't encode the line
             print(line, flush=True)
 
-    def _beside(self, act: Callable[[], object]) -> None:
-        self.beside.submit(self._guarded, act)
+    def _in_background(self, act: Callable[[], object]) -> None:
+        self.background.submit(self._catch_errors, act)
 
-    def _guarded(self, act: Callable[[], T]) -> T | None:
+    def _catch_errors(self, act: Callable[[], T]) -> T | None:
         """What `act` returns, or None where it fails, which is said once."""
         try:
             return act()
         except Exception as error:  # nothing that is only shown may end a training, or what else is shown of it
             why = f"{type(error).__name__}: {error}"
-            if why not in self.faults and len(self.faults) < MOST_FAULTS:
-                self.faults.add(why)
+            if why not in self.seen_errors and len(self.seen_errors) < MAX_ERRORS:
+                self.seen_errors.add(why)
                 with contextlib.suppress(OSError, ValueError):
                     print(f"a line of {self.run} can't be shown or tracked ({why}); training goes on", file=sys.stderr)
             return None
@@ -154,9 +154,9 @@ class Tail:
         self.offset, self.last = 0, b""
         self.lines = array("q")
         """A hash of each line of the file, by which lines are known again after it was cut back."""
-        self.new()
+        self.new_records()
 
-    def new(self) -> list[dict[str, Any]]:
+    def new_records(self) -> list[dict[str, Any]]:
         if not self.path.exists():
             return []
         with self.path.open("rb") as file:

@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 import ray
 
 EVERY_S, WAIT_S = 15.0, 2.0
-MOST_NODES = 32  # beyond them wandb would have thousands of curves; Ray's own metrics have all
-MOST_BYTES = 8 * 2**20
+MAX_NODES = 32  # beyond them wandb would have thousands of curves; Ray's own metrics have all
+MAX_BYTES = 8 * 2**20
 KEYS = {
     "ray_node_cpu_utilization": ("cpu", 1.0),
     "ray_node_mem_used": ("memory_gb", 1e-9),
@@ -36,7 +36,7 @@ class NodeStats:
     def __init__(self) -> None:
         self.asked_at = float("-inf")
 
-    def look(self) -> dict[str, float]:
+    def read(self) -> dict[str, float]:
         """`node/HOST/cpu`, `…/memory_gb`, `…/disk` and, of each GPU, `…/gpu0` and `…/gpu0_memory_gb`; or nothing where
         it is not yet time. A node that does not answer is left out. Never raises.
         """
@@ -45,41 +45,41 @@ class NodeStats:
         self.asked_at = time.monotonic()
         with contextlib.suppress(Exception):  # whatever goes wrong with figures for wandb must not cost a training
             if ray.is_initialized():
-                return look()
+                return read_nodes()
         return {}
 
 
-def look() -> dict[str, float]:
+def read_nodes() -> dict[str, float]:
     """The figures of all nodes that answer."""
-    nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=name_of)[:MOST_NODES]
-    names = [name_of(node) for node in nodes]
+    nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=node_name)[:MAX_NODES]
+    names = [node_name(node) for node in nodes]
     if len(set(names)) < len(names):  # several raylets of one machine
         names = [f"{name}-{node['NodeManagerPort']}" for name, node in zip(names, nodes, strict=True)]
     with ThreadPoolExecutor(max_workers=len(nodes) or 1) as pool:
-        texts = pool.map(text_of, nodes)
+        texts = pool.map(fetch_metrics, nodes)
         return {
             f"node/{name}/{key}": value
             for name, text in zip(names, texts, strict=True)
-            for key, value in figures(text).items()
+            for key, value in parse_metrics(text).items()
         }
 
 
-def name_of(node: dict) -> str:
+def node_name(node: dict) -> str:
     return str(node["NodeManagerHostname"] or node["NodeManagerAddress"]).replace("/", "_")
 
 
-def text_of(node: dict) -> str:
+def fetch_metrics(node: dict) -> str:
     """What a node's agent shows; nothing where it does not answer."""
     address, port = node["NodeManagerAddress"], node["MetricsExportPort"]
     host = f"[{address}]" if ":" in address else address
     try:
         with urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=WAIT_S) as answer:
-            return answer.read(MOST_BYTES).decode(errors="replace")
+            return answer.read(MAX_BYTES).decode(errors="replace")
     except OSError:
         return ""
 
 
-def figures(text: str) -> dict[str, float]:
+def parse_metrics(text: str) -> dict[str, float]:
     """A node's figures by our names."""
     found: dict[str, float] = {}
     for name, tags, value in LINE.findall(text):

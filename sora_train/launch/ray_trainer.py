@@ -28,20 +28,20 @@ from ray.util import placement_group_table
 
 from sora_train.errors import UserError
 from sora_train.launch.checks import worker_resources
-from sora_train.launch.monitor import Follower
+from sora_train.launch.monitor import Monitor
 from sora_train.launch.private_ray import Trainer, start_autoscaling_coordinator
-from sora_train.launch.run_folder import last_checkpoint, last_step, stopped_because
-from sora_train.launch.validation import prepare, supervise
+from sora_train.launch.run_folder import describe_newest_checkpoint, last_step, read_fatal_error
+from sora_train.launch.validation import prepare_prompts, supervise
 from sora_train.launch.worker import train_worker
 from sora_train.recipe import Recipe
 from sora_train.train.metrics import Events
 
 
-def fit(recipe: Recipe, run: Path, gpu: bool, follower: Follower) -> str:
+def run_trainer(recipe: Recipe, run: Path, gpu: bool, monitor: Monitor) -> str:
     """Ray's part: worker group, restarts, checkpoints to keep, validations. Returns "", or why training ended early."""
     events = Events(run)
     start_autoscaling_coordinator()
-    follower.held_up = lambda: no_room(recipe, gpu)
+    monitor.wait_reason = lambda: resource_wait_reason(recipe, gpu)
     validation = None
     if recipe.validation.every:
         timeout_s, on_gpu = recipe.validation.timeout_s, recipe.validation.resources.get("GPU", 0) > 0
@@ -49,14 +49,14 @@ def fit(recipe: Recipe, run: Path, gpu: bool, follower: Follower) -> str:
 
         def embed() -> None:
             # In the place that validations will have. Nobody waits: a validation without them makes its own.
-            task = ray.remote(prepare).options(**options, name=f"prompts of {recipe.name}")
+            task = ray.remote(prepare_prompts).options(**options, name=f"prompts of {recipe.name}")
             try:
                 task.remote(str(run), timeout_s, on_gpu)
             except Exception as error:  # whatever Ray makes of a cluster that is going must not end who follows the run
                 with contextlib.suppress(UserError):  # of a full disk
-                    events.write("validation_failed", 0, f"prompts can't be embedded: {reason_of(error)}")
+                    events.write("validation_failed", 0, f"prompts can't be embedded: {root_cause(error)}")
 
-        follower.begun = embed
+        monitor.on_first_step = embed
         validation = ValidationConfig(
             fn=supervise,  # type: ignore[arg-type]  # it names its keywords, where Ray's protocol has **kwargs
             task_config=ValidationTaskConfig(fn_kwargs={"run": str(run), "timeout_s": timeout_s, "gpu": on_gpu}),
@@ -82,7 +82,7 @@ def fit(recipe: Recipe, run: Path, gpu: bool, follower: Follower) -> str:
                 checkpoint_score_attribute="loss" if recipe.train.keep_by == "loss" else None,
                 checkpoint_score_order="min",
             ),
-            callbacks=[NoteEvents(str(run))],
+            callbacks=[EventCallback(str(run))],
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
         validation_config=validation,
@@ -91,15 +91,15 @@ def fit(recipe: Recipe, run: Path, gpu: bool, follower: Follower) -> str:
     try:
         why = trainer.fit().return_value or ""
     except ray.train.TrainingFailedError as error:
-        why, account = reason_of(error), str(error)
-    if (reason := stopped_because(run)) or account:
-        raise failed(run, events, reason or why, account)
+        why, account = root_cause(error), str(error)
+    if (reason := read_fatal_error(run)) or account:
+        raise training_failed(run, events, reason or why, account)
     if not why:
         events.write("end", last_step(run), "all steps are done")
     return why
 
 
-def no_room(recipe: Recipe, gpu: bool) -> str:
+def resource_wait_reason(recipe: Recipe, gpu: bool) -> str:
     """Why the workers do not start yet, where Ray waits for resources that others hold; else an empty string."""
     if all(group["state"] != "PENDING" for group in placement_group_table().values()):
         return ""
@@ -111,7 +111,7 @@ def no_room(recipe: Recipe, gpu: bool) -> str:
     )
 
 
-def failed(run: Path, events: Events, why: str, account: str) -> UserError:
+def training_failed(run: Path, events: Events, why: str, account: str) -> UserError:
     """Notes a failure, as far as the disk has room, and says it."""
     step, where = last_step(run), ""
     with contextlib.suppress(OSError, UserError):  # a full disk, as the system and as `Events` say it
@@ -120,10 +120,10 @@ def failed(run: Path, events: Events, why: str, account: str) -> UserError:
             (run / "failure.txt").write_text(account, encoding="utf-8")
             where = f"The whole account is in {run / 'failure.txt'}; "
     mended = "once that is mended, the same command goes on"
-    return UserError(f"training stopped near step {step}: {why}\n{where}{last_checkpoint(run)}; {mended}")
+    return UserError(f"training stopped near step {step}: {why}\n{where}{describe_newest_checkpoint(run)}; {mended}")
 
 
-class NoteEvents(UserCallback):
+class EventCallback(UserCallback):
     """Writes down what Ray's controller alone knows: which checkpoints count, and that workers were lost."""
 
     def __init__(self, run: str) -> None:
@@ -131,14 +131,14 @@ class NoteEvents(UserCallback):
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         if checkpoint is not None and "again" not in metrics[0]:
-            self.note("checkpoint", metrics[0]["step"], checkpoint.path)
+            self.write_event("checkpoint", metrics[0]["step"], checkpoint.path)
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        if not stopped_because(Path(self.run)):
-            why = "; ".join(f"rank {rank}: {reason_of(error)}" for rank, error in sorted(worker_exceptions.items()))
-            self.note("worker_lost", last_step(Path(self.run)), why)
+        if not read_fatal_error(Path(self.run)):
+            why = "; ".join(f"rank {rank}: {root_cause(error)}" for rank, error in sorted(worker_exceptions.items()))
+            self.write_event("worker_lost", last_step(Path(self.run)), why)
 
-    def note(self, event: str, step: int, reason: str) -> None:
+    def write_event(self, event: str, step: int, reason: str) -> None:
         with contextlib.suppress(UserError):  # a full disk must not bring Ray's controller down as well
             Events(Path(self.run)).write(event, step, reason)
 
@@ -149,7 +149,7 @@ def remote_options(wanted: dict[str, float]) -> dict[str, Any]:
     return {"num_cpus": wanted.get("CPU", 0), "num_gpus": wanted.get("GPU", 0), "resources": rest, "max_retries": 3}
 
 
-def reason_of(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
     """The first cause of what Ray wraps, in one line."""
     failures = getattr(error, "worker_failures", None)
     if failures:

@@ -12,7 +12,7 @@ from sora_train.recipe import Recipe
 from sora_train.settings import build, read_yaml
 from sora_train.train import checkpoint
 
-MAY_CHANGE = (
+RESUMABLE_KEYS = (
     "name",
     "data.captions",
     "data.root",
@@ -46,7 +46,7 @@ MAY_CHANGE = (
 )
 """What a resumed run may have otherwise than it began with: nothing of it changes what is learned, but for rounding."""
 
-STEERS = (
+TUNABLE_KEYS = (
     "train.learning_rate",
     "train.warmup_steps",
     "train.schedule",
@@ -56,7 +56,7 @@ STEERS = (
 )
 """What it may have otherwise too, from the resumed step on, since people steer by it."""
 
-CUTS = (
+CLIP_KEYS = (
     "data.frames",
     "data.height",
     "data.width",
@@ -69,7 +69,7 @@ CUTS = (
 )
 """Keys that decide which clips there are, and not how one is encoded: they may change with `--new-data`."""
 
-UNTOLD = (
+UNREPORTED_KEYS = (
     "name",
     "data.captions",
     "data.root",
@@ -87,7 +87,7 @@ UNTOLD = (
 """Keys that say where things are or how they are shown; a change of any other is an event of the run."""
 
 
-def check_folder(
+def check_resume(
     run: Path, recipe: Recipe, manifest: Manifest, clips: Clips | None = None, new_data: bool = False
 ) -> int | None:
     """The step of the newest whole checkpoint, if any. UserError if another recipe made it, or if its clips are others
@@ -98,14 +98,14 @@ def check_folder(
         return None
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{run / 'recipe.yaml'} is missing: put a copy of its newest checkpoint's there")
-    free = MAY_CHANGE + STEERS + (CUTS if new_data else ())
-    changed = [change for change in differences(run, recipe) if not change.startswith(free)]
-    changed += other_arithmetic(run, recipe)
-    cuts_only = bool(changed) and all(change.startswith(CUTS) for change in changed)
+    free = RESUMABLE_KEYS + TUNABLE_KEYS + (CLIP_KEYS if new_data else ())
+    changed = [change for change in changed_keys(run, recipe) if not change.startswith(free)]
+    changed += changed_arithmetic(run, recipe)
+    cuts_only = bool(changed) and all(change.startswith(CLIP_KEYS) for change in changed)
     if not (run / "manifest.json").is_file():
         raise UserError(f"{run / 'manifest.json'} is missing: put a copy of its shards' there")
     trained = Manifest.load(str(run))
-    if recipe.codec.null_prompt not in ("auto", before := null_prompt_then(run)):
+    if recipe.codec.null_prompt not in ("auto", before := saved_null_prompt(run)):
         changed.append(f"codec.null_prompt was {before} and is {recipe.codec.null_prompt}")
     if trained.encoding_hash != manifest.encoding_hash:
         changed.append(f"the shards' encoding was {trained.encoding_hash[:12]} and is {manifest.encoding_hash[:12]}")
@@ -125,20 +125,20 @@ def check_folder(
     return found[-1][0]
 
 
-def recipe_then(run: Path) -> Recipe:
+def saved_recipe(run: Path) -> Recipe:
     """The recipe that a run last started with."""
     return build(Recipe, read_yaml(run / "recipe.yaml"), {}, str(run / "recipe.yaml"))
 
 
-def null_prompt_then(run: Path) -> str:
+def saved_null_prompt(run: Path) -> str:
     """The null prompt that a run learned; one of before `codec.null_prompt` learned `eos`."""
-    stated = recipe_then(run).codec.null_prompt
+    stated = saved_recipe(run).codec.null_prompt
     return "eos" if stated == "auto" else stated
 
 
-def other_arithmetic(run: Path, recipe: Recipe) -> list[str]:
+def changed_arithmetic(run: Path, recipe: Recipe) -> list[str]:
     """A phrase if the run goes between stage 0 and the others in bf16, which is more than rounding; else nothing."""
-    then, now = recipe_then(run).train.zero_stage, recipe.train.zero_stage
+    then, now = saved_recipe(run).train.zero_stage, recipe.train.zero_stage
     if recipe.train.precision == "fp32" or bool(then) == bool(now):
         return []
     return [
@@ -147,9 +147,9 @@ def other_arithmetic(run: Path, recipe: Recipe) -> list[str]:
     ]
 
 
-def differences(run: Path, recipe: Recipe, of: tuple[str, ...] = ("",)) -> list[str]:
+def changed_keys(run: Path, recipe: Recipe, of: tuple[str, ...] = ("",)) -> list[str]:
     """Keys that begin with any of `of` and are otherwise than when the run last started, a phrase each."""
-    before, now = flat(recipe_then(run).model_dump(mode="json")), flat(recipe.model_dump(mode="json"))
+    before, now = flat(saved_recipe(run).model_dump(mode="json")), flat(recipe.model_dump(mode="json"))
     return [
         f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())

@@ -13,22 +13,21 @@ from pathlib import Path
 from sora_train.errors import UserError
 from sora_train.launch.clips import CLIPS, Clips
 from sora_train.launch.environment import environment
-from sora_train.launch.validation import EMBEDDINGS, Outstanding
-from sora_train.locks import owned
+from sora_train.launch.validation import EMBEDDINGS, ValidationStatus
 from sora_train.manifest import Manifest
 from sora_train.recipe import Recipe, save_recipe
 from sora_train.storage import DRAFT_PREFIX, atomic_write_text, broken_link
 from sora_train.train import checkpoint
 from sora_train.train.metrics import Events, JsonLines
-from sora_train.train.run_dir import LEAVE, Home
+from sora_train.train.run_dir import STOP_FILE, Home
 
-BEGINS, ENDS = ("start", "resume"), ("end", "failed", "preempted", "interrupted")
+START_EVENTS, END_EVENTS = ("start", "resume"), ("end", "failed", "preempted", "interrupted")
 """Events with which training begins, and those with which a command's training is over."""
-STOP = "stop.json"
+FATAL_ERROR_FILE = "stop.json"
 """Why a worker ended the run, where no repetition would mend it: workers that Ray starts anew find it and end too."""
-RAYS_LIST = "checkpoint_manager_snapshot.json"
+RAY_CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
 """Ray's list of checkpoints. It would bring a whole run down over one that somebody removed; workers report anew."""
-RECORDS = (
+RUN_FILES = (
     "metrics.jsonl",
     "events.jsonl",
     "recipe.yaml",
@@ -40,9 +39,9 @@ RECORDS = (
     "failure.txt",
     EMBEDDINGS,
     "heldout.json",
-    RAYS_LIST,
-    STOP,
-    LEAVE,
+    RAY_CHECKPOINT_LIST,
+    FATAL_ERROR_FILE,
+    STOP_FILE,
 )
 """Files that a run writes, beside its checkpoints and its samples."""
 
@@ -74,34 +73,34 @@ def check_fresh(run: Path, overwrite: bool) -> None:
         )
 
 
-def clear(run: Path) -> None:
+def remove_run(run: Path) -> None:
     """Removes what a run wrote, and nothing else: neither shards nor anybody's own files."""
     checkpoints = checkpoint.step_folders(run / "checkpoints")
     for path in (*checkpoints, *run.glob("checkpoints/damaged_step_*"), *run.glob("samples/step_*"), run / "trained"):
         shutil.rmtree(path, ignore_errors=True)
-    for name in RECORDS:
+    for name in RUN_FILES:
         (run / name).unlink(missing_ok=True)
 
 
-def write_folder(run: Path, recipe: Recipe, manifest: Manifest, clips: Clips) -> None:
+def prepare_run_folder(run: Path, recipe: Recipe, manifest: Manifest, clips: Clips) -> None:
     """What a run says of itself; leftovers of a run that was cut off are cleared away."""
     folder = run / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     drafts = (path.name for path in run.glob(f"{DRAFT_PREFIX}*"))
-    for name in (RAYS_LIST, STOP, LEAVE, *drafts):
+    for name in (RAY_CHECKPOINT_LIST, FATAL_ERROR_FILE, STOP_FILE, *drafts):
         (run / name).unlink(missing_ok=True)
-    describe_run(run, recipe, manifest, clips)
-    note_lost_driver(run)
+    save_run_description(run, recipe, manifest, clips)
+    record_lost_driver(run)
     atomic_write_text(run / "environment.json", json.dumps(environment(), indent=1))
-    set_aside(run)
+    quarantine_damaged(run)
     last = max((step for step, _ in checkpoint.whole(folder)), default=0)
-    outstanding = Outstanding(run)
-    for step in outstanding.steps():
-        outstanding.mark(step, "lost")
+    outstanding = ValidationStatus(run)
+    for step in outstanding.outstanding_steps():
+        outstanding.set(step, "lost")
     Home(run).cut_back(last)
 
 
-def describe_run(run: Path, recipe: Recipe, manifest: Manifest, clips: Clips) -> None:
+def save_run_description(run: Path, recipe: Recipe, manifest: Manifest, clips: Clips) -> None:
     """Writes what a run is made of: its recipe, how its clips were encoded, and which they are."""
     run.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, run / "recipe.yaml")
@@ -109,15 +108,15 @@ def describe_run(run: Path, recipe: Recipe, manifest: Manifest, clips: Clips) ->
     clips.save(run)
 
 
-def note_lost_driver(run: Path) -> None:
+def record_lost_driver(run: Path) -> None:
     """Notes that the command before this one ended without a word: its own last event would say why it ended."""
-    told = [event["event"] for event in Events(run).lines.read() if event.get("event") in BEGINS + ENDS]
-    if told and told[-1] in BEGINS:
+    told = [event["event"] for event in Events(run).lines.read() if event.get("event") in START_EVENTS + END_EVENTS]
+    if told and told[-1] in START_EVENTS:
         why = "the command before this one ended without a word, as by `kill -9` or with its machine"
         Events(run).write("driver_lost", last_step(run), why)
 
 
-def set_aside(run: Path) -> None:
+def quarantine_damaged(run: Path) -> None:
     """Removes checkpoints that a kill left unfinished; what is damaged is kept under another name, and named."""
     for path in checkpoint.step_folders(run / "checkpoints"):
         if checkpoint.unfinished(path):
@@ -129,7 +128,7 @@ def set_aside(run: Path) -> None:
             Events(run).write("damaged", int(path.name[5:]), f"{flaw}: put aside as {aside}")
 
 
-def check_whole(run: Path) -> None:
+def check_some_complete(run: Path) -> None:
     """UserError where a run has checkpoints and none is whole: it would begin anew, and nobody asked for that."""
     flaws = {
         path: flaw
@@ -145,14 +144,7 @@ def check_whole(run: Path) -> None:
 
 
 @contextmanager
-def only_one(run: Path) -> Iterator[None]:
-    """Keeps a second `sora train` of any node off a run's folder. UserError where another is at work there."""
-    with owned(run, "sora train", "give this one another name (--name)"):
-        yield
-
-
-@contextmanager
-def clear_words(run: Path) -> Iterator[None]:
+def os_errors_as_user_errors(run: Path) -> Iterator[None]:
     """Files of a run that can't be read or written as UserErrors."""
     try:
         yield
@@ -163,21 +155,21 @@ def clear_words(run: Path) -> Iterator[None]:
         ) from None
 
 
-def stop(run: Path, reason: str) -> None:
+def record_fatal_error(run: Path, reason: str) -> None:
     """Notes why the run must end; the first reason stays. On a full disk there is no note, and Ray tries again."""
-    note = run / STOP
+    note = run / FATAL_ERROR_FILE
     with contextlib.suppress(OSError), note.open("x", encoding="utf-8") as file:
         json.dump({"reason": reason}, file)
 
 
-def stopped_because(run: Path) -> str:
+def read_fatal_error(run: Path) -> str:
     """The reason in `stop.json`; an empty string where there is none."""
     try:
-        return str(json.loads((run / STOP).read_text(encoding="utf-8"))["reason"])
+        return str(json.loads((run / FATAL_ERROR_FILE).read_text(encoding="utf-8"))["reason"])
     except FileNotFoundError:
         return ""
     except (OSError, ValueError, KeyError):  # cut off by a full disk
-        return f"a worker met what can't be mended, and could not write it into {run / STOP}"
+        return f"a worker met what can't be mended, and could not write it into {run / FATAL_ERROR_FILE}"
 
 
 def last_step(run: Path) -> int:
@@ -185,19 +177,21 @@ def last_step(run: Path) -> int:
     return max((record["step"] for record in JsonLines(run / "metrics.jsonl").read()), default=0)
 
 
-def newest(run: Path) -> tuple[int, Path] | None:
+def newest_checkpoint(run: Path) -> tuple[int, Path] | None:
     """Step and folder of the newest whole checkpoint."""
     found = checkpoint.whole(run / "checkpoints")
     return found[-1] if found else None
 
 
-def last_checkpoint(run: Path) -> str:
+def describe_newest_checkpoint(run: Path) -> str:
     """The newest whole checkpoint, in words."""
-    found = newest(run)
+    found = newest_checkpoint(run)
     return f"the last whole checkpoint is {found[1]}" if found else "there is no checkpoint yet"
 
 
-def goes_on(run: Path) -> str:
+def resume_hint(run: Path) -> str:
     """From where the same command goes on, in words."""
-    from_there = "the same command goes on from there" if newest(run) else "the same command begins at step 0"
-    return f"{last_checkpoint(run)}; {from_there}"
+    from_there = (
+        "the same command goes on from there" if newest_checkpoint(run) else "the same command begins at step 0"
+    )
+    return f"{describe_newest_checkpoint(run)}; {from_there}"

@@ -12,34 +12,34 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sora_train.errors import Stopped
-from sora_train.launch.run_folder import goes_on
-from sora_train.train.run_dir import LEAVE
+from sora_train.launch.run_folder import resume_hint
+from sora_train.train.run_dir import STOP_FILE
 
-IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """What Ray sets in the environment of a job's driver, and nowhere else (ray 2.60, job_supervisor.py)."""
-HEARD = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-STOP_WAIT, LEAST_S = "RAY_JOB_STOP_WAIT_TIME_S", 60
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+STOP_WAIT_VARIABLE, MIN_STOP_WAIT_S = "RAY_JOB_STOP_WAIT_TIME_S", 60
 
 
-def warn_of_short_stops() -> None:
+def warn_if_stop_wait_short() -> None:
     """Says so where `ray job stop` would kill this driver before its run has made a checkpoint. Ray takes the seconds
     from the environment of the node, or of the job, that the driver runs in.
     """
-    seconds = os.environ.get(STOP_WAIT, "3")
-    if IN_A_JOB in os.environ and seconds.isdecimal() and int(seconds) < LEAST_S:
+    seconds = os.environ.get(STOP_WAIT_VARIABLE, "3")
+    if RAY_JOB_VARIABLE in os.environ and seconds.isdecimal() and int(seconds) < MIN_STOP_WAIT_S:
         print(
             f"`ray job stop` gives this run {seconds} s, perhaps too few for a checkpoint: start the head node with "
-            f"{STOP_WAIT}=300, or make a file `{LEAVE}` in the run's folder instead",
+            f"{STOP_WAIT_VARIABLE}=300, or make a file `{STOP_FILE}` in the run's folder instead",
             flush=True,
         )
 
 
-def shelter_wandb() -> None:
+def detach_wandb() -> None:
     """Has wandb's own process live where `ray job stop` does not find it: that sends SIGTERM to all that a driver has
     started, and wandb would end before the last checkpoint's line is written. It goes by itself when it is idle.
     Where it can't be started so, wandb starts one as always.
     """
-    if IN_A_JOB in os.environ and "WANDB_SERVICE" not in os.environ:
+    if RAY_JOB_VARIABLE in os.environ and "WANDB_SERVICE" not in os.environ:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         command = [sys.executable, "-P", "-m", "wandb", "beta", "core", "start", "--idle-timeout", "60s"]
         with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -47,7 +47,7 @@ def shelter_wandb() -> None:
             os.environ["WANDB_SERVICE"] = done.stdout.strip()
 
 
-class Sigterm:
+class SignalHandler:
     """What SIGTERM, SIGHUP (a closed terminal) and SIGINT (Ctrl-C) do to the driver within a `with` block.
 
     While workers train, the first only asks them to make a checkpoint and leave, which ends `fit`. A second one ends
@@ -63,19 +63,19 @@ class Sigterm:
         """Whether the run's folder is this command's own: in another's, `leave` would end the other's run."""
         self.hears = threading.current_thread() is threading.main_thread()
 
-    def __enter__(self) -> Sigterm:
+    def __enter__(self) -> SignalHandler:
         if self.hears:
             # Whoever handles a signal, its number comes out of this pipe.
             self.pipe = os.pipe()
             for end in self.pipe:
                 os.set_blocking(end, False)
             self.fd_before = signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False)
-            handlers = {number: signal.getsignal(number) for number in HEARD}
+            handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
             self.before = {number: found for number, found in handlers.items() if found is not signal.SIG_IGN}
             self._listen()
         return self
 
-    def listen_again(self) -> None:
+    def reinstall(self) -> None:
         """To be called when Ray has started: it sets a handler of its own, and Python drops what a handler raises amid
         a fork, of which there are many then.
         """
@@ -104,7 +104,9 @@ class Sigterm:
         self._count(number)
         if self.owns:
             with contextlib.suppress(OSError):  # there may be no folder yet
-                (self.run / LEAVE).touch()  # also where it raises, which may get lost: workers that start look for it
+                (
+                    self.run / STOP_FILE
+                ).touch()  # also where it raises, which may get lost: workers that start look for it
         if self.count > 1 or not self.can_wait():
             raise KeyboardInterrupt  # the one exception that Ray's calls let through
         print(f"{self.name}: makes a checkpoint, then ends. A second {self.name} ends at once", flush=True)
@@ -120,4 +122,4 @@ class Sigterm:
             return
         # SystemExit is what Ray's own handler makes of it while Ray starts.
         if kind is SystemExit or (self.count and kind is KeyboardInterrupt):
-            raise Stopped(f"{self.name or 'SIGTERM'} before workers could leave: {goes_on(self.run)}") from None
+            raise Stopped(f"{self.name or 'SIGTERM'} before workers could leave: {resume_hint(self.run)}") from None

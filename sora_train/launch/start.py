@@ -12,7 +12,7 @@ from sora_train.recipe import Recipe, load_recipe
 from sora_train.train.initial import check_initial, own_recipe, starting_point
 
 
-def find_start(recipe: Recipe) -> str:
+def find_initial_weights(recipe: Recipe) -> str:
     """The folder of the weights that `model.init_from` names, or "": a hub id is fetched, a run becomes its newest
     checkpoint. UserError where there are none.
     """
@@ -26,7 +26,7 @@ def find_start(recipe: Recipe) -> str:
     return str(starting_point(folder.absolute()))
 
 
-def check_start(recipe: Recipe) -> None:
+def check_initial_weights(recipe: Recipe) -> None:
     """UserError where training can't start from `model.init_from`, a local folder."""
     folder = recipe.model.init_from
     try:
@@ -37,7 +37,7 @@ def check_start(recipe: Recipe) -> None:
         raise UserError(f"model.init_from: training can't start from {folder}: {error}{advice}") from None
 
 
-def remarks(recipe: Recipe, manifest: Manifest) -> list[str]:
+def initial_weights_warnings(recipe: Recipe, manifest: Manifest) -> list[str]:
     """In what the weights in `model.init_from` were trained otherwise though their shapes fit; [] for diffusers'."""
     folder = Path(recipe.model.init_from)
     place = own_recipe(folder) if recipe.model.init_from else None

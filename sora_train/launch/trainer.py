@@ -17,41 +17,41 @@ from typing import Any
 
 from sora_train.data.config import small_buckets
 from sora_train.errors import Stopped, UserError
-from sora_train.launch.changes import changes
+from sora_train.launch.changes import describe_changes
 from sora_train.launch.checks import (
-    absolute,
     check_cluster,
     check_codec,
-    check_figures,
+    check_metric_models,
     check_shards,
     check_text,
-    resources,
+    resolve_recipe,
+    run_resources,
 )
 from sora_train.launch.clips import Clips, check_clips, read_clips
-from sora_train.launch.monitor import Follower
+from sora_train.launch.monitor import Monitor
 from sora_train.launch.preflight.table import check_disk, check_quickly
-from sora_train.launch.resume import check_folder
+from sora_train.launch.resume import check_resume
 from sora_train.launch.run_folder import (
     check_fresh,
-    check_whole,
+    check_some_complete,
     check_writable,
-    clear,
-    clear_words,
-    goes_on,
     last_step,
-    newest,
-    only_one,
-    write_folder,
+    newest_checkpoint,
+    os_errors_as_user_errors,
+    prepare_run_folder,
+    remove_run,
+    resume_hint,
 )
-from sora_train.launch.signals import Sigterm, shelter_wandb, warn_of_short_stops
-from sora_train.launch.start import check_start, remarks
-from sora_train.launch.validation import Outstanding, report, supervise
+from sora_train.launch.signals import SignalHandler, detach_wandb, warn_if_stop_wait_short
+from sora_train.launch.start import check_initial_weights, initial_weights_warnings
+from sora_train.launch.validation import ValidationStatus, supervise, update_report
+from sora_train.locks import run_lock
 from sora_train.manifest import Manifest
-from sora_train.ray_cluster.connection import connect, waiting
+from sora_train.ray_cluster.connection import connect, explain_wait
 from sora_train.recipe import Recipe, load_recipe, save_recipe
 from sora_train.train import checkpoint
 from sora_train.train.metrics import Events
-from sora_train.train.run_dir import LEAVE
+from sora_train.train.run_dir import STOP_FILE
 
 
 def launch_training(
@@ -66,85 +66,85 @@ def launch_training(
     repetition mends, or more often than `cluster.max_failures`. Raises Stopped where SIGTERM, SIGHUP, Ctrl-C,
     or a file `leave` in the run's folder ended it before its last step with a checkpoint.
     """
-    recipe = absolute(recipe, fresh)
+    recipe = resolve_recipe(recipe, fresh)
     run = Path(recipe.train.output) / recipe.name
     check_writable(run)
     manifest = check_shards(recipe)
     clips, at, happened = read_clips(recipe), 0, list[tuple[str, str]]()
-    with clear_words(run):
+    with os_errors_as_user_errors(run):
         if fresh:
             check_fresh(run, overwrite)
-        elif (at := check_folder(run, recipe, manifest, clips, new_data) or 0) >= recipe.train.steps:
+        elif (at := check_resume(run, recipe, manifest, clips, new_data) or 0) >= recipe.train.steps:
             print(f"{run} is finished: {at} steps are done; raise train.steps to train on", flush=True)
-            rerun_cut_off_validations(run, recipe)
+            rerun_missed_validations(run, recipe)
             return run
         else:
-            check_whole(run)
+            check_some_complete(run)
         if at:
-            happened = going_on(run, recipe, at, clips, new_data)
+            happened = describe_resume(run, recipe, at, clips, new_data)
     check_codec(recipe, manifest)
     check_text(recipe, manifest)
     if not at:
-        check_start(recipe)
-        for remark in remarks(recipe, manifest):
+        check_initial_weights(recipe)
+        for remark in initial_weights_warnings(recipe, manifest):
             print(f"warning: model.init_from: {remark}", file=sys.stderr, flush=True)
-    check_figures(recipe)
+    check_metric_models(recipe)
     for said in small_buckets(clips.counts(held_out=False), recipe.train.batch_size):
         print(f"warning: {said}", file=sys.stderr, flush=True)
-    print(exportable(recipe, manifest), flush=True)
-    warn_of_short_stops()
-    need = resources(recipe, gpu=False, most=True)
+    print(describe_export(recipe, manifest), flush=True)
+    warn_if_stop_wait_short()
+    need = run_resources(recipe, gpu=False, most=True)
     beside = ThreadPoolExecutor(1)  # Ray takes seconds to start, and leaves a core to what takes others
     disk = beside.submit(check_disk, recipe)
     ray_train = beside.submit(importlib.import_module, "sora_train.launch.ray_trainer")
     beside.shutdown(wait=False)
     print("starting Ray", flush=True)
     with (
-        Sigterm(run) as sigterm,
+        SignalHandler(run) as signals,
         connect(recipe.cluster.address, min_cpus=math.ceil(need.get("CPU", 0)), log_to_driver=False) as own,
     ):
-        sigterm.listen_again()
+        signals.reinstall()
         gpu = check_cluster(recipe)
         if look_first:
             check_quickly(recipe, manifest, gpu, disk.result(), own)
-        settle(recipe, own)
-        with only_one(run):
-            sigterm.owns = True
-            with clear_words(run):
+        set_ray_train_env(recipe, own)
+        with run_lock(str(run), "sora train"):
+            signals.owns = True
+            with os_errors_as_user_errors(run):
                 if fresh:
-                    clear(run)
+                    remove_run(run)
                 for event, reason in happened:  # first: a record of the new clips is never without its event
                     Events(run).write(event, at, reason)
-                write_folder(run, recipe, manifest, clips)
-            with following(recipe, run) as follower:
-                sigterm.can_wait = lambda: follower.training
-                sigterm.check()
+                prepare_run_folder(run, recipe, manifest, clips)
+            with start_monitor(recipe, run) as monitor:
+                signals.can_wait = lambda: monitor.training
+                signals.check()
                 try:
-                    why = ray_train.result().fit(recipe, run, gpu, follower)
+                    why = ray_train.result().fit(recipe, run, gpu, monitor)
                 except KeyboardInterrupt:
-                    by = sigterm.name or "by hand"
+                    by = signals.name or "by hand"
                     why = f"{by}; the same command goes on from the last checkpoint"
                     Events(run).write("interrupted", last_step(run), why)
                     raise  # without a report: a second signal ends the command now
                 except Exception:
-                    report(run, last_step(run))
+                    update_report(run, last_step(run))
                     raise
                 finally:
-                    (run / LEAVE).unlink(missing_ok=True)
-                report(run, last_step(run))
+                    (run / STOP_FILE).unlink(missing_ok=True)
+                update_report(run, last_step(run))
                 if why:
-                    asked = sigterm.name or f"somebody made {run / LEAVE}"
-                    step, _ = newest(run) or (0, None)
+                    asked = signals.name or f"somebody made {run / STOP_FILE}"
+                    step, _ = newest_checkpoint(run) or (0, None)
                     Events(run).write("preempted", step, f"{asked}; the same command goes on")
-                    raise Stopped(f"{asked}: {goes_on(run)}")
+                    raise Stopped(f"{asked}: {resume_hint(run)}")
     print(f"done: {recipe.train.steps} steps. Look at {run / 'report.html'}; checkpoints are beside it", flush=True)
     return run
 
 
-def going_on(run: Path, recipe: Recipe, at: int, clips: Clips, new_data: bool) -> list[tuple[str, str]]:
+def describe_resume(run: Path, recipe: Recipe, at: int, clips: Clips, new_data: bool) -> list[tuple[str, str]]:
     """What a run does otherwise from step `at` on, as kinds and reasons of events; says it before it happens."""
     happened: list[tuple[str, str]] = []
-    if said := changes(run, recipe, at):
+    if said := describe_changes(run, recipe, at):
         happened.append(("changed", said))
     if said := check_clips(run, recipe.data.output, clips, new_data):
         happened.append(("new_data", f"{said}; an epoch of these begins here"))
@@ -155,7 +155,7 @@ def going_on(run: Path, recipe: Recipe, at: int, clips: Clips, new_data: bool) -
     return happened
 
 
-def exportable(recipe: Recipe, manifest: Manifest) -> str:
+def describe_export(recipe: Recipe, manifest: Manifest) -> str:
     """Whether `sora export` will make a pipeline of the run, in a line; the reasons if not."""
     from sora_train.export.pipeline import refusals
 
@@ -168,7 +168,7 @@ def exportable(recipe: Recipe, manifest: Manifest) -> str:
     return f"`sora export` will write this run with --weights_only, not as a LattePipeline: {'; '.join(reasons)}"
 
 
-def settle(recipe: Recipe, own: bool) -> None:
+def set_ray_train_env(recipe: Recipe, own: bool) -> None:
     """Ray Train's settings, which it takes from this process's environment; what the user has set there counts.
 
     `own`: Ray was started by this command and ends with it, on this machine alone. Then nobody looks at Train's list of
@@ -186,12 +186,12 @@ def settle(recipe: Recipe, own: bool) -> None:
         os.environ.setdefault(name, value)
 
 
-def rerun_cut_off_validations(run: Path, recipe: Recipe) -> None:
+def rerun_missed_validations(run: Path, recipe: Recipe) -> None:
     """Runs the validations of a finished run that ended with its command, as Ray tasks with `validation.resources`."""
     cut_off = [
         (step, path)
         for step, path in checkpoint.whole(run / "checkpoints")
-        if Outstanding(run).status(step) in ("asked", "running", "lost")
+        if ValidationStatus(run).get(step) in ("asked", "running", "lost")
     ]
     if not cut_off or not recipe.validation.every:
         return
@@ -211,25 +211,25 @@ def rerun_cut_off_validations(run: Path, recipe: Recipe) -> None:
                 flush=True,
             )
             return
-        with only_one(run), following(recipe, run):
+        with run_lock(str(run), "sora train"), start_monitor(recipe, run):
             then = load_recipe(run / "recipe.yaml")
             save_recipe(then.model_copy(update={"validation": recipe.validation}), run / "recipe.yaml")
-            (run / LEAVE).unlink(missing_ok=True)
+            (run / STOP_FILE).unlink(missing_ok=True)
             asked = {"run": str(run), "timeout_s": recipe.validation.timeout_s, "gpu": need.get("GPU", 0) > 0}
             for step, path in cut_off:
                 print(f"its validation of step {step} was cut off, and is made up for now", flush=True)
                 task = ray.remote(supervise).options(  # pyright: ignore
                     **remote_options(need), name=f"validation of {recipe.name}"
                 )
-                with waiting(f"the validation of step {step} runs, or waits for {need} of the cluster"):
+                with explain_wait(f"the validation of step {step} runs, or waits for {need} of the cluster"):
                     ray.get(task.remote(checkpoint_at(path), **asked))
 
 
-def following(recipe: Recipe, run: Path) -> Follower:
+def start_monitor(recipe: Recipe, run: Path) -> Monitor:
     """What tells people and wandb of a run, to be entered."""
     if recipe.tracking.wandb != "off":
-        shelter_wandb()
-    return Follower(run, recipe.train.steps, tracking(recipe), recipe.model_dump(mode="json"))
+        detach_wandb()
+    return Monitor(run, recipe.train.steps, tracking(recipe), recipe.model_dump(mode="json"))
 
 
 def tracking(recipe: Recipe) -> dict[str, Any]:

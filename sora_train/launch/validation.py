@@ -24,8 +24,8 @@ from sora_train.storage import atomic_file, atomic_write_text
 from sora_train.train.metrics import Events, JsonLines, duration
 
 ATTEMPTS = 2
-LEAVE = "leave"  # as `sora_train.train.run_dir` has it, which imports torch
-LOOK_S = 1.0  # between two looks for it
+STOP_FILE = "leave"  # as `sora_train.train.run_dir` has it, which imports torch
+POLL_S = 1.0  # between two looks for it
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 EMBEDDINGS = "prompts.safetensors"
 
@@ -39,18 +39,18 @@ def supervise(checkpoint: Any, /, *, run: str, timeout_s: float, gpu: bool) -> d
     began, folder = time.monotonic(), Path(checkpoint.path)
     step = int(folder.name.removeprefix("step_"))
     try:
-        note = Outstanding(Path(run))
-        if note.status(step) == "running":  # Ray starts this anew where its process is gone
+        note = ValidationStatus(Path(run))
+        if note.get(step) == "running":  # Ray starts this anew where its process is gone
             Events(Path(run)).write("validation_failed", step, "the process that watched over it was lost; once more")
-        note.mark(step, "running")
+        note.set(step, "running")
         reason = "not tried"
         for _ in range(ATTEMPTS):
             reason = run_child(["validate", str(folder), run], timeout_s, gpu)
-            if not reason or (Path(run) / LEAVE).exists():
+            if not reason or (Path(run) / STOP_FILE).exists():
                 break
             Events(Path(run)).write("validation_failed", step, reason)
-        left = bool(reason) and (Path(run) / LEAVE).exists()
-        note.mark(step, "lost" if left else "failed" if reason else "done")
+        left = bool(reason) and (Path(run) / STOP_FILE).exists()
+        note.set(step, "lost" if left else "failed" if reason else "done")
         if not reason:
             took = duration(time.monotonic() - began)
             Events(Path(run)).write("validation_done", step, f"samples in {note.folder(step)} after {took}")
@@ -60,10 +60,10 @@ def supervise(checkpoint: Any, /, *, run: str, timeout_s: float, gpu: bool) -> d
         return {"validated": False, "validation_s": time.monotonic() - began}
 
 
-def prepare(run: str, timeout_s: float, gpu: bool) -> bool:
+def prepare_prompts(run: str, timeout_s: float, gpu: bool) -> bool:
     """Embeds the recipe's prompts into the run's folder, once as it trains. Returns whether that went well."""
     reason = run_child(["embed", run], timeout_s, gpu)
-    if reason and not (Path(run) / LEAVE).exists():  # a run that stops needs none
+    if reason and not (Path(run) / STOP_FILE).exists():  # a run that stops needs none
         Events(Path(run)).write("validation_failed", 0, f"prompts can't be embedded: {reason}")
     return not reason
 
@@ -89,11 +89,11 @@ def run_child(words: list[str], timeout_s: float, gpu: bool) -> str:
         encoding="utf-8",
         errors="replace",
     )
-    ends, leave, output = time.monotonic() + timeout_s, Path(words[-1]) / LEAVE, None
+    ends, leave, output = time.monotonic() + timeout_s, Path(words[-1]) / STOP_FILE, None
     try:
         while output is None:
             try:
-                output, _ = child.communicate(timeout=min(LOOK_S, max(0, ends - time.monotonic())))
+                output, _ = child.communicate(timeout=min(POLL_S, max(0, ends - time.monotonic())))
             except subprocess.TimeoutExpired:
                 if leave.exists():
                     return "ended with the run"
@@ -111,7 +111,7 @@ def run_child(words: list[str], timeout_s: float, gpu: bool) -> str:
     return f"{died}: {last[0][:500]}"
 
 
-class Outstanding:
+class ValidationStatus:
     """Which validations were asked for and have not ended: `result.json` beside their samples."""
 
     def __init__(self, run: Path) -> None:
@@ -120,17 +120,17 @@ class Outstanding:
     def folder(self, step: int) -> Path:
         return self.run / "samples" / f"step_{step:08d}"
 
-    def mark(self, step: int, status: str) -> None:
+    def set(self, step: int, status: str) -> None:
         """`asked`, `running`, `done`, `failed`, or `lost` when whoever ran it is no more."""
         self.folder(step).mkdir(parents=True, exist_ok=True)
         about = {"step": step, "status": status, "time": time.time()}
         atomic_write_text(self.folder(step) / "result.json", json.dumps(about))
 
-    def status(self, step: int) -> str | None:
+    def get(self, step: int) -> str | None:
         note = self.folder(step) / "result.json"
         return json.loads(note.read_text(encoding="utf-8"))["status"] if note.exists() else None
 
-    def steps(self, older_than_s: float = float("inf")) -> list[int]:
+    def outstanding_steps(self, older_than_s: float = float("inf")) -> list[int]:
         """Steps still asked for or running; those not heard of for `older_than_s` count as lost."""
         notes = [json.loads(note.read_text(encoding="utf-8")) for note in self.run.glob("samples/step_*/result.json")]
         late = time.time() - older_than_s
@@ -151,20 +151,20 @@ def validate(checkpoint: Path, run: Path) -> None:
     asked, step = recipe.validation, int(checkpoint.name.removeprefix("step_"))
     trained = load_run(checkpoint, weights=asked.weights)
     folder = run / "samples" / checkpoint.name
-    clear(folder)
+    remove_old_samples(folder)
     *embeddings, negative = embed_prompts(run, trained)
     prompts = list(asked.prompts)
     frames: list[Any] = []  # as sampled: similarity is of what `sora eval` measures, not of H.264's copy
     keep = frames.append if asked.clip else None
     sample_to_folder(trained, prompts, embeddings, folder, (asked.seed,), asked.sampling, negative, on_video=keep)
     videos = zip(prompts, frames, strict=True) if asked.clip else None
-    figures = measure(trained, asked, recipe.data.output, videos, remark=lambda said: note_once(run, step, said))
+    figures = measure(trained, asked, recipe.data.output, videos, remark=lambda said: write_event_once(run, step, said))
     took = {"validation_s": time.monotonic() - began}
     JsonLines(run / "metrics.jsonl").write({"step": step, "validation": True, **figures, **took})
-    report(run, step)
+    update_report(run, step)
 
 
-def report(run: Path, step: int) -> None:
+def update_report(run: Path, step: int) -> None:
     """The run's report as it stands; that it can't be written is noted, as far as the disk has room."""
     from sora_train.report import write_report
 
@@ -175,13 +175,13 @@ def report(run: Path, step: int) -> None:
             Events(run).write("report_failed", step, f"{type(error).__name__}: {error}")
 
 
-def clear(folder: Path) -> None:
+def remove_old_samples(folder: Path) -> None:
     """Removes what an attempt before left of a validation; its videos may have had other names."""
     for path in (*folder.glob("*.mp4"), folder / "sheet.png", folder / "samples.json"):
         path.unlink(missing_ok=True)
 
 
-def note_once(run: Path, step: int, remark: str) -> None:
+def write_event_once(run: Path, step: int, remark: str) -> None:
     """What a validation can't measure, which holds for those after it as well."""
     events = Events(run)
     if not any(event["event"] == "not_measured" and event["reason"] == remark for event in events.lines.read()):

@@ -20,20 +20,20 @@ from ray.train.torch import get_device
 
 from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
-from sora_train.launch.clips import recorded
+from sora_train.launch.clips import saved_clips
 from sora_train.launch.private_ray import preemption_info
-from sora_train.launch.run_folder import stop, stopped_because
-from sora_train.launch.validation import Outstanding
+from sora_train.launch.run_folder import read_fatal_error, record_fatal_error
+from sora_train.launch.validation import ValidationStatus
 from sora_train.recipe import Recipe, save_recipe
 from sora_train.train import checkpoint
 from sora_train.train.initial import described
 from sora_train.train.known_errors import known_errors
 from sora_train.train.loop import train
 from sora_train.train.metrics import Events
-from sora_train.train.run_dir import LEAVE, Home, Report
+from sora_train.train.run_dir import STOP_FILE, Home, Report
 
 STALE_S = 600.0  # beyond both attempts of a validation: its supervisor is gone
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def train_worker(config: dict[str, Any]) -> str:
@@ -45,17 +45,17 @@ def train_worker(config: dict[str, Any]) -> str:
     """
     recipe, run = Recipe.model_validate(config["recipe"]), Path(config["run"])
     try:
-        return work(recipe, run)
+        return run_training(recipe, run)
     except UserError as error:
-        stop(run, str(error))
+        record_fatal_error(run, str(error))
         raise
     except OSError as error:
-        if error.errno in NO_ROOM:
-            stop(run, f"{run} can't be written: {error}; make room there")
+        if error.errno in DISK_FULL:
+            record_fatal_error(run, f"{run} can't be written: {error}; make room there")
         raise
 
 
-def work(recipe: Recipe, run: Path) -> str:
+def run_training(recipe: Recipe, run: Path) -> str:
     """What `train_worker` guards."""
     world, rank = ray.train.get_context().get_world_size(), dist.get_rank()
     if (dist.get_world_size(), rank) != (world, ray.train.get_context().get_world_rank()):
@@ -74,17 +74,17 @@ def work(recipe: Recipe, run: Path) -> str:
             "node sees, such as one on NFS"
         )
     # Rank 0 looks, so that all ranks do the same, and go on from the same checkpoint.
-    agreed: list[Any] = [look(run) if rank == 0 else None]
+    agreed: list[Any] = [read_start_state(run) if rank == 0 else None]
     dist.broadcast_object_list(agreed, src=0)
     why, found = agreed[0]
     if why:
         return why
     step, resume = found[-1] if found else (0, None)
-    home = Home(run, reporting(recipe, run, found), noticing(run))
+    home = Home(run, checkpoint_reporter(recipe, run, found), preemption_watcher(run))
     cache = int(1e9 * recipe.train.shard_cache_gb)
     shards = ShardSet(recipe.data.output, recipe.data.holdout_fraction, "train", cache_bytes=cache)
     if rank == 0:
-        before = recorded(run)
+        before = saved_clips(run)
         if before is not None and before.fingerprint != shards.fingerprint:
             raise UserError(f"the clips in {recipe.data.output} changed while the run was training; start it again")
         home.cut_back(step)
@@ -106,30 +106,30 @@ def work(recipe: Recipe, run: Path) -> str:
         )
 
 
-def look(run: Path) -> tuple[str, list[tuple[int, Path]]]:
+def read_start_state(run: Path) -> tuple[str, list[tuple[int, Path]]]:
     """Why not to begin, or an empty string; and the whole checkpoints."""
-    if why := stopped_because(run):
+    if why := read_fatal_error(run):
         return why, []
-    if (run / LEAVE).exists():
+    if (run / STOP_FILE).exists():
         return "asked to leave before it went on", []
     return "", checkpoint.whole(run / "checkpoints")
 
 
-def reporting(recipe: Recipe, run: Path, found: list[tuple[int, Path]]) -> Report:
+def checkpoint_reporter(recipe: Recipe, run: Path, found: list[tuple[int, Path]]) -> Report:
     """What tells Ray of each checkpoint. Tells it first of those on disk that it has not heard of, so that it keeps the
     right ones of all: a run that starts again has a new controller, and a worker may die before one is registered.
 
     Ray must not hear of a folder twice: it would be deleted while the second still counts. A rollback, or a checkpoint
     that was damaged since, has steps done again; Ray is asked what it holds before such a one is told.
     """
-    told = held_by_ray()
+    told = tracked_by_ray()
 
     def tell(folder: Path, metrics: dict[str, Any], wait: Callable[[], None], validate: bool) -> None:
         def when_there(of: Checkpoint, name: str) -> Checkpoint:
             try:
                 wait()
             except UserError as error:  # in a thread of Ray's, which ends the workers before the loop meets it
-                stop(run, str(error))
+                record_fatal_error(run, str(error))
                 raise
             return of
 
@@ -148,9 +148,9 @@ def reporting(recipe: Recipe, run: Path, found: list[tuple[int, Path]]) -> Repor
         if path.name not in told:
             about = checkpoint.read_state(path) or {}
             # A validation that was cut off with the run is asked for again.
-            cut_off = dist.get_rank() == 0 and Outstanding(run).status(step) == "lost"
-            validate = cut_off and ask_for_validation(recipe, run, step)
-            tell(path, {"step": step, "again": True, "loss": figure(about.get("loss"))}, lambda: None, validate)
+            cut_off = dist.get_rank() == 0 and ValidationStatus(run).get(step) == "lost"
+            validate = cut_off and request_validation(recipe, run, step)
+            tell(path, {"step": step, "again": True, "loss": sortable_loss(about.get("loss"))}, lambda: None, validate)
 
     def report(step: int, metrics: dict[str, float], folder: Path, wait: Callable[[], None]) -> None:
         if dist.get_rank() == 0:
@@ -158,10 +158,10 @@ def reporting(recipe: Recipe, run: Path, found: list[tuple[int, Path]]) -> Repor
             folder.mkdir(parents=True, exist_ok=True)
             save_recipe(recipe, folder / "recipe.yaml")
             shutil.copy(run / "manifest.json", folder / "manifest.json")
-        if folder.name in told and folder.name in held_by_ray():
+        if folder.name in told and folder.name in tracked_by_ray():
             return
-        validate = dist.get_rank() == 0 and ask_for_validation(recipe, run, step)
-        tell(folder, {"step": step, "loss": figure(metrics.get("loss"))}, wait, validate)
+        validate = dist.get_rank() == 0 and request_validation(recipe, run, step)
+        tell(folder, {"step": step, "loss": sortable_loss(metrics.get("loss"))}, wait, validate)
 
     return report
 
@@ -173,7 +173,7 @@ def checkpoint_at(folder: Path) -> Checkpoint:
     return Checkpoint(folder, LocalFileSystem())
 
 
-def held_by_ray() -> set[str]:
+def tracked_by_ray() -> set[str]:
     """Names of the checkpoint folders that Ray keeps count of, once it has taken in all that it was told. Collective:
     what it keeps may change at any time with a validation that ends, so that rank 0 asks for all.
     """
@@ -185,12 +185,12 @@ def held_by_ray() -> set[str]:
     return held[0]
 
 
-def figure(loss: float | None) -> float:
+def sortable_loss(loss: float | None) -> float:
     """A loss that Ray can order by: not-a-number, which comes last, where there is none."""
     return float("nan") if loss is None else loss
 
 
-def noticing(run: Path) -> Callable[[int], bool]:
+def preemption_watcher(run: Path) -> Callable[[int], bool]:
     """Whether Ray has told rank 0 since the last time that nodes are about to be taken away.
 
     Only rank 0 asks: the loop adds up all ranks' wishes anyway.
@@ -210,18 +210,18 @@ def noticing(run: Path) -> Callable[[int], bool]:
     return notice
 
 
-def ask_for_validation(recipe: Recipe, run: Path, step: int) -> bool:
+def request_validation(recipe: Recipe, run: Path, step: int) -> bool:
     """Whether to have a checkpoint validated: where it is due, and none is outstanding. Ray would queue without bound.
 
     The last checkpoint's is asked for in any case: the run waits for it, and nothing can pile up behind it.
     """
     every, last = recipe.validation.every, step == recipe.train.steps
-    outstanding = Outstanding(run)
-    if not every or (step % every and not last) or outstanding.status(step) == "done" or (run / LEAVE).exists():
+    outstanding = ValidationStatus(run)
+    if not every or (step % every and not last) or outstanding.get(step) == "done" or (run / STOP_FILE).exists():
         return False
-    running = outstanding.steps(older_than_s=2 * recipe.validation.timeout_s + STALE_S)
+    running = outstanding.outstanding_steps(older_than_s=2 * recipe.validation.timeout_s + STALE_S)
     if running and not last:
         Events(run).write("validation_dropped", step, f"the one of step {running[0]} is still running")
         return False
-    outstanding.mark(step, "asked")
+    outstanding.set(step, "asked")
     return True

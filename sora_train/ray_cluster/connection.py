@@ -16,12 +16,12 @@ import ray
 
 from sora_train.errors import UserError
 from sora_train.ray_cluster.local_ray import (
-    deaf_to_hangups,
-    known_address,
-    outside_the_working_folder,
-    own_token,
-    short_folder,
-    temporary_folder,
+    block_sighup,
+    fixed_address,
+    outside_working_dir,
+    private_token,
+    short_temp_dir,
+    temp_dir,
 )
 
 WAIT_S, AGAIN_S = 30.0, 60.0
@@ -50,14 +50,14 @@ def connect(
     own = address == "local"
     try:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(outside_the_working_folder())
+            stack.enter_context(outside_working_dir())
             if own:
                 # Given `local`, Ray never joins what another process left running, which `num_cpus` alone would raise
                 # for.
-                for place in (short_folder, own_token, known_address, deaf_to_hangups):
+                for place in (short_temp_dir, private_token, fixed_address, block_sighup):
                     stack.enter_context(place())
                 cpus = max(os.cpu_count() or 1, min_cpus)
-                stack.enter_context(waiting("Ray is still starting on this machine"))
+                stack.enter_context(explain_wait("Ray is still starting on this machine"))
                 ray.init(
                     "local",
                     num_cpus=cpus,
@@ -66,21 +66,23 @@ def connect(
                     log_to_driver=log_to_driver,
                 )
             else:
-                reach(address, key)
-                stack.enter_context(waiting(f"Ray at {address} ({key}) is there, but has not let this process in yet"))
+                wait_until_reachable(address, key)
+                stack.enter_context(
+                    explain_wait(f"Ray at {address} ({key}) is there, but has not let this process in yet")
+                )
                 ray.init(address, logging_level=logging.WARNING, log_to_driver=log_to_driver)
     except UserError:
         raise
     except Exception as error:  # a node that takes too long to start is no more than that to Ray
         if own:
             raise UserError(
-                f"Ray can't start on this machine: {error}. Its logs: {temporary_folder()}/ray/session_latest/logs"
+                f"Ray can't start on this machine: {error}. Its logs: {temp_dir()}/ray/session_latest/logs"
             ) from error
         # With another token Ray says no more than that it could not connect.
         raise UserError(
             f"{key}: can't join the Ray cluster at {address}: {error}. Is its token this process's own? That is "
             "~/.ray/auth_token of its head node, here with RAY_AUTH_MODE=token in ~/.ray/auth_token or where "
-            f"RAY_AUTH_TOKEN_PATH says. {run_alone(key)}"
+            f"RAY_AUTH_TOKEN_PATH says. {local_hint(key)}"
         ) from error
     try:
         yield own
@@ -88,7 +90,7 @@ def connect(
         ray.shutdown()
 
 
-def reach(address: str, key: str) -> None:
+def wait_until_reachable(address: str, key: str) -> None:
     """Raises UserError where nothing listens at a cluster's address for `WAIT_S`: Ray itself would wait for ever."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if not host or not port.isdecimal():
@@ -100,21 +102,23 @@ def reach(address: str, key: str) -> None:
             return
         except (OSError, OverflowError) as error:
             if time.monotonic() > ends:
-                raise UserError(f"no Ray at {address} ({key}): {error}. Start that cluster. {run_alone(key)}") from None
+                raise UserError(
+                    f"no Ray at {address} ({key}): {error}. Start that cluster. {local_hint(key)}"
+                ) from None
             if not said:
                 print(f"no Ray at {address} ({key}) yet: waiting up to {WAIT_S:.0f} s for it", flush=True)
                 said = True
             time.sleep(1)
 
 
-def run_alone(key: str) -> str:
+def local_hint(key: str) -> str:
     """How to run without the cluster that `key` names."""
     unset = "unset RAY_ADDRESS or " if key == "RAY_ADDRESS" else ""
     return f"To run on this machine alone, {unset}give --cluster.address local"
 
 
 @contextmanager
-def waiting(what: str) -> Iterator[None]:
+def explain_wait(what: str) -> Iterator[None]:
     """Says what a block waits for, when it takes more than `WAIT_S`, and again every `AGAIN_S`."""
     ended, began = threading.Event(), time.monotonic()
 
@@ -137,7 +141,7 @@ def running_cluster() -> str | None:
     """The address in RAY_ADDRESS, else of the cluster that `ray start` noted on this machine, if it still answers."""
     if address := os.environ.get("RAY_ADDRESS"):
         return address
-    note = Path(temporary_folder()) / "ray" / "ray_current_cluster"
+    note = Path(temp_dir()) / "ray" / "ray_current_cluster"
     try:
         address = note.read_text().strip()
         host, _, port = address.rpartition(":")
@@ -147,7 +151,7 @@ def running_cluster() -> str | None:
     return address
 
 
-def held_by_others() -> str:
+def resources_in_use() -> str:
     """CPUs and GPUs of the cluster that other jobs have taken, in words; an empty string where all are free."""
     total, free = ray.cluster_resources(), ray.available_resources()
     held = {kind: total.get(kind, 0) - free.get(kind, 0) for kind in ("CPU", "GPU")}

@@ -25,7 +25,7 @@ SOCKET_BYTES = 107
 
 
 @contextmanager
-def outside_the_working_folder() -> Iterator[None]:
+def outside_working_dir() -> Iterator[None]:
     """Ray puts the working folder of its driver first on the `sys.path` of every worker, so that a `random.py` there
     would be run. Within the block that folder is the one that this package was imported from.
 
@@ -40,7 +40,7 @@ def outside_the_working_folder() -> Iterator[None]:
 
 
 @contextmanager
-def deaf_to_hangups() -> Iterator[None]:
+def block_sighup() -> Iterator[None]:
     """Processes started in the block never get SIGHUP: a closed terminal would end Ray before a checkpoint is made."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
@@ -50,14 +50,14 @@ def deaf_to_hangups() -> Iterator[None]:
 
 
 @contextmanager
-def known_address() -> Iterator[None]:
+def fixed_address() -> Iterator[None]:
     """Lets a Ray that is started in a `with` block, and all its processes, know the address that it will have.
 
     Without it Train's cleaner, which looks whether the controller is alive, asks the cluster that `ray start` noted on
     this machine; that one knows no such controller, and so the cleaner ends workers that train.
     """
     port = free_port()
-    with variables(
+    with env_vars(
         RAY_GCS_SERVER_PORT=str(port), RAY_ADDRESS=f"{ray.util.get_node_ip_address()}:{port}", PYTHONSAFEPATH="1"
     ):
         yield
@@ -77,9 +77,9 @@ def free_port() -> int:
 
 
 @contextmanager
-def short_folder() -> Iterator[None]:
+def short_temp_dir() -> Iterator[None]:
     """Gives Ray a temporary folder that is short enough for its sockets. UserError where there is none."""
-    place = temporary_folder()
+    place = temp_dir()
     if len(os.fsencode(os.path.join(place, SOCKETS))) <= SOCKET_BYTES:
         yield
         return
@@ -88,23 +88,23 @@ def short_folder() -> Iterator[None]:
     if key == "RAY_TMPDIR" or not os.access("/tmp", os.W_OK):
         raise UserError(f"{why}. Set RAY_TMPDIR to a short folder of this machine, such as /tmp")
     print(f"{why}: Ray keeps its files in /tmp/ray instead (RAY_TMPDIR names another folder)", flush=True)
-    with variables(RAY_TMPDIR="/tmp"):
+    with env_vars(RAY_TMPDIR="/tmp"):
         yield
 
 
 @contextmanager
-def own_token() -> Iterator[None]:
+def private_token() -> Iterator[None]:
     """Gives Ray a token for this run alone where the home folder can't keep one."""
     keeps = Path(os.path.expanduser("~/.ray"))
     asked = any(name.startswith("RAY_AUTH_") for name in os.environ)
-    if asked or (keeps / "auth_token").is_file() or can_be_written(keeps):
+    if asked or (keeps / "auth_token").is_file() or is_writable(keeps):
         yield
         return
-    with variables(RAY_AUTH_TOKEN=secrets.token_hex(32)):  # Ray asks for a token where it finds one
+    with env_vars(RAY_AUTH_TOKEN=secrets.token_hex(32)):  # Ray asks for a token where it finds one
         yield
 
 
-def can_be_written(folder: Path) -> bool:
+def is_writable(folder: Path) -> bool:
     """Whether a file can be made in a folder, which is made if there is none."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -115,7 +115,7 @@ def can_be_written(folder: Path) -> bool:
 
 
 @contextmanager
-def variables(**values: str) -> Iterator[None]:
+def env_vars(**values: str) -> Iterator[None]:
     """Sets environment variables for the length of a block."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
@@ -129,6 +129,6 @@ def variables(**values: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def temporary_folder() -> str:
+def temp_dir() -> str:
     """Where Ray keeps its `ray` folder (ray 2.60, `get_default_system_temp_dir`)."""
     return os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"

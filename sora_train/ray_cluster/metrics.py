@@ -18,14 +18,14 @@ from typing import Any, Literal
 import ray
 from ray.util.metrics import Counter, Gauge
 
-AGAIN_S = 2.0  # well below the seconds after which Ray forgets
+REFRESH_S = 2.0  # well below the seconds after which Ray forgets
 
 
 @dataclass(frozen=True)
 class Metric:
     """One name. `key` is that of `metrics.jsonl`, where the value is read off a line of it."""
 
-    about: str
+    description: str
     key: str = ""
     kind: Literal["gauge", "counter"] = "gauge"
     tag: str = ""
@@ -69,32 +69,32 @@ class RayMetrics:
         self.handles: dict[str, Gauge | Counter] = {}
         self.values: dict[tuple[str, str], float] = {}  # name and what it is told apart by
 
-    def line(self, record: dict[str, Any]) -> None:
+    def set_from_record(self, record: dict[str, Any]) -> None:
         """A line of `metrics.jsonl`, training's or a validation's."""
         found = {name: record.get(metric.key) for name, metric in METRICS.items() if metric.key}
         if not record.get("validation"):
             found["sora_step"] = record.get("step")
-        self.show({name: value for name, value in found.items() if isinstance(value, int | float)})
+        self.set({name: value for name, value in found.items() if isinstance(value, int | float)})
 
-    def show(self, values: Mapping[str, int | float]) -> None:
+    def set(self, values: Mapping[str, int | float]) -> None:
         """Sets gauges."""
-        self.show_by({(name, ""): value for name, value in values.items()})
+        self.set_tagged({(name, ""): value for name, value in values.items()})
 
-    def show_by(self, values: Mapping[tuple[str, str], int | float]) -> None:
+    def set_tagged(self, values: Mapping[tuple[str, str], int | float]) -> None:
         """Sets gauges that are told apart by a tag: {(name, what): value}."""
         self.values |= values
         self.set_at = 0.0
-        self.again()
+        self.refresh()
 
-    def again(self) -> None:
+    def refresh(self) -> None:
         """Sets all gauges once more where it is time. To be called every second or so."""
-        if self.on and time.monotonic() - self.set_at > AGAIN_S:
+        if self.on and time.monotonic() - self.set_at > REFRESH_S:
             self.set_at = time.monotonic()
             for (name, what), value in list(self.values.items()):  # two threads of prep set some
                 tags = {"run": self.run, METRICS[name].tag: what} if what else {"run": self.run}
                 self._guarded(partial(self._set, name, value, tags))
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Lets go of the gauges' values, which Ray then drops: what they were measured of is no more."""
         self.values.clear()
 
@@ -112,7 +112,7 @@ class RayMetrics:
             metric = METRICS[name]
             kind = Gauge if metric.kind == "gauge" else Counter
             tags = ("run", metric.tag) if metric.tag else ("run",)
-            self.handles[name] = kind(name, description=metric.about, tag_keys=tags)
+            self.handles[name] = kind(name, description=metric.description, tag_keys=tags)
         return self.handles[name]
 
     def _guarded(self, act: Callable[[], object]) -> None:

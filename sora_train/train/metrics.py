@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sora_train.errors import UserError
-from sora_train.locks import locked
+from sora_train.locks import file_lock
 from sora_train.storage import atomic_file
 
 T = TypeVar("T")
@@ -30,7 +30,7 @@ class JsonLines:
 
     def write(self, record: dict[str, Any]) -> None:
         line = (json.dumps(record) + "\n").encode()
-        with self._named(), locked(self.path), self.path.open("a+b") as file:
+        with self._named(), file_lock(self.path), self.path.open("a+b") as file:
             if end := os.fstat(file.fileno()).st_size:
                 file.seek(end - 1)
                 line = line if file.read(1) == b"\n" else b"\n" + line  # a killed writer left half a line
@@ -48,7 +48,7 @@ class JsonLines:
         """Takes out lines of later steps than `step`, and what is no record, such as a line that a crash cut short."""
         if not self.path.exists():
             return
-        with self._named(), locked(self.path):
+        with self._named(), file_lock(self.path):
             before = self.path.read_bytes()
             lines = before.splitlines(keepends=True)
             after = b"".join(line for line in lines if (record := parse(line)) is not None and record["step"] <= step)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from sora_train.train import checkpoint
 from sora_train.train.metrics import Events, JsonLines
 
-LEAVE = "leave"
+STOP_FILE = "leave"
 """A file of this name in a run's folder asks it to make a checkpoint and end."""
 LOOK_S = 0.5  # between two looks for it: a network file system answers slowly
 STEP_DELAY_S = float(os.environ.get("SORA_STEP_DELAY_S", "0"))  # for drills: steps slow enough to do something in them
@@ -37,7 +37,7 @@ class Home:
         self.writing: Future[None] | None = None
         self.noting: list[Future[None]] = []
         self.timings: dict[str, float] = {}  # of the last checkpoint, for the next line of the log
-        self.looked_at, self.leaving = 0.0, False
+        self.looked_at, self.stop_requested = 0.0, False
 
     def log(self, record: dict[str, Any]) -> None:
         """A metrics record, with the seconds of a checkpoint where one was written since the last. For rank 0."""
@@ -90,8 +90,8 @@ class Home:
             time.sleep(STEP_DELAY_S)
         notice = self.notice is not None and self.notice(step)
         if time.monotonic() - self.looked_at > LOOK_S:
-            self.looked_at, self.leaving = time.monotonic(), (self.run / LEAVE).exists()
-        return notice, self.leaving
+            self.looked_at, self.stop_requested = time.monotonic(), (self.run / STOP_FILE).exists()
+        return notice, self.stop_requested
 
     def keep(self, make: Callable[[], checkpoint.Snapshot]) -> None:
         """Has a snapshot made, and written in the background. Waits first until the one before is written: a slow disk

@@ -9,7 +9,7 @@ import pytest
 from ray._private.ray_constants import get_runtime_env_default_excludes
 from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE, create_package
 
-from sora_train.launch.signals import IN_A_JOB, STOP_WAIT, warn_of_short_stops
+from sora_train.launch.signals import RAY_JOB_VARIABLE, STOP_WAIT_VARIABLE, warn_if_stop_wait_short
 from tests.cluster.world import lacking, run_inside
 
 ROOT = Path(__file__).parents[2]
@@ -80,17 +80,17 @@ def test_without_the_ignore_files_the_dirt_would_travel(checkout: Path, tmp_path
 
 @pytest.mark.parametrize(
     ("environment", "warns"),
-    [({}, False), ({IN_A_JOB: "{}"}, True), ({IN_A_JOB: "{}", STOP_WAIT: "300"}, False),
-     ({IN_A_JOB: "{}", STOP_WAIT: "5"}, True), ({STOP_WAIT: "5"}, False)],
+    [({}, False), ({RAY_JOB_VARIABLE: "{}"}, True), ({RAY_JOB_VARIABLE: "{}", STOP_WAIT_VARIABLE: "300"}, False),
+     ({RAY_JOB_VARIABLE: "{}", STOP_WAIT_VARIABLE: "5"}, True), ({STOP_WAIT_VARIABLE: "5"}, False)],
 )  # fmt: skip
 def test_a_run_says_where_a_stop_would_leave_it_too_little_time(
     environment: dict[str, str], warns: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    for name in (IN_A_JOB, STOP_WAIT):
+    for name in (RAY_JOB_VARIABLE, STOP_WAIT_VARIABLE):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    warn_of_short_stops()
+    warn_if_stop_wait_short()
     assert ("RAY_JOB_STOP_WAIT_TIME_S=300" in capsys.readouterr().out) == warns
 
 

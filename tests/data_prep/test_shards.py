@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.ledger import SavedProgress, SourceRecord, save_progress
-from data_prep.shards import ShardWriter, prep_lock, read_stored_clips, remove_clips, remove_unfinished
+from data_prep.shards import ShardWriter, read_stored_clips, remove_clips, remove_unfinished
 from data_prep.sink import pause_s
 from sora_train.errors import UserError
+from sora_train.locks import run_lock
 from sora_train.schema import SHARD_SCHEMA, encode_row, shard_files
 
 
@@ -108,12 +109,12 @@ def test_a_clip_that_two_shards_hold_is_named(tmp_path: Path):
 
 def test_a_second_run_is_kept_off_the_same_folder(tmp_path: Path):
     with (
-        prep_lock(str(tmp_path)),
-        pytest.raises(UserError, match="another `sora prep` is at work"),
-        prep_lock(str(tmp_path)),
+        run_lock(str(tmp_path), "sora prep"),
+        pytest.raises(UserError, match="another `sora prep` is running"),
+        run_lock(str(tmp_path), "sora prep"),
     ):
         pass
-    with prep_lock(str(tmp_path)):
+    with run_lock(str(tmp_path), "sora prep"):
         pass
 
 

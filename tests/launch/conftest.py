@@ -10,7 +10,7 @@ import pytest
 from sora_train.codec.text import load_text_encoder
 from sora_train.codec.vae import load_vae
 from sora_train.manifest import Manifest, TextFacts, VaeFacts
-from sora_train.ray_cluster.local_ray import known_address
+from sora_train.ray_cluster.local_ray import fixed_address
 from sora_train.recipe import Recipe
 from sora_train.settings import build
 
@@ -28,7 +28,7 @@ def start_local_ray(one_ray) -> Callable[[], None]:
     dashboard_port = free_port()
 
     def start() -> None:
-        with known_address():
+        with fixed_address():
             one_ray.start(
                 {
                     "OMP_NUM_THREADS": "1",

@@ -7,15 +7,15 @@ import pytest
 
 from sora_train.errors import UserError
 from sora_train.launch.checks import (
-    absolute,
     check_codec,
     check_shards,
     check_text,
+    resolve_recipe,
 )
-from sora_train.launch.resume import MAY_CHANGE, flat, null_prompt_then
-from sora_train.launch.run_folder import check_writable, clear
-from sora_train.launch.start import check_start
-from sora_train.launch.trainer import exportable, launch_training
+from sora_train.launch.resume import RESUMABLE_KEYS, flat, saved_null_prompt
+from sora_train.launch.run_folder import check_writable, remove_run
+from sora_train.launch.start import check_initial_weights
+from sora_train.launch.trainer import describe_export, launch_training
 from sora_train.manifest import Manifest
 from sora_train.model import Latte, ModelConfig
 from sora_train.model.convert import to_diffusers
@@ -55,27 +55,27 @@ def test_shards_whose_captions_the_start_does_not_read_are_refused(builtin_shard
                     frame_positions="temporal", pooled_text=False)  # fmt: skip
     to_diffusers(Latte(shape), tmp_path / "start")
     start = {"model__init_from": str(tmp_path / "start")}
-    scratch = absolute(recipe_of(builtin_shards, tmp_path))
+    scratch = resolve_recipe(recipe_of(builtin_shards, tmp_path))
     manifest = check_shards(scratch)
     check_text(scratch, manifest)
     assert scratch.codec.null_prompt == "eos"
     with pytest.raises(UserError, match=r"caption_cleaning is lower, but .* with none, and model.init_from .*: none$"):
-        check_text(absolute(recipe_of(builtin_shards, tmp_path, **start)), manifest)
-    stated = absolute(recipe_of(builtin_shards, tmp_path, **start, codec__caption_cleaning="none"))
+        check_text(resolve_recipe(recipe_of(builtin_shards, tmp_path, **start)), manifest)
+    stated = resolve_recipe(recipe_of(builtin_shards, tmp_path, **start, codec__caption_cleaning="none"))
     assert stated.codec.null_prompt == "padded"
     with pytest.raises(UserError, match=r"Run `sora prep` again, or set codec.null_prompt: eos"):
         check_text(stated, manifest)
     eos = recipe_of(builtin_shards, tmp_path, **start, codec__caption_cleaning="none", codec__null_prompt="eos")
-    check_text(absolute(eos), manifest)
+    check_text(resolve_recipe(eos), manifest)
 
 
 def test_a_run_that_goes_on_keeps_the_null_prompt_it_learned(builtin_shards: Path, tmp_path: Path, recipe_of):
-    recipe = absolute(recipe_of(builtin_shards, tmp_path))
+    recipe = resolve_recipe(recipe_of(builtin_shards, tmp_path))
     save_recipe(recipe_of(builtin_shards, tmp_path), tmp_path / "recipe.yaml")  # `auto`, as before there was the key
-    assert null_prompt_then(tmp_path) == recipe.codec.null_prompt == "eos"
+    assert saved_null_prompt(tmp_path) == recipe.codec.null_prompt == "eos"
     padded = recipe_of(builtin_shards, tmp_path, codec__null_prompt="padded")
     save_recipe(padded, tmp_path / "recipe.yaml")
-    assert null_prompt_then(tmp_path) == absolute(padded).codec.null_prompt == "padded"
+    assert saved_null_prompt(tmp_path) == resolve_recipe(padded).codec.null_prompt == "padded"
 
 
 def test_training_starts_from_weights_of_the_same_shape_alone(builtin_shards: Path, tmp_path: Path, recipe_of):
@@ -87,12 +87,12 @@ def test_training_starts_from_weights_of_the_same_shape_alone(builtin_shards: Pa
     def starting(model: ModelConfig) -> Recipe:
         return recipe.model_copy(update={"model": replace(model, init_from=str(tmp_path / "start"))})
 
-    check_start(starting(shape))
+    check_initial_weights(starting(shape))
     with pytest.raises(UserError, match=rf"init_from.*model.width is {2 * shape.width}, there it is {shape.width}"):
-        check_start(starting(replace(shape, width=2 * shape.width)))
+        check_initial_weights(starting(replace(shape, width=2 * shape.width)))
     (tmp_path / "start" / "config.json").unlink()
     with pytest.raises(UserError, match=r"can't start from .*config.json is missing"):
-        check_start(starting(shape))
+        check_initial_weights(starting(shape))
 
 
 @pytest.mark.parametrize("place", ["a file", "/proc/self"])
@@ -112,12 +112,12 @@ def test_a_check_of_the_run_folder_leaves_nothing_behind(tmp_path: Path):
 
 def test_whether_a_run_can_become_a_pipeline_is_said_with_every_reason(builtin_shards: Path, tmp_path: Path, recipe_of):
     manifest = Manifest.load(str(builtin_shards))
-    said = exportable(recipe_of(builtin_shards, tmp_path, model__pooled_text=True), manifest)
+    said = describe_export(recipe_of(builtin_shards, tmp_path, model__pooled_text=True), manifest)
     assert "--weights_only" in said
     assert "model.pooled_text is True" in said
     assert "diffusion.kind is flow" in said
     ddpm = recipe_of(builtin_shards, tmp_path, diffusion__kind="ddpm")
-    assert "as a LattePipeline of diffusers" in exportable(ddpm, manifest)
+    assert "as a LattePipeline of diffusers" in describe_export(ddpm, manifest)
 
 
 def test_clearing_a_run_removes_what_it_wrote_and_nothing_else(tmp_path: Path):
@@ -127,7 +127,7 @@ def test_clearing_a_run_removes_what_it_wrote_and_nothing_else(tmp_path: Path):
     for name in wrote + others:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
-    clear(tmp_path)
+    remove_run(tmp_path)
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == set(others)
 
 
@@ -136,7 +136,7 @@ def test_what_changes_nothing_that_is_learned_may_change_in_a_run_that_goes_on(
 ):
     recipe = recipe_of(builtin_shards, tmp_path)
     before = flat(recipe.model_dump(mode="json"))
-    free = {key for key in before if key.startswith(MAY_CHANGE)}
+    free = {key for key in before if key.startswith(RESUMABLE_KEYS)}
     assert {"train.compile", "train.guard_spike", "train.keep_by", "cluster.workers"} <= free
     learned = {"train.seed", "train.learning_rate", "train.batch_size", "model.width", "data.image_ratio"}
     assert not learned & free

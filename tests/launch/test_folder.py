@@ -9,8 +9,14 @@ import torch
 
 from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
-from sora_train.launch.resume import STEERS, check_folder, differences
-from sora_train.launch.run_folder import check_whole, check_writable, note_lost_driver, only_one, set_aside
+from sora_train.launch.resume import TUNABLE_KEYS, changed_keys, check_resume
+from sora_train.launch.run_folder import (
+    check_some_complete,
+    check_writable,
+    quarantine_damaged,
+    record_lost_driver,
+)
+from sora_train.locks import run_lock
 from sora_train.manifest import Manifest
 from sora_train.model import Latte
 from sora_train.recipe import save_recipe
@@ -52,7 +58,7 @@ def test_a_damaged_checkpoint_is_kept_aside_and_named_and_a_persons_copy_is_left
     (folder / "step_00000003/ema.safetensors").unlink()  # as a kill leaves it
     (folder / "step_00000001_mine").mkdir()
     (folder / "step_note.txt").write_text("a note")
-    set_aside(run)
+    quarantine_damaged(run)
     assert sorted(path.name for path in folder.glob("*step_*")) == [
         "damaged_step_00000002",
         "step_00000001",
@@ -65,11 +71,11 @@ def test_a_damaged_checkpoint_is_kept_aside_and_named_and_a_persons_copy_is_left
 
 
 def test_a_run_with_no_whole_checkpoint_left_does_not_begin_anew_by_itself(run: Path):
-    check_whole(run)
+    check_some_complete(run)
     for path in checkpoint.step_folders(run / "checkpoints"):
         (path / "state.json").unlink()
     with pytest.raises(UserError, match=r"step_00000001: it has no state.json.*--fresh --overwrite"):
-        check_whole(run)
+        check_some_complete(run)
 
 
 def test_weights_that_are_not_finite_never_become_a_checkpoint(run: Path, recipe):
@@ -92,24 +98,24 @@ def test_a_flipped_byte_in_the_averaged_weights_is_noticed(run: Path):
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path):
-    refused = pytest.raises(UserError, match=r"another `sora train` is at work.*process \d+")
-    with only_one(tmp_path), refused, only_one(tmp_path):
+    refused = pytest.raises(UserError, match=r"another `sora train` is running.*process \d+")
+    with run_lock(str(tmp_path), "sora train"), refused, run_lock(str(tmp_path), "sora train"):
         pass
-    with only_one(tmp_path):
+    with run_lock(str(tmp_path), "sora train"):
         pass
 
 
 def test_the_learning_rate_may_change_on_resume_and_the_seed_may_not(tiny_shards: Path, run: Path, recipe):
     lower = recipe.model_copy(update={"train": recipe.train.model_copy(update={"learning_rate": 1e-5})})
     manifest = Manifest.load(str(tiny_shards))
-    assert check_folder(run, lower, manifest) == 3
-    assert differences(run, lower, STEERS) == ["train.learning_rate was 0.0001 and is 1e-05"]
+    assert check_resume(run, lower, manifest) == 3
+    assert changed_keys(run, lower, TUNABLE_KEYS) == ["train.learning_rate was 0.0001 and is 1e-05"]
     other = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": 1})})
     with pytest.raises(UserError, match="train.seed was 0 and is 1"):
-        check_folder(run, other, manifest)
+        check_resume(run, other, manifest)
     (run / "recipe.yaml").unlink()
     with pytest.raises(UserError, match="recipe.yaml is missing"):
-        check_folder(run, recipe, manifest)
+        check_resume(run, recipe, manifest)
 
 
 @pytest.mark.parametrize(("then", "now", "same"), [(0, 1, False), (2, 0, False), (1, 3, True)])
@@ -123,12 +129,12 @@ def test_in_bf16_stage_0_and_the_others_are_not_the_same_training(
     manifest = Manifest.load(str(tiny_shards))
     save_recipe(of(then, "bf16"), run / "recipe.yaml")
     if same:
-        assert check_folder(run, of(now, "bf16"), manifest) == 3
+        assert check_resume(run, of(now, "bf16"), manifest) == 3
     else:
         with pytest.raises(UserError, match=f"train.zero_stage was {then} and is {now}: in bf16"):
-            check_folder(run, of(now, "bf16"), manifest)
+            check_resume(run, of(now, "bf16"), manifest)
     save_recipe(of(then, "fp32"), run / "recipe.yaml")
-    assert check_folder(run, of(now, "fp32"), manifest) == 3
+    assert check_resume(run, of(now, "fp32"), manifest) == 3
 
 
 def test_a_garbled_line_of_metrics_costs_only_itself(run: Path):
@@ -148,7 +154,7 @@ def test_a_garbled_line_of_metrics_costs_only_itself(run: Path):
 def test_that_the_command_before_ended_without_a_word_is_an_event(tmp_path: Path, told: list[str], is_lost: bool):
     for event in told:
         Events(tmp_path).write(event, 3, "")
-    note_lost_driver(tmp_path)
+    record_lost_driver(tmp_path)
     seen = [event["event"] for event in Events(tmp_path).lines.read()]
     assert seen == told + ["driver_lost"] * is_lost
 
@@ -160,5 +166,5 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path: Path, link: str):
     wrong = pytest.raises(UserError, match=rf"{tmp_path / link} is a symbolic link to nowhere, which does not exist")
     with wrong:
         check_writable(tmp_path / "runs/tiny")
-    with wrong, only_one(tmp_path / "runs/tiny"):
+    with wrong, run_lock(str(tmp_path / "runs/tiny"), "sora train"):
         pass

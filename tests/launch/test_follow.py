@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sora_train.errors import UserError
-from sora_train.launch.monitor import Follower, Tail
+from sora_train.launch.monitor import Monitor, Tail
 from sora_train.train.metrics import Events, JsonLines
 from sora_train.train.tracking import Tracker
 
@@ -32,8 +32,8 @@ def test_like_lines_are_shown_as_often_as_they_come(tmp_path: Path):
     for _ in range(2):
         lines.write({"step": 1, "event": "skipped"})
         lines.write({"step": 1, "event": "skipped"})
-        assert len(tail.new()) == 2
-    assert tail.new() == []
+        assert len(tail.new_records()) == 2
+    assert tail.new_records() == []
 
 
 def test_only_new_lines_are_shown_after_a_cut(tmp_path: Path):
@@ -43,19 +43,19 @@ def test_only_new_lines_are_shown_after_a_cut(tmp_path: Path):
     for step in (1, 2, 3):
         lines.write({"step": step})
     lines.write({"step": 1, "validation": True})
-    assert [found["step"] for found in tail.new()] == [1, 2, 3, 1]
+    assert [found["step"] for found in tail.new_records()] == [1, 2, 3, 1]
     lines.cut_back(1)
     for step in (2, 2, 3):  # a step that is done again, and a line equal to an earlier one
         lines.write({"step": step})
-    assert [found["step"] for found in tail.new()] == [2, 2, 3]
+    assert [found["step"] for found in tail.new_records()] == [2, 2, 3]
     lines.cut_back(0)
-    assert tail.new() == []
+    assert tail.new_records() == []
     lines.write({"step": 1})
-    assert [found["step"] for found in tail.new()] == [1]
+    assert [found["step"] for found in tail.new_records()] == [1]
 
 
 def test_a_damaged_line_costs_only_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    with Follower(tmp_path, 9, OFF, {}):
+    with Monitor(tmp_path, 9, OFF, {}):
         with (tmp_path / "metrics.jsonl").open("w") as file:
             file.write('{"step": 1}\n{"step": 2, "loss": "x"}\nnonsense\n' + json.dumps(record(3)) + "\n")
         (tmp_path / "events.jsonl").write_text('{"step": 1}\n{"step": 2, "event": "resume", "reason": "r"}\n')
@@ -66,11 +66,11 @@ def test_a_damaged_line_costs_only_itself(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_a_file_that_can_not_be_read_is_reported_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    with Follower(tmp_path, 9, OFF, {}) as follower:
+    with Monitor(tmp_path, 9, OFF, {}) as monitor:
         (tmp_path / "events.jsonl").mkdir()
         time.sleep(2)  # several rounds
         JsonLines(tmp_path / "metrics.jsonl").write(record(1))
-        assert soon(lambda: follower.doing == "training")
+        assert soon(lambda: monitor.activity == "training")
     said = capsys.readouterr()
     assert "step 1/9" in said.out
     assert said.err.count("IsADirectoryError") == 1
@@ -84,13 +84,13 @@ def test_a_stdout_that_fails_ends_nothing(tmp_path: Path, monkeypatch: pytest.Mo
         def flush(self) -> None:
             raise BrokenPipeError
 
-    with Follower(tmp_path, 9, OFF, {}) as follower:
+    with Monitor(tmp_path, 9, OFF, {}) as monitor:
         monkeypatch.setattr("sys.stdout", Broken())
         JsonLines(tmp_path / "metrics.jsonl").write(record(1))
         Events(tmp_path).write("start", 0, "from scratch")
-        assert soon(lambda: follower.training)
+        assert soon(lambda: monitor.training)
         Events(tmp_path).write("worker_lost", 0, "r")
-        assert soon(lambda: not follower.training)
+        assert soon(lambda: not monitor.training)
 
 
 def test_a_tracker_that_can_note_nothing_ends_nothing(tmp_path: Path):
@@ -116,9 +116,9 @@ def test_a_tracker_that_hangs_holds_no_line_up(
         raise TimeoutError("no answer")
 
     monkeypatch.setattr(wandb, "init", hang)
-    with Follower(tmp_path, 9, {"mode": "offline", "project": "p"}, {}) as follower:
+    with Monitor(tmp_path, 9, {"mode": "offline", "project": "p"}, {}) as monitor:
         JsonLines(tmp_path / "metrics.jsonl").write(record(1))
-        assert soon(lambda: follower.doing == "training")
+        assert soon(lambda: monitor.activity == "training")
         JsonLines(tmp_path / "metrics.jsonl").write(record(2))
         said = ""
         ends = time.monotonic() + 30

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
 from sora_train.export import export
-from sora_train.launch.changes import changes, rate_jump
-from sora_train.launch.checks import absolute
-from sora_train.launch.clips import check_clips, read_clips, recorded
-from sora_train.launch.resume import check_folder
-from sora_train.launch.run_folder import describe_run
-from sora_train.launch.start import check_start, remarks
+from sora_train.launch.changes import describe_changes, learning_rate_jump
+from sora_train.launch.checks import resolve_recipe
+from sora_train.launch.clips import check_clips, read_clips, saved_clips
+from sora_train.launch.resume import check_resume
+from sora_train.launch.run_folder import save_run_description
+from sora_train.launch.start import check_initial_weights, initial_weights_warnings
 from sora_train.manifest import Manifest
 from sora_train.model import Latte
 from sora_train.recipe import Recipe
@@ -50,7 +50,7 @@ def recipe(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory, recipe_o
 def trained(recipe: Recipe) -> Path:
     """Two steps of it in this process, recorded as `sora train` does."""
     run, shards = Path(recipe.train.output) / recipe.name, recipe.data.output
-    describe_run(run, recipe, Manifest.load(shards), read_clips(recipe))
+    save_run_description(run, recipe, Manifest.load(shards), read_clips(recipe))
     split = ShardSet(shards, recipe.data.holdout_fraction)
     train(recipe.train, recipe.model, recipe.diffusion, split, device=torch.device("cpu"), home=Home(run))
     for checkpoint in (run / "checkpoints").iterdir():
@@ -78,7 +78,9 @@ def reading(recipe: Recipe, shards: Path) -> Recipe:
 
 def starting_at(recipe: Recipe, folder: str) -> Recipe:
     """A new run's recipe as `sora train` takes it."""
-    return absolute(recipe.model_copy(update={"name": "second", "model": replace(recipe.model, init_from=folder)}))
+    return resolve_recipe(
+        recipe.model_copy(update={"name": "second", "model": replace(recipe.model, init_from=folder)})
+    )
 
 
 @pytest.mark.parametrize("kind", ["run", "checkpoint", "export", "raw export"])
@@ -88,8 +90,8 @@ def test_a_new_run_starts_from_a_run_a_checkpoint_or_an_export(run: Path, recipe
     if "export" in kind:
         export(run, folder, weights_only=True, weights="raw" if "raw" in kind else "ema")
     start = starting_at(recipe, str(folder))
-    check_start(start)
-    assert remarks(start, Manifest.load(recipe.data.output)) == []
+    check_initial_weights(start)
+    assert initial_weights_warnings(start, Manifest.load(recipe.data.output)) == []
     model = Latte(recipe.model)
     load_initial(model, Path(start.model.init_from))
     expected = load_file(folder / "model.safetensors" if "export" in kind else last / "ema.safetensors")
@@ -105,7 +107,7 @@ def test_weights_of_another_shape_are_refused_key_by_key(run: Path, recipe: Reci
         UserError,
         match=r"model.width is 32, there it is 16; model.heads is 4, there it is 2. Give model the keys",
     ):
-        check_start(starting_at(other, str(run)))
+        check_initial_weights(starting_at(other, str(run)))
 
 
 def test_a_run_without_a_checkpoint_is_no_start(run: Path, recipe: Recipe):
@@ -119,7 +121,7 @@ def test_weights_that_learned_something_else_are_remarked_on(run: Path, recipe: 
     ddpm = replace(recipe.diffusion, kind="ddpm")
     more = recipe.data.model_copy(update={"holdout_fraction": 0.5})
     start = starting_at(recipe.model_copy(update={"diffusion": ddpm, "data": more}), str(run))
-    objective, held_out = remarks(start, Manifest.load(recipe.data.output))
+    objective, held_out = initial_weights_warnings(start, Manifest.load(recipe.data.output))
     assert "diffusion.kind flow there, ddpm here" in objective
     assert "data.holdout_fraction was 0.2 there and is 0.5" in held_out
 
@@ -128,22 +130,22 @@ def test_a_resumed_run_needs_the_weights_it_began_with_no_more(trained: Path, re
     shutil.copytree(trained, tmp_path / recipe.name)
     there = recipe.train.model_copy(update={"output": str(tmp_path)})
     gone = recipe.model_copy(update={"train": there, "model": replace(recipe.model, init_from=str(tmp_path / "gone"))})
-    assert absolute(gone).model.init_from == ""
+    assert resolve_recipe(gone).model.init_from == ""
     with pytest.raises(UserError, match="model.init_from"):
-        absolute(gone, fresh=True)
+        resolve_recipe(gone, fresh=True)
 
 
 def test_other_clips_are_refused_with_both_ways_on(run: Path, recipe: Recipe, tiny_shards: Path, tmp_path: Path):
     manifest = Manifest.load(str(tiny_shards))
-    assert check_folder(run, recipe, manifest, read_clips(recipe)) == 2
+    assert check_resume(run, recipe, manifest, read_clips(recipe)) == 2
     fewer = reading(recipe, without(tiny_shards, 3, tmp_path / "fewer"))
     clips = read_clips(fewer)
     with pytest.raises(UserError, match=rf"2 clips removed \(1.mp4, 2.mp4\).*--new-data.*--model.init_from {run}"):
-        check_folder(run, fewer, manifest, clips)
-    assert check_folder(run, fewer, manifest, clips, new_data=True) == 2
+        check_resume(run, fewer, manifest, clips)
+    assert check_resume(run, fewer, manifest, clips, new_data=True) == 2
     assert "2 clips removed" in check_clips(run, fewer.data.output, clips, new_data=True)
-    describe_run(run, fewer, manifest, clips)
-    assert check_folder(run, fewer, manifest, clips) == 2
+    save_run_description(run, fewer, manifest, clips)
+    assert check_resume(run, fewer, manifest, clips) == 2
     assert check_clips(run, fewer.data.output, clips, new_data=True) == ""
 
 
@@ -151,12 +153,12 @@ def test_keys_that_cut_clips_may_change_with_new_data_alone(run: Path, recipe: R
     longer = recipe.model_copy(update={"data": recipe.data.model_copy(update={"stride_s": 1.0})})
     manifest, clips = Manifest.load(recipe.data.output), read_clips(recipe)
     with pytest.raises(UserError, match=r"data.stride_s was 0.0 and is 1.0.*add --new-data"):
-        check_folder(run, longer, manifest, clips)
-    assert check_folder(run, longer, manifest, clips, new_data=True) == 2
+        check_resume(run, longer, manifest, clips)
+    assert check_resume(run, longer, manifest, clips, new_data=True) == 2
 
 
 def test_a_clip_never_changes_sides_by_another_name(run: Path, recipe: Recipe, tiny_shards: Path, tmp_path: Path):
-    before = recorded(run)
+    before = saved_clips(run)
     assert before is not None
     held_out = sorted(before.sources(held_out=True).values())
     renamed = tmp_path / "renamed"
@@ -173,7 +175,7 @@ def test_a_clip_never_changes_sides_by_another_name(run: Path, recipe: Recipe, t
 
 
 def test_the_runs_manifest_says_how_many_clips_are_held_out(trained: Path):
-    clips = recorded(trained)
+    clips = saved_clips(trained)
     assert clips is not None
     held_out = len(clips.sources(held_out=True))
     assert json.loads((trained / "manifest.json").read_text())["held_out"] == {"2x32x32": held_out}
@@ -181,17 +183,17 @@ def test_the_runs_manifest_says_how_many_clips_are_held_out(trained: Path):
 
 
 def test_a_raised_rate_is_said_with_both_values(run: Path, recipe: Recipe):
-    assert changes(run, recipe, 2) == ""
+    assert describe_changes(run, recipe, 2) == ""
     then = TrainConfig(steps=10, schedule="cosine", learning_rate=1e-3)
     longer = then.model_copy(update={"steps": 20})
     before, after = learning_rate(then, 9), learning_rate(longer, 10)
-    said = rate_jump(then, longer, 10)
+    said = learning_rate_jump(then, longer, 10)
     assert f"{before:.3g} at step 10 and {after:.3g} at step 11" in said
     assert after > 40 * before
     told = float(said.split("--train.learning_rate ")[1].split()[0])
     gentle = longer.model_copy(update={"learning_rate": told})
     assert learning_rate(gentle, 10) == pytest.approx(before, rel=0.01)
     constant = then.model_copy(update={"schedule": "constant"})
-    assert rate_jump(constant, constant.model_copy(update={"steps": 20}), 10) == ""
+    assert learning_rate_jump(constant, constant.model_copy(update={"steps": 20}), 10) == ""
     steered = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 9, "guard_spike": 7.0})})
-    assert changes(run, steered, 2) == "train.guard_spike was 5.0 and is 7.0; train.steps was 2 and is 9"
+    assert describe_changes(run, steered, 2) == "train.guard_spike was 5.0 and is 7.0; train.steps was 2 and is 9"

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from sora_train.errors import UserError
 from sora_train.launch.trainer import launch_training
-from sora_train.launch.validation import Outstanding
+from sora_train.launch.validation import ValidationStatus
 from sora_train.ray_cluster.metrics import METRICS
 from sora_train.train.checkpoint import whole
 from sora_train.train.wandb_files import rows
@@ -227,7 +227,7 @@ def test_a_finished_run_makes_up_for_a_validation_that_was_cut_off_with_it(
 ):
     steps_validated = [line["step"] for line in lines(finished / "metrics.jsonl") if line.get("validation")]
     shutil.rmtree(finished / "samples/step_00000012")
-    Outstanding(finished).mark(12, "running")
+    ValidationStatus(finished).set(12, "running")
     recipe = recipe_of(
         builtin_shards,
         finished.parent,
@@ -239,9 +239,9 @@ def test_a_finished_run_makes_up_for_a_validation_that_was_cut_off_with_it(
     wanted = recipe.validation.model_copy(update={"resources": {"CPU": 1.0, "GPU": 1.0}})
     launch_training(recipe.model_copy(update={"validation": wanted}))  # no GPU here: none is taken, nothing runs
     assert "the cluster lacks 1 GPU (validation.resources)" in capsys.readouterr().out
-    assert Outstanding(finished).status(12) == "running"
+    assert ValidationStatus(finished).get(12) == "running"
     launch_training(recipe)
-    assert Outstanding(finished).status(12) == "done"
+    assert ValidationStatus(finished).get(12) == "done"
     validated = [line["step"] for line in lines(finished / "metrics.jsonl") if line.get("validation")]
     assert validated == [*steps_validated, 12]
     assert list((finished / "samples/step_00000012").glob("*.mp4"))

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from sora_train.launch.monitor import Tail
-from sora_train.launch.validation import Outstanding, run_child, supervise
-from sora_train.launch.worker import ask_for_validation
+from sora_train.launch.validation import ValidationStatus, run_child, supervise
+from sora_train.launch.worker import request_validation
 from sora_train.train.metrics import Events, JsonLines
-from sora_train.train.run_dir import LEAVE
+from sora_train.train.run_dir import STOP_FILE
 
 
 def events(run: Path) -> list[tuple[str, int, str]]:
@@ -28,18 +28,18 @@ def test_a_validation_that_takes_too_long_is_ended_tried_once_more_and_noted(
     assert time.monotonic() - began < 20
     assert result["validated"] is False
     assert events(tmp_path) == [("validation_failed", 7, "ended after validation.timeout_s 1")] * 2
-    assert Outstanding(tmp_path).status(7) == "failed"
+    assert ValidationStatus(tmp_path).get(7) == "failed"
 
 
 def test_a_validation_ends_with_a_run_that_was_asked_to_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SORA_VALIDATION_DELAY_S", "60")
-    (tmp_path / LEAVE).touch()
+    (tmp_path / STOP_FILE).touch()
     began = time.monotonic()
     result = supervise(SimpleNamespace(path=str(tmp_path / "checkpoints/step_00000007")), run=str(tmp_path),
                        timeout_s=60.0, gpu=False)  # fmt: skip
     assert time.monotonic() - began < 20
     assert result["validated"] is False
-    assert Outstanding(tmp_path).status(7) == "lost"
+    assert ValidationStatus(tmp_path).get(7) == "lost"
     assert not events(tmp_path)
 
 
@@ -56,44 +56,44 @@ def test_the_supervisor_returns_even_where_nothing_can_be_written(tmp_path: Path
 
 def test_a_validation_is_asked_for_when_none_is_outstanding_and_what_falls_away_is_noted(tmp_path: Path, recipe_of):
     recipe = recipe_of(tmp_path, tmp_path, train__steps=20, validation__every=4, validation__prompts=["a"])
-    outstanding = Outstanding(tmp_path)
-    assert not ask_for_validation(recipe, tmp_path, 2)
-    assert ask_for_validation(recipe, tmp_path, 4)
-    assert not ask_for_validation(recipe, tmp_path, 8)
+    outstanding = ValidationStatus(tmp_path)
+    assert not request_validation(recipe, tmp_path, 2)
+    assert request_validation(recipe, tmp_path, 4)
+    assert not request_validation(recipe, tmp_path, 8)
     assert events(tmp_path) == [("validation_dropped", 8, "the one of step 4 is still running")]
-    outstanding.mark(4, "done")
-    assert not ask_for_validation(recipe, tmp_path, 4)  # a resumed run does not sample again
-    assert ask_for_validation(recipe, tmp_path, 12)
-    assert ask_for_validation(recipe, tmp_path, 20)  # the last is always asked for
-    outstanding.mark(12, "lost")
-    outstanding.mark(20, "failed")
-    assert outstanding.steps() == []
+    outstanding.set(4, "done")
+    assert not request_validation(recipe, tmp_path, 4)  # a resumed run does not sample again
+    assert request_validation(recipe, tmp_path, 12)
+    assert request_validation(recipe, tmp_path, 20)  # the last is always asked for
+    outstanding.set(12, "lost")
+    outstanding.set(20, "failed")
+    assert outstanding.outstanding_steps() == []
 
 
 def test_a_validation_nobody_has_heard_of_for_long_counts_as_lost(tmp_path: Path):
-    outstanding = Outstanding(tmp_path)
-    outstanding.mark(4, "running")
+    outstanding = ValidationStatus(tmp_path)
+    outstanding.set(4, "running")
     note = tmp_path / "samples/step_00000004/result.json"
     note.write_text(json.dumps(json.loads(note.read_text()) | {"time": time.time() - 100}))
-    assert outstanding.steps(older_than_s=200.0) == [4]
-    assert outstanding.steps(older_than_s=50.0) == []
+    assert outstanding.outstanding_steps(older_than_s=200.0) == [4]
+    assert outstanding.outstanding_steps(older_than_s=50.0) == []
 
 
 def test_a_follower_sees_each_new_line_once_also_where_a_resume_cut_the_file_back(tmp_path: Path):
     lines = JsonLines(tmp_path / "metrics.jsonl")
     lines.write({"step": 1, "step_s": 0.1})
     tail = Tail(lines.path)
-    assert tail.new() == []
+    assert tail.new_records() == []
     for step in (2, 3, 4):
         lines.write({"step": step, "step_s": 0.1})
-    assert [record["step"] for record in tail.new()] == [2, 3, 4]
+    assert [record["step"] for record in tail.new_records()] == [2, 3, 4]
     lines.cut_back(2)
     for step in (3, 4, 5):
         lines.write({"step": step, "step_s": 0.2})
-    assert [record["step"] for record in tail.new()] == [3, 4, 5]
+    assert [record["step"] for record in tail.new_records()] == [3, 4, 5]
     with lines.path.open("ab") as file:
         file.write(b'{"step": 6')
-    assert tail.new() == []
+    assert tail.new_records() == []
     with lines.path.open("ab") as file:
         file.write(b"}\n")
-    assert tail.new() == [{"step": 6}]
+    assert tail.new_records() == [{"step": 6}]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sora_train.launch.node_stats import NodeStats, figures
+from sora_train.launch.node_stats import NodeStats, parse_metrics
 from sora_train.ray_cluster.metrics import METRICS, RayMetrics
 
 BOARD = json.loads((Path(__file__).parents[2] / "cluster/grafana/sora_train.json").read_text())
@@ -72,18 +72,18 @@ def test_the_dashboard_has_a_row_for_each_thing_that_is_watched_and_says_units()
 
 
 def test_a_nodes_figures_are_read_off_what_its_agent_shows():
-    assert figures(ENDPOINT) == pytest.approx(
+    assert parse_metrics(ENDPOINT) == pytest.approx(
         {"cpu": 40.5, "memory_gb": 5.0, "disk": 31.5, "gpu0": 93.0, "gpu1": 0.0, "gpu0_memory_gb": 1000 * 2**20 / 1e9}
     )
-    assert figures("no metrics at all") == {}
+    assert parse_metrics("no metrics at all") == {}
 
 
 def test_a_process_without_ray_publishes_nothing_and_goes_on():
     code = (
         "import ray; from sora_train.ray_cluster.metrics import RayMetrics\n"
         "from sora_train.launch.node_stats import NodeStats\n"
-        "shown = RayMetrics('run'); shown.line({'step': 1, 'loss': 0.5}); shown.count('sora_events', 'start')\n"
-        "assert not shown.handles and not ray.is_initialized() and NodeStats().look() == {}"
+        "shown = RayMetrics('run'); shown.set_from_record({'step': 1}); shown.count('sora_events', 'start')\n"
+        "assert not shown.handles and not ray.is_initialized() and NodeStats().read() == {}"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
@@ -92,7 +92,7 @@ def test_metrics_that_fail_say_so_once_and_never_raise(capsys: pytest.CaptureFix
     shown = RayMetrics("run")
     shown.on = True
     for _ in range(2):
-        shown.show({"sora_events": 1.0})  # a counter can't be set
+        shown.set({"sora_events": 1.0})  # a counter can't be set
     assert capsys.readouterr().err.count("Ray metrics stopped (AttributeError") == 1
     assert not shown.on
 
@@ -100,9 +100,9 @@ def test_metrics_that_fail_say_so_once_and_never_raise(capsys: pytest.CaptureFix
 @pytest.mark.ray
 def test_every_node_is_asked_what_it_is_busy_with(local_ray: None):
     until = time.monotonic() + 60  # a Ray that has just started takes some seconds to measure
-    while not (found := (stats := NodeStats()).look()) and time.monotonic() < until:
+    while not (found := (stats := NodeStats()).read()) and time.monotonic() < until:
         time.sleep(0.5)
     assert {key.split("/")[0] for key in found} == {"node"}
     assert {key.rsplit("/", 1)[1] for key in found} >= {"cpu", "memory_gb", "disk"}
     assert all(value >= 0 for value in found.values())
-    assert stats.look() == {}  # not twice within seconds
+    assert stats.read() == {}  # not twice within seconds

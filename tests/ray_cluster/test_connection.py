@@ -12,8 +12,8 @@ import pytest
 
 from sora_train.errors import UserError
 from sora_train.ray_cluster import connection
-from sora_train.ray_cluster.connection import connect, reach, running_cluster, waiting
-from sora_train.ray_cluster.local_ray import free_port, short_folder
+from sora_train.ray_cluster.connection import connect, explain_wait, running_cluster, wait_until_reachable
+from sora_train.ray_cluster.local_ray import free_port, short_temp_dir
 
 
 @pytest.fixture
@@ -84,16 +84,16 @@ def test_a_cluster_that_starts_a_little_later_is_waited_for(capsys: pytest.Captu
 
     thread = threading.Thread(target=open_later)
     thread.start()
-    reach(f"127.0.0.1:{port}", "RAY_ADDRESS")
+    wait_until_reachable(f"127.0.0.1:{port}", "RAY_ADDRESS")
     thread.join()
     assert "waiting up to 30 s" in capsys.readouterr().out
 
 
 def test_a_long_wait_is_explained(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(connection, "WAIT_S", 0.2)
-    with waiting("something is not there"):
+    with explain_wait("something is not there"):
         time.sleep(1)
-    with waiting("never said"):
+    with explain_wait("never said"):
         pass
     assert capsys.readouterr().out.startswith("something is not there (0 s so far")
 
@@ -107,12 +107,12 @@ def test_a_folder_too_long_for_sockets_is_replaced_or_refused(monkeypatch: pytes
     long = "/" + "x" * 60
     monkeypatch.setenv("TMPDIR", long)
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
-    with short_folder():
+    with short_temp_dir():
         assert os.environ["RAY_TMPDIR"] == "/tmp"
     assert "RAY_TMPDIR" not in os.environ
     monkeypatch.setenv("RAY_TMPDIR", long)
     with pytest.raises(UserError, match="RAY_TMPDIR /xxx.* Set RAY_TMPDIR to a short folder"):
-        short_folder().__enter__()
+        short_temp_dir().__enter__()
 
 
 @pytest.mark.ray

@@ -19,12 +19,12 @@ import ray
 
 from sora_train.errors import UserError
 from sora_train.launch.checks import (
-    absolute,
     check_cluster,
     check_codec,
     check_shards,
     check_text,
-    resources,
+    resolve_recipe,
+    run_resources,
 )
 from sora_train.launch.clips import read_clips
 from sora_train.launch.preflight import node_info
@@ -50,9 +50,9 @@ from sora_train.launch.preflight.verdicts import (
     passed,
 )
 from sora_train.launch.preflight.wandb_reach import check_wandb
-from sora_train.launch.resume import check_folder
+from sora_train.launch.resume import check_resume
 from sora_train.launch.run_folder import check_writable
-from sora_train.launch.start import check_start
+from sora_train.launch.start import check_initial_weights
 from sora_train.manifest import Manifest
 from sora_train.plan.estimate import Estimate, estimate
 from sora_train.plan.states import checkpoint_bytes
@@ -78,7 +78,7 @@ def preflight(recipe: Recipe) -> None:
     tell(judge_batch(recipe))
     tell(check_wandb(recipe.tracking.wandb))
     try:
-        need = resources(recipe, gpu=False, most=True)
+        need = run_resources(recipe, gpu=False, most=True)
         with connect(recipe.cluster.address, min_cpus=int(-(-need.get("CPU", 0) // 1)), log_to_driver=False) as own:
             if own:
                 tell(judge_cores(recipe, cores()))
@@ -93,19 +93,19 @@ def preflight(recipe: Recipe) -> None:
 
 def check_files(recipe: Recipe, tell: Callable[[Check], None]) -> tuple[Recipe, Manifest | None]:
     """What can be checked without a cluster; the recipe with absolute folders, and the shards' manifest if they fit."""
-    placed = told("paths", tell, lambda: absolute(recipe), lambda it: it.train.output)
+    placed = told("paths", tell, lambda: resolve_recipe(recipe), lambda it: it.train.output)
     recipe = placed or recipe
     run = Path(recipe.train.output) / recipe.name
     manifest = told("shards", tell, lambda: check_shards(recipe), say_shards)
     told("run folder", tell, lambda: check_writable(run), lambda _: str(run))
     at = None
     if manifest is not None:
-        at = told("resume", tell, lambda: check_folder(run, recipe, manifest, read_clips(recipe)), say_resume)
+        at = told("resume", tell, lambda: check_resume(run, recipe, manifest, read_clips(recipe)), say_resume)
         told("networks", tell, lambda: check_codec(recipe, manifest), lambda _: "those of the shards")
         null = f"null prompt: {recipe.codec.null_prompt}"
         told("captions", tell, lambda: check_text(recipe, manifest), lambda _: null)
     if recipe.model.init_from and at is None:
-        told("start", tell, lambda: check_start(recipe), lambda _: recipe.model.init_from)
+        told("start", tell, lambda: check_initial_weights(recipe), lambda _: recipe.model.init_from)
     return recipe, manifest
 
 
@@ -114,7 +114,7 @@ def check_nodes(recipe: Recipe, manifest: Manifest | None, tell: Callable[[Check
     gpu = told("cluster", tell, lambda: check_cluster(recipe), lambda it: "with GPUs" if it else "on CPUs")
     alive = [node for node in ray.nodes() if node["Alive"]]
     tell(judge_room(recipe, bool(gpu), [node["Resources"] for node in alive]))
-    need = resources(recipe, bool(gpu))
+    need = run_resources(recipe, bool(gpu))
     there, free = ray.cluster_resources(), ray.available_resources()
     tell(judge_free(need, *({kind: float(count) for kind, count in of.items()} for of in (there, free))))
     nodes = gather(recipe, alive)

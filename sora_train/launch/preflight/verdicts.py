@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from sora_train.launch.checks import more_room, resources, worker_resources
+from sora_train.launch.checks import add_resources_hint, run_resources, worker_resources
 from sora_train.launch.preflight.node_info import NodeFacts
 from sora_train.plan.estimate import Estimate
 from sora_train.recipe import Recipe
@@ -193,12 +193,12 @@ def judge_room(recipe: Recipe, gpu: bool, nodes: Iterable[dict[str, float]]) -> 
     places = [[without(node) if beside and i == host else node for i, node in enumerate(nodes)] for host in hosts]
     most = max((sum(map(workers_on, layout)) for layout in places), default=0)
     if most < recipe.cluster.fewest:
-        cpus = 0.0 if gpu else resources(recipe, gpu)["CPU"]
+        cpus = 0.0 if gpu else run_resources(recipe, gpu)["CPU"]
         room = f"; with the {beside} that validation takes beside them" if beside else ""
         return failed(
             "room",
             f"{recipe.cluster.fewest} workers of {worker} need room, the nodes have it for {most}{room}: lower "
-            f"cluster.workers or cluster.cpus_per_worker, set validation.every to 0, or {more_room(cpus)}",
+            f"cluster.workers or cluster.cpus_per_worker, set validation.every to 0, or {add_resources_hint(cpus)}",
         )
     return passed("room", f"for {most} workers of {worker}" + (f" beside validation's {beside}" if beside else ""))
 
