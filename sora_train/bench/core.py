@@ -1,10 +1,11 @@
-"""What every bench shares: taking turns, medians and spreads, records with where they come from, tables.
+"""What all benches share: alternating measurements, statistics, flags, tables and records.
 
-Standard library alone; torch only where it is there already.
+Standard library only, so that `bench.model` runs on a bare machine; torch is used only if it is already imported.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -17,79 +18,130 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar
 
 from sora_train import __version__
-from sora_train.errors import UserError
+from sora_train.errors import RecipeError, UserError
 
 T = TypeVar("T")
 Row = dict[str, Any]
 
-PACKAGES = ("torch", "einops", "safetensors", "diffusers", "numpy", "pyarrow", "ray", "deepspeed", "datasets")
+PACKAGES = ("torch", "einops", "safetensors", "diffusers", "numpy", "pyarrow", "ray", "deepspeed")
 
 
 @dataclass(frozen=True)
 class Table:
-    """One comparison: rows of figures by name, what they don't say of themselves, and what did not work."""
+    """One comparison: rows of named values, notes, and the failures of variants that have no row."""
 
     what: str
-    """The bench and the part of it, such as `train: parts of a step`."""
+    """The bench and its part, such as `train: workers`."""
     rows: list[Row]
     notes: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
 
 
 def interleave(
-    acts: Mapping[str, Callable[[], T]], rounds: int, warm_up: int = 1
+    calls: Mapping[str, Callable[[], T]], rounds: int, warm_up: int = 1
 ) -> tuple[dict[str, list[T]], dict[str, str]]:
-    """Calls each in turn, A B A B …, so that a machine whose speed wanders is as kind to one as to the other.
+    """Calls each in turn, A B A B …, so changes in the machine's speed affect all alike.
 
-    Returns what each gave, warm-up rounds left out, and why some were given up: one that raises is not called again.
+    Returns the results by name, without those of the warm-up, and the errors by name. A call that raises is not
+    called again and has no results.
     """
-    found: dict[str, list[T]] = {name: [] for name in acts}
-    broken: dict[str, str] = {}
+    results: dict[str, list[T]] = {name: [] for name in calls}
+    errors: dict[str, str] = {}
     for turn in range(warm_up + rounds):
-        for name, act in acts.items():
-            if name in broken:
+        for name, call in calls.items():
+            if name in errors:
                 continue
             try:
-                given = act()
-            except Exception as error:  # a contender that fails must not take the others with it
-                broken[name] = one_line(error)
+                result = call()
+            except Exception as error:  # one variant's failure must not stop the others
+                errors[name] = one_line(error)
                 continue
             if turn >= warm_up:
-                found[name].append(given)
-    return {name: values for name, values in found.items() if name not in broken}, broken
+                results[name].append(result)
+    return {name: values for name, values in results.items() if name not in errors}, errors
 
 
-def seconds(act: Callable[[], object]) -> float:
-    """How long a call takes; what it gave the GPU to do counts too."""
-    settle()
+def seconds(call: Callable[[], object]) -> float:
+    """Wall time of a call, including its work on the GPU."""
+    synchronize()
     began = time.perf_counter()
-    act()
-    settle()
+    call()
+    synchronize()
     return time.perf_counter() - began
 
 
-def settle() -> None:
-    """Waits for the GPU, where this process uses one."""
+def synchronize() -> None:
+    """Waits for the GPU if this process uses one."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, lowest, highest, and how many there were."""
+    """Median, minimum, maximum and count."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values), "n": len(values)}
 
 
 def one_line(error: BaseException) -> str:
-    """An error in a line."""
+    """An error as one short line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
+class Flags(argparse.ArgumentParser):
+    """The flags of a bench. `--a-b` and `--a_b` are the same flag; an error is a RecipeError of one line."""
+
+    def __init__(self, prog: str, about: str) -> None:
+        super().__init__(prog=prog, description=about, allow_abbrev=False)
+        self.flag("out", "runs/bench.jsonl", "file to append the results to, one JSON object per line")
+
+    def flag(self, name: str, default: Any, about: str, **how: Any) -> None:
+        """Adds a flag. Its type is that of the default; integers are at least 1 unless the default is 0."""
+        first = default[0] if isinstance(default, list) else default
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        if default is False:
+            how["action"] = "store_true"
+        else:
+            how.setdefault("type", whole_number(min(first, 1)) if isinstance(first, int) else type(first))
+            how |= {"nargs": "+"} if isinstance(default, list) else {}
+            if "choices" not in how:
+                how["metavar"] = name.upper()
+        tail = f" (default: {shown})" if shown not in ("", False) else ""
+        names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        self.add_argument(*names, dest=name, default=default, help=(about + tail).replace("%", "%%"), **how)
+
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(f"{message.replace('argument ', '')}. `{self.prog} --help` explains the flags")
+
+    def parse(self, words: Sequence[str]) -> argparse.Namespace:
+        """The values of the flags. RecipeError for any other word, UserError if --out can't be written."""
+        values, rest = self.parse_with_rest(words)
+        if rest:
+            self.error(f"unknown: {' '.join(rest)}")
+        return values
+
+    def parse_with_rest(self, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """The values of the flags, and the other words."""
+        values, rest = self.parse_known_args(list(words))
+        append([], {}, values.out)  # an error here costs less than one after the measurement
+        return values, rest
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """The type of a flag that takes a whole number of at least `least`."""
+
+    def parse(word: str) -> int:
+        if not word.isdigit() or int(word) < least:
+            raise argparse.ArgumentTypeError(f"{word!r} is not a whole number of {least} or more")
+        return int(word)
+
+    return parse
+
+
 def provenance(words: Sequence[str]) -> Row:
-    """Where figures come from: command, commit, versions, hardware, date."""
+    """Command, commit, versions, hardware and date."""
     return {
         "command": " ".join(["sora bench", *words]),
         "commit": commit(),
@@ -100,7 +152,7 @@ def provenance(words: Sequence[str]) -> Row:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that decide how fast things are, as far as they are there."""
+    """Versions of the installed packages that affect speed."""
     found: dict[str, str] = {}
     for name in PACKAGES:
         try:
@@ -111,24 +163,19 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The code's commit, with `-dirty` where files differ from it; empty where it is no git checkout."""
-
-    def git(*words: str) -> str:
-        where = Path(__file__).parents[2]
-        done = subprocess.run(["git", *words], cwd=where, capture_output=True, text=True, timeout=20, check=True)
-        return done.stdout.strip()
-
+    """The code's commit, with `-dirty` if files were changed since; empty outside a git checkout."""
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=10", "--dirty"]
     try:
-        return git("rev-parse", "--short=10", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+        return subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 
 
 def hardware() -> Row:
-    """Processor, cores of this process, memory, and GPUs where torch is loaded and sees some."""
+    """Processor, cores of this process, memory, and the GPUs that torch sees."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found: Row = {"cpu": cpu_name(), "cores": cores, "system": f"{platform.system()} {platform.machine()}"}
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+    if "SC_PHYS_PAGES" in os.sysconf_names:
         found["memory_gb"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
@@ -138,7 +185,7 @@ def hardware() -> Row:
 
 
 def cpu_name() -> str:
-    """What the processor calls itself."""
+    """The processor's model name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -146,67 +193,47 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def fs_type(folder: str) -> str:
-    """The kind of file system that a local folder lies on, as far as Linux tells."""
-    path, best = os.path.realpath(folder), ("", "unknown file system")
-    try:
-        with open("/proc/mounts") as mounts:
-            for line in mounts:
-                _, at, kind, *_ = line.split()
-                inside = path == at or path.startswith(at.rstrip("/") + "/")
-                if inside and len(at) >= len(best[0]):
-                    best = at, kind
-    except OSError:
-        pass
-    return best[1]
-
-
 def append(tables: Sequence[Table], about: Row, out: str | Path) -> None:
-    """A JSON line for each table. UserError where the file can't be written."""
+    """Appends one JSON line per table. UserError if the file can't be written."""
     path = Path(out).expanduser()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
+        with path.open("a+", encoding="utf-8") as file:
             for table in tables:
                 record = {"what": table.what, "rows": table.rows, "notes": table.notes, "failed": table.failed, **about}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
     except OSError as error:
-        raise UserError(f"{path} can't be written: {error.strerror or error}; name another file with --out") from None
+        raise UserError(f"cannot write {path}: {error.strerror or error}. Choose another file with --out") from None
 
 
-def read_records(path: str | Path) -> list[Row]:
-    """The records of a file, oldest first. UserError where it can't be read, or a line is none."""
-    records: list[Row] = []
-    try:
-        lines = Path(path).expanduser().read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror or error}; name another file with --out") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record: Any = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        if not isinstance(record, dict) or not {"what", "rows", "command"} <= record.keys():
-            raise UserError(
-                f"{path}, line {number}, is no record of `sora bench`, or was cut short: delete that line, or name "
-                "another file with --out"
-            )
-        records.append(cast(Row, record))
-    return records
+def finish(tables: Sequence[Table], words: Sequence[str], out: str | Path) -> int:
+    """Prints the tables as Markdown and appends them to `out`. Returns the exit status: 1 if anything failed."""
+    about = provenance(words)
+    machine, packages = about["hardware"], ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    gpus = ", ".join(machine.get("gpus", [])) or "no GPU"
+    memory = machine.get("memory_gb", "?")
+    origin = f"commit {about['commit'] or 'unknown'}, {machine['cores']} cores of {machine['cpu']}, {memory} GB, {gpus}"
+    print("\n\n".join([*map(markdown, tables), f"`{about['command']}`, {origin}; {packages}"]), flush=True)
+    append(tables, about, out)
+    return int(any(table.failed for table in tables))
 
 
-def columns(rows: Sequence[Row]) -> list[str]:
-    """Every name of a figure that some row has, in order of first appearance."""
-    return list(dict.fromkeys(name for row in rows for name, value in row.items() if value is not None))
+def markdown(table: Table) -> str:
+    """A table as aligned Markdown with its notes. Columns that no row has are left out."""
+    names = list(dict.fromkeys(name for row in table.rows for name, value in row.items() if value is not None))
+    cells = [names, *([cell_text(row.get(name)) for name in names] for row in table.rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+    lines = [f"| {' | '.join(cell.ljust(w) for cell, w in zip(line, widths, strict=True))} |" for line in cells]
+    lines[1:1] = [f"|{'|'.join('-' * (w + 2) for w in widths)}|"]
+    notes = [f"- {note}" for note in table.notes] + [f"- failed: {line}" for line in table.failed]
+    return "\n".join([f"### {table.what}", "", *(lines if names else []), *([""] if notes else []), *notes])
 
 
-def written(value: Any) -> str:
-    """A figure for people: three or four digits, a median with its lowest and highest."""
+def cell_text(value: Any) -> str:
+    """A value with three or four digits; of a spread the median (minimum – maximum)."""
     if isinstance(value, dict):
-        low, high = written(value["low"]), written(value["high"])
-        return f"{written(value['median'])} ({low} – {high})" if value["n"] > 1 else written(value["median"])
+        low, high = cell_text(value["low"]), cell_text(value["high"])
+        return f"{cell_text(value['median'])} ({low} – {high})" if value["n"] > 1 else cell_text(value["median"])
     if value is None or value == "":
         return "–"
     if isinstance(value, float):
@@ -214,17 +241,6 @@ def written(value: Any) -> str:
     return str(value)
 
 
-def markdown(table: Table) -> str:
-    """A table as Markdown that reads well as it stands, notes below it."""
-    names = columns(table.rows)
-    cells = [names, *([written(row.get(name)) for name in names] for row in table.rows)]
-    wide = [max(len(line[i]) for line in cells) for i in range(len(names))]
-    lines = [f"| {' | '.join(cell.ljust(w) for cell, w in zip(line, wide, strict=True))} |" for line in cells]
-    lines[1:1] = [f"|{'|'.join('-' * (w + 2) for w in wide)}|"]
-    notes = [f"- {note}" for note in table.notes] + [f"- failed: {line}" for line in table.failed]
-    return "\n".join([f"### {table.what}", "", *(lines if names else []), *([""] if notes else []), *notes])
-
-
-def say(line: str) -> None:
-    """Progress, to stderr: stdout holds the tables."""
+def log(line: str) -> None:
+    """Prints progress to stderr; stdout holds the tables."""
     print(f"bench: {line}", file=sys.stderr, flush=True)

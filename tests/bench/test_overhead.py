@@ -1,4 +1,4 @@
-"""The bare rung of `sora bench train` does the arithmetic of the rung above it."""
+"""The bare loop of `sora bench train` does the arithmetic of the engine."""
 
 from dataclasses import replace
 from itertools import cycle
@@ -20,7 +20,7 @@ STEPS = 3
 
 
 @pytest.mark.parametrize("stage", [0, 2])
-def test_the_bare_rung_in_bf16_learns_what_the_engine_does(stage: int, tiny_shards: Path):
+def test_the_bare_loop_in_bf16_learns_what_the_engine_does(stage: int, tiny_shards: Path):
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     changes = {"precision": "bf16", "zero_stage": stage, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-2}

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import psutil
 
-from sora_train.bench.recipes import Training
-from sora_train.bench.validate import Options, count
+from sora_train.bench.validate import count_steps
 from tests.drills.commands import Command, end, family, start, title, wait_for, wait_for_step
 from tests.drills.history import events, losses
 from tests.drills.stage import EVERY, ONE_THREAD, STEPS, Row, Stage, held_against, ruling, say
@@ -96,7 +95,7 @@ def throughput(stage: Stage) -> Row:
              "cluster.workers": "1", "cluster.address": "local", "tracking.wandb": "off"}  # fmt: skip
     words = ["train", str(recipe), *(word for key, value in flags.items() for word in (f"--{key}", value))]
     command = start(words, stage.runs / "throughput", stage.logs, ONE_THREAD)
-    rates = count(Training(command.process, command.run, command.log, 0.0, {}), Options(steps=400))
+    rates = count_steps(command.process, command.run, steps=400)
     code = end(command, timeout_s=600)
     with_it, without = (statistics.median(rates[busy]) if rates[busy] else float("nan") for busy in (True, False))
     remark = (
