@@ -20,6 +20,7 @@ from pyarrow import fs
 from data_prep.csv_records import SEPARATORS, Records
 from sora_train.data.config import DataConfig
 from sora_train.errors import RecipeError
+from sora_train.log import log
 from sora_train.storage import decode_text, hint, read_bytes
 
 JSON_LINES, PARQUET = (".jsonl", ".ndjson", ".json"), (".parquet", ".pq")
@@ -80,7 +81,7 @@ def _csv(place: str, content: bytes, data: DataConfig) -> list[CaptionLine]:
         )
     columns = _columns(place, records.header, data)
     if records.separator != ",":
-        print(f"{place}: cells are separated by {SEPARATORS.get(records.separator, records.separator)}s", flush=True)
+        log.info(f"{place}: cells are separated by {SEPARATORS.get(records.separator, records.separator)}s")
     lines: list[CaptionLine] = []
     for number, cells in records:
         source, caption = (cells[column] if column < len(cells) else "" for column in columns)

@@ -12,6 +12,7 @@ from pyarrow import fs
 
 from data_prep.captions import NO_CAPTION, CaptionLine, no_caption
 from sora_train.errors import RecipeError
+from sora_train.log import log
 from sora_train.storage import decode_text, storage_errors
 
 PICTURES = "avif bmp heic heif jpeg jpg png tif tiff webp"
@@ -40,7 +41,7 @@ def read_folder(place: str, system: fs.FileSystem, path: str) -> list[CaptionLin
         )
     if alone := sorted(set(texts) - {_composed(posixpath.splitext(name)[0]) for name in media}):
         example = _plain(texts[alone[0]][0])
-        print(f"{place}: {len(alone)} .txt without a video or picture, such as {example}", flush=True)
+        log.info(f"{place}: {len(alone)} .txt without a video or picture, such as {example}")
     with ThreadPoolExecutor(READERS) as pool:
         return list(pool.map(lambda name: _line(system, path, name, texts), media))
 

@@ -24,6 +24,7 @@ from sora_train.data.config import small_buckets
 from sora_train.data.shards import ShardSet
 from sora_train.errors import RecipeError, UserError
 from sora_train.locks import run_lock
+from sora_train.log import log
 from sora_train.manifest import SCHEMA_VERSION, Counts, LatentFormat, Manifest, TextFacts, VaeFacts, commonest_shape
 from sora_train.recipe import Recipe
 from sora_train.schema import bucket_name, bucket_of
@@ -54,16 +55,16 @@ def prep(recipe: Recipe) -> Manifest:
         stats = sink.stats
         manifest = describe(recipe, vae, text, key, sink.empty_text or empty_prompt(recipe, key), stats)
         manifest.save(data.output)
-    print(f"prep: {stats.summary()} in {time.monotonic() - started:.0f} s; shards in {data.output}", flush=True)
+    log.info(f"prep: {stats.summary()} in {time.monotonic() - started:.0f} s; shards in {data.output}")
     if manifest.remarks:
         counted = ", ".join(f"{kind} {count}" for kind, count in manifest.remarks.items())
-        print(f"prep: sources with remarks: {counted}; docs/prep.md says what each means", flush=True)
+        log.info(f"prep: sources with remarks: {counted}; docs/prep.md says what each means")
     for name in (name for name, count in manifest.buckets.items() if not count):
-        print(f"prep: no clip fills the bucket {name}; `sora prep RECIPE --plan` says why", flush=True)
+        log.info(f"prep: no clip fills the bucket {name}; `sora prep RECIPE --plan` says why")
     with contextlib.suppress(UserError):  # all clips are held out, which training says
         left = ShardSet(data.output, data.holdout_fraction).rows
         for said in small_buckets(left, recipe.train.batch_size):
-            print(f"prep: warning: {said}", flush=True)
+            log.warning(f"prep: {said}")
     return manifest
 
 
@@ -86,7 +87,7 @@ def encode_with_restarts(
                     "the workers (/tmp/ray/session_latest/logs), leave the faulty node out, and run the same command "
                     "again: what is encoded stays"
                 ) from None
-            print(f"prep: {why}; restarts with what is missing", flush=True)
+            log.info(f"prep: {why}; restarts with what is missing")
 
 
 def encode_missing(
@@ -100,10 +101,9 @@ def encode_missing(
     state = reconcile(data, rows, stored, twice, saved, stats)
     state.remove_stale(data.output)
     shapes = ", ".join(bucket.name for bucket in buckets)
-    print(
+    log.info(
         f"prep: {len(rows)} sources, {stats.written} clips encoded already, {len(state.todo)} sources to go "
-        f"through; {shapes} at {data.fps:g} fps",
-        flush=True,
+        f"through; {shapes} at {data.fps:g} fps"
     )
     sink = ShardSink(recipe, key, settings, stats, state)
     try:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
+from sora_train.log import log
+
 WINDOW_S = 60.0  # over which rates are measured
 MIN_WINDOW_S = 10.0  # before that a rate says nothing
 
@@ -91,6 +93,6 @@ class Progress:
             if self._metrics is not None and (rates := self.rates()):
                 self._metrics.set({"sora_prep_clips_per_s": rates[1]})
             if self._bar is None:
-                print(self.line(), flush=True)
+                log.info(self.line())
             else:
                 self._bar.refresh()

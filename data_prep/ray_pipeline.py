@@ -16,6 +16,7 @@ from data_prep.sink import ShardSink
 from data_prep.watchdog import PipelineStalled, with_watchdog
 from data_prep.workers import StageResources, allocate_cpus
 from sora_train.codec.files import VaeFiles
+from sora_train.log import log
 from sora_train.recipe import Recipe
 
 BLOCK_BYTES, BLOCK_BYTES_GPU = 2**23, 2**27  # frames that travel between two stages at once: the VAE's batch
@@ -34,7 +35,7 @@ def encode(
 
     with connect(recipe.cluster.address, log_to_driver=False) as own, Progress(len(todo), run=recipe.name) as progress:
         if not own and (held := resources_in_use()):
-            print(f"prep: other jobs of this cluster hold {held}; prep waits for what it lacks", flush=True)
+            log.info(f"prep: other jobs of this cluster hold {held}; prep waits for what it lacks")
         failures, seen, reasons = sink.stats.failures, 0, Counter[str]()
         try:
             for table in with_watchdog(run_stages(recipe, buckets, vae, todo)):

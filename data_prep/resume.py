@@ -10,6 +10,7 @@ from data_prep.sources import SourceRow
 from data_prep.stats import PrepStats
 from sora_train.data.config import DataConfig
 from sora_train.errors import UserError
+from sora_train.log import log
 from sora_train.schema import bucket_name, bucket_of
 
 PendingSource = tuple[SourceRow, list[str]]
@@ -40,9 +41,7 @@ class ResumeState:
         """Takes what is outdated out of the shards."""
         for shard, samples in self.outdated.items():
             name = shard.rpartition("/")[2]
-            print(
-                f"prep: {len(samples)} clips of {name} go: no longer asked for, or their file has changed", flush=True
-            )
+            log.info(f"prep: {len(samples)} clips of {name} go: no longer asked for, or their file has changed")
             remove_clips(folder, shard, samples)
         self.outdated.clear()
 

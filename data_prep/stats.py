@@ -7,6 +7,7 @@ from collections import Counter
 from data_prep.ledger import SourceRecord
 from data_prep.reasons import BAD_SOURCE_REASONS, kind_of, stage_of
 from sora_train.errors import UserError
+from sora_train.log import log
 
 JUDGED_AFTER = 200  # sources
 REMARKS = 20  # lines about single files
@@ -53,9 +54,9 @@ class PrepStats:
         """Prints a line about one file, the first few times."""
         self._remarks += 1
         if self._remarks <= REMARKS:
-            print("prep: " + remark.replace("\n", "\\n"), flush=True)
+            log.info("prep: " + remark.replace("\n", "\\n"))
         elif self._remarks == REMARKS + 1:
-            print(f"prep: more such files are named in {self.folder}/quarantine.parquet only", flush=True)
+            log.info(f"prep: more such files are named in {self.folder}/quarantine.parquet only")
 
     def check_limits(self, finished: bool = False) -> None:
         """Raises UserError where too many sources are bad, or at the end where no clip is left.

@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -21,6 +20,7 @@ from pathlib import Path
 from pyarrow.fs import LocalFileSystem
 
 from sora_train.errors import UserError
+from sora_train.log import log
 from sora_train.storage import broken_link, resolve
 
 OWNER_FILE = ".owner"
@@ -114,7 +114,7 @@ def _acquire(path: Path, me: dict) -> None:
             _remove(path, found)
             continue
         if not waited:
-            print(f"{other}, or was killed. Waiting {STALE_S:.0f} s for its heartbeat", flush=True)
+            log.info(f"{other}, or was killed. Waiting {STALE_S:.0f} s for its heartbeat")
         seen, waited = found, waited + 1
         time.sleep(1)
 
@@ -130,7 +130,7 @@ def _heartbeat(path: Path, me: dict, ended: threading.Event) -> None:
                 other = f"process {found.get('process')} on {found.get('host')}"
                 with contextlib.suppress(OSError):
                     why = f"{other} took over {path.parent} after {STALE_S:.0f} s without a heartbeat from this process"
-                    print(f"{why}. This process ends", file=sys.stderr, flush=True)
+                    log.warning(f"{why}. This process ends")
                 os._exit(1)  # at once: anything else it writes would go into the other process's folder
             if not _create(path, _line(me, count)):
                 with path.open("r+", encoding="utf-8") as file:

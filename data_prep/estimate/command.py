@@ -15,6 +15,7 @@ from data_prep.resume import check_folder
 from data_prep.shards import read_stored_clips
 from data_prep.sources import read_rows
 from data_prep.workers import allocate_cpus, available_cpus
+from sora_train.log import log
 from sora_train.recipe import Recipe
 from sora_train.terminal import say
 
@@ -49,7 +50,7 @@ def plan(recipe: Recipe) -> Plan:
         good = sorted(giving(rows, looks), key=lambda row: sorted(looks[row.path].clips))  # bucket by bucket
         if not good:
             return draft
-        print(f"plan: {len(looks)} files opened; now a few clips are encoded, to see how long they take", flush=True)
+        log.info(f"plan: {len(looks)} files opened; now a few clips are encoded, to see how long they take")
         captions = spread(sorted({caption for row in good for caption in row.captions}), CAPTIONS)
         measured = measure_on_cluster(recipe, spread(good, CLIPS), captions)
     if not measured:

@@ -21,6 +21,7 @@ from data_prep.video.decode_process import Decoder
 from data_prep.workers import allocate_cpus, available_cpus
 from sora_train.codec.files import TextFiles
 from sora_train.data.config import DataConfig
+from sora_train.log import log
 from sora_train.recipe import Recipe
 from sora_train.storage import resolve
 
@@ -150,7 +151,7 @@ def measure_clips(
                 _, vae_s = timed(encode, clip.frames, clock=clock)
         except (ClipError, RuntimeError) as error:
             why = error.message if isinstance(error, ClipError) else error
-            print(f"plan: {row.source} is left out of the measurement: {why}", flush=True)
+            log.info(f"plan: {row.source} is left out of the measurement: {why}")
             continue
         clips.append((open_s, decode_s, vae_s, clip.frames.size / 3))
     return clips

@@ -26,6 +26,7 @@ from data_prep.stages import local_copy
 from data_prep.video.decode_process import Decoder
 from data_prep.workers import available_cpus
 from sora_train.data.config import DataConfig, SelectionConfig
+from sora_train.log import log
 from sora_train.storage import resolve
 
 HERE, HERE_REMOTE = 2000, 200  # files up to which no Ray is started for them
@@ -127,7 +128,7 @@ def survey(
         looks[path] = look
         if (now := time.monotonic()) - said >= 5:
             said, left = now, (len(files) - len(looks)) * (now - began) / len(looks)
-            print(f"plan: {len(looks)} of {len(files)} files opened, about {left:.0f} s left", flush=True)
+            log.info(f"plan: {len(looks)} of {len(files)} files opened, about {left:.0f} s left")
     return looks
 
 

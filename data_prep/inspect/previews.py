@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from data_prep.inspect.reference import References, psnr
 from data_prep.inspect.table import Inventory, by_numbers, unreadable
 from sora_train.codec import DTYPES
 from sora_train.errors import UserError
+from sora_train.log import log, progress
 from sora_train.manifest import Manifest
 from sora_train.schema import bucket_of, bucket_size
 from sora_train.storage import resolve
@@ -46,10 +46,10 @@ def sheets_of(inventory: Inventory, manifest: Manifest, clips: int, root: str, m
                 shown.append(shown_clip(row, bucket, manifest, vae, references))
                 done += 1
                 while vae.remarks:
-                    print(f"inspect: {vae.remarks.pop(0)}", file=sys.stderr, flush=True)
+                    log.warning(f"inspect: {vae.remarks.pop(0)}")
                 if time.monotonic() - said > 5:
                     said = time.monotonic()
-                    print(f"inspect: {done} of {total} clips decoded", file=sys.stderr, flush=True)
+                    progress(f"inspect: {done} of {total} clips decoded")
             yield {"name": bucket, "clips": shown, "of": inventory.buckets[bucket]}
     finally:
         references.close()

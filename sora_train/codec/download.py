@@ -16,6 +16,7 @@ from sora_train.codec import CodecConfig
 from sora_train.codec.folders import STATE, downloaded_folder, hub_id
 from sora_train.codec.hub import File, Repository, resolve
 from sora_train.errors import UserError
+from sora_train.log import log
 from sora_train.storage import atomic_write_text, free_bytes, in_bytes
 
 
@@ -34,11 +35,11 @@ def download(codec: CodecConfig, to: str, extra: dict[str, str] | None = None) -
     check_disk(found, to)
     result = {repository.name: fetch(repository, downloaded_folder(to, repository.name)) for repository in found}
     if found:
-        print("\nAll bytes are right. For the recipe (or as flags, `--codec.models ...`):", flush=True)
+        log.info("\nAll bytes are right. For the recipe (or as flags, `--codec.models ...`):")
     for repository in found:
         for key in repository.keys if not repository.revision else ():
-            print(f"{key}: {repository.name}@{repository.commit}", flush=True)
-    print(f"codec.models: {to}" if found else "Nothing to download.", flush=True)
+            log.info(f"{key}: {repository.name}@{repository.commit}")
+    log.info(f"codec.models: {to}" if found else "Nothing to download.")
     return {"models": to, "repositories": result}
 
 
@@ -48,7 +49,7 @@ def hub_ids(names: dict[str, str]) -> dict[str, tuple[str, tuple[str, ...]]]:
     for key, name in names.items():
         if name in ("", "builtin") or os.path.isdir(name):
             reason = "comes with sora_train" if name == "builtin" else "is a folder" if name else "is not set"
-            print(f"{key}: {name + ' ' if name else ''}{reason}, nothing to fetch", flush=True)
+            log.info(f"{key}: {name + ' ' if name else ''}{reason}, nothing to fetch")
             continue
         repository, revision = hub_id(name, key)
         before, keys = asked.get(repository, ("", ()))
@@ -63,10 +64,10 @@ def hub_ids(names: dict[str, str]) -> dict[str, tuple[str, tuple[str, ...]]]:
 def print_table(found: list[Repository]) -> None:
     for repository in found:
         asked_for = repository.revision or "newest"
-        print(f"\n{repository.name}  {asked_for} = commit {repository.commit}  ({', '.join(repository.keys)})")
+        log.info(f"\n{repository.name}  {asked_for} = commit {repository.commit}  ({', '.join(repository.keys)})")
         width = max(len(file.path) for file in repository.files)
         for file in repository.files:
-            print(f"  {file.path:{width}}  {in_bytes(file.size):>9}  {file.sha256 or f'git {file.blob}'}")
+            log.info(f"  {file.path:{width}}  {in_bytes(file.size):>9}  {file.sha256 or f'git {file.blob}'}")
 
 
 def check_disk(found: list[Repository], to: str) -> None:
@@ -80,10 +81,7 @@ def check_disk(found: list[Repository], to: str) -> None:
             here += min(file.size, max(place.stat().st_size if place.is_file() else 0 for place in places))
     free = free_bytes(to)
     if found:
-        print(
-            f"\n{in_bytes(total)} in all, {in_bytes(here)} of it here already; {in_bytes(free)} free in {to}\n",
-            flush=True,
-        )
+        log.info(f"\n{in_bytes(total)} in all, {in_bytes(here)} of it here already; {in_bytes(free)} free in {to}\n")
     if total - here > free:
         raise UserError(
             f"{to} has {in_bytes(free)} free, {in_bytes(total - here)} are still to come; name a larger disk"
@@ -105,9 +103,9 @@ def fetch(repository: Repository, folder: Path) -> dict[str, Any]:
         for number, file in enumerate(repository.files, 1):
             told = f"{repository.name} {number}/{len(repository.files)} {file.path} {in_bytes(file.size)}"
             if file.is_at(folder / file.path):
-                print(f"{told}: is here", flush=True)
+                log.info(f"{told}: is here")
                 continue
-            print(told, flush=True)
+            log.info(told)
             fetch_file(repository, file, folder)
         state |= {"complete": True, "files": files}
         write_state(folder, state)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,6 +16,7 @@ from sora_train.evaluate.heldout import BINS
 from sora_train.evaluate.i3d import load_i3d
 from sora_train.evaluate.metrics import Progress, check_frames, check_shards, measure
 from sora_train.evaluate.similarity import load_clip
+from sora_train.log import progress
 from sora_train.sample import Run, load_run
 from sora_train.storage import atomic_write_text
 
@@ -149,6 +149,6 @@ def printed(seconds: float = 5.0) -> Progress:
         nonlocal last
         if time.monotonic() - last >= seconds:
             last = time.monotonic()
-            print(f"{what}: {done} of {of}", file=sys.stderr, flush=True)
+            progress(f"{what}: {done} of {of}")
 
     return tell

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from sora_train.evaluate.heldout import SEED, Place, batches, held_out_loss
 from sora_train.evaluate.i3d import I3D, I3D_FRAMES, features, load_i3d
 from sora_train.evaluate.kept import choose_again
 from sora_train.evaluate.similarity import load_clip, similarity
+from sora_train.log import log
 from sora_train.manifest import Manifest
 from sora_train.recipe import ValidationConfig
 from sora_train.sample import Run, generate_each
@@ -43,7 +43,7 @@ REFERENCE = "fvd_reference.safetensors"
 
 
 def warn(remark: str) -> None:
-    print(f"warning: {remark}", file=sys.stderr, flush=True)
+    log.warning(remark)
 
 
 def measure(

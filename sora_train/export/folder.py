@@ -15,6 +15,7 @@ from sora_train.codec.files import find_text_encoder, find_vae
 from sora_train.errors import UserError
 from sora_train.export.card import write_card
 from sora_train.export.pipeline import refusals, write_pipeline
+from sora_train.log import log
 from sora_train.recipe import save_recipe
 from sora_train.sample.load import (
     EXPORT_FORMAT,
@@ -47,7 +48,7 @@ def export(path: str | Path, out: str | Path, weights_only: bool = False, weight
             "its weights and recipe, which `sora sample` reads"
         )
     with_draft(out, lambda draft: write_weights(run, draft) if weights_only else write_whole_pipeline(run, draft))
-    print(f"{out}: the {run.weights} weights of {run.checkpoint}; its README.md says how to use it", flush=True)
+    log.info(f"{out}: the {run.weights} weights of {run.checkpoint}; its README.md says how to use it")
     return out
 
 

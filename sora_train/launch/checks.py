@@ -17,6 +17,7 @@ from sora_train.evaluate.i3d import load_i3d
 from sora_train.evaluate.similarity import find_clip
 from sora_train.launch.resume import saved_null_prompt
 from sora_train.launch.start import find_initial_weights
+from sora_train.log import log
 from sora_train.manifest import Manifest
 from sora_train.recipe import Recipe
 from sora_train.schema import bucket_name, bucket_size
@@ -182,10 +183,9 @@ def check_cluster(recipe: Recipe) -> bool:
         )
     full = run_resources(recipe, gpu, most=True)
     if recipe.validation.every and any(count > have.get(kind, 0) >= 1 for kind, count in full.items()):
-        print(
+        log.info(
             f"with more than the fewest of cluster.workers {recipe.cluster.workers} there may be no room left for "
-            "validation, which then waits for the end of the run",
-            flush=True,
+            "validation, which then waits for the end of the run"
         )
     return gpu
 

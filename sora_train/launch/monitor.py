@@ -7,7 +7,6 @@ results of validations, which add their line to `metrics.jsonl`, also of those t
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 import time
 from array import array
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sora_train.launch.node_stats import NodeStats
+from sora_train.log import log
 from sora_train.ray_cluster.connection import WAIT_S
 from sora_train.ray_cluster.metrics import RayMetrics
 from sora_train.train.metrics import Events, JsonLines, duration, log_line, parse, validation_line
@@ -128,7 +128,7 @@ class Monitor:
     def _print(self, line: str) -> None:
         self.printed_at = time.monotonic()
         with contextlib.suppress(OSError, ValueError):  # stdout is gone, or can't encode the line
-            print(line, flush=True)
+            log.info(line)
 
     def _in_background(self, act: Callable[[], object]) -> None:
         self.background.submit(self._catch_errors, act)
@@ -142,7 +142,7 @@ class Monitor:
             if why not in self.seen_errors and len(self.seen_errors) < MAX_ERRORS:
                 self.seen_errors.add(why)
                 with contextlib.suppress(OSError, ValueError):
-                    print(f"a line of {self.run} can't be shown or tracked ({why}); training goes on", file=sys.stderr)
+                    log.warning(f"a line of {self.run} can't be shown or tracked ({why}); training goes on")
             return None
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sora_train.errors import Stopped
 from sora_train.launch.run_folder import resume_hint
+from sora_train.log import log
 from sora_train.train.run_dir import STOP_FILE
 
 RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -27,10 +28,9 @@ def warn_if_stop_wait_short() -> None:
     """
     seconds = os.environ.get(STOP_WAIT_VARIABLE, "3")
     if RAY_JOB_VARIABLE in os.environ and seconds.isdecimal() and int(seconds) < MIN_STOP_WAIT_S:
-        print(
+        log.info(
             f"`ray job stop` gives this run {seconds} s, perhaps too few for a checkpoint: start the head node with "
-            f"{STOP_WAIT_VARIABLE}=300, or make a file `{STOP_FILE}` in the run's folder instead",
-            flush=True,
+            f"{STOP_WAIT_VARIABLE}=300, or make a file `{STOP_FILE}` in the run's folder instead"
         )
 
 
@@ -109,7 +109,7 @@ class SignalHandler:
                 ).touch()  # also where it raises, which may get lost: workers that start look for it
         if self.count > 1 or not self.can_wait():
             raise KeyboardInterrupt  # the one exception that Ray's calls let through
-        print(f"{self.name}: makes a checkpoint, then ends. A second {self.name} ends at once", flush=True)
+        log.info(f"{self.name}: makes a checkpoint, then ends. A second {self.name} ends at once")
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.hears:

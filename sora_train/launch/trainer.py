@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import math
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -46,6 +45,7 @@ from sora_train.launch.signals import SignalHandler, detach_wandb, warn_if_stop_
 from sora_train.launch.start import check_initial_weights, initial_weights_warnings
 from sora_train.launch.validation import ValidationStatus, supervise, update_report
 from sora_train.locks import run_lock
+from sora_train.log import log
 from sora_train.manifest import Manifest
 from sora_train.ray_cluster.connection import connect, explain_wait
 from sora_train.recipe import Recipe, load_recipe, save_recipe
@@ -75,7 +75,7 @@ def launch_training(
         if fresh:
             check_fresh(run, overwrite)
         elif (at := check_resume(run, recipe, manifest, clips, new_data) or 0) >= recipe.train.steps:
-            print(f"{run} is finished: {at} steps are done; raise train.steps to train on", flush=True)
+            log.info(f"{run} is finished: {at} steps are done; raise train.steps to train on")
             rerun_missed_validations(run, recipe)
             return run
         else:
@@ -87,18 +87,18 @@ def launch_training(
     if not at:
         check_initial_weights(recipe)
         for remark in initial_weights_warnings(recipe, manifest):
-            print(f"warning: model.init_from: {remark}", file=sys.stderr, flush=True)
+            log.warning(f"model.init_from: {remark}")
     check_metric_models(recipe)
     for said in small_buckets(clips.counts(held_out=False), recipe.train.batch_size):
-        print(f"warning: {said}", file=sys.stderr, flush=True)
-    print(describe_export(recipe, manifest), flush=True)
+        log.warning(said)
+    log.info(describe_export(recipe, manifest))
     warn_if_stop_wait_short()
     need = run_resources(recipe, gpu=False, most=True)
     beside = ThreadPoolExecutor(1)  # Ray takes seconds to start, and leaves a core to what takes others
     disk = beside.submit(check_disk, recipe)
     ray_train = beside.submit(importlib.import_module, "sora_train.launch.ray_trainer")
     beside.shutdown(wait=False)
-    print("starting Ray", flush=True)
+    log.info("starting Ray")
     with (
         SignalHandler(run) as signals,
         connect(recipe.cluster.address, min_cpus=math.ceil(need.get("CPU", 0)), log_to_driver=False) as own,
@@ -137,7 +137,7 @@ def launch_training(
                     step, _ = newest_checkpoint(run) or (0, None)
                     Events(run).write("preempted", step, f"{asked}; the same command goes on")
                     raise Stopped(f"{asked}: {resume_hint(run)}")
-    print(f"done: {recipe.train.steps} steps. Look at {run / 'report.html'}; checkpoints are beside it", flush=True)
+    log.info(f"done: {recipe.train.steps} steps. Look at {run / 'report.html'}; checkpoints are beside it")
     return run
 
 
@@ -149,9 +149,9 @@ def describe_resume(run: Path, recipe: Recipe, at: int, clips: Clips, new_data: 
     if said := check_clips(run, recipe.data.output, clips, new_data):
         happened.append(("new_data", f"{said}; an epoch of these begins here"))
     elif new_data:
-        print(f"--new-data changes nothing: the clips are those that {run} was trained on", flush=True)
+        log.info(f"--new-data changes nothing: the clips are those that {run} was trained on")
     for event, reason in happened:
-        print(f"{event.replace('_', ' ')} at step {at}: {reason}", flush=True)
+        log.info(f"{event.replace('_', ' ')} at step {at}: {reason}")
     return happened
 
 
@@ -205,10 +205,9 @@ def rerun_missed_validations(run: Path, recipe: Recipe) -> None:
         have = ray.cluster_resources()
         if short := [f"{count:g} {kind}" for kind, count in need.items() if count > have.get(kind, 0)]:
             steps = ", ".join(str(step) for step, _ in cut_off)
-            print(
+            log.info(
                 f"the validations of steps {steps} were cut off and can't run here: the cluster lacks "
-                f"{' and '.join(short)} (validation.resources). Run the same command where it has them",
-                flush=True,
+                f"{' and '.join(short)} (validation.resources). Run the same command where it has them"
             )
             return
         with run_lock(str(run), "sora train"), start_monitor(recipe, run):
@@ -217,7 +216,7 @@ def rerun_missed_validations(run: Path, recipe: Recipe) -> None:
             (run / STOP_FILE).unlink(missing_ok=True)
             asked = {"run": str(run), "timeout_s": recipe.validation.timeout_s, "gpu": need.get("GPU", 0) > 0}
             for step, path in cut_off:
-                print(f"its validation of step {step} was cut off, and is made up for now", flush=True)
+                log.info(f"its validation of step {step} was cut off, and is made up for now")
                 task = ray.remote(supervise).options(  # pyright: ignore
                     **remote_options(need), name=f"validation of {recipe.name}"
                 )

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sora_train.errors import UserError
+from sora_train.log import log
 from sora_train.storage import atomic_file, atomic_write_text
 from sora_train.train.metrics import Events, JsonLines, duration
 
@@ -56,7 +57,7 @@ def supervise(checkpoint: Any, /, *, run: str, timeout_s: float, gpu: bool) -> d
             Events(Path(run)).write("validation_done", step, f"samples in {note.folder(step)} after {took}")
         return {"validated": not reason, "validation_s": time.monotonic() - began}
     except Exception as error:  # such as a full disk; see the docstring
-        print(f"validation of step {step} can't be written down: {error!r}", file=sys.stderr)
+        log.warning(f"validation of step {step} can't be written down: {error!r}")
         return {"validated": False, "validation_s": time.monotonic() - began}
 
 
@@ -243,7 +244,7 @@ def main(words: list[str]) -> int:
             validate(Path(words[1]), Path(words[2]))
     except Exception as error:
         traceback.print_exc()
-        print(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        log.info(f"{type(error).__name__}: {' '.join(str(error).split())}")
         return 1
     return 0
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sora_train.log import log
 from sora_train.quickstart.oracle import Verdict, accuracy, judge, obedience
 from sora_train.quickstart.shapes import FPS, SHAPES, Scene, all_scenes, draw
 from sora_train.sample import Run, generate_each
@@ -40,7 +41,7 @@ def measure(clips_folder: Path, run_folder: Path, final: Path) -> dict:
     """Stage 5: the judge's own test on real clips, then its verdicts on the samples, into obedience.json."""
     videos, truth = real_clips(clips_folder)
     own = accuracy(videos, truth)
-    print(f"  the judge reads {own:.1%} of {len(videos)} real clips rightly; the bar is {JUDGE_BAR:.0%}", flush=True)
+    log.info(f"  the judge reads {own:.1%} of {len(videos)} real clips rightly; the bar is {JUDGE_BAR:.0%}")
     if own < JUDGE_BAR:
         raise RuntimeError(f"the judge reads only {own:.1%} of real clips rightly: its verdicts would mean nothing")
     listing = json.loads((final / "samples.json").read_text(encoding="utf-8"))
@@ -49,7 +50,7 @@ def measure(clips_folder: Path, run_folder: Path, final: Path) -> dict:
     shares = obedience(verdicts, [shown[entry["prompt"]] for entry in listing["samples"]])
     record = {**shares, "judge_accuracy": own, "judge_clips": len(videos), "checkpoint": listing["checkpoint"]}
     (run_folder / "obedience.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"  {run_folder / 'obedience.json'}")
+    log.info(f"  {run_folder / 'obedience.json'}")
     return shares
 
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sora_train.errors import UserError
+from sora_train.log import log
 from sora_train.quickstart.measure import SEEDS, VERDICTS, measure, scenes, write_verdicts
 from sora_train.quickstart.oracle import Verdict, judge
 from sora_train.quickstart.shapes import COLOURS, DIRECTIONS, make_clips
@@ -46,8 +47,8 @@ def demo(recipe_path: str | Path = "jobs/quickstart.yaml", overrides: Mapping[st
         shares = measure(clips_folder, run_folder, final)
     with stage(6, "report", started):
         report = write_report(run_folder)
-        print(f"  {report}")
-    print(last_words(run_folder, shares, time.monotonic() - started), flush=True)
+        log.info(f"  {report}")
+    log.info(last_words(run_folder, shares, time.monotonic() - started))
     return run_folder
 
 
@@ -63,11 +64,11 @@ def find_recipe(path: str | Path) -> Path:
 @contextmanager
 def stage(number: int, what: str, started: float) -> Iterator[None]:
     """Prints a stage's heading and, at its end, how long it took."""
-    print(f"\n[{number}/{STAGES}] {what}", flush=True)
+    log.info(f"\n[{number}/{STAGES}] {what}")
     begun = time.monotonic()
     yield
     now = time.monotonic()
-    print(f"[{number}/{STAGES}] done in {now - begun:.0f} s, {now - started:.0f} s in all", flush=True)
+    log.info(f"[{number}/{STAGES}] done in {now - begun:.0f} s, {now - started:.0f} s in all")
 
 
 def clips(recipe: Recipe, count: int = CLIPS) -> Path:
@@ -79,11 +80,11 @@ def clips(recipe: Recipe, count: int = CLIPS) -> Path:
         )
     folder = captions.parent
     if are_whole(captions, count):
-        print(f"  {count} clips are in {folder} already")
+        log.info(f"  {count} clips are in {folder} already")
         return folder
     with heartbeat(lambda: f"  {len(list(folder.glob('*.mp4')))} of {count} clips"):
         make_clips(folder, count)
-    print(f"  {count} clips in {folder}")
+    log.info(f"  {count} clips in {folder}")
     return folder
 
 
@@ -103,7 +104,7 @@ def heartbeat(line: Callable[[], str], seconds: float = 5.0) -> Iterator[None]:
 
     def beat() -> None:
         while not over.wait(seconds):
-            print(line(), flush=True)
+            log.info(line())
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
@@ -137,7 +138,7 @@ def sample(run_folder: Path, seeds: Sequence[int] = SEEDS) -> Path:
     run = load_run(run_folder)
     folder = run_folder / "samples" / "final"
     if is_sampled(folder, run.checkpoint, seeds):
-        print(f"  {folder} holds them already")
+        log.info(f"  {folder} holds them already")
         return folder
     for stale in (*folder.glob("*.mp4"), folder / "samples.json", folder / VERDICTS):
         stale.unlink(missing_ok=True)
@@ -161,7 +162,7 @@ def sample(run_folder: Path, seeds: Sequence[int] = SEEDS) -> Path:
         )
     write_verdicts(folder, verdicts)
     write_sheet(files, len(seeds), folder / "sheet.png")
-    print(f"  {len(files)} videos and sheet.png in {folder}")
+    log.info(f"  {len(files)} videos and sheet.png in {folder}")
     return folder
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import ray
 
 from sora_train.errors import UserError
+from sora_train.log import log
 from sora_train.ray_cluster.local_ray import (
     block_sighup,
     fixed_address,
@@ -106,7 +107,7 @@ def wait_until_reachable(address: str, key: str) -> None:
                     f"no Ray at {address} ({key}): {error}. Start that cluster. {local_hint(key)}"
                 ) from None
             if not said:
-                print(f"no Ray at {address} ({key}) yet: waiting up to {WAIT_S:.0f} s for it", flush=True)
+                log.info(f"no Ray at {address} ({key}) yet: waiting up to {WAIT_S:.0f} s for it")
                 said = True
             time.sleep(1)
 
@@ -126,7 +127,7 @@ def explain_wait(what: str) -> Iterator[None]:
         pause = WAIT_S
         while not ended.wait(pause):
             pause = AGAIN_S
-            print(f"{what} ({time.monotonic() - began:.0f} s so far; Ctrl-C ends it)", flush=True)
+            log.info(f"{what} ({time.monotonic() - began:.0f} s so far; Ctrl-C ends it)")
 
     thread = threading.Thread(target=explain, name="waiting", daemon=True)
     thread.start()

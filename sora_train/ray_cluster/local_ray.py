@@ -17,6 +17,7 @@ import ray
 
 import sora_train
 from sora_train.errors import UserError
+from sora_train.log import log
 
 SOCKETS = "ray/session_2026-11-27_03-57-09_123456_4194304/sockets/dash_TaskEventsHead"
 """The longest socket that Ray makes under its temporary folder."""
@@ -87,7 +88,7 @@ def short_temp_dir() -> Iterator[None]:
     why = f"{key} {place} is too long for Ray's sockets, whose names may have {SOCKET_BYTES} bytes"
     if key == "RAY_TMPDIR" or not os.access("/tmp", os.W_OK):
         raise UserError(f"{why}. Set RAY_TMPDIR to a short folder of this machine, such as /tmp")
-    print(f"{why}: Ray keeps its files in /tmp/ray instead (RAY_TMPDIR names another folder)", flush=True)
+    log.info(f"{why}: Ray keeps its files in /tmp/ray instead (RAY_TMPDIR names another folder)")
     with env_vars(RAY_TMPDIR="/tmp"):
         yield
 

@@ -8,7 +8,6 @@ ever, and one that goes on sets its gauges again and again.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from typing import Any, Literal
 
 import ray
 from ray.util.metrics import Counter, Gauge
+
+from sora_train.log import log
 
 REFRESH_S = 2.0  # well below the seconds after which Ray forgets
 
@@ -122,4 +123,4 @@ class RayMetrics:
             act()
         except Exception as error:  # whatever Ray's metrics do must not cost a training
             self.on = False
-            print(f"Ray metrics stopped ({type(error).__name__}: {error}); the run goes on", file=sys.stderr)
+            log.warning(f"Ray metrics stopped ({type(error).__name__}: {error}); the run goes on")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import datetime
 import hashlib
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import resources
@@ -15,6 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from sora_train.errors import UserError
+from sora_train.log import log
 from sora_train.report import events as happened
 from sora_train.report.charts import RUNS
 from sora_train.report.curves import chart_groups
@@ -39,7 +39,7 @@ def write_report(*runs: str | Path, out: str | Path | None = None) -> Path:
     records = with_names([read_run(run) for run in runs])
     for run in records:
         for line in not_readable(run, run.folder):
-            print(line, file=sys.stderr, flush=True)
+            log.warning(line)
     beside = records[0].folder if len(records) == 1 else Path()
     page = Path(out).expanduser() if out is not None else beside / "report.html"
     if page.is_dir():

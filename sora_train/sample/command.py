@@ -15,6 +15,7 @@ import numpy as np
 
 from sora_train.commands import SampleOptions
 from sora_train.errors import RecipeError, UserError
+from sora_train.log import log
 from sora_train.manifest import commonest_shape
 from sora_train.sample.generate import Progress, generate_each, latent_shape
 from sora_train.sample.load import Run, load_run
@@ -66,7 +67,7 @@ def sample_prompts(path: str | Path, ask: SampleOptions) -> list[Path]:
     except OSError as error:
         raise UserError(f"{folder} can't be made ({error.strerror}); name another folder with --out") from None
     pairs = [(prompt, seed) for prompt in prompts for seed in dict.fromkeys(ask.seed)]
-    print(f"sampling {len(pairs)} of {said_shape(run, shape)} from {run.checkpoint} on {run.device}", flush=True)
+    log.info(f"sampling {len(pairs)} of {said_shape(run, shape)} from {run.checkpoint} on {run.device}")
     each_prompt, each_seed = zip(*pairs, strict=True)
     written, listing = [], read_listing(folder)
     with shown_progress("sampling") as (progress, say):
@@ -124,11 +125,9 @@ def warn_of_shape(run: Run, shape: tuple[int, int, int]) -> None:
     trained = trained or [f"{manifest.frames}x{manifest.height}x{manifest.width}"]
     asked = "x".join(map(str, shape))
     if asked not in trained and shape != (manifest.frames, manifest.height, manifest.width):
-        print(
-            f"warning: the model was not trained at {asked} (frames x height x width), only at {', '.join(trained)}; "
-            "samples may look worse",
-            file=sys.stderr,
-            flush=True,
+        log.warning(
+            f"the model was not trained at {asked} (frames x height x width), only at {', '.join(trained)}; "
+            "samples may look worse"
         )
 
 
@@ -158,7 +157,7 @@ def write_video(file: Path, video: np.ndarray, fps: float, prompt: str) -> None:
 def shown_progress(what: str) -> Iterator[tuple[Progress, Callable[[str], None]]]:
     """A progress callback, and how to print a line meanwhile: a bar on a terminal, plain lines elsewhere."""
     if not sys.stderr.isatty():
-        yield printed(what), lambda line: print(line, flush=True)
+        yield printed(what), lambda line: log.info(line)
         return
     from tqdm import tqdm
 
@@ -180,6 +179,6 @@ def printed(what: str, seconds: float = 5.0) -> Progress:
         now = time.monotonic()
         if now - last >= seconds:
             last = now
-            print(f"{what}: {done} of {of} steps, {now - started:.0f} s", flush=True)
+            log.info(f"{what}: {done} of {of} steps, {now - started:.0f} s")
 
     return report

@@ -6,7 +6,6 @@ that which it begins as, and then that which the sampler `ddpm` adds.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -19,6 +18,7 @@ from sora_train.codec.memory import is_out_of_memory
 from sora_train.codec.text import TextEncoder, cut_null, pad_text
 from sora_train.diffusion import Sampling, fitting, sample
 from sora_train.errors import RecipeError, UserError
+from sora_train.log import log
 from sora_train.sample.load import Run
 from sora_train.video import one_line
 
@@ -163,7 +163,7 @@ def check_prompt(run: Run, prompt: str) -> None:
     if lost := cut_off(run.text_encoder, prompt):
         shown = lost if len(lost) <= 200 else f"{lost[:200].rstrip()}… ({len(lost)} characters)"
         limit = f"codec.max_tokens {run.text_encoder.max_tokens}"
-        print(f"warning: the prompt is longer than {limit}; not used: {shown!r}", file=sys.stderr, flush=True)
+        log.warning(f"the prompt is longer than {limit}; not used: {shown!r}")
 
 
 def cut_off(encoder: TextEncoder, prompt: str) -> str:

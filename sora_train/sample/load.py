@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +19,7 @@ from sora_train.codec.text import TextEncoder, text_encoder_of
 from sora_train.codec.vae import Vae, load_vae
 from sora_train.diffusion import Objective, make_objective
 from sora_train.errors import UserError
+from sora_train.log import log
 from sora_train.manifest import Manifest
 from sora_train.model import Latte
 from sora_train.model.convert import check_fit, from_diffusers
@@ -240,7 +240,7 @@ def find_checkpoint(path: str | Path, weights: Weights = "ema") -> tuple[Path, P
     for checkpoint in reversed(checkpoints):
         if _is_whole(checkpoint / WEIGHTS) and (weights == "ema" or isinstance(examine(checkpoint), dict)):
             return folder, checkpoint
-        print(f"warning: {checkpoint} is unfinished or damaged; looking for one before it", file=sys.stderr, flush=True)
+        log.warning(f"{checkpoint} is unfinished or damaged; looking for one before it")
     if checkpoints:
         averaged = weights == "raw" and any(_is_whole(checkpoint / WEIGHTS) for checkpoint in checkpoints)
         raise UserError(

@@ -213,7 +213,7 @@ def test_each_file_that_is_not_readable_is_named_on_the_page_and_on_stderr(tmp_p
         f"samples/{third.name}/sheet.png (cut short or no PNG)",
     ]
     seen = Page(write_report(folder))
-    assert capsys.readouterr().err.splitlines() == [f"not readable: {folder}/{line}" for line in wanted]
+    assert capsys.readouterr().err.splitlines() == [f"warning: not readable: {folder}/{line}" for line in wanted]
     assert re.findall(r"not readable: (.*?\))", seen.text) == wanted
     # nothing that only a readable recipe or whole events would tell
     assert "step" in seen.text

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sora_train.launch.preflight import node_info
 from sora_train.launch.preflight.node_info import NodeFacts
+from sora_train.log import log
 from sora_train.recipe import Recipe
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ def gather(recipe: Recipe, alive: list[dict[str, Any]]) -> list[NodeFacts]:
         clocks = ask_clocks([key for key, node in nodes.items() if not node.problem])
     there = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
     for key in nodes.keys() - there:
-        print(f"warning: {nodes.pop(key).address} left the cluster while it was asked", file=sys.stderr, flush=True)
+        log.warning(f"{nodes.pop(key).address} left the cluster while it was asked")
     return [
         replace(
             node,

@@ -7,7 +7,6 @@ Facts are gathered by one Ray task a node (`gather.py`, `node_info.py`) and judg
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -53,6 +52,7 @@ from sora_train.launch.preflight.wandb_reach import check_wandb
 from sora_train.launch.resume import check_resume
 from sora_train.launch.run_folder import check_writable
 from sora_train.launch.start import check_initial_weights
+from sora_train.log import log
 from sora_train.manifest import Manifest
 from sora_train.plan.estimate import Estimate, estimate
 from sora_train.plan.states import checkpoint_bytes
@@ -60,6 +60,7 @@ from sora_train.plan.table import facts_of, heaviest, remedies_for
 from sora_train.ray_cluster.connection import connect
 from sora_train.recipe import Recipe
 from sora_train.storage import free_bytes
+from sora_train.terminal import say as show
 
 T = TypeVar("T")
 LOCAL_S = 20.0
@@ -72,7 +73,7 @@ def preflight(recipe: Recipe) -> None:
 
     def tell(check: Check) -> None:
         checks.append(check)
-        print(f"{check.state:<8}{check.name:<14}{check.said}", flush=True)
+        show(f"{check.state:<8}{check.name:<14}{check.said}")
 
     recipe, manifest = check_files(recipe, tell)
     tell(judge_batch(recipe))
@@ -86,7 +87,7 @@ def preflight(recipe: Recipe) -> None:
     except UserError as error:
         tell(failed("cluster", str(error)))
     wrong = [check.name for check in checks if check.state == "failed"]
-    print(f"{len(checks)} checks in {time.monotonic() - began:.0f} s", flush=True)
+    show(f"{len(checks)} checks in {time.monotonic() - began:.0f} s")
     if wrong:
         raise UserError(f"{len(wrong)} of {len(checks)} checks failed: {', '.join(wrong)}")
 
@@ -132,7 +133,7 @@ def check_quickly(recipe: Recipe, manifest: Manifest, gpu: bool, disk: Check, ow
     """
     for check in (judge_batch(recipe), *([judge_cores(recipe, cores())] if own else [])):
         if check.state == "failed":
-            print(f"warning: {check.said}", file=sys.stderr, flush=True)
+            log.warning(check.said)
     alive = [node for node in ray.nodes() if node["Alive"]]
     checks = [disk]
     nodes: list[NodeFacts] = []
