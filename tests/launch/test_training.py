@@ -16,11 +16,12 @@ import ray
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file
 
+from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
 from sora_train.launch.trainer import launch_training
 from sora_train.launch.validation import ValidationStatus
 from sora_train.ray_cluster.metrics import METRICS
-from sora_train.train.checkpoint import whole
+from sora_train.train.checkpoint import read_state, whole
 from sora_train.train.wandb_files import rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
@@ -255,6 +256,47 @@ def test_a_run_folder_of_another_recipe_is_refused_with_the_keys_that_differ(
     )
     with pytest.raises(UserError, match=r"model.width was 16 and is 32; train.seed was 0 and is 1"):
         launch_training(recipe)
+
+
+def test_new_data_goes_on_with_step_and_optimizer_and_begins_an_epoch_of_the_new_clips(
+    finished: Path, builtin_shards: Path, write_noise_shards, recipe_of, tmp_path: Path, capsys
+):
+    more = tmp_path / "more"
+    more.mkdir()
+    write_noise_shards(more, [1 + i % 4 for i in range(26)], 64)  # the 21 clips of before, and five more
+    shutil.copy(builtin_shards / "manifest.json", more)
+    ids = {split: clip_ids(more, split) for split in ("train", "holdout")}
+    added = ids["train"] - clip_ids(builtin_shards, "train")
+    assert 0 < len(added) < 5  # some are held out
+    steps = -(-len(ids["train"]) // 4)
+    (epoch,) = [line["epoch"] for line in lines(finished / "metrics.jsonl") if line["step"] == 12 and "epoch" in line]
+    recipe = recipe_of(
+        more, finished.parent, data__holdout_fraction=0.2, train__steps=12 + steps, train__log_samples=True
+    )
+    with pytest.raises(UserError, match=r"other clips than .*--new-data"):
+        launch_training(recipe)
+    assert launch_training(recipe, new_data=True) == finished
+
+    (event,) = events(finished, "new_data")
+    assert event["step"] == 12
+    assert f"{len(added)} clips added" in event["reason"]
+    assert f"new data at step 12: {event['reason']}" in capsys.readouterr().out
+    assert [event["step"] for event in events(finished, "resume")] == [12]
+    assert [step for step, _ in losses(finished)] == list(range(1, 13 + steps))
+    trained = [line for file in (finished / "trained").glob("rank_*.jsonl") for line in lines(file)]
+    assert Counter(name for line in trained for name in line["sample_ids"]) == Counter(ids["train"])
+    new = [line["epoch"] for line in lines(finished / "metrics.jsonl") if line["step"] > 12]
+    assert new == [epoch + 1] * steps
+    state = read_state(finished / f"checkpoints/step_{12 + steps:08d}")
+    assert state is not None
+    assert (state["updates"], state["data_from"]) == (12 + steps, 12)
+
+
+def clip_ids(shards: Path, split) -> set[str]:
+    """Ids of the clips of a split, with the hold-out share of this file."""
+    found = ShardSet(str(shards), 0.2, split)
+    columns = [found.columns(bucket, ["sample_id"])["sample_id"] for bucket in found.rows]
+    return {str(name) for column in columns for name in column.to_pylist()}
 
 
 def test_a_cluster_that_is_too_small_is_refused_with_the_numbers(builtin_shards: Path, tmp_path: Path, recipe_of):
