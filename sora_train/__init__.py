@@ -1,12 +1,19 @@
 """sora_train: text-to-video diffusion transformers (Latte, arXiv 2401.03048), trained on Ray with DeepSpeed ZeRO.
 
-One alphabet of axes serves every annotation and every einops string:
+Every tensor annotation and every einops string uses these axes:
 
-    b  batch            f  latent frames     c  latent channels     h w  latent height and width
-    p  patch side       n  tokens of one frame                      d    model width
-    k  head width       l  text tokens       e  text width          F H W  frames and pixels
+    b    batch                      f    latent frames
+    c    latent channels            h w  latent height and width
+    o    output channels: c, or 2c with a learned variance
+    p    patch side; einops tells its two sides apart as ph pw, of the h w patches of a frame
+    n    tokens of a frame          d    width of the model
+    g s  groups, tokens of a group  m k  attention heads, width of a head
+    l    text tokens                e    width of the text embeddings
+    r    rotary frequencies, k/2    i    anything that is counted
+    F H W  frames and pixels
 
-`t` is only ever diffusion time, never frames.
+`t` is diffusion time, never frames. Axes that are joined are written together: `bg`, `ppo`. A number in words, such
+as `six`, splits an axis into parts.
 """
 
 __version__ = "0.1.0"

@@ -17,9 +17,12 @@ from sora_train.data.shards import ShardSet
 from sora_train.diffusion import make_objective
 from sora_train.model import Latte
 from sora_train.recipe import Recipe
+from sora_train.train.activation_checkpointing import apply_activation_checkpointing
+from sora_train.train.compile import compile_blocks
 from sora_train.train.ema import Ema
 from sora_train.train.engine import Engine, decay_groups
 from sora_train.train.loop import accumulation
+from sora_train.train.skipped_blocks import add_zero_gradients
 
 PARTS = ("bare torch", "+ DeepSpeed", "+ averaged weights", "+ reading shards")
 """Each has all those before it."""
@@ -59,9 +62,10 @@ class PartialLoop:
         recipe, config, device = self.recipe, self.recipe.train, self.device
         torch.manual_seed(config.seed)
         model = Latte(recipe.model)
-        model.checkpoint(config.activation_checkpointing)
+        add_zero_gradients(model)
+        apply_activation_checkpointing(model, config.activation_checkpointing)
         if config.compile:
-            model.compile_blocks(len(self.shards.rows) * len(padded_lengths(self.shards.manifest.text.max_tokens)))
+            compile_blocks(model, len(self.shards.rows) * len(padded_lengths(self.shards.manifest.text.max_tokens)))
         data = self.data()
         if not self.level:
             return bare(model.to(device), recipe, data)

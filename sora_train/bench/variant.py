@@ -165,12 +165,14 @@ def load_ours(variant: Variant) -> Network:
     """Our model, checkpointed and compiled as training does it."""
     from sora_train.model import Latte
     from sora_train.model.convert import from_diffusers
+    from sora_train.train.activation_checkpointing import apply_activation_checkpointing
+    from sora_train.train.compile import compile_blocks
 
     model = from_diffusers(variant.weights) if variant.weights else seeded(variant.case)
     assert isinstance(model, Latte)
-    model.checkpoint(variant.case.checkpointing)  # pyright: ignore[reportArgumentType]
+    apply_activation_checkpointing(model, variant.case.checkpointing)  # pyright: ignore[reportArgumentType]
     if variant.compiled:
-        model.compile_blocks(2)  # with and without gradients
+        compile_blocks(model, 2)  # with and without gradients
     return model, lambda model, x, t, text, mask: model(x, t, text, mask)
 
 

@@ -1,7 +1,7 @@
-"""What a token is made of: its patch, its place in space and time, the diffusion time, and the text.
+"""Embeddings: patches, positions, diffusion time and text.
 
 Sinusoids as in Vaswani et al. 2017; adaLN-single as in PixArt-alpha (arXiv 2310.00426, section 2.3), which Latte uses;
-rotations as in RoFormer (Su et al. 2021, arXiv 2104.09864, equation 34).
+rotary position embeddings (RoPE) as in RoFormer (Su et al. 2021, arXiv 2104.09864, equation 34).
 """
 
 import math
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 TIME_CHANNELS = 256
 
 
-def to_patches(x: Float[Tensor, "b f c hp wp"], p: int) -> Float[Tensor, "b f n cpp"]:
+def to_patches(x: Float[Tensor, "b f c h w"], p: int) -> Float[Tensor, "b f n c*{p}**2"]:
     """Cuts every frame into patches of p x p latents."""
-    return rearrange(x, "b f c (h p) (w q) -> b f (h w) (c p q)", p=p, q=p)
+    return rearrange(x, "b f c (h ph) (w pw) -> b f (h w) (c ph pw)", ph=p, pw=p)
 
 
-def from_patches(x: Float[Tensor, "b f n ppc"], p: int, h: int, w: int) -> Float[Tensor, "b f c hp wp"]:
-    """Puts patches back together; here the channels come last, as in PixArt's output layer."""
-    return rearrange(x, "b f (h w) (p q c) -> b f c (h p) (w q)", h=h, w=w, p=p, q=p)
+def from_patches(x: Float[Tensor, "b f n ppo"], p: int, h: int, w: int) -> Float[Tensor, "b f o {h}*{p} {w}*{p}"]:
+    """Joins h x w patches to frames; here the channels come last, as in PixArt's output layer."""
+    return rearrange(x, "b f (h w) (ph pw o) -> b f o (h ph) (w pw)", h=h, w=w, ph=p, pw=p)
 
 
 def angles(position: Float[Tensor, "i"], d: int) -> Float[Tensor, "i {d}//2"]:
@@ -31,13 +31,13 @@ def angles(position: Float[Tensor, "i"], d: int) -> Float[Tensor, "i {d}//2"]:
 
 
 def sinusoid(position: Float[Tensor, "i"], d: int) -> Float[Tensor, "i d"]:
-    """Sines in the first half, cosines in the second."""
+    """Sinusoidal embedding: sines in the first half, cosines in the second."""
     angle = angles(position, d)
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 def space_positions(h: int, w: int, d: int, base: int, scale: int, device: torch.device) -> Float[Tensor, "n d"]:
-    """Where a patch is in its frame: the column in the first half of d, the row in the second.
+    """Embeddings of h x w patches: the column in the first half of d, the row in the second.
 
     Whatever the grid, its coordinates span 0 to `base / scale`, so that other shapes and resolutions interpolate.
     `base` is the patches on a side that the model was made for, `scale` PixArt's interpolation scale.
@@ -54,23 +54,21 @@ def frame_positions(f: int, base: int, device: torch.device) -> Float[Tensor, "f
     return frame * (base / f) if base else frame
 
 
-def rotation(places: Float[Tensor, "axes s"], k: int) -> Float[Tensor, "2 s {k}//2"]:
-    """Cosines and sines that turn heads of width `k` by their tokens' places, for `rotate`.
+def rope_freqs(positions: Float[Tensor, "axes s"], k: int) -> Float[Tensor, "2 s {k}//2"]:
+    """Cosines and sines of tokens' positions on one or more axes, for heads of width `k`.
 
-    The pairs of a head are dealt out to the axes as even shares, the first axis taking what is left over.
+    The frequencies are split evenly over the axes; the first axis takes the remainder.
     """
-    count = len(places)
+    count = len(positions)
     share = 2 * (k // (2 * count))
     widths = [k - share * (count - 1)] + [share] * (count - 1)
-    angle = torch.cat([angles(place, width) for place, width in zip(places, widths, strict=True)], dim=1)
+    angle = torch.cat([angles(position, width) for position, width in zip(positions, widths, strict=True)], dim=1)
     return torch.stack([angle.cos(), angle.sin()]).float()
 
 
-def rotate(x: Float[Tensor, "*b s k"], turn: Float[Tensor, "2 s half"]) -> Float[Tensor, "*b s k"]:
-    """Turns element i of a head with element i + k/2, in float32, so that scores of two tokens depend on how far apart
-    they are, and not on where.
-    """
-    (cos, sin), (a, b) = turn, x.float().chunk(2, dim=-1)
+def apply_rope(x: Float[Tensor, "*b s k"], rope: Float[Tensor, "2 s r"]) -> Float[Tensor, "*b s k"]:
+    """Rotates element i of a head with element i + k/2, in float32: attention scores then depend on distances alone."""
+    (cos, sin), (a, b) = rope, x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
@@ -102,7 +100,7 @@ class TextEmbedding(nn.Module):
         return self.fc2(nn.functional.gelu(self.fc1(text), approximate="tanh"))
 
 
-def pool(text: Float[Tensor, "b l e"], mask: Bool[Tensor, "b l"]) -> Float[Tensor, "b e"]:
+def pool(text: Float[Tensor, "b l e"], text_mask: Bool[Tensor, "b l"]) -> Float[Tensor, "b e"]:
     """The mean over a caption's real tokens."""
-    weight = mask[..., None].to(text.dtype)
+    weight = text_mask[..., None].to(text.dtype)
     return (text * weight).sum(1) / weight.sum(1).clamp(min=1)

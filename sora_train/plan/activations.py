@@ -59,6 +59,7 @@ def kept(model: ModelConfig, train: TrainConfig, sizes: Sizes) -> tuple[int, int
     blocks = sum(kept_by_block(model, train, sizes, *kind) for kind in blocks_run(model, sizes.f))
     if train.activation_checkpointing != "none":
         blocks -= sizes.tokens(model) * model.width * (formats.stream - formats.product)  # no norm was before the first
+        blocks += 6 * sizes.b * model.width * formats.product  # the modulation, which all blocks share
     return blocks, kept_around(model, formats, sizes)
 
 
@@ -82,16 +83,15 @@ def kept_by_block(model: ModelConfig, train: TrainConfig, sizes: Sizes, text: bo
     stream, product = formats.stream, formats.product
     b, d, l = sizes.b, model.width, sizes.l  # noqa: E741
     tokens = sizes.tokens(model)
-    modulation = 6 * b * d * stream
     if mode == "full":
-        return tokens * d * stream + modulation  # the block's input; all else is computed again
+        return tokens * d * stream  # the block's input; all else is computed again
     logsumexp = tokens * model.heads * FLOAT
     # q k v, attention, its map out, and the two maps of the feed-forward
     products = (3 + 1 + 1 + 4 + 1) * product
     if text:
         products += (1 + 1) * product  # q, attention
     if mode == "selective":
-        held = tokens * d * (stream + products + (product if text else 0)) + modulation
+        held = tokens * d * (stream + products + (product if text else 0))
     else:
         # x and its norm, twice; what goes into qkv and into the feed-forward; the GELU's output
         held = tokens * d * (4 * stream + products + (1 + 1 + 4) * product)
@@ -99,7 +99,7 @@ def kept_by_block(model: ModelConfig, train: TrainConfig, sizes: Sizes, text: bo
             held += tokens * d * product  # what goes into q
         if turned:
             held += tokens * d * 3 * product  # q and k, turned, and attention's output, which then lies otherwise
-        held += modulation + 2 * b * d * stream + 4 * tokens * stream
+        held += (6 + 2) * b * d * stream + 4 * tokens * stream  # the modulation, 1 + scale, and the norms' statistics
         if product < stream:
             held += (16 if text else 12) * d * d * product  # autocast's copies of the weights
     held += logsumexp

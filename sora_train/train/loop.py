@@ -23,7 +23,9 @@ from sora_train.errors import UserError
 from sora_train.model import Latte, ModelConfig
 from sora_train.model.flops import forward_flops
 from sora_train.train import checkpoint, guard
+from sora_train.train.activation_checkpointing import apply_activation_checkpointing
 from sora_train.train.checkpoint import State, with_clips
+from sora_train.train.compile import ShapeLog, compile_blocks
 from sora_train.train.config import TrainConfig
 from sora_train.train.ema import Ema
 from sora_train.train.engine import Engine
@@ -31,6 +33,7 @@ from sora_train.train.hardware import memory_gb, peak_flops
 from sora_train.train.initial import load_initial
 from sora_train.train.metrics import Tally
 from sora_train.train.run_dir import Home
+from sora_train.train.skipped_blocks import add_zero_gradients
 
 HEARTBEAT_S = 10.0  # a record at least this often, if a step is not longer
 
@@ -60,10 +63,12 @@ def train(
     model = Latte(model_config)
     if model_config.init_from and resume is None:
         load_initial(model, Path(model_config.init_from))
-    model.checkpoint(config.activation_checkpointing)
-    shapes = Shapes(home, len(shards.rows) * len(padded_lengths(shards.manifest.text.max_tokens)))
+    add_zero_gradients(model)
+    apply_activation_checkpointing(model, config.activation_checkpointing)
+    shapes = len(shards.rows) * len(padded_lengths(shards.manifest.text.max_tokens))
+    shape_log = ShapeLog(partial(home.note, "compiling"), shapes)
     if config.compile:
-        model.compile_blocks(shapes.most)
+        compile_blocks(model, shapes)
     objective = make_objective(diffusion, model_config.learned_variance)
     engine = Engine(model, config, accumulation=accumulation(config, world), device=device)
     ema = Ema(engine, config.ema_decay)
@@ -110,7 +115,7 @@ def train(
             tokens = sum(micro.tokens for micro in micro_batches)
             for micro in micro_batches:
                 if config.compile and rank == 0:
-                    shapes.see(state.step + 1, taken.bucket, micro.text.shape[1])
+                    shape_log.see(state.step + 1, taken.bucket, micro.text.shape[1])
                 micro = micro.to(device)
                 losses = objective.loss(engine, micro.latents, micro.noise, micro.t, micro.text, micro.text_mask)
                 engine.backward((losses * micro.weight).sum() * (world / clips))
@@ -237,21 +242,6 @@ def named(shards: ShardSet, plan: Plan, numbers: Sequence[int], before: str = ""
         f"{before}batch {number}: {' '.join(ids[one.bucket, row] for row in one.rows)}"
         for number, one in zip(numbers, taken, strict=True)
     ]
-
-
-class Shapes:
-    """The input shapes that a compiled model has seen; announces each in the run's events, as compiling takes long."""
-
-    def __init__(self, home: Home, most: int) -> None:
-        """`most` is how many there may be: a bucket with a padded caption length is one."""
-        self.home, self.most, self.seen = home, most, set[tuple[str, int]]()
-
-    def see(self, step: int, bucket: str, tokens: int) -> None:
-        """Before a forward pass of clips of `bucket` with captions padded to `tokens`."""
-        if (bucket, tokens) not in self.seen:
-            self.seen.add((bucket, tokens))
-            count = f"shape {len(self.seen)} of at most {self.most}"
-            self.home.note("compiling", step, f"{bucket}, captions of up to {tokens} tokens ({count})")
 
 
 def by_quarter(told: Tensor, losses: Tensor, weight: Tensor) -> Tensor:

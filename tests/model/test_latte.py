@@ -69,27 +69,6 @@ def test_frames_know_their_place(config):
     assert not torch.allclose(backwards, model(x, t, text, mask), atol=1e-3)
 
 
-@pytest.mark.parametrize("config", [c for c in VARIANTS if c.attention == "factorised"])
-def test_images_give_temporal_blocks_gradients_of_exactly_zero(config):
-    model, (x, t, text, mask) = awake(config), inputs(f=1)
-    model(x, t, text, mask).square().mean().backward()
-    assert all(p.grad is not None and not p.grad.any() for i in (1, 3) for p in model.blocks[i].parameters())
-    assert all(p.grad is not None and p.grad.any() for p in model.blocks[2].parameters())
-
-
-def test_images_come_out_in_training_as_they_do_in_sampling():
-    model, (x, t, text, mask) = awake(SMALL), inputs(f=1)
-    trained = model.train()(x, t, text, mask)
-    with torch.no_grad():
-        assert torch.equal(model.eval()(x, t, text, mask), trained)
-
-
-def test_infinite_latents_of_an_image_do_not_reach_the_temporal_blocks():
-    model, (x, t, text, mask) = awake(SMALL), inputs(f=1)
-    x[0] = torch.inf
-    assert model(x, t, text, mask)[1].isfinite().all()
-
-
 def test_an_untrained_model_predicts_zero():
     assert not Latte(SMALL)(*inputs()).any()
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sora_train.model import Latte, ModelConfig
-from sora_train.model.embed import frame_positions, rotate, rotation
+from sora_train.model.embed import apply_rope, frame_positions, rope_freqs
 
 SMALL = ModelConfig(width=32, depth=4, heads=4, text_width=12, sample_size=8)
 ROTARY = replace(SMALL, positions="rotary")
@@ -17,8 +17,8 @@ def grid(f: int, h: int, w: int) -> torch.Tensor:
 
 
 def scores(q: torch.Tensor, k: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    turn = rotation(places, q.shape[-1])
-    return rotate(q, turn) @ rotate(k, turn).transpose(-1, -2)
+    rope = rope_freqs(places, q.shape[-1])
+    return apply_rope(q, rope) @ apply_rope(k, rope).transpose(-1, -2)
 
 
 @pytest.mark.parametrize("head", [6, 16, 64, 72])
@@ -36,7 +36,7 @@ def test_scores_of_rotated_heads_depend_on_distances_alone(head):
 def test_a_rotation_is_a_product_with_complex_numbers_and_keeps_lengths():
     torch.manual_seed(0)
     x, place = torch.randn(5, 8), torch.tensor([0.0, 1.0, 2.0, 7.0, 0.5])
-    y = rotate(x, rotation(place[None], 8))
+    y = apply_rope(x, rope_freqs(place[None], 8))
     angle = place[:, None] * 10000.0 ** (-torch.arange(4) / 4)  # RoFormer, equation 15
     expected = torch.complex(*x.chunk(2, dim=1)) * torch.polar(torch.ones_like(angle), angle)
     torch.testing.assert_close(torch.complex(*y.chunk(2, dim=1)), expected)
@@ -57,7 +57,7 @@ def test_with_rotary_positions_a_model_is_told_nothing_of_where_a_clip_begins(at
             return model(x, torch.tensor([500.0]), text, torch.ones(1, 5, dtype=torch.bool))
 
     here = outputs()
-    monkeypatch.setattr("sora_train.model.latte.rotation", lambda places, k: rotation(places + 9, k))
+    monkeypatch.setattr("sora_train.model.latte.rope_freqs", lambda places, k: rope_freqs(places + 9, k))
     torch.testing.assert_close(outputs(), here, rtol=1e-4, atol=1e-4)
 
 

@@ -1,0 +1,41 @@
+"""torch.compile, block by block, applied to a model after activation checkpointing."""
+
+from collections.abc import Callable
+
+from sora_train.model import Latte
+
+
+def compile_blocks(model: Latte, shapes: int) -> None:
+    """Compiles each kind of block when it first sees a shape; blocks of one kind share the graph.
+
+    `shapes` is how many inputs there are that differ in the clip's shape, the caption's padded length or whether
+    gradients are taken. More than `max_graphs` graphs are an error, since a step that compiles takes a hundred times as
+    long. Modules' hooks, such as ZeRO-3's, stay outside of the graphs.
+    """
+    import torch._dynamo  # takes a second
+
+    limit = max_graphs(model, shapes)
+    torch._dynamo.config.recompile_limit = limit
+    torch._dynamo.config.accumulated_recompile_limit = limit
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+
+
+def max_graphs(model: Latte, shapes: int) -> int:
+    """Most graphs of `compile_blocks`: one for each kind of block and shape, and one for `skipped_blocks.py`."""
+    return shapes if model.config.attention == "joint" else 2 * shapes + 1
+
+
+class ShapeLog:
+    """Announces each new input shape of a compiled model, since compiling it takes long."""
+
+    def __init__(self, announce: Callable[[int, str], None], most: int) -> None:
+        """Calls announce(step, text). `most` is how many shapes there are: pairs of a bucket and a text length."""
+        self.announce, self.most, self.seen = announce, most, set[tuple[str, int]]()
+
+    def see(self, step: int, bucket: str, tokens: int) -> None:
+        """To be called before a forward pass of clips of `bucket` with captions padded to `tokens`."""
+        if (bucket, tokens) not in self.seen:
+            self.seen.add((bucket, tokens))
+            count = f"shape {len(self.seen)} of at most {self.most}"
+            self.announce(step, f"{bucket}, captions of up to {tokens} tokens ({count})")

@@ -1,0 +1,40 @@
+"""Zero gradients for the temporal blocks that images skip. Applied to a model from outside, by forward hooks.
+
+Every parameter needs a gradient at every step. Otherwise ZeRO-3 would reuse stale gradients, its hooks would fire in
+another order than for videos, and AdamW's moments would stand still at stage 0 but not at the other stages.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sora_train.model import Latte
+
+
+def add_zero_gradients(model: Latte) -> None:
+    """Makes images, when training, add zero times each temporal block to the tokens in its place."""
+    if model.config.attention == "joint":
+        return
+    blocks = list(model.blocks)
+    for block, following in zip(blocks[1::2], [*blocks[2::2], model.norm_out], strict=True):
+
+        def add_zero(module: nn.Module, args: tuple[Any, ...], block: nn.Module = block) -> tuple[Any, ...] | None:
+            is_image = args[0].shape[1] == 1  # b f n d
+            if not (is_image and model.training and torch.is_grad_enabled()):
+                return None
+            return args[0] + zero_from(block, args[0]), *args[1:]
+
+        following.register_forward_pre_hook(add_zero)
+
+
+def zero_from(block: nn.Module, x: Float[Tensor, "b f n d"]) -> Float[Tensor, "1 1 1 d"]:
+    """Zero that depends on every parameter of a block, so that each gets a gradient of zero.
+
+    The block runs on one token of zeros and no data, so the product is finite as long as the weights are.
+    """
+    d = x.shape[-1]
+    zeros = x.new_zeros(1, 1, 1, d).requires_grad_()  # like a video's tokens: ZeRO-3's hooks wait for its gradient
+    text_mask = torch.ones(1, 1, dtype=torch.bool, device=x.device)
+    return 0 * block(zeros, zeros[0].expand(1, 6, d), zeros[0], text_mask)

@@ -1,0 +1,55 @@
+"""Images skip the temporal blocks, which get gradients of zero."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sora_train.model import Latte, ModelConfig
+from sora_train.train.skipped_blocks import add_zero_gradients
+
+SMALL = ModelConfig(width=32, depth=4, heads=4, text_width=12, sample_size=8)
+VARIANTS = [
+    SMALL,
+    replace(SMALL, text_in="every", frame_positions="input", pooled_text=True),
+    replace(SMALL, positions="rotary"),
+    replace(SMALL, frame_positions="rotary"),
+]
+
+
+def awake(config: ModelConfig) -> Latte:
+    """A model with no zeros left, so that every input reaches the output."""
+    torch.manual_seed(0)
+    model = Latte(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    add_zero_gradients(model)
+    return model
+
+
+def image() -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(1)
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    return torch.randn(2, 1, 4, 8, 8), torch.tensor([3.0, 900.0]), torch.randn(2, 5, 12), mask
+
+
+@pytest.mark.parametrize("config", VARIANTS)
+def test_images_give_temporal_blocks_gradients_of_exactly_zero(config):
+    model, (x, t, text, mask) = awake(config), image()
+    model(x, t, text, mask).square().mean().backward()
+    assert all(p.grad is not None and not p.grad.any() for i in (1, 3) for p in model.blocks[i].parameters())
+    assert all(p.grad is not None and p.grad.any() for p in model.blocks[2].parameters())
+
+
+def test_images_come_out_in_training_as_they_do_in_sampling():
+    model, (x, t, text, mask) = awake(SMALL), image()
+    trained = model.train()(x, t, text, mask)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x, t, text, mask), trained)
+
+
+def test_infinite_latents_of_an_image_do_not_reach_the_temporal_blocks():
+    model, (x, t, text, mask) = awake(SMALL), image()
+    x[0] = torch.inf
+    assert model(x, t, text, mask)[1].isfinite().all()
