@@ -17,13 +17,13 @@ from data_prep.sources import read_rows
 from data_prep.workers import allocate_cpus, available_cpus
 from sora_train.log import log
 from sora_train.recipe import Recipe
-from sora_train.terminal import say
+from sora_train.terminal import print_result
 
 
 def show_plan(recipe: Recipe) -> None:
     """Prints the plan; then raises UserError or RecipeError where it comes to nothing, or a bucket stays empty."""
     found = plan(recipe)
-    say(format_plan(found))
+    print_result(format_plan(found))
     judge(found, recipe.data)
 
 

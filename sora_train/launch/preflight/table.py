@@ -60,7 +60,7 @@ from sora_train.plan.table import facts_of, heaviest, remedies_for
 from sora_train.ray_cluster.connection import connect
 from sora_train.recipe import Recipe
 from sora_train.storage import free_bytes
-from sora_train.terminal import say as show
+from sora_train.terminal import print_result
 
 T = TypeVar("T")
 LOCAL_S = 20.0
@@ -73,7 +73,7 @@ def preflight(recipe: Recipe) -> None:
 
     def tell(check: Check) -> None:
         checks.append(check)
-        show(f"{check.state:<8}{check.name:<14}{check.said}")
+        print_result(f"{check.state:<8}{check.name:<14}{check.said}")
 
     recipe, manifest = check_files(recipe, tell)
     tell(judge_batch(recipe))
@@ -87,7 +87,7 @@ def preflight(recipe: Recipe) -> None:
     except UserError as error:
         tell(failed("cluster", str(error)))
     wrong = [check.name for check in checks if check.state == "failed"]
-    show(f"{len(checks)} checks in {time.monotonic() - began:.0f} s")
+    print_result(f"{len(checks)} checks in {time.monotonic() - began:.0f} s")
     if wrong:
         raise UserError(f"{len(wrong)} of {len(checks)} checks failed: {', '.join(wrong)}")
 
