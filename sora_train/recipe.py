@@ -92,7 +92,7 @@ class ClusterConfig(Section):
     workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
     """Training workers: one per GPU, or processes on CPUs. With two numbers, the fewest and the most, training goes on
     with those that are left when nodes are lost, and takes more when nodes come."""
-    resize_s: PositiveFloat = 60.0
+    elastic_poll_s: PositiveFloat = 60.0
     """Seconds between two looks for nodes that have come, where `workers` are two numbers."""
     gpu: Literal["auto", "yes", "no"] = "auto"
     """Whether a worker takes a GPU; `auto` does where the cluster has enough."""

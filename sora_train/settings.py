@@ -20,6 +20,7 @@ import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from sora_train.errors import RecipeError
+from sora_train.log import log
 
 S = TypeVar("S")
 TRUTHS = ("true", "false", "yes", "no", "on", "off", "1", "0")
@@ -30,7 +31,7 @@ def build(section: type[S], settings: Mapping[str, Any], overrides: Mapping[str,
 
     Raises RecipeError with a line for each key that is unknown or has a wrong value.
     """
-    merged: dict[str, Any] = copy.deepcopy(dict(settings))
+    merged: dict[str, Any] = _with_new_names(copy.deepcopy(dict(settings)), where)
     for key, value in overrides.items():
         _set(merged, key, value)
     try:
@@ -45,6 +46,27 @@ def build(section: type[S], settings: Mapping[str, Any], overrides: Mapping[str,
     if wrong:
         raise RecipeError("\n".join(wrong))
     return made
+
+
+RENAMED = {
+    "text_in": "cross_attention_in",
+    "frame_positions": "temporal_positions",
+    "guard_patience": "guard_max_consecutive",
+    "guard_rollbacks": "guard_max_rollbacks",
+    "resize_s": "elastic_poll_s",
+}
+"""Keys of earlier versions and their names now. The old names will be refused from version 0.2 on."""
+
+
+def _with_new_names(settings: dict[str, Any], where: str) -> dict[str, Any]:
+    """The settings with the present names of their keys; a warning for each that was renamed."""
+    for key in list(settings):
+        if isinstance(settings[key], dict):
+            settings[key] = _with_new_names(settings[key], where)
+        elif key in RENAMED:
+            log.warning(f"{where}: {key} is called {RENAMED[key]} now. Rename it: version 0.2 will refuse the old name")
+            settings.setdefault(RENAMED[key], settings.pop(key))
+    return settings
 
 
 def _largest(key: str) -> int:
@@ -246,7 +268,8 @@ def parse_flags(words: Sequence[str], *sections: type) -> tuple[dict[str, object
             rest.append(word)
             continue
         key, has_value, value = word[2:].partition("=")
-        key = key.replace("-", "_")
+        section, dot, name = key.replace("-", "_").rpartition(".")
+        key = section + dot + RENAMED.get(name, name)
         hint = _type_of(key, known)
         if hint is None:
             if typing.get_origin(known.get(key)) is dict:

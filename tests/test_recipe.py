@@ -280,3 +280,14 @@ def test_every_key_has_a_sentence() -> None:
 def test_recipes_need_no_ray() -> None:
     program = "import sys, sora_train.recipe, sora_train.cli; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_renamed_keys_work_and_say_their_new_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "r.yaml"
+    path.write_text("model: {text_in: every}\ntrain: {guard_patience: 7}\ncluster: {resize_s: 9}")
+    recipe = load_recipe(path)
+    assert (recipe.model.cross_attention_in, recipe.train.guard_max_consecutive) == ("every", 7)
+    assert recipe.cluster.elastic_poll_s == 9
+    assert "text_in is called cross_attention_in now" in capsys.readouterr().err
+    flags, _ = parse_flags(["--model.frame_positions", "input"], Recipe)
+    assert flags == {"model.temporal_positions": "input"}

@@ -70,7 +70,7 @@ def run_trainer(recipe: Recipe, run: Path, gpu: bool, monitor: Monitor) -> str:
             num_workers=recipe.cluster.workers,
             use_gpu=gpu,
             resources_per_worker=worker_resources(recipe, gpu),
-            elastic_resize_monitor_interval_s=recipe.cluster.resize_s,
+            elastic_resize_monitor_interval_s=recipe.cluster.elastic_poll_s,
         ),
         run_config=RunConfig(
             name=recipe.name,  # as the dashboard shows it; so Ray keeps its own files in the run's folder

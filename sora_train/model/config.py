@@ -36,11 +36,11 @@ class ModelConfig:
     """Width of the text embeddings, as the text encoder makes them (4096 for T5-XXL)."""
     attention: Literal["factorised", "joint"] = "factorised"
     """Space and time in turns, as Latte; or full attention over all of space and time in every block."""
-    text_in: Literal["spatial", "every"] = "spatial"
+    cross_attention_in: Literal["spatial", "every"] = "spatial"
     """Which blocks read the caption when factorised: the spatial ones, as the released Latte, or every block."""
     positions: Literal["sinusoid", "rotary"] = "sinusoid"
     """How a token learns its place: a sinusoid added to it, as Latte, or rotations in every attention, for any size."""
-    frame_positions: Literal["temporal", "input", "rotary"] = "temporal"
+    temporal_positions: Literal["temporal", "input", "rotary"] = "temporal"
     """Where a token learns its frame: at the first temporal block (joint: the input), the input, or by rotations."""
     pooled_text: bool = False
     """Whether the mean of the caption's embeddings is added to the time embedding, which reaches every block."""
@@ -75,7 +75,7 @@ class ModelConfig:
         if self.sample_size % self.patch:
             raise ValueError(f"model.sample_size {self.sample_size} must be a multiple of model.patch {self.patch}")
         head = self.width // self.heads
-        if "rotary" in (self.positions, self.frame_positions) and (head % 2 or head < 6):
+        if "rotary" in (self.positions, self.temporal_positions) and (head % 2 or head < 6):
             raise ValueError(
                 f"model.width {self.width} over model.heads {self.heads} is {head} a head; rotary positions turn pairs "
                 "on three axes, so it must be even and at least 6"

@@ -26,9 +26,9 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 EXPECTED = {"norm_type": "ada_norm_single", "activation_fn": "gelu-approximate", "norm_elementwise_affine": False}
 FULL_LATTE = {
     "attention": "factorised",
-    "text_in": "spatial",
+    "cross_attention_in": "spatial",
     "positions": "sinusoid",
-    "frame_positions": "temporal",
+    "temporal_positions": "temporal",
     "pooled_text": False,
 }
 VIDEO, IMAGE = ("LatteTransformer3DModel", "LatteT2V"), ("PixArtTransformer2DModel", "Transformer2DModel")
@@ -112,7 +112,7 @@ def config_from_diffusers(config: dict[str, Any]) -> ModelConfig:
         in_channels=channels,
         learned_variance=out == 2 * channels and not config.get(PADDED, False),
         text_width=config["caption_channels"],
-        frame_positions="rotary" if image else "temporal",
+        temporal_positions="rotary" if image else "temporal",
         sample_size=size,
         attention_bias=config.get("attention_bias", False),
         norm_eps=config.get("norm_eps", 1e-5),
@@ -134,7 +134,7 @@ def check_fit(config: ModelConfig, folder: Path) -> None:
     if wrong and is_image(settings):
         wrong.append(
             "it is an image model: its blocks become the spatial ones of a factorised model, half of model.depth, and "
-            "each frame stays its image only where model.frame_positions adds nothing to tokens, as rotary"
+            "each frame stays its image only where model.temporal_positions adds nothing to tokens, as rotary"
         )
     if wrong:
         raise ValueError("; ".join(wrong))

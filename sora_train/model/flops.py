@@ -39,7 +39,7 @@ def forward_flops(config: ModelConfig, f: int, h: int, w: int, l: int | float) -
             continue
         seen = tokens if joint else f if temporal else n
         products += tokens * (12 * d * d + 2 * seen * d)
-        if joint or not temporal or config.text_in == "every":
+        if joint or not temporal or config.cross_attention_in == "every":
             products += tokens * (2 * d * d + 2 * l * d) + l * 2 * d * d
     products += tokens * d * p**2 * (config.in_channels + config.out_channels)
     return round(2 * products)

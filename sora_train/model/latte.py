@@ -37,7 +37,7 @@ class Latte(nn.Module):
         self.time_to_blocks = nn.Linear(d, 6 * d)
         self.text = TextEmbedding(config.text_width, d)
         self.pooled_text = TextEmbedding(config.text_width, d) if config.pooled_text else None
-        text = [self.joint or i % 2 == 0 or config.text_in == "every" for i in range(config.depth)]
+        text = [self.joint or i % 2 == 0 or config.cross_attention_in == "every" for i in range(config.depth)]
         self.blocks = nn.ModuleList(Block(config, each) for each in text)
         self.norm_out = nn.LayerNorm(d, eps=1e-6, elementwise_affine=False)
         self.table_out = nn.Parameter(torch.randn(2, d) / d**0.5)
@@ -86,7 +86,7 @@ class Latte(nn.Module):
         x = self.patch_in(to_patches(x, p))
         if position is not None:
             x = x + position.to(x.dtype)
-        if frame is not None and (self.joint or self.config.frame_positions == "input"):
+        if frame is not None and (self.joint or self.config.temporal_positions == "input"):
             x, frame = x + frame.to(x.dtype), None
 
         for i, block in enumerate(self.blocks):
@@ -113,7 +113,7 @@ class Latte(nn.Module):
             return None, None
         base, scale = config.sample_size // config.patch, max(config.sample_size // 64, 1)
         position = space_positions(h, w, config.width, base=base, scale=scale, device=device)
-        if f == 1 or config.frame_positions == "rotary":
+        if f == 1 or config.temporal_positions == "rotary":
             return position, None
         frame = sinusoid(frame_positions(f, config.sample_frames, device), config.width).float()
         return position, rearrange(frame, "f d -> f 1 d")
@@ -127,7 +127,7 @@ class Latte(nn.Module):
         """
         config = self.config
         k, rotary = config.width // config.heads, config.positions == "rotary"
-        if not rotary and config.frame_positions != "rotary":
+        if not rotary and config.temporal_positions != "rotary":
             return None, None
         frame = frame_positions(f, config.sample_frames, device)
         if self.joint and not rotary:

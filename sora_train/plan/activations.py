@@ -68,11 +68,11 @@ def blocks_run(model: ModelConfig, f: int) -> Iterator[tuple[bool, bool]]:
     and keys.
     """
     joint = model.attention == "joint"
-    space, time = model.positions == "rotary", "rotary" in (model.positions, model.frame_positions)
+    space, time = model.positions == "rotary", "rotary" in (model.positions, model.temporal_positions)
     for i in range(model.depth):
         temporal = not joint and i % 2 == 1
         if not (temporal and f == 1):
-            yield joint or not temporal or model.text_in == "every", time if joint or temporal else space
+            yield joint or not temporal or model.cross_attention_in == "every", time if joint or temporal else space
 
 
 def kept_by_block(model: ModelConfig, train: TrainConfig, sizes: Sizes, text: bool, turned: bool) -> int:

@@ -64,9 +64,9 @@ class TrainConfig(Section):
     guard_spike: NonNegativeFloat = 5.0
     """A step is skipped whose gradient norm is so many times the largest of the last 100, as one that is not finite
     always is; 0 lets any finite norm pass."""
-    guard_patience: PositiveInt = 5
+    guard_max_consecutive: PositiveInt = 5
     """After so many skipped steps in a row training goes back to a checkpoint and leaves those batches out."""
-    guard_rollbacks: NonNegativeInt = 2
+    guard_max_rollbacks: NonNegativeInt = 2
     """How many times it may; the next time it stops with a message."""
     deepspeed: dict[str, Any] = {}
     """Further keys of DeepSpeed's own configuration, such as `{zero_optimization: {overlap_comm: true}}`."""

@@ -157,7 +157,7 @@ def train(
                     )
 
             # once in a while: too many bad steps in a row
-            if len(state.streak) >= config.guard_patience:
+            if len(state.streak) >= config.guard_max_consecutive:
                 state = go_back(state, config, home, shards, plan, engine, ema)
                 if state.step < step:
                     data.close()
@@ -202,15 +202,15 @@ def go_back(
     """The guard's last means: the state of the last good checkpoint, with the batches around the bad steps left out.
 
     Where there is none yet, the run goes on from where it is, since skipped steps changed nothing. Collective. Raises
-    UserError when that was done `guard_rollbacks` times before.
+    UserError when that was done `guard_max_rollbacks` times before.
     """
     first_bad = state.step - len(state.streak)
-    if state.rollbacks >= config.guard_rollbacks:
+    if state.rollbacks >= config.guard_max_rollbacks:
         home.settle()
         raise UserError(
             f"at step {state.step} {len(state.streak)} steps in a row had to be skipped, after {state.rollbacks} "
             "rollbacks; events.jsonl of the run names the clips. Lower train.learning_rate, look at those clips with "
-            "`sora inspect`, or raise train.guard_rollbacks"
+            "`sora inspect`, or raise train.guard_max_rollbacks"
         )
     folder = home.newest(first_bad)
     if folder is not None and folder.name == checkpoint.name_of(state.back_at):

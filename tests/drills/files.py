@@ -44,7 +44,7 @@ def guarded(stage: Stage, fault: str, bad: set[str], left_out: list[int]) -> Row
     """A run on shards in which these clips are NaN; it equals the unbroken one until something is done."""
     name = f"poisoned-{len(bad)}"
     shards = damage.poisoned(stage.shards, stage.root / f"shards-{name}", bad)
-    command = stage.train(name, "--data.output", str(shards), "--train.guard_patience", "3")
+    command = stage.train(name, "--data.output", str(shards), "--train.guard_max_consecutive", "3")
     code, run = end(command), command.run
     state, skips, wrong = read_state(whole(run / "checkpoints")[-1][1]) or {}, events(run, "skipped"), []
     wrong += [f"{clip} is not named" for clip in bad if not any(clip in event["reason"] for event in skips)]

@@ -53,7 +53,7 @@ class Stage:
                       "precision": "fp32", "zero_stage": 1, "log_every": 1, "log_samples": True,
                       "checkpoint_every": EVERY, "keep_checkpoints": 100},
             "validation": {"every": 0},
-            "cluster": {"address": "local", "workers": 2, "gpu": "no", "max_failures": 20, "resize_s": 5},
+            "cluster": {"address": "local", "workers": 2, "gpu": "no", "max_failures": 20, "elastic_poll_s": 5},
         }  # fmt: skip
         self.recipe.write_text(yaml.safe_dump(settings))
 

@@ -249,7 +249,7 @@ def test_a_text_encoder_in_bfloat16_with_t5s_own_tokenizer_goes_along_as_the_pip
 REFUSED = {
     "model.attention is joint": (dataclasses.replace(MODEL, attention="joint"), None),
     "model.pooled_text is True": (dataclasses.replace(MODEL, pooled_text=True), None),
-    "model.frame_positions is rotary": (dataclasses.replace(MODEL, frame_positions="rotary"), None),
+    "model.temporal_positions is rotary": (dataclasses.replace(MODEL, temporal_positions="rotary"), None),
     "model.sample_frames is 16": (dataclasses.replace(MODEL, sample_frames=16), None),
     "diffusion.kind is flow": (MODEL, DiffusionConfig()),
     "diffusion.prediction is v": (MODEL, DiffusionConfig(kind="ddpm", prediction="v")),
@@ -268,10 +268,18 @@ def test_what_a_pipeline_cannot_hold_is_refused_with_the_reason_and_leaves_as_we
 
 
 def test_all_that_is_in_the_way_of_a_pipeline_is_named_at_once(run_of, tmp_path):
-    model = dataclasses.replace(MODEL, text_in="every", frame_positions="input", pooled_text=True, sample_frames=16)
+    model = dataclasses.replace(
+        MODEL, cross_attention_in="every", temporal_positions="input", pooled_text=True, sample_frames=16
+    )
     with pytest.raises(UserError) as refused:
         export(run_of(model, DiffusionConfig()), tmp_path / "out")
-    keys = ("model.text_in", "model.frame_positions", "model.pooled_text", "model.sample_frames", "diffusion.kind")
+    keys = (
+        "model.cross_attention_in",
+        "model.temporal_positions",
+        "model.pooled_text",
+        "model.sample_frames",
+        "diffusion.kind",
+    )
     assert all(f"{key} is " in str(refused.value) for key in keys)
 
 

@@ -51,8 +51,8 @@ def test_networks_that_made_the_shards_pass(builtin_shards: Path, tmp_path: Path
 
 
 def test_shards_whose_captions_the_start_does_not_read_are_refused(builtin_shards: Path, tmp_path: Path, recipe_of):
-    shape = replace(recipe_of(builtin_shards, tmp_path).model, attention="factorised", text_in="spatial",
-                    frame_positions="temporal", pooled_text=False)  # fmt: skip
+    shape = replace(recipe_of(builtin_shards, tmp_path).model, attention="factorised", cross_attention_in="spatial",
+                    temporal_positions="temporal", pooled_text=False)  # fmt: skip
     to_diffusers(Latte(shape), tmp_path / "start")
     start = {"model__init_from": str(tmp_path / "start")}
     scratch = resolve_recipe(recipe_of(builtin_shards, tmp_path))
@@ -80,7 +80,7 @@ def test_a_run_that_goes_on_keeps_the_null_prompt_it_learned(builtin_shards: Pat
 
 def test_training_starts_from_weights_of_the_same_shape_alone(builtin_shards: Path, tmp_path: Path, recipe_of):
     recipe = recipe_of(builtin_shards, tmp_path)
-    shape = replace(recipe.model, attention="factorised", text_in="spatial", frame_positions="temporal",
+    shape = replace(recipe.model, attention="factorised", cross_attention_in="spatial", temporal_positions="temporal",
                     pooled_text=False)  # fmt: skip
     to_diffusers(Latte(shape), tmp_path / "start")
 

@@ -23,7 +23,7 @@ SMALL = ModelConfig(width=32, depth=4, heads=4, text_width=12, sample_size=8)
         {"attention": "joint", "depth": 3, "pooled_text": True},
         {"positions": "rotary"},
         {"positions": "rotary", "attention": "joint"},
-        {"learned_variance": True, "text_in": "every"},
+        {"learned_variance": True, "cross_attention_in": "every"},
     ],
 )
 def test_flops_are_those_that_torch_counts(change, frames):

@@ -90,7 +90,7 @@ def test_a_recipe_that_an_image_model_does_not_fit_is_told_every_key(tmp_path):
     for change, says in (
         ({"attention": "joint"}, r"model.attention is 'joint', there it is 'factorised'.*image model"),
         ({"positions": "rotary"}, r"model.positions is 'rotary', there it is 'sinusoid'"),
-        ({"frame_positions": "temporal"}, r"model.frame_positions is 'temporal'.*stays its image only"),
+        ({"temporal_positions": "temporal"}, r"model.temporal_positions is 'temporal'.*stays its image only"),
         ({"width": 48, "heads": 2, "depth": 4}, r"model.width is 48, there it is 96; model.depth .*; model.heads is 2"),
         ({"learned_variance": False}, r"model.learned_variance is False"),
     ):
@@ -132,5 +132,5 @@ def test_missing_and_unexpected_tensors_are_counted_and_the_first_five_named(tmp
 
 def test_a_model_begun_from_images_is_refused_where_diffusers_cannot_express_it(tmp_path):
     image_model().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="model.frame_positions is 'rotary'"):
+    with pytest.raises(ValueError, match="model.temporal_positions is 'rotary'"):
         to_diffusers(from_diffusers(tmp_path), tmp_path / "out")

@@ -12,12 +12,12 @@ from sora_train.model.layers import MAX_GROUPS, attend
 SMALL = ModelConfig(width=32, depth=4, heads=4, text_width=12, sample_size=8)
 VARIANTS = [
     SMALL,
-    replace(SMALL, text_in="every", frame_positions="input", pooled_text=True),
+    replace(SMALL, cross_attention_in="every", temporal_positions="input", pooled_text=True),
     replace(SMALL, attention="joint", pooled_text=True, depth=3),
     replace(SMALL, positions="rotary"),
     replace(SMALL, positions="rotary", attention="joint", depth=3),
-    replace(SMALL, frame_positions="rotary"),
-    replace(SMALL, frame_positions="rotary", attention="joint", depth=3),
+    replace(SMALL, temporal_positions="rotary"),
+    replace(SMALL, temporal_positions="rotary", attention="joint", depth=3),
 ]
 
 

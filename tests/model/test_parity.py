@@ -124,7 +124,7 @@ def test_a_missing_or_unexpected_tensor_and_a_foreign_setting_are_named(tmp_path
 
 
 @pytest.mark.parametrize(
-    "change", [{"attention": "joint"}, {"positions": "rotary"}, {"frame_positions": "rotary"}, {"sample_frames": 8}]
+    "change", [{"attention": "joint"}, {"positions": "rotary"}, {"temporal_positions": "rotary"}, {"sample_frames": 8}]
 )
 def test_a_model_that_diffusers_cannot_express_is_refused_by_its_setting(tmp_path, change):
     model = Latte(replace(ModelConfig(width=32, depth=2, heads=2, text_width=8), **change))

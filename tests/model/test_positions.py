@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sora_train.model import Latte, ModelConfig
-from sora_train.model.embed import apply_rope, frame_positions, rope_freqs
+from sora_train.model.embed import apply_rope, rope_freqs
 
 SMALL = ModelConfig(width=32, depth=4, heads=4, text_width=12, sample_size=8)
 ROTARY = replace(SMALL, positions="rotary")
@@ -61,7 +61,9 @@ def test_with_rotary_positions_a_model_is_told_nothing_of_where_a_clip_begins(at
     torch.testing.assert_close(outputs(), here, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("change", [{}, {"positions": "rotary"}, {"frame_positions": "rotary"}, {"sample_frames": 4}])
+@pytest.mark.parametrize(
+    "change", [{}, {"positions": "rotary"}, {"temporal_positions": "rotary"}, {"sample_frames": 4}]
+)
 @pytest.mark.parametrize("attention", ["factorised", "joint"])
 def test_another_length_and_shape_than_a_model_was_made_for_runs(change, attention):
     model = Latte(replace(SMALL, attention=attention, **change))

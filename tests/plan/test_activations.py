@@ -16,7 +16,7 @@ from sora_train.train.config import TrainConfig
 SMALL = ModelConfig(width=64, depth=4, heads=4, text_width=48, sample_size=8)
 MODELS = {
     "factorised": SMALL,
-    "text in every block": replace(SMALL, text_in="every", frame_positions="rotary", pooled_text=True),
+    "text in every block": replace(SMALL, cross_attention_in="every", temporal_positions="rotary", pooled_text=True),
     "joint": replace(SMALL, attention="joint", depth=3, learned_variance=True),
     "joint, turned": replace(SMALL, attention="joint", positions="rotary", depth=2),
     "wide": replace(SMALL, width=192, depth=2, text_width=512),

@@ -16,7 +16,7 @@ from sora_train.train.skipped_blocks import add_zero_gradients
 SMALL = ModelConfig(width=32, depth=4, heads=4, text_width=12, sample_size=8)
 VARIANTS = [
     SMALL,
-    replace(SMALL, text_in="every", frame_positions="rotary", pooled_text=True),
+    replace(SMALL, cross_attention_in="every", temporal_positions="rotary", pooled_text=True),
     replace(SMALL, attention="joint", positions="rotary", depth=2),
 ]
 

@@ -29,7 +29,7 @@ SETTINGS = {
     "log_every": 1,
     "checkpoint_every": 1,
     "ema_decay": 0.5,
-    "guard_patience": 3,
+    "guard_max_consecutive": 3,
     "log_samples": True,
 }
 KINDS = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
@@ -123,9 +123,10 @@ def runs(start, plan: Plan, poisoned, tiny_shards: Path, tmp_path_factory: pytes
         stretch("wanted", 12, checkpoint_every=6) | {"noticed": 10},
         stretch("bad_end", 10, checkpoint_every=100),
         task("gave_up", tiny_shards, 6),
-        task("gave_up", worst, 20, root / "gave_up/checkpoints/step_00000006", guard_rollbacks=1) | {"refused": True},
+        task("gave_up", worst, 20, root / "gave_up/checkpoints/step_00000006", guard_max_rollbacks=1)
+        | {"refused": True},
         *nans[6:],  # stage 3 last: it leaves its own linear function in torch
-        stretch("fatal", guard_rollbacks=0),
+        stretch("fatal", guard_max_rollbacks=0),
     ]
     # One that was killed right after its rollback finds the checkpoint that the rollback went to.
     (root / "killed/checkpoints").mkdir(parents=True)
@@ -286,7 +287,7 @@ def test_a_run_whose_last_steps_are_bad_still_ends_with_a_checkpoint(runs: Path,
 def test_a_guard_that_went_back_too_often_says_so_on_every_rank_and_leaves_the_last_good_checkpoint(runs: Path):
     messages = [(runs / f"gave_up/refused_{rank}.txt").read_text() for rank in range(2)]
     assert messages[0] == messages[1]
-    for word in ("at step 9 3 steps in a row", "after 1 rollback", "events.jsonl", "train.guard_rollbacks"):
+    for word in ("at step 9 3 steps in a row", "after 1 rollback", "events.jsonl", "train.guard_max_rollbacks"):
         assert word in messages[0]
     for name in ("gave_up", "fatal"):  # that the second's ranks ended with an error, `runs` has seen
         last, _ = checkpoint.whole(runs / name / "checkpoints")[-1]

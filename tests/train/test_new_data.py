@@ -91,8 +91,8 @@ def runs(
         task("old", None, 0, BEFORE),
         task("new", "old", BEFORE, LAST),
         task("again", "new", HELD, LAST),
-        task("back", "old", BEFORE, LAST, worse, guard_patience=2),
-        task("back_again", "back", HELD, LAST, worse, guard_patience=2),
+        task("back", "old", BEFORE, LAST, worse, guard_max_consecutive=2),
+        task("back_again", "back", HELD, LAST, worse, guard_max_consecutive=2),
     ]
     for world, tasks in ((2, two), (1, [task("alone", "old", BEFORE, LAST)])):
         codes, output = start(world, tiny_shards, tasks)()

@@ -11,9 +11,9 @@ from sora_train.train.skipped_blocks import add_zero_gradients
 SMALL = ModelConfig(width=32, depth=4, heads=4, text_width=12, sample_size=8)
 VARIANTS = [
     SMALL,
-    replace(SMALL, text_in="every", frame_positions="input", pooled_text=True),
+    replace(SMALL, cross_attention_in="every", temporal_positions="input", pooled_text=True),
     replace(SMALL, positions="rotary"),
-    replace(SMALL, frame_positions="rotary"),
+    replace(SMALL, temporal_positions="rotary"),
 ]
 
 
