@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sora_train.model import Latte, ModelConfig
-from sora_train.model.embed import apply_rope, rope_freqs
+from sora_train.model.embed import apply_rope, frame_positions, rope_freqs
 
 SMALL = ModelConfig(width=32, depth=4, heads=4, text_width=12, sample_size=8)
 ROTARY = replace(SMALL, positions="rotary")
