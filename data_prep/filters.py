@@ -124,19 +124,19 @@ def scene_spans(path: str, threshold: float, alive: Callable[[], None] = lambda:
     from av.video.reformatter import Interpolation, VideoReformatter
     from scenedetect import ContentDetector, FrameTimecode
 
-    from data_prep.video.damage import Damaged
-    from data_prep.video.probe import plain, read_header
-    from data_prep.video.readers import Anywhere
+    from data_prep.video.damage import DamagedFrame
+    from data_prep.video.probe import error_text, read_header
+    from data_prep.video.readers import PyAvReader
 
     header = read_header(path)
     detector, resizer = ContentDetector(threshold, min_scene_len=0), VideoReformatter()
     starts, end, count, damage, width, height = [0.0], 0.0, 0, "", 0, 0
-    video = Anywhere(path, header)  # the clips' own clock
+    video = PyAvReader(path, header)  # the clips' own clock
     try:
-        video.begins()
-        for time, frame, *_ in video.decoded():
+        video.rewind()
+        for time, frame, *_ in video.decoded_frames():
             alive()
-            if isinstance(frame, Damaged):
+            if isinstance(frame, DamagedFrame):
                 damage, end = damage or f": {frame.why}", time
                 continue
             if not width:  # the first frame's shape is every frame's, since the detector compares them
@@ -145,14 +145,14 @@ def scene_spans(path: str, threshold: float, alive: Callable[[], None] = lambda:
             small = resizer.reformat(frame, width, height, "bgr24", interpolation=Interpolation.AREA).to_ndarray()
             if detector.process_frame(FrameTimecode(count, 25.0), small):
                 starts.append(time)
-            end, count = time + video.shown_s(frame), count + 1
+            end, count = time + video.frame_duration(frame), count + 1
     except (av.FFmpegError, ValueError) as error:
-        damage = f": {plain(error)}"
+        damage = f": {error_text(error)}"
     finally:
         video.close()
     if not count:
         raise ClipError("corrupt", f"no frame of it decodes{damage}")
-    return list(pairwise([*starts, max(end, header.promised_s)]))
+    return list(pairwise([*starts, max(end, header.container_duration_s)]))
 
 
 class Duplicates:

@@ -86,7 +86,7 @@ class Decode:
         done = set(source["done"])
         try:
             with local_copy(self.system, source["path"]) as path:
-                cut = self.decoder.cut(path)
+                cut = self.decoder.plan_clips(path)
                 remark = cut.remark
                 remarks.add(remark)
                 for span in cut.spans:

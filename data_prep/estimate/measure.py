@@ -138,13 +138,13 @@ def measure_clips(
     system, _ = resolve(data_root(data))
     began = time.monotonic()
     with suppress(ClipError), local_copy(system, rows[-1].path) as path:
-        decoder.cut(path, headers_only=True)  # starts the child
+        decoder.plan_clips(path, headers_only=True)  # starts the child
     for row in rows:
         if clips and time.monotonic() - began > seconds:
             break
         try:
             with local_copy(system, row.path) as path:
-                cut, open_s = timed(decoder.cut, path)
+                cut, open_s = timed(decoder.plan_clips, path)
                 clip, decode_s = timed(decoder.read, path, cut.spans[len(cut.spans) // 2], row.row_id)
             _, vae_s = timed(encode, clip.frames, clock=clock)
             if not clips and vae_s < seconds / 2:  # else there is no time for more than a warm-up

@@ -76,7 +76,7 @@ class Opener:
             return self._cut(local)
 
     def _cut(self, path: str) -> Look:
-        cut = self.decoder.cut(path, headers_only=True)
+        cut = self.decoder.plan_clips(path, headers_only=True)
         clips = Counter(span.bucket.name for span in cut.spans)
         return Look(dict(clips), cut.width, cut.height, cut.seconds, cut.still)
 

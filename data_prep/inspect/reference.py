@@ -13,7 +13,7 @@ from data_prep.files import find_files, relative_name
 from data_prep.reasons import ClipError
 from data_prep.sources import data_root
 from data_prep.stages import local_copy
-from data_prep.video.clips import Span
+from data_prep.video.clips import ClipSpan
 from data_prep.video.decode_process import Decoder
 from sora_train.data.config import DataConfig, SelectionConfig
 from sora_train.errors import UserError
@@ -66,7 +66,7 @@ class References:
             file = find_files(self.system, self.root, [path])[path]
             if file.missing:
                 return Reference(None, f"source not found: {path}")
-            span = Span(row["start_s"], row["end_s"], Bucket(*bucket_size(bucket), self.fps))
+            span = ClipSpan(row["start_s"], row["end_s"], Bucket(*bucket_size(bucket), self.fps))
             with local_copy(self.system, file.path) as local:
                 clip = self.decoder.read(local, span, row["sample_id"])
         except ClipError as error:

@@ -44,7 +44,7 @@ def colours_of(place: Any) -> Colours:
     return Colours(int(place.colorspace), int(place.color_primaries), int(place.color_trc))
 
 
-def pixels(frame: Any, said: Colours, form: str) -> np.ndarray:
+def to_rgb(frame: Any, said: Colours, form: str) -> np.ndarray:
     """A frame in the format `rgb24` or `rgba`. `said` counts where the frame itself says nothing."""
     own = colours_of(frame)
     colours = Colours(*(b if a == UNKNOWN else a for a, b in zip(vars(own).values(), vars(said).values(), strict=True)))
@@ -61,18 +61,18 @@ def pixels(frame: Any, said: Colours, form: str) -> np.ndarray:
 
 def to_srgb(image: np.ndarray, colours: Colours) -> np.ndarray:
     """uint16 `H W 3` of a wide gamut, of HDR or of both to uint8 in sRGB."""
-    light = light_of(colours.transfer)[image]  # 1 is white
+    light = linear_light_table(colours.transfer)[image]  # 1 is white
     if colours.transfer == int(ColorTrc.ARIB_STD_B67):  # the display's part: BT.2100, table 5
         luminance = light @ np.array([0.2627, 0.6780, 0.0593], np.float32)
         light *= (luminance**0.2 * np.float32(HLG_PEAK / WHITE))[..., None]
     gamut = WIDE.get(colours.primaries, "BT.2020")
     light = light @ (np.linalg.inv(to_xyz("BT.709")) @ to_xyz(gamut)).T.astype(np.float32)
     codes = (np.sqrt(light.clip(0, 1)) * (STEPS - 1) + 0.5).astype(np.int32)  # a root: dark steps are seen most
-    return codes_of(colours.transfer in TRANSFERS)[codes]
+    return srgb_table(colours.transfer in TRANSFERS)[codes]
 
 
 @lru_cache(maxsize=4)
-def light_of(transfer: int) -> np.ndarray:
+def linear_light_table(transfer: int) -> np.ndarray:
     """Light for each of 65536 codes: of PQ and SDR the display's, 1 being white, of HLG the scene's, 1 at most."""
     code = np.linspace(0, 1, 1 << 16)
     if transfer == int(ColorTrc.SMPTE2084):
@@ -86,7 +86,7 @@ def light_of(transfer: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=2)
-def codes_of(is_hdr: bool) -> np.ndarray:
+def srgb_table(is_hdr: bool) -> np.ndarray:
     """uint8 codes for squares of evenly spaced roots of light: sRGB's, and for SDR by the curve that it came by."""
     light = np.linspace(0, 1, STEPS) ** 2
     srgb = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)

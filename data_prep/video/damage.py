@@ -1,4 +1,4 @@
-"""Decodes packets, and marks frames as Damaged where the decoder conceals damage or they refer to such a frame.
+"""Decodes packets, and marks frames as DamagedFrame where the decoder conceals damage or they refer to such a frame.
 
 What proves a picture sound: its decoder raises no error and sets no flag, its packet holds no hole, and the same is
 true of all that was decoded since the keyframe before. H.264, MPEG-1, -2 and -4 and their relatives flag what they
@@ -21,52 +21,52 @@ import av.logging
 import cv2
 import numpy as np
 
-from data_prep.video.probe import plain
+from data_prep.video.probe import error_text
 
 ZEROS = re.compile(rb"\0{16}\0*[^\0\1]")
 """In a NAL unit, where no three zeros may follow each other; before a start code (a 1) they may be padding."""
-HOLES = {"vp8": 256, "vp9": 256, "av1": 256, "hevc": 64}
+ZERO_RUN_BYTES = {"vp8": 256, "vp9": 256, "av1": 256, "hevc": 64}
 """Zeros in a row, or for HEVC at a packet's end, that are a hole and not data: a sector has 512 bytes."""
 REORDER = 64  # packets that may be decoded before the picture of one of them is shown; H.264 allows 16 frames
 EXTRA, PADDING = re.compile(r"(\d+) extraneous bytes before marker 0xd9"), 16  # bytes that cameras fill up with
 CONCEALED = "the decoder conceals damage"
-STRICT = {"mjpeg", "wmv1", "wmv2"}
+STRICT_CODECS = {"mjpeg", "wmv1", "wmv2"}
 """Decoders that tell more damage when they are asked to be strict, and nothing of what is whole."""
 
 
 @dataclass(frozen=True)
-class Damaged:
+class DamagedFrame:
     """Stands in place of a picture that can't be trusted. `pts` and `dts` are in the stream's time base."""
 
     why: str
     pts: int | None
     dts: int | None
-    sound_s: float | None = None
+    last_good_s: float | None = None
     """When the last sound frame before it is shown, in seconds since the first one."""
 
 
-def pictures(
+def checked_frames(
     file: Any, stream: Any, context: Any, decoded: Callable[[Any], None] = lambda packet: None
 ) -> Iterator[Any]:
-    """Frames in the order in which they are shown, with Damaged in place of what can't be trusted.
+    """Frames in the order in which they are shown, with DamagedFrame in place of what can't be trusted.
 
     `decoded` is called with each packet once its picture is decoded, before that is shown.
 
     av.FFmpegError passes through where the file itself can't be read on.
     """
     codec = stream.codec_context.codec.canonical_name
-    if codec in STRICT:
+    if codec in STRICT_CODECS:
         context.options = {**context.options, "err_detect": "explode"}
-    watch = Watch()
+    watch = DamageTracker()
     for packet in file.demux(stream):
-        watch.enter(packet, hole_in(packet, codec))
+        watch.add_packet(packet, packet_damage(packet, codec))
         frames, error = decode(context, packet)
         decoded(packet)
         if error:
             watch.distrust(time_of(packet), error)
-        yield from watch.judged(frames)
+        yield from watch.checked(frames)
         if error and not packet.is_discard:
-            watch.lost.append(Damaged(error, packet.pts, packet.dts))
+            watch.lost.append(DamagedFrame(error, packet.pts, packet.dts))
     yield from watch.lost
 
 
@@ -81,28 +81,32 @@ def decode(context: Any, packet: Any) -> tuple[list[Any], str]:
             frames = context.decode(packet)
         return ([], said[0][2].strip()) if said else (frames, "")
     except av.FFmpegError as error:
-        return [], plain(error)
+        return [], error_text(error)
     finally:
         if listens:
             av.logging.set_level(None)
 
 
-def hole_in(packet: Any, codec: str) -> str:
+def packet_damage(packet: Any, codec: str) -> str:
     """What a packet's bytes alone say is wrong with it; empty where nothing is."""
-    if codec not in HOLES and codec != "h264":
+    if codec not in ZERO_RUN_BYTES and codec != "h264":
         return ""
     if codec == "hevc" and packet.is_corrupt:  # a transport stream that lost a packet; H.264's decoder knows better
         return "the container reports a lost packet"
-    return hole_of(bytes(packet), codec)
+    return zero_run(bytes(packet), codec)
 
 
-def hole_of(content: bytes, codec: str) -> str:
+def zero_run(content: bytes, codec: str) -> str:
     """What a compressed picture's bytes alone say is wrong with it; empty where nothing is."""
     if codec in ("h264", "hevc"):
         if bytes(16) in content and ZEROS.search(content):
             return "a run of zeros in the compressed picture"
-        content = content[-HOLES["hevc"] :] if codec == "hevc" else b""
-    return "a run of zeros in the compressed picture" if codec in HOLES and bytes(HOLES[codec]) in content else ""
+        content = content[-ZERO_RUN_BYTES["hevc"] :] if codec == "hevc" else b""
+    return (
+        "a run of zeros in the compressed picture"
+        if codec in ZERO_RUN_BYTES and bytes(ZERO_RUN_BYTES[codec]) in content
+        else ""
+    )
 
 
 def jpeg_damage(content: bytes) -> str:
@@ -141,7 +145,7 @@ def captured_stderr() -> Iterator[list[str]]:
             os.close(number)
 
 
-class Watch:
+class DamageTracker:
     """Knows which packets, and so which frames, are damaged or refer to one that is."""
 
     def __init__(self) -> None:
@@ -150,10 +154,10 @@ class Watch:
         self.why = ""  # why what follows can't be trusted, until the next keyframe
         self.lead: int | None = None  # frames shown before this keyframe may refer to the damage before it
         self.lead_why = ""
-        self.lost: list[Damaged] = []  # frames that did not come out, to be shown in their place
+        self.lost: list[DamagedFrame] = []  # frames that did not come out, to be shown in their place
         self.shown = False
 
-    def enter(self, packet: Any, hole: str) -> None:
+    def add_packet(self, packet: Any, hole: str) -> None:
         """Takes note of the next packet in decoding order."""
         if not packet.size:
             return
@@ -178,8 +182,8 @@ class Watch:
         if key is None:
             self.why = self.why or why
 
-    def judged(self, frames: list[Any]) -> Iterator[Any]:
-        """The frames that came out, and Damaged in place of those that can't be trusted."""
+    def checked(self, frames: list[Any]) -> Iterator[Any]:
+        """The frames that came out, and DamagedFrame in place of those that can't be trusted."""
         for frame in frames:
             time = time_of(frame)
             if frame.is_corrupt:
@@ -191,7 +195,7 @@ class Watch:
                 yield self.lost.pop(0)
             self.shown = True
             why = self.suspect.pop(time, CONCEALED if frame.is_corrupt else "")
-            yield Damaged(why, frame.pts, frame.dts) if why else frame
+            yield DamagedFrame(why, frame.pts, frame.dts) if why else frame
         while len(self.lost) > REORDER:
             yield self.lost.pop(0)
 

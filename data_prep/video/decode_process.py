@@ -29,22 +29,22 @@ from pydantic import TypeAdapter
 
 from data_prep.buckets import buckets_of
 from data_prep.reasons import FILTERED, QUARANTINED, ClipError
-from data_prep.video.clips import Clip, Cut, Source, Span
+from data_prep.video.clips import Clip, ClipPlan, ClipSpan, Source
 from sora_train.data.config import DataConfig, SelectionConfig
 
 START_S = 120.0  # for a child to import its libraries, on a machine that is busy
 ALIVE_S = 1.0  # how often a child that makes progress says so
 MOST_BYTES = 64 << 20  # of an answer: the cut of a very long video
 READY, ALIVE = b'"ready"', b'"alive"'
-CUT, FACTS, REFUSAL = TypeAdapter(Cut), TypeAdapter(dict[str, str]), TypeAdapter(tuple[str, str])
+CLIP_PLAN, FACTS, REFUSAL = TypeAdapter(ClipPlan), TypeAdapter(dict[str, str]), TypeAdapter(tuple[str, str])
 
 
 @dataclass(frozen=True)
-class Order:
+class DecodeRequest:
     """What the child is asked for: a file's cut, or where there is a span, that clip."""
 
     path: str
-    span: Span | None = None
+    span: ClipSpan | None = None
     seed: str = ""
     headers_only: bool = False
 
@@ -59,13 +59,13 @@ class Decoder:
         self._child: subprocess.Popen | None = None
         self._line: Connection | None = None
 
-    def cut(self, path: str, headers_only: bool = False) -> Cut:
+    def plan_clips(self, path: str, headers_only: bool = False) -> ClipPlan:
         """What a local file is cut into. Raises ClipError, also where the child dies or makes no progress."""
-        return self._answer(Order(path, headers_only=headers_only), CUT)
+        return self._answer(DecodeRequest(path, headers_only=headers_only), CLIP_PLAN)
 
-    def read(self, path: str, span: Span, seed: str) -> Clip:
+    def read(self, path: str, span: ClipSpan, seed: str) -> Clip:
         """One clip of a local file; it is kept open for the next. Raises ClipError as `cut` does."""
-        facts = self._answer(Order(path, span, seed), FACTS)
+        facts = self._answer(DecodeRequest(path, span, seed), FACTS)
         bucket = span.bucket
         shape = bucket.frames, bucket.height, bucket.width, 3
         return Clip(np.frombuffer(self._shared, np.uint8, bucket.clip_bytes).reshape(shape).copy(), **facts)
@@ -76,7 +76,7 @@ class Decoder:
             self._child.kill()
             self._end()
 
-    def _answer(self, order: Order, kind: TypeAdapter) -> Any:
+    def _answer(self, order: DecodeRequest, kind: TypeAdapter) -> Any:
         line = self._connected()
         answer = ALIVE
         try:
@@ -88,7 +88,7 @@ class Decoder:
                         "timeout", f"decoding was given up after {self.data.timeout_s:g} s (data.timeout_s)"
                     )
                 answer = line.recv_bytes(MOST_BYTES)
-            return understood(answer, kind)
+            return parse_answer(answer, kind)
         except (EOFError, OSError):
             raise ClipError("decoder_crashed", f"the decoder's process {self._end()} on it") from None
         except ValueError:
@@ -131,7 +131,7 @@ class Decoder:
             os.close(self._memory)
 
 
-def understood(answer: bytes, kind: TypeAdapter) -> Any:
+def parse_answer(answer: bytes, kind: TypeAdapter) -> Any:
     """What the child found. Raises ClipError where it refused, ValueError where it is none of what was asked for."""
     said = json.loads(answer)
     if isinstance(said, dict) and "refused" in said:
@@ -162,8 +162,8 @@ class Reader:
         self.identity: tuple | None = None
         self.spoke = 0.0
 
-    def answer(self, order: Order) -> bytes:
-        """A Cut; the facts of a Clip whose frames are in the shared memory; or why there is none."""
+    def answer(self, order: DecodeRequest) -> bytes:
+        """A ClipPlan; the facts of a Clip whose frames are in the shared memory; or why there is none."""
         try:
             said = self.found(order)
         except ClipError as error:
@@ -172,11 +172,11 @@ class Reader:
             said = {"refused": ("corrupt", f"{type(error).__name__}: {error}")}
         return json.dumps(said).encode()
 
-    def found(self, order: Order) -> dict[str, Any]:
-        """A Cut, or the facts of a Clip. Raises ClipError."""
+    def found(self, order: DecodeRequest) -> dict[str, Any]:
+        """A ClipPlan, or the facts of a Clip. Raises ClipError."""
         source = self.opened(order.path)
         if order.span is None:
-            return asdict(source.cut(order.headers_only))
+            return asdict(source.plan_clips(order.headers_only))
         clip = source.read(order.span, order.seed)
         np.frombuffer(self.shared, np.uint8, clip.frames.size)[:] = clip.frames.ravel()
         return {name: value for name, value in vars(clip).items() if name != "frames"}
@@ -205,8 +205,8 @@ def serve(line: Connection) -> None:
     """The child's loop: orders come in, answers go out, until the parent hangs up."""
     data, selection, memory, size = line.recv()
     reader = Reader(line, data, selection, mmap.mmap(memory, size))
-    threading.Thread(target=leave_with_parent, args=(line.fileno(),), daemon=True).start()
-    gc.freeze()  # readers.py collects garbage every LOOKS frames; that is quick without what the imports made
+    threading.Thread(target=exit_with_parent, args=(line.fileno(),), daemon=True).start()
+    gc.freeze()  # readers.py collects garbage every COLLECT_EVERY frames; that is quick without what the imports made
     line.send_bytes(READY)
     while True:
         try:
@@ -215,7 +215,7 @@ def serve(line: Connection) -> None:
             return
 
 
-def leave_with_parent(line: int) -> None:
+def exit_with_parent(line: int) -> None:
     """Ends the process, even amid decoding, as soon as the other end of its line is closed."""
     watch = select.poll()
     watch.register(line, select.POLLRDHUP if hasattr(select, "POLLRDHUP") else select.POLLHUP)

@@ -16,10 +16,10 @@ import numpy as np
 
 from data_prep.buckets import TIMESTAMP_ERROR_S
 from data_prep.video.colours import HD_HEIGHT, HD_WIDTH, UNKNOWN
-from data_prep.video.damage import captured_stderr, hole_of
+from data_prep.video.damage import captured_stderr, zero_run
 from data_prep.video.orientation import DISPLAY_ORIENTATION, sei_types
-from data_prep.video.probe import Header, opened, video_of
-from data_prep.video.readers import NEAR_S, Fit
+from data_prep.video.probe import Header, open_video, video_stream
+from data_prep.video.readers import DECODE_AHEAD_S, Fit
 
 
 def decord_alone() -> Any:
@@ -68,7 +68,7 @@ class DecordReader:
 
     def frames(self, due: np.ndarray, fit: Fit) -> list[np.ndarray]:
         """The fitted frames on screen at `due`, which rises. Raises NotOrdinaryError."""
-        if due[0] > NEAR_S or due[-1] >= self.times[-1]:
+        if due[0] > DECODE_AHEAD_S or due[-1] >= self.times[-1]:
             raise NotOrdinaryError("PyAV seeks to what is far, and knows when the last frame ends")
         indices = np.maximum(np.searchsorted(self.times, due + TIMESTAMP_ERROR_S, side="right") - 1, 0)
         with captured_stderr() as said:
@@ -113,13 +113,13 @@ def skip(reader: Any, keys: np.ndarray, position: int, index: int) -> None:
 
 def ordinary_times(path: str, header: Header) -> np.ndarray:
     """When the frames of an ordinary video are shown, in seconds since the first one. Raises NotOrdinaryError."""
-    if header.container not in CONTAINERS or header.alpha or header.may_turn or header.remarks:
+    if header.container not in CONTAINERS or header.alpha or header.may_rotate or header.remarks:
         raise NotOrdinaryError("another container, transparency, an orientation, or what has a remark")
     most = AHEAD_BYTES // (header.width * header.height * 3)
     stamps: list[int] = []
     decoded = float("-inf")
-    with opened(path) as file:
-        stream = video_of(file)
+    with open_video(path) as file:
+        stream = video_stream(file)
         check_stream(stream.codec_context, header)
         tick, lengths = float(stream.time_base), stream.codec_context.extradata[4] % 4 + 1
         for packet in file.demux(stream):
@@ -129,7 +129,7 @@ def ordinary_times(path: str, header: Header) -> np.ndarray:
                 raise NotOrdinaryError("packets that are not shown, damaged, or change the stream")
             if packet.pts is None or (packet.dts is not None and packet.dts <= decoded):
                 raise NotOrdinaryError("timestamps that are absent or do not rise")
-            if not holds_picture(content := bytes(packet), lengths) or hole_of(content, "h264"):
+            if not holds_picture(content := bytes(packet), lengths) or zero_run(content, "h264"):
                 raise NotOrdinaryError("a packet that is not one picture")
             if len(stamps) == most or not (stamps or packet.is_keyframe):
                 raise NotOrdinaryError(f"more than {most} frames, or no keyframe at the beginning")

@@ -1,4 +1,4 @@
-"""Still images as clips of one frame: JPEG, PNG, WebP, AVIF, BMP, TIFF, recognised by their first bytes.
+"""ImageHeader images as clips of one frame: JPEG, PNG, WebP, AVIF, BMP, TIFF, recognised by their first bytes.
 
 What is animated is a video, or refused by name. One picture in a container of videos is a still too: see probe.py.
 """
@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from data_prep.reasons import ClipError
-from data_prep.video.damage import hole_of, jpeg_damage
+from data_prep.video.damage import jpeg_damage, zero_run
 from data_prep.video.probe import check_size
 from data_prep.video.readers import on_black
 
@@ -32,7 +32,7 @@ STARTS = {
 
 
 @dataclass(frozen=True)
-class Still:
+class ImageHeader:
     """A picture's size as it is shown, and a remark on the file, or none."""
 
     width: int
@@ -40,7 +40,7 @@ class Still:
     remark: str
 
 
-def still_kind(path: str) -> str:
+def image_format(path: str) -> str:
     """`JPEG`, `PNG`, `WEBP`, `AVIF`, `BMP`, `TIFF`; empty for anything else, and for what is animated but for WebP."""
     with open(path, "rb") as file:
         head = file.read(4096)
@@ -54,35 +54,35 @@ def still_kind(path: str) -> str:
     return "" if int.from_bytes(animation, "big") > 1 else kind
 
 
-def read_still_header(path: str) -> Still:
+def read_image_header(path: str) -> ImageHeader:
     """Opens a picture without decoding it. Raises ClipError `too_large`, `truncated` or `corrupt`."""
-    with picture(path) as image:
+    with open_image(path) as image:
         exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}  # else PNG decodes to look
         size = image.size[::-1] if exif.get(ORIENTATION, 1) >= 5 else image.size
         count = getattr(image, "n_frames", 1) if image.format in ("TIFF", "WEBP") else 1
         if count > 1 and image.format == "WEBP":
             raise ClipError("unreadable", "is an animated WebP, which is not read; convert it to mp4, webm or gif")
         remarks = [f"pages: the first of its {count} pictures"] if count > 1 else []
-        if image.info.get("icc_profile") and colours_of(image) is None:
+        if image.info.get("icc_profile") and srgb_converter(image) is None:
             remarks.append("icc_profile: has an ICC profile that can't be applied")
-        return Still(size[0], size[1], "; ".join(remarks))
+        return ImageHeader(size[0], size[1], "; ".join(remarks))
 
 
-def read_still(path: str, at_least: int = 0) -> np.ndarray:
+def read_image(path: str, at_least: int = 0) -> np.ndarray:
     """A picture uint8 `H W 3`: turned as its EXIF says, in sRGB, transparency on black, 16 bits cut to 8.
 
     A JPEG whose sides are many times `at_least` is decoded at a half, a quarter or an eighth of its size. Raises
     ClipError `too_large`, `truncated` or `corrupt`.
     """
-    with picture(path) as image:
+    with open_image(path) as image:
         if image.format == "PNG":
             image.verify()  # which Pillow's decoder doesn't; it takes the file apart, so that it is opened again
         check_damage(path, image.format)
-    with picture(path) as image:
+    with open_image(path) as image:
         if at_least:
             image.draft("RGB", (2 * at_least, 2 * at_least))
         image.load()
-        convert = colours_of(image) if image.info.get("icc_profile") else None
+        convert = srgb_converter(image) if image.info.get("icc_profile") else None
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I;16"):
             return (np.asarray(upright) >> 8).astype(np.uint8)[..., None].repeat(3, 2)
@@ -98,7 +98,7 @@ def read_still(path: str, at_least: int = 0) -> np.ndarray:
         return np.asarray(convert(upright) if convert else upright.convert("RGB"))
 
 
-def colours_of(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
+def srgb_converter(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
     """What takes a picture's colours to sRGB by its ICC profile; None where that can't be done."""
     if image.mode not in ("L", "LA", "P", "PA", "RGB", "RGBA", "CMYK"):
         return None
@@ -140,15 +140,15 @@ def webp_damage(content: bytes) -> str:
     while place + 8 <= len(content):
         name, size = struct.unpack_from("<4sI", content, place)
         if name == b"VP8 ":
-            return hole_of(content[place + 8 : place + 8 + size], "vp8")
+            return zero_run(content[place + 8 : place + 8 + size], "vp8")
         place += 8 + size + size % 2
     return ""
 
 
 @contextmanager
-def picture(path: str) -> Iterator[Image.Image]:
+def open_image(path: str) -> Iterator[Image.Image]:
     """An opened picture; what goes wrong inside becomes a ClipError."""
-    kind = still_kind(path)
+    kind = image_format(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own opinion on sizes and on odd metadata
@@ -160,12 +160,12 @@ def picture(path: str) -> Iterator[Image.Image]:
     except ClipError:
         raise
     except (OSError, SyntaxError, ValueError, EOFError, UnidentifiedImageError) as error:
-        if "truncated" in str(error) or is_cut(path, kind):
+        if "truncated" in str(error) or is_truncated(path, kind):
             raise ClipError("truncated", f"the {kind} breaks off: {error}") from None
         raise ClipError("corrupt", f"the {kind} can't be decoded: {error}") from None
 
 
-def is_cut(path: str, kind: str) -> bool:
+def is_truncated(path: str, kind: str) -> bool:
     """Whether a picture's own end is missing from its file."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:

@@ -16,29 +16,29 @@ from data_prep.video.colours import Colours, colour_remarks, colours_of
 from data_prep.video.mp4_boxes import clean_aperture, mp4_facts
 from data_prep.video.orientation import UPRIGHT, Orientation, orientation_of, orientation_sei
 
-LARGEST_SIDE = 8192
-LARGEST_FRAME = 64 * 10**6  # pixels; 8192x8192 is 67 million
+MAX_SIDE = 8192
+MAX_PIXELS = 64 * 10**6  # pixels; 8192x8192 is 67 million
 EBML, CLUSTER, PROJECTION = b"\x1a\x45\xdf\xa3", b"\x1f\x43\xb6\x75", b"\x76\x70"  # RFC 9559, 5.1
 FORMATS = (
     "mov matroska avi mpegts mpeg flv asf ogg gif apng mxf nut dv yuv4mpegpipe ivf rm wtv gxf obu av1 h264 hevc vvc "
     "vc1 m4v mpegvideo mjpeg h263 cavsvideo dirac dnxhd"
 )
 """FFmpeg's names of the formats that hold pictures themselves: none that names other files or addresses."""
-ALONE = {"format_whitelist": ",".join(FORMATS.split()), "protocol_whitelist": "file", "enable_drefs": "0"}
+OPEN_OPTIONS = {"format_whitelist": ",".join(FORMATS.split()), "protocol_whitelist": "file", "enable_drefs": "0"}
 """Options of every open: nothing but the file itself is read."""
 HEIF = ("heic", "heix", "heim", "heis", "mif1")
 FORMATS_HINT = "convert it to mp4, or an image to png or jpg"
-FASTEST = 1000  # frames per second; containers without a rate of their own may name their clock's
-STRANGEST_PIXEL = 8.0  # a pixel's width over its height; beyond it (or below its inverse) the tag is nonsense
-LEADING = 16  # packets that are read before anything is decoded
+MAX_FRAME_RATE = 1000  # frames per second; containers without a rate of their own may name their clock's
+MAX_PIXEL_ASPECT = 8.0  # a pixel's width over its height; beyond it (or below its inverse) the tag is nonsense
+LEADING_PACKETS = 16  # packets that are read before anything is decoded
 EXIF_CODECS = {"mjpeg", "png", "apng", "webp", "tiff"}
 
 
 @dataclass(frozen=True)
 class Header:
-    """A video as its container describes it; times in seconds. `promised_s` is 0 where nothing is promised.
+    """A video as its container describes it; times in seconds. `container_duration_s` is 0 where nothing is promised.
 
-    `orientation` is that of the first frame, and `may_turn` says that frames may carry one; `aspect_in_stream` says
+    `orientation` is that of the first frame, and `may_rotate` says that frames may carry one; `aspect_in_stream` says
     that no container overrides the pixel aspect that the stream itself names, and may change; `still`, that the file
     holds one picture; `colours` and `remarks` are of what it signals.
     """
@@ -47,10 +47,10 @@ class Header:
     width: int
     height: int
     pixel_aspect: float
-    promised_s: float
+    container_duration_s: float
     frames_per_second: float
     orientation: Orientation
-    may_turn: bool
+    may_rotate: bool
     alpha: bool
     aspect_in_stream: bool
     still: bool
@@ -63,15 +63,15 @@ class Header:
         return 1 / self.frames_per_second
 
     @property
-    def turned(self) -> bool:
+    def is_rotated(self) -> bool:
         """Whether it is shown on its side."""
         return self.orientation.transposed
 
     @property
-    def shown(self) -> tuple[float, float]:
+    def display_size(self) -> tuple[float, float]:
         """Width and height as a viewer sees them: pixels square, turned upright."""
         width, height = self.width * self.pixel_aspect, float(self.height)
-        return (height, width) if self.turned else (width, height)
+        return (height, width) if self.is_rotated else (width, height)
 
 
 def read_header(path: str) -> Header:
@@ -81,59 +81,59 @@ def read_header(path: str) -> Header:
     """
     sizes, has_matrix = mp4_facts(path)
     check_size(sizes)
-    with opened(path) as file:
-        stream = video_of(file)
+    with open_video(path) as file:
+        stream = video_stream(file)
         context = stream.codec_context
         if not context.width:  # some decoders forget the size that they were not to look at
-            check_size(sizes_without_limit(path))
+            check_size(coded_size(path))
         check_size([(context.width, context.height)])
         if not (context.width and context.height):
             raise ClipError("unreadable", "names no frame size")
         rates = stream.average_rate, stream.guessed_rate, stream.base_rate
-        rate = next((rate for rate in rates if rate and rate <= FASTEST), Fraction(25))
+        rate = next((rate for rate in rates if rate and rate <= MAX_FRAME_RATE), Fraction(25))
         start = 0.0 if stream.start_time is None else float(stream.start_time * stream.time_base)
         aspect = stream.sample_aspect_ratio
         packets = leading_packets(file, stream)  # before `promised`, which may read the tail
-        may_turn = has_matrix or has_projection(path) or names_orientation(packets, context)
-        promised_s = promised(file, stream, start)
+        may_rotate = has_matrix or has_matroska_projection(path) or stream_may_rotate(packets, context)
+        container_duration_s = container_duration(file, stream, start)
         return Header(
             container=file.format.name,
             width=context.width,
             height=context.height,
-            pixel_aspect=plausible(aspect),
-            promised_s=promised_s,
+            pixel_aspect=plausible_pixel_aspect(aspect),
+            container_duration_s=container_duration_s,
             frames_per_second=float(rate),
-            orientation=first_orientation(path) if may_turn else UPRIGHT,
-            may_turn=may_turn,
+            orientation=first_orientation(path) if may_rotate else UPRIGHT,
+            may_rotate=may_rotate,
             alpha=stream.metadata.get("alpha_mode") == "1" or has_alpha(context.format),
             aspect_in_stream=(aspect or 0) == (context.sample_aspect_ratio or 0),
-            still=holds_one(packets, stream, promised_s, float(rate)),
+            still=is_single_image(packets, stream, container_duration_s, float(rate)),
             colours=colours_of(context),
             remarks=(*colour_remarks(context), *clean_aperture(path)),
         )
 
 
-def opened(path: str, largest: int = LARGEST_FRAME) -> Any:
+def open_video(path: str, largest: int = MAX_PIXELS) -> Any:
     """A file opened by PyAV. FFmpeg may look at a frame of at most `largest` pixels, and at no other file.
 
     Raises ClipError `unreadable`.
     """
     try:
-        return av.open(path, options={**ALONE, "max_pixels": str(largest)})
+        return av.open(path, options={**OPEN_OPTIONS, "max_pixels": str(largest)})
     except av.ArgumentError:
         raise ClipError("unreadable", f"is a playlist, or in a format that is not supported; {FORMATS_HINT}") from None
     except (av.FFmpegError, ValueError) as error:
-        raise ClipError("unreadable", f"no decoder can open it: {plain(error)}") from None
+        raise ClipError("unreadable", f"no decoder can open it: {error_text(error)}") from None
 
 
-def sizes_without_limit(path: str) -> list[tuple[int, int]]:
+def coded_size(path: str) -> list[tuple[int, int]]:
     """The frame size of a video, at whatever cost: FFmpeg's own limit is 268 million pixels."""
-    with opened(path, (1 << 31) - 1) as file:
-        context = video_of(file).codec_context
+    with open_video(path, (1 << 31) - 1) as file:
+        context = video_stream(file).codec_context
         return [(context.width, context.height)]
 
 
-def video_of(file: Any) -> Any:
+def video_stream(file: Any) -> Any:
     """The best video stream, a cover picture apart. Raises ClipError `no_video_stream`."""
     stream = file.streams.best("video")
     if stream is None or stream.disposition & Disposition.attached_pic:
@@ -155,22 +155,22 @@ def leading_packets(file: Any, stream: Any) -> list[Any]:
         for packet in file.demux(stream):
             if packet.size:
                 packets.append(packet)
-            if len(packets) == LEADING:
+            if len(packets) == LEADING_PACKETS:
                 break
     except (av.FFmpegError, ValueError):
         pass
     return packets
 
 
-def holds_one(packets: list[Any], stream: Any, promised_s: float, rate: float) -> bool:
+def is_single_image(packets: list[Any], stream: Any, container_duration_s: float, rate: float) -> bool:
     """Whether a stream holds one picture, and does not promise more of them as one that was cut off does."""
     shown = [packet for packet in packets if not packet.is_discard]
     if len(shown) != 1 or stream.frames > 1:
         return False
-    return stream.frames == 1 or promised_s <= (shown[0].duration or 0) * stream.time_base + 2 / rate
+    return stream.frames == 1 or container_duration_s <= (shown[0].duration or 0) * stream.time_base + 2 / rate
 
 
-def promised(file: Any, stream: Any, start: float) -> float:
+def container_duration(file: Any, stream: Any, start: float) -> float:
     """How long a container says that its video lasts."""
     if stream.duration:
         return float(stream.duration * stream.time_base)
@@ -212,19 +212,19 @@ def packet_times(file: Any, streams: Any, from_s: float | None = None) -> Iterat
 def check_size(sizes: list[tuple[int, int]]) -> None:
     """Raises ClipError `too_large` where a frame would pass the limits."""
     for width, height in sizes:
-        if max(width, height) > LARGEST_SIDE or width * height > LARGEST_FRAME:
-            limit = f"{LARGEST_SIDE} pixels a side and {LARGEST_FRAME // 10**6} million in all"
+        if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+            limit = f"{MAX_SIDE} pixels a side and {MAX_PIXELS // 10**6} million in all"
             raise ClipError("too_large", f"declares frames of {width}x{height}; the limit is {limit}")
 
 
-def has_projection(path: str) -> bool:
+def has_matroska_projection(path: str) -> bool:
     """Whether a Matroska file has a projection, which is how it says that it is turned or mirrored."""
     with Path(path).open("rb") as file:
         head = file.read(1 << 16)
     return head.startswith(EBML) and PROJECTION in head.partition(CLUSTER)[0]
 
 
-def names_orientation(packets: list[Any], context: Any) -> bool:
+def stream_may_rotate(packets: list[Any], context: Any) -> bool:
     """Whether the stream itself may say how it is turned: by an SEI message, or as pictures do, by EXIF."""
     if context.name not in ("h264", "hevc"):
         return context.name in EXIF_CODECS
@@ -239,18 +239,18 @@ def names_orientation(packets: list[Any], context: Any) -> bool:
 def first_orientation(path: str) -> Orientation:
     """That of the first frame; upright where none decodes."""
     try:
-        with opened(path) as file:
-            return orientation_of(next(file.decode(video_of(file)))) or UPRIGHT
+        with open_video(path) as file:
+            return orientation_of(next(file.decode(video_stream(file)))) or UPRIGHT
     except (av.FFmpegError, StopIteration, ValueError):
         return UPRIGHT
 
 
-def plausible(pixel_aspect: Fraction | None) -> float:
+def plausible_pixel_aspect(pixel_aspect: Fraction | None) -> float:
     """A pixel's width over its height; 1 where that is unknown or nonsense."""
     aspect = float(pixel_aspect or 1)
-    return aspect if 1 / STRANGEST_PIXEL <= aspect <= STRANGEST_PIXEL else 1.0
+    return aspect if 1 / MAX_PIXEL_ASPECT <= aspect <= MAX_PIXEL_ASPECT else 1.0
 
 
-def plain(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """An FFmpeg error's own words, without its number and the path."""
     return getattr(error, "strerror", None) or str(error)

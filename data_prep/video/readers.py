@@ -18,23 +18,25 @@ import numpy as np
 from data_prep.buckets import TIMESTAMP_ERROR_S
 from data_prep.reasons import ClipError
 from data_prep.video import colours
-from data_prep.video.damage import Damaged, pictures
+from data_prep.video.damage import DamagedFrame, checked_frames
 from data_prep.video.orientation import UPRIGHT, Orientation, orientation_of
-from data_prep.video.probe import Header, check_size, opened, plain, plausible, video_of
+from data_prep.video.probe import Header, check_size, error_text, open_video, plausible_pixel_aspect, video_stream
 
 Fit = Callable[[np.ndarray], np.ndarray]
 """A frame uint8 `H W 3`, turned upright, to one of the clip's size."""
-NEAR_S = 10.0  # decoding on is about as quick as a seek that lands at the keyframe before
-SEEKS = {"mov,mp4,m4a,3gp,3g2,mj2": 0.0, "matroska,webm": 0.0, "mpegts": 5.0}
+DECODE_AHEAD_S = 10.0  # decoding on is about as quick as a seek that lands at the keyframe before
+SEEK_MARGIN_S = {"mov,mp4,m4a,3gp,3g2,mj2": 0.0, "matroska,webm": 0.0, "mpegts": 5.0}
 """Containers in which a seek is sound, and how many seconds early it has to aim: MPEG-TS has no index of keyframes."""
-LOOKS = 8  # frames whose side data is looked at: PyAV ties each into a cycle, which keeps it until it is collected
+COLLECT_EVERY = (
+    8  # frames whose side data is looked at: PyAV ties each into a cycle, which keeps it until it is collected
+)
 REORDERED = 64  # more frames than a decoder holds back
-BACK_S = 0.5  # a timestamp further back than this restarts the clock; one less far back is a late frame
+CLOCK_RESTART_S = 0.5  # a timestamp further back than this restarts the clock; one less far back is a late frame
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own drop the transparency of WebM
 DECODERS = {"vp9": "libvpx-vp9"}  # FFmpeg's own does not notice damage
 
 
-class Shown(NamedTuple):
+class TimedFrame(NamedTuple):
     """A decoded frame, its seconds since the first one, how it is turned, and its pixels' width over their height."""
 
     time: float
@@ -43,15 +45,15 @@ class Shown(NamedTuple):
     pixel_aspect: float
 
 
-class Anywhere:
+class PyAvReader:
     """PyAV. It goes on forward to what is near, seeks to what is far, and begins anew where a seek can't be trusted."""
 
     def __init__(self, path: str, header: Header, seekable: bool = True):
         self.path, self.header, self.seekable = path, header, seekable
-        self.stream: Iterator[Shown] | None = None
-        self.before: Shown | None = None  # the last frame that was passed, and the one after it
-        self.after: Shown | None = None
-        self.zero: float | None = None  # the first frame's timestamp
+        self.stream: Iterator[TimedFrame] | None = None
+        self.before: TimedFrame | None = None  # the last frame that was passed, and the one after it
+        self.after: TimedFrame | None = None
+        self.start_s: float | None = None  # the first frame's timestamp
         self.end = 0.0  # where the video ends, once that was reached
         self.pixel_aspect = header.pixel_aspect  # of the upright frame that `fit` is called with
         self.aspects: dict[int, float] = {}  # pixel aspects by timestamp, of frames that are not shown yet
@@ -64,53 +66,57 @@ class Anywhere:
             return []
         for seeking in (False, True):
             try:
-                if seeking and not self.seeks(due[0]):
+                if seeking and not self.seek_to(due[0]):
                     break
-                if not seeking and not self.holds(due[0]) and not (due[0] > NEAR_S and self.seeks(due[0])):
-                    self.begins()
+                if (
+                    not seeking
+                    and not self.can_continue_to(due[0])
+                    and not (due[0] > DECODE_AHEAD_S and self.seek_to(due[0]))
+                ):
+                    self.rewind()
                 return self.collect(due, fit)
             except (av.FFmpegError, ValueError) as error:
-                refusal = ClipError("corrupt", failure(self.before and self.before.time, plain(error)))
+                refusal = ClipError("corrupt", decode_failure(self.before and self.before.time, error_text(error)))
                 if self.before and self.before.time >= due[0]:  # else the damage lies before the clip: seek beyond it
                     break
         self.close()
         raise refusal
 
-    def start(self) -> float | None:
+    def first_timestamp(self) -> float | None:
         """The timestamp of the first frame that can be decoded, in seconds, if any."""
-        if self.zero is None:
+        if self.start_s is None:
             try:
-                self.begins()
-                self.step()
+                self.rewind()
+                self.advance()
             except (av.FFmpegError, ValueError):
                 self.close()
-        return self.zero
+        return self.start_s
 
     def collect(self, due: np.ndarray, fit: Fit) -> list[np.ndarray]:
         fitted: list[np.ndarray] = []
-        latest: tuple[Shown, np.ndarray] | None = None  # a frame that is due twice is fitted once
+        latest: tuple[TimedFrame, np.ndarray] | None = None  # a frame that is due twice is fitted once
         for moment in due:
             while self.after is None or self.after.time <= moment + TIMESTAMP_ERROR_S:
-                if not self.step():
+                if not self.advance():
                     break
             shown = self.on_screen(moment)
-            if shown and isinstance(shown.frame, Damaged):
-                raise ClipError("corrupt", failure(shown.frame.sound_s, shown.frame.why))
+            if shown and isinstance(shown.frame, DamagedFrame):
+                raise ClipError("corrupt", decode_failure(shown.frame.last_good_s, shown.frame.why))
             if shown is None:
                 return fitted
             if latest is None or latest[0] is not shown:
                 self.pixel_aspect = shown.pixel_aspect ** (-1 if shown.orientation.transposed else 1)
-                latest = shown, fit(shown.orientation.upright(self.pixels(shown.frame)))
+                latest = shown, fit(shown.orientation.upright(self.to_rgb(shown.frame)))
             fitted.append(latest[1])
         return fitted
 
-    def on_screen(self, moment: float) -> Shown | None:
+    def on_screen(self, moment: float) -> TimedFrame | None:
         """The last frame whose time has come, at the earliest the first; None past the video's end."""
         if self.after is None:
             return self.before if moment < self.end else None
         return self.before or self.after
 
-    def step(self) -> bool:
+    def advance(self) -> bool:
         """Goes on by a frame; whether there is one."""
         if self.stream is None:
             return False
@@ -119,59 +125,59 @@ class Anywhere:
         self.after = next(self.stream, None)
         if self.after is None:
             self.stream = None
-            self.end = self.before.time + self.shown_s(self.before.frame) if self.before else 0.0
+            self.end = self.before.time + self.frame_duration(self.before.frame) if self.before else 0.0
         return self.after is not None
 
-    def begins(self) -> None:
+    def rewind(self) -> None:
         """Opens the file, and stands before its first frame."""
         self.close()
-        self.file = opened(self.path)
-        self.stream = self.decoded()
+        self.file = open_video(self.path)
+        self.stream = self.decoded_frames()
 
-    def holds(self, moment: float) -> bool:
+    def can_continue_to(self, moment: float) -> bool:
         """Whether a moment lies ahead, and near enough to decode on."""
         if self.after is None or self.stream is None:
             return False
-        return (self.before or self.after).time <= moment <= self.after.time + NEAR_S
+        return (self.before or self.after).time <= moment <= self.after.time + DECODE_AHEAD_S
 
-    def seeks(self, moment: float) -> bool:
+    def seek_to(self, moment: float) -> bool:
         """Goes to the keyframe before a moment; whether that is where it came to."""
-        early = SEEKS.get(self.header.container)
+        early = SEEK_MARGIN_S.get(self.header.container)
         if early is None or not self.seekable:
             return False
-        if self.zero is None:
-            self.begins()
-            self.step()
-        self.begins()
+        if self.start_s is None:
+            self.rewind()
+            self.advance()
+        self.rewind()
         try:
-            stream = video_of(self.file)
-            aim = (self.zero or 0.0) + moment - early
+            stream = video_stream(self.file)
+            aim = (self.start_s or 0.0) + moment - early
             self.file.seek(int(aim / stream.time_base), stream=stream, backward=True)
-            self.stream = self.decoded(after_seek=True)
-            return self.step() and self.after is not None and self.after.time <= moment
+            self.stream = self.decoded_frames(after_seek=True)
+            return self.advance() and self.after is not None and self.after.time <= moment
         except (av.FFmpegError, ValueError):
             return False
 
-    def shown_s(self, frame: Any) -> float:
+    def frame_duration(self, frame: Any) -> float:
         """How long a frame is shown; a damaged last one is not."""
-        if isinstance(frame, Damaged):
+        if isinstance(frame, DamagedFrame):
             return 0.0
         return float(frame.duration * (frame.time_base or 0)) or self.header.frame_s
 
-    def decoded(self, after_seek: bool = False) -> Iterator[Shown]:
+    def decoded_frames(self, after_seek: bool = False) -> Iterator[TimedFrame]:
         """Frames whose times never fall.
 
         Late frames are skipped. Where the timestamps jump back, as in joined recordings, time goes on. After a seek it
         begins at a keyframe, since what comes before may refer to pictures that were not decoded, and ends at a frame
         without a timestamp.
         """
-        stream = video_of(self.file)
+        stream = video_stream(self.file)
         tick, last, sound, shift = float(stream.time_base), None, None, 0.0
         # A decoder of our own choice knows nothing of the container's display matrix.
-        upright = orientation = self.header.orientation if self.decoder_of(stream) else UPRIGHT
+        upright = orientation = self.header.orientation if self.decoder_name(stream) else UPRIGHT
         looks = 0
-        for frame in self.pictures(stream):
-            broken = isinstance(frame, Damaged)
+        for frame in self.checked_frames(stream):
+            broken = isinstance(frame, DamagedFrame)
             if after_seek and last is None and (broken or not frame.key_frame):
                 continue
             if not broken:
@@ -183,7 +189,7 @@ class Anywhere:
             time = None if stamp is None else stamp * tick + shift
             if last is None:
                 time = time or 0.0
-            elif time is None or time < last - BACK_S:
+            elif time is None or time < last - CLOCK_RESTART_S:
                 following = last + self.header.frame_s
                 shift += 0.0 if time is None else following - time
                 time = following
@@ -191,44 +197,46 @@ class Anywhere:
                 continue
             else:
                 time = max(time, last)
-            zero = self.zero = time if self.zero is None else self.zero
+            zero = self.start_s = time if self.start_s is None else self.start_s
             last = time
             sound = sound if broken else time - zero
             if broken:
-                yield Shown(time - zero, replace(frame, sound_s=sound), orientation, self.aspect_of(frame))
+                yield TimedFrame(
+                    time - zero, replace(frame, last_good_s=sound), orientation, self.pixel_aspect_of(frame)
+                )
                 continue
             # A display orientation in H.264 or HEVC holds until the next keyframe; FFmpeg tells it of its own frame.
-            looks_there = self.header.may_turn or bool(frame.rotation)
+            looks_there = self.header.may_rotate or bool(frame.rotation)
             own = orientation_of(frame) if looks_there else None
             orientation = own or (upright if frame.key_frame else orientation)
             looks += looks_there
-            if looks_there and looks % LOOKS == 0:
+            if looks_there and looks % COLLECT_EVERY == 0:
                 gc.collect()
-            yield Shown(time - zero, frame, orientation, self.aspect_of(frame))
+            yield TimedFrame(time - zero, frame, orientation, self.pixel_aspect_of(frame))
 
-    def pictures(self, stream: Any) -> Iterator[Any]:
-        """Frames in the order in which they are shown, or Damaged in their place."""
-        name = self.decoder_of(stream)
+    def checked_frames(self, stream: Any) -> Iterator[Any]:
+        """Frames in the order in which they are shown, or DamagedFrame in their place."""
+        name = self.decoder_name(stream)
         context: Any = av.CodecContext.create(name, "r") if name else stream.codec_context
         context.thread_count = 1  # the other cores have work of their own
 
         def note_aspect(packet: Any) -> None:
             if self.header.aspect_in_stream and packet.pts is not None:
-                self.aspects[packet.pts] = plausible(context.sample_aspect_ratio)
+                self.aspects[packet.pts] = plausible_pixel_aspect(context.sample_aspect_ratio)
 
-        return pictures(self.file, stream, context, note_aspect)
+        return checked_frames(self.file, stream, context, note_aspect)
 
-    def decoder_of(self, stream: Any) -> str | None:
+    def decoder_name(self, stream: Any) -> str | None:
         """The name of the decoder that is used in place of FFmpeg's choice, if any."""
         return (ALPHA_DECODERS if self.header.alpha else DECODERS).get(stream.codec_context.name)
 
-    def pixels(self, frame: Any) -> np.ndarray:
+    def to_rgb(self, frame: Any) -> np.ndarray:
         """A frame uint8 `H W 3`, transparency on black."""
         if self.header.alpha:
-            return on_black(colours.pixels(frame, self.header.colours, "rgba"))
-        return colours.pixels(frame, self.header.colours, "rgb24")
+            return on_black(colours.to_rgb(frame, self.header.colours, "rgba"))
+        return colours.to_rgb(frame, self.header.colours, "rgb24")
 
-    def aspect_of(self, frame: Any) -> float:
+    def pixel_aspect_of(self, frame: Any) -> float:
         """The width over the height of a frame's pixels, which a stream may change as it goes."""
         aspect = self.aspects.pop(frame.pts, self.header.pixel_aspect)
         if len(self.aspects) > REORDERED:  # what was never shown
@@ -244,9 +252,9 @@ class Anywhere:
             self.file = None
 
 
-def failure(sound_s: float | None, why: str) -> str:
+def decode_failure(last_good_s: float | None, why: str) -> str:
     """What to say of damage that follows the last sound frame, if any."""
-    return f"decoding fails {'at the first frame' if sound_s is None else f'at {sound_s:.2f} s'}: {why}"
+    return f"decoding fails {'at the first frame' if last_good_s is None else f'at {last_good_s:.2f} s'}: {why}"
 
 
 def on_black(rgba: np.ndarray) -> np.ndarray:

@@ -10,8 +10,8 @@ from typing import Any
 import av
 
 from data_prep.buckets import TIMESTAMP_ERROR_S
-from data_prep.video.probe import Header, opened, video_of
-from data_prep.video.readers import BACK_S
+from data_prep.video.probe import Header, open_video, video_stream
+from data_prep.video.readers import CLOCK_RESTART_S
 
 UNUSUAL = 10  # a hole lasts so many times the usual time between two frames
 REORDERED = 33  # packets that may come before one that is shown earlier: 16 frames of two fields each
@@ -40,7 +40,7 @@ def read_timeline(
     step, usual_s, usual, jumps_back = header.frame_s, 0.0, 0, False
     gaps: list[tuple[float, float]] = []
     shown_s = 0.0
-    for time, duration, back in shown_times(path, header):
+    for time, duration, back in display_times(path, header):
         alive()
         shown_s = duration
         jumps_back = jumps_back or back
@@ -62,10 +62,10 @@ def read_timeline(
     return Timeline(first, end - first, holes, jumps_back)
 
 
-def shown_times(path: str, header: Header) -> Iterator[tuple[float, float, bool]]:
+def display_times(path: str, header: Header) -> Iterator[tuple[float, float, bool]]:
     """Time and duration (0 if unknown) of each frame in the order of being shown, and whether time began anew there.
 
-    The clock is that of `Anywhere.decoded`.
+    The clock is that of `PyAvReader.decoded_frames`.
     """
     waiting: list[tuple[float, float]] = []
     last: float | None = None
@@ -76,7 +76,7 @@ def shown_times(path: str, header: Header) -> Iterator[tuple[float, float, bool]
         while len(waiting) > most:
             time, duration = heapq.heappop(waiting)
             time += shift
-            back = last is not None and time < last - BACK_S
+            back = last is not None and time < last - CLOCK_RESTART_S
             if last is not None and back:
                 shift += last + header.frame_s - time
                 time = last + header.frame_s
@@ -85,14 +85,14 @@ def shown_times(path: str, header: Header) -> Iterator[tuple[float, float, bool]
                 yield last, duration, back
 
     time, decoded = -header.frame_s, float("-inf")
-    with opened(path) as file:
-        stream = video_of(file)
+    with open_video(path) as file:
+        stream = video_stream(file)
         tick = float(stream.time_base)
         for packet in packets(file, stream):
             # AVI knows no presentation times.
             stamp = packet.dts if packet.pts is None or header.container == "avi" else packet.pts
             if packet.dts is not None:
-                if packet.dts * tick < decoded - BACK_S:  # joined: sort its parts apart
+                if packet.dts * tick < decoded - CLOCK_RESTART_S:  # joined: sort its parts apart
                     yield from sorted_out(0)
                 decoded = packet.dts * tick
             time = time + header.frame_s if stamp is None else stamp * tick

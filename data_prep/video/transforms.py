@@ -11,11 +11,11 @@ from data_prep.buckets import Bucket
 from sora_train.data.config import DataConfig
 
 cv2.setNumThreads(1)  # the other cores have work of their own
-LEFT_OVER = 1.2  # at least so much shrinking is left after that by whole numbers
+MIN_REMAINDER = 1.2  # at least so much shrinking is left after that by whole numbers
 BLUR = 0.21  # weight of a pixel's neighbours for each time that it shrinks beyond once, up to a quarter
 
 
-def fit(
+def resize_to_bucket(
     frame: np.ndarray,
     bucket: Bucket,
     pixel_aspect: float = 1.0,
@@ -29,35 +29,35 @@ def fit(
     bicubic (INTER_AREA: 45 to 49) in a sixth of its time and a third of INTER_AREA's.
     """
     left, top, right, bottom = bucket.crop_box(frame.shape[1], frame.shape[0], pixel_aspect, place)
-    x, width, shrink_x = whole(left, right - left, frame.shape[1], bucket.width)
-    y, height, shrink_y = whole(top, bottom - top, frame.shape[0], bucket.height)
+    x, width, shrink_x = integer_crop(left, right - left, frame.shape[1], bucket.width)
+    y, height, shrink_y = integer_crop(top, bottom - top, frame.shape[0], bucket.height)
     part = np.ascontiguousarray(frame[y : y + height, x : x + width])
     if shrink_x * shrink_y > 1:
         part = cv2.resize(part, (width // shrink_x, height // shrink_y), interpolation=cv2.INTER_AREA)
     rows, columns = part.shape[:2]
     if (rows, columns) != (bucket.height, bucket.width):
-        across, down = blur(columns / bucket.width), blur(rows / bucket.height)
+        across, down = blur_weights(columns / bucket.width), blur_weights(rows / bucket.height)
         if across[0] or down[0]:
             part = cv2.sepFilter2D(part, -1, across, down)
         part = cv2.resize(part, (bucket.width, bucket.height), interpolation=cv2.INTER_CUBIC)
     return np.ascontiguousarray(part[:, ::-1]) if mirrored else part
 
 
-def whole(start: float, length: float, limit: int, wanted: int) -> tuple[int, int, int]:
+def integer_crop(start: float, length: float, limit: int, wanted: int) -> tuple[int, int, int]:
     """First pixel, number of pixels, and by which whole number these shrink first: rounded so that it divides them."""
     ratio = length / wanted
-    shrink = max(1, int(ratio) if ratio.is_integer() else int(ratio / LEFT_OVER))
+    shrink = max(1, int(ratio) if ratio.is_integer() else int(ratio / MIN_REMAINDER))
     pixels = max(1, min(limit, round(length)) // shrink) * shrink
     return min(max(0, round(start + (length - pixels) / 2)), limit - pixels), pixels, shrink
 
 
-def blur(shrink: float) -> np.ndarray:
+def blur_weights(shrink: float) -> np.ndarray:
     """Weights of three pixels that keep what is to be shrunk so many times from aliasing."""
     side = min(0.25, max(0.0, BLUR * (shrink - 1)))
     return np.array([side, 1 - 2 * side, side], np.float32)
 
 
-def drawn(seed: str, data: DataConfig) -> tuple[tuple[float, float], bool]:
+def random_crop_and_flip(seed: str, data: DataConfig) -> tuple[tuple[float, float], bool]:
     """Which part of a picture is kept, and whether it is mirrored: a hash of the seed, the same on every machine."""
     digest = hashlib.sha256(seed.encode()).digest()
     across, down = (int.from_bytes(digest[i : i + 8], "big") / 2**64 for i in (0, 8))

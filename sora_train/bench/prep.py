@@ -27,7 +27,7 @@ from data_prep.sink import ShardSink
 from data_prep.sources import SourceRow, data_root, read_rows, row_id
 from data_prep.stages import EncodeVideo, local_copy
 from data_prep.stats import PrepStats
-from data_prep.video.clips import cut_source, read_clip
+from data_prep.video.clips import plan_clips, read_clip
 from data_prep.workers import allocate_cpus, available_cpus
 from sora_train.bench.core import Flags, Row, Table, finish, interleave, log, spread
 from sora_train.bench.runs import recipe_in
@@ -117,7 +117,7 @@ def decode(recipe: Recipe, row: SourceRow) -> Any:
     """The first clip of a source. ClipError if it has none."""
     system, _ = resolve(data_root(recipe.data))
     with local_copy(system, row.path) as path:
-        cut = cut_source(path, recipe.data, recipe.selection)
+        cut = plan_clips(path, recipe.data, recipe.selection)
         return read_clip(path, cut.spans[0], recipe.data, recipe.selection, row.row_id)
 
 

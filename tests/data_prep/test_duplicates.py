@@ -7,7 +7,7 @@ import pytest
 
 from data_prep import filters
 from data_prep.filters import Duplicates
-from data_prep.video.clips import cut_source, read_clip
+from data_prep.video.clips import plan_clips, read_clip
 from sora_train.data.config import DataConfig, SelectionConfig
 
 
@@ -79,7 +79,7 @@ def test_of_real_clips_those_of_one_video_are_near_duplicates_and_no_others(shar
     for family, names in families.items():
         for number, name in enumerate(names):
             path = str(shared / "data/clips" / name)
-            span = cut_source(path, data, SelectionConfig()).spans[0]
+            span = plan_clips(path, data, SelectionConfig()).spans[0]
             clip = read_clip(path, span, data, SelectionConfig(), name)
             found = kept.of(clip.content_hash, clip.perceptual_hash, (span.start_s, span.end_s))
             assert found == (("near_duplicate", family) if number else None), name

@@ -16,7 +16,7 @@ from PIL import Image
 
 from data_prep.inspect.table import inspect
 from data_prep.pipeline import prep
-from data_prep.video.clips import cut_source, read_clip
+from data_prep.video.clips import plan_clips, read_clip
 from data_prep.workers import allocate_cpus
 from sora_train.codec import CodecConfig
 from sora_train.codec.text import load_text_encoder
@@ -88,7 +88,7 @@ def recipe(folder: Path, vae: Path, selection: SelectionConfig | None = None, **
 
 def frames_of(path: Path, made: Recipe) -> np.ndarray:
     """Of a file's first clip."""
-    span = cut_source(str(path), made.data, made.selection).spans[0]
+    span = plan_clips(str(path), made.data, made.selection).spans[0]
     return read_clip(str(path), span, made.data, made.selection, "").frames
 
 

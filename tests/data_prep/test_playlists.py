@@ -63,7 +63,7 @@ def outside(tmp_path: Path, write) -> Path:
 
 def clip(path: Path) -> np.ndarray:
     source = Source(str(path), DataConfig(frames=4, height=64, width=128), SelectionConfig())
-    return source.read(source.cut().spans[0], "").frames
+    return source.read(source.plan_clips().spans[0], "").frames
 
 
 @pytest.mark.parametrize("name", PLAYLISTS)

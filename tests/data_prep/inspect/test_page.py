@@ -19,7 +19,7 @@ from pyarrow import fs
 
 from data_prep.buckets import Bucket
 from data_prep.inspect.page import write_page
-from data_prep.video.clips import Span
+from data_prep.video.clips import ClipSpan
 from data_prep.video.decode_process import Decoder
 from sora_train import manifest, schema
 from sora_train.codec.vae import Vae, load_vae
@@ -90,8 +90,8 @@ def shards(sources: Path, vae: Vae, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("made") / "shards"
     rows: dict[str, list[dict]] = {name: [] for name in SHAPES}
     video, still = (Bucket(*schema.bucket_size(name), FPS) for name in SHAPES)
-    places = [(name, Span(start, start + 0.4, video)) for start in (0.0, 0.3) for name in SOURCES]
-    places += [("gone.mp4", places[0][1]), ("still.png", Span(0.0, 0.0, still))]
+    places = [(name, ClipSpan(start, start + 0.4, video)) for start in (0.0, 0.3) for name in SOURCES]
+    places += [("gone.mp4", places[0][1]), ("still.png", ClipSpan(0.0, 0.0, still))]
     decoder = Decoder(DATA, SelectionConfig())
     for number, (name, span) in enumerate(places):
         clip = decoder.read(str(sources / name.replace("gone", "a")), span, str(number))
@@ -217,7 +217,7 @@ def test_psnr_is_that_of_what_the_vae_loses(page: Page, sources: Path, vae: Vae)
     """Random crop and flip are those of the clip's own id, or frames and latents would not be of the same picture."""
     decoder = Decoder(DATA, SelectionConfig())
     for number, start in ((0, 0.0), (2, 0.3)):
-        clip = decoder.read(str(sources / "a.mp4"), Span(start, start + 0.4, Bucket(4, 64, 128, FPS)), str(number))
+        clip = decoder.read(str(sources / "a.mp4"), ClipSpan(start, start + 0.4, Bucket(4, 64, 128, FPS)), str(number))
         latents = vae.encode(torch.from_numpy(clip.frames[None]))[:, 0].half().float()
         error = (vae.decode(latents)[0].double() - torch.from_numpy(clip.frames).double()).square().mean()
         assert f"{10 * torch.log10(255**2 / error):.1f} dB" in page.text

@@ -12,7 +12,7 @@ from PIL import Image
 
 from data_prep.buckets import Bucket
 from data_prep.reasons import ClipError
-from data_prep.video.clips import Source, Span, cut_source, read_clip
+from data_prep.video.clips import ClipSpan, Source, plan_clips, read_clip
 from data_prep.video.probe import read_header
 from data_prep.video.timeline import read_timeline
 from sora_train.data.config import DataConfig, SelectionConfig
@@ -25,19 +25,19 @@ STEADY = np.arange(60) / 30
 
 def first(path: Path | str, data: DataConfig = DATA):
     """The first clip of a file."""
-    return read_clip(str(path), cut_source(str(path), data, ALL).spans[0], data, ALL, "0")
+    return read_clip(str(path), plan_clips(str(path), data, ALL).spans[0], data, ALL, "0")
 
 
 def starts(path: Path, selection: SelectionConfig = ALL, **keys) -> list[float]:
     """Where the clips of a file begin."""
-    cut = cut_source(str(path), DATA.model_copy(update=keys), selection)
+    cut = plan_clips(str(path), DATA.model_copy(update=keys), selection)
     assert all(span.end_s == pytest.approx(span.start_s + span.bucket.seconds) for span in cut.spans)
     return [span.start_s for span in cut.spans]
 
 
 def refusal(path: Path | str, data: DataConfig = DATA, selection: SelectionConfig = ALL) -> ClipError:
     with pytest.raises(ClipError) as error:
-        Source(str(path), data, selection).cut()
+        Source(str(path), data, selection).plan_clips()
     assert error.value.message
     return error.value
 
@@ -59,7 +59,7 @@ def test_each_clip_holds_the_frames_of_its_own_span(tmp_path: Path, write, numbe
     path = write(tmp_path / "clip.mp4", times, gop=30)
     data = DATA.model_copy(update={"stride_s": 0.7, "start_s": 0.25})
     source = Source(str(path), data, ALL)
-    spans = source.cut().spans
+    spans = source.plan_clips().spans
     assert len(spans) == 10
     for span in spans:
         expected = on_screen(times, span.start_s + np.arange(8) / 8)
@@ -73,7 +73,7 @@ def test_time_is_counted_from_the_first_frame(tmp_path: Path, write, number_of, 
     late = first(write(tmp_path / "late.mp4", STEADY + 10))
     assert [number_of(frame) for frame in late.frames] == on_screen(STEADY, np.arange(8) / 8)
     path = shared / "data" / "clips" / "derived" / "start_offset_10s.mp4"
-    assert cut_source(str(path), DATA, ALL).seconds == pytest.approx(2.002)
+    assert plan_clips(str(path), DATA, ALL).seconds == pytest.approx(2.002)
     assert first(path).frames.shape == (8, 32, 64, 3)
 
 
@@ -88,7 +88,7 @@ def test_every_container_gives_the_same_frames(tmp_path: Path, write, number_of,
 
 def test_pixels_that_are_not_square_are_stretched(shared: Path):
     folder, wide = shared / "data" / "clips" / "derived", DataConfig(frames=4, height=90, width=160, fps=8.0)
-    assert cut_source(str(folder / "anamorphic_sar.mp4"), wide, ALL).width == round(240 * 16 / 9)
+    assert plan_clips(str(folder / "anamorphic_sar.mp4"), wide, ALL).width == round(240 * 16 / 9)
     stretched = first(folder / "anamorphic_sar.mp4", wide).frames.astype(float)
     square = first(folder / "flower_mpeg4.avi", wide).frames.astype(float)
     assert np.abs(stretched - square).mean() < 6
@@ -98,7 +98,7 @@ def test_a_turned_video_goes_to_the_bucket_of_its_shown_shape(tmp_path: Path, wr
     data = DataConfig(buckets=("8x32x64", "8x64x32"), fps=8.0)
     for rotation, name in ((0, "8x32x64"), (90, "8x64x32"), (180, "8x32x64"), (270, "8x64x32")):
         path = write(tmp_path / "clip.mp4", STEADY, rotation=rotation)
-        cut = cut_source(str(path), data, ALL)
+        cut = plan_clips(str(path), data, ALL)
         assert cut.spans[0].bucket.name == name
         assert (cut.width, cut.height) == ((128, 64) if name == "8x32x64" else (64, 128))
         frames = read_clip(str(path), cut.spans[0], data, ALL, "0").frames
@@ -110,7 +110,7 @@ def test_crop_and_flip_follow_the_seed(tmp_path: Path, write):
     slope = np.broadcast_to(np.linspace(0, 255, 128).astype(np.uint8)[None, :, None], (64, 128, 3))
     path = str(write(tmp_path / "clip.mp4", STEADY, pictures=lambda _: slope.copy()))
     data = DataConfig(frames=8, height=32, width=32, fps=8.0, crop="random", flip=True)
-    span = cut_source(path, data, ALL).spans[0]
+    span = plan_clips(path, data, ALL).spans[0]
     clips = [read_clip(path, span, data, ALL, str(seed)).frames.astype(int) for seed in range(12)]
     np.testing.assert_array_equal(clips[3], read_clip(path, span, data, ALL, "3").frames)
     rises = [clip[0, 0, -1, 0] > clip[0, 0, 0, 0] for clip in clips]
@@ -147,9 +147,9 @@ def test_a_clip_never_crosses_a_cut(shared: Path, tmp_path: Path):
     assert len(free) > len(kept)
     assert starts(path, cuts) == [0.0]
     with pytest.raises(ClipError, match="has 2 scenes, the longest of") as error:
-        cut_source(str(path), DATA.model_copy(update={"frames": 20}), cuts)
+        plan_clips(str(path), DATA.model_copy(update={"frames": 20}), cuts)
     assert error.value.reason == "crosses_cut"
-    assert cut_source(str(path), DATA.model_copy(update={"frames": 20}), cuts, headers_only=True).spans
+    assert plan_clips(str(path), DATA.model_copy(update={"frames": 20}), cuts, headers_only=True).spans
 
 
 def test_a_video_shorter_than_the_clip_is_too_short(tmp_path: Path, write):
@@ -164,7 +164,7 @@ def test_a_cut_file_is_truncated_unless_its_clip_lies_before_the_break(tmp_path:
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) * 2 // 3])
     source = Source(str(path), DATA.model_copy(update={"stride_s": 1.0}), ALL)
-    spans = source.cut().spans
+    spans = source.plan_clips().spans
     assert [span.start_s for span in spans] == [0.0, 1.0, 2.0, 3.0]
     clips = [source.read(span, "0") for span in spans[:2]]
     assert number_of(clips[1].frames[0]) == 30
@@ -194,9 +194,9 @@ def test_sound_that_goes_on_behind_the_picture_promises_no_more_frames(tmp_path:
         file.mux(sound.encode())
     content = path.read_bytes().replace(b"DURATION", b"DURATIOM")  # FFmpeg's own tag, which browsers don't write
     path.write_bytes(content)
-    assert cut_source(str(path), DATA, ALL).seconds == pytest.approx(2.0, abs=0.05)
+    assert plan_clips(str(path), DATA, ALL).seconds == pytest.approx(2.0, abs=0.05)
     path.write_bytes(content[: len(content) // 2])
-    assert cut_source(str(path), DATA, ALL).seconds == pytest.approx(4.0, abs=0.05)
+    assert plan_clips(str(path), DATA, ALL).seconds == pytest.approx(4.0, abs=0.05)
 
 
 def test_a_file_that_promises_nothing_is_measured_by_its_packets(tmp_path: Path, write):
@@ -208,7 +208,7 @@ def test_a_file_that_promises_nothing_is_measured_by_its_packets(tmp_path: Path,
             if packet.size:
                 packet.stream = stream
                 file.mux(packet)
-    assert read_header(str(path)).promised_s == 0.0
+    assert read_header(str(path)).container_duration_s == 0.0
     assert read_timeline(str(path), read_header(str(path))).end == pytest.approx(2.0, abs=0.01)
     assert starts(path, stride_s=0.5) == [0.0, 0.5, 1.0]
     assert len(first(path).frames) == 8
@@ -250,9 +250,9 @@ def test_a_still_picture_is_a_clip_of_one_frame(tmp_path: Path):
     path = tmp_path / "photo.mp4"  # names say nothing
     Image.fromarray(np.full((64, 128, 3), 90, np.uint8)).save(path, format="PNG")
     data = DataConfig(buckets=("8x32x64", "1x32x32", "1x32x64"), fps=8.0)
-    cut = cut_source(str(path), data, ALL)
+    cut = plan_clips(str(path), data, ALL)
     assert (cut.still, cut.seconds, cut.width, cut.height) == (True, 0.0, 128, 64)
-    assert cut.spans == (Span(0.0, 0.0, Bucket(1, 32, 64, 8.0)),)
+    assert cut.spans == (ClipSpan(0.0, 0.0, Bucket(1, 32, 64, 8.0)),)
     clip = read_clip(str(path), cut.spans[0], data, ALL, "0")
     assert clip.frames.shape == (1, 32, 64, 3)
     assert (clip.frames == 90).all()

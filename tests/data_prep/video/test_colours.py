@@ -38,7 +38,7 @@ def film(path: Path, patches: list[tuple], matrix: Colorspace, size=(128, 64), c
 def read(path: Path, patches: int) -> tuple[np.ndarray, list[str]]:
     """The colours of the patches' middles, and the remarks."""
     source = Source(str(path), DATA, SelectionConfig())
-    cut = source.cut()
+    cut = source.plan_clips()
     clip = source.read(cut.spans[0], "")
     assert remark_kinds(cut.remark) == remark_kinds(clip.remark)
     columns = [int(128 * (number + 0.5) / patches) for number in range(patches)]
@@ -121,14 +121,14 @@ def test_without_a_tag_hd_is_bt709_and_the_rest_bt601(tmp_path: Path, size, matr
 def test_an_interlaced_video_has_a_remark(tmp_path: Path, write, name: str, codec: str, options: dict[str, str]):
     path = write(tmp_path / name, np.arange(30) / 30, codec, options=options)
     source = Source(str(path), DATA, SelectionConfig())
-    assert remark_kinds(source.cut().remark) == ["interlaced"]
+    assert remark_kinds(source.plan_clips().remark) == ["interlaced"]
 
 
 def test_a_clean_aperture_has_a_remark(tmp_path: Path, write):
     """ISO/IEC 14496-12, 12.1.4."""
     path = write(tmp_path / "a.mp4", np.arange(30) / 30)
     source = Source(str(path), DATA, SelectionConfig())
-    assert source.cut().remark == ""
+    assert source.plan_clips().remark == ""
     content = path.read_bytes()
     box = b"\0\0\0\x28clap" + b"".join(number.to_bytes(4, "big") for number in (120, 1, 60, 1, 0, 1, 0, 1))
     place = content.index(b"avcC") - 4
@@ -138,5 +138,5 @@ def test_a_clean_aperture_has_a_remark(tmp_path: Path, write):
         grown[at : at + 4] = (int.from_bytes(grown[at : at + 4], "big") + len(box)).to_bytes(4, "big")
     path.write_bytes(grown)
     source = Source(str(path), DATA, SelectionConfig())
-    assert remark_kinds(source.cut().remark) == ["clean_aperture"]
-    assert "of its 128x64 pixels 120x60 are to be shown" in source.cut().remark
+    assert remark_kinds(source.plan_clips().remark) == ["clean_aperture"]
+    assert "of its 128x64 pixels 120x60 are to be shown" in source.plan_clips().remark

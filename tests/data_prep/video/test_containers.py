@@ -84,12 +84,12 @@ def test_exactly_enough_frames_are_enough_and_one_less_is_not(
     data = DataConfig(frames=count, fps=count, height=64, width=128)
     write_frames(tmp_path / name, codec, count, picture, **keys)
     source = Source(str(tmp_path / name), data, SelectionConfig())
-    frames = source.read(source.cut().spans[0], "0").frames
+    frames = source.read(source.plan_clips().spans[0], "0").frames
     assert [number_of(frame) for frame in frames] == list(range(count))
     write_frames(tmp_path / name, codec, count - 1, picture, **keys)
     source = Source(str(tmp_path / name), data, SelectionConfig())
     with pytest.raises(ClipError) as error:
-        source.read(source.cut().spans[0], "0")
+        source.read(source.plan_clips().spans[0], "0")
     assert error.value.reason == "too_short"
 
 
@@ -138,7 +138,7 @@ def test_a_circle_stays_round_where_the_frame_size_changes(
     path = joined(tmp_path, name, codec, shapes, pix_fmt)
     data = DataConfig(frames=8, fps=8.0, height=128, width=128, stride_s=1.0)
     source = Source(str(path), data, SelectionConfig(scene_cuts=scene_cuts))
-    spans = source.cut().spans
+    spans = source.plan_clips().spans
     assert [span.start_s for span in spans] == pytest.approx([0, 1, 2, 3, 4, 5], abs=2e-3)
     for span in spans:
         light = source.read(span, "0").frames[4][..., 0] > 160

@@ -10,7 +10,7 @@ import pytest
 from data_prep.reasons import ClipError
 from data_prep.video.clips import Source
 from data_prep.video.probe import read_header
-from data_prep.video.readers import Anywhere
+from data_prep.video.readers import PyAvReader
 from sora_train.data.config import DataConfig, SelectionConfig
 
 TIMES, GOP = np.arange(60) / 30, 15
@@ -50,7 +50,7 @@ def damaged(path: Path, number: int, name: str) -> Path:
 
 
 def frames(path: Path, due: np.ndarray) -> np.ndarray:
-    return np.stack(Anywhere(str(path), read_header(str(path))).frames(due, lambda frame: frame))
+    return np.stack(PyAvReader(str(path), read_header(str(path))).frames(due, lambda frame: frame))
 
 
 @pytest.mark.parametrize("name", CODECS)
@@ -93,7 +93,7 @@ def test_nothing_is_found_wrong_with_real_videos(shared: Path):
     for path in sorted(path for path in files if path.suffix != ".csv"):
         source = Source(str(path), data, SelectionConfig())
         try:
-            source.read(source.cut().spans[0], "")
+            source.read(source.plan_clips().spans[0], "")
         except ClipError as error:
             reasons[path.name] = error.reason
     assert set(reasons.values()) <= {"too_short"}, reasons
@@ -121,7 +121,7 @@ def test_a_broken_file_has_the_reason_that_its_list_says(shared: Path):
         path = str(shared / "data" / "broken" / name)
         try:
             source = Source(path, data, SelectionConfig())
-            source.read(source.cut().spans[0], "")
+            source.read(source.plan_clips().spans[0], "")
             found[name] = ""
         except ClipError as error:
             found[name] = error.reason

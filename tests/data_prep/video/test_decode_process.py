@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from data_prep.reasons import ClipError
-from data_prep.video.clips import cut_source, read_clip
+from data_prep.video.clips import plan_clips, read_clip
 from data_prep.video.decode_process import Decoder
 from sora_train.data.config import DataConfig, SelectionConfig
 
@@ -37,8 +37,8 @@ def resident(process: int, key: str = "VmRSS") -> int:
 def test_clips_from_the_child_are_the_clips_read_here(tmp_path: Path, write, decoder: Decoder):
     for name in ("a.mp4", "b.mkv"):
         path = str(write(tmp_path / name, np.arange(90) / 30))
-        cut = decoder.cut(path)
-        assert cut == cut_source(path, DATA, ALL)
+        cut = decoder.plan_clips(path)
+        assert cut == plan_clips(path, DATA, ALL)
         assert [span.start_s for span in cut.spans] == [0.0, 0.5, 1.0, 1.5, 2.0]
         there = [decoder.read(path, span, "7") for span in cut.spans]
         for span, clip in zip(cut.spans, there, strict=True):
@@ -49,16 +49,16 @@ def test_clips_from_the_child_are_the_clips_read_here(tmp_path: Path, write, dec
 
 def test_what_the_child_refuses_is_raised_here(tmp_path: Path, write, decoder: Decoder):
     with pytest.raises(ClipError) as error:
-        decoder.cut(str(write(tmp_path / "short.mp4", np.arange(10) / 30)))
+        decoder.plan_clips(str(write(tmp_path / "short.mp4", np.arange(10) / 30)))
     assert error.value.reason == "too_short"
     with pytest.raises(ClipError) as error:
-        decoder.cut(str(tmp_path / "none.mp4"))
+        decoder.plan_clips(str(tmp_path / "none.mp4"))
     assert error.value.reason == "missing_file"
 
 
 def test_a_crash_or_a_hang_costs_one_clip_and_a_new_child(tmp_path: Path, write, decoder: Decoder):
     path = str(write(tmp_path / "clip.mp4", np.arange(30) / 30))
-    span = decoder.cut(path).spans[0]
+    span = decoder.plan_clips(path).spans[0]
     assert decoder._child is not None
     os.kill(decoder._child.pid, signal.SIGSEGV)
     decoder._child.wait()
@@ -72,7 +72,7 @@ def test_a_crash_or_a_hang_costs_one_clip_and_a_new_child(tmp_path: Path, write,
     decoder.data = DATA.model_copy(update={"timeout_s": 2.0})
     began = time.monotonic()
     with pytest.raises(ClipError, match=r"2 s \(data\.timeout_s\)") as hang:
-        decoder.cut(str(fifo))
+        decoder.plan_clips(str(fifo))
     assert hang.value.reason == "timeout"
     assert 2.0 <= time.monotonic() - began < 60.0
     decoder.data = DATA
@@ -83,14 +83,14 @@ def test_a_child_killed_amid_a_clip_costs_that_clip(tmp_path: Path, write, decod
     import threading
 
     path = str(write(tmp_path / "clip.mp4", np.arange(30) / 30))
-    span = decoder.cut(path).spans[0]
+    span = decoder.plan_clips(path).spans[0]
     fifo = tmp_path / "amid.mp4"
     os.mkfifo(fifo)
     assert decoder._child is not None
     killer = threading.Timer(0.3, os.kill, (decoder._child.pid, signal.SIGKILL))
     killer.start()
     with pytest.raises(ClipError, match="SIGKILL") as error:
-        decoder.cut(str(fifo))
+        decoder.plan_clips(str(fifo))
     assert error.value.reason == "decoder_crashed"
     assert len(decoder.read(path, span, "").frames) == 8
     killer.join()
@@ -116,7 +116,7 @@ def test_a_child_that_says_it_makes_progress_is_not_given_up(tmp_path: Path, wri
     for timeout_s in (2.2, 22.0):
         monkeypatch.setenv("PAUSE_S", str(timeout_s / 5.5))
         decoder = Decoder(DATA, ALL)
-        span = decoder.cut(str(path)).spans[0]
+        span = decoder.plan_clips(str(path)).spans[0]
         decoder.data = DATA.model_copy(update={"timeout_s": timeout_s})
         began = time.monotonic()
         try:
@@ -141,7 +141,7 @@ from sora_train.data.config import DataConfig, SelectionConfig
 decoder = Decoder(DataConfig(frames=8, height=32, width=64), SelectionConfig())
 decoder._connected()
 open({str(pid)!r}, "w").write(str(decoder._child.pid) + "\\n")
-decoder.cut({str(fifo)!r})
+decoder.plan_clips({str(fifo)!r})
 """
     before = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
     parent = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[3])
@@ -172,7 +172,7 @@ def test_what_a_child_says_is_data_alone(tmp_path: Path, monkeypatch, write, ans
     """Here by a child that was taken over; were a pickle loaded, it would run what the pickle says."""
     path = str(write(tmp_path / "clip.mp4", np.arange(30) / 30))
     decoder = Decoder(DATA, ALL)
-    span = decoder.cut(path).spans[0]
+    span = decoder.plan_clips(path).spans[0]
     decoder.close()
     hook = tmp_path / "sitecustomize.py"
     hook.write_text(
@@ -193,10 +193,10 @@ def test_a_late_clip_of_a_long_video_takes_no_more_memory_than_an_early_one(tmp_
     """Five minutes of 1080p are 19 GB of raw frames, 37 million bytes of which a second holds."""
     short = write(tmp_path / "short.mp4", np.arange(30) / 10, gop=30, b_frames=0, size=(1920, 1080), pictures=bright)
     long = repeated(short, tmp_path / "long.mp4", 100)
-    decoder.read(str(short), decoder.cut(str(short)).spans[0], "")
+    decoder.read(str(short), decoder.plan_clips(str(short)).spans[0], "")
     assert decoder._child is not None
     before = resident(decoder._child.pid, "VmHWM")
-    spans = decoder.cut(str(long)).spans
+    spans = decoder.plan_clips(str(long)).spans
     assert spans[-1].end_s > 298
     for span in (*spans[:3], *spans[100:103], *spans[-3:], *spans[30:33]):
         assert decoder.read(str(long), span, "").frames.shape == (8, 32, 64, 3)
@@ -230,5 +230,5 @@ def test_no_module_of_the_working_folder_is_imported(
     for name in ("cv2", "random", "token", "data_prep"):
         (tmp_path / f"{name}.py").write_text("open('I_WAS_RUN', 'w')")
     monkeypatch.chdir(tmp_path)
-    assert len(decoder.cut(path).spans) == 1
+    assert len(decoder.plan_clips(path).spans) == 1
     assert not (tmp_path / "I_WAS_RUN").exists()

@@ -16,7 +16,7 @@ from data_prep.video import clips
 from data_prep.video.clips import Source
 from data_prep.video.decord_reader import DecordReader, NotOrdinaryError
 from data_prep.video.probe import read_header
-from data_prep.video.readers import Anywhere
+from data_prep.video.readers import PyAvReader
 from sora_train.data.config import DataConfig, SelectionConfig
 
 STEADY = np.arange(40) / 30
@@ -81,7 +81,7 @@ def test_an_ordinary_videos_frames_are_pyavs(tmp_path: Path, write, container: s
     times = np.array(ORDINARY[feature].get("times", STEADY))
     length = times[-1] - times[0]
     for due in (times[:-1] - times[0], np.arange(0, length, 1 / 7), length / 2 + np.arange(0, length / 2, 1 / 50)[:-1]):
-        np.testing.assert_array_equal(by(DecordReader, path, due), by(Anywhere, path, due))
+        np.testing.assert_array_equal(by(DecordReader, path, due), by(PyAvReader, path, due))
 
 
 @pytest.mark.parametrize("kind", OTHERS)
@@ -138,7 +138,7 @@ def test_no_damage_that_pyav_reports_passes_through_decord(tmp_path: Path, write
     for _ in range(60):
         bad.write_bytes(harmed(content, packets, chance))
         try:
-            by(Anywhere, bad, due)
+            by(PyAvReader, bad, due)
             continue
         except ClipError as error:
             reported += error.reason == "corrupt"
@@ -156,11 +156,11 @@ def test_a_sources_only_clip_is_read_by_decord(tmp_path: Path, write, monkeypatc
     path = drawn(write, tmp_path / "a.mp4")
     data = DataConfig(frames=8, fps=8, height=32, width=64)
     source = Source(str(path), data, SelectionConfig())
-    clip = source.read(source.cut().spans[0], "0")
+    clip = source.read(source.plan_clips().spans[0], "0")
     assert source.video().file is None  # PyAV's reader has opened nothing
     monkeypatch.setattr(clips, "DecordReader", refusing)
     source = Source(str(path), data, SelectionConfig())
-    np.testing.assert_array_equal(source.read(source.cut().spans[0], "0").frames, clip.frames)
+    np.testing.assert_array_equal(source.read(source.plan_clips().spans[0], "0").frames, clip.frames)
     assert source.video().file is not None
 
 
@@ -177,7 +177,7 @@ def test_of_the_76_clips_decord_gives_what_pyav_gives(shared: Path):
             frames = by(DecordReader, path, due)
         except NotOrdinaryError:
             continue
-        np.testing.assert_array_equal(frames, by(Anywhere, path, due), path.name)
+        np.testing.assert_array_equal(frames, by(PyAvReader, path, due), path.name)
         read += 1
     assert (read, len(files)) == (37, 76)
 

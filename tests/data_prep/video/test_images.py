@@ -11,8 +11,8 @@ from PIL import Image, ImageCms
 
 from data_prep.reasons import ClipError
 from data_prep.video.clips import Source
-from data_prep.video.images import read_still, read_still_header, still_kind
-from data_prep.video.transforms import fit
+from data_prep.video.images import image_format, read_image, read_image_header
+from data_prep.video.transforms import resize_to_bucket
 from sora_train.data.config import DataConfig, SelectionConfig
 
 RNG = np.random.default_rng(0)
@@ -29,16 +29,16 @@ def test_a_picture_is_known_by_its_first_bytes_and_read_as_it_was_written(tmp_pa
     best = {"quality": 100, "subsampling": 0}
     options = {"WEBP": {"lossless": True}, "JPEG": best, "AVIF": {"quality": 100, "subsampling": "4:4:4"}}.get(kind, {})
     path = save(tmp_path / "name.mp4", Image.fromarray(PICTURE), format=kind, **options)
-    assert still_kind(path) == kind
-    header = read_still_header(path)
+    assert image_format(path) == kind
+    header = read_image_header(path)
     assert (header.width, header.height, header.remark) == (160, 96, "")
-    assert np.abs(read_still(path).astype(int) - PICTURE).max() <= (6 if kind in ("JPEG", "AVIF") else 0)
+    assert np.abs(read_image(path).astype(int) - PICTURE).max() <= (6 if kind in ("JPEG", "AVIF") else 0)
 
 
 def test_a_video_is_no_picture(tmp_path: Path, write, shared: Path):
     path = write(tmp_path / "clip.mp4", np.arange(4) / 30)
-    assert still_kind(str(path.rename(tmp_path / "clip.png"))) == ""
-    assert still_kind(str(shared / "data" / "clips" / "derived" / "flower.gif")) == ""
+    assert image_format(str(path.rename(tmp_path / "clip.png"))) == ""
+    assert image_format(str(shared / "data" / "clips" / "derived" / "flower.gif")) == ""
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -58,8 +58,8 @@ def test_a_photograph_is_turned_as_its_exif_says(tmp_path: Path, orientation: in
     for kind in ("JPEG", "PNG", "WEBP"):
         options = {"lossless": True} if kind == "WEBP" else {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
         path = save(tmp_path / "a", Image.fromarray(np.ascontiguousarray(stored)), format=kind, exif=exif, **options)
-        assert (read_still_header(path).width, read_still_header(path).height) == (160, 96)
-        frame = read_still(path)
+        assert (read_image_header(path).width, read_image_header(path).height) == (160, 96)
+        frame = read_image(path)
         assert frame.shape == PICTURE.shape
         assert np.abs(frame.astype(int) - PICTURE).mean() < 4
 
@@ -70,13 +70,13 @@ def test_transparent_parts_are_black(tmp_path: Path):
     rgba = Image.fromarray(np.dstack([np.full_like(PICTURE, 200), alpha]))
     for kind in ("PNG", "WEBP", "TIFF", "AVIF"):
         path = save(tmp_path / "a", rgba, format=kind, **({"lossless": True} if kind == "WEBP" else {}))
-        frame = read_still(path)
+        frame = read_image(path)
         assert np.abs([int(frame[0, x, 0]) - wanted for x, wanted in ((10, 200), (100, 100), (150, 0))]).max() <= 2, (
             kind
         )
     palette = Image.fromarray((np.arange(96 * 160).reshape(96, 160) // 7680).astype(np.uint8), "P")
     palette.putpalette([200, 0, 0, 0, 200, 0])
-    frame = read_still(save(tmp_path / "a", palette, format="PNG", transparency=1))
+    frame = read_image(save(tmp_path / "a", palette, format="PNG", transparency=1))
     assert frame[0, 0].tolist() == [200, 0, 0]
     assert frame[-1, 0].tolist() == [0, 0, 0]
 
@@ -84,18 +84,18 @@ def test_transparent_parts_are_black(tmp_path: Path):
 def test_sixteen_bits_and_grey_become_eight_and_colour(tmp_path: Path):
     grey = np.linspace(0, 65535, 96 * 160).reshape(96, 160).astype(np.uint16)
     for kind in ("PNG", "TIFF"):
-        frame = read_still(save(tmp_path / "a", Image.fromarray(grey), format=kind))
+        frame = read_image(save(tmp_path / "a", Image.fromarray(grey), format=kind))
         np.testing.assert_array_equal(frame, (grey >> 8).astype(np.uint8)[..., None].repeat(3, 2))
-    frame = read_still(save(tmp_path / "a", Image.fromarray(PICTURE[..., 0]), format="PNG"))
+    frame = read_image(save(tmp_path / "a", Image.fromarray(PICTURE[..., 0]), format="PNG"))
     np.testing.assert_array_equal(frame, PICTURE[..., :1].repeat(3, 2))
-    frame = read_still(save(tmp_path / "a", Image.fromarray(PICTURE).convert("CMYK"), format="JPEG", quality=100))
+    frame = read_image(save(tmp_path / "a", Image.fromarray(PICTURE).convert("CMYK"), format="JPEG", quality=100))
     assert np.abs(frame.astype(int) - PICTURE).mean() < 8
 
 
 def test_a_large_photograph_is_decoded_small_where_that_is_enough(tmp_path: Path):
     large = np.kron(PICTURE, np.ones((20, 20, 1), np.uint8))
     path = save(tmp_path / "a", Image.fromarray(large), format="JPEG", quality=95)
-    small = read_still(path, at_least=100)
+    small = read_image(path, at_least=100)
     assert small.shape == (240, 400, 3)
     assert np.abs(small[20::40, 20::40].astype(int) - PICTURE[8::16, 8::16]).mean() < 5
 
@@ -103,8 +103,8 @@ def test_a_large_photograph_is_decoded_small_where_that_is_enough(tmp_path: Path
 def test_of_a_tiff_with_pages_the_first_is_taken_and_the_remark_says_so(tmp_path: Path):
     pages = [Image.fromarray(np.full((64, 64, 3), value, np.uint8)) for value in (50, 100, 200)]
     path = save(tmp_path / "a", pages[0], format="TIFF", save_all=True, append_images=pages[1:])
-    assert read_still_header(path).remark == "pages: the first of its 3 pictures"
-    assert (read_still(path) == 50).all()
+    assert read_image_header(path).remark == "pages: the first of its 3 pictures"
+    assert (read_image(path) == 50).all()
 
 
 BOTH = DataConfig(fps=8, buckets=("1x64x64", "4x64x64"))
@@ -115,7 +115,7 @@ def test_an_animation_is_a_video(tmp_path: Path, kind: str):
     pictures = [Image.fromarray(np.full((64, 64, 3), value, np.uint8)) for value in (50, 100, 150, 200)]
     path = save(tmp_path / "a", pictures[0], format=kind, save_all=True, append_images=pictures[1:], duration=250)
     source = Source(path, BOTH, SelectionConfig())
-    span = source.cut().spans[0]
+    span = source.plan_clips().spans[0]
     assert span.bucket.frames == 4
     frames = source.read(span, "").frames
     assert np.abs(frames[:, 32, 32, 0].astype(int) - [50, 50, 100, 100]).max() <= 3
@@ -125,7 +125,7 @@ def test_an_animated_webp_is_refused_by_name(tmp_path: Path):
     pictures = [Image.fromarray(np.full((64, 64, 3), value, np.uint8)) for value in (50, 100)]
     path = save(tmp_path / "a", pictures[0], format="WEBP", save_all=True, append_images=pictures[1:])
     with pytest.raises(ClipError, match="animated WebP") as error:
-        Source(path, BOTH, SelectionConfig()).cut()
+        Source(path, BOTH, SelectionConfig()).plan_clips()
     assert error.value.reason == "unreadable"
 
 
@@ -164,13 +164,13 @@ def test_one_picture_as_gif_avif_and_heic_is_a_still(tmp_path: Path, write):
 def check_still(path: str, tolerance: float) -> None:
     """A still where there are buckets for videos too, and the same picture as a PNG of it, but for its codec."""
     source = Source(path, BOTH, SelectionConfig())
-    cut = source.cut()
+    cut = source.plan_clips()
     assert (cut.still, cut.width, cut.height, [span.bucket.name for span in cut.spans]) == (True, 160, 96, ["1x64x64"])
     frames = source.read(cut.spans[0], "").frames
-    expected = fit(PICTURE, cut.spans[0].bucket)
+    expected = resize_to_bucket(PICTURE, cut.spans[0].bucket)
     assert np.abs(frames[0].astype(int) - expected).mean() < tolerance
     with pytest.raises(ClipError, match="is a still picture"):
-        Source(path, DataConfig(fps=8, buckets=("4x64x64",)), SelectionConfig()).cut()
+        Source(path, DataConfig(fps=8, buckets=("4x64x64",)), SelectionConfig()).plan_clips()
 
 
 def heic(film: Path, width: int, height: int) -> bytes:
@@ -214,11 +214,11 @@ def test_a_picture_is_taken_to_srgb_by_its_profile(tmp_path: Path):
     for kind in ("JPEG", "PNG", "WEBP", "TIFF", "AVIF"):
         options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}, "AVIF": {"quality": 100}}
         path = save(tmp_path / "a", Image.fromarray(PICTURE), format=kind, icc_profile=swapped, **options.get(kind, {}))
-        assert read_still_header(path).remark == ""
-        assert np.abs(read_still(path)[8::16, 8::16].astype(int) - PICTURE[8::16, 8::16, [1, 0, 2]]).mean() < 4, kind
+        assert read_image_header(path).remark == ""
+        assert np.abs(read_image(path)[8::16, 8::16].astype(int) - PICTURE[8::16, 8::16, [1, 0, 2]]).mean() < 4, kind
     path = save(tmp_path / "a", Image.fromarray(PICTURE), format="PNG", icc_profile=b"no profile")
-    assert "ICC profile" in read_still_header(path).remark
-    np.testing.assert_array_equal(read_still(path), PICTURE)
+    assert "ICC profile" in read_image_header(path).remark
+    np.testing.assert_array_equal(read_image(path), PICTURE)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP", "JPEG"])
@@ -228,7 +228,7 @@ def test_a_picture_that_breaks_off_is_truncated(tmp_path: Path, kind: str, share
     path = Path(save(tmp_path / "a", noise, format=kind))
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
     with pytest.raises(ClipError) as error:
-        read_still(str(path))
+        read_image(str(path))
     assert error.value.reason == "truncated"
 
 
@@ -238,7 +238,7 @@ def test_a_picture_with_damage_is_corrupt(tmp_path: Path):
     content[len(content) // 2 - 50 : len(content) // 2 + 50] = b"x" * 100
     path.write_bytes(content)
     with pytest.raises(ClipError, match="can't be decoded: broken PNG") as error:
-        read_still(str(path))
+        read_image(str(path))
     assert error.value.reason == "corrupt"
 
 
@@ -248,7 +248,7 @@ def test_a_jpeg_with_damage_is_refused(tmp_path: Path, options: dict):
     y, x = np.mgrid[:256, :256]
     slope = Image.fromarray(np.stack([x, y, (x + y) // 2], -1).astype(np.uint8))
     path = Path(save(tmp_path / "a", slope, format="JPEG", **options))
-    read_still(str(path))
+    read_image(str(path))
     whole = path.read_bytes()
     begin = whole.index(b"\xff\xda") + 20
     middle = (begin + len(whole)) // 2
@@ -259,11 +259,11 @@ def test_a_jpeg_with_damage_is_refused(tmp_path: Path, options: dict):
     ):
         path.write_bytes(content)
         with pytest.raises(ClipError) as error:
-            read_still(str(path))
+            read_image(str(path))
         assert error.value.reason in ("corrupt", "truncated")
     for padding in (b"\0" * 8, b"\xff" * 300):  # before and behind its end, as cameras leave it
         path.write_bytes(whole[:-2] + padding[:8] + b"\xff\xd9" + padding)
-        read_still(str(path))
+        read_image(str(path))
 
 
 def test_a_webp_with_a_hole_is_corrupt(tmp_path: Path):
@@ -272,14 +272,14 @@ def test_a_webp_with_a_hole_is_corrupt(tmp_path: Path):
     content[5000:5512] = bytes(512)
     path.write_bytes(content)
     with pytest.raises(ClipError, match="run of zeros") as error:
-        read_still(str(path))
+        read_image(str(path))
     assert error.value.reason == "corrupt"
 
 
 def test_a_declared_size_beyond_the_limit_is_refused_before_decoding(tmp_path: Path):
     path = Path(save(tmp_path / "a", Image.new("1", (8192, 8192)), format="PNG"))  # a kilobyte or so
     assert path.stat().st_size < 20_000
-    for read in (read_still_header, read_still):
+    for read in (read_image_header, read_image):
         with pytest.raises(ClipError, match="8192x8192") as error:
             read(str(path))
         assert error.value.reason == "too_large"
@@ -288,5 +288,5 @@ def test_a_declared_size_beyond_the_limit_is_refused_before_decoding(tmp_path: P
     bomb[29:33] = struct.pack(">I", zlib.crc32(bytes(bomb[12:29])))
     path.write_bytes(bomb)
     with pytest.raises(ClipError) as error:
-        read_still_header(str(path))
+        read_image_header(str(path))
     assert error.value.reason == "too_large"

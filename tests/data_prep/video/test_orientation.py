@@ -12,7 +12,7 @@ from PIL import Image
 
 from data_prep.video.clips import Source
 from data_prep.video.probe import read_header
-from data_prep.video.readers import Anywhere
+from data_prep.video.readers import PyAvReader
 from sora_train.data.config import DataConfig, SelectionConfig
 
 HEIGHT, WIDTH = 64, 128
@@ -42,13 +42,13 @@ def check(path: Path, name: str) -> None:
     """That the file's first frame, its header and its clip are oriented as named."""
     expected = EIGHT[name][1](corners())
     header = read_header(str(path))
-    assert header.shown == expected.shape[1::-1]
-    frame = Anywhere(str(path), header).frames(np.zeros(1), lambda frame: frame)[0]
+    assert header.display_size == expected.shape[1::-1]
+    frame = PyAvReader(str(path), header).frames(np.zeros(1), lambda frame: frame)[0]
     assert frame.shape == expected.shape
     assert np.abs(frame.astype(int) - expected).mean() < 20
     data = DataConfig(buckets=(f"4x{HEIGHT}x{WIDTH}", f"4x{WIDTH}x{HEIGHT}"), fps=8.0)
     source = Source(str(path), data, SelectionConfig())
-    clip = source.read(source.cut().spans[0], "0").frames
+    clip = source.read(source.plan_clips().spans[0], "0").frames
     assert clip.shape[1:] == expected.shape
     assert np.abs(clip.astype(int) - expected).mean() < 20
 
@@ -158,7 +158,7 @@ def test_an_orientation_message_holds_until_the_next_keyframe(tmp_path: Path, wr
     """A telephone that is turned while it films."""
     path = write(tmp_path / "plain.mp4", np.arange(24) / 24, gop=12, b_frames=0, pictures=corners)
     turned = str(with_sei(path, tmp_path / "a.mp4", "libx264", ["counterclockwise", "half a turn"]))
-    frames = Anywhere(turned, read_header(turned)).frames(np.arange(24) / 24, lambda frame: frame)
+    frames = PyAvReader(turned, read_header(turned)).frames(np.arange(24) / 24, lambda frame: frame)
     for number, frame in enumerate(frames):
         expected = np.rot90(corners(), 1 if number < 12 else 2)
         assert frame.shape == expected.shape, number
@@ -176,9 +176,9 @@ def test_the_pixel_aspect_is_that_of_the_frame_before_it_is_turned(tmp_path: Pat
         matrix=(a, b, 0, c, d, 0, 0, 0, 1 << 30),
     )
     expected = EIGHT[name][1](corners().repeat(2, 1))
-    assert read_header(str(path)).shown == expected.shape[1::-1]
+    assert read_header(str(path)).display_size == expected.shape[1::-1]
     data = DataConfig(buckets=("4x64x256", "4x256x64"), fps=8.0)
     source = Source(str(path), data, SelectionConfig())
-    clip = source.read(source.cut().spans[0], "0").frames
+    clip = source.read(source.plan_clips().spans[0], "0").frames
     assert clip.shape[1:] == expected.shape
     assert np.abs(clip.astype(int) - expected).mean() < 20

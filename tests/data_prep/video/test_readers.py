@@ -10,7 +10,7 @@ import pytest
 
 from data_prep.reasons import ClipError
 from data_prep.video.probe import read_header
-from data_prep.video.readers import NEAR_S, Anywhere
+from data_prep.video.readers import DECODE_AHEAD_S, PyAvReader
 
 STEADY = np.arange(60) / 30
 UNEVEN = np.cumsum(np.r_[0, np.tile([0.01, 0.09, 0.03, 0.2], 12)])
@@ -32,7 +32,7 @@ def test_frames_are_those_on_screen_at_lower_and_at_higher_rates(
     tmp_path: Path, write, number_of, on_screen, times, fps: float
 ):
     due = np.arange(int(times[-1] * fps)) / fps
-    frames = by(Anywhere, write(tmp_path / "clip.mp4", times)).frames(due, same)
+    frames = by(PyAvReader, write(tmp_path / "clip.mp4", times)).frames(due, same)
     assert [number_of(frame) for frame in frames] == on_screen(times, due)
 
 
@@ -62,11 +62,13 @@ def test_clips_in_any_order_hold_the_frames_that_are_due(
     """Rising, overlapping and falling, near and far."""
     times = np.arange(240) / 30
     path = write(tmp_path / name, times, codec, options=options, b_frames=b_frames)
-    monkeypatch.setattr("data_prep.video.readers.NEAR_S", 1.0)  # so that seeks are due within these eight seconds
+    monkeypatch.setattr(
+        "data_prep.video.readers.DECODE_AHEAD_S", 1.0
+    )  # so that seeks are due within these eight seconds
     due = np.arange(8) / 10
-    anywhere = by(Anywhere, path)
+    reader = by(PyAvReader, path)
     for start in (0.0, 0.9, 1.5, 4.0, 4.3, 7.1, 2.6, 0.1, 6.05):
-        numbers = [number_of(frame) for frame in anywhere.frames(due + start, same)]
+        numbers = [number_of(frame) for frame in reader.frames(due + start, same)]
         assert numbers == on_screen(times, due + start), f"at {start} s"
 
 
@@ -74,7 +76,7 @@ def test_a_cut_file_begins_with_its_first_whole_picture(tmp_path: Path, write, n
     """Copied from its second keyframe on, a stream begins with pictures that refer to the group before."""
     whole = write(tmp_path / "whole.mkv", np.arange(90) / 30, options=OPEN_GOP)
     path = cut_to_second_keyframe(whole, tmp_path / "cut.mkv")
-    numbers = [number_of(frame) for frame in by(Anywhere, path).frames(np.arange(20) / 30, same)]
+    numbers = [number_of(frame) for frame in by(PyAvReader, path).frames(np.arange(20) / 30, same)]
     assert numbers[0] >= 9
     assert np.diff(numbers).tolist() == [1] * 19
 
@@ -89,7 +91,7 @@ def test_what_an_edit_list_cuts_off_is_not_shown(tmp_path: Path, write, number_o
     duration, begin, rate = struct.unpack_from(">IiI", content, place)
     struct.pack_into(">IiI", content, place, duration - 700, begin + 7 * units // 10, rate)
     path.write_bytes(content)
-    frames = by(Anywhere, path).frames(np.arange(10) / 10, same)
+    frames = by(PyAvReader, path).frames(np.arange(10) / 10, same)
     assert [number_of(frame) for frame in frames] == list(range(21, 51, 3))
 
 
@@ -97,8 +99,8 @@ def test_what_an_edit_list_cuts_off_is_not_shown(tmp_path: Path, write, number_o
 @pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv"])
 def test_a_rotation_tag_is_honoured(tmp_path: Path, write, name: str, rotation: int):
     path = write(tmp_path / name, STEADY, rotation=rotation, pictures=lambda i: arrow(i))
-    assert read_header(str(path)).turned == (rotation in (90, 270))
-    frame = by(Anywhere, path).frames(np.array([1.0]), same)[0]
+    assert read_header(str(path)).is_rotated == (rotation in (90, 270))
+    frame = by(PyAvReader, path).frames(np.array([1.0]), same)[0]
     upright = np.rot90(arrow(30), rotation // 90)
     assert frame.shape == upright.shape
     assert np.abs(frame.astype(int) - upright).mean() < 12
@@ -123,7 +125,7 @@ def test_frames_of_any_size_are_whole(tmp_path: Path, write, size):
     noise = [np.kron(rng.integers(0, 256, (9, 9, 3), np.uint8), np.ones((28, 28, 1), np.uint8)) for _ in range(4)]
     drawn = [image[: size[1], : size[0]].copy() for image in noise]
     path = write(tmp_path / "a.mp4", np.arange(4) / 30, size=size, options={"qp": "4"}, pictures=lambda i: drawn[i])
-    frames = by(Anywhere, path).frames(np.arange(4) / 30, same)
+    frames = by(PyAvReader, path).frames(np.arange(4) / 30, same)
     assert [frame.shape for frame in frames] == [(size[1], size[0], 3)] * 4
     assert np.abs(np.stack(frames).astype(int) - np.stack(drawn)).mean() < 20  # chroma has half the pixels
 
@@ -141,39 +143,39 @@ def test_transparent_parts_are_black(tmp_path: Path, write):
         path = write(
             tmp_path / name, np.arange(4) / 30, codec, options=options, pix_fmt=pix_fmt, pictures=lambda _: field
         )
-        frame = by(Anywhere, path).frames(np.zeros(1), same)[0]
+        frame = by(PyAvReader, path).frames(np.zeros(1), same)[0]
         assert frame[:, :56, 0].min() > 190, name
         assert frame[:, 72:].max() < 12, name
 
 
 def test_a_gif_is_read_by_its_own_delays(shared: Path):
     path = shared / "data" / "clips" / "derived" / "flower.gif"
-    assert len(by(Anywhere, path).frames(np.arange(16) / 8, same)) == 16
+    assert len(by(PyAvReader, path).frames(np.arange(16) / 8, same)) == 16
 
 
 def test_frames_beyond_the_end_are_not_given(tmp_path: Path, write):
-    anywhere = by(Anywhere, write(tmp_path / "clip.mp4", STEADY))
-    assert len(anywhere.frames(np.arange(30) / 10, same)) == 20
-    assert anywhere.end == pytest.approx(2.0, abs=1e-3)
-    assert anywhere.frames(np.arange(8) / 8 + 1.9, same) == []
+    reader = by(PyAvReader, write(tmp_path / "clip.mp4", STEADY))
+    assert len(reader.frames(np.arange(30) / 10, same)) == 20
+    assert reader.end == pytest.approx(2.0, abs=1e-3)
+    assert reader.frames(np.arange(8) / 8 + 1.9, same) == []
 
 
 def test_a_frame_is_fitted_once_though_it_is_due_twice(tmp_path: Path, write):
     path = write(tmp_path / "clip.mp4", np.arange(4) / 2)
-    frames = by(Anywhere, path).frames(np.arange(16) / 8, np.copy)
+    frames = by(PyAvReader, path).frames(np.arange(16) / 8, np.copy)
     assert (len(frames), len({id(frame) for frame in frames})) == (16, 4)
 
 
-@pytest.mark.parametrize("seconds", [NEAR_S + 5.0])
+@pytest.mark.parametrize("seconds", [DECODE_AHEAD_S + 5.0])
 def test_only_frames_that_are_due_are_fitted_and_far_ones_are_sought(
     tmp_path: Path, write, number_of, seconds: float, monkeypatch
 ):
     path = write(tmp_path / "long.mp4", np.arange(600) / 30, gop=30)
-    anywhere = by(Anywhere, path)
+    reader = by(PyAvReader, path)
     decoded: list[float] = []
-    pixels: Callable = anywhere.pixels
-    monkeypatch.setattr(anywhere, "pixels", lambda frame: (decoded.append(frame.time), pixels(frame))[1])
-    numbers = [number_of(frame) for frame in anywhere.frames(seconds + np.arange(4) / 4, same)]
+    to_rgb: Callable = reader.to_rgb
+    monkeypatch.setattr(reader, "to_rgb", lambda frame: (decoded.append(frame.time), to_rgb(frame))[1])
+    numbers = [number_of(frame) for frame in reader.frames(seconds + np.arange(4) / 4, same)]
     assert numbers == [(int(seconds * 30) + i) % 256 for i in (0, 7, 15, 22)]
     assert len(decoded) == 4
 
@@ -181,11 +183,11 @@ def test_only_frames_that_are_due_are_fitted_and_far_ones_are_sought(
 def test_frames_before_the_damage_are_given_and_after_it_none(shared: Path):
     """The file's first damaged picture is shown at 1.03 s; decoders that look ahead meet it earlier."""
     due = np.arange(16) / 16
-    whole = by(Anywhere, shared / "data" / "clips" / "flower.mp4").frames(due, same)
-    anywhere = by(Anywhere, shared / "data" / "broken" / "corrupt_mdat.mp4")
-    np.testing.assert_array_equal(np.stack(anywhere.frames(due, same)), np.stack(whole))
+    whole = by(PyAvReader, shared / "data" / "clips" / "flower.mp4").frames(due, same)
+    reader = by(PyAvReader, shared / "data" / "broken" / "corrupt_mdat.mp4")
+    np.testing.assert_array_equal(np.stack(reader.frames(due, same)), np.stack(whole))
     with pytest.raises(ClipError, match=r"decoding fails at 0\.97 s") as error:
-        anywhere.frames(due * 2, same)
+        reader.frames(due * 2, same)
     assert error.value.reason == "corrupt"
 
 
@@ -193,7 +195,7 @@ def test_pixels_that_are_not_square_are_known(tmp_path: Path, write):
     path = write(tmp_path / "clip.mp4", STEADY, pixel_aspect=Fraction(16, 9), rotation=90)
     header = read_header(str(path))
     assert header.pixel_aspect == pytest.approx(16 / 9)
-    assert header.shown == pytest.approx((64, 128 * 16 / 9))
+    assert header.display_size == pytest.approx((64, 128 * 16 / 9))
 
 
 def test_writing_av1_leaves_no_realtime_thread_behind(tmp_path: Path, write):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_prep.reasons import ClipError
-from data_prep.video.clips import Clip, Cut, Source
+from data_prep.video.clips import Clip, ClipPlan, Source
 from data_prep.video.probe import read_header
 from data_prep.video.timeline import read_timeline
 from sora_train.data.config import DataConfig, SelectionConfig
@@ -18,9 +18,9 @@ DATA = DataConfig(frames=8, fps=8.0, height=64, width=128, stride_s=1.0)
 HOLE = np.r_[np.arange(48), np.arange(50) + 960 + 48] / 16  # 60 s without a frame, from second 3 on
 
 
-def clips(path: Path, data: DataConfig = DATA, **selection) -> tuple[Cut, list[Clip]]:
+def clips(path: Path, data: DataConfig = DATA, **selection) -> tuple[ClipPlan, list[Clip]]:
     source = Source(str(path), data, SelectionConfig(**selection))
-    cut = source.cut()
+    cut = source.plan_clips()
     return cut, [source.read(span, "0") for span in cut.spans]
 
 
@@ -68,7 +68,7 @@ def test_a_single_clip_is_of_frames_that_move(tmp_path: Path, write, number_of):
 
 def test_a_last_frame_that_stands_long_gives_no_clips(tmp_path: Path, picture):
     path = stamped(tmp_path / "a.mp4", list(range(0, 2000, 50)), picture, last_ms=30000)
-    assert read_header(str(path)).promised_s == pytest.approx(32, abs=0.1)
+    assert read_header(str(path)).container_duration_s == pytest.approx(32, abs=0.1)
     cut, _ = clips(path)
     assert [span.start_s for span in cut.spans] == [0.0, 1.0]
     assert "1 hole" in cut.remark
