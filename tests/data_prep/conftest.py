@@ -103,6 +103,12 @@ def _number_of() -> Callable[[np.ndarray], int]:
     return number_of
 
 
+@pytest.fixture
+def local_ray(one_ray) -> None:
+    """A Ray of this machine with two logical CPUs; tests that share it tell their runs apart by name."""
+    one_ray.start({}, num_cpus=2, _system_config={"metrics_report_interval_ms": 1000})
+
+
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """Address of an S3-compatible server on loopback."""

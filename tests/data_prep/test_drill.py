@@ -109,6 +109,7 @@ def left_over(family: list[psutil.Process], seconds: float = 30.0) -> list[str]:
     return [process.name() for process in alive if process not in agents]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(3000)
 def test_a_run_whose_driver_was_killed_is_taken_up_where_it_was(videos: Path, unbroken: Path, tmp_path: Path):

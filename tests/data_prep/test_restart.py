@@ -37,31 +37,28 @@ def wait_so_long(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> None:
     monkeypatch.setattr(ray_pipeline, "with_watchdog", watch)
 
 
-@pytest.mark.timeout(1900)
-def test_a_restart_frees_the_actors_of_a_ray_that_was_connected(recipe: Recipe, monkeypatch, capsys, one_ray):
-    one_ray.stop()
-    one_ray.start({}, num_cpus=2)  # no room for a second pipeline beside the first
-    wait_so_long(monkeypatch, 0.5, 1800)
-    assert prep(recipe).counts.written == 2
-    assert "nothing came for 0 s; restarts with what is missing" in capsys.readouterr().out
-
-
-def test_restarts_without_a_clip_come_to_an_end(recipe: Recipe, monkeypatch, one_ray):
-    one_ray.stop()
-    wait_so_long(monkeypatch, 0.5, 0.5, 0.5)
-    with pytest.raises(UserError, match="started 3 times in a row without encoding a clip.*`ray status`"):
-        prep(recipe)
-
-
-def test_a_lost_device_is_known_through_ray(one_ray):
+def test_a_lost_device_is_known_through_ray(local_ray):
     import ray
 
     def lose(table):
         raise DeviceLost("VAE: cuda:0 no longer works: CUDA error")
 
-    one_ray.start({}, num_cpus=1)
     ray_pipeline.quiet_ray_data()
     with pytest.raises(PipelineStalled) as error:
         list(with_watchdog(ray.data.range(4).map_batches(lose, batch_format="pyarrow").iter_batches(batch_size=None)))
     assert isinstance(error.value, DeviceLost)
     assert str(error.value.cause).startswith("VAE: cuda:0 no longer works: CUDA error\n")
+
+
+@pytest.mark.timeout(1900)
+def test_a_restart_frees_the_actors_of_a_ray_that_was_connected(recipe: Recipe, monkeypatch, capsys, local_ray):
+    """It has two CPUs: no room for a second pipeline next to the first."""
+    wait_so_long(monkeypatch, 0.5, 1800)
+    assert prep(recipe).counts.written == 2
+    assert "nothing came for 0 s; restarts with what is missing" in capsys.readouterr().out
+
+
+def test_restarts_without_a_clip_come_to_an_end(recipe: Recipe, monkeypatch, local_ray):
+    wait_so_long(monkeypatch, 0.5, 0.5, 0.5)
+    with pytest.raises(UserError, match="started 3 times in a row without encoding a clip.*`ray status`"):
+        prep(recipe)

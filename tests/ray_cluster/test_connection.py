@@ -45,22 +45,6 @@ def test_a_cluster_that_answers_is_joined(notes: Path):
         assert running_cluster() == address
 
 
-@pytest.mark.ray
-def test_all_processes_of_a_ray_started_here_know_its_address():
-    """In a process of its own: this one may be connected to another."""
-    program = """
-import os, ray
-from sora_train.ray_cluster.connection import connect
-with connect("local", dashboard=False):
-    print(ray.get_runtime_context().gcs_address, ray.get(ray.remote(os.getenv).remote("RAY_ADDRESS")))
-print(os.getenv("RAY_ADDRESS"))
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    here, told, after = done.stdout.split()[-3:]  # a slow start is explained before it
-    assert here == told
-    assert after == "None"
-
-
 def test_a_cluster_that_is_gone_is_an_error_with_the_way_out(notes: Path, one_ray, monkeypatch: pytest.MonkeyPatch):
     one_ray.stop()  # a process that is connected stays with its cluster
     monkeypatch.setattr(connection, "WAIT_S", 1.0)
@@ -117,8 +101,9 @@ def test_a_folder_too_long_for_sockets_is_replaced_or_refused(monkeypatch: pytes
 
 @pytest.mark.ray
 def test_ray_starts_without_a_home_and_beside_files_named_as_modules(tmp_path: Path):
-    """With a temporary folder too long for its sockets too. No worker has the working folder on its path, and none is
-    ended by a hangup of the terminal."""
+    """With a temporary folder too long for its sockets too. No worker has the working folder on its path, all know the
+    cluster's address, and none is ended by a hangup of the terminal. In a process of its own: this one may be connected
+    to another Ray."""
     (tmp_path / "random.py").write_text("raise ImportError('of the working folder')")
     (tmp_path / "cv2.py").write_text("raise ImportError('of the working folder')")
     (long := tmp_path / ("x" * 80)).mkdir()
@@ -129,9 +114,12 @@ from sora_train.ray_cluster.connection import connect
 def inside():
     import cv2, random
     blocked = int(next(l for l in open("/proc/self/status") if l.startswith("SigBlk")).split()[1], 16)
-    return sys.path, cv2.__file__, random.__file__, bool(blocked & 1 << (signal.SIGHUP - 1))
+    deaf = bool(blocked & 1 << (signal.SIGHUP - 1))
+    return sys.path, os.getenv("RAY_ADDRESS"), deaf, cv2.__file__, random.__file__
 with connect("local", dashboard=False):
-    paths, *files, deaf = ray.get(ray.remote(inside).remote())
+    paths, told, deaf, *files = ray.get(ray.remote(inside).remote())
+    assert told == ray.get_runtime_context().gcs_address
+assert "RAY_ADDRESS" not in os.environ
 here = os.getcwd()
 assert here not in paths and not any(file.startswith(here) for file in files), (paths, files)
 assert deaf

@@ -120,7 +120,7 @@ def test_the_plan_refuses_what_prep_refuses(folder: Path, other: dict[str, float
 
 @pytest.mark.ray
 @pytest.mark.timeout(900)
-def test_ray_and_threads_find_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_ray_and_threads_find_the_same(folder: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch):
     data = recipe(folder, frames=8, height=32, width=64).data
     asked = read_rows(data)
     here = surveys.survey(asked, data, SelectionConfig())
