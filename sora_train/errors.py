@@ -1,13 +1,27 @@
-"""Errors that the user can mend. The command line prints their message and nothing else."""
+"""Errors that the user can fix, of which the command line prints the message alone, and text for one line."""
+
+import re
+import unicodedata
 
 
 class UserError(ValueError):
-    """Something outside the code is wrong: a file, a folder, a place. The message says what, where, and what to do."""
+    """Something outside the code is wrong: a file, a folder, a URI. The message says what, where and what to do."""
 
 
 class RecipeError(UserError):
-    """The recipe or a flag is wrong. The message names the key, what it got, and the choices."""
+    """The recipe or a flag is wrong. The message names the key, the value and the choices."""
 
 
-class Stopped(Exception):  # noqa: N818  nothing is wrong
-    """The run was asked to end and did; the same command goes on. The message says where it stands."""
+class Stopped(Exception):  # noqa: N818  not an error
+    """The run stopped because it was asked to; the same command resumes it. The message says at which step."""
+
+
+def one_line(text: str) -> str:
+    """Text on one line: white space becomes a blank; control, format (bidi) and surrogate characters are removed."""
+    spaced = re.sub(r"\s+", " ", text)
+    return "".join(character for character in spaced if unicodedata.category(character)[0] != "C").strip()
+
+
+def error_line(error: BaseException) -> str:
+    """An error's class and message on one line of at most 300 characters."""
+    return f"{type(error).__name__}: {one_line(str(error))}"[:300]

@@ -92,6 +92,15 @@ def keys(section: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", hint
 
 
+def flatten(settings: Mapping[Any, Any], prefix: str = "", depth: int = 20) -> Iterator[tuple[str, Any]]:
+    """Every leaf of nested mappings with its dotted key: ("train.steps", 40) …; what is nested deeper is a leaf."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and depth:
+            yield from flatten(value, f"{prefix}{key}.", depth - 1)
+        else:
+            yield f"{prefix}{key}", value
+
+
 def own_keys(section: type) -> dict[str, Any]:
     """A section's own keys with their types, sections within it among them."""
     if issubclass(section, BaseModel):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import re
-import unicodedata
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -13,6 +12,8 @@ from pathlib import Path
 import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from sora_train.errors import one_line
 
 GROUND, INK, FAINT, BADGE = (38, 43, 52), (230, 237, 243), (150, 158, 168), (240, 190, 80)
 
@@ -125,10 +126,10 @@ def check_frames(frames: np.ndarray) -> None:
         raise ValueError(f"expected uint8 frames of shape F H W 3, got {frames.dtype} {frames.shape}")
 
 
-def one_line(text: str) -> str:
-    """Text without control, format and surrogate characters (bidi overrides among them), white space as one blank."""
-    spaced = re.sub(r"\s+", " ", text)
-    return "".join(character for character in spaced if unicodedata.category(character)[0] != "C").strip()
+def psnr(made: np.ndarray, true: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of uint8 frames in dB, over all frames together; infinite if they are equal."""
+    error = np.mean((made.astype(np.float32) - true.astype(np.float32)) ** 2, dtype=np.float64)
+    return float(10 * np.log10(255**2 / error)) if error else float("inf")
 
 
 def fit(text: str, type_face: ImageFont.FreeTypeFont, width: int) -> str:

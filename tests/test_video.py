@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sora_train.errors import one_line
 from sora_train.quickstart.shapes import Scene, draw
-from sora_train.video import contact_sheet, fit, font, one_line, read_mp4, slug, write_gif, write_mp4
+from sora_train.video import contact_sheet, fit, font, psnr, read_mp4, slug, write_gif, write_mp4
 
 HOSTILE = [
     "",
@@ -116,3 +117,9 @@ def test_the_encoder_works_without_the_tree_that_reads_memory_nobody_wrote(tmp_p
     """With it the same frames gave other files now and then, about every third time for the quickstart's samples."""
     write_mp4(tmp_path / "a.mp4", np.zeros((4, 32, 32, 3), np.uint8), 8)
     assert b" mbtree=0 " in (tmp_path / "a.mp4").read_bytes()  # x264 writes its settings into the stream
+
+
+def test_psnr_is_20_log_of_255_over_a_constant_error():
+    frames = np.full((2, 4, 4, 3), 100, np.uint8)
+    assert np.isclose(psnr(frames + np.uint8(5), frames), 20 * np.log10(255 / 5))
+    assert psnr(frames, frames) == float("inf")

@@ -17,12 +17,11 @@ from pyarrow import fs
 
 from data_prep.inspect.previews import sheets_of
 from data_prep.inspect.table import KINDS, MOST_LOST, Inventory, counts_of, take_inventory
-from sora_train.errors import UserError
+from sora_train.errors import UserError, one_line
 from sora_train.manifest import Manifest
 from sora_train.report import style_sheet
 from sora_train.schema import bucket_size
 from sora_train.storage import atomic_write, in_bytes, resolve, storage_errors
-from sora_train.video import one_line
 
 BARS = 40
 

@@ -13,15 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from data_prep.inspect.reference import References, psnr
+from data_prep.inspect.reference import References
 from data_prep.inspect.table import Inventory, by_numbers, unreadable
 from sora_train.codec import DTYPES
-from sora_train.errors import UserError
+from sora_train.errors import UserError, one_line
 from sora_train.log import log, progress
 from sora_train.manifest import Manifest
 from sora_train.schema import bucket_of, bucket_size
 from sora_train.storage import resolve
-from sora_train.video import GROUND, frame_strip, one_line
+from sora_train.video import GROUND, frame_strip, psnr
 
 if TYPE_CHECKING:
     from sora_train.codec.vae import Vae

@@ -80,9 +80,3 @@ class References:
         """Ends the decoder's process."""
         if self.decoder is not None:
             self.decoder.close()
-
-
-def psnr(made: np.ndarray, true: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of uint8 frames in dB, over all frames at once; infinite where they are equal."""
-    error = np.mean((made.astype(np.float32) - true.astype(np.float32)) ** 2, dtype=np.float64)
-    return float(10 * np.log10(255**2 / error)) if error else float("inf")

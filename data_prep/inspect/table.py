@@ -15,11 +15,10 @@ from pyarrow import fs
 
 from data_prep.reasons import REMARKS
 from data_prep.shards import manifest_or_none
-from sora_train.errors import UserError
+from sora_train.errors import UserError, one_line
 from sora_train.manifest import Manifest
 from sora_train.schema import bucket_of, shard_files
 from sora_train.storage import in_bytes, resolve, storage_errors
-from sora_train.video import one_line
 
 COLUMNS = ["captions", "tokens", "start_s", "end_s"]
 AT_ONCE = 8  # shards that are read at a time: on remote storage each is a wait

@@ -10,18 +10,17 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from sora_train import __version__
-from sora_train.errors import RecipeError, UserError
+from sora_train.errors import RecipeError, UserError, error_line
+from sora_train.provenance import git_commit, package_versions
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -57,7 +56,7 @@ def interleave(
             try:
                 result = call()
             except Exception as error:  # one variant's failure must not stop the others
-                errors[name] = one_line(error)
+                errors[name] = error_line(error)
                 continue
             if turn >= warm_up:
                 results[name].append(result)
@@ -83,11 +82,6 @@ def synchronize() -> None:
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, minimum, maximum and count."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values), "n": len(values)}
-
-
-def one_line(error: BaseException) -> str:
-    """An error as one short line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 class Flags(argparse.ArgumentParser):
@@ -144,31 +138,11 @@ def provenance(words: Sequence[str]) -> Row:
     """Command, commit, versions, hardware and date."""
     return {
         "command": " ".join(["sora bench", *words]),
-        "commit": commit(),
-        "versions": {"sora_train": __version__, "python": platform.python_version(), **versions()},
+        "commit": git_commit(),
+        "versions": {"sora_train": __version__, "python": platform.python_version(), **package_versions(PACKAGES)},
         "hardware": hardware(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions of the installed packages that affect speed."""
-    found: dict[str, str] = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def commit() -> str:
-    """The code's commit, with `-dirty` if files were changed since; empty outside a git checkout."""
-    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=10", "--dirty"]
-    try:
-        return subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
 
 
 def hardware() -> Row:

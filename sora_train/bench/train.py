@@ -10,10 +10,10 @@ from itertools import pairwise
 
 import torch
 
-from sora_train.bench.core import Flags, Row, Table, finish, interleave, log, one_line, spread
+from sora_train.bench.core import Flags, Row, Table, finish, interleave, log, spread
 from sora_train.bench.overhead import PARTS, PartialLoop
 from sora_train.bench.runs import recipe_in, start_training
-from sora_train.errors import RecipeError, UserError
+from sora_train.errors import RecipeError, UserError, error_line
 from sora_train.recipe import Recipe
 
 ABOUT = """Times training steps of a recipe whose shards exist. With one worker: a bare torch loop, then the same with
@@ -36,7 +36,7 @@ def bench(options: Namespace, recipe: Recipe, words: Sequence[str]) -> list[Tabl
             try:
                 runs.append(time_run(options, words, workers, f"run-{len(runs)}-{len(failed)}", folder))
             except UserError as error:
-                failed.append(f"{workers} workers: {one_line(error)}")
+                failed.append(f"{workers} workers: {error_line(error)}")
     if whole := [step for run in runs if run["workers"] == 1 for step in run["step_s"]]:
         times[WHOLE] = whole
     return [parts_table(recipe, times, failed), workers_table(runs), start_table(runs)]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from sora_train.diffusion.sampler import trailing, usable_steps
+from sora_train.errors import one_line
 from sora_train.sample.load import EXPORTED, ExportNote, Run
 from sora_train.schema import bucket_size
-from sora_train.video import one_line
 
 PLACEHOLDER = "a short description of a video"
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from sora_train.errors import UserError
 from sora_train.launch.clips import CLIPS, Clips, check_clips
 from sora_train.manifest import Manifest
 from sora_train.recipe import Recipe
-from sora_train.settings import build, read_yaml
+from sora_train.settings import build, flatten, read_yaml
 from sora_train.train import checkpoint
 
 RESUMABLE_KEYS = (
@@ -149,17 +148,9 @@ def changed_arithmetic(run: Path, recipe: Recipe) -> list[str]:
 
 def changed_keys(run: Path, recipe: Recipe, of: tuple[str, ...] = ("",)) -> list[str]:
     """Keys that begin with any of `of` and are otherwise than when the run last started, a phrase each."""
-    before, now = flat(saved_recipe(run).model_dump(mode="json")), flat(recipe.model_dump(mode="json"))
+    before, now = (dict(flatten(r.model_dump(mode="json"))) for r in (saved_recipe(run), recipe))
     return [
         f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and key.startswith(of)
     ]
-
-
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as {"train.steps": 40}."""
-    result: dict[str, Any] = {}
-    for key, value in settings.items():
-        result.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return result

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
+from sora_train.errors import one_line
 from sora_train.report.charts import RUNS, SMOOTH_FROM, Line, Marks, draw, ramp, short, spread
 from sora_train.report.read import RunRecord, is_number
-from sora_train.video import one_line
 
 QUARTERS = {
     "loss_q1": "first quarter, nearest the data",

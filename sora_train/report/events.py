@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sora_train.errors import one_line
 from sora_train.report.read import is_number
-from sora_train.video import one_line
 
 TROUBLE = {
     "failed": "training failed",

@@ -13,16 +13,15 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from sora_train.errors import UserError
+from sora_train.errors import UserError, one_line
 from sora_train.log import log
 from sora_train.report import events as happened
 from sora_train.report.charts import RUNS
 from sora_train.report.curves import chart_groups
-from sora_train.report.differences import differing, flatten
+from sora_train.report.differences import differing, leaves
 from sora_train.report.media import MOST_CLIPS, Shelf, make_grid, sheet_address
 from sora_train.report.read import RunRecord, is_number, read_run
 from sora_train.storage import atomic_file
-from sora_train.video import one_line
 
 MOST_FLAWS = 20  # files of a run; more would hide the rest of the page
 
@@ -114,7 +113,7 @@ def one_run(run: RunRecord, colour: str) -> dict:
         "events": happened.all_rows(run.events),
         "events_in_all": len(run.events),
         "recipe": run.recipe,
-        "environment": list(flatten(run.environment)),
+        "environment": list(leaves(run.environment)),
     }
 
 

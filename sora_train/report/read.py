@@ -11,10 +11,9 @@ from typing import TypeGuard
 import numpy as np
 import yaml
 
-from sora_train.errors import UserError
+from sora_train.errors import UserError, one_line
 from sora_train.report.files import read_lines, read_object, read_text
 from sora_train.report.samples import Samples, read_samples
-from sora_train.video import one_line
 
 NO_CURVE = {"step", "time", "epoch", "samples_seen", "validation", "holdout_clips", "fvd_clips"}
 MOST_KEYS = 200  # of metrics; beyond that a file is garbage

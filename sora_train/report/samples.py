@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sora_train.errors import one_line
 from sora_train.report.files import is_file, is_whole_mp4, is_whole_png, read_object
-from sora_train.video import one_line
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from sora_train.commands import SampleOptions
 from sora_train.errors import RecipeError, UserError
 from sora_train.log import log
 from sora_train.manifest import commonest_shape
-from sora_train.sample.generate import Progress, generate_each, latent_shape
+from sora_train.sample.generate import Progress, generate_each, sample_shape
 from sora_train.sample.load import Run, load_run
 from sora_train.sample.write import read_listing, settings_of, write_listing
 from sora_train.schema import bucket_name
@@ -57,7 +57,7 @@ def sample_prompts(path: str | Path, ask: SampleOptions) -> list[Path]:
     negative = run.recipe.validation.negative if ask.negative is None else ask.negative
     manifest = run.manifest
     shape = (ask.frames or manifest.frames, ask.height or manifest.height, ask.width or manifest.width)
-    latent_shape(run, shape)
+    sample_shape(run, shape)
     warn_of_shape(run, shape)
     settings = settings_of(run, how) | {"negative": negative}
     settings |= dict(zip(("frames", "height", "width"), shape, strict=True))

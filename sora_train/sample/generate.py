@@ -17,10 +17,9 @@ from sora_train.codec.conventions import clean
 from sora_train.codec.memory import is_out_of_memory
 from sora_train.codec.text import TextEncoder, cut_null, pad_text
 from sora_train.diffusion import Sampling, fitting, sample
-from sora_train.errors import RecipeError, UserError
+from sora_train.errors import RecipeError, UserError, one_line
 from sora_train.log import log
 from sora_train.sample.load import Run
-from sora_train.video import one_line
 
 PLACES_AT_ONCE = 2**15  # latent places (f h w) of one sampling batch: 64 clips of the quickstart, 2 of 16 x 256 x 256
 
@@ -63,7 +62,7 @@ def generate_each(
     how = run.recipe.validation.sampling if how is None else how
     negative = run.recipe.validation.negative if negative is None else negative
     fitting(how.sampler, run.objective.config.kind)
-    latents_of = latent_shape(run, shape)
+    latents_of = sample_shape(run, shape)
     vae = run.vae  # first: should it not be there, that is better known before the sampling
     null_prompt = run.recipe.codec.null_prompt
     if isinstance(negative, str):
@@ -121,7 +120,7 @@ def check_finite(run: Run, latents: Float[Tensor, "b f c h w"], prompts: Sequenc
         )
 
 
-def latent_shape(run: Run, shape: tuple[int, int, int] | None = None) -> tuple[int, int, int, int]:
+def sample_shape(run: Run, shape: tuple[int, int, int] | None = None) -> tuple[int, int, int, int]:
     """Axes `f c h w` of the latents of one clip of `shape`, frames, height and width; None is as it was trained.
 
     Positions in space and time interpolate or go on counting, so that the model takes any shape that divides into

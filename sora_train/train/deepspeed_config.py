@@ -1,11 +1,11 @@
 """The recipe in DeepSpeed's words, and which of those words a recipe may not say itself."""
 
 import difflib
-from collections.abc import Iterator
 from typing import Any
 
 from pydantic import ValidationError
 
+from sora_train.settings import flatten
 from sora_train.train.config import TrainConfig
 
 OWNED = {
@@ -94,7 +94,7 @@ def deepspeed_config(config: TrainConfig, *, accumulation: int, world: int) -> d
 
 def contradictions(config: TrainConfig) -> list[str]:
     """What `train.deepspeed` and `train.offload` say against other keys: a sentence each, with the remedy."""
-    wrong = [sentence for key in dotted(config.deepspeed) if (sentence := objection(key))]
+    wrong = [sentence for key, _ in flatten(config.deepspeed) if (sentence := objection(key))]
     least = {"none": 0, "optimizer": 1, "all": 3}[config.offload]
     if config.zero_stage < least:
         wrong.append(
@@ -132,15 +132,6 @@ def complaint(error: Exception) -> str:
         f"DeepSpeed does not start with what train.deepspeed says: {'; '.join(said)}. Its keys and their values are at "
         "https://www.deepspeed.ai/docs/config-json"
     )
-
-
-def dotted(settings: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Every leaf of nested settings as `zero_optimization.stage`."""
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            yield from dotted(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
 
 
 def as_meant(setting: Any) -> Any:

@@ -8,10 +8,10 @@ import pytest
 
 from sora_train import cli
 from sora_train.bench import command
-from sora_train.bench.core import Flags, Table, append, finish, interleave, markdown, one_line, provenance, spread
+from sora_train.bench.core import Flags, Table, append, finish, interleave, markdown, provenance, spread
 from sora_train.bench.model import cases, flags_of
 from sora_train.bench.variant import size_of
-from sora_train.errors import RecipeError, UserError
+from sora_train.errors import RecipeError, UserError, error_line
 
 
 def test_variants_alternate_and_warm_up_rounds_do_not_count() -> None:
@@ -143,7 +143,7 @@ def test_an_unwritable_output_is_an_error_before_measuring(tmp_path: Path) -> No
 
 
 def test_an_error_is_one_short_line() -> None:
-    assert one_line(ValueError("a\n  b" + "c" * 999)) == "ValueError: a b" + "c" * 285
+    assert error_line(ValueError("a\n  b" + "c" * 999)) == "ValueError: a b" + "c" * 285
     assert json.dumps(provenance([]))
     with pytest.raises(RecipeError):
         command.run(["nothing"])

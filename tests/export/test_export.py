@@ -23,7 +23,7 @@ from sora_train.manifest import Manifest
 from sora_train.model import ModelConfig
 from sora_train.model.convert import from_diffusers
 from sora_train.sample import embed, generate, load_run, sample_prompts
-from sora_train.sample.generate import latent_shape
+from sora_train.sample.generate import sample_shape
 from sora_train.train import checkpoint
 
 MODEL = ModelConfig(width=32, depth=4, heads=2, text_width=64, sample_size=8)
@@ -74,7 +74,7 @@ def test_latents_of_latte_pipeline_equal_ours(exported):
     run, pipe = load_run(exported[0], "cpu"), LattePipeline.from_pretrained(exported[1])
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(1)
-    noise, texts = torch.randn(1, *latent_shape(run)), [torch.randn(5, 64), torch.randn(5, 64)]
+    noise, texts = torch.randn(1, *sample_shape(run)), [torch.randn(5, 64), torch.randn(5, 64)]
     ddim = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=True, steps_offset=0)
     for steps, guidance in ((1, 4.0), (10, 4.0), (15, 1.0), (37, 2.5)):
         ours = latents_of(run, noise, steps, guidance, texts)
@@ -92,7 +92,7 @@ def test_schedules_that_end_in_noise_keep_their_steps_in_the_pipeline(diffusion,
     export(folder, tmp_path / "out")
     run, pipe = load_run(folder, "cpu"), LattePipeline.from_pretrained(tmp_path / "out")
     pipe.set_progress_bar_config(disable=True)
-    noise, texts = torch.randn(1, *latent_shape(run)), [torch.randn(5, 64), torch.randn(5, 64)]
+    noise, texts = torch.randn(1, *sample_shape(run)), [torch.randn(5, 64), torch.randn(5, 64)]
     ours, theirs = (of(it, noise, 10, 3.0, texts) for of, it in ((latents_of, run), (latents_of_diffusers, pipe)))
     assert ours.std() > 100  # a random model's error in epsilon, divided by the root of what is left of the data
     assert (ours - theirs).abs().max() < 1e-5 * ours.std()
@@ -106,7 +106,7 @@ def test_the_lines_of_the_model_card_make_what_sora_sample_makes(exported, tmp_p
     lines = lines.replace('export_to_video(frames, "sample.mp4", fps=8)', "")
     lines = lines.replace("generator=torch.Generator().manual_seed(0),", "latents=noise, output_type='np',")
     run = load_run(folder, "cpu")
-    noise = torch.randn(latent_shape(run), generator=torch.Generator().manual_seed(0))[None].transpose(1, 2)
+    noise = torch.randn(sample_shape(run), generator=torch.Generator().manual_seed(0))[None].transpose(1, 2)
     monkeypatch.chdir(out)
     exec(lines, there := {"noise": noise})
     ours = generate(run, ['a "red" circle ``` <script>'], [0])[0].astype(float)

@@ -15,7 +15,7 @@ from sora_train.export import export
 from sora_train.model import ModelConfig
 from sora_train.model.convert import from_diffusers
 from sora_train.sample import Run, embed, generate, load_run
-from sora_train.sample.generate import latent_shape
+from sora_train.sample.generate import sample_shape
 
 MODEL = ModelConfig(width=32, depth=4, heads=2, text_width=32, sample_size=8)
 MILD = DiffusionConfig(kind="ddpm", beta_end=0.001)
@@ -54,7 +54,7 @@ def test_an_exported_pipeline_reads_a_plain_prompt_as_we_do(null_prompt, cleanin
     export(folder, tmp_path / "out")
     run, pipe = load_run(folder, "cpu"), LattePipeline.from_pretrained(tmp_path / "out")
     pipe.set_progress_bar_config(disable=True)
-    noise = torch.randn(1, *latent_shape(run), generator=torch.Generator().manual_seed(5))
+    noise = torch.randn(1, *sample_shape(run), generator=torch.Generator().manual_seed(5))
     same = {"num_inference_steps": 10, "guidance_scale": 7.5, "video_length": 3, "height": 32, "width": 48}
     same["latents"] = noise.transpose(1, 2)
     for negative in ("", " Blurry, GREY and much too dark"):

@@ -12,7 +12,7 @@ from sora_train.launch.checks import (
     check_text,
     resolve_recipe,
 )
-from sora_train.launch.resume import RESUMABLE_KEYS, flat, saved_null_prompt
+from sora_train.launch.resume import RESUMABLE_KEYS, saved_null_prompt
 from sora_train.launch.run_folder import check_writable, remove_run
 from sora_train.launch.start import check_initial_weights
 from sora_train.launch.trainer import describe_export, launch_training
@@ -20,6 +20,7 @@ from sora_train.manifest import Manifest
 from sora_train.model import Latte, ModelConfig
 from sora_train.model.convert import to_diffusers
 from sora_train.recipe import Recipe, save_recipe
+from sora_train.settings import flatten
 
 
 def test_shards_of_other_clips_or_channels_than_the_recipes_are_refused_with_both_numbers(
@@ -135,7 +136,7 @@ def test_what_changes_nothing_that_is_learned_may_change_in_a_run_that_goes_on(
     builtin_shards: Path, tmp_path: Path, recipe_of
 ):
     recipe = recipe_of(builtin_shards, tmp_path)
-    before = flat(recipe.model_dump(mode="json"))
+    before = dict(flatten(recipe.model_dump(mode="json")))
     free = {key for key in before if key.startswith(RESUMABLE_KEYS)}
     assert {"train.compile", "train.guard_spike", "train.keep_by", "cluster.workers"} <= free
     learned = {"train.seed", "train.learning_rate", "train.batch_size", "model.width", "data.image_ratio"}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sora_train.errors import RecipeError
 from sora_train.recipe import Recipe, load_recipe, save_recipe
-from sora_train.settings import parse_flags
+from sora_train.settings import flatten, parse_flags
 from sora_train.train.config import TrainConfig
 from sora_train.train.deepspeed_config import (
     BARRED,
@@ -17,7 +17,6 @@ from sora_train.train.deepspeed_config import (
     as_meant,
     contradictions,
     deepspeed_config,
-    dotted,
     laid_over,
 )
 
@@ -54,8 +53,9 @@ def test_what_is_laid_over_wins_and_the_rest_stays(below: dict, above: dict):
 
 
 @given(settings)
-def test_dotted_names_every_leaf(nested: dict):
-    assert sorted(dotted(nested)) == sorted(".".join(path) for path in leaves_of(nested))
+def test_flatten_gives_every_leaf_its_dotted_key(nested: dict):
+    expected = [(".".join(path), value) for path, value in leaves_of(nested).items()]
+    assert list(flatten(nested)) == expected
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,13 @@ import platform
 import subprocess
 import time
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
 
 from sora_train.errors import UserError
 from sora_train.manifest import Manifest
+from sora_train.provenance import package_versions
 from sora_train.storage import free_bytes
 
 PACKAGES = ("torch", "ray", "deepspeed")
@@ -72,12 +72,9 @@ def versions() -> dict[str, str]:
     """Of what ranks must have alike."""
     import torch
 
-    found = {"python": platform.python_version()}
+    found, installed = {"python": platform.python_version()}, package_versions(PACKAGES)
     for name in PACKAGES:
-        try:
-            found[name] = version(name).partition("+")[0]  # without `+cpu` or `+cu128`
-        except PackageNotFoundError:
-            found[name] = "missing"
+        found[name] = installed.get(name, "missing").partition("+")[0]  # without `+cpu` or `+cu128`
     if torch.version.cuda:
         found["CUDA"] = torch.version.cuda
         if torch.distributed.is_nccl_available():

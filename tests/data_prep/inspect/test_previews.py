@@ -11,7 +11,6 @@ from PIL import Image
 
 from data_prep.inspect.page import chart
 from data_prep.inspect.previews import drawn, pictures, rows_at
-from data_prep.inspect.reference import psnr
 from data_prep.inspect.table import take_inventory
 
 
@@ -25,12 +24,6 @@ def test_the_rows_at_a_place_are_those_that_lie_there(tiny_shards: Path):
     inventory = take_inventory(str(tiny_shards))
     for places in ([0], [7, 8], [3, 15, 16, 20], list(range(21))):
         assert [row["sample_id"] for row in rows_at(inventory, "2x32x32", places)] == [f"{i:04x}" for i in places]
-
-
-def test_psnr_is_20_log_of_255_over_a_constant_error():
-    frames = np.full((2, 4, 4, 3), 100, np.uint8)
-    assert np.isclose(psnr(frames + np.uint8(5), frames), 20 * np.log10(255 / 5))
-    assert psnr(frames, frames) == float("inf")
 
 
 def test_pictures_of_a_clip_are_equally_tall_and_the_moving_one_keeps_its_time():
