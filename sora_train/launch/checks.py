@@ -15,8 +15,8 @@ from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
 from sora_train.evaluate.i3d import load_i3d
 from sora_train.evaluate.similarity import find_clip
+from sora_train.launch.init_from import find_initial_weights
 from sora_train.launch.resume import saved_null_prompt
-from sora_train.launch.start import find_initial_weights
 from sora_train.log import log
 from sora_train.manifest import Manifest
 from sora_train.recipe import Recipe

@@ -33,6 +33,7 @@ from sora_train.launch.private_ray import Trainer, start_autoscaling_coordinator
 from sora_train.launch.run_folder import describe_newest_checkpoint, last_step, read_fatal_error
 from sora_train.launch.validation import prepare_prompts, supervise
 from sora_train.launch.worker import train_worker
+from sora_train.ray_cluster.connection import root_cause
 from sora_train.recipe import Recipe
 from sora_train.train.metrics import Events
 
@@ -147,17 +148,6 @@ def remote_options(wanted: dict[str, float]) -> dict[str, Any]:
     """Resources in the words of `ray.remote`, which has names of their own for two of them."""
     rest = {kind: count for kind, count in wanted.items() if kind not in ("CPU", "GPU")}
     return {"num_cpus": wanted.get("CPU", 0), "num_gpus": wanted.get("GPU", 0), "resources": rest, "max_retries": 3}
-
-
-def root_cause(error: BaseException) -> str:
-    """The first cause of what Ray wraps, in one line."""
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        error = failures[min(failures)]
-    cause = getattr(error, "cause", None) or getattr(error, "health_check_failure", None) or error
-    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
-    text = lines[-1] if lines and lines[0].startswith("Traceback") else " ".join(lines[:3])
-    return text if isinstance(cause, UserError) else f"{type(cause).__name__}: {text}"[:500]
 
 
 logging.getLogger("ray.train").setLevel(logging.ERROR)

@@ -27,8 +27,9 @@ from sora_train.launch.checks import (
     run_resources,
 )
 from sora_train.launch.clips import Clips, check_clips, read_clips
+from sora_train.launch.init_from import check_initial_weights, initial_weights_warnings
 from sora_train.launch.monitor import Monitor
-from sora_train.launch.preflight.table import check_disk, check_quickly
+from sora_train.launch.preflight.table import check_quickly
 from sora_train.launch.resume import check_resume
 from sora_train.launch.run_folder import (
     check_fresh,
@@ -42,7 +43,6 @@ from sora_train.launch.run_folder import (
     resume_hint,
 )
 from sora_train.launch.signals import SignalHandler, detach_wandb, warn_if_stop_wait_short
-from sora_train.launch.start import check_initial_weights, initial_weights_warnings
 from sora_train.launch.validation import ValidationStatus, supervise, update_report
 from sora_train.locks import run_lock
 from sora_train.log import log
@@ -94,10 +94,9 @@ def launch_training(
     log.info(describe_export(recipe, manifest))
     warn_if_stop_wait_short()
     need = run_resources(recipe, gpu=False, most=True)
-    beside = ThreadPoolExecutor(1)  # Ray takes seconds to start, and leaves a core to what takes others
-    disk = beside.submit(check_disk, recipe)
-    ray_train = beside.submit(importlib.import_module, "sora_train.launch.ray_trainer")
-    beside.shutdown(wait=False)
+    background = ThreadPoolExecutor(1)  # Ray takes seconds to start, and leaves a core idle
+    ray_train = background.submit(importlib.import_module, "sora_train.launch.ray_trainer")
+    background.shutdown(wait=False)
     log.info("starting Ray")
     with (
         SignalHandler(run) as signals,
@@ -106,7 +105,7 @@ def launch_training(
         signals.reinstall()
         gpu = check_cluster(recipe)
         if look_first:
-            check_quickly(recipe, manifest, gpu, disk.result(), own)
+            check_quickly(recipe, manifest, gpu, own)
         set_ray_train_env(recipe, own)
         with run_lock(str(run), "sora train"):
             signals.owns = True

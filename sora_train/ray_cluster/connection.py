@@ -157,3 +157,14 @@ def resources_in_use() -> str:
     total, free = ray.cluster_resources(), ray.available_resources()
     held = {kind: total.get(kind, 0) - free.get(kind, 0) for kind in ("CPU", "GPU")}
     return " and ".join(f"{count:g} of {total[kind]:g} {kind}s" for kind, count in held.items() if count >= 1)
+
+
+def root_cause(error: BaseException) -> str:
+    """The first cause of what Ray wraps, in one line."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        error = failures[min(failures)]
+    cause = getattr(error, "cause", None) or getattr(error, "health_check_failure", None) or error
+    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
+    text = lines[-1] if lines and lines[0].startswith("Traceback") else " ".join(lines[:3])
+    return text if isinstance(cause, UserError) else f"{type(cause).__name__}: {text}"[:500]

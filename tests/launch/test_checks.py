@@ -12,9 +12,9 @@ from sora_train.launch.checks import (
     check_text,
     resolve_recipe,
 )
+from sora_train.launch.init_from import check_initial_weights
 from sora_train.launch.resume import RESUMABLE_KEYS, saved_null_prompt
 from sora_train.launch.run_folder import check_writable, remove_run
-from sora_train.launch.start import check_initial_weights
 from sora_train.launch.trainer import describe_export, launch_training
 from sora_train.manifest import Manifest
 from sora_train.model import Latte, ModelConfig

@@ -16,9 +16,9 @@ from sora_train.export import export
 from sora_train.launch.changes import describe_changes, learning_rate_jump
 from sora_train.launch.checks import resolve_recipe
 from sora_train.launch.clips import check_clips, read_clips, saved_clips
+from sora_train.launch.init_from import check_initial_weights, initial_weights_warnings
 from sora_train.launch.resume import check_resume
 from sora_train.launch.run_folder import save_run_description
-from sora_train.launch.start import check_initial_weights, initial_weights_warnings
 from sora_train.manifest import Manifest
 from sora_train.model import Latte
 from sora_train.recipe import Recipe

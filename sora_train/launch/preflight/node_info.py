@@ -1,6 +1,6 @@
-"""What a node is and sees, for `preflight`: plain functions, which Ray runs on every node.
+"""What each node of the cluster has and sees, collected by one Ray task a node.
 
-They are pickled by name, so that a node imports them from the sora_train that a worker there would import.
+The tasks' functions are pickled by name, so a node imports the sora_train that a training worker there would import.
 """
 
 from __future__ import annotations
@@ -8,71 +8,138 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import secrets
+import shutil
 import subprocess
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import psutil
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sora_train.errors import UserError
+from sora_train.log import log
 from sora_train.manifest import Manifest
 from sora_train.provenance import package_versions
-from sora_train.storage import free_bytes
+from sora_train.ray_cluster.connection import root_cause
+from sora_train.recipe import Recipe
 
+T = TypeVar("T")
 PACKAGES = ("torch", "ray", "deepspeed")
-PATIENCE_S = 5.0  # for a file to be seen on another node: network file systems remember what was not there
+ANSWER_S = 40.0
+"""How long a node's answer may take; it may have to import torch."""
+FILE_DELAY_S = 5.0  # network file systems cache that a file does not exist
 
 
 @dataclass(frozen=True)
-class NodeFacts:
-    """One node, by itself; `problem` says why nothing is known of it."""
+class NodeInfo:
+    """One node's versions, hardware and view of the storage."""
 
-    node: str
-    """Ray's id of it."""
+    id: str
+    """Ray's id of the node."""
     address: str
     resources: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
-    """Of Python, packages, CUDA and NCCL, by name."""
-    code: str = ""
-    """Hash of the source of sora_train and data_prep that is imported there."""
+    """Of Python, packages, CUDA and NCCL by name; of `sora_train` a hash of the imported source."""
     gpus: tuple[tuple[str, int], ...] = ()
-    """Name and bytes of every GPU that the driver of the node sees."""
+    """Name and bytes of each GPU that the node's driver lists."""
     memory: int = 0
-    """Bytes of the machine's memory."""
-    free: int = 0
-    """Bytes on the disk of the run's folder."""
+    """Bytes of the node's RAM."""
     encoding: str = ""
-    """The shards' encoding hash as read there, or why they can't be read, after `!`."""
-    wrote: str = ""
-    """Why the node could not write into the run's folder; empty where it could."""
-    unread: tuple[str, ...] = ()
-    """Files of other nodes that it does not see."""
+    """Encoding hash of the shards as read there; "!" and the reason if they can't be read."""
+    write_error: str = ""
+    """Why the node does not share `train.output` with this machine, if so."""
     clock_s: float = 0.0
-    """By how many seconds at least its clock is off the driver's."""
-    problem: str = ""
+    """Its clock; from `collect` the least difference to this machine's clock in seconds."""
+    error: str = ""
+    """Why nothing is known of the node, if so."""
 
 
-def look(node: str, address: str, folder: str, shards: str) -> NodeFacts:
-    """Of the machine that this runs on; writes a file into `folder`, where it is there, for others to read."""
-    return NodeFacts(
-        node=node,
-        address=address,
+def collect(recipe: Recipe, alive: list[dict[str, Any]]) -> list[NodeInfo]:
+    """Asks all nodes at once. A node that leaves the cluster meanwhile is reported on stderr and ignored."""
+    began, found = time.time(), list[NodeInfo]()
+    with probe_folder(Path(recipe.train.output)) as folder:
+        given = {node["NodeID"]: (str(folder), node["NodeID"], recipe.data.output) for node in alive}
+        answers = ask(describe_node, given, ANSWER_S)
+        ended, there = time.time(), {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        for node in alive:
+            key, address, answer = node["NodeID"], node["NodeManagerAddress"], answers[node["NodeID"]]
+            if key not in there:
+                log.warning(f"{address} left the cluster during preflight")
+            elif not isinstance(answer, NodeInfo):
+                found.append(NodeInfo(key, address, node["Resources"], error=str(answer)))
+            else:
+                unseen = "" if wait_for(folder / key) else "what it writes there is not visible here"
+                offset = min(0.0, answer.clock_s - began) + max(0.0, answer.clock_s - ended)
+                about = {"resources": node["Resources"], "write_error": answer.write_error or unseen}
+                found.append(replace(answer, address=address, clock_s=offset, **about))
+    return found
+
+
+@contextmanager
+def probe_folder(output: Path) -> Iterator[Path]:
+    """A temporary folder in `train.output`, for files of each node."""
+    created = not output.exists()
+    folder = output / f".preflight-{secrets.token_hex(4)}"
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if created:
+            with suppress(OSError):  # another run has started in it meanwhile
+                os.rmdir(output)
+
+
+def ask(function: Callable[..., T], arguments: dict[str, tuple], timeout_s: float) -> dict[str, T | Exception]:
+    """Runs a function on nodes, given by id with its arguments. A node that fails has an exception that says why."""
+    tasks = {
+        key: ray.remote(function)
+        .options(num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(key, soft=False))
+        .remote(*given)
+        for key, given in arguments.items()
+    }
+    done, _ = ray.wait(list(tasks.values()), num_returns=len(tasks), timeout=timeout_s) if tasks else ([], [])
+    answers: dict[str, T | Exception] = {}
+    for key, task in tasks.items():
+        if task not in done:
+            ray.cancel(task, force=True)
+            answers[key] = TimeoutError(f"no answer in {timeout_s:g} s. Restart Ray there, or remove the node")
+            continue
+        try:
+            answers[key] = ray.get(task)
+        except Exception as error:
+            answers[key] = RuntimeError(
+                f"{root_cause(error)}. A worker there can't run this sora_train: install it there, or submit with `ray "
+                "job submit --working-dir .`"
+            )
+    return answers
+
+
+def describe_node(folder: str, node: str, shards: str) -> NodeInfo:
+    """Describes the machine that this runs on, and writes a file named `node` into `folder`."""
+    return NodeInfo(
+        id=node,
+        address="",
         versions=versions(),
-        code=code_hash(),
-        gpus=gpus(),
+        gpus=list_gpus(),
         memory=psutil.virtual_memory().total,
-        free=free_bytes(folder),
-        encoding=encoding(shards),
-        wrote=write(Path(folder), node),
+        encoding=read_encoding(shards),
+        write_error=write_file(Path(folder), node),
+        clock_s=time.time(),
     )
 
 
 def versions() -> dict[str, str]:
-    """Of what ranks must have alike."""
+    """Everything that must be the same on all ranks."""
     import torch
 
-    found, installed = {"python": platform.python_version()}, package_versions(PACKAGES)
+    found, installed = {"python": platform.python_version(), "sora_train": source_hash()}, package_versions(PACKAGES)
     for name in PACKAGES:
         found[name] = installed.get(name, "missing").partition("+")[0]  # without `+cpu` or `+cu128`
     if torch.version.cuda:
@@ -84,8 +151,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def code_hash() -> str:
-    """Hash over the source of both packages: of two nodes with different code some rank would wait for ever."""
+def source_hash() -> str:
+    """Hash of both packages' source files. Ranks that run different code may wait for each other for ever."""
     root, digest = Path(__file__).parents[3], hashlib.sha256()
     for package in ("data_prep", "sora_train"):
         for path in sorted((root / package).rglob("*.py")):
@@ -93,36 +160,33 @@ def code_hash() -> str:
     return digest.hexdigest()[:12]
 
 
-def gpus() -> tuple[tuple[str, int], ...]:
-    """As NVIDIA's driver lists them: a task without a GPU of its own sees none through CUDA."""
+def list_gpus() -> tuple[tuple[str, int], ...]:
+    """GPUs by nvidia-smi: a task that has no GPU of its own sees none through CUDA."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
-        said = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout
+        return parse_gpus(subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout)
     except (OSError, subprocess.SubprocessError):
         return ()
-    return parse_gpus(said)
 
 
-def parse_gpus(said: str) -> tuple[tuple[str, int], ...]:
+def parse_gpus(output: str) -> tuple[tuple[str, int], ...]:
     """Name and bytes from lines such as `NVIDIA H100 80GB HBM3, 81559`."""
-    rows = [line.rpartition(",") for line in said.splitlines() if "," in line]
+    rows = [line.rpartition(",") for line in output.splitlines() if "," in line]
     return tuple((name.strip(), int(mib) * 2**20) for name, _, mib in rows if mib.strip().isdigit())
 
 
-def encoding(shards: str) -> str:
-    """The encoding hash in a shard folder's manifest, or `!` and why it can't be read."""
+def read_encoding(shards: str) -> str:
+    """The encoding hash of the shards' manifest; "!" and the reason if it can't be read."""
     try:
         return Manifest.load(shards).encoding_hash
     except (UserError, OSError) as error:
         return f"!{error}"
 
 
-def write(folder: Path, node: str) -> str:
-    """Leaves this node's file in a folder that the driver made; returns why that failed, or an empty string."""
-    if not folder.parent.is_dir():
-        return f"no folder {folder.parent} there"
-    if not seen(folder):
-        return f"{folder.parent} is another folder there"
+def write_file(folder: Path, node: str) -> str:
+    """Writes a node's file into the folder that the driver made. Returns why it can't, or an empty string."""
+    if not wait_for(folder):
+        return f"{folder.parent} is another folder there" if folder.parent.is_dir() else f"no folder {folder.parent}"
     try:
         (folder / node).write_text(node, encoding="utf-8")
     except OSError as error:
@@ -130,28 +194,13 @@ def write(folder: Path, node: str) -> str:
     return ""
 
 
-def unread(folder: str, nodes: list[str], patience_s: float = PATIENCE_S) -> tuple[str, ...]:
-    """Those nodes whose files can't be read here with what they must hold."""
-
-    def reads(node: str) -> bool:
-        path = Path(folder) / node
-        return seen(path, patience_s) and path.read_text(encoding="utf-8") == node
-
-    return tuple(node for node in nodes if not reads(node))
-
-
-def seen(path: Path, patience_s: float = PATIENCE_S) -> bool:
-    """Whether a path comes to be seen within so many seconds."""
-    ends = time.monotonic() + patience_s
+def wait_for(path: Path) -> bool:
+    """Whether a path exists, or does within `FILE_DELAY_S`."""
+    ends = time.monotonic() + FILE_DELAY_S
     while not path.exists():
         if time.monotonic() > ends:
             return False
         if path.parent.is_dir():
-            os.listdir(path.parent)  # has NFS look again
+            os.listdir(path.parent)  # has NFS ask the server again
         time.sleep(0.2)
     return True
-
-
-def now() -> float:
-    """The node's clock."""
-    return time.time()

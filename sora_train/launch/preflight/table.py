@@ -1,7 +1,6 @@
-"""`sora preflight`: a table of what a run needs, each line passed, or failed with its remedy, before it costs money.
+"""`sora preflight`: runs all checks and prints a table. `sora train` runs the quick ones before it starts.
 
-Facts are gathered by one Ray task a node (`gather.py`, `node_info.py`) and judged by pure functions (`verdicts.py`).
-`sora train` does the quick part of it at its start.
+`node_info.py` collects what the nodes have, `verdicts.py` compares it with the recipe.
 """
 
 from __future__ import annotations
@@ -10,221 +9,197 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import ray
 
 from sora_train.errors import UserError
-from sora_train.launch.checks import (
-    check_cluster,
-    check_codec,
-    check_shards,
-    check_text,
-    resolve_recipe,
-    run_resources,
-)
+from sora_train.launch import checks
 from sora_train.launch.clips import read_clips
-from sora_train.launch.preflight import node_info
+from sora_train.launch.init_from import check_initial_weights
+from sora_train.launch.preflight import node_info, verdicts
 from sora_train.launch.preflight.allreduce import check_allreduce
-from sora_train.launch.preflight.gather import gather
-from sora_train.launch.preflight.node_info import NodeFacts
-from sora_train.launch.preflight.verdicts import (
-    USABLE,
-    Check,
-    failed,
-    judge_batch,
-    judge_clocks,
-    judge_code,
-    judge_cores,
-    judge_disk,
-    judge_free,
-    judge_memory,
-    judge_nodes,
-    judge_room,
-    judge_shards_everywhere,
-    judge_storage,
-    judge_versions,
-    passed,
-)
-from sora_train.launch.preflight.wandb_reach import check_wandb
+from sora_train.launch.preflight.node_info import NodeInfo
 from sora_train.launch.resume import check_resume
 from sora_train.launch.run_folder import check_writable
-from sora_train.launch.start import check_initial_weights
 from sora_train.log import log
 from sora_train.manifest import Manifest
-from sora_train.plan.estimate import Estimate, estimate
-from sora_train.plan.states import checkpoint_bytes
-from sora_train.plan.table import facts_of, heaviest, remedies_for
 from sora_train.ray_cluster.connection import connect
 from sora_train.recipe import Recipe
 from sora_train.storage import free_bytes
-from sora_train.terminal import print_result
 
 T = TypeVar("T")
-LOCAL_S = 20.0
-"""Seconds that a check of files may take."""
+FILES_S, NETWORK_S = 20.0, 120.0
+"""How long a check of files, and the all-reduce, may take."""
+
+
+class Table:
+    """Runs checks one after another; a row for each is printed at once, and failures are kept."""
+
+    def __init__(self, print_rows: bool = True) -> None:
+        self.print_rows, self.states, self.failures = print_rows, dict[str, str](), dict[str, str]()
+
+    def check(
+        self,
+        name: str,
+        act: Callable[[], T],
+        describe: Callable[[T], str] = str,
+        timeout_s: float = FILES_S,
+    ) -> T | None:
+        """Runs a check. Returns its result, or None if it failed, was skipped or took too long."""
+        results: list[T] = []
+        errors: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                results.append(act())
+            except BaseException as error:
+                errors.append(error)
+
+        # A daemon thread: a check that hangs in a dead file system can't be interrupted, and must not block the exit.
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        thread.join(timeout_s)
+        if results:
+            self.add(name, "passed", describe(results[0]))
+            return results[0]
+        if not errors:
+            self.add(name, "failed", f"no answer in {timeout_s:g} s. Check the storage, and the network to it")
+        elif isinstance(errors[0], verdicts.Skip):
+            self.add(name, "skipped", str(errors[0]))
+        else:
+            kind = "" if isinstance(errors[0], UserError) else f"{type(errors[0]).__name__}: "
+            self.add(name, "failed", f"{kind}{' '.join(str(errors[0]).split())}")
+        return None
+
+    def add(self, name: str, state: str, message: str) -> None:
+        self.states[name] = state
+        if state == "failed":
+            self.failures[name] = message
+        if self.print_rows:
+            print(f"{state:<8}{name:<14}{message}", flush=True)
 
 
 def preflight(recipe: Recipe) -> None:
-    """Checks everything and prints it as it goes; UserError where a check failed."""
-    began, checks = time.monotonic(), list[Check]()
-
-    def tell(check: Check) -> None:
-        checks.append(check)
-        print_result(f"{check.state:<8}{check.name:<14}{check.said}")
-
-    recipe, manifest = check_files(recipe, tell)
-    tell(judge_batch(recipe))
-    tell(check_wandb(recipe.tracking.wandb))
+    """Runs and prints all checks. UserError if one fails."""
+    began, table = time.monotonic(), Table()
+    recipe, manifest = check_files(recipe, table)
+    table.check("batch", lambda: verdicts.check_batch(recipe))
+    if recipe.tracking.wandb == "online":
+        table.check("wandb", check_wandb)
     try:
-        need = run_resources(recipe, gpu=False, most=True)
-        with connect(recipe.cluster.address, min_cpus=int(-(-need.get("CPU", 0) // 1)), log_to_driver=False) as own:
-            if own:
-                tell(judge_cores(recipe, cores()))
-            check_nodes(recipe, manifest, tell)
+        cpus = checks.run_resources(recipe, gpu=False, most=True).get("CPU", 0)
+        with connect(recipe.cluster.address, min_cpus=int(-(-cpus // 1)), log_to_driver=False) as own:
+            check_cluster(recipe, manifest, table, own)
     except UserError as error:
-        tell(failed("cluster", str(error)))
-    wrong = [check.name for check in checks if check.state == "failed"]
-    print_result(f"{len(checks)} checks in {time.monotonic() - began:.0f} s")
-    if wrong:
-        raise UserError(f"{len(wrong)} of {len(checks)} checks failed: {', '.join(wrong)}")
+        table.add("cluster", "failed", str(error))
+    print(f"{len(table.states)} checks in {time.monotonic() - began:.0f} s", flush=True)
+    if table.failures:
+        raise UserError(f"{len(table.failures)} of {len(table.states)} checks failed: {', '.join(table.failures)}")
 
 
-def check_files(recipe: Recipe, tell: Callable[[Check], None]) -> tuple[Recipe, Manifest | None]:
-    """What can be checked without a cluster; the recipe with absolute folders, and the shards' manifest if they fit."""
-    placed = told("paths", tell, lambda: resolve_recipe(recipe), lambda it: it.train.output)
-    recipe = placed or recipe
-    run = Path(recipe.train.output) / recipe.name
-    manifest = told("shards", tell, lambda: check_shards(recipe), say_shards)
-    told("run folder", tell, lambda: check_writable(run), lambda _: str(run))
-    at = None
+def check_files(recipe: Recipe, table: Table) -> tuple[Recipe, Manifest | None]:
+    """Checks that need no cluster. Returns the recipe with resolved paths, and the shards' manifest if it fits."""
+    recipe = table.check("paths", lambda: checks.resolve_recipe(recipe), lambda it: it.train.output) or recipe
+    run, step = Path(recipe.train.output) / recipe.name, None
+    manifest = table.check("shards", lambda: checks.check_shards(recipe), describe_shards)
+    table.check("run folder", lambda: check_writable(run), lambda _: str(run))
     if manifest is not None:
-        at = told("resume", tell, lambda: check_resume(run, recipe, manifest, read_clips(recipe)), say_resume)
-        told("networks", tell, lambda: check_codec(recipe, manifest), lambda _: "those of the shards")
-        null = f"null prompt: {recipe.codec.null_prompt}"
-        told("captions", tell, lambda: check_text(recipe, manifest), lambda _: null)
-    if recipe.model.init_from and at is None:
-        told("start", tell, lambda: check_initial_weights(recipe), lambda _: recipe.model.init_from)
+        clips = lambda: read_clips(recipe)  # noqa: E731
+        step = table.check("resume", lambda: check_resume(run, recipe, manifest, clips()), describe_step)
+        table.check("networks", lambda: checks.check_codec(recipe, manifest), lambda _: "those of the shards")
+        prompt = f"null prompt: {recipe.codec.null_prompt}"
+        table.check("captions", lambda: checks.check_text(recipe, manifest), lambda _: prompt)
+    if recipe.model.init_from and step is None:
+        table.check("init_from", lambda: check_initial_weights(recipe), lambda _: recipe.model.init_from)
     return recipe, manifest
 
 
-def check_nodes(recipe: Recipe, manifest: Manifest | None, tell: Callable[[Check], None]) -> None:
-    """What the cluster that this process is connected to has for the recipe."""
-    gpu = told("cluster", tell, lambda: check_cluster(recipe), lambda it: "with GPUs" if it else "on CPUs")
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    tell(judge_room(recipe, bool(gpu), [node["Resources"] for node in alive]))
-    need = run_resources(recipe, bool(gpu))
-    there, free = ray.cluster_resources(), ray.available_resources()
-    tell(judge_free(need, *({kind: float(count) for kind, count in of.items()} for of in (there, free))))
-    nodes = gather(recipe, alive)
-    for check in judged(recipe, manifest, nodes):
-        tell(check)
-    tell(check_disk(recipe))
-    tell(check_memory(recipe, bool(gpu), nodes))
-    tell(check_allreduce(recipe, bool(gpu)) if gpu is not None else Check("network", "skipped", "see cluster"))
+def check_cluster(recipe: Recipe, manifest: Manifest | None, table: Table, own: bool) -> None:
+    """Checks of the cluster that this process is connected to; `own`: it was started by this command."""
+    if own:
+        table.check("cores", lambda: verdicts.check_cores(recipe, usable_cores()))
+    found = table.check("cluster", lambda: checks.check_cluster(recipe), lambda it: "with GPUs" if it else "on CPUs")
+    gpu = bool(found)
+    total, free = dict(ray.cluster_resources()), dict(ray.available_resources())
+    table.check("free now", lambda: verdicts.check_free(checks.run_resources(recipe, gpu), total, free))
+    nodes = check_nodes(recipe, manifest, table, gpu)
+    table.check("disk", lambda: check_disk(recipe))
+    table.check("memory", lambda: verdicts.check_memory(recipe, gpu, nodes))
+    if found is not None:
+        table.check("network", lambda: check_allreduce(recipe, gpu), timeout_s=NETWORK_S)
 
 
-def check_quickly(recipe: Recipe, manifest: Manifest, gpu: bool, disk: Check, own: bool) -> None:
-    """What `sora train` checks of the cluster at its start, beside its own checks: disk (by `check_disk`) and memory,
-    and where there are several nodes what must be alike on them. Warns where micro-batches hold padding, and, where
-    Ray was started here (`own`), of more workers than cores; UserError where something failed.
+def check_nodes(recipe: Recipe, manifest: Manifest | None, table: Table, gpu: bool) -> list[NodeInfo]:
+    """Asks all nodes what they have, and compares them with each other."""
+    alive: list[dict[str, Any]] = [node for node in ray.nodes() if node["Alive"]]
+    table.check("room", lambda: verdicts.check_room(recipe, gpu, [node["Resources"] for node in alive]))
+    nodes = node_info.collect(recipe, alive)
+    answering = [node for node in nodes if not node.error]
+    table.check("nodes", lambda: verdicts.check_nodes(nodes))
+    table.check("versions", lambda: verdicts.check_versions(answering, node_info.versions()))
+    table.check("clocks", lambda: verdicts.check_clocks(answering))
+    table.check("storage", lambda: verdicts.check_storage(answering, recipe.train.output))
+    if manifest is not None:
+        key, shards = manifest.encoding_hash, recipe.data.output
+        table.check("shards there", lambda: verdicts.check_shards_match(answering, key, shards))
+    return nodes
+
+
+def check_quickly(recipe: Recipe, manifest: Manifest, gpu: bool, own: bool) -> None:
+    """The checks of `sora train`: disk, GPU memory, and with several nodes what must be the same on them.
+
+    Warns if micro-batches hold padding, and, if Ray was started here (`own`), of more workers than cores. UserError if
+    a check fails.
     """
-    for check in (judge_batch(recipe), *([judge_cores(recipe, cores())] if own else [])):
-        if check.state == "failed":
-            log.warning(check.said)
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    checks = [disk]
-    nodes: list[NodeFacts] = []
-    if len(alive) > 1:
-        nodes = gather(recipe, alive)
-        checks += judged(recipe, manifest, nodes)
-        checks.append(judge_room(recipe, gpu, [node["Resources"] for node in alive]))
-    elif gpu:
-        nodes = [NodeFacts("", "", gpus=node_info.gpus())]
+    warnings, table = Table(print_rows=False), Table(print_rows=False)
+    warnings.check("batch", lambda: verdicts.check_batch(recipe))
+    if own:
+        warnings.check("cores", lambda: verdicts.check_cores(recipe, usable_cores()))
+    for message in warnings.failures.values():
+        log.warning(message)
+    table.check("disk", lambda: check_disk(recipe))
+    if sum(node["Alive"] for node in ray.nodes()) > 1:
+        nodes = check_nodes(recipe, manifest, table, gpu)
+    else:
+        nodes = [NodeInfo("", "", gpus=node_info.list_gpus())] if gpu else []
     if gpu:
-        checks.append(check_memory(recipe, gpu, nodes))
-    if wrong := [f"{check.name}: {check.said}" for check in checks if check.state == "failed"]:
-        lines = "\n".join(wrong)
+        table.check("memory", lambda: verdicts.check_memory(recipe, gpu, nodes))
+    if table.failures:
+        lines = "\n".join(f"{name}: {message}" for name, message in table.failures.items())
         raise UserError(f"the run would fail:\n{lines}\n`sora preflight` shows all checks, --no-preflight skips these")
 
 
-def cores() -> int:
+def check_disk(recipe: Recipe) -> str:
+    """Space for checkpoints in `train.output`."""
+    checkpoints = (Path(recipe.train.output) / recipe.name).glob("checkpoints/step_*/*")
+    existing = sum(path.stat().st_size for path in checkpoints if path.is_file())
+    return verdicts.check_disk(recipe, free_bytes(recipe.train.output), existing)
+
+
+def check_wandb() -> str:
+    """Weights & Biases can be reached and knows the API key."""
+    import wandb
+
+    try:
+        viewer = wandb.Api(timeout=int(FILES_S) // 2).viewer
+    except Exception as error:
+        raise UserError(
+            f"{' '.join(str(error).split())} Run `wandb login`, set WANDB_API_KEY, or set tracking.wandb to offline "
+            "(`wandb sync` uploads later)"
+        ) from None
+    return f"logged in as {viewer.username}"
+
+
+def usable_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def judged(recipe: Recipe, manifest: Manifest | None, nodes: list[NodeFacts]) -> list[Check]:
-    """What the nodes' facts come to."""
-    found = [
-        judge_nodes(nodes),
-        judge_versions(nodes, node_info.versions()),
-        judge_code(nodes, node_info.code_hash()),
-        judge_clocks(nodes),
-        judge_storage([node for node in nodes if not node.problem], recipe.train.output),
-    ]
-    if manifest is not None:
-        found.append(judge_shards_everywhere(nodes, manifest.encoding_hash, recipe.data.output))
-    return found
-
-
-def check_disk(recipe: Recipe) -> Check:
-    """Room for the checkpoints that will be kept; what this run's earlier ones take will be free again."""
-    run = Path(recipe.train.output) / recipe.name
-    held = sum(path.stat().st_size for path in run.glob("checkpoints/step_*/*") if path.is_file())
-    free = free_bytes(recipe.train.output)
-    return judge_disk(free, held, checkpoint_bytes(recipe.model), recipe.train.keep_checkpoints, recipe.train.output)
-
-
-def check_memory(recipe: Recipe, gpu: bool, nodes: list[NodeFacts]) -> Check:
-    """The memory plan beside what the nodes have."""
-    answering = [node for node in nodes if not node.problem]
-    if not answering:
-        return Check("memory", "skipped", "no node answered")
-    plan, smallest = planned(recipe), min((size for node in answering for _, size in node.gpus), default=0)
-    _, sizes = heaviest(recipe, facts_of(recipe))
-    sizes = replace(sizes, b=recipe.train.micro_batch_size)
-    remedies = remedies_for(recipe, sizes, int(USABLE * smallest)) if gpu and smallest else []
-    return judge_memory(recipe, gpu, plan, remedies, answering)
-
-
-def planned(recipe: Recipe) -> Estimate:
-    """The memory plan of the recipe's heaviest bucket at its fewest workers."""
-    _, sizes = heaviest(recipe, facts_of(recipe))
-    sizes = replace(sizes, b=recipe.train.micro_batch_size)
-    return estimate(recipe.model, recipe.train, sizes, recipe.cluster.fewest)
-
-
-def told(name: str, tell: Callable[[Check], None], act: Callable[[], T], say: Callable[[T], str]) -> T | None:
-    """What a check that raises UserError gives, told as a row: None where it failed, or took too long."""
-    result: list[T] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            result.append(act())
-        except BaseException as error:
-            errors.append(error)
-
-    # A thread that nobody waits for at the end: a file system that hangs can't be interrupted.
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(LOCAL_S)
-    if thread.is_alive():
-        tell(failed(name, f"no answer in {LOCAL_S:g} s: is the storage, or the network to it, alive?"))
-        return None
-    if errors:
-        kind = "" if isinstance(errors[0], UserError) else f"{type(errors[0]).__name__}: "
-        tell(failed(name, f"{kind}{' '.join(str(errors[0]).split())}"))
-        return None
-    tell(passed(name, say(result[0])))
-    return result[0]
-
-
-def say_shards(manifest: Manifest) -> str:
+def describe_shards(manifest: Manifest) -> str:
     return f"{sum(manifest.buckets.values()):,} clips in {', '.join(manifest.buckets)}"
 
 
-def say_resume(step: int | None) -> str:
-    return "begins at step 0" if step is None else f"goes on from step {step}"
+def describe_step(step: int | None) -> str:
+    return "starts at step 0" if step is None else f"resumes at step {step}"

@@ -1,260 +1,196 @@
-"""Facts of a cluster to passed or failed, each failure with its remedy: pure functions of `facts.NodeFacts`."""
+"""Checks of a recipe against the nodes. Each returns a message, or raises UserError (failed) or Skip."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import replace
 
+from sora_train.errors import UserError
 from sora_train.launch.checks import add_resources_hint, run_resources, worker_resources
-from sora_train.launch.preflight.node_info import NodeFacts
-from sora_train.plan.estimate import Estimate
+from sora_train.launch.preflight.node_info import NodeInfo
+from sora_train.plan.estimate import estimate
+from sora_train.plan.states import checkpoint_bytes
+from sora_train.plan.table import facts_of, heaviest, remedies_for
 from sora_train.recipe import Recipe
 from sora_train.storage import in_bytes
 
 USABLE = 0.93
-"""Share of a GPU's memory that tensors can have: the rest is CUDA's, NCCL's, and lost in gaps."""
-PROCESS = 600 * 2**20
-"""Bytes of a training process on the CPU beside its tensors."""
-CLOCK_S = 2.0
-NCCL_GBPS = 1.0  # less is a network that GPUs would wait for; what CPUs train takes its time anyway
+"""Share of a GPU's memory that tensors can use; the rest is CUDA, NCCL and fragmentation."""
+PROCESS_BYTES = 600 * 2**20
+"""RAM of a training process on the CPU without its tensors."""
+MAX_CLOCK_S = 2.0
+GPU_LIBRARIES = ("CUDA", "NCCL")
 
 
-@dataclass(frozen=True)
-class Check:
-    """One line of the table."""
-
-    name: str
-    state: Literal["passed", "failed", "skipped"]
-    said: str
-    """What was found; of a failure, with the remedy."""
+class Skip(Exception):  # noqa: N818  not an error
+    """The check does not apply, or has nothing to look at. The message says why."""
 
 
-def passed(name: str, said: str) -> Check:
-    return Check(name, "passed", said)
-
-
-def failed(name: str, said: str) -> Check:
-    return Check(name, "failed", said)
-
-
-def judge_batch(recipe: Recipe) -> Check:
-    """Whether micro-batches come out even over the workers."""
+def check_batch(recipe: Recipe) -> str:
+    """Micro-batches fill the batch without padding."""
     train, world = recipe.train, recipe.cluster.most
-    taken = -(-train.batch_size // (world * train.micro_batch_size)) * world * train.micro_batch_size
-    shares = f"{train.batch_size} clips over {world} workers, {train.micro_batch_size} at a time"
-    if taken == train.batch_size:
-        return passed("batch", f"{shares}: {taken // world // train.micro_batch_size} micro-batches each")
     unit = world * train.micro_batch_size
-    sizes = " or ".join(str(n) for n in (train.batch_size // unit * unit, taken) if n)
+    slots = -(-train.batch_size // unit) * unit
+    batch = f"{train.batch_size} clips over {world} workers, {train.micro_batch_size} at a time"
+    if slots == train.batch_size:
+        return f"{batch}: {slots // unit} micro-batches each"
+    sizes = " or ".join(str(size) for size in (slots - unit, slots) if size)
     fits = [m for m in range(train.micro_batch_size, 0, -1) if train.batch_size % (world * m) == 0]
     micro = f", or train.micro_batch_size {fits[0]}" if fits else ""
-    return failed(
-        "batch",
-        f"{shares}: {taken - train.batch_size} of {taken} places are padding, which costs as much as clips; use "
-        f"train.batch_size {sizes}{micro}",
+    raise UserError(
+        f"{batch}: {slots - train.batch_size} of {slots} slots are padding, which costs as much as clips. Use "
+        f"train.batch_size {sizes}{micro}"
     )
 
 
-def judge_cores(recipe: Recipe, cores: int) -> Check:
-    """Whether a Ray that is started on this machine alone has a core for each CPU that its workers take."""
+def check_cores(recipe: Recipe, cores: int) -> str:
+    """A Ray started on this machine has a core for each CPU that its workers take."""
     cluster = recipe.cluster
-    said = f"{cluster.most} workers of {cluster.cpus_per_worker} CPUs on the {cores} cores of this machine"
+    message = f"{cluster.most} workers of {cluster.cpus_per_worker} CPUs on the {cores} cores of this machine"
     if cluster.most * cluster.cpus_per_worker <= cores:
-        return passed("cores", said)
+        return message
     fits = max(1, cores // cluster.cpus_per_worker)
-    return failed("cores", f"{said} wait for each other: set cluster.workers to {fits}, or join a cluster")
+    raise UserError(f"{message} wait for each other. Set cluster.workers to {fits}, or join a cluster")
 
 
-def judge_nodes(nodes: list[NodeFacts]) -> Check:
-    """Whether every node answers and has the GPUs that Ray counts there."""
-    wrong = [f"{node.address}: {node.problem}" for node in nodes if node.problem]
-    for node in nodes:
-        counted = int(node.resources.get("GPU", 0))
-        if not node.problem and counted > len(node.gpus):
-            wrong.append(
-                f"{node.address}: Ray counts {counted} GPUs, the driver sees {len(node.gpus)} (nvidia-smi): mend the "
-                "driver or the container there, or `ray start` it with --num-gpus"
-            )
-    if wrong:
-        return failed("nodes", "; ".join(wrong))
-    kinds = sorted({name for node in nodes for name, _ in node.gpus})
-    total = {kind: sum(node.resources.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
-    gpus = f", {total['GPU']:g} GPUs ({', '.join(kinds)})" if total["GPU"] else ""
-    return passed("nodes", f"{len(nodes)} nodes, {total['CPU']:g} CPUs{gpus}")
+def check_room(recipe: Recipe, gpu: bool, nodes: list[dict[str, float]]) -> str:
+    """Workers and validation fit on the nodes. A sum over nodes is not enough: a worker needs one node."""
+    worker = worker_resources(recipe, gpu)
+    validation = dict(recipe.validation.resources) if recipe.validation.every else {}
 
+    def fit(node: dict[str, float]) -> int:
+        return max(0, int(min((node.get(kind, 0) + 1e-9) // count for kind, count in worker.items() if count)))
 
-def judge_versions(nodes: list[NodeFacts], here: dict[str, str]) -> Check:
-    """Whether all nodes have the driver's versions; CUDA and NCCL alike where there are GPUs."""
-    wrong: list[str] = []
-    with_gpus = [node for node in nodes if node.gpus]
-    for name in (*here, "CUDA", "NCCL"):
-        expected = with_gpus[0].versions.get(name) if name in ("CUDA", "NCCL") and with_gpus else here.get(name)
-        for node in with_gpus if name in ("CUDA", "NCCL") else nodes:
-            has = node.versions.get(name, "none")
-            line = f"{node.address} has {name} {has}, others have {expected}"
-            if not node.problem and has != expected and line not in wrong:
-                wrong.append(line)
-    if wrong:
-        return failed(
-            "versions", f"{'; '.join(wrong)}: install the same there (pip install -c constraints.txt), then ray start"
+    def rest(node: dict[str, float]) -> dict[str, float]:
+        return {kind: count - validation.get(kind, 0) for kind, count in node.items()}
+
+    hosts = [node for node in nodes if all(node.get(kind, 0) >= count for kind, count in validation.items())]
+    if not hosts:
+        raise UserError(
+            f"no node has {validation} for validation.resources. Lower them, set validation.every to 0, or add such a "
+            "node"
         )
-    return passed("versions", ", ".join(f"{name} {said}" for name, said in here.items()))
-
-
-def judge_code(nodes: list[NodeFacts], here: str) -> Check:
-    """Whether a worker on every node would import the driver's code."""
-    other = [f"{node.address} ({node.code or 'none'})" for node in nodes if not node.problem and node.code != here]
-    if other:
-        return failed(
-            "code",
-            f"another sora_train is imported on {', '.join(other)} than here ({here}): submit with `ray job submit "
-            "--working-dir .`, which brings this one everywhere, or check out the same commit there",
-        )
-    return passed("code", f"the same on all nodes ({here})")
-
-
-def judge_clocks(nodes: list[NodeFacts]) -> Check:
-    """Whether clocks agree, by which events and checkpoints are ordered, and signatures of S3 accepted."""
-    off = [f"{node.address} by {node.clock_s:.1f} s" for node in nodes if abs(node.clock_s) > CLOCK_S]
-    if off:
-        return failed("clocks", f"off this machine's: {', '.join(off)}; start chrony or ntpd there")
-    return passed("clocks", f"within {CLOCK_S:g} s")
-
-
-def judge_storage(nodes: list[NodeFacts], output: str) -> Check:
-    """Whether what one node writes into the runs' folder is read by the others."""
-    names = {node.node: node.address for node in nodes}
-    wrong = [f"{node.address}: {node.wrote}" for node in nodes if node.wrote]
-    wrong += [
-        f"{node.address} does not see what {', '.join(names.get(one, 'the driver') for one in node.unread)} wrote"
-        for node in nodes
-        if node.unread and not node.wrote
-    ]
-    if wrong:
-        return failed(
-            "storage",
-            f"train.output {output} is not one folder for all: {'; '.join(wrong)}. Mount the same shared folder (NFS, "
-            "Lustre, a volume) at this path on every node, or name one that is: --train.output",
-        )
-    return passed("storage", f"{output}: what each of {len(nodes)} nodes writes the others read")
-
-
-def judge_shards_everywhere(nodes: list[NodeFacts], encoding: str, shards: str) -> Check:
-    """Whether every node reads the same shards as the driver."""
-    wrong = [
-        f"{node.address}: {node.encoding[1:] if node.encoding.startswith('!') else 'other shards are there'}"
-        for node in nodes
-        if not node.problem and node.encoding != encoding
-    ]
-    if wrong:
-        return failed(
-            "shards there",
-            f"data.output {shards} is not the same everywhere: {'; '.join(wrong)}. Put the shards on storage that all "
-            "nodes see under this name",
-        )
-    return passed("shards there", "all nodes read them")
-
-
-def judge_disk(free: int, held: int, checkpoint: int, keep: int, output: str) -> Check:
-    """Whether there is room for the checkpoints that are kept and one that is being written; `held` bytes of them are
-    there already.
-    """
-    need = checkpoint * (keep + 1) - held
-    said = f"{keep} checkpoints kept and one being written take {in_bytes(checkpoint * (keep + 1))}"
-    if need > free:
-        return failed(
-            "disk",
-            f"{said}; {output} has {in_bytes(free)} free, {in_bytes(need - free)} too little: make room, lower "
-            "train.keep_checkpoints, or give another place with --train.output",
-        )
-    return passed("disk", f"{said}; {in_bytes(free)} free")
-
-
-def judge_room(recipe: Recipe, gpu: bool, nodes: Iterable[dict[str, float]]) -> Check:
-    """Whether workers and the validation beside them can be laid out over nodes of these resources: sums may suffice
-    where no node has room for a whole worker.
-    """
-    nodes, worker = [dict(node) for node in nodes], worker_resources(recipe, gpu)
-    beside = dict(recipe.validation.resources) if recipe.validation.every else {}
-
-    def workers_on(node: dict[str, float]) -> int:
-        return int(min((node.get(kind, 0) + 1e-9) // count for kind, count in worker.items() if count))
-
-    def without(node: dict[str, float]) -> dict[str, float]:
-        return {kind: count - beside.get(kind, 0) for kind, count in node.items()}
-
-    hosts = [i for i, node in enumerate(nodes) if all(node.get(kind, 0) >= count for kind, count in beside.items())]
-    if beside and not hosts:
-        return failed(
-            "room",
-            f"no node has {beside} for validation.resources; lower them, set validation.every to 0, or add such a node",
-        )
-    places = [[without(node) if beside and i == host else node for i, node in enumerate(nodes)] for host in hosts]
-    most = max((sum(map(workers_on, layout)) for layout in places), default=0)
+    most = sum(map(fit, nodes)) + max(fit(rest(host)) - fit(host) for host in hosts)
+    beside = f" next to validation's {validation}" if validation else ""
     if most < recipe.cluster.fewest:
         cpus = 0.0 if gpu else run_resources(recipe, gpu)["CPU"]
-        room = f"; with the {beside} that validation takes beside them" if beside else ""
-        return failed(
-            "room",
-            f"{recipe.cluster.fewest} workers of {worker} need room, the nodes have it for {most}{room}: lower "
-            f"cluster.workers or cluster.cpus_per_worker, set validation.every to 0, or {add_resources_hint(cpus)}",
+        raise UserError(
+            f"the nodes have room for {most} workers of {worker}{beside}; {recipe.cluster.fewest} are needed. Lower "
+            f"cluster.workers or cluster.cpus_per_worker, set validation.every to 0, or {add_resources_hint(cpus)}"
         )
-    return passed("room", f"for {most} workers of {worker}" + (f" beside validation's {beside}" if beside else ""))
+    return f"for {most} workers of {worker}{beside}"
 
 
-def judge_free(need: dict[str, float], there: dict[str, float], free: dict[str, float]) -> Check:
-    """Whether what the run needs, of what is there in all, is free now."""
-    if any(count > there.get(kind, 0) for kind, count in need.items()):
-        return Check("free now", "skipped", "see cluster")
-    taken = [f"{free.get(kind, 0):g} of {count:g} {kind}" for kind, count in need.items() if free.get(kind, 0) < count]
-    if taken:
-        return failed(
-            "free now",
-            f"another job holds the rest: free are {', '.join(taken)}; `ray job list` and `ray job stop` it, or wait",
+def check_free(need: dict[str, float], total: dict[str, float], free: dict[str, float]) -> str:
+    """No other job holds the resources that the run needs."""
+    if any(count > total.get(kind, 0) for kind, count in need.items()):
+        raise Skip("see cluster")
+    short = [f"{free.get(kind, 0):g} of {count:g} {kind}" for kind, count in need.items() if free.get(kind, 0) < count]
+    if short:
+        raise UserError(
+            f"only {', '.join(short)} are free: another job holds the rest. Stop it (`ray job list`, `ray job stop`), "
+            "or wait"
         )
-    return passed("free now", ", ".join(f"{count:g} {kind}" for kind, count in need.items()))
+    return ", ".join(f"{count:g} {kind}" for kind, count in need.items())
 
 
-def judge_memory(recipe: Recipe, gpu: bool, plan: Estimate, remedies: list[str], nodes: list[NodeFacts]) -> Check:
-    """Whether a training step fits the smallest GPU, or on CPUs the smallest node."""
-    if gpu:
-        sizes = [memory for node in nodes for _, memory in node.gpus]
-        if not sizes:
-            return Check("memory", "skipped", "nvidia-smi lists no GPU")
-        room, need, what = int(USABLE * min(sizes)), plan.total, "a GPU"
-    else:
-        # A bucket that is never filled takes no memory there.
-        each, per_node = plan.total - plan.states.bucket + PROCESS, 0
-        for node in nodes:
-            cores = int(node.resources.get("CPU", 1)) // recipe.cluster.cpus_per_worker
-            per_node = max(per_node, min(cores, recipe.cluster.fewest))
-        room, need, what = int(USABLE * min(node.memory for node in nodes)), each * max(1, per_node), "a node"
-    said = f"a step takes {in_bytes(need)} of {what}, by the plan; it has {in_bytes(room)} for it"
-    if need > room:
-        mend = "; or ".join(remedies) or "see `sora preflight --plan`"
-        return failed("memory", f"{said}: {mend}")
-    return passed("memory", said)
+def check_nodes(nodes: list[NodeInfo]) -> str:
+    """Every node answers and has the GPUs that Ray counts there."""
+    wrong = [f"{node.address}: {node.error}" for node in nodes if node.error]
+    for node in nodes:
+        counted = int(node.resources.get("GPU", 0))
+        if not node.error and counted > len(node.gpus):
+            wrong.append(
+                f"{node.address}: Ray counts {counted} GPUs, the driver sees {len(node.gpus)} (nvidia-smi). Fix the "
+                "driver or the container there, or set --num-gpus of `ray start`"
+            )
+    if wrong:
+        raise UserError("; ".join(wrong))
+    kinds = ", ".join(sorted({name for node in nodes for name, _ in node.gpus}))
+    cpus, gpus = (sum(node.resources.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
+    return f"{len(nodes)} nodes, {cpus:g} CPUs" + (f", {gpus:g} GPUs ({kinds})" if gpus else "")
 
 
-def judge_allreduce(exact: list[bool], gbps: float, backend: str) -> Check:
-    """Whether every rank got the exact sum, and how fast."""
-    rate = f"{backend} over {len(exact)} ranks: {gbps:.3g} GB/s"
-    if not all(exact):
-        wrong = [rank for rank, right in enumerate(exact) if not right]
-        return failed(
-            "network",
-            f"{backend}: ranks {wrong} got a wrong sum: a broken link, GPU or library; try without these nodes, or "
-            "NCCL_P2P_DISABLE=1",
+def check_versions(nodes: list[NodeInfo], here: dict[str, str]) -> str:
+    """All nodes have the versions and the source of this process; CUDA and NCCL are the same on all GPU nodes."""
+    on_gpus = next((node.versions for node in nodes if node.gpus), {})
+    common = {name: value for name, value in here.items() if name not in GPU_LIBRARIES}
+    cuda = {name: value for name, value in on_gpus.items() if name in GPU_LIBRARIES}
+    wrong = [
+        f"{node.address} has {name} {node.versions.get(name, 'none')}, others have {value}"
+        for node in nodes
+        for name, value in (common | cuda if node.gpus else common).items()
+        if node.versions.get(name) != value
+    ]
+    if wrong:
+        raise UserError(
+            f"{'; '.join(wrong)}. Install the same versions there (pip install -c constraints.txt) and restart Ray; "
+            "for another sora_train, `ray job submit --working-dir .` brings this one to all nodes"
         )
-    if backend == "nccl" and gbps < NCCL_GBPS:
-        return failed("network", f"{rate}, too slow to train on: {interfaces(backend)}")
-    return passed("network", f"{rate}, sums exact")
+    return ", ".join(f"{name} {value}" for name, value in here.items())
 
 
-def interfaces(backend: str) -> str:
-    """The usual remedy where ranks don't find each other."""
-    return (
-        f"ranks may be on the wrong network interface: set {backend.upper()}_SOCKET_IFNAME to the one that the nodes "
-        "share (`ip addr` lists them), and let them reach each other on all ports"
+def check_clocks(nodes: list[NodeInfo]) -> str:
+    """Clocks agree: events and checkpoints are ordered by them, and S3 rejects requests from a wrong one."""
+    wrong = [f"{node.address} by {node.clock_s:.1f} s" for node in nodes if abs(node.clock_s) > MAX_CLOCK_S]
+    if wrong:
+        raise UserError(f"clocks differ from this machine's: {', '.join(wrong)}. Start chrony or ntpd there")
+    return f"within {MAX_CLOCK_S:g} s"
+
+
+def check_storage(nodes: list[NodeInfo], output: str) -> str:
+    """All nodes and this machine share `train.output`."""
+    wrong = [f"{node.address}: {node.write_error}" for node in nodes if node.write_error]
+    if wrong:
+        raise UserError(
+            f"train.output {output} is not one folder on all nodes: {'; '.join(wrong)}. Mount the same shared folder "
+            "(NFS, Lustre, a volume) at this path on every node, or set --train.output to one that is"
+        )
+    return f"{output} is shared by {len(nodes)} nodes"
+
+
+def check_shards_match(nodes: list[NodeInfo], encoding: str, shards: str) -> str:
+    """Every node reads the same shards as this process."""
+    wrong = [
+        f"{node.address}: {node.encoding[1:] if node.encoding.startswith('!') else 'other shards'}"
+        for node in nodes
+        if not node.error and node.encoding != encoding
+    ]
+    if wrong:
+        raise UserError(
+            f"data.output {shards} is not the same on all nodes: {'; '.join(wrong)}. Put the shards on storage that "
+            "all nodes mount under this name"
+        )
+    return f"all nodes read {shards}"
+
+
+def check_disk(recipe: Recipe, free: int, existing: int) -> str:
+    """Space for the kept checkpoints and one being written. `existing` bytes of older ones will be freed."""
+    keep, need = recipe.train.keep_checkpoints, checkpoint_bytes(recipe.model) * (recipe.train.keep_checkpoints + 1)
+    message = f"{keep} kept checkpoints and one being written take {in_bytes(need)}; {in_bytes(free)} are free"
+    if need - existing <= free:
+        return message
+    raise UserError(
+        f"{message} in {recipe.train.output}, {in_bytes(need - existing - free)} too little. Free space there, lower "
+        "train.keep_checkpoints, or set another folder with --train.output"
     )
+
+
+def check_memory(recipe: Recipe, gpu: bool, nodes: list[NodeInfo]) -> str:
+    """A training step, by the memory plan, fits the smallest GPU, or without GPUs the smallest node."""
+    nodes = [node for node in nodes if not node.error]
+    gpus = [memory for node in nodes for _, memory in node.gpus]
+    if not nodes or (gpu and not gpus):
+        raise Skip("nvidia-smi lists no GPU" if nodes else "no node answered")
+    sizes = replace(heaviest(recipe, facts_of(recipe))[1], b=recipe.train.micro_batch_size)
+    plan = estimate(recipe.model, recipe.train, sizes, recipe.cluster.fewest)
+    if gpu:
+        room, need, where = int(USABLE * min(gpus)), plan.total, "a GPU"
+    else:  # a bucket that is never filled takes no RAM
+        processes = max(int(node.resources.get("CPU", 1)) // recipe.cluster.cpus_per_worker for node in nodes)
+        need = (plan.total - plan.states.bucket + PROCESS_BYTES) * max(1, min(processes, recipe.cluster.fewest))
+        room, where = int(USABLE * min(node.memory for node in nodes)), "a node"
+    message = f"a step takes {in_bytes(need)} of {where} by the plan; {in_bytes(room)} are usable"
+    if need <= room:
+        return message
+    remedies = remedies_for(recipe, sizes, room) if gpu else []
+    raise UserError(f"{message}. To fit: {'; or '.join(remedies) or 'see `sora preflight --plan`'}")
