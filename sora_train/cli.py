@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sora {verb}: {stopped}", file=sys.stderr)
         return EXIT_RESUMABLE
     except KeyboardInterrupt:
-        print(f"\nsora {verb}: stopped; the same command goes on from what is done", file=sys.stderr)
+        print(f"\nsora {verb}: stopped. The same command continues from what is done", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
 

@@ -159,8 +159,8 @@ def test_exit_codes_tell_failures_apart(monkeypatch: pytest.MonkeyPatch, capsys:
         (UserError("no disk"), 1, "sora train: no disk\n"),
         (RecipeError("no key"), 2, "sora train: no key\n"),
         (WorkerError("Traceback …"), 1, "sora train: the file is gone\n"),
-        (KeyboardInterrupt(), 130, "goes on from what is done"),
-        (Stopped("SIGTERM: the same command goes on"), 75, "sora train: SIGTERM: the same command goes on\n"),
+        (KeyboardInterrupt(), 130, "The same command continues from what is done"),
+        (Stopped("stopped at step 3 after SIGTERM"), 75, "sora train: stopped at step 3 after SIGTERM\n"),
     ]:
 
         def fail(verb: str, words: object, error: BaseException = error) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sora_train.launch.resume import UNREPORTED_KEYS, changed_keys
-from sora_train.recipe import Recipe, load_recipe
+from sora_train.launch.resume import UNREPORTED_KEYS, changed_keys, saved_recipe
+from sora_train.recipe import Recipe
 from sora_train.train.config import TrainConfig
 from sora_train.train.loop import learning_rate
 
@@ -13,7 +13,7 @@ from sora_train.train.loop import learning_rate
 def describe_changes(run: Path, recipe: Recipe, at: int) -> str:
     """The keys that differ from when the run last started, and how the learning rate jumps at step `at`; "" if none."""
     found = [change for change in changed_keys(run, recipe) if not change.startswith(UNREPORTED_KEYS)]
-    if found and (jump := learning_rate_jump(load_recipe(run / "recipe.yaml").train, recipe.train, at)):
+    if found and (jump := learning_rate_jump(saved_recipe(run).train, recipe.train, at)):
         found.append(jump)
     return "; ".join(found)
 

@@ -30,7 +30,7 @@ from sora_train.errors import UserError
 from sora_train.launch.checks import worker_resources
 from sora_train.launch.monitor import Monitor
 from sora_train.launch.private_ray import Trainer, start_autoscaling_coordinator
-from sora_train.launch.run_folder import describe_newest_checkpoint, last_step, read_fatal_error
+from sora_train.launch.run_folder import last_step, read_fatal_error, resume_hint
 from sora_train.launch.validation import prepare_prompts, supervise
 from sora_train.launch.worker import train_worker
 from sora_train.ray_cluster.connection import root_cause
@@ -119,9 +119,8 @@ def training_failed(run: Path, events: Events, why: str, account: str) -> UserEr
         events.write("failed", step, why)
         if account:
             (run / "failure.txt").write_text(account, encoding="utf-8")
-            where = f"The whole account is in {run / 'failure.txt'}; "
-    mended = "once that is mended, the same command goes on"
-    return UserError(f"training stopped near step {step}: {why}\n{where}{describe_newest_checkpoint(run)}; {mended}")
+            where = f"The whole account is in {run / 'failure.txt'}. "
+    return UserError(f"training stopped near step {step}: {why}\n{where}{resume_hint(run)}, once the cause is fixed")
 
 
 class EventCallback(UserCallback):

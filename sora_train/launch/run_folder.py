@@ -21,7 +21,7 @@ from sora_train.train import checkpoint
 from sora_train.train.metrics import Events, JsonLines
 from sora_train.train.run_dir import STOP_FILE, Home
 
-START_EVENTS, END_EVENTS = ("start", "resume"), ("end", "failed", "preempted", "interrupted")
+START_EVENTS, END_EVENTS = ("start", "resume"), ("end", "failed", "stopped", "interrupted")
 """Events with which training begins, and those with which a command's training is over."""
 FATAL_ERROR_FILE = "stop.json"
 """Why a worker ended the run, where no repetition would mend it: workers that Ray starts anew find it and end too."""
@@ -183,15 +183,8 @@ def newest_checkpoint(run: Path) -> tuple[int, Path] | None:
     return found[-1] if found else None
 
 
-def describe_newest_checkpoint(run: Path) -> str:
-    """The newest whole checkpoint, in words."""
-    found = newest_checkpoint(run)
-    return f"the last whole checkpoint is {found[1]}" if found else "there is no checkpoint yet"
-
-
 def resume_hint(run: Path) -> str:
-    """From where the same command goes on, in words."""
-    from_there = (
-        "the same command goes on from there" if newest_checkpoint(run) else "the same command begins at step 0"
-    )
-    return f"{describe_newest_checkpoint(run)}; {from_there}"
+    """The newest whole checkpoint and what the same command does next, as sentences."""
+    if found := newest_checkpoint(run):
+        return f"The last checkpoint is {found[1]}. Run the same command to resume from it"
+    return "There is no checkpoint yet. The same command begins at step 0"

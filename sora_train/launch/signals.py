@@ -109,7 +109,7 @@ class SignalHandler:
                 ).touch()  # also where it raises, which may get lost: workers that start look for it
         if self.count > 1 or not self.can_wait():
             raise KeyboardInterrupt  # the one exception that Ray's calls let through
-        log.info(f"{self.name}: makes a checkpoint, then ends. A second {self.name} ends at once")
+        log.info(f"{self.name}: saving a checkpoint, then stopping. A second {self.name} stops at once")
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.hears:
@@ -122,4 +122,5 @@ class SignalHandler:
             return
         # SystemExit is what Ray's own handler makes of it while Ray starts.
         if kind is SystemExit or (self.count and kind is KeyboardInterrupt):
-            raise Stopped(f"{self.name or 'SIGTERM'} before workers could leave: {resume_hint(self.run)}") from None
+            asked = self.name or "SIGTERM"
+            raise Stopped(f"stopped after {asked}, before training workers ran. {resume_hint(self.run)}") from None

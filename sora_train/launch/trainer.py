@@ -26,7 +26,7 @@ from sora_train.launch.checks import (
     resolve_recipe,
     run_resources,
 )
-from sora_train.launch.clips import Clips, check_clips, read_clips
+from sora_train.launch.clips import check_clips, read_clips
 from sora_train.launch.init_from import check_initial_weights, initial_weights_warnings
 from sora_train.launch.monitor import Monitor
 from sora_train.launch.preflight.table import check_quickly
@@ -74,14 +74,15 @@ def launch_training(
     with os_errors_as_user_errors(run):
         if fresh:
             check_fresh(run, overwrite)
-        elif (at := check_resume(run, recipe, manifest, clips, new_data) or 0) >= recipe.train.steps:
-            log.info(f"{run} is finished: {at} steps are done; raise train.steps to train on")
-            rerun_missed_validations(run, recipe)
-            return run
+        elif at := check_resume(run, recipe, manifest, new_data=new_data) or 0:
+            other_clips = check_clips(run, recipe.data.output, clips, new_data)
+            if at >= recipe.train.steps:
+                log.info(f"{run} is finished: {at} steps are done; raise train.steps to train on")
+                rerun_missed_validations(run, recipe)
+                return run
+            happened = describe_resume(run, recipe, at, other_clips, new_data)
         else:
             check_some_complete(run)
-        if at:
-            happened = describe_resume(run, recipe, at, clips, new_data)
     check_codec(recipe, manifest)
     check_text(recipe, manifest)
     if not at:
@@ -119,10 +120,9 @@ def launch_training(
                 signals.can_wait = lambda: monitor.training
                 signals.check()
                 try:
-                    why = ray_train.result().fit(recipe, run, gpu, monitor)
+                    why = ray_train.result().run_trainer(recipe, run, gpu, monitor)
                 except KeyboardInterrupt:
-                    by = signals.name or "by hand"
-                    why = f"{by}; the same command goes on from the last checkpoint"
+                    why = f"{signals.name or 'by hand'}; run the same command to resume from the last checkpoint"
                     Events(run).write("interrupted", last_step(run), why)
                     raise  # without a report: a second signal ends the command now
                 except Exception:
@@ -132,21 +132,24 @@ def launch_training(
                     (run / STOP_FILE).unlink(missing_ok=True)
                 update_report(run, last_step(run))
                 if why:
-                    asked = signals.name or f"somebody made {run / STOP_FILE}"
+                    asked = signals.name or f"a request by the file {run / STOP_FILE}"
                     step, _ = newest_checkpoint(run) or (0, None)
-                    Events(run).write("preempted", step, f"{asked}; the same command goes on")
-                    raise Stopped(f"{asked}: {resume_hint(run)}")
+                    Events(run).write("stopped", step, f"{asked}; run the same command to resume")
+                    raise Stopped(f"stopped at step {step} after {asked}. {resume_hint(run)}")
     log.info(f"done: {recipe.train.steps} steps. Look at {run / 'report.html'}; checkpoints are beside it")
     return run
 
 
-def describe_resume(run: Path, recipe: Recipe, at: int, clips: Clips, new_data: bool) -> list[tuple[str, str]]:
-    """What a run does otherwise from step `at` on, as kinds and reasons of events; says it before it happens."""
+def describe_resume(run: Path, recipe: Recipe, at: int, other_clips: str, new_data: bool) -> list[tuple[str, str]]:
+    """What a run does otherwise from step `at` on, as kinds and reasons of events; says it before it happens.
+
+    `other_clips` is what `check_clips` returned.
+    """
     happened: list[tuple[str, str]] = []
     if said := describe_changes(run, recipe, at):
         happened.append(("changed", said))
-    if said := check_clips(run, recipe.data.output, clips, new_data):
-        happened.append(("new_data", f"{said}; an epoch of these begins here"))
+    if other_clips:
+        happened.append(("new_data", f"{other_clips}; an epoch of these begins here"))
     elif new_data:
         log.info(f"--new-data changes nothing: the clips are those that {run} was trained on")
     for event, reason in happened:

@@ -21,13 +21,14 @@ TROUBLE = {
     "validation_dropped": "a validation was left out",
     "tracking_failed": "wandb failed",
     "interrupted": "interrupted",
-    "preempted": "asked to stop",
+    "stopped": "asked to stop",
+    "preempted": "nodes about to be taken away",
     "changed": "settings changed",
     "new_data": "clips came or went",
 }
 GRAVE = {"failed", "damaged", "rollback", "worker_lost", "driver_lost"}
 CALM = {"start", "resume", "checkpoint", "validation_done", "left_out", "compiling", "end"}
-STATES = {"end": "finished", "failed": "failed", "preempted": "stopped, can go on", "interrupted": "interrupted"}
+STATES = {"end": "finished", "failed": "failed", "stopped": "stopped, can resume", "interrupted": "interrupted"}
 MOST_OF_A_KIND, MOST_ROWS = 3, 3000
 
 

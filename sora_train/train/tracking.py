@@ -28,6 +28,7 @@ ALERTS = {
     "worker_lost": "WARN",
     "driver_lost": "WARN",
     "skipped": "WARN",
+    "stopped": "WARN",
     "preempted": "WARN",
     "validation_failed": "WARN",
     "report_failed": "WARN",

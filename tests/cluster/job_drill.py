@@ -63,7 +63,7 @@ def main(folder: Path) -> None:
     seconds = time.monotonic() - began
     assert "STOPPED" in sh("ray job status first", checkout).upper()
     logs = sh("ray job logs first", checkout)
-    assert "SIGTERM: makes a checkpoint" in logs, logs
+    assert "SIGTERM: saving a checkpoint" in logs, logs
     assert "perhaps too few" not in logs
     assert "Traceback" not in logs, logs
     assert "tracking failed" not in logs, logs  # wandb's process is told to end as well

@@ -21,7 +21,7 @@ SETTINGS = "export RAY_AUTH_MODE=token RAY_API_SERVER_ADDRESS=http://127.0.0.1:8
 SMALL = "--num-cpus 2 --object-store-memory 250000000"
 WORK = ("RayTrainWorker", "MapWorker", "sora_train.launch.validation")
 """By these words in its title a process on a node is known to do a job's work."""
-ENDINGS = ("worker_lost", "preempted", "interrupted", "failed", "end")
+ENDINGS = ("worker_lost", "preempted", "stopped", "interrupted", "failed", "end")
 """Events after which no worker trains."""
 SUCCEEDED = "succeeded"
 

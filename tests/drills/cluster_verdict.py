@@ -13,7 +13,7 @@ from tests.drills.history import account, difference, losses
 
 HEADS = ("time", "job", "fault", "node", "met", "what happened", "standstill")
 ORDINARY = ("checkpoint", "validation_done", "validation_dropped", "not_measured", "end")
-TROUBLE = ("worker_lost", "driver_lost", "preempted", "interrupted", "failed")
+TROUBLE = ("worker_lost", "driver_lost", "preempted", "stopped", "interrupted", "failed")
 """Events of which each new start of the workers needs one."""
 
 

@@ -94,7 +94,7 @@ def driver_terminated(stage: Stage) -> Row:
     code, at = end(command), max(losses(command.run))
     say(f"SIGTERM: left at step {at} with exit {code}")
     wrong = newest_is(command.run, at)  # so that no step is done again
-    wrong += [] if events(command.run, "preempted") else ["no event `preempted`"]
+    wrong += [] if events(command.run, "stopped") else ["no event `stopped`"]
     wrong += ["a traceback is shown"] if "Traceback" in command.output() else []
     again = end(stage.train("driver-terminated"))
     resumed = [event["step"] for event in events(command.run, "resume")]

@@ -83,7 +83,7 @@ def test_a_run_that_loses_a_node_goes_on_with_fewer_workers_and_the_losses_of_an
 @pytest.mark.slow
 @pytest.mark.timeout(700)
 def test_a_run_grows_again_when_a_node_comes_back(builtin_shards: Path, tmp_path: Path, recipe_of):
-    recipe = recipe_of(builtin_shards, tmp_path, cluster__workers=[1, 3], cluster__resize_s=2, train__steps=140)
+    recipe = recipe_of(builtin_shards, tmp_path, cluster__workers=[1, 3], cluster__elastic_poll_s=2, train__steps=140)
     run = beside_one_alone(recipe, "lose:8", "gain:20")
     assert [told for told in events(run) if told[0] != "worker_lost"] == [
         ("start", "3 workers"),

@@ -148,8 +148,8 @@ def test_a_garbled_line_of_metrics_costs_only_itself(run: Path):
 @pytest.mark.parametrize(
     ("told", "is_lost"),
     [([], False), (["start", "checkpoint"], True), (["start", "end", "validation_done"], False),
-     (["start", "interrupted"], False), (["start", "preempted", "resume", "worker_lost"], True),
-     (["start", "driver_lost", "resume", "failed"], False)],
+     (["start", "interrupted"], False), (["start", "stopped", "resume", "worker_lost"], True),
+     (["start", "preempted"], True), (["start", "driver_lost", "resume", "failed"], False)],
 )  # fmt: skip
 def test_that_the_command_before_ended_without_a_word_is_an_event(tmp_path: Path, told: list[str], is_lost: bool):
     for event in told:

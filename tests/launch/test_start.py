@@ -27,7 +27,7 @@ from sora_train.train.initial import described, load_initial
 from sora_train.train.loop import learning_rate, train
 from sora_train.train.run_dir import Home
 
-FLOW_JOINT_POOLED = {"model__attention": "joint", "model__frame_positions": "input", "model__pooled_text": True}
+FLOW_JOINT_POOLED = {"model__attention": "joint", "model__temporal_positions": "input", "model__pooled_text": True}
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,7 @@ def terminated(
                     process.send_signal(number)
                 else:
                     os.killpg(process.pid, number)
-                while process.poll() is None and "makes a checkpoint" not in said.read_text() and times > 1:
+                while process.poll() is None and "saving a checkpoint" not in said.read_text() and times > 1:
                     time.sleep(0.05)
             code = process.wait(timeout=240)
         finally:
@@ -82,9 +82,11 @@ def test_sigterm_makes_a_checkpoint_and_leaves_with_the_status_that_says_resumab
     run = tmp_path / "tiny"
     ((step, folder),) = whole(run / "checkpoints")
     assert 3 <= step < 20
-    assert f"SIGTERM: the last whole checkpoint is {folder}; the same command goes on from there" in said
+    assert (
+        f"stopped at step {step} after SIGTERM. The last checkpoint is {folder}. Run the same command to resume" in said
+    )
     told = [(event["event"], event["step"]) for event in lines(run / "events.jsonl")]
-    assert ("preempted", step) in told
+    assert ("stopped", step) in told
     assert not (run / "leave").exists()
     assert [line["step"] for line in lines(run / "metrics.jsonl")] == list(range(1, step + 1))
 
@@ -103,14 +105,14 @@ def test_ctrl_c_and_a_closed_terminal_save_a_checkpoint(
     code, said, _ = terminated(recipe, lambda said: "step   3/500" in said, number)
     assert code == cli.EXIT_RESUMABLE, said
     assert "Traceback" not in said
-    assert f"{name}: makes a checkpoint, then ends. A second {name} ends at once\n" in said
+    assert f"{name}: saving a checkpoint, then stopping. A second {name} stops at once\n" in said
     ((step, folder),) = whole(tmp_path / "real/far/checkpoints")
     assert 3 <= step < 20
     (tmp_path / "new").touch()
     assert {file.stat().st_mode for file in folder.iterdir()} == {(tmp_path / "new").stat().st_mode}
     events = lines(tmp_path / "real/far/events.jsonl")
-    (reason,) = [event["reason"] for event in events if event["event"] == "preempted"]
-    assert reason == f"{name}; the same command goes on"
+    (reason,) = [event["reason"] for event in events if event["event"] == "stopped"]
+    assert reason == f"{name}; run the same command to resume"
 
 
 @pytest.mark.timeout(600)
@@ -131,7 +133,7 @@ def test_sigterm_while_a_run_starts_ends_it_soon(moment: str, builtin_shards: Pa
     recipe = recipe_of(builtin_shards, tmp_path, cluster__address="local", train__steps=500)
     code, said, seconds = terminated(recipe, lambda said: moment in said)
     assert code == cli.EXIT_RESUMABLE, said
-    assert "there is no checkpoint yet" in said  # and perhaps, of Python, that it ignored what Ray's handler raised
+    assert "There is no checkpoint yet" in said  # and perhaps, of Python, that it ignored what Ray's handler raised
     assert seconds < 240  # and not the minutes that the run would take; a busy machine is slow to answer
 
 
@@ -146,7 +148,9 @@ def test_damage_that_no_retry_mends_ends_a_run_at_once_and_says_what_it_was(
     content = bytearray(file.read_bytes())
     content[content.index(table["latents"][20].as_py()) + 10] ^= 1
     file.write_bytes(content)
-    with pytest.raises(UserError, match=r"(?s)near step \d+: .*bucket=2x32x32/part.parquet.*the same command goes on"):
+    with pytest.raises(
+        UserError, match=r"(?s)near step \d+: .*bucket=2x32x32/part.parquet.*checkpoint.*once the cause is fixed"
+    ):
         launch_training(recipe_of(shards, tmp_path, train__steps=30))
     told = [event["event"] for event in lines(tmp_path / "tiny/events.jsonl")]
     assert told.count("failed") == told.count("start") == 1
