@@ -1,8 +1,8 @@
-"""`sora VERB RECIPE [--section.key value …]`: what a person types.
+"""`sora COMMAND RECIPE [--section.key value …]`: the command line.
 
-A verb imports what it needs when it runs, so that `sora --help` answers at once and `sora sample` needs no Ray. The
-person's own mistakes end as one message without a traceback: exit code 2 for recipes and flags, 1 for the rest. 75 says
-that a run was asked to stop (SIGTERM) and can go on: what EX_TEMPFAIL of sysexits.h means to schedulers.
+Each command imports what it needs when it runs, so `sora --help` is quick and `sora sample` needs no Ray. A user's
+mistake ends as one message without a traceback. Exit codes: 2 for recipes and flags, 1 for other failures, 75 for a
+run that was asked to stop and can be resumed (EX_TEMPFAIL of sysexits.h), 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -12,43 +12,31 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sora_train import __version__
-from sora_train.commands import (
-    EXAMPLES,
-    MORE,
-    READS,
-    VERBS,
-    DownloadOptions,
-    EvalOptions,
-    ExportOptions,
-    InspectOptions,
-    PreflightOptions,
-    PrepOptions,
-    ReportOptions,
-    SampleOptions,
-    TrainOptions,
-    usage,
-)
+from sora_train.commands import COMMANDS, usage
 from sora_train.errors import RecipeError, Stopped, UserError
-from sora_train.settings import build, keys, parse_flags
+from sora_train.flags import help_text, parse_flags
+from sora_train.log import progress, set_verbosity
+from sora_train.settings import build, keys
 from sora_train.terminal import print_result, protect_streams
 
 if TYPE_CHECKING:
     from sora_train.recipe import Recipe
 
-S = TypeVar("S")
-
 EXIT_FAILED, EXIT_RECIPE, EXIT_RESUMABLE, EXIT_INTERRUPTED = 1, 2, 75, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns the exit code."""
+    """Runs one command and returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if argv is None:
         protect_streams()
         os.environ["PYTHONSAFEPATH"] = "1"  # no Python started from here looks for modules in the working folder
+    verbose, quiet = ({"-v", "--verbose"}, {"-q", "--quiet"})
+    set_verbosity(bool(verbose & set(words)), bool(quiet & set(words)))
+    words = [word for word in words if word not in verbose | quiet]
     verb, words = (words[0], words[1:]) if words else ("--help", [])
     try:
         if verb in ("-h", "--help", "help"):
@@ -72,18 +60,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(verb: str, words: Sequence[str]) -> None:
-    """One verb: its words to its arguments, and the call."""
+    """Runs one command with its words."""
     match verb:
         case "download":
-            recipe, where = recipe_of(verb, words, DownloadOptions)
-            if not where.to:
-                raise RecipeError(f"--to is missing: sora download {EXAMPLES[verb]}")
+            recipe, options = recipe_of(verb, words)
+            if not options.to:
+                raise RecipeError(f"--to is missing: sora download {COMMANDS[verb].example}")
             from sora_train.codec.download import download
 
-            download(recipe.codec, where.to, {"model.init_from": recipe.model.init_from})
+            download(recipe.codec, options.to, {"model.init_from": recipe.model.init_from})
         case "prep":
-            recipe, how = recipe_of(verb, words, PrepOptions)
-            if how.plan:
+            recipe, options = recipe_of(verb, words)
+            if options.plan:
                 from data_prep.estimate.command import show_plan
 
                 show_plan(recipe)
@@ -92,7 +80,7 @@ def run(verb: str, words: Sequence[str]) -> None:
 
                 prep(recipe)
         case "inspect":
-            shards, options = target_of(verb, words, InspectOptions)
+            (shards,), options = folders_of(verb, words)
             from data_prep.inspect.table import check_shards, format_table, inspect
 
             if options.check:
@@ -102,59 +90,57 @@ def run(verb: str, words: Sequence[str]) -> None:
             if options.html:
                 from data_prep.inspect.page import write_page
 
-                print(write_page(shards, options.html, options.clips, options.root), file=sys.stderr)
+                progress(str(write_page(shards, options.html, options.clips, options.root)))
         case "preflight":
-            recipe, ask = recipe_of(verb, words, PreflightOptions)
-            asked = {name: value for name in ("gpu", "memory", "mfu") if (value := getattr(ask, name)) is not None}
-            if ask.plan:
+            recipe, options = recipe_of(verb, words)
+            gpu = {name: value for name in ("gpu", "memory", "mfu") if (value := getattr(options, name)) is not None}
+            if options.plan:
                 from sora_train.plan.table import PlanOptions, format_plan
 
-                print_result(format_plan(recipe, build(PlanOptions, {}, asked, "sora preflight")))
-            elif asked:
-                raise RecipeError(f"--{next(iter(asked))} goes with --plan: without it the cluster's own GPUs count")
+                print_result(format_plan(recipe, build(PlanOptions, {}, gpu, "sora preflight")))
+            elif gpu:
+                raise RecipeError(f"--{next(iter(gpu))} goes with --plan: without it the cluster's own GPUs count")
             else:
                 from sora_train.launch.preflight.table import preflight
 
                 preflight(recipe)
         case "train":
-            recipe, how = recipe_of(verb, words, TrainOptions)
-            if how.overwrite and not how.fresh:
-                raise RecipeError("--overwrite goes with --fresh: without it a run goes on from its newest checkpoint")
-            if how.fresh and how.new_data:
-                raise RecipeError("--new-data goes on with a run, and --fresh begins at step 0: leave one of them out")
+            recipe, options = recipe_of(verb, words)
+            if options.overwrite and not options.fresh:
+                raise RecipeError("--overwrite goes with --fresh: without it a run resumes from its newest checkpoint")
+            if options.fresh and options.new_data:
+                raise RecipeError("--new-data resumes a run and --fresh starts at step 0: use one of them")
             from sora_train.launch.trainer import launch_training
 
-            launch_training(recipe, how.fresh, how.overwrite, not how.no_preflight, how.new_data)
+            launch_training(recipe, options.fresh, options.overwrite, not options.no_preflight, options.new_data)
         case "sample":
-            run_folder, how = target_of(verb, words, SampleOptions)
-            if not how.prompt and not how.prompts:
+            (run_folder,), options = folders_of(verb, words)
+            if not options.prompt and not options.prompts:
                 raise RecipeError('--prompt is missing, for instance --prompt "a blue square moving up"')
             from sora_train.sample import sample_prompts
 
-            sample_prompts(run_folder, how)
+            sample_prompts(run_folder, options)
         case "export":
-            folders, what = targets_of(verb, words, ExportOptions)
-            if len(folders) != 2:
-                raise RecipeError(f"takes {VERBS[verb][0]}, but got {' '.join(folders)}: sora {verb} {EXAMPLES[verb]}")
+            (run_folder, out), options = folders_of(verb, words, 2)
             from sora_train.export import export
 
-            export(*folders, weights_only=what.weights_only, weights=what.weights)
+            export(run_folder, out, weights_only=options.weights_only, weights=options.weights)
         case "eval":
-            run_folder, ask = target_of(verb, words, EvalOptions)
+            (run_folder,), options = folders_of(verb, words)
             from sora_train.evaluate import evaluate
             from sora_train.quickstart.measure import obey
 
-            evaluate(run_folder, ask, obey)
+            evaluate(run_folder, options, obey)
         case "demo":
             overrides = demo_overrides(words)
             from sora_train.quickstart.run import demo
 
             demo(overrides=overrides)
         case "report":
-            runs, options = targets_of(verb, words, ReportOptions)
+            runs, options = folders_of(verb, words, 0)
             from sora_train.report import write_report
 
-            print(write_report(*runs, out=options.out))
+            print_result(str(write_report(*runs, out=options.out)))
         case "bench":
             from sora_train.bench import command
 
@@ -164,44 +150,41 @@ def run(verb: str, words: Sequence[str]) -> None:
             if status := command.run(words):
                 raise SystemExit(status)
         case _:
-            raise RecipeError(f"there is no such verb; the verbs are {', '.join(VERBS)}")
+            raise RecipeError(f"there is no such command; the commands are {', '.join(COMMANDS)}")
 
 
-def recipe_of(verb: str, words: Sequence[str], options: type[S]) -> tuple[Recipe, S]:
-    """The recipe that a verb's words name, with their flags laid over it, and the verb's own options; or its help,
-    where they ask for that.
+def recipe_of(verb: str, words: Sequence[str]) -> tuple[Recipe, Any]:
+    """The recipe that a command's words name, with their flags laid over it, and the command's own options.
+
+    Shows the help and exits if the words ask for it.
     """
     from sora_train.recipe import Recipe, load_recipe
 
+    options = COMMANDS[verb].options
     words, wants_help = without_help(words)
     flags, files = parse_flags(words, Recipe, options)
     own = {name for name, _ in keys(options)}
     overrides = {key: value for key, value in flags.items() if key not in own}
     chosen = build(options, {}, {key: value for key, value in flags.items() if key in own}, f"sora {verb}")
     if wants_help:
-        show_help(verb, load_recipe(files[0], overrides) if files else Recipe(), chosen)
-    return load_recipe(the_one(verb, files), overrides), chosen
+        show_help(verb, chosen, load_recipe(files[0], overrides) if files else Recipe())
+    check_words(verb, files, 1)
+    return load_recipe(files[0], overrides), chosen
 
 
-def target_of(verb: str, words: Sequence[str], options: type[S]) -> tuple[str, S]:
-    """The folder that a verb's words name, and its options; or its help."""
-    folders, chosen = targets_of(verb, words, options)
-    return the_one(verb, folders), chosen
-
-
-def targets_of(verb: str, words: Sequence[str], options: type[S]) -> tuple[list[str], S]:
-    """The folders that a verb's words name, one at least, and its options; or its help."""
+def folders_of(verb: str, words: Sequence[str], count: int = 1) -> tuple[list[str], Any]:
+    """The folders that a command's words name, `count` of them (0: one or more), and its options; or its help."""
+    options = COMMANDS[verb].options
     words, wants_help = without_help(words)
     overrides, folders = parse_flags(words, options)
     if wants_help:
         show_help(verb, options())
-    if not folders:
-        the_one(verb, folders)
+    check_words(verb, folders, count)
     return folders, build(options, {}, overrides, f"sora {verb}")
 
 
 def demo_overrides(words: Sequence[str]) -> dict[str, object]:
-    """The demo has a recipe of its own, which takes flags like any other."""
+    """The flags of `sora demo`, which has its own recipe."""
     from sora_train.recipe import Recipe, load_recipe
 
     words, wants_help = without_help(words)
@@ -221,36 +204,25 @@ def without_help(words: Sequence[str]) -> tuple[list[str], bool]:
     return rest, len(rest) < len(words)
 
 
-def the_one(verb: str, words: Sequence[str]) -> str:
-    """The one word a verb takes beside its flags."""
-    what = VERBS[verb][0].removesuffix(" …")
+def check_words(verb: str, words: Sequence[str], count: int) -> None:
+    """Raises RecipeError unless a command got `count` words besides its flags (0: one or more)."""
+    command = COMMANDS[verb]
+    takes = command.takes.removesuffix(" …")
     if not words:
-        raise RecipeError(f"{what} is missing: sora {verb} {EXAMPLES[verb]}")
-    if len(words) > 1:
-        raise RecipeError(f"takes one {what} and flags such as --name again, but got {' '.join(words)}")
-    return words[0]
+        raise RecipeError(f"{takes} is missing: sora {verb} {command.example}")
+    if count and len(words) != count:
+        raise RecipeError(
+            f"takes {'one ' if count == 1 else ''}{takes} and flags, but got {' '.join(words)}: "
+            f"sora {verb} {command.example}"
+        )
 
 
-def show_help(verb: str, settings: object, options: object = None) -> NoReturn:
-    """Prints every flag that the verb reads, its own `options` first, with its sentence and its value, and exits."""
-    import tyro
-
-    from sora_train.help import shown
-
-    if options is not None:
-        settings = shown(settings, options, READS.get(verb, ()))
-
-    what, sentence = VERBS[verb]
-    paragraphs = (sentence, MORE.get(verb, ""), f"For instance: sora {verb} {EXAMPLES[verb]}".rstrip())
-    tyro.cli(
-        type(settings),
-        prog=f"sora {verb} {what}".rstrip(),
-        description="\n\n".join(filter(None, paragraphs)),
-        default=settings,
-        args=["--help"],
-        use_underscores=True,
-        config=(tyro.conf.FlagConversionOff,),
-    )
+def show_help(verb: str, *sections: object) -> NoReturn:
+    """Prints every flag of the sections with its sentence and its value there, and exits."""
+    command = COMMANDS[verb]
+    example = f"For instance: sora {verb} {command.example}".rstrip()
+    usage = f"sora {verb} {command.takes}".rstrip() + " [flags]"
+    print_result(help_text(usage, (command.does, command.more, example), sections, command.reads))
     raise SystemExit(0)
 
 

@@ -1,104 +1,37 @@
-"""The verbs of `sora`: what each takes, what it does, an example, and the flags of those that take no recipe."""
+"""The commands of `sora`: what each takes and does, an example, its own options, and the keys its help shows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from sora_train.section import options
+
 Extent = Annotated[int, Field(ge=1, le=2**16)]
-"""Frames, or pixels on a side: so few that their product still has a name in torch."""
-
-VERBS = {
-    "download": ("RECIPE", "Fetches the recipe's VAE and text encoder to a folder that all nodes share (--to DIR)."),
-    "prep": (
-        "RECIPE",
-        "Encodes videos and captions into Parquet shards; again, only what is missing. --plan: what it would cost.",
-    ),
-    "inspect": ("SHARDS", "Counts what shards hold, and what was left out and why; --html OUT shows the clips."),
-    "preflight": (
-        "RECIPE",
-        "Checks cluster, storage, shards, memory and network before a run. --plan: memory and hours, no cluster.",
-    ),
-    "train": (
-        "RECIPE",
-        "Trains on shards; run again, it goes on from the newest checkpoint. --fresh: from step 0.",
-    ),
-    "sample": ("RUN", "Makes videos of your prompts with a run's newest checkpoint, a checkpoint, or an export."),
-    "export": ("RUN OUT", "Writes a run's model as a LattePipeline of diffusers, or --weights_only."),
-    "eval": ("RUN", "Measures a model: held-out loss, Fréchet video distance, similarity of samples to their prompts."),
-    "demo": ("", "Does it all on clips of moving shapes, in minutes: prep, train, sample, judge, report."),
-    "bench": ("WHAT", "Measures model, data, prep, train, checkpoint, validate or all beside what they could be."),
-    "report": ("RUN …", "Writes one HTML page: curves, playing samples, events; of several runs, side by side."),
-}
-MORE = {
-    "report": "The page holds everything, videos too, and opens from disk. Each validation writes its run's anew.",
-    "preflight": "Exit status 1 where a check failed; each says what to do. --plan prints bytes of a GPU by ZeRO stage "
-    "and workers, the largest micro-batch, FLOPs and hours; for it --memory 80 (10⁹ bytes of a GPU), --gpu H100 and "
-    "--mfu 0.35 (share of its FLOP/s that is reached) say for which GPU.",
-    "train": "SIGTERM, Ctrl-C, a closed terminal, or a file named `leave` in the run's folder has it make a checkpoint "
-    "and end with exit status 75: the same command goes on. A second signal ends it at once. --fresh begins at step 0, "
-    "and only with --overwrite where the folder holds a run: what that run wrote is removed, but no shards. --new-data "
-    "goes on though `sora prep` added or removed clips since: optimizer, EMA and step stay, and an epoch of the clips "
-    "that are there now begins. --no-preflight leaves out the quick part of `sora preflight`: disk, GPU memory; of "
-    "several nodes versions, code, storage and clocks.",
-    "sample": "A file is named after its prompt and seed. Made again with the same settings it is replaced; with other "
-    "settings, or of a prompt that differs only in case or punctuation, it gets another name (-2, -3, …). samples.json "
-    "says what made each.",
-    "export": "OUT is a new folder. `LattePipeline.from_pretrained(OUT)` reads it, as its README.md shows, and so do "
-    "`sora sample OUT` and `model.init_from: OUT`. A pipeline holds factorised models of DDPM that predict epsilon "
-    "and have nothing that diffusers' Latte lacks: what is in the way is named, all at once; --weights_only holds any.",
-    "eval": "Compares with the clips that data.holdout_fraction kept from training. Prints a table, or JSON with "
-    "--json, and writes eval.json. Of the quickstart's clips the judge also says how many samples show their captions.",
-}
-"""What the help of a verb says beyond its sentence."""
-READS = {
-    "prep": ("name", "data", "selection", "prep", "codec", "cluster.address", "model.patch", "train.batch_size",
-             "train.steps"),
-    "download": ("codec", "model.init_from"),
-}  # fmt: skip
-"""Sections and keys that the help of a verb shows, where it is not the whole recipe."""
-EXAMPLES = {
-    "eval": "runs/quickstart --json",
-    "preflight": "jobs/quickstart.yaml --plan",
-    "download": "jobs/real_clips.yaml --to /shared/models",
-    "prep": "jobs/real_clips.yaml --data.captions my/captions.csv --data.root my/videos",
-    "inspect": "runs/quickstart/shards --json",
-    "train": "jobs/quickstart.yaml --name again --train.steps 40",
-    "sample": 'runs/quickstart --prompt "a blue square moving up"',
-    "export": "runs/my_run my_model",
-    "demo": "",
-    "bench": "train jobs/quickstart.yaml --workers 1 2",
-    "report": "runs/quickstart runs/again --out both.html",
-}
+"""Frames, or pixels on a side. The product of three still fits a tensor's size."""
 
 
-@dataclass(frozen=True)
+@options
 class DownloadOptions:
     """Where to."""
-
-    __pydantic_config__: ClassVar = {"use_attribute_docstrings": True}
 
     to: str = ""
     """Folder that all nodes share, for `codec.models`."""
 
 
-@dataclass(frozen=True)
+@options
 class PrepOptions:
     """Whether to encode."""
-
-    __pydantic_config__: ClassVar = {"use_attribute_docstrings": True}
 
     plan: bool = False
     """Open headers only, and print what encoding would give and cost."""
 
 
-@dataclass(frozen=True)
+@options
 class PreflightOptions:
     """Which checks, and of which GPU."""
-
-    __pydantic_config__: ClassVar = {"use_attribute_docstrings": True}
 
     plan: bool = False
     """Print memory, FLOPs and hours by the recipe alone, without a cluster."""
@@ -110,11 +43,9 @@ class PreflightOptions:
     """With --plan: share of the GPU's FLOP/s that training reaches; 0.35 if not given."""
 
 
-@dataclass(frozen=True)
+@options
 class TrainOptions:
     """How to begin."""
-
-    __pydantic_config__: ClassVar = {"use_attribute_docstrings": True}
 
     fresh: bool = False
     """Begin at step 0, not at the newest checkpoint."""
@@ -126,7 +57,7 @@ class TrainOptions:
     """Leave out the quick part of `sora preflight`."""
 
 
-@dataclass(frozen=True)
+@options
 class InspectOptions:
     """How to show the counts."""
 
@@ -142,7 +73,7 @@ class InspectOptions:
     """Folder of the source videos, where it is no longer the one they were encoded from."""
 
 
-@dataclass(frozen=True)
+@options
 class SampleOptions:
     """What to sample, and how. What is not given is as the run's `validation` has it, the size as it was trained."""
 
@@ -178,7 +109,7 @@ class SampleOptions:
     """Folder for the videos; `samples/prompts` in the run's folder if not given."""
 
 
-@dataclass(frozen=True)
+@options
 class ExportOptions:
     """What the folder is to hold."""
 
@@ -188,7 +119,7 @@ class ExportOptions:
     """The averaged weights (ema), or those that were trained (raw)."""
 
 
-@dataclass(frozen=True)
+@options
 class EvalOptions:
     """What to measure, and against what."""
 
@@ -212,7 +143,7 @@ class EvalOptions:
     """File for the JSON; `eval.json` in the run's folder if not given."""
 
 
-@dataclass(frozen=True)
+@options
 class ReportOptions:
     """Where the page goes."""
 
@@ -220,19 +151,130 @@ class ReportOptions:
     """File for the page; report.html in the run's folder if not given, or for several runs in the current one."""
 
 
+@dataclass(frozen=True)
+class Command:
+    """One command of `sora`."""
+
+    takes: str
+    """Its words besides flags, such as RECIPE."""
+    does: str
+    """One sentence for the list of commands."""
+    example: str
+    options: type = object
+    """Flags that are not keys of a recipe."""
+    more: str = ""
+    """What its help says beyond the sentence."""
+    reads: tuple[str, ...] = ()
+    """Sections and keys of the recipe that its help shows; all if empty."""
+
+
+COMMANDS = {
+    "download": Command(
+        "RECIPE",
+        "Downloads the recipe's VAE and text encoder to a folder that all nodes share (--to DIR).",
+        "jobs/real_clips.yaml --to /shared/models",
+        DownloadOptions,
+        reads=("codec", "model.init_from"),
+    ),
+    "prep": Command(
+        "RECIPE",
+        "Encodes videos and captions into Parquet shards, only what is missing. --plan: what it would cost.",
+        "jobs/real_clips.yaml --data.captions my/captions.csv --data.root my/videos",
+        PrepOptions,
+        reads=(
+            "name",
+            "data",
+            "selection",
+            "prep",
+            "codec",
+            "cluster.address",
+            "model.patch",
+            "train.batch_size",
+            "train.steps",
+        ),
+    ),
+    "inspect": Command(
+        "SHARDS",
+        "Counts the clips in shards, and those that were skipped by reason; --html OUT shows clips.",
+        "runs/quickstart/shards --json",
+        InspectOptions,
+    ),
+    "preflight": Command(
+        "RECIPE",
+        "Checks cluster, storage, shards, memory and network before a run. --plan: memory and hours, no cluster.",
+        "jobs/quickstart.yaml --plan",
+        PreflightOptions,
+        "Exits with 1 if a check failed; each failure says what to do. --plan prints the bytes of a GPU by ZeRO stage "
+        "and workers, the largest micro-batch, FLOPs and hours. --memory 80 (10⁹ bytes of a GPU), --gpu H100 and "
+        "--mfu 0.35 (the share of its FLOP/s that training reaches) choose the GPU.",
+    ),
+    "train": Command(
+        "RECIPE",
+        "Trains on shards and resumes from the newest checkpoint. --fresh: starts at step 0.",
+        "jobs/quickstart.yaml --name again --train.steps 40",
+        TrainOptions,
+        "SIGTERM, Ctrl-C, a closed terminal, or a file named `leave` in the run's folder stops a run: it saves a "
+        "checkpoint and exits with 75, and the same command resumes. A second signal stops it at once. --fresh starts "
+        "at step 0; if the folder holds a run, it also needs --overwrite, which removes what that run wrote except "
+        "shards. --new-data resumes although `sora prep` added or removed clips since: optimizer, EMA and step stay, "
+        "and a new epoch of the present clips begins. --no-preflight skips the quick part of `sora preflight`: disk "
+        "and GPU memory; on several nodes also versions, code, storage and clocks.",
+    ),
+    "sample": Command(
+        "RUN",
+        "Makes videos of prompts with a run's newest checkpoint, a checkpoint, or an export.",
+        'runs/quickstart --prompt "a blue square moving up"',
+        SampleOptions,
+        "A file is named after its prompt and seed. The same settings replace it; other settings, or a prompt that "
+        "differs only in case or punctuation, get another name (-2, -3, …). samples.json says what made each file.",
+    ),
+    "export": Command(
+        "RUN OUT",
+        "Writes a run's model as a LattePipeline of diffusers, or --weights_only.",
+        "runs/my_run my_model",
+        ExportOptions,
+        "OUT is a new folder. `LattePipeline.from_pretrained(OUT)` reads it, as its README.md shows, and so do "
+        "`sora sample OUT` and `model.init_from: OUT`. A pipeline holds factorised DDPM models that predict epsilon "
+        "and use nothing that diffusers' Latte lacks; every obstacle is named at once. --weights_only works for any.",
+    ),
+    "eval": Command(
+        "RUN",
+        "Measures a model: held-out loss, Fréchet video distance, similarity of samples to their prompts.",
+        "runs/quickstart --json",
+        EvalOptions,
+        "Compares with the clips that data.holdout_fraction excludes from training. Prints a table, or JSON with "
+        "--json, and writes eval.json. For the quickstart's clips it also measures how many samples show their "
+        "captions.",
+    ),
+    "demo": Command("", "Runs everything on clips of moving shapes, in minutes: prep, train, sample, report.", ""),
+    "bench": Command(
+        "WHAT",
+        "Measures the speed of model, data, prep, train, checkpoint, validate or all.",
+        "train jobs/quickstart.yaml --workers 1 2",
+    ),
+    "report": Command(
+        "RUN …",
+        "Writes one HTML page: curves, playing samples, events; several runs side by side.",
+        "runs/quickstart runs/again --out both.html",
+        ReportOptions,
+        "The page contains everything, videos too, and opens from disk. Each validation rewrites its run's page.",
+    ),
+}
+
+
 def usage() -> str:
-    """The verbs with a sentence each, and an example."""
-    verbs = "\n".join(f"  {f'{verb} {what}':17}  {sentence}" for verb, (what, sentence) in VERBS.items())
+    """The text of `sora --help`."""
+    commands = "\n".join(f"  {f'{name} {command.takes}':17}  {command.does}" for name, command in COMMANDS.items())
     return f"""\
-usage: sora VERB RECIPE [--section.key value …]
+usage: sora COMMAND RECIPE [--section.key value …]
 
 Trains text-to-video diffusion transformers: a folder of videos and a CSV of captions go in, a model comes out.
-A recipe is a YAML file; any of its keys is a flag too.
+A recipe is a YAML file. Each of its keys is also a flag. --quiet shows warnings and results only, --verbose more.
 
-{verbs}
+{commands}
 
   sora demo
-  sora train {EXAMPLES["train"]}
-  sora sample {EXAMPLES["sample"]}
+  sora train {COMMANDS["train"].example}
+  sora sample {COMMANDS["sample"].example}
 
-sora VERB --help shows every key with its meaning; sora VERB RECIPE --help, what that recipe sets."""
+sora COMMAND --help explains every flag; sora COMMAND RECIPE --help shows what that recipe sets."""

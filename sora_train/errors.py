@@ -5,15 +5,27 @@ import unicodedata
 
 
 class UserError(ValueError):
-    """Something outside the code is wrong: a file, a folder, a URI. The message says what, where and what to do."""
+    """A file, a folder, a machine or a service is wrong. The message says what, where, and what to do.
+
+    `code` is a short name of the kind of error, which stays while wording changes: tests and scripts match it.
+    """
+
+    code = "failed"
+
+    def __init__(self, message: str = "", code: str = "") -> None:
+        super().__init__(message)
+        if code:
+            self.code = code
 
 
 class RecipeError(UserError):
-    """The recipe or a flag is wrong. The message names the key, the value and the choices."""
+    """The recipe or a flag is wrong. The message names the key, its value, and the choices."""
+
+    code = "recipe"
 
 
-class Stopped(Exception):  # noqa: N818  not an error
-    """The run stopped because it was asked to; the same command resumes it. The message says at which step."""
+class Stopped(Exception):  # noqa: N818  not a failure
+    """The run was asked to stop and did. The same command resumes it. The message says at which step."""
 
 
 def one_line(text: str) -> str:

@@ -23,7 +23,6 @@ from sora_train.errors import RecipeError
 from sora_train.log import log
 
 S = TypeVar("S")
-TRUTHS = ("true", "false", "yes", "no", "on", "off", "1", "0")
 
 
 def build(section: type[S], settings: Mapping[str, Any], overrides: Mapping[str, object], where: str) -> S:
@@ -113,14 +112,16 @@ def is_section(hint: Any) -> bool:
     return isinstance(hint, type) and (issubclass(hint, BaseModel) or dataclasses.is_dataclass(hint))
 
 
-def nearest(key: str, known: Sequence[str]) -> str:
-    """What somebody who wrote `key` may have meant, as the end of a sentence: the same name elsewhere, what other
-    trainers call so, a name with these words in it, or one with a slip of the fingers; nothing that only looks alike.
+def suggest(key: str, known: Sequence[str]) -> str:
+    """Suggests known keys for an unknown one, as the end of a sentence.
+
+    In this order: the same name in another section, a synonym that other trainers use, a name that contains these
+    words, a name with a typing error.
     """
     section, _, last = key.replace("-", "_").rpartition(".")
     here = [name for name in known if name.rpartition(".")[0] == section] or list(known)
     names = {name: name.rpartition(".")[2] for name in known}
-    meant = [name for target in MEANT.get(last.lower(), ()) for name in (target, target.rpartition(".")[2])]
+    meant = [name for target in SYNONYMS.get(last.lower(), ()) for name in (target, target.rpartition(".")[2])]
     words = set(last.lower().split("_"))
     found = (
         [name for name in known if names[name] == last]
@@ -134,7 +135,7 @@ def nearest(key: str, known: Sequence[str]) -> str:
     return f"known are {', '.join(inside or dict.fromkeys(name.partition('.')[0] for name in known))}"
 
 
-MEANT = {
+SYNONYMS = {
     "lr": ("train.learning_rate",),
     "epochs": ("train.steps",),
     "num_epochs": ("train.steps",),
@@ -179,7 +180,7 @@ MEANT = {
     "num_layers": ("model.depth",),
     "num_heads": ("model.heads",),
 }
-"""What other trainers call a key, and ours. An option that is no key is named as the key's last part."""
+"""Other trainers' names for a key, and ours. An option that is not a key of the recipe has the key's last part."""
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -249,7 +250,7 @@ def _explain(detail: Mapping[str, Any], section: type, overrides: Mapping[str, o
     source = _source(key, overrides, where)
     kind, got = detail["type"], detail["input"]
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{source} is no known key; {nearest(key, [name for name, _ in keys(section)])}"
+        return f"{source} is no known key; {suggest(key, [name for name, _ in keys(section)])}"
     if kind == "literal_error":
         return f"{source} is {got!r}; choices: {detail['ctx']['expected']}"
     if kind == "value_error":  # a section's own check, whose sentence names its keys
@@ -258,69 +259,3 @@ def _explain(detail: Mapping[str, Any], section: type, overrides: Mapping[str, o
     if kind in ("model_type", "dataclass_type", "model_attributes_type", "dict_type"):
         message = "it is a section and takes keys of its own"
     return f"{source} is {got!r}; {message}"
-
-
-def parse_flags(words: Sequence[str], *sections: type) -> tuple[dict[str, object], list[str]]:
-    """`--section.key value …`, with dashes or underscores or `=`, to dotted overrides; and the words of no flag.
-
-    A list takes every word up to the next flag, and more when its flag is repeated; what is one number or several
-    (`cluster.workers`) takes every number; a truth value needs no word to be true. A word with a blank in it, such as
-    a prompt, is no flag. Raises RecipeError for a key of none of the sections, or a missing value.
-    """
-    known = {key: hint for section in sections for key, hint in keys(section)}
-    overrides: dict[str, Any] = {}
-    rest: list[str] = []
-    queue = list(words)
-    while queue:
-        word = queue.pop(0)
-        if not _is_flag(word):
-            rest.append(word)
-            continue
-        key, has_value, value = word[2:].partition("=")
-        section, dot, name = key.replace("-", "_").rpartition(".")
-        key = section + dot + RENAMED.get(name, name)
-        hint = _type_of(key, known)
-        if hint is None:
-            if typing.get_origin(known.get(key)) is dict:
-                raise RecipeError(f"--{key} takes keys of its own, such as --{key}.KEY VALUE")
-            raise RecipeError(f"--{key} is no known key; {nearest(key, list(known))}")
-        takes_many = typing.get_origin(hint) in (tuple, list)
-        takes_more = not takes_many and any(typing.get_origin(form) is tuple for form in typing.get_args(hint))
-        values = [value] if has_value else []
-        while not has_value and queue and not _is_flag(queue[0]):
-            if values and not takes_many and not (takes_more and queue[0].replace(".", "", 1).isdigit()):
-                break
-            if hint is bool and queue[0].lower() not in TRUTHS:
-                break
-            values.append(queue.pop(0))
-        if hint is bool and not values:
-            values = ["true"]
-        if not values and not takes_many:
-            hint = f": --{key}=VALUE, if it begins with --" if queue else ""
-            raise RecipeError(f"--{key} needs a value{hint}")
-        if typing.get_origin(hint) is typing.Literal:  # pydantic takes 3 for a choice of numbers, but not "3"
-            choices = {str(choice): choice for choice in typing.get_args(hint)}
-            values = [choices.get(value, value) for value in values]
-        if takes_many:
-            overrides[key] = [*overrides.get(key, []), *values]
-        else:
-            overrides[key] = values if len(values) > 1 else values[0]
-    return overrides, rest
-
-
-def _is_flag(word: str) -> bool:
-    """Whether a word is a flag: `--key` or `--key=value`; a text that begins with -- has a blank in it."""
-    return word.startswith("--") and not any(map(str.isspace, word.partition("=")[0]))
-
-
-def _type_of(key: str, known: Mapping[str, Any]) -> Any:
-    """The type of a dotted key; for an entry of a mapping (`validation.resources.GPU`) the type of its values, which
-    may be mappings again where that is `Any` (`train.deepspeed.zero_optimization.overlap_comm`).
-    """
-    if key in known:
-        return None if typing.get_origin(known[key]) is dict else known[key]
-    section, _, last = key.rpartition(".")
-    hint = known.get(section)
-    if typing.get_origin(hint) is dict and last:
-        return typing.get_args(hint)[1]
-    return Any if section and _type_of(section, known) is Any else None

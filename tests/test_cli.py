@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from sora_train import cli
-from sora_train.commands import READS
+from sora_train.commands import COMMANDS
 from sora_train.errors import RecipeError, Stopped, UserError
+from sora_train.log import log
 from sora_train.recipe import Recipe
 from sora_train.settings import keys
 
@@ -24,14 +25,14 @@ def test_sora_alone_lists_every_verb_and_an_example() -> None:
     for words in ((), ("--help",)):
         done = sora(*words)
         assert done.returncode == 0
-        assert all(f"\n  {verb} " in done.stdout for verb in cli.VERBS)
+        assert all(f"\n  {verb} " in done.stdout for verb in COMMANDS)
         assert "sora train jobs/quickstart.yaml" in done.stdout
 
 
 def test_help_is_quick_because_it_imports_neither_torch_nor_ray() -> None:
     program = (
         "import sys; from sora_train import cli; cli.main(['--help']); "
-        "sys.exit(any(name in sys.modules for name in ('torch', 'ray', 'tyro')))"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'ray')))"
     )
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
@@ -39,14 +40,14 @@ def test_help_is_quick_because_it_imports_neither_torch_nor_ray() -> None:
     assert time.monotonic() - start < 10
 
 
-@pytest.mark.parametrize("verb", cli.VERBS)
+@pytest.mark.parametrize("verb", COMMANDS)
 def test_the_help_of_a_verb_needs_no_recipe(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         cli.main([verb, "--help"])
     assert left.value.code == 0
     said = capsys.readouterr().out
     assert f"usage: sora {verb}" in said
-    assert " ".join(cli.VERBS[verb][1].split()[:4]) in said
+    assert " ".join(COMMANDS[verb].does.split()[:4]) in said
 
 
 def test_the_help_of_a_recipe_shows_what_it_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,14 +90,14 @@ def test_the_help_of_prep_shows_what_prep_reads(capsys: pytest.CaptureFixture[st
 
 def test_every_key_that_a_verb_shows_is_a_key() -> None:
     known = [key for key, _ in keys(Recipe)]
-    for shown in READS.values():
-        assert all(any(key == name or key.startswith(f"{name}.") for key in known) for name in shown)
+    for command in COMMANDS.values():
+        assert all(any(f"{key}.".startswith(f"{name}.") for key in known) for name in command.reads)
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["dance"], "the verbs are download, prep, inspect, preflight, train"),
+        (["dance"], "the commands are download, prep, inspect, preflight, train"),
         (["train"], "RECIPE is missing: sora train jobs/quickstart.yaml"),
         (["train", "a.yaml", "b.yaml"], "takes one RECIPE"),
         (["train", "RECIPE", "--train.stpes", "3"], "--train.stpes is no known key; did you mean train.steps?"),
@@ -169,3 +170,11 @@ def test_exit_codes_tell_failures_apart(monkeypatch: pytest.MonkeyPatch, capsys:
         monkeypatch.setattr(cli, "run", fail)
         assert cli.main(["train", "x"]) == code
         assert says in capsys.readouterr().err
+
+
+def test_quiet_leaves_results_and_warnings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(cli, "run", lambda *_: (log.info("progress"), print("result"), log.warning("careful")))
+    assert cli.main(["inspect", "--quiet", "shards"]) == 0
+    assert capsys.readouterr() == ("result\n", "warning: careful\n")
+    assert cli.main(["inspect", "shards"]) == 0
+    assert capsys.readouterr().out == "progress\nresult\n"

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from sora_train.commands import SampleOptions
 from sora_train.errors import RecipeError
+from sora_train.flags import parse_flags
 from sora_train.recipe import Recipe, load_recipe, save_recipe
-from sora_train.settings import MEANT, build, keys, nearest, parse_flags
+from sora_train.settings import SYNONYMS, build, keys, suggest
 
 JOBS = sorted((Path(__file__).parents[1] / "jobs").glob("*.yaml"))
 
@@ -187,10 +188,10 @@ def test_a_near_miss_is_named_by_meaning_or_not_at_all() -> None:
         "model.hidden_size": "model.width",
         "train.batchsize": "train.batch_size",
     }.items():
-        assert nearest(key, known) == f"did you mean {meant}?"
+        assert suggest(key, known) == f"did you mean {meant}?"
     for key in ("model.lora_rank", "train.fsdp", "data.num_shards"):
-        assert nearest(key, known).startswith(f"known are {key.partition('.')[0]}.")
-    assert {name for names in MEANT.values() for name in names} - {"out"} <= set(known)
+        assert suggest(key, known).startswith(f"known are {key.partition('.')[0]}.")
+    assert {name for names in SYNONYMS.values() for name in names} - {"out"} <= set(known)
 
 
 def test_a_text_that_begins_with_dashes_is_no_flag() -> None:

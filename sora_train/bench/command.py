@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from sora_train.bench.core import Flags, log
-from sora_train.commands import VERBS
+from sora_train.commands import COMMANDS
 from sora_train.errors import RecipeError, UserError
 
 BENCHES = {
@@ -41,7 +41,7 @@ def usage() -> str:
     return f"""\
 usage: sora bench WHAT [RECIPE] [flags]
 
-{VERBS["bench"][1]} After a warm-up, variants run in alternation (A B A B …). Prints tables as
+{COMMANDS["bench"].does} After a warm-up, variants run in alternation (A B A B …). Prints tables as
 Markdown with the median, minimum and maximum, and appends them with command, commit, versions and hardware as JSON
 lines to runs/bench.jsonl (--out). Exits with 1 if any part failed.
 

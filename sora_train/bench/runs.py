@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from sora_train.errors import RecipeError, UserError
+from sora_train.flags import parse_flags
 from sora_train.recipe import Recipe, load_recipe
-from sora_train.settings import parse_flags
 
 
 def recipe_in(words: Sequence[str], bench: str) -> Recipe:

@@ -9,7 +9,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from sora_train.settings import parse_flags
+from sora_train.flags import parse_flags
 from tests.cluster.kuberay_schema import KINDS, pod_templates
 
 FOLDER = Path(__file__).parents[2] / "cluster/kuberay"

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sora_train.commands import VERBS
+from sora_train.commands import COMMANDS
+from sora_train.flags import parse_flags
 from sora_train.launch.preflight.verdicts import check_batch
 from sora_train.recipe import Recipe, load_recipe
-from sora_train.settings import parse_flags
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("cluster/README.md", "cluster/slurm.sbatch", "README.md", "SECURITY.md")
@@ -36,7 +36,7 @@ def typed(page: str) -> Iterator[list[str]]:
 def judge(words: list[str]) -> None:
     """AssertionError or RecipeError where a command could not be meant."""
     sora, verb, *rest = words
-    assert (sora, verb in VERBS) == ("sora", True), words
+    assert (sora, verb in COMMANDS) == ("sora", True), words
     rest = [word for word in rest if word not in ("--fresh", "--plan")]
     if verb == "download":
         rest = rest[: rest.index("--to")]

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from sora_train.flags import parse_flags
 from sora_train.model.latte import Latte
 from sora_train.recipe import PIXELS_PER_LATENT, Recipe, load_recipe
-from sora_train.settings import parse_flags
 
 ROOT = Path(__file__).parents[2]
 JOBS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "jobs").glob("*.yaml"))
