@@ -1,4 +1,4 @@
-"""The videos of a page: in it as base64 as far as they are not too many, beside it for the rest."""
+"""The videos of a page: embedded as base64 up to a total size, linked beyond it."""
 
 from __future__ import annotations
 
@@ -7,48 +7,44 @@ import io
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 from markupsafe import Markup
 
-from sora_train.report.read import RunRecord
-from sora_train.report.samples import Clip, Samples
+from sora_train.report.read import Clip, RunRecord, Samples
 
-INLINE_ALL = 200_000_000  # bytes of videos in one page: a browser still opens it in seconds
-SHEET_BYTES = 250_000  # larger sheets are compressed anew
-MOST_CLIPS = 200  # of a folder that is no validation's
+MAX_EMBEDDED = 200_000_000  # bytes of videos in one page, which a browser still opens in seconds
+SHEET_BYTES = 250_000  # larger sheets are compressed again
+MAX_CLIPS = 200  # of a folder that is not a validation's
 
 Key = tuple[str, int | None, int]
-"""Prompt, seed, and which one of the same prompt and seed it is."""
+"""Prompt, seed, and a counter of clips with the same prompt and seed."""
 
 
-class Shelf:
-    """Numbers the clips that a page shows; those put first are in the page, the newest ought to be."""
+class MediaIndex:
+    """Numbers the clips of a page. Those added first are embedded, so the newest should be."""
 
     def __init__(self, page: Path) -> None:
         self.folder = page.absolute().parent
-        self.left = INLINE_ALL
+        self.left = MAX_EMBEDDED
         self.clips: list[tuple[Clip, bool]] = []
 
-    def put(self, clip: Clip) -> int:
-        inside = clip.size <= self.left
-        self.left -= clip.size if inside else 0
-        self.clips.append((clip, inside))
+    def add(self, clip: Clip) -> int:
+        embedded = clip.size <= self.left
+        self.left -= clip.size if embedded else 0
+        self.clips.append((clip, embedded))
         return len(self.clips) - 1
 
     @property
     def linked(self) -> int:
-        return sum(not inside for _, inside in self.clips)
+        return sum(not embedded for _, embedded in self.clips)
 
     def __iter__(self) -> Iterator[tuple[int, str, Markup]]:
-        """Number, relative address, base64 of each clip: one of the two is empty. Read as the page is written.
-
-        A clip that has gone since has neither.
-        """
-        for number, (clip, inside) in enumerate(self.clips):
-            if not inside:
+        """Number, relative link and base64 of each clip, one of the two empty; both if the file is gone."""
+        for number, (clip, embedded) in enumerate(self.clips):
+            if not embedded:
                 yield number, quote(Path(os.path.relpath(clip.path.absolute(), self.folder)).as_posix()), Markup("")
                 continue
             try:
@@ -60,7 +56,7 @@ class Shelf:
 
 @dataclass
 class Cell:
-    """What one run shows for one prompt: by position of the slider the number of a video, and the step it is of."""
+    """What one run shows for one prompt: the number of a video and its step, by position of the slider."""
 
     run: int
     numbers: list[int | None]
@@ -69,43 +65,40 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """Prompts × steps: `rows` are prompts with a cell for every run that has videos of it, `steps` are where the slider
-    stops.
-    """
+    """Prompts x steps: `rows` are prompts with a cell for every run that has them, `steps` the slider's positions."""
 
     steps: list[int]
     rows: list[tuple[str, list[Cell]]]
-    videos: int = field(default=0)
+    videos: int
 
 
-def make_grid(runs: Sequence[RunRecord], shelf: Shelf) -> Grid:
-    """The validations of all runs. Prompts are in the order of the newest; one that has gone from it comes after.
+def make_grid(runs: Sequence[RunRecord], media: MediaIndex) -> Grid:
+    """The validations of all runs. Prompts that most runs have come first, then those of the newest validation.
 
-    Several runs may have validated at different steps: each shows the newest that it has at the slider's step. Prompts
-    that more runs have come first.
+    Each of several runs shows its newest video at or before the slider's step, since they may validate at other steps.
     """
     numbers: dict[Key, dict[tuple[int, int], int]] = {}
-    shown = [(one.step, i, one) for i, run in enumerate(runs) for one in run.samples if one.step is not None]
-    for step, i, samples in sorted(shown, key=lambda entry: (-entry[0], entry[1])):
+    found = [(one.step, i, one) for i, run in enumerate(runs) for one in run.samples if one.step is not None]
+    for step, i, samples in sorted(found, key=lambda entry: (-entry[0], entry[1])):
         for key, clip in keyed(samples):
-            numbers.setdefault(key, {})[i, step] = shelf.put(clip)
+            numbers.setdefault(key, {})[i, step] = media.add(clip)
     steps = sorted({step for videos in numbers.values() for _, step in videos})
     seeds = {prompt: len({seed for at, seed, _ in numbers if at == prompt}) for prompt, _, _ in numbers}
     rows = []
     for (prompt, seed, _), videos in numbers.items():
         cells = []
         for i in range(len(runs)):
-            there = [step if (i, step) in videos else None for step in steps]
-            there = fill(there) if len(runs) > 1 else there
-            if len(runs) == 1 or any(step is not None for step in there):  # a run with other prompts has no empty tile
-                cells.append(Cell(i, [None if step is None else videos[i, step] for step in there], there))
+            shown = [step if (i, step) in videos else None for step in steps]
+            shown = fill(shown) if len(runs) > 1 else shown
+            if any(step is not None for step in shown):
+                cells.append(Cell(i, [None if step is None else videos[i, step] for step in shown], shown))
         rows.append((prompt + (f" (seed {seed})" if seeds[prompt] > 1 else ""), cells))
     rows.sort(key=lambda row: -len(row[1]))
     return Grid(steps, rows, sum(map(len, numbers.values())))
 
 
 def keyed(samples: Samples) -> Iterator[tuple[Key, Clip]]:
-    """A folder's clips by what tells them apart from step to step."""
+    """A folder's clips by what identifies them from step to step."""
     seen: Counter[tuple[str, int | None]] = Counter()
     for clip in samples.clips:
         same = (clip.prompt, clip.seed)
@@ -114,29 +107,25 @@ def keyed(samples: Samples) -> Iterator[tuple[Key, Clip]]:
 
 
 def fill(steps: list[int | None]) -> list[int | None]:
-    """The last step that is there, at every position: [None, 2, None] becomes [None, 2, 2]."""
-    last, filled = None, []
+    """The last value at every position: [None, 2, None] becomes [None, 2, 2]."""
+    filled: list[int | None] = []
     for step in steps:
-        last = last if step is None else step
-        filled.append(last)
+        filled.append(step if step is not None or not filled else filled[-1])
     return filled
 
 
 def sheet_address(sheet: Path | None) -> str:
-    """A contact sheet as a `data:` address, a large one compressed; empty where it can't be read."""
-    if sheet is None:
-        return ""
+    """A contact sheet as a `data:` address, compressed if large; empty if it can't be read."""
     from PIL import Image
 
     try:
-        content = sheet.read_bytes()
-        kind = "png"
+        content, kind = sheet.read_bytes() if sheet else b"", "png"
         if len(content) > SHEET_BYTES:
             with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
                 image.thumbnail((1700, 2400))
                 buffer = io.BytesIO()
                 image.convert("RGB").save(buffer, "WEBP", quality=80)
             content, kind = buffer.getvalue(), "webp"
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow raises at a damaged picture
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # a damaged image
         return ""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}" if content else ""

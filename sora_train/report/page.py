@@ -1,13 +1,14 @@
-"""The page itself: what was read, put into the template. Everything is escaped; captions are anybody's text."""
+"""Renders the page from a template. All text is escaped, since captions are untrusted."""
 
 from __future__ import annotations
 
 import base64
 import datetime
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib import resources
+from itertools import islice
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
@@ -15,48 +16,58 @@ from markupsafe import Markup
 
 from sora_train.errors import UserError, one_line
 from sora_train.log import log
-from sora_train.report import events as happened
 from sora_train.report.charts import RUNS
 from sora_train.report.curves import chart_groups
-from sora_train.report.differences import differing, leaves
-from sora_train.report.media import MOST_CLIPS, Shelf, make_grid, sheet_address
+from sora_train.report.events import all_rows, problems, state_of
+from sora_train.report.media import MAX_CLIPS, MediaIndex, make_grid, sheet_address
 from sora_train.report.read import RunRecord, is_number, read_run
+from sora_train.settings import flatten
 from sora_train.storage import atomic_file
 
-MOST_FLAWS = 20  # files of a run; more would hide the rest of the page
+MAX_FLAWS = 20  # more would hide the rest of the page
+MAX_KEYS = 2000  # of a recipe, which has two hundred
+FACTS = (
+    ("loss", "training loss", ".4f"),
+    ("holdout_loss", "held-out loss", ".4f"),
+    ("fvd", "FVD", ",.0f"),
+    ("similarity", "similarity to the prompt", ".3f"),
+    ("samples_per_s", "clips per second", ",.1f"),
+)
 
 
 def write_report(*runs: str | Path, out: str | Path | None = None) -> Path:
     """Writes one page about a run, or one that compares several, and returns its path.
 
-    Into `out`; else into RUN/report.html, or for several into report.html in the current folder. A page is there whole
-    or not at all, also when two processes write it. It says, as stderr does, which files were not readable. Raises
-    UserError for a folder that is no run, and where the page can't be written.
+    The path is `out`, or RUN/report.html, or for several runs report.html in the current folder. Writing is atomic.
+    Files that could not be read are named on the page and on stderr. UserError if a folder is not a run, or if the
+    page can't be written.
     """
     if not runs:
-        raise UserError("no run to report on; name the folder that `sora train` made (train.output/name)")
-    records = with_names([read_run(run) for run in runs])
+        raise UserError("no run to report on. Name the folder that `sora train` made (train.output/name)")
+    records = with_unique_names([read_run(run) for run in runs])
     for run in records:
-        for line in not_readable(run, run.folder):
+        for line in unreadable(run, run.folder):
             log.warning(line)
     beside = records[0].folder if len(records) == 1 else Path()
     page = Path(out).expanduser() if out is not None else beside / "report.html"
     if page.is_dir():
-        raise UserError(f"{page} is a folder; name a file for the page, such as {page / 'report.html'}")
+        raise UserError(f"{page} is a folder. Name a file for the page, such as {page / 'report.html'}")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    shelf = Shelf(page)
-    parts = environment.from_string(asset("page.html")).generate(**contents(records, shelf))
+    media = MediaIndex(page)
+    parts = environment.from_string(asset("page.html")).generate(**contents(records, media))
     try:
         with atomic_file(page) as draft, draft.open("w", encoding="utf-8", errors="replace") as file:
             file.writelines(parts)
     except OSError as error:
-        raise UserError(f"{page} can't be written ({error.strerror or error}); name another file with --out") from error
+        raise UserError(
+            f"{page} can't be written ({error.strerror or error}). Choose another file with --out"
+        ) from error
     return page
 
 
-def contents(records: Sequence[RunRecord], shelf: Shelf) -> dict:
+def contents(records: Sequence[RunRecord], media: MediaIndex) -> dict:
     """The template's variables."""
-    grid = make_grid(records, shelf)
+    grid = make_grid(records, media)
     only = records[0] if len(records) == 1 else None
     script = asset("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -65,14 +76,14 @@ def contents(records: Sequence[RunRecord], shelf: Shelf) -> dict:
     return {
         "title": only.name if only else " · ".join(run.name for run in records)[:300],
         "only": only,
-        "runs": [one_run(run, RUNS[i % len(RUNS)]) for i, run in enumerate(records)],
+        "runs": [run_entry(run, RUNS[i % len(RUNS)]) for i, run in enumerate(records)],
         "grid": grid,
         "folders": [
             {
                 "title": samples.title if only else f"{run.name}: {samples.title}",
                 "sheet": sheet_address(samples.sheet),
-                "clips": [(shelf.put(clip), clip.prompt) for clip in samples.clips[:MOST_CLIPS]],
-                "left_out": max(0, len(samples.clips) - MOST_CLIPS),
+                "clips": [(media.add(clip), clip.prompt) for clip in samples.clips[:MAX_CLIPS]],
+                "left_out": max(0, len(samples.clips) - MAX_CLIPS),
             }
             for run, samples in others[:12]
         ],
@@ -82,13 +93,13 @@ def contents(records: Sequence[RunRecord], shelf: Shelf) -> dict:
             for samples in found
             if (address := sheet_address(samples.sheet))
         ],
-        "shape": shape_of(records[0]),
+        "shape": aspect_ratio(records[0]),
         "obedience": [(run.name, obedience_rows(run.obedience)) for run in records if run.obedience],
         "groups": chart_groups(records),
-        "recipe_differs": [] if only else differing([run.settings for run in records]),
-        "environment_differs": [] if only else differing([run.environment for run in records]),
+        "recipe_differs": [] if only else differences([run.settings for run in records]),
+        "environment_differs": [] if only else differences([run.environment for run in records]),
         "written": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "shelf": shelf,
+        "media": media,
         "style": Markup(style_sheet()),
         "script": Markup(script),
         "policy": f"default-src 'none'; img-src data:; media-src blob: 'self' file:; style-src 'unsafe-inline'; "
@@ -96,21 +107,21 @@ def contents(records: Sequence[RunRecord], shelf: Shelf) -> dict:
     }
 
 
-def one_run(run: RunRecord, colour: str) -> dict:
-    """What the page says of one run in words and figures."""
+def run_entry(run: RunRecord, colour: str) -> dict:
+    """What the page says about one run."""
     loss = run.curves.get("loss")
-    none_yet = None if run.folder / "metrics.jsonl" in run.flaws else 0  # steps that can't be read are not none
-    step, steps = int(loss[-1, 0]) if loss is not None else none_yet, run.setting("train", "steps")
+    unknown = None if run.folder / "metrics.jsonl" in run.flaws else 0
+    step, steps = int(loss[-1, 0]) if loss is not None else unknown, run.setting("train", "steps")
     return {
         "name": run.name,
         "folder": str(run.folder),
         "colour": colour,
-        "state": happened.state_of(run.events, whole=run.folder / "events.jsonl" not in run.flaws),
+        "state": state_of(run.events, complete=run.folder / "events.jsonl" not in run.flaws),
         "done": min(1.0, step / steps) if step is not None and is_number(steps) and steps > 0 else None,
-        "flaws": not_readable(run, Path()),
+        "flaws": unreadable(run, Path()),
         "facts": facts(run, step, steps),
-        "trouble": happened.trouble(run.events),
-        "events": happened.all_rows(run.events),
+        "problems": problems(run.events),
+        "events": all_rows(run.events),
         "events_in_all": len(run.events),
         "recipe": run.recipe,
         "environment": list(leaves(run.environment)),
@@ -118,21 +129,11 @@ def one_run(run: RunRecord, colour: str) -> dict:
 
 
 def facts(run: RunRecord, step: int | None, steps: object) -> list[tuple[str, str]]:
-    """The few figures at the top, as far as they are known."""
-    found = []
-    if step is not None:
-        found.append(("step", f"{step:,} of {steps:,}" if is_number(steps) else f"{step:,}"))
-    for key, title, form in (
-        ("loss", "training loss", ".4f"),
-        ("holdout_loss", "held-out loss", ".4f"),
-        ("fvd", "FVD", ",.0f"),
-        ("similarity", "likeness to the prompt", ".3f"),
-        ("samples_per_s", "clips per second", ",.1f"),
-    ):
-        if key in run.curves:
-            found.append((title, format(run.curves[key][-1, 1], form)))
+    """The few values at the top, as far as they are known."""
+    found = [] if step is None else [("step", f"{step:,} of {steps:,}" if is_number(steps) else f"{step:,}")]
+    found += [(title, format(run.curves[key][-1, 1], form)) for key, title, form in FACTS if key in run.curves]
     if run.obedience and is_number(run.obedience.get("all")):
-        found.append(("captions obeyed in full", f"{run.obedience['all']:.0%}"))
+        found.append(("captions fully followed", f"{run.obedience['all']:.0%}"))
     workers = run.setting("cluster", "workers")
     if workers is not None:
         words = " to ".join(map(str, workers)) if isinstance(workers, list) else str(workers)
@@ -140,51 +141,53 @@ def facts(run: RunRecord, step: int | None, steps: object) -> list[tuple[str, st
     return [(what, one_line(value)[:60]) for what, value in found]
 
 
-def not_readable(run: RunRecord, where: Path) -> list[str]:
-    """A line for every file of a run that could not be read, named from `where` on; of very many, the first few."""
-    lines = [f"not readable: {where / path.relative_to(run.folder)} ({why})" for path, why in sorted(run.flaws.items())]
-    more = len(lines) - MOST_FLAWS
-    return [one_line(line) for line in lines[:MOST_FLAWS]] + (
-        [f"not readable: {more:,} more files"] if more > 0 else []
-    )
+def unreadable(run: RunRecord, root: Path) -> list[str]:
+    """One line for each file of a run that could not be read, with its path from `root`, at most `MAX_FLAWS`."""
+    lines = [f"not readable: {root / path.relative_to(run.folder)} ({why})" for path, why in sorted(run.flaws.items())]
+    more = [f"not readable: {len(lines) - MAX_FLAWS:,} more files"] if len(lines) > MAX_FLAWS else []
+    return [*map(one_line, lines[:MAX_FLAWS]), *more]
 
 
-def shape_of(run: RunRecord) -> str:
-    """Width / height of a run's videos, so that the page keeps room for them: CSS for `aspect-ratio`."""
+def aspect_ratio(run: RunRecord) -> str:
+    """The CSS `aspect-ratio` of a run's videos, so that the page reserves space for them."""
     height, width = run.setting("data", "height"), run.setting("data", "width")
-    fits = is_number(height) and is_number(width) and 0.1 < width / max(height, 1e-9) < 10
-    return f"{width:.0f} / {height:.0f}" if fits else "1 / 1"
+    known = is_number(height) and is_number(width) and 0.1 < width / max(height, 1e-9) < 10
+    return f"{width:.0f} / {height:.0f}" if known else "1 / 1"
 
 
-def obedience_rows(obedience: dict | None) -> list[tuple[str, list[str]]]:
-    """Rows of (which captions, shares of colour, direction, shape, all, and the number of clips)."""
-    if not obedience:
-        return []
-    rows = [
-        ("seen in training", obedience.get("seen")),
-        ("held out", obedience.get("held_out")),
-        ("together", obedience),
-    ]
-    names = ("colour", "direction", "shape", "all")
+def obedience_rows(obedience: dict) -> list[tuple[str, list[str]]]:
+    """Rows of prompt-following accuracy: captions, shares of colour, direction, shape and all, number of clips."""
 
     def cells(row: dict) -> list[str]:
-        shares = [f"{row[name]:.0%}" if is_number(row.get(name)) else "–" for name in names]
-        return [*shares, str(row.get("clips", "–"))[:20]]
+        shares = [row.get(name) for name in ("colour", "direction", "shape", "all")]
+        return [*(f"{share:.0%}" if is_number(share) else "–" for share in shares), str(row.get("clips", "–"))[:20]]
 
-    return [(title, cells(row)) for title, row in rows if isinstance(row, dict)]
+    rows = {"seen in training": obedience.get("seen"), "held out": obedience.get("held_out"), "together": obedience}
+    return [(title, cells(row)) for title, row in rows.items() if isinstance(row, dict)]
 
 
-def with_names(records: list[RunRecord]) -> list[RunRecord]:
-    """The runs under names that tell them apart: those that share one get their folder's, then a number."""
+def with_unique_names(records: list[RunRecord]) -> list[RunRecord]:
+    """The runs with unique names: equal ones become their folders', or get a number."""
     for name_of in (lambda run, i: run.folder.absolute().name, lambda run, i: f"{run.name} ({i + 1})"):
         names = [run.name for run in records]
-        if len(set(names)) == len(names):
-            break
-        records = [
-            replace(run, name=one_line(name_of(run, i))) if names.count(run.name) > 1 else run
-            for i, run in enumerate(records)
-        ]
+        records = [replace(run, name=one_line(name_of(run, i))) if names.count(run.name) > 1 else run
+                   for i, run in enumerate(records)]  # fmt: skip
     return records
+
+
+def differences(trees: Sequence[dict]) -> list[tuple[str, list[str]]]:
+    """The dotted keys whose values are not the same in all trees, with the values; a dash where a key is missing."""
+    flat = [dict(islice(leaves(tree), MAX_KEYS)) for tree in trees]
+    rows = [
+        (name, [one.get(name, "–") for one in flat]) for name in dict.fromkeys(name for one in flat for name in one)
+    ]
+    return [(name, values) for name, values in rows if len(set(values)) > 1]
+
+
+def leaves(tree: dict) -> Iterator[tuple[str, str]]:
+    """Dotted keys and values of nested mappings as text of limited length."""
+    for name, value in flatten(tree):
+        yield one_line(name[:200]), one_line(str(value)[:2000])
 
 
 def style_sheet() -> str:

@@ -216,7 +216,7 @@ def test_a_script_that_is_not_the_pages_own_is_refused(browser, page, tmp_path):
 
 
 def test_linked_videos_play_from_the_runs_folder(browser, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(media, "INLINE_ALL", 0)
+    monkeypatch.setattr(media, "MAX_EMBEDDED", 0)
     with Visit(browser, write_report(run, out=tmp_path / "page.html")) as visit:
         visit.wait(READY.format(4))
         visit.wait(PLAYING)
@@ -226,7 +226,7 @@ def test_linked_videos_play_from_the_runs_folder(browser, run, tmp_path, monkeyp
 def test_without_scripts_curves_events_and_the_sheet_are_there(browser, page):
     with Visit(browser, page, scripts=False) as visit:
         assert visit.page.locator("img.sheet").first.is_visible()
-        assert visit.page.locator(".chart svg").nth(2).is_visible()
+        assert visit.page.locator(".chart svg").nth(4).is_visible()
         assert visit.page.get_by_text("a worker was lost").first.is_visible()
         assert "Videos play with JavaScript only" in visit.page.inner_text("body")
         assert not visit.page.locator(".slider").is_visible()
