@@ -228,7 +228,7 @@ def test_without_scripts_curves_events_and_the_sheet_are_there(browser, page):
         assert visit.page.locator("img.sheet").first.is_visible()
         assert visit.page.locator(".chart svg").nth(4).is_visible()
         assert visit.page.get_by_text("a worker was lost").first.is_visible()
-        assert "Videos play with JavaScript only" in visit.page.inner_text("body")
+        assert "Videos need JavaScript" in visit.page.inner_text("body")
         assert not visit.page.locator(".slider").is_visible()
 
 
