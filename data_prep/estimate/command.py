@@ -1,60 +1,66 @@
-"""What `sora prep` would do, by the headers alone and a few clips: `sora prep RECIPE --plan`."""
+"""`sora prep RECIPE --plan`: clips, bytes and hours from headers and a few measured clips. No cluster is started."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import replace
 
 from data_prep.buckets import buckets_of
-from data_prep.estimate.estimate import Plan, cost, giving, reckon
-from data_prep.estimate.measure import CAPTIONS, CLIPS, has_cluster, measure_on_cluster, spread, tokens_of
-from data_prep.estimate.probe import is_large, survey
-from data_prep.estimate.text import format_plan, judge
+from data_prep.estimate.estimate import PrepEstimate, estimate, usable_rows
+from data_prep.estimate.measure import CAPTIONS, CLIPS, measure
+from data_prep.estimate.probe import pick_evenly, probe_files
+from data_prep.estimate.table import check_estimate, format_estimate
 from data_prep.pipeline import check_shapes, encoding_differences, encoding_hash, find_codec, resolve_caption_cleaning
 from data_prep.resume import check_folder
 from data_prep.shards import read_stored_clips
 from data_prep.sources import read_rows
-from data_prep.workers import allocate_cpus, available_cpus
+from sora_train.codec import CodecConfig
+from sora_train.codec.conventions import clean
+from sora_train.codec.files import TextFiles
 from sora_train.log import log
 from sora_train.recipe import Recipe
 from sora_train.terminal import print_result
 
 
 def show_plan(recipe: Recipe) -> None:
-    """Prints the plan; then raises UserError or RecipeError where it comes to nothing, or a bucket stays empty."""
-    found = plan(recipe)
-    print_result(format_plan(found))
-    judge(found, recipe.data)
+    """Prints the estimate. Raises UserError or RecipeError if prep or training could only fail."""
+    found = estimate_prep(recipe)
+    print_result(format_estimate(found, recipe))
+    check_estimate(found, recipe.data)
 
 
-def plan(recipe: Recipe) -> Plan:
-    """Opens every source's header, and decodes and encodes a few clips.
+def estimate_prep(recipe: Recipe) -> PrepEstimate:
+    """Opens the headers of a sample of the sources, and decodes and encodes a few clips.
 
-    Raises UserError where captions, networks or the shards in `data.output` are no good, as `prep` does; `judge` says
-    what is wrong with a plan.
+    Raises UserError as `prep` does if captions, networks or the shards in `data.output` are unusable.
     """
-    from sora_train.ray_cluster.connection import connect
-
     recipe = resolve_caption_cleaning(recipe)
     data = recipe.data
     vae, text = find_codec(recipe)
     check_shapes(buckets_of(data), vae)
     rows = read_rows(data)
-    held, _ = read_stored_clips(data.output, encoding_hash(recipe, vae, text), encoding_differences(recipe, vae, text))
-    check_folder(data, rows, held)
-    joined = is_large(rows, data) or has_cluster(recipe.cluster.address)
-    with connect(recipe.cluster.address, log_to_driver=False) if joined else nullcontext():
-        looks = survey(rows, data, recipe.selection)
-        tokens = tokens_of(text, recipe.codec.max_tokens, recipe.codec.caption_cleaning)
-        draft = reckon(recipe, rows, looks, vae, text.width, tokens)
-        good = sorted(giving(rows, looks), key=lambda row: sorted(looks[row.path].clips))  # bucket by bucket
-        if not good:
-            return draft
-        log.info(f"plan: {len(looks)} files opened; now a few clips are encoded, to see how long they take")
-        captions = spread(sorted({caption for row in good for caption in row.captions}), CAPTIONS)
-        measured = measure_on_cluster(recipe, spread(good, CLIPS), captions)
-    if not measured:
-        return draft
-    allocation = allocate_cpus(available_cpus(), 0, recipe.prep)
-    loads = (allocation.vae.workers + allocation.text.workers) / available_cpus() if measured.device == "cpu" else 1.0
-    return replace(draft, work=cost(draft, buckets_of(data), measured, loads))
+    key, differences = encoding_hash(recipe, vae, text), encoding_differences(recipe, vae, text)
+    check_folder(data, rows, read_stored_clips(data.output, key, differences)[0])
+    probes = probe_files(rows, data, recipe.selection)
+    found = estimate(recipe, rows, probes, vae, text.width, token_counter(text, recipe.codec))
+    good = sorted(usable_rows(rows, probes), key=lambda row: sorted(probes[row.path].clips))  # bucket by bucket
+    if not good:
+        return found
+    log.info(f"plan: {len(probes)} files opened; now a few clips are encoded, to see how long they take")
+    captions = pick_evenly(sorted({caption for row in good for caption in row.captions}), CAPTIONS)
+    return replace(found, measured=measure(recipe, pick_evenly(good, CLIPS), captions))
+
+
+def token_counter(text: TextFiles, codec: CodecConfig) -> Callable[[list[str]], list[int]]:
+    """A function that counts the tokens of captions as the text encoder gets them."""
+
+    def count(captions: list[str]) -> list[int]:
+        from sora_train.codec.text import load_tokenizer
+
+        if not captions:
+            return []
+        cleaned = [clean(caption, codec.caption_cleaning) for caption in captions]
+        ids = load_tokenizer(text.tokenizer)(cleaned, truncation=True, max_length=codec.max_tokens)["input_ids"]
+        return [len(tokens) for tokens in ids]  # pyright: ignore[reportArgumentType]
+
+    return count

@@ -1,37 +1,32 @@
-"""What a recipe's shards will hold and take, reckoned from the headers of its sources."""
+"""Estimates what a recipe's shards will hold and cost, from the headers of a sample of its sources."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 
 from pyarrow import fs
 
-from data_prep.buckets import Bucket, buckets_of
-from data_prep.estimate.measure import Measured, spread
-from data_prep.estimate.probe import Look
-from data_prep.reasons import BAD_SOURCE_REASONS, kind_of
+from data_prep.buckets import buckets_of
+from data_prep.estimate.measure import Measurement
+from data_prep.estimate.probe import ProbeResult, pick_evenly
+from data_prep.reasons import BAD_SOURCE_REASONS
 from data_prep.sources import SourceRow
 from sora_train.codec.files import VaeFiles
-from sora_train.data import order
-from sora_train.data.config import SelectionConfig
 from sora_train.data.shards import is_held_out
-from sora_train.errors import UserError
 from sora_train.recipe import Recipe
-from sora_train.schema import shard_files
-from sora_train.storage import free_bytes, resolve
+from sora_train.schema import bucket_size, shard_files
+from sora_train.storage import free_bytes, resolve, storage_errors
 
 TOKENIZED = 2000  # captions at most
-RAY_START_S = (
-    10.0  # of a Ray of its own on two cores, roughly: prep of four clips had the first after 20 to 25 s in all
-)
-HALF = 2  # bytes of a float16
+BYTES = 2  # of a float16
 
 
 @dataclass(frozen=True)
-class BucketPlan:
-    """What one bucket gets: `seconds` of a clip, `tokens` that the model sees of it, `clip_bytes` of its latents."""
+class BucketEstimate:
+    """One bucket. `tokens` and `clip_bytes` are per clip; `steps` per epoch, without the clips that are held out."""
 
     name: str
     clips: int
@@ -40,178 +35,145 @@ class BucketPlan:
     tokens: int
     clip_bytes: int
     steps: int
-    """Of an epoch: the clips that are not held out, in batches."""
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """Rows that give no clip for one reason, with one of them as an example."""
+    """Rows that give no clip for one reason, and one of them as an example."""
 
     reason: str
-    kind: str
     rows: int
     example: str
 
 
 @dataclass(frozen=True)
-class Work:
-    """Hours: of one core for opening and decoding, of the measured device for the VAE and the text encoder."""
-
-    decode: float
-    vae: float
-    text: float
-    measured: Measured
-    start_s: float = 0.0
-    """Seconds before the first clip: Ray starts, and every actor imports and loads its network."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The whole of it; `dataclasses.asdict` makes plain JSON of it."""
+class PrepEstimate:
+    """The whole estimate. `probed` of `files` were opened; counts of clips are scaled up from these."""
 
     rows: int
     sources: int
+    files: int
+    probed: int
     undecodable: int
-    """Sources whose headers show that they can't be decoded."""
+    """Sources that can't be read."""
     video_s: float
-    """Length of all sources that give clips."""
+    """Length of all videos that give clips."""
     longest_s: float
-    largest: str
-    """Width x height of the largest of them."""
-    stills: int
-    buckets: tuple[BucketPlan, ...]
+    largest: tuple[int, int]
+    """Width and height of the largest source."""
+    images: int
+    buckets: tuple[BucketEstimate, ...]
     dropped: tuple[Dropped, ...]
-    unknown: tuple[str, ...]
-    """Keys that are on and that only decoding can apply."""
-    batch_size: int
-    steps: int
-    """Of an epoch."""
-    train_steps: int
     captions: int
     """Distinct ones: each is embedded once."""
-    tokenized: int
-    """How many of them the size of all was reckoned from."""
     latent_bytes: int
     text_bytes: int
-    output: str
-    held_bytes: int
-    """Of shards that are there already."""
+    stored_bytes: int
+    """Of shards that exist already."""
     free_bytes: int | None
-    """On the output's disk; None where it is remote."""
-    image_ratio: float | None = None
-    """Share of the training steps that take pictures, where it is set."""
-    work: Work | None = None
+    """On the output's disk; None if it is remote."""
+    measured: Measurement | None = None
 
     @property
     def clips(self) -> int:
-        """In all buckets together."""
+        """In all buckets."""
         return sum(bucket.clips for bucket in self.buckets)
 
+    @property
+    def steps(self) -> int:
+        """Per epoch."""
+        return sum(bucket.steps for bucket in self.buckets)
 
-def giving(rows: list[SourceRow], looks: dict[str, Look]) -> list[SourceRow]:
-    """Rows that give clips."""
-    return [row for row in rows if not row.reason and not looks[row.path].reason]
+    def hours(self, measured: Measurement) -> tuple[float, float, float]:
+        """Hours of one core for decoding, and of the measured device for the VAE and for the text encoder."""
+        opened = self.rows - sum(drop.rows for drop in self.dropped)
+        pixels = sum(bucket.clips * prod(bucket_size(bucket.name)) for bucket in self.buckets)
+        decode = opened * measured.open_s + self.clips * measured.decode_s
+        return decode / 3600, pixels / 1e6 * measured.vae_s / 3600, self.captions * measured.text_s / 3600
 
 
-def reckon(
+def usable_rows(rows: list[SourceRow], probes: dict[str, ProbeResult]) -> list[SourceRow]:
+    """Probed rows that give clips."""
+    return [row for row in rows if not row.reason and row.path in probes and not probes[row.path].reason]
+
+
+def estimate(
     recipe: Recipe,
     rows: list[SourceRow],
-    looks: dict[str, Look],
+    probes: dict[str, ProbeResult],
     vae: VaeFiles,
     text_width: int,
     count_tokens: Callable[[list[str]], list[int]],
-) -> Plan:
-    """The plan without its hours, from what every file was found to be."""
-    data, patch = recipe.data, recipe.model.patch
-    good = giving(rows, looks)
-    clips, held_out = Counter[str](), Counter[str]()
-    for row in good:
-        clips.update(looks[row.path].clips)
-        if is_held_out(row.source, data.holdout_fraction):
-            held_out.update(looks[row.path].clips)
-    buckets: list[BucketPlan] = []
-    for bucket in buckets_of(data):
-        f, c, h, w = vae.latent_shape(bucket.frames, bucket.height, bucket.width)
-        name, size = bucket.name, HALF * vae.moments * f * c * h * w
-        left = clips[name] - held_out[name]
-        steps = order.Plan((order.Bucket(name, left),), recipe.train.batch_size, 0).steps_per_epoch if left else 0
-        tokens = f * (h // patch) * (w // patch)
-        buckets.append(BucketPlan(name, clips[name], held_out[name], bucket.seconds, tokens, size, steps))
-    weights = [(caption, sum(looks[row.path].clips.values())) for row in good for caption in row.captions]
-    some = spread(weights, TOKENIZED)
+) -> PrepEstimate:
+    """Scales the probed files up to all of them. Seconds are measured elsewhere."""
+    data, good = recipe.data, usable_rows(rows, probes)
+    files = {row.path for row in rows if not row.reason}
+    scale = len(files) / max(1, len(probes))
+    dropped = count_dropped(rows, probes, scale)
+    buckets = estimate_buckets(recipe, good, probes, vae, scale)
+    weights = [(caption, sum(probes[row.path].clips.values())) for row in good for caption in row.captions]
+    some = pick_evenly(weights, TOKENIZED)
     tokens = sum(n * copies for n, (_, copies) in zip(count_tokens([c for c, _ in some]), some, strict=True))
-    share = sum(copies for _, copies in weights) / max(1, sum(copies for _, copies in some))
-    found = [looks[path] for path in {row.path for row in good}]
-    videos = [look for look in found if not look.still]
-    largest = max(found, key=lambda look: look.width * look.height, default=Look())
-    held_bytes, free_bytes = room(data.output)
-    return Plan(
+    share = scale * sum(copies for _, copies in weights) / max(1, sum(copies for _, copies in some))
+    found = [probes[path] for path in {row.path for row in good}]
+    videos = [probe for probe in found if not probe.is_image]
+    largest = max(found, key=lambda probe: probe.width * probe.height, default=ProbeResult())
+    stored, free = disk_space(data.output)
+    bad = {row.source for row in rows if row.reason in BAD_SOURCE_REASONS}
+    return PrepEstimate(
         rows=len(rows),
         sources=len({row.source for row in rows}),
-        undecodable=len({row.source for row in rows if reason_of(row, looks)[0] in BAD_SOURCE_REASONS}),
-        video_s=sum(look.seconds for look in videos),
-        longest_s=max((look.seconds for look in videos), default=0.0),
-        largest=f"{largest.width}x{largest.height}",
-        stills=len(found) - len(videos),
-        buckets=tuple(buckets),
-        dropped=dropped(rows, looks),
-        unknown=unknown(recipe.selection),
-        batch_size=recipe.train.batch_size,
-        steps=sum(bucket.steps for bucket in buckets),
-        train_steps=recipe.train.steps,
-        captions=len({caption for caption, _ in weights}),
-        tokenized=len(some),
+        files=len(files),
+        probed=len(probes),
+        undecodable=len(bad) + round(scale * sum(probe.reason in BAD_SOURCE_REASONS for probe in probes.values())),
+        video_s=scale * sum(probe.seconds for probe in videos),
+        longest_s=max((probe.seconds for probe in videos), default=0.0),
+        largest=(largest.width, largest.height),
+        images=round(scale * (len(found) - len(videos))),
+        buckets=buckets,
+        dropped=dropped,
+        captions=round(scale * len({caption for caption, _ in weights})),
         latent_bytes=sum(bucket.clips * bucket.clip_bytes for bucket in buckets),
-        text_bytes=round(HALF * text_width * tokens * share),
-        output=data.output,
-        held_bytes=held_bytes,
-        free_bytes=free_bytes,
-        image_ratio=data.image_ratio,
+        text_bytes=round(BYTES * text_width * tokens * share),
+        stored_bytes=stored,
+        free_bytes=free,
     )
 
 
-def reason_of(row: SourceRow, looks: dict[str, Look]) -> tuple[str, str]:
-    """Why a row gives no clip, and the message; both empty where it gives some."""
-    found = row if row.reason else looks[row.path]
-    return found.reason, found.message
-
-
-def dropped(rows: list[SourceRow], looks: dict[str, Look]) -> tuple[Dropped, ...]:
-    """Reasons, the commonest first."""
-    counts, examples = Counter[str](), dict[str, str]()
+def estimate_buckets(
+    recipe: Recipe, rows: list[SourceRow], probes: dict[str, ProbeResult], vae: VaeFiles, scale: float
+) -> tuple[BucketEstimate, ...]:
+    """Clips of each bucket, and what one of them takes."""
+    clips, held_out = Counter[str](), Counter[str]()
     for row in rows:
-        reason, message = reason_of(row, looks)
-        if reason:
-            counts[reason] += 1
-            examples.setdefault(reason, f"{row.source}: {message}")
-    return tuple(Dropped(reason, kind_of(reason), n, examples[reason]) for reason, n in counts.most_common())
+        clips.update(probes[row.path].clips)
+        if is_held_out(row.source, recipe.data.holdout_fraction):
+            held_out.update(probes[row.path].clips)
+    buckets: list[BucketEstimate] = []
+    for bucket in buckets_of(recipe.data):
+        f, c, h, w = vae.latent_shape(bucket.frames, bucket.height, bucket.width)
+        count, held = round(scale * clips[bucket.name]), round(scale * held_out[bucket.name])
+        size, tokens = BYTES * vae.moments * f * c * h * w, f * (h // recipe.model.patch) * (w // recipe.model.patch)
+        steps = -(-(count - held) // recipe.train.batch_size)
+        buckets.append(BucketEstimate(bucket.name, count, held, bucket.seconds, tokens, size, steps))
+    return tuple(buckets)
 
 
-def unknown(selection: SelectionConfig) -> tuple[str, ...]:
-    """The filters that are on and that need decoded frames or whole files."""
-    keys = ("black", "frozen", "min_motion", "max_motion", "min_sharpness", "scene_cuts", "duplicates")
-    on = [key for key in keys if getattr(selection, key)]
-    return tuple(f"selection.{key}" for key in [*on, *["near_duplicates"] * (selection.near_duplicates is not None)])
+def count_dropped(rows: list[SourceRow], probes: dict[str, ProbeResult], scale: float) -> tuple[Dropped, ...]:
+    """Rows without clips by reason, the most frequent first."""
+    counts, examples = dict[str, float](), dict[str, str]()
+    for row in rows:
+        found = row if row.reason else probes.get(row.path)
+        if found and found.reason:
+            counts[found.reason] = counts.get(found.reason, 0.0) + (1 if row.reason else scale)
+            examples.setdefault(found.reason, f"{row.source}: {found.message}")
+    by_count = sorted(counts.items(), key=lambda item: -item[1])
+    return tuple(Dropped(reason, round(n), examples[reason]) for reason, n in by_count)
 
 
-def room(output: str) -> tuple[int, int | None]:
-    """Bytes of shards in the output already, and free bytes of its disk, None where it is remote."""
-    try:
-        system, path = resolve(output)
-        held = sum(info.size or 0 for info in system.get_file_info(shard_files(output)))
-    except (OSError, ValueError) as error:
-        raise UserError(f"data.output: {output} can't be reached: {error}") from None
-    if not isinstance(system, fs.LocalFileSystem):
-        return held, None
-    return held, free_bytes(path)
-
-
-def cost(draft: Plan, buckets: tuple[Bucket, ...], measured: Measured, loads_per_core: float = 1.0) -> Work:
-    """Hours for all of the plan's clips at the measured seconds. `loads_per_core` actors load networks on a core."""
-    pixels = {bucket.name: bucket.frames * bucket.height * bucket.width for bucket in buckets}
-    vae_clips = sum(bucket.clips * pixels[bucket.name] for bucket in draft.buckets) / measured.vae_pixels
-    opened = draft.rows - sum(drop.rows for drop in draft.dropped)
-    decode = opened * measured.open_s + draft.clips * measured.decode_s
-    vae, text = vae_clips * measured.vae_s, draft.captions * measured.text_s
-    start_s = RAY_START_S + measured.load_s * max(1.0, loads_per_core)
-    return Work(decode / 3600, vae / 3600, text / 3600, measured, start_s)
+def disk_space(output: str) -> tuple[int, int | None]:
+    """Bytes of shards that exist in the output, and free bytes of its disk, None if it is remote."""
+    system, path = resolve(output)
+    with storage_errors(output, "read", system):
+        stored = sum(info.size or 0 for info in system.get_file_info(shard_files(output)))
+    return stored, free_bytes(path) if isinstance(system, fs.LocalFileSystem) else None
