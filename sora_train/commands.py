@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Optional
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, create_model
 
-from sora_train.section import options
+from sora_train.sampling import Sampling
+from sora_train.section import Section, options
 
 Extent = Annotated[int, Field(ge=1, le=2**16)]
 """Frames, or pixels on a side. The product of three still fits a tensor's size."""
@@ -73,28 +74,23 @@ class InspectOptions:
     """Folder of the source videos, where it is no longer the one they were encoded from."""
 
 
-@options
-class SampleOptions:
-    """What to sample, and how. What is not given is as the run's `validation` has it, the size as it was trained."""
+_optional: Any = {
+    name: (Optional[field.rebuild_annotation()], Field(default=None, description=field.description))  # noqa: UP045
+    for name, field in Sampling.model_fields.items()
+}
+SamplingFlags = create_model("SamplingFlags", __base__=Section, **_optional)
+"""The flags of `Sampling`, None if not given."""
+
+
+class SampleOptions(SamplingFlags):
+    """What to sample and how. Defaults are the run's `validation` and the size that it was trained at."""
 
     prompt: tuple[str, ...] = ()
-    """What the video shows; several make several videos."""
+    """What the video shows; several prompts make several videos."""
     prompts: str | None = None
-    """Text file with a prompt on each line, in UTF-8; no CSV."""
+    """UTF-8 text file with a prompt on each line; no CSV."""
     seed: tuple[int, ...] = (0,)
-    """Fixes the noise that a video begins as; several make several videos of each prompt."""
-    sampler: Literal["auto", "ddim", "dpm++", "ddpm", "euler", "heun"] | None = None
-    """Flow models take `euler` or `heun`, DDPM's `ddim`, `dpm++` or `ddpm`; `auto` is the first of them."""
-    steps: PositiveInt | None = None
-    """Sampler steps."""
-    guidance: NonNegativeFloat | None = None
-    """Classifier-free guidance scale; 1 is none."""
-    guidance_interval: tuple[float, float] | None = None
-    """Diffusion times, 0 (data) to 1000 (noise), between which guidance is on, such as `100 900`."""
-    guidance_rescale: NonNegativeFloat | None = None
-    """How far guided predictions are brought back to the spread of those without guidance, 0 to 1."""
-    negative: str | None = None
-    """What guidance leads away from, instead of the empty prompt."""
+    """Seeds of the initial noise; several make several videos of each prompt."""
     frames: Extent | None = None
     """Frames of a video."""
     height: Extent | None = None

@@ -13,7 +13,6 @@ from typing import Literal
 import yaml
 from pydantic import (
     Field,
-    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -23,10 +22,11 @@ from pydantic import (
 
 from sora_train.codec import CodecConfig
 from sora_train.data.config import DataConfig, PrepConfig, SelectionConfig, misfit
-from sora_train.diffusion import DiffusionConfig, Sampler, Sampling, fitting
+from sora_train.diffusion import DiffusionConfig, fitting
 from sora_train.errors import RecipeError, UserError
 from sora_train.model import ModelConfig
 from sora_train.model.config import PRESETS, with_preset
+from sora_train.sampling import Sampling
 from sora_train.section import Section
 from sora_train.settings import build, read_yaml
 from sora_train.storage import atomic_write_text
@@ -39,25 +39,13 @@ I3D_FRAMES = 16
 """The shortest clips whose Fréchet video distance is measured."""
 
 
-class ValidationConfig(Section):
+class ValidationConfig(Sampling):
     """Samples and figures that a task of their own makes while training goes on."""
 
     every: NonNegativeInt = 0
     """Steps between two validations, a multiple of `train.checkpoint_every`; 0 is off."""
     prompts: tuple[str, ...] = ()
     """What to sample."""
-    steps: PositiveInt = 20
-    """Sampler steps."""
-    sampler: Sampler = "auto"
-    """Flow models take `euler` or `heun`, DDPM's `ddim`, `dpm++` or `ddpm`; `auto` is the first of them."""
-    guidance: NonNegativeFloat = 4.0
-    """Classifier-free guidance scale; 1 is no guidance."""
-    guidance_interval: tuple[float, float] = (0.0, 1000.0)
-    """Diffusion times, 0 (data) to 1000 (noise), between which guidance is on; elsewhere it costs nothing."""
-    guidance_rescale: float = 0.0
-    """How far guided predictions are brought back to the spread of those without guidance, 0 to 1: less glaring."""
-    negative: str = ""
-    """What guidance leads away from, instead of the empty prompt."""
     seed: NonNegativeInt = 0
     """Fixes the noise that videos begin as: the same at every step, so that one sees them change over training."""
     holdout_clips: NonNegativeInt = 64
@@ -77,11 +65,6 @@ class ValidationConfig(Section):
     """After this the sampling task is ended, noted in `events.jsonl`, and training goes on."""
     resources: dict[str, float] = {"CPU": 1.0}
     """What the task takes from the Ray cluster beside the training, for instance `{GPU: 1}`."""
-
-    @property
-    def sampling(self) -> Sampling:
-        """How to sample. Raises UserError where a number is out of range."""
-        return Sampling(self.sampler, self.steps, self.guidance, self.guidance_interval, self.guidance_rescale)
 
 
 class ClusterConfig(Section):
@@ -206,7 +189,7 @@ def check(recipe: Recipe) -> list[str]:
     if validation.every and not validation.prompts:
         wrong.append("validation.prompts is empty but validation.every is not 0; give prompts, or set the latter to 0")
     try:
-        fitting(validation.sampling.sampler, recipe.diffusion.kind)
+        fitting(validation.sampler, recipe.diffusion.kind)
     except UserError as error:
         wrong.append(f"validation.{error}")
 

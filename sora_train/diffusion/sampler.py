@@ -7,9 +7,8 @@ arXiv 2211.01095), or DDPM's own, which draw noise (Ho et al. 2020, arXiv 2006.1
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -20,43 +19,14 @@ from sora_train.diffusion import ddpm, flow
 from sora_train.diffusion.guidance import Denoiser, guided
 from sora_train.diffusion.objective import Model, Objective
 from sora_train.errors import RecipeError
+from sora_train.sampling import Sampler, Sampling
 
 Progress = Callable[[int, int], None]
 """Takes steps done, and steps in all."""
-Sampler = Literal["auto", "ddim", "dpm++", "ddpm", "euler", "heun"]
 
 FITTING: dict[str, tuple[Sampler, ...]] = {"flow": ("euler", "heun"), "ddpm": ("ddim", "dpm++", "ddpm")}
 """Samplers by `diffusion.kind`; the first is what `auto` takes."""
 LEAST_ALPHA = 4e-5  # just below what the linear schedule leaves of the data at its last step
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How latents are drawn. RecipeError where a number is out of range."""
-
-    sampler: Sampler = "auto"
-    """`auto` is Euler for flow models and DDIM for DDPM."""
-    steps: int = 20
-    """Sampler steps; DDPM has no more than 1000. Heun's run the model twice, but for the last."""
-    guidance: float | int = 4.0
-    """Classifier-free guidance scale; 1 is none."""
-    guidance_interval: tuple[float | int, float | int] = (0.0, 1000.0)
-    """Times, from 0 (data) to 1000 (noise), between which guidance is on."""
-    guidance_rescale: float | int = 0.0
-    """How far guided predictions are brought back to the spread of those that are not: 0, not at all, to 1."""
-
-    def __post_init__(self) -> None:
-        low, high = self.guidance_interval
-        if self.steps < 1:
-            raise RecipeError(f"steps is {self.steps}; it must be at least 1")
-        if not 0 <= self.guidance < float("inf"):
-            raise RecipeError(f"guidance is {self.guidance:g}; it must be 0 or more, and 1 is none")
-        if not 0 <= low <= high <= 1000:
-            raise RecipeError(
-                f"guidance_interval is {low:g} to {high:g}; it must rise within 0 (data) to 1000 (noise), such as 0 800"
-            )
-        if not 0 <= self.guidance_rescale <= 1:
-            raise RecipeError(f"guidance_rescale is {self.guidance_rescale:g}; it must be 0 to 1, such as 0.7")
 
 
 def fitting(sampler: str, kind: str) -> str:
@@ -141,7 +111,7 @@ def make_solver(objective: Objective, order: int) -> Any:
     It ends on the data themselves, in a step of first order (`final_sigmas_type`): the other choice leaves the noise of
     step 0 in the latents.
     """
-    # Imported here: all else runs on torch alone.
+    # Imported here, because only these samplers need diffusers.
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
     usable, prediction = usable_steps(objective), objective.config.prediction

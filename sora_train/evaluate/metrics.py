@@ -179,8 +179,7 @@ def make(
         run,
         prompts,
         seeds,
-        ask.sampling,
-        ask.negative,
+        ask,
         embeddings=embeddings,
         progress=progress,
     )

@@ -88,7 +88,7 @@ to where you have the same.
 
 def pipeline_use(run: Run) -> str:
     """The lines that make a video with diffusers, and what they mind."""
-    manifest, sampling = run.manifest, run.recipe.validation.sampling
+    manifest, sampling = run.manifest, run.recipe.validation
     still = "\n    enable_temporal_attentions=False," if manifest.frames == 1 else ""
     usable = usable_steps(run.objective)
     wrong = [str(n) for n in range(1, 201) if n <= usable and trailing_of_diffusers(usable, n) != trailing(usable, n)]

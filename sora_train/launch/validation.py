@@ -157,7 +157,7 @@ def validate(checkpoint: Path, run: Path) -> None:
     prompts = list(asked.prompts)
     frames: list[Any] = []  # as sampled: similarity is of what `sora eval` measures, not of H.264's copy
     keep = frames.append if asked.clip else None
-    sample_to_folder(trained, prompts, embeddings, folder, (asked.seed,), asked.sampling, negative, on_video=keep)
+    sample_to_folder(trained, prompts, embeddings, folder, (asked.seed,), asked, negative, on_video=keep)
     videos = zip(prompts, frames, strict=True) if asked.clip else None
     figures = measure(trained, asked, recipe.data.output, videos, remark=lambda said: write_event_once(run, step, said))
     took = {"validation_s": time.monotonic() - began}

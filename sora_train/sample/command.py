@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,9 @@ from sora_train.manifest import commonest_shape
 from sora_train.sample.generate import Progress, generate_each, sample_shape
 from sora_train.sample.load import Run, load_run
 from sora_train.sample.write import read_listing, settings_of, write_listing
+from sora_train.sampling import Sampling
 from sora_train.schema import bucket_name
+from sora_train.settings import build
 from sora_train.storage import decode_text
 from sora_train.video import contact_sheet, slug, write_gif, write_mp4
 
@@ -46,20 +47,13 @@ def sample_prompts(path: str | Path, ask: SampleOptions) -> list[Path]:
     if not formats or not ask.seed:
         raise RecipeError("--format and --seed need a value each, such as --format mp4 --seed 0")
     run = load_run(path, weights=ask.weights)
-    given = {
-        "sampler": ask.sampler,
-        "steps": ask.steps,
-        "guidance": ask.guidance,
-        "guidance_interval": ask.guidance_interval,
-        "guidance_rescale": ask.guidance_rescale,
-    }
-    how = replace(run.recipe.validation.sampling, **{key: value for key, value in given.items() if value is not None})
-    negative = run.recipe.validation.negative if ask.negative is None else ask.negative
+    flags = ask.model_dump(include=set(Sampling.model_fields), exclude_none=True)
+    how = build(Sampling, run.recipe.validation.model_dump(include=set(Sampling.model_fields)), flags, "sora sample")
     manifest = run.manifest
     shape = (ask.frames or manifest.frames, ask.height or manifest.height, ask.width or manifest.width)
     sample_shape(run, shape)
     warn_of_shape(run, shape)
-    settings = settings_of(run, how) | {"negative": negative}
+    settings = settings_of(run, how)
     settings |= dict(zip(("frames", "height", "width"), shape, strict=True))
     folder = Path(ask.out) if ask.out is not None else run.folder / "samples" / "prompts"
     try:
@@ -71,7 +65,7 @@ def sample_prompts(path: str | Path, ask: SampleOptions) -> list[Path]:
     each_prompt, each_seed = zip(*pairs, strict=True)
     written, listing = [], read_listing(folder)
     with shown_progress("sampling") as (progress, say):
-        videos = generate_each(run, each_prompt, each_seed, how, negative, shape, progress=progress)
+        videos = generate_each(run, each_prompt, each_seed, how, shape=shape, progress=progress)
         for (prompt, seed), video in zip(pairs, videos, strict=True):
             about = {"prompt": prompt, "seed": seed, **settings}
             stem = free_stem(folder, f"{slug(prompt)}-seed{seed}", about, listing)

@@ -32,12 +32,11 @@ def generate(
     prompts: Sequence[str],
     seeds: Sequence[int],
     how: Sampling | None = None,
-    negative: str | None = None,
     shape: tuple[int, int, int] | None = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
     """Videos uint8 `b F H W 3`, one for each prompt and its seed; otherwise as `generate_each`."""
-    return np.stack(list(generate_each(run, prompts, seeds, how, negative, shape, progress=progress)))
+    return np.stack(list(generate_each(run, prompts, seeds, how, shape=shape, progress=progress)))
 
 
 def generate_each(
@@ -45,9 +44,9 @@ def generate_each(
     prompts: Sequence[str],
     seeds: Sequence[int],
     how: Sampling | None = None,
-    negative: str | Float[Tensor, "_ e"] | None = None,
-    shape: tuple[int, int, int] | None = None,
     embeddings: Sequence[Float[Tensor, "_ e"]] | None = None,
+    negative: Float[Tensor, "_ e"] | None = None,
+    shape: tuple[int, int, int] | None = None,
     progress: Progress | None = None,
 ) -> Iterator[np.ndarray]:
     """Videos uint8 `F H W 3` one by one, so that memory holds a batch.
@@ -59,16 +58,15 @@ def generate_each(
     """
     if not prompts or len(prompts) != len(seeds) or len(prompts) != len(prompts if embeddings is None else embeddings):
         raise ValueError(f"expected a seed (and an embedding) for each prompt, got {len(seeds)} for {len(prompts)}")
-    how = run.recipe.validation.sampling if how is None else how
-    negative = run.recipe.validation.negative if negative is None else negative
+    how = run.recipe.validation if how is None else how
     fitting(how.sampler, run.objective.config.kind)
     latents_of = sample_shape(run, shape)
     vae = run.vae  # first: should it not be there, that is better known before the sampling
     null_prompt = run.recipe.codec.null_prompt
-    if isinstance(negative, str):
-        if negative or embeddings is None:
-            check_prompt(run, negative)
-            negative = run.text_encoder.encode_null(negative, null_prompt)
+    if negative is None:
+        if how.negative or embeddings is None:
+            check_prompt(run, how.negative)
+            negative = run.text_encoder.encode_null(how.negative, null_prompt)
         else:  # in float16, as the embeddings of captions in shards
             negative = torch.from_numpy(run.manifest.null_embedding(null_prompt).astype(np.float32))
     most = run.manifest.text.max_tokens

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ def sample_to_folder(
     folder: str | Path,
     seeds: Sequence[int] = (0,),
     how: Sampling | None = None,
-    negative: str | Float[Tensor, "_ e"] | None = None,
+    negative: Float[Tensor, "_ e"] | None = None,
     progress: Progress | None = None,
     on_video: Callable[[np.ndarray], None] | None = None,
 ) -> list[Path]:
@@ -46,8 +45,8 @@ def sample_to_folder(
         [prompts[i] for i, _ in pairs],
         [seed for _, seed in pairs],
         how,
-        negative,
         embeddings=texts,
+        negative=negative,
         progress=progress,
     )
     listing, shown = [], []
@@ -67,8 +66,7 @@ def sample_to_folder(
 def settings_of(run: Run, how: Sampling) -> dict[str, Any]:
     """What of a run and its sampling decides what a video shows, beside prompt, seed and shape."""
     name = fitting(how.sampler, run.objective.config.kind)
-    interval = list(how.guidance_interval)  # as JSON gives it back
-    about = asdict(how) | {"sampler": name, "guidance_interval": interval}
+    about = how.model_dump(mode="json", include=set(Sampling.model_fields)) | {"sampler": name}
     return {"checkpoint": run.checkpoint.name, "weights": run.weights} | about
 
 

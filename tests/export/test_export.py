@@ -49,7 +49,7 @@ def bits(run) -> dict[str, bytes]:
 
 def latents_of(run, noise: torch.Tensor, steps: int, guidance: float, texts: list[torch.Tensor]) -> torch.Tensor:
     (text, mask), (null, null_mask) = pad_text([texts[0]]), pad_text([texts[1]])
-    how = Sampling("ddim", steps, guidance)
+    how = Sampling(sampler="ddim", steps=steps, guidance=guidance)
     return sample(run.model, run.objective, noise, text, mask, null, null_mask, how)
 
 
@@ -129,7 +129,7 @@ def test_an_export_samples_what_its_run_samples(exported, tmp_path):
     folder, out = exported
     export(folder, tmp_path / "weights", weights_only=True)
     run, whole, alone = (load_run(place, "cpu") for place in (folder, out, tmp_path / "weights"))
-    ask = (["a red circle", PROMPT], [3, 4], Sampling(steps=3, guidance=2.0), NEGATIVE)
+    ask = (["a red circle", PROMPT], [3, 4], Sampling(steps=3, guidance=2.0, negative=NEGATIVE))
     ours = generate(run, *ask)
     assert np.array_equal(ours, generate(alone, *ask))
     assert np.abs(ours.astype(int) - generate(whole, *ask)).max() <= 1  # its VAE rounds elsewhere

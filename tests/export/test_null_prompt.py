@@ -19,7 +19,7 @@ from sora_train.sample.generate import sample_shape
 
 MODEL = ModelConfig(width=32, depth=4, heads=2, text_width=32, sample_size=8)
 MILD = DiffusionConfig(kind="ddpm", beta_end=0.001)
-HOW = Sampling("ddim", 10, 7.5)
+HOW = Sampling(sampler="ddim", steps=10, guidance=7.5)
 PROMPT = " A Red circle moves LEFT over a lake"
 
 
@@ -115,5 +115,5 @@ def test_a_run_whose_captions_were_cleaned_takes_prompts_in_any_case(t5, run_of)
     run = load_run(run_of(MODEL, MILD, text=str(t5), max_tokens=120, caption_cleaning="lower"), "cpu")
     for written in (PROMPT, PROMPT.upper()):
         assert torch.equal(embed(run, [written])[0], embed(run, [PROMPT.lower().strip()])[0])
-    plain = generate(run, ["a"], [0], HOW, negative="grey")
-    assert np.array_equal(plain, generate(run, ["A "], [0], HOW, negative="GREY"))
+    lower, upper = (HOW.model_copy(update={"negative": word}) for word in ("grey", "GREY"))
+    assert np.array_equal(generate(run, ["a"], [0], lower), generate(run, ["A "], [0], upper))

@@ -124,9 +124,12 @@ def test_samples_of_a_bf16_recipe_are_made_in_bf16_and_near_those_in_float32(mad
 
 
 def test_a_negative_prompt_takes_the_place_of_the_empty_one(run):
+    def with_negative(prompt: str) -> Sampling:
+        return run.recipe.validation.model_copy(update={"negative": prompt})
+
     plain = generate(run, ["a red circle"], [0])
-    assert np.array_equal(plain, generate(run, ["a red circle"], [0], negative=""))
-    assert not np.array_equal(plain, generate(run, ["a red circle"], [0], negative="a white square"))
+    assert np.array_equal(plain, generate(run, ["a red circle"], [0], with_negative("")))
+    assert not np.array_equal(plain, generate(run, ["a red circle"], [0], with_negative("a white square")))
 
 
 def test_samples_in_a_folder_are_named_listed_and_shown(run, tmp_path):
@@ -207,8 +210,10 @@ def test_what_cannot_be_sampled_is_refused_with_what_to_do(made_run, run, tmp_pa
         sample_prompts(made_run, SampleOptions(prompt=("a",), seed=(-1,)))
     with pytest.raises(UserError, match=r"can't be made .*--out"):
         sample_prompts(made_run, SampleOptions(prompt=("a",), out=str(tmp_path / "recipe.yaml" / "inside")))
-    with pytest.raises(UserError, match="at least 1"):
-        generate(run, ["a"], [0], Sampling(steps=0))
+    with pytest.raises(UserError, match="--steps is 0; it should be greater"):
+        sample_prompts(made_run, SampleOptions(prompt=("a",), steps=0))
+    with pytest.raises(UserError, match="--guidance_interval is .9.0, 1.0.; it must rise"):
+        sample_prompts(made_run, SampleOptions(prompt=("a",), guidance_interval=(9, 1)))
 
 
 def test_weights_and_codecs_of_another_run_are_refused(made_run, tmp_path):

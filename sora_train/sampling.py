@@ -1,0 +1,34 @@
+"""The sampling config that validation, `sora sample` and the sampler share."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator
+from pydantic_core import PydanticCustomError
+
+from sora_train.section import Section
+
+Sampler = Literal["auto", "ddim", "dpm++", "ddpm", "euler", "heun"]
+
+
+class Sampling(Section):
+    """How samples are drawn."""
+
+    sampler: Sampler = "auto"
+    """Flow models take `euler` or `heun`, DDPM models `ddim`, `dpm++` or `ddpm`; `auto` is the first of them."""
+    steps: PositiveInt = 20
+    """Sampler steps, at most 1000 for DDPM. Each step of `heun` except the last runs the model twice."""
+    guidance: NonNegativeFloat = 4.0
+    """Classifier-free guidance scale; 1 is no guidance."""
+    guidance_interval: tuple[float, float] = (0.0, 1000.0)
+    """Diffusion times, 0 (data) to 1000 (noise), between which guidance is on; outside it costs nothing."""
+    guidance_rescale: float = Field(default=0.0, ge=0, le=1)
+    """Guidance rescale factor in [0, 1] (Lin et al. 2023, section 3.4). Reduces over-saturation at high guidance."""
+    negative: str = ""
+    """Negative prompt: guidance leads away from it instead of from the empty prompt."""
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _rises(cls, interval: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= interval[0] <= interval[1] <= 1000:
+            raise PydanticCustomError("interval", "it must rise within 0 (data) to 1000 (noise), such as 0 800")
+        return interval
