@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sora_train.errors import RecipeError
 from sora_train.flags import parse_flags
 from sora_train.recipe import Recipe, load_recipe, save_recipe
-from sora_train.settings import flatten, parse_flags
+from sora_train.settings import flatten
 from sora_train.train.config import TrainConfig
 from sora_train.train.deepspeed_config import (
     BARRED,
