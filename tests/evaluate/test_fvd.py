@@ -125,7 +125,7 @@ def signing(shared: Path, name: str, frames: int = 48) -> np.ndarray:
     return np.ascontiguousarray(video[start : start + frames, :, side:-side])
 
 
-@pytest.mark.parametrize("name", ["eat", "want"])
+@pytest.mark.parametrize("name", ["eat", pytest.param("want", marks=pytest.mark.slow)])
 def test_i3d_names_what_real_clips_show(i3d: I3D, shared: Path, name: str):
     labels = (shared / "models/i3d/kinetics400_label_map.txt").read_text().splitlines()
     logits = i3d(torch.from_numpy(signing(shared, name))[None])[0]

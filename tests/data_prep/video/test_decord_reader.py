@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import av
@@ -74,8 +75,9 @@ def by(reader: type, path: Path, due: np.ndarray) -> list[np.ndarray]:
     return reader(str(path), read_header(str(path))).frames(due, lambda frame: frame)
 
 
-@pytest.mark.parametrize("container", ["mp4", "mov", "mkv"])
-@pytest.mark.parametrize("feature", ORDINARY)
+@pytest.mark.parametrize(  # FFmpeg has one muxer and one demuxer for mp4 and mov
+    ("container", "feature"), [*product(("mp4", "mkv"), ORDINARY), ("mov", "b_frames")]
+)
 def test_an_ordinary_videos_frames_are_pyavs(tmp_path: Path, write, container: str, feature: str):
     path = drawn(write, tmp_path / f"a.{container}", **ORDINARY[feature])
     times = np.array(ORDINARY[feature].get("times", STEADY))
