@@ -1,4 +1,4 @@
-"""The standard streams of a command, which must never end its work.
+"""Standard streams that never end a command's work.
 
 A reader that goes away (`| head`), a closed terminal, a full disk behind `> log` and a locale without UTF-8 would raise
 at the next `print`, in whatever thread it is.
@@ -16,11 +16,11 @@ from sora_train.errors import UserError
 
 
 class LenientOutput(io.RawIOBase):
-    """Writes to a file descriptor as far as that goes; what can't be written is dropped."""
+    """Writes to a file descriptor; drops what can't be written."""
 
     def __init__(self, descriptor: int, lost: OSError | None) -> None:
         self.descriptor, self.lost = descriptor, lost
-        """`lost` is the first error, if any."""
+        """`lost` is the first error of a write."""
 
     def write(self, data) -> int:
         data, done = memoryview(data).cast("B"), 0
@@ -42,15 +42,12 @@ class LenientOutput(io.RawIOBase):
 
 
 def protect_streams() -> None:
-    """Makes the streams of this process lenient, and has a closed terminal (SIGHUP) end it as SIGTERM does.
-
-    `nohup` ignores SIGHUP, and that stays so.
-    """
+    """Makes stdout and stderr lenient, and handles SIGHUP (a closed terminal) like SIGTERM, unless under `nohup`."""
     closed: list[OSError | None] = [None] * 3
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
-        except OSError as error:  # closed, as by `>&-`: the next file that is opened would get what is printed
+        except OSError as error:  # closed, as by `>&-`: the next opened file would receive what is printed
             closed[descriptor] = OSError(error.errno, "it is closed")
             os.open(os.devnull, os.O_RDWR)
     sys.stdout, sys.stderr = _stream(sys.stdout, 1, closed[1]), _stream(sys.stderr, 2, closed[2])
@@ -67,7 +64,7 @@ def _stream(before: object, descriptor: int, lost: OSError | None) -> io.TextIOW
 
 
 def print_result(text: str) -> None:
-    """Prints a command's result. Raises UserError where stdout can't take it, unless its reader has left."""
+    """Prints a command's result. UserError if stdout can't be written, unless its reader is gone."""
     try:
         print(text, flush=True)
         lost = getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "lost", None)

@@ -1,1 +1,1 @@
-"""Ray: starts or joins a cluster, runs training on it, and validation beside it."""
+"""`sora train` and `sora preflight`: checks, Ray Train, workers, validation and the monitor."""

@@ -1,4 +1,4 @@
-"""What is checked before a run starts, so that it fails at once with the numbers and the remedy, not hours later."""
+"""Checks before a run starts, so a bad recipe fails at once with values and remedy, not hours later."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from sora_train.train import checkpoint
 
 
 def resolve_recipe(recipe: Recipe, fresh: bool = False) -> Recipe:
-    """The recipe with its local folders made absolute: workers and validations have other working folders.
+    """Makes local paths absolute, since workers have other working folders, and resolves `auto` values.
 
-    `model.init_from` becomes the folder of the weights, fetched for a hub id; a run that is resumed, and not made anew
-    (`fresh`), has the one that it began with.
+    `model.init_from` becomes the folder of the weights (a hub id is downloaded). A resumed run keeps its first one,
+    unless `fresh`.
     """
     if "://" in recipe.train.output:
         raise UserError(
-            f"train.output {recipe.train.output} is remote; name a folder that every node sees, such as one on NFS"
+            f"train.output {recipe.train.output} is remote. Set it to a folder that every node sees, such as one on NFS"
         )
 
     reject_job_dir("data.output", recipe.data.output)
@@ -75,7 +75,7 @@ def _initial_weights(recipe: Recipe, begun: Path | None) -> str:
 
 
 def _text_settings(codec: CodecConfig, start: str, begun: Path | None) -> dict[str, str]:
-    """What `auto` stands for. The cleaning of captions is what the shards have, unless weights of others are read."""
+    """Values for `auto`. Captions are cleaned as for the shards, unless initial weights need otherwise."""
     if begun is not None:
         stated = codec.null_prompt != "auto"
         return {"null_prompt": codec.null_prompt if stated else saved_null_prompt(begun)}
@@ -84,7 +84,7 @@ def _text_settings(codec: CodecConfig, start: str, begun: Path | None) -> dict[s
 
 
 def check_shards(recipe: Recipe) -> Manifest:
-    """The manifest of shards that are there and fit the model."""
+    """The shards' manifest. UserError if the shards are missing or do not fit the recipe."""
     shards = ShardSet(recipe.data.output, recipe.data.holdout_fraction, "train")
     manifest, model = shards.manifest, recipe.model
     wrong = []
@@ -119,17 +119,15 @@ def check_shards(recipe: Recipe) -> Manifest:
         raise UserError(f"{recipe.data.output} does not fit the recipe: {'; '.join(wrong)}")
     if empty := [name for name in there if not manifest.buckets[name]]:
         raise UserError(
-            f"{recipe.data.output} has no clip in the buckets {', '.join(empty)} that the recipe asks for; "
-            "`sora prep RECIPE --plan` says why. Add clips that fill them, or take them out of data.buckets"
+            f"{recipe.data.output} has no clip in the buckets {', '.join(empty)} of the recipe. `sora prep RECIPE "
+            "--plan` says why. Add clips for them, or remove them from data.buckets"
         )
-    shards.plan(recipe.train.batch_size, recipe.train.seed, recipe.data.image_ratio)  # what is held out may lack
+    shards.plan(recipe.train.batch_size, recipe.train.seed, recipe.data.image_ratio)  # raises if the split is empty
     return manifest
 
 
 def check_codec(recipe: Recipe, manifest: Manifest) -> None:
-    """UserError where the run could not draw samples: its networks are not those of the shards, or, with validation
-    on, out of reach.
-    """
+    """UserError if the VAE or text encoder is not the shards', or is out of reach while validation needs it."""
     for key, name, find, facts in (
         ("codec.vae", recipe.codec.vae, find_vae, manifest.vae),
         ("codec.text", recipe.codec.text, find_text_encoder, manifest.text),
@@ -139,13 +137,13 @@ def check_codec(recipe: Recipe, manifest: Manifest) -> None:
         files = find(name, recipe.codec.models)
         if name != facts.name and files.hash != facts.hash:
             raise UserError(
-                f"{key} {name!r} is not what {recipe.data.output} was encoded with ({facts.name!r}), so that samples "
-                f"would be wrong; give the same as for `sora prep`: --{key} {facts.name}"
+                f"{key} {name!r} is not what {recipe.data.output} was encoded with ({facts.name!r}); samples would be "
+                f"wrong. Use the same as for `sora prep`: --{key} {facts.name}"
             )
 
 
 def check_text(recipe: Recipe, manifest: Manifest) -> None:
-    """UserError where the shards' captions are not what the model is to be given, or they lack its null prompt."""
+    """UserError if the shards' captions were cleaned differently, or lack the model's null prompt."""
     wanted, there = recipe.codec.caption_cleaning, manifest.text.caption_cleaning
     if wanted not in ("auto", there):
         raise UserError(
@@ -157,7 +155,7 @@ def check_text(recipe: Recipe, manifest: Manifest) -> None:
 
 
 def check_metric_models(recipe: Recipe) -> None:
-    """UserError where the networks that measure a validation can't be read: training would not say so for hours."""
+    """UserError if the networks of FVD or CLIP can't be read, which validation would notice hours later."""
     if recipe.validation.every and recipe.validation.fvd:
         load_i3d(recipe.validation.i3d)
     if recipe.validation.every and recipe.validation.clip:
@@ -165,39 +163,52 @@ def check_metric_models(recipe: Recipe) -> None:
 
 
 def check_cluster(recipe: Recipe) -> bool:
-    """Whether workers take GPUs; UserError if training and the validation beside it do not fit the cluster together."""
-    have = ray.cluster_resources()
-    wish = recipe.cluster.gpu
-    gpu = wish == "yes" or (wish == "auto" and have.get("GPU", 0) >= run_resources(recipe, gpu=True)["GPU"])
-    need = run_resources(recipe, gpu)
-    short = [
-        f"{count:g} {kind} (it has {have.get(kind, 0):g})" for kind, count in need.items() if count > have.get(kind, 0)
-    ]
-    if short:
-        cpus = need["CPU"] if need["CPU"] > have.get("CPU", 0) else 0.0
-        beside = f" and {recipe.validation.resources} for validation beside it" if recipe.validation.every else ""
+    """Whether workers use GPUs. UserError if training and validation do not fit the nodes: Ray would wait for ever."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    wanted, gpus = recipe.cluster.gpu, sum(node.get("GPU", 0) for node in nodes)
+    gpu = wanted == "yes" or (wanted == "auto" and gpus >= run_resources(recipe, gpu=True)["GPU"])
+    room = count_workers(recipe, gpu, nodes)
+    if room < recipe.cluster.fewest:
+        validation = f" next to validation's {recipe.validation.resources}" if recipe.validation.every else ""
+        cpus = 0.0 if gpu else run_resources(recipe, gpu)["CPU"]
+        counted = f", or restart a node's Ray with more CPUs than it has cores (`ray start --num-cpus {cpus:g}`)"
         raise UserError(
-            f"the cluster is too small: {recipe.cluster.fewest} workers of {worker_resources(recipe, gpu)}{beside} "
-            f"need {', '.join(short)}. Ray would wait for ever: lower cluster.workers, set validation.every to 0, or "
-            f"{add_resources_hint(cpus)}"
+            f"the cluster has room for {room} workers of {worker_resources(recipe, gpu)}{validation}, and "
+            f"{recipe.cluster.fewest} are needed. Its nodes have {', '.join(map(describe_node, nodes))}. Lower "
+            "cluster.workers or cluster.cpus_per_worker, set validation.every to 0, or add nodes"
+            + (counted if cpus else "")
         )
-    full = run_resources(recipe, gpu, most=True)
-    if recipe.validation.every and any(count > have.get(kind, 0) >= 1 for kind, count in full.items()):
+    if recipe.validation.every and room < recipe.cluster.most:
         log.info(
-            f"with more than the fewest of cluster.workers {recipe.cluster.workers} there may be no room left for "
-            "validation, which then waits for the end of the run"
+            f"with more than {room} workers (cluster.workers {recipe.cluster.workers}) validation may have no room and "
+            "wait until the run ends"
         )
     return gpu
 
 
-def add_resources_hint(cpus: float) -> str:
-    """What gives a cluster that was joined more room: of CPUs, where so many are needed in all and there are fewer."""
-    counted = f", or start a node's Ray anew with more CPUs than it has cores (`ray start --num-cpus {cpus:g}`)"
-    return "add nodes" + (counted if cpus else "")
+def count_workers(recipe: Recipe, gpu: bool, nodes: list[dict[str, float]]) -> int:
+    """How many workers fit on the nodes next to a validation, each on one node; 0 if the validation fits on none."""
+    worker = worker_resources(recipe, gpu)
+    validation = dict(recipe.validation.resources) if recipe.validation.every else {}
+
+    def fit(node: dict[str, float]) -> int:
+        return max(0, int(min((node.get(kind, 0) + 1e-9) // count for kind, count in worker.items() if count)))
+
+    def loss(host: dict[str, float]) -> int:
+        return fit(host) - fit({kind: count - validation.get(kind, 0) for kind, count in host.items()})
+
+    hosts = [node for node in nodes if all(node.get(kind, 0) >= count for kind, count in validation.items())]
+    return sum(map(fit, nodes)) - min(map(loss, hosts)) if hosts else 0
+
+
+def describe_node(resources: dict[str, float]) -> str:
+    return (
+        " and ".join(f"{resources.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU") if resources.get(kind)) or "none"
+    )
 
 
 def run_resources(recipe: Recipe, gpu: bool, most: bool = False) -> dict[str, float]:
-    """What the whole run takes of a cluster, with the fewest of its workers or with the most."""
+    """Resources of the whole run, with its fewest workers or with the most."""
     workers = recipe.cluster.most if most else recipe.cluster.fewest
     need = {kind: count * workers for kind, count in worker_resources(recipe, gpu).items()}
     if recipe.validation.every:

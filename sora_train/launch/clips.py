@@ -1,4 +1,4 @@
-"""Which clips a run trains on: recorded in its folder, so that it never goes on with other clips unnoticed."""
+"""Records the clips a run trains on in its folder, so it never resumes on other clips unnoticed."""
 
 from __future__ import annotations
 
@@ -18,27 +18,26 @@ from sora_train.recipe import Recipe
 from sora_train.storage import atomic_file
 
 CLIPS = "clips.parquet"
-"""In a run's folder: a row for each clip of its shards, those that are held out too."""
+"""In a run's folder: a row for each clip of its shards, including held-out ones."""
 COLUMNS = ["sample_id", "source", "content_hash", "start_s"]
 MAX_NAMES = 5
-"""Most sources that a message names."""
+"""How many sources a message names."""
 
 
 @dataclass(frozen=True)
 class Clips:
-    """The clips of a shard folder: COLUMNS, `bucket` and `held_out`, and the fingerprint of those to train on."""
+    """The clips of a shard folder (COLUMNS, `bucket`, `held_out`), and the training split's fingerprint."""
 
     table: pa.Table
     fingerprint: str
 
     def save(self, run: Path) -> None:
-        """Writes the record, whole or not at all."""
         table = self.table.replace_schema_metadata({"fingerprint": self.fingerprint})
         with atomic_file(run / CLIPS) as draft:
             pq.write_table(table, draft, compression="zstd")
 
     def counts(self, held_out: bool) -> dict[str, int]:
-        """Clips of a split by bucket."""
+        """Number of a split's clips by bucket."""
         return dict(Counter(row["bucket"] for row in self._of(held_out)))
 
     def sources(self, held_out: bool) -> dict[str, str]:
@@ -46,7 +45,7 @@ class Clips:
         return {row["sample_id"]: row["source"] for row in self._of(held_out)}
 
     def contents(self, held_out: bool) -> dict[tuple[str, float], str]:
-        """Sources of a split's clips by what they show, whatever their files are called: content and start."""
+        """Sources of a split's clips by content hash and start, which do not depend on file names."""
         return {(row["content_hash"] or row["sample_id"], row["start_s"]): row["source"] for row in self._of(held_out)}
 
     def _of(self, held_out: bool) -> list[dict[str, Any]]:
@@ -55,7 +54,7 @@ class Clips:
 
 
 def read_clips(recipe: Recipe) -> Clips:
-    """The clips in the recipe's shards; of each only a few columns are read."""
+    """Reads a few columns of all clips in the recipe's shards."""
     train = ShardSet(recipe.data.output, recipe.data.holdout_fraction, "train")
     splits: list[tuple[Split, ShardSet]] = [("train", train)]
     if recipe.data.holdout_fraction:
@@ -71,7 +70,7 @@ def read_clips(recipe: Recipe) -> Clips:
 
 
 def saved_clips(run: Path) -> Clips | None:
-    """The clips that a run was trained on so far; None where it has no record. UserError for one that is damaged."""
+    """The clips that a run was last trained on, or None if it has no record. UserError if that is damaged."""
     place = run / CLIPS
     if not place.is_file():
         return None
@@ -79,16 +78,19 @@ def saved_clips(run: Path) -> Clips | None:
         table = pq.read_table(place)
         return Clips(table, (table.schema.metadata or {})[b"fingerprint"].decode())
     except (pa.ArrowException, OSError, KeyError) as error:
-        raise UserError(f"{place} is damaged ({error!r}): it says which clips the run was trained on") from None
+        raise UserError(
+            f"{place}, the record of the clips that the run was trained on, is damaged ({error!r}). Restore it from a "
+            "copy, or start a new run (--name)"
+        ) from None
 
 
 def describe_difference(before: Clips, now: Clips) -> str:
-    """Which training clips were added and removed, in words."""
+    """Describes which training clips were added and removed."""
     was, are = before.sources(held_out=False), now.sources(held_out=False)
     added = [source for sample, source in are.items() if sample not in was]
     removed = [source for sample, source in was.items() if sample not in are]
     if not added and not removed:
-        return "the same clips are in the shards in another order"
+        return "the shards hold the same clips in another order"
     parts = [
         f"{clip_count(of)} {what} ({first_names(of)})" for what, of in (("added", added), ("removed", removed)) if of
     ]
@@ -100,13 +102,12 @@ def clip_count(sources: list[str]) -> str:
 
 
 def first_names(sources: list[str]) -> str:
-    """The first few names."""
     distinct = list(dict.fromkeys(sources))
     return ", ".join(distinct[:MAX_NAMES]) + (", …" if len(distinct) > MAX_NAMES else "")
 
 
 def check_holdout_moves(before: Clips, now: Clips) -> None:
-    """UserError where clips that were trained on are held out now, or the other way round, as renamed files may be."""
+    """UserError if training clips would become held-out clips or vice versa, as renamed files may."""
     for held_out, then, here in ((False, "trained on", "held out"), (True, "held out", "trained on")):
         was, there = before.contents(held_out), before.contents(not held_out)
         here_now = now.contents(not held_out).items()
@@ -120,9 +121,9 @@ def check_holdout_moves(before: Clips, now: Clips) -> None:
 
 
 def check_clips(run: Path, shards: str, now: Clips, new_data: bool) -> str:
-    """Which clips were added and removed since the run last started, in words; "" where its clips are the same.
+    """Describes which clips were added and removed since the run last started; "" if they are the same.
 
-    Raises UserError where they are others and nobody agreed to it (`new_data`).
+    UserError if they differ, unless `new_data`.
     """
     before = saved_clips(run)
     if before is None or before.fingerprint == now.fingerprint:
@@ -130,9 +131,9 @@ def check_clips(run: Path, shards: str, now: Clips, new_data: bool) -> str:
     said = describe_difference(before, now)
     if not new_data:
         raise UserError(
-            f"{shards} holds other clips than {run} was trained on: {said}. To go on with its optimizer and step, on "
-            "the clips that are there now, add --new-data. To start a new run at step 0 from its weights: --name NEW "
-            f"--model.init_from {run}. To go on as before, restore the previous clips"
+            f"{shards} holds other clips than {run} was trained on: {said}. To resume with its optimizer and step on "
+            "the present clips, add --new-data. To start a new run at step 0 from its weights: --name NEW "
+            f"--model.init_from {run}. To resume as before, restore the previous clips"
         )
     check_holdout_moves(before, now)
     return said

@@ -1,4 +1,4 @@
-"""What a new run starts from: `model.init_from` found, checked against the recipe, and described."""
+"""Initial weights of a new run (`model.init_from`): finds them and checks them against the recipe."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from sora_train.train.initial import check_initial, own_recipe, starting_point
 
 
 def find_initial_weights(recipe: Recipe) -> str:
-    """The folder of the weights that `model.init_from` names, or "": a hub id is fetched, a run becomes its newest
-    checkpoint. UserError where there are none.
+    """The folder of the weights that `model.init_from` names, or "". UserError if there are none.
+
+    A hub id is downloaded; a run becomes its newest checkpoint.
     """
     name = recipe.model.init_from
     if not name:
@@ -27,18 +28,19 @@ def find_initial_weights(recipe: Recipe) -> str:
 
 
 def check_initial_weights(recipe: Recipe) -> None:
-    """UserError where training can't start from `model.init_from`, a local folder."""
+    """UserError if training can't start from the local folder `model.init_from`."""
     folder = recipe.model.init_from
     try:
         if folder:
             check_initial(recipe.model, Path(folder))
     except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
-        advice = ". Give model the keys that it has there, or other weights" if " there it is " in str(error) else ""
+        differs = " there it is " in str(error)
+        advice = ". Set the keys of model to those of the weights, or use other weights" if differs else ""
         raise UserError(f"model.init_from: training can't start from {folder}: {error}{advice}") from None
 
 
 def initial_weights_warnings(recipe: Recipe, manifest: Manifest) -> list[str]:
-    """In what the weights in `model.init_from` were trained otherwise though their shapes fit; [] for diffusers'."""
+    """How weights that fit in shape were trained differently; empty for weights of diffusers."""
     folder = Path(recipe.model.init_from)
     place = own_recipe(folder) if recipe.model.init_from else None
     try:
@@ -55,10 +57,10 @@ def initial_weights_warnings(recipe: Recipe, manifest: Manifest) -> list[str]:
         ("text encoder", facts.text.hash[:8], manifest.text.hash[:8]),
     )
     if changed := [f"{what} {was} there, {now} here" for what, was, now in pairs if was != now]:
-        found.append(f"its weights were trained otherwise ({'; '.join(changed)}), so training has more to learn anew")
+        found.append(f"its weights were trained differently ({'; '.join(changed)}), so training must adapt them")
     if recipe.data.holdout_fraction > then.data.holdout_fraction:
         found.append(
             f"data.holdout_fraction was {then.data.holdout_fraction:g} there and is {recipe.data.holdout_fraction:g}: "
-            "if its clips are these, it was trained on some that are held out here, and held-out figures look too good"
+            "if it was trained on these clips, it has seen some that are held out here; held-out metrics look too good"
         )
     return found

@@ -1,6 +1,9 @@
-"""Ray Train's part of a run: worker group, restarts, checkpoints to keep, validations.
+"""Runs Ray Train: worker group, restarts of lost workers, checkpoints to keep, validations.
 
-Importing it takes a second of a core, so that `trainer` does it while Ray starts.
+A lost worker is noticed by Ray's controller (every `RAY_TRAIN_HEALTH_CHECK_INTERVAL_S`, set in `trainer.py`). It
+restarts the workers, which resume from the newest checkpoint (`worker.py`), and calls `EventCallback.after_exception`.
+
+Importing this module takes a second of CPU time, so `trainer.py` imports it while Ray starts.
 """
 
 from __future__ import annotations
@@ -28,41 +31,19 @@ from ray.util import placement_group_table
 
 from sora_train.errors import UserError
 from sora_train.launch.checks import worker_resources
-from sora_train.launch.monitor import Monitor
 from sora_train.launch.private_ray import Trainer, start_autoscaling_coordinator
 from sora_train.launch.run_folder import last_step, read_fatal_error, resume_hint
-from sora_train.launch.validation import prepare_prompts, supervise
+from sora_train.launch.validation import supervise
 from sora_train.launch.worker import train_worker
 from sora_train.ray_cluster.connection import root_cause
 from sora_train.recipe import Recipe
+from sora_train.recipe import ValidationConfig as ValidationRecipe
 from sora_train.train.metrics import Events
 
 
-def run_trainer(recipe: Recipe, run: Path, gpu: bool, monitor: Monitor) -> str:
-    """Ray's part: worker group, restarts, checkpoints to keep, validations. Returns "", or why training ended early."""
-    events = Events(run)
+def run_trainer(recipe: Recipe, run: Path, gpu: bool) -> str:
+    """Trains with Ray Train. Returns "", or why training ended before its last step. UserError if it failed."""
     start_autoscaling_coordinator()
-    monitor.wait_reason = lambda: resource_wait_reason(recipe, gpu)
-    validation = None
-    if recipe.validation.every:
-        timeout_s, on_gpu = recipe.validation.timeout_s, recipe.validation.resources.get("GPU", 0) > 0
-        options = remote_options(recipe.validation.resources)
-
-        def embed() -> None:
-            # In the place that validations will have. Nobody waits: a validation without them makes its own.
-            task = ray.remote(prepare_prompts).options(**options, name=f"prompts of {recipe.name}")
-            try:
-                task.remote(str(run), timeout_s, on_gpu)
-            except Exception as error:  # whatever Ray makes of a cluster that is going must not end who follows the run
-                with contextlib.suppress(UserError):  # of a full disk
-                    events.write("validation_failed", 0, f"prompts can't be embedded: {root_cause(error)}")
-
-        monitor.on_first_step = embed
-        validation = ValidationConfig(
-            fn=supervise,  # type: ignore[arg-type]  # it names its keywords, where Ray's protocol has **kwargs
-            task_config=ValidationTaskConfig(fn_kwargs={"run": str(run), "timeout_s": timeout_s, "gpu": on_gpu}),
-            ray_remote_kwargs={**options, "name": f"validation of {recipe.name}"},
-        )
     trainer = Trainer(
         train_worker,
         train_loop_config={"recipe": recipe.model_dump(mode="json"), "run": str(run)},
@@ -74,7 +55,7 @@ def run_trainer(recipe: Recipe, run: Path, gpu: bool, monitor: Monitor) -> str:
             elastic_resize_monitor_interval_s=recipe.cluster.elastic_poll_s,
         ),
         run_config=RunConfig(
-            name=recipe.name,  # as the dashboard shows it; so Ray keeps its own files in the run's folder
+            name=recipe.name,  # shown by the dashboard; Ray's own files are in the run's folder for that
             storage_path=str(run.parent),
             storage_filesystem=LocalFileSystem(),  # as `worker.checkpoint_at`
             failure_config=FailureConfig(max_failures=recipe.cluster.max_failures),
@@ -86,22 +67,43 @@ def run_trainer(recipe: Recipe, run: Path, gpu: bool, monitor: Monitor) -> str:
             callbacks=[EventCallback(str(run))],
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
-        validation_config=validation,
+        validation_config=validation_tasks(recipe.validation, recipe.name, run) if recipe.validation.every else None,
     )
-    account = ""
+    details = ""
     try:
         why = trainer.fit().return_value or ""
     except ray.train.TrainingFailedError as error:
-        why, account = root_cause(error), str(error)
-    if (reason := read_fatal_error(run)) or account:
-        raise training_failed(run, events, reason or why, account)
+        why, details = root_cause(error), str(error)
+    if (fatal := read_fatal_error(run)) or details:
+        raise training_failed(run, fatal or why, details)
     if not why:
-        events.write("end", last_step(run), "all steps are done")
+        Events(run).write("end", last_step(run), "all steps are done")
     return why
 
 
+def validation_tasks(validation: ValidationRecipe, name: str, run: Path) -> ValidationConfig:
+    """Has Ray run `supervise` for each checkpoint that is reported with `validation=True`."""
+    return ValidationConfig(
+        fn=supervise,  # type: ignore[arg-type]  # it names its keywords; Ray's protocol has **kwargs
+        task_config=ValidationTaskConfig(fn_kwargs=supervise_arguments(validation, run)),
+        ray_remote_kwargs={**remote_options(validation.resources), "name": f"validation of {name}"},
+    )
+
+
+def supervise_arguments(validation: ValidationRecipe, run: Path) -> dict[str, Any]:
+    on_gpu = validation.resources.get("GPU", 0) > 0
+    return {"run": str(run), "timeout_s": validation.timeout_s, "gpu": on_gpu}
+
+
+def remote_options(resources: dict[str, float]) -> dict[str, Any]:
+    """Options of `ray.remote` for resources by name."""
+    rest = {kind: count for kind, count in resources.items() if kind not in ("CPU", "GPU")}
+    cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
+    return {"num_cpus": cpus, "num_gpus": gpus, "resources": rest, "max_retries": 3}
+
+
 def resource_wait_reason(recipe: Recipe, gpu: bool) -> str:
-    """Why the workers do not start yet, where Ray waits for resources that others hold; else an empty string."""
+    """Why the workers do not start, if Ray waits for resources that others hold; else an empty string."""
     if all(group["state"] != "PENDING" for group in placement_group_table().values()):
         return ""
     free, need = ray.available_resources(), worker_resources(recipe, gpu)
@@ -112,19 +114,19 @@ def resource_wait_reason(recipe: Recipe, gpu: bool) -> str:
     )
 
 
-def training_failed(run: Path, events: Events, why: str, account: str) -> UserError:
-    """Notes a failure, as far as the disk has room, and says it."""
+def training_failed(run: Path, why: str, details: str) -> UserError:
+    """Records a failure as far as the disk has space, and returns the error to raise."""
     step, where = last_step(run), ""
-    with contextlib.suppress(OSError, UserError):  # a full disk, as the system and as `Events` say it
-        events.write("failed", step, why)
-        if account:
-            (run / "failure.txt").write_text(account, encoding="utf-8")
-            where = f"The whole account is in {run / 'failure.txt'}. "
+    with contextlib.suppress(OSError, UserError):  # a full disk
+        Events(run).write("failed", step, why)
+        if details:
+            (run / "failure.txt").write_text(details, encoding="utf-8")
+            where = f"Details are in {run / 'failure.txt'}. "
     return UserError(f"training stopped near step {step}: {why}\n{where}{resume_hint(run)}, once the cause is fixed")
 
 
 class EventCallback(UserCallback):
-    """Writes down what Ray's controller alone knows: which checkpoints count, and that workers were lost."""
+    """Writes events that only Ray's controller knows: registered checkpoints and lost workers."""
 
     def __init__(self, run: str) -> None:
         self.run = run
@@ -134,19 +136,14 @@ class EventCallback(UserCallback):
             self.write_event("checkpoint", metrics[0]["step"], checkpoint.path)
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """A worker was lost: its process or node died, or it raised."""
         if not read_fatal_error(Path(self.run)):
             why = "; ".join(f"rank {rank}: {root_cause(error)}" for rank, error in sorted(worker_exceptions.items()))
             self.write_event("worker_lost", last_step(Path(self.run)), why)
 
     def write_event(self, event: str, step: int, reason: str) -> None:
-        with contextlib.suppress(UserError):  # a full disk must not bring Ray's controller down as well
+        with contextlib.suppress(UserError):  # a full disk must not end Ray's controller
             Events(Path(self.run)).write(event, step, reason)
-
-
-def remote_options(wanted: dict[str, float]) -> dict[str, Any]:
-    """Resources in the words of `ray.remote`, which has names of their own for two of them."""
-    rest = {kind: count for kind, count in wanted.items() if kind not in ("CPU", "GPU")}
-    return {"num_cpus": wanted.get("CPU", 0), "num_gpus": wanted.get("GPU", 0), "resources": rest, "max_retries": 3}
 
 
 logging.getLogger("ray.train").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Whether a run may be resumed by a recipe: which keys and clips may differ from when it last started."""
+"""Resuming a run: which keys and clips may differ from its last start, and what changed."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from sora_train.manifest import Manifest
 from sora_train.recipe import Recipe
 from sora_train.settings import build, flatten, read_yaml
 from sora_train.train import checkpoint
+from sora_train.train.config import TrainConfig
+from sora_train.train.loop import learning_rate
 
 RESUMABLE_KEYS = (
     "name",
     "data.captions",
     "data.root",
-    "data.output",  # the shards' own manifest is compared
+    "data.output",  # the shards' manifest is compared
     "data.max_bad_fraction",
     "data.timeout_s",
     "data.file_column",
     "data.caption_column",
     "prep.",
-    "codec.",  # likewise, and `null_prompt` by itself
+    "codec.",  # likewise; `null_prompt` is compared by itself
     "model.init_from",
     "model.preset",  # the keys that it stands for are compared
     "train.output",
@@ -43,7 +45,7 @@ RESUMABLE_KEYS = (
     "cluster.",
     "tracking.",
 )
-"""What a resumed run may have otherwise than it began with: nothing of it changes what is learned, but for rounding."""
+"""Keys that may change on resume, because they affect results only through rounding."""
 
 TUNABLE_KEYS = (
     "train.learning_rate",
@@ -53,7 +55,7 @@ TUNABLE_KEYS = (
     "train.weight_decay",
     "train.reduce_dtype",
 )
-"""What it may have otherwise too, from the resumed step on, since people steer by it."""
+"""Keys that may also change on resume, for tuning; they take effect from the resumed step on."""
 
 CLIP_KEYS = (
     "data.frames",
@@ -66,7 +68,7 @@ CLIP_KEYS = (
     "data.max_enlarge",
     "selection.",
 )
-"""Keys that decide which clips there are, and not how one is encoded: they may change with `--new-data`."""
+"""Keys that decide which clips exist, not how they are encoded. They may change with `--new-data`."""
 
 UNREPORTED_KEYS = (
     "name",
@@ -83,26 +85,27 @@ UNREPORTED_KEYS = (
     "cluster.address",
     "tracking.",
 )
-"""Keys that say where things are or how they are shown; a change of any other is an event of the run."""
+"""Keys of paths and display. A change of any other key is written as an event of the run."""
 
 
 def check_resume(
     run: Path, recipe: Recipe, manifest: Manifest, clips: Clips | None = None, new_data: bool = False
 ) -> int | None:
-    """The step of the newest whole checkpoint, if any. UserError if another recipe made it, or if its clips are others
-    than these and nobody agreed to that (`new_data`).
+    """The step of the newest complete checkpoint, or None.
+
+    UserError if the run was started with an incompatible recipe, or on other clips without `new_data`.
     """
     found = checkpoint.whole(run / "checkpoints")
     if not found:
         return None
     if not (run / "recipe.yaml").is_file():
-        raise UserError(f"{run / 'recipe.yaml'} is missing: put a copy of its newest checkpoint's there")
+        raise UserError(f"{run / 'recipe.yaml'} is missing. Copy recipe.yaml from the newest checkpoint to it")
     free = RESUMABLE_KEYS + TUNABLE_KEYS + (CLIP_KEYS if new_data else ())
     changed = [change for change in changed_keys(run, recipe) if not change.startswith(free)]
     changed += changed_arithmetic(run, recipe)
     cuts_only = bool(changed) and all(change.startswith(CLIP_KEYS) for change in changed)
     if not (run / "manifest.json").is_file():
-        raise UserError(f"{run / 'manifest.json'} is missing: put a copy of its shards' there")
+        raise UserError(f"{run / 'manifest.json'} is missing. Copy manifest.json from the newest checkpoint to it")
     trained = Manifest.load(str(run))
     if recipe.codec.null_prompt not in ("auto", before := saved_null_prompt(run)):
         changed.append(f"codec.null_prompt was {before} and is {recipe.codec.null_prompt}")
@@ -110,14 +113,14 @@ def check_resume(
         changed.append(f"the shards' encoding was {trained.encoding_hash[:12]} and is {manifest.encoding_hash[:12]}")
     elif trained.buckets != manifest.buckets and not (run / CLIPS).is_file():
         changed.append(
-            f"the shards' clips were {trained.buckets} and are {manifest.buckets} (an earlier version began the run "
-            f"and did not record which; a new run can start from its weights: --name NEW --model.init_from {run})"
+            f"the shards' clips were {trained.buckets} and are {manifest.buckets} (an earlier version started the run "
+            f"without recording them; a new run can start from its weights: --name NEW --model.init_from {run})"
         )
     if changed:
-        go_on = ", or add --new-data to go on with the clips that these keys give" if cuts_only else ""
+        go_on = ", add --new-data to resume on the clips that these keys give" if cuts_only else ""
         raise UserError(
-            f"{run} was begun with another recipe: {'; '.join(changed)}. Give this one another name (--name){go_on}, "
-            "or set them back to go on"
+            f"{run} was started with another recipe: {'; '.join(changed)}. Set the keys back to resume{go_on}, or give "
+            "this run another name (--name)"
         )
     if clips is not None:
         check_clips(run, recipe.data.output, clips, new_data)
@@ -130,13 +133,13 @@ def saved_recipe(run: Path) -> Recipe:
 
 
 def saved_null_prompt(run: Path) -> str:
-    """The null prompt that a run learned; one of before `codec.null_prompt` learned `eos`."""
+    """The null prompt that a run was trained with. Runs older than the key `codec.null_prompt` used `eos`."""
     stated = saved_recipe(run).codec.null_prompt
     return "eos" if stated == "auto" else stated
 
 
 def changed_arithmetic(run: Path, recipe: Recipe) -> list[str]:
-    """A phrase if the run goes between stage 0 and the others in bf16, which is more than rounding; else nothing."""
+    """Names a change between ZeRO stage 0 and the others in bf16, which is more than rounding."""
     then, now = saved_recipe(run).train.zero_stage, recipe.train.zero_stage
     if recipe.train.precision == "fp32" or bool(then) == bool(now):
         return []
@@ -147,10 +150,30 @@ def changed_arithmetic(run: Path, recipe: Recipe) -> list[str]:
 
 
 def changed_keys(run: Path, recipe: Recipe, of: tuple[str, ...] = ("",)) -> list[str]:
-    """Keys that begin with any of `of` and are otherwise than when the run last started, a phrase each."""
+    """Describes each key that starts with one of `of` and differs from the run's last start."""
     before, now = (dict(flatten(r.model_dump(mode="json"))) for r in (saved_recipe(run), recipe))
     return [
         f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and key.startswith(of)
     ]
+
+
+def describe_changes(run: Path, recipe: Recipe, step: int) -> str:
+    """The keys that changed since the run last started, and any jump of the learning rate at `step`; "" if none."""
+    found = [change for change in changed_keys(run, recipe) if not change.startswith(UNREPORTED_KEYS)]
+    if found and (jump := learning_rate_jump(saved_recipe(run).train, recipe.train, step)):
+        found.append(jump)
+    return "; ".join(found)
+
+
+def learning_rate_jump(then: TrainConfig, now: TrainConfig, step: int) -> str:
+    """Both learning rates if step `step` + 1 does not continue the schedule, and how to avoid a rise; else ""."""
+    before, after = learning_rate(then, step - 1), learning_rate(now, step)
+    expected = learning_rate(then, step) if step < then.steps else before
+    if abs(after - expected) <= 1e-6 * expected:
+        return ""
+    jump = f"the learning rate is {before:.3g} at step {step} and {after:.3g} at step {step + 1}"
+    if after > 1.5 * before and step >= now.warmup_steps:
+        jump += f" (--train.learning_rate {now.learning_rate * before / after:.3g} would avoid the jump)"
+    return jump

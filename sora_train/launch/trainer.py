@@ -1,8 +1,7 @@
-"""`sora train`: checks everything that can be checked, then hands the run to Ray and watches it.
+"""`sora train`: checks the recipe, runs it with Ray Train and watches it.
 
-Resuming is running the same command again. What decides is on disk: the newest whole checkpoint in the run's folder.
-SIGTERM, which schedulers send before they take a machine away, has the run make a checkpoint and end, as have SIGHUP
-(a closed terminal) and Ctrl-C.
+The same command resumes a run from the newest complete checkpoint in its folder. SIGTERM (sent by schedulers), SIGHUP
+(a closed terminal) and Ctrl-C make the run save a checkpoint and end.
 """
 
 from __future__ import annotations
@@ -10,13 +9,13 @@ from __future__ import annotations
 import importlib
 import math
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 from sora_train.data.config import small_buckets
 from sora_train.errors import Stopped, UserError
-from sora_train.launch.changes import describe_changes
 from sora_train.launch.checks import (
     check_cluster,
     check_codec,
@@ -26,11 +25,11 @@ from sora_train.launch.checks import (
     resolve_recipe,
     run_resources,
 )
-from sora_train.launch.clips import check_clips, read_clips
+from sora_train.launch.clips import Clips, check_clips, read_clips
 from sora_train.launch.init_from import check_initial_weights, initial_weights_warnings
 from sora_train.launch.monitor import Monitor
 from sora_train.launch.preflight.table import check_quickly
-from sora_train.launch.resume import check_resume
+from sora_train.launch.resume import check_resume, describe_changes, saved_recipe
 from sora_train.launch.run_folder import (
     check_fresh,
     check_some_complete,
@@ -48,122 +47,159 @@ from sora_train.locks import run_lock
 from sora_train.log import log
 from sora_train.manifest import Manifest
 from sora_train.ray_cluster.connection import connect, explain_wait
-from sora_train.recipe import Recipe, load_recipe, save_recipe
+from sora_train.recipe import Recipe, save_recipe
 from sora_train.train import checkpoint
-from sora_train.train.metrics import Events
-from sora_train.train.run_dir import STOP_FILE
+from sora_train.train.metrics import STOP_FILE, Events
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """A run that passed all checks that need no cluster."""
+
+    recipe: Recipe
+    folder: Path
+    manifest: Manifest
+    clips: Clips
+    step: int
+    """The step to resume from; 0 for a new run."""
+    changes: list[tuple[str, str]]
+    """Kinds and reasons of events: what differs from the run's last start."""
 
 
 def launch_training(
-    recipe: Recipe, fresh: bool = False, overwrite: bool = False, look_first: bool = True, new_data: bool = False
+    recipe: Recipe, fresh: bool = False, overwrite: bool = False, preflight: bool = True, new_data: bool = False
 ) -> Path:
-    """Trains the recipe's model, or goes on where it stopped; returns the run's folder. `fresh` begins at step 0, and
-    with `overwrite` also where the folder holds a run, which it removes. `look_first` is the quick part of preflight.
-    With `new_data` a run goes on though the shards hold other clips than before.
+    """Trains the recipe's model, or resumes its run. Returns the run's folder.
 
-    Raises UserError, before anything starts, for shards that are missing or do not fit, a cluster that is too small, or
-    a run folder that another recipe made or that can't be written; and where training failed for a reason that no
-    repetition mends, or more often than `cluster.max_failures`. Raises Stopped where SIGTERM, SIGHUP, Ctrl-C,
-    or a file `leave` in the run's folder ended it before its last step with a checkpoint.
+    Args:
+        fresh: start at step 0; with `overwrite` even if the folder holds a run, which is removed.
+        preflight: run the quick checks of `sora preflight`.
+        new_data: resume although the shards hold other clips than before.
+
+    Raises:
+        UserError: before anything starts, if the recipe, shards, cluster or folder are wrong; later, if training failed
+            for a reason that a retry can't fix, or more often than `cluster.max_failures`.
+        Stopped: if a signal or the file `leave` in the run's folder ended the run before its last step.
     """
-    recipe = resolve_recipe(recipe, fresh)
-    run = Path(recipe.train.output) / recipe.name
-    check_writable(run)
-    manifest = check_shards(recipe)
-    clips, at, happened = read_clips(recipe), 0, list[tuple[str, str]]()
-    with os_errors_as_user_errors(run):
-        if fresh:
-            check_fresh(run, overwrite)
-        elif at := check_resume(run, recipe, manifest, new_data=new_data) or 0:
-            other_clips = check_clips(run, recipe.data.output, clips, new_data)
-            if at >= recipe.train.steps:
-                log.info(f"{run} is finished: {at} steps are done; raise train.steps to train on")
-                rerun_missed_validations(run, recipe)
-                return run
-            happened = describe_resume(run, recipe, at, other_clips, new_data)
-        else:
-            check_some_complete(run)
-    check_codec(recipe, manifest)
-    check_text(recipe, manifest)
-    if not at:
-        check_initial_weights(recipe)
-        for remark in initial_weights_warnings(recipe, manifest):
-            log.warning(f"model.init_from: {remark}")
-    check_metric_models(recipe)
-    for said in small_buckets(clips.counts(held_out=False), recipe.train.batch_size):
-        log.warning(said)
-    log.info(describe_export(recipe, manifest))
+    run = check_run(resolve_recipe(recipe, fresh), fresh, overwrite, new_data)
+    recipe, folder = run.recipe, run.folder
+    if run.step >= recipe.train.steps:
+        log.info(f"{folder} is finished: {run.step} steps are done. Raise train.steps to train on")
+        rerun_missed_validations(folder, recipe)
+        return folder
     warn_if_stop_wait_short()
-    need = run_resources(recipe, gpu=False, most=True)
-    background = ThreadPoolExecutor(1)  # Ray takes seconds to start, and leaves a core idle
-    ray_train = background.submit(importlib.import_module, "sora_train.launch.ray_trainer")
-    background.shutdown(wait=False)
+    ray_trainer = import_in_background("sora_train.launch.ray_trainer")
+    cpus = math.ceil(run_resources(recipe, gpu=False, most=True).get("CPU", 0))
     log.info("starting Ray")
-    with (
-        SignalHandler(run) as signals,
-        connect(recipe.cluster.address, min_cpus=math.ceil(need.get("CPU", 0)), log_to_driver=False) as own,
-    ):
+    with SignalHandler(folder) as signals, connect(recipe.cluster.address, min_cpus=cpus, log_to_driver=False) as own:
         signals.reinstall()
         gpu = check_cluster(recipe)
-        if look_first:
-            check_quickly(recipe, manifest, gpu, own)
+        if preflight:
+            check_quickly(recipe, run.manifest, gpu, own)
         set_ray_train_env(recipe, own)
-        with run_lock(str(run), "sora train"):
-            signals.owns = True
-            with os_errors_as_user_errors(run):
+        with run_lock(str(folder), "sora train"):
+            signals.owns_run = True
+            with os_errors_as_user_errors(folder):
                 if fresh:
-                    remove_run(run)
-                for event, reason in happened:  # first: a record of the new clips is never without its event
-                    Events(run).write(event, at, reason)
-                prepare_run_folder(run, recipe, manifest, clips)
-            with start_monitor(recipe, run) as monitor:
+                    remove_run(folder)
+                for event, reason in run.changes:  # first: the record of new clips never lacks its event
+                    Events(folder).write(event, run.step, reason)
+                prepare_run_folder(folder, recipe, run.manifest, run.clips)
+            with start_monitor(recipe, folder) as monitor:
                 signals.can_wait = lambda: monitor.training
+                monitor.wait_reason = lambda: ray_trainer.result().resource_wait_reason(recipe, gpu)
                 signals.check()
-                try:
-                    why = ray_train.result().run_trainer(recipe, run, gpu, monitor)
-                except KeyboardInterrupt:
-                    why = f"{signals.name or 'by hand'}; run the same command to resume from the last checkpoint"
-                    Events(run).write("interrupted", last_step(run), why)
-                    raise  # without a report: a second signal ends the command now
-                except Exception:
-                    update_report(run, last_step(run))
-                    raise
-                finally:
-                    (run / STOP_FILE).unlink(missing_ok=True)
-                update_report(run, last_step(run))
-                if why:
-                    asked = signals.name or f"a request by the file {run / STOP_FILE}"
-                    step, _ = newest_checkpoint(run) or (0, None)
-                    Events(run).write("stopped", step, f"{asked}; run the same command to resume")
-                    raise Stopped(f"stopped at step {step} after {asked}. {resume_hint(run)}")
-    log.info(f"done: {recipe.train.steps} steps. Look at {run / 'report.html'}; checkpoints are beside it")
-    return run
+                run_until_end(recipe, folder, gpu, signals, ray_trainer.result())
+    log.info(f"done: {recipe.train.steps} steps. See {folder / 'report.html'} and {folder / 'checkpoints'}")
+    return folder
 
 
-def describe_resume(run: Path, recipe: Recipe, at: int, other_clips: str, new_data: bool) -> list[tuple[str, str]]:
-    """What a run does otherwise from step `at` on, as kinds and reasons of events; says it before it happens.
+def check_run(recipe: Recipe, fresh: bool, overwrite: bool, new_data: bool) -> CheckedRun:
+    """Checks everything that needs no cluster; says what a resumed run changes. UserError if something is wrong."""
+    folder = Path(recipe.train.output) / recipe.name
+    check_writable(folder)
+    manifest = check_shards(recipe)
+    clips, step, changes = read_clips(recipe), 0, list[tuple[str, str]]()
+    with os_errors_as_user_errors(folder):
+        if fresh:
+            check_fresh(folder, overwrite)
+        elif step := check_resume(folder, recipe, manifest, new_data=new_data) or 0:
+            clip_changes = check_clips(folder, recipe.data.output, clips, new_data)
+            if step < recipe.train.steps:
+                changes = describe_resume(folder, recipe, step, clip_changes, new_data)
+        else:
+            check_some_complete(folder)
+    if step < recipe.train.steps:
+        check_models(recipe, manifest, clips, step)
+    return CheckedRun(recipe, folder, manifest, clips, step, changes)
 
-    `other_clips` is what `check_clips` returned.
-    """
-    happened: list[tuple[str, str]] = []
-    if said := describe_changes(run, recipe, at):
-        happened.append(("changed", said))
-    if other_clips:
-        happened.append(("new_data", f"{other_clips}; an epoch of these begins here"))
+
+def check_models(recipe: Recipe, manifest: Manifest, clips: Clips, step: int) -> None:
+    """Checks the models that a run needs, and warns of what may surprise."""
+    check_codec(recipe, manifest)
+    check_text(recipe, manifest)
+    if not step:
+        check_initial_weights(recipe)
+        for warning in initial_weights_warnings(recipe, manifest):
+            log.warning(f"model.init_from: {warning}")
+    check_metric_models(recipe)
+    for warning in small_buckets(clips.counts(held_out=False), recipe.train.batch_size):
+        log.warning(warning)
+    log.info(describe_export(recipe, manifest))
+
+
+def run_until_end(recipe: Recipe, folder: Path, gpu: bool, signals: SignalHandler, ray_trainer: ModuleType) -> None:
+    """Trains, then writes the report. Stopped if the run was asked to end."""
+    try:
+        why = ray_trainer.run_trainer(recipe, folder, gpu)
+    except KeyboardInterrupt:
+        why = f"{signals.name or 'by hand'}; run the same command to resume from the last checkpoint"
+        Events(folder).write("interrupted", last_step(folder), why)
+        raise  # without a report: a second signal ends the command at once
+    except Exception:
+        update_report(folder, last_step(folder))
+        raise
+    finally:
+        (folder / STOP_FILE).unlink(missing_ok=True)
+    update_report(folder, last_step(folder))
+    if why:
+        asked = signals.name or f"a request by the file {folder / STOP_FILE}"
+        step, _ = newest_checkpoint(folder) or (0, None)
+        Events(folder).write("stopped", step, f"{asked}; run the same command to resume")
+        raise Stopped(f"stopped at step {step} after {asked}. {resume_hint(folder)}")
+
+
+def import_in_background(module: str) -> Future[ModuleType]:
+    """Imports a slow module while Ray starts, which leaves a core idle."""
+    background = ThreadPoolExecutor(1)
+    future = background.submit(importlib.import_module, module)
+    background.shutdown(wait=False)
+    return future
+
+
+def describe_resume(
+    folder: Path, recipe: Recipe, step: int, clip_changes: str, new_data: bool
+) -> list[tuple[str, str]]:
+    """What changes from step `step` on, as kinds and reasons of events; also logs it."""
+    changes: list[tuple[str, str]] = []
+    if changed := describe_changes(folder, recipe, step):
+        changes.append(("changed", changed))
+    if clip_changes:
+        changes.append(("new_data", f"{clip_changes}; an epoch of these begins here"))
     elif new_data:
-        log.info(f"--new-data changes nothing: the clips are those that {run} was trained on")
-    for event, reason in happened:
-        log.info(f"{event.replace('_', ' ')} at step {at}: {reason}")
-    return happened
+        log.info(f"--new-data changes nothing: the clips are those that {folder} was trained on")
+    for event, reason in changes:
+        log.info(f"{event.replace('_', ' ')} at step {step}: {reason}")
+    return changes
 
 
 def describe_export(recipe: Recipe, manifest: Manifest) -> str:
-    """Whether `sora export` will make a pipeline of the run, in a line; the reasons if not."""
+    """Whether `sora export` can write this run as a pipeline, with the reasons if not."""
     from sora_train.export.pipeline import refusals
 
     try:
         reasons = refusals(recipe, manifest)
-    except UserError as error:  # the VAE is not within reach
+    except UserError as error:  # the VAE is out of reach
         reasons = [str(error)]
     if not reasons:
         return "`sora export` will be able to write this run as a LattePipeline of diffusers"
@@ -171,67 +207,62 @@ def describe_export(recipe: Recipe, manifest: Manifest) -> str:
 
 
 def set_ray_train_env(recipe: Recipe, own: bool) -> None:
-    """Ray Train's settings, which it takes from this process's environment; what the user has set there counts.
+    """Sets Ray Train's environment variables, unless the user has set them.
 
-    `own`: Ray was started by this command and ends with it, on this machine alone. Then nobody looks at Train's list of
-    runs and no node is announced to go, so that two processes which take seconds to start are left out.
+    A Ray that this command started (`own`) ends with it on this machine alone. Nobody looks at its list of runs and no
+    node is preempted, so two processes that take seconds to start are left out.
     """
-    settings = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1"}  # a lost worker is noticed so soon
+    settings = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1"}  # how soon a lost worker is noticed
     if own:
         settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     else:
-        settings["RAY_TRAIN_ENABLE_STATE_TRACKING"] = "1"  # what the dashboard's API says of training runs
+        settings["RAY_TRAIN_ENABLE_STATE_TRACKING"] = "1"  # for the dashboard's list of training runs
     if recipe.cluster.fewest < recipe.cluster.most:
-        # Ray takes up to 20 s to see that a node is gone; until then it waits for workers on it, so long at a time.
+        # Ray notices a lost node after up to 20 s, and until then waits this long for workers on it.
         settings["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "10"
     for name, value in settings.items():
         os.environ.setdefault(name, value)
 
 
-def rerun_missed_validations(run: Path, recipe: Recipe) -> None:
-    """Runs the validations of a finished run that ended with its command, as Ray tasks with `validation.resources`."""
-    cut_off = [
+def rerun_missed_validations(folder: Path, recipe: Recipe) -> None:
+    """Runs the validations of a finished run that were cut off with its command, with `validation.resources`."""
+    missed = [
         (step, path)
-        for step, path in checkpoint.whole(run / "checkpoints")
-        if ValidationStatus(run).get(step) in ("asked", "running", "lost")
+        for step, path in checkpoint.whole(folder / "checkpoints")
+        if ValidationStatus(folder).get(step) in ("asked", "running", "lost")
     ]
-    if not cut_off or not recipe.validation.every:
+    if not missed or not recipe.validation.every:
         return
     need = recipe.validation.resources
     with connect(recipe.cluster.address, min_cpus=math.ceil(need.get("CPU", 0)), log_to_driver=False):
         import ray
 
-        from sora_train.launch.ray_trainer import remote_options
+        from sora_train.launch.ray_trainer import remote_options, supervise_arguments
         from sora_train.launch.worker import checkpoint_at
 
         have = ray.cluster_resources()
         if short := [f"{count:g} {kind}" for kind, count in need.items() if count > have.get(kind, 0)]:
-            steps = ", ".join(str(step) for step, _ in cut_off)
+            steps = ", ".join(str(step) for step, _ in missed)
             log.info(
                 f"the validations of steps {steps} were cut off and can't run here: the cluster lacks "
                 f"{' and '.join(short)} (validation.resources). Run the same command where it has them"
             )
             return
-        with run_lock(str(run), "sora train"), start_monitor(recipe, run):
-            then = load_recipe(run / "recipe.yaml")
-            save_recipe(then.model_copy(update={"validation": recipe.validation}), run / "recipe.yaml")
-            (run / STOP_FILE).unlink(missing_ok=True)
-            asked = {"run": str(run), "timeout_s": recipe.validation.timeout_s, "gpu": need.get("GPU", 0) > 0}
-            for step, path in cut_off:
-                log.info(f"its validation of step {step} was cut off, and is made up for now")
-                task = ray.remote(supervise).options(  # pyright: ignore
-                    **remote_options(need), name=f"validation of {recipe.name}"
-                )
+        with run_lock(str(folder), "sora train"), start_monitor(recipe, folder):
+            then = saved_recipe(folder)
+            save_recipe(then.model_copy(update={"validation": recipe.validation}), folder / "recipe.yaml")
+            (folder / STOP_FILE).unlink(missing_ok=True)
+            options = {**remote_options(need), "name": f"validation of {recipe.name}"}
+            for step, path in missed:
+                log.info(f"rerunning the validation of step {step}, which was cut off")
+                task = ray.remote(supervise).options(**options)  # pyright: ignore
                 with explain_wait(f"the validation of step {step} runs, or waits for {need} of the cluster"):
-                    ray.get(task.remote(checkpoint_at(path), **asked))
+                    ray.get(task.remote(checkpoint_at(path), **supervise_arguments(recipe.validation, folder)))
 
 
-def start_monitor(recipe: Recipe, run: Path) -> Monitor:
-    """What tells people and wandb of a run, to be entered."""
+def start_monitor(recipe: Recipe, folder: Path) -> Monitor:
+    """The run's monitor, as a context manager."""
+    tracking = {"mode": recipe.tracking.wandb, "project": recipe.tracking.project}
     if recipe.tracking.wandb != "off":
         detach_wandb()
-    return Monitor(run, recipe.train.steps, tracking(recipe), recipe.model_dump(mode="json"))
-
-
-def tracking(recipe: Recipe) -> dict[str, Any]:
-    return {"mode": recipe.tracking.wandb, "project": recipe.tracking.project}
+    return Monitor(folder, recipe.train.steps, tracking, recipe.model_dump(mode="json"))

@@ -1,4 +1,4 @@
-"""Joins the Ray cluster that this process belongs to, or starts one here and takes it down again."""
+"""Connects to a Ray cluster, or starts one on this machine."""
 
 from __future__ import annotations
 
@@ -26,37 +26,40 @@ from sora_train.ray_cluster.local_ray import (
 )
 
 WAIT_S, AGAIN_S = 30.0, 60.0
-"""A wait for Ray is explained after the first of these, and then every so often."""
+"""A wait for Ray is explained after `WAIT_S`, and again every `AGAIN_S`."""
 
 
 @contextmanager
 def connect(
     address: str = "auto", min_cpus: int = 1, dashboard: bool = True, log_to_driver: bool = True
 ) -> Iterator[bool]:
-    """Connects this process to Ray for the length of a `with` block; gives whether it started a Ray of its own.
+    """Connects this process to Ray for the length of a `with` block. Yields whether it started a Ray of its own.
 
-    `auto` joins the cluster of this job (`RAY_ADDRESS`) or the one that `ray start` runs on this machine, and starts
-    one where there is none; `local` always starts one; anything else is the address to join. A cluster started here
-    has a logical CPU per core, at least `min_cpus`, and ends with the block; one that was joined is left running, and
-    where the process is connected already nothing happens. With `log_to_driver`, what workers print
-    appears here. Raises UserError where an address can't be joined.
+    Args:
+        address: `auto` joins the cluster of this job (`RAY_ADDRESS`) or of `ray start` on this machine, and starts one
+            if there is none; `local` always starts one; anything else is the address to join.
+        min_cpus: a cluster started here has one logical CPU per core, but at least these. It ends with the block; a
+            joined one is left running. A process that is already connected stays so.
+        log_to_driver: show here what workers print.
+
+    Raises:
+        UserError: the address can't be joined.
     """
     if ray.is_initialized():
         yield False
         return
     key = "cluster.address" if address != "auto" else "RAY_ADDRESS" if os.environ.get("RAY_ADDRESS") else "auto"
     address = (running_cluster() or "local") if address == "auto" else address
-    # Its warning that a cluster of one's own has a password needs nobody's attention.
+    # Hides the warning that a local cluster has a generated token.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     own = address == "local"
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(outside_working_dir())
             if own:
-                # Given `local`, Ray never joins what another process left running, which `num_cpus` alone would raise
-                # for.
-                for place in (short_temp_dir, private_token, fixed_address, block_sighup):
-                    stack.enter_context(place())
+                # With `local` Ray never joins a cluster that another process left running; `num_cpus` would raise then.
+                for setting in (short_temp_dir, private_token, fixed_address, block_sighup):
+                    stack.enter_context(setting())
                 cpus = max(os.cpu_count() or 1, min_cpus)
                 stack.enter_context(explain_wait("Ray is still starting on this machine"))
                 ray.init(
@@ -69,21 +72,21 @@ def connect(
             else:
                 wait_until_reachable(address, key)
                 stack.enter_context(
-                    explain_wait(f"Ray at {address} ({key}) is there, but has not let this process in yet")
+                    explain_wait(f"Ray at {address} ({key}) answers, but has not accepted this process yet")
                 )
                 ray.init(address, logging_level=logging.WARNING, log_to_driver=log_to_driver)
     except UserError:
         raise
-    except Exception as error:  # a node that takes too long to start is no more than that to Ray
+    except Exception as error:  # Ray raises plain exceptions, for instance for a node that starts too slowly
         if own:
             raise UserError(
                 f"Ray can't start on this machine: {error}. Its logs: {temp_dir()}/ray/session_latest/logs"
             ) from error
-        # With another token Ray says no more than that it could not connect.
+        # With a wrong token Ray only says that it could not connect.
         raise UserError(
-            f"{key}: can't join the Ray cluster at {address}: {error}. Is its token this process's own? That is "
-            "~/.ray/auth_token of its head node, here with RAY_AUTH_MODE=token in ~/.ray/auth_token or where "
-            f"RAY_AUTH_TOKEN_PATH says. {local_hint(key)}"
+            f"{key}: can't join the Ray cluster at {address}: {error}. Is its token the one of this process? Copy "
+            "~/.ray/auth_token of the head node to the same place here (or to RAY_AUTH_TOKEN_PATH) and set "
+            f"RAY_AUTH_MODE=token. {local_hint(key)}"
         ) from error
     try:
         yield own
@@ -92,7 +95,7 @@ def connect(
 
 
 def wait_until_reachable(address: str, key: str) -> None:
-    """Raises UserError where nothing listens at a cluster's address for `WAIT_S`: Ray itself would wait for ever."""
+    """UserError if nothing listens at a cluster's address for `WAIT_S`. Ray itself would wait for ever."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if not host or not port.isdecimal():
         return
@@ -113,14 +116,14 @@ def wait_until_reachable(address: str, key: str) -> None:
 
 
 def local_hint(key: str) -> str:
-    """How to run without the cluster that `key` names."""
+    """How to run without the cluster that `key` gives."""
     unset = "unset RAY_ADDRESS or " if key == "RAY_ADDRESS" else ""
     return f"To run on this machine alone, {unset}give --cluster.address local"
 
 
 @contextmanager
 def explain_wait(what: str) -> Iterator[None]:
-    """Says what a block waits for, when it takes more than `WAIT_S`, and again every `AGAIN_S`."""
+    """Logs what a block waits for, if it takes more than `WAIT_S`, and again every `AGAIN_S`."""
     ended, began = threading.Event(), time.monotonic()
 
     def explain() -> None:
@@ -139,7 +142,7 @@ def explain_wait(what: str) -> Iterator[None]:
 
 
 def running_cluster() -> str | None:
-    """The address in RAY_ADDRESS, else of the cluster that `ray start` noted on this machine, if it still answers."""
+    """The address in RAY_ADDRESS, or of the cluster that `ray start` started here, if it still answers."""
     if address := os.environ.get("RAY_ADDRESS"):
         return address
     note = Path(temp_dir()) / "ray" / "ray_current_cluster"
@@ -153,14 +156,14 @@ def running_cluster() -> str | None:
 
 
 def resources_in_use() -> str:
-    """CPUs and GPUs of the cluster that other jobs have taken, in words; an empty string where all are free."""
+    """Describes CPUs and GPUs that other jobs use; empty if all are free."""
     total, free = ray.cluster_resources(), ray.available_resources()
     held = {kind: total.get(kind, 0) - free.get(kind, 0) for kind in ("CPU", "GPU")}
     return " and ".join(f"{count:g} of {total[kind]:g} {kind}s" for kind, count in held.items() if count >= 1)
 
 
 def root_cause(error: BaseException) -> str:
-    """The first cause of what Ray wraps, in one line."""
+    """The original error inside Ray's wrappers, on one line."""
     failures = getattr(error, "worker_failures", None)
     if failures:
         error = failures[min(failures)]

@@ -1,4 +1,4 @@
-"""What a Ray that this process starts on its own machine needs: folders, ports, a token, and no hangups."""
+"""Settings for a Ray started on this machine: temporary folder, address, token, signals."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from sora_train.errors import UserError
 from sora_train.log import log
 
 SOCKETS = "ray/session_2026-11-27_03-57-09_123456_4194304/sockets/dash_TaskEventsHead"
-"""The longest socket that Ray makes under its temporary folder."""
+"""The longest socket path that Ray creates in its temporary folder."""
 SOCKET_BYTES = 107
-"""The longest name that Linux takes for one."""
+"""The longest socket path that Linux allows."""
 
 
 @contextmanager
 def outside_working_dir() -> Iterator[None]:
-    """Ray puts the working folder of its driver first on the `sys.path` of every worker, so that a `random.py` there
-    would be run. Within the block that folder is the one that this package was imported from.
+    """Changes into the folder that this package was imported from.
 
-    A job that was submitted with a working folder (`ray job submit --working-dir`) has that one in any case.
+    Ray puts the driver's working folder first on `sys.path` of every worker, where a `random.py` would be imported. A
+    job submitted with `ray job submit --working-dir` has that folder in any case.
     """
     before = os.getcwd()
     os.chdir(Path(sora_train.__file__).parents[1])
@@ -42,7 +42,7 @@ def outside_working_dir() -> Iterator[None]:
 
 @contextmanager
 def block_sighup() -> Iterator[None]:
-    """Processes started in the block never get SIGHUP: a closed terminal would end Ray before a checkpoint is made."""
+    """Processes started in the block ignore SIGHUP: a closed terminal must not end Ray before a checkpoint is saved."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
         yield
@@ -52,10 +52,10 @@ def block_sighup() -> Iterator[None]:
 
 @contextmanager
 def fixed_address() -> Iterator[None]:
-    """Lets a Ray that is started in a `with` block, and all its processes, know the address that it will have.
+    """Sets the address of a Ray started in the block for all its processes.
 
-    Without it Train's cleaner, which looks whether the controller is alive, asks the cluster that `ray start` noted on
-    this machine; that one knows no such controller, and so the cleaner ends workers that train.
+    Otherwise Ray Train's cleanup process asks another cluster of `ray start` on this machine whether the controller is
+    alive; that cluster does not know it, and the process kills the workers.
     """
     port = free_port()
     with env_vars(
@@ -65,7 +65,7 @@ def fixed_address() -> Iterator[None]:
 
 
 def free_port() -> int:
-    """A free port that the system gives to nobody by itself: it is still free when it is used a second later."""
+    """A free port outside the ephemeral range, so the system gives it to no other process meanwhile."""
     try:
         text = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii")
         ports = [port for port in random.sample(range(10_000, 32_000), 50) if port < int(text.split()[0])]
@@ -74,18 +74,18 @@ def free_port() -> int:
     for port in (*ports, 0):
         with contextlib.suppress(OSError), socket.create_server(("", port)) as free:
             return free.getsockname()[1]
-    raise UserError("this machine has no free port for Ray")
+    raise UserError("this machine has no free TCP port for Ray. Stop processes that hold many")
 
 
 @contextmanager
 def short_temp_dir() -> Iterator[None]:
-    """Gives Ray a temporary folder that is short enough for its sockets. UserError where there is none."""
+    """Gives Ray a temporary folder with a path short enough for its sockets. UserError if there is none."""
     place = temp_dir()
     if len(os.fsencode(os.path.join(place, SOCKETS))) <= SOCKET_BYTES:
         yield
         return
     key = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
-    why = f"{key} {place} is too long for Ray's sockets, whose names may have {SOCKET_BYTES} bytes"
+    why = f"{key} {place} is too long for Ray's sockets, whose paths may have {SOCKET_BYTES} bytes"
     if key == "RAY_TMPDIR" or not os.access("/tmp", os.W_OK):
         raise UserError(f"{why}. Set RAY_TMPDIR to a short folder of this machine, such as /tmp")
     log.info(f"{why}: Ray keeps its files in /tmp/ray instead (RAY_TMPDIR names another folder)")
@@ -95,18 +95,18 @@ def short_temp_dir() -> Iterator[None]:
 
 @contextmanager
 def private_token() -> Iterator[None]:
-    """Gives Ray a token for this run alone where the home folder can't keep one."""
+    """Gives Ray a token for this run if it can't be stored in the home folder."""
     keeps = Path(os.path.expanduser("~/.ray"))
     asked = any(name.startswith("RAY_AUTH_") for name in os.environ)
     if asked or (keeps / "auth_token").is_file() or is_writable(keeps):
         yield
         return
-    with env_vars(RAY_AUTH_TOKEN=secrets.token_hex(32)):  # Ray asks for a token where it finds one
+    with env_vars(RAY_AUTH_TOKEN=secrets.token_hex(32)):  # Ray uses a token if one is set
         yield
 
 
 def is_writable(folder: Path) -> bool:
-    """Whether a file can be made in a folder, which is made if there is none."""
+    """Whether a file can be created in a folder, which is created if missing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -131,5 +131,5 @@ def env_vars(**values: str) -> Iterator[None]:
 
 
 def temp_dir() -> str:
-    """Where Ray keeps its `ray` folder (ray 2.60, `get_default_system_temp_dir`)."""
+    """The folder of Ray's `ray` folder (ray 2.60, `get_default_system_temp_dir`)."""
     return os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"

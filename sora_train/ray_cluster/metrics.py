@@ -1,9 +1,8 @@
-"""What runs show in Ray's metrics: Prometheus collects them, and `cluster/grafana/sora_train.json` draws them.
+"""Metrics of runs for Prometheus, by Ray; `cluster/grafana/sora_train.json` draws them.
 
-One process publishes, the driver, from what it reads in `metrics.jsonl` and `events.jsonl`: nothing of it is in the
-workers, and the numbers are those of the record. Ray puts `ray_` before every name and `_total` behind a counter's
-(`ray.util.metrics`). It forgets a gauge that was not set for some seconds, so that a run that is over is not shown for
-ever, and one that goes on sets its gauges again and again.
+Only the driver publishes, from `metrics.jsonl` and `events.jsonl`, so values are those of the record. Ray adds `ray_`
+before each name and `_total` after a counter's (`ray.util.metrics`). It drops a gauge that was not set for some
+seconds, so finished runs disappear, and a running one sets its gauges repeatedly.
 """
 
 from __future__ import annotations
@@ -19,18 +18,18 @@ from ray.util.metrics import Counter, Gauge
 
 from sora_train.log import log
 
-REFRESH_S = 2.0  # well below the seconds after which Ray forgets
+REFRESH_S = 2.0  # well below the time after which Ray drops a gauge
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One name. `key` is that of `metrics.jsonl`, where the value is read off a line of it."""
+    """One metric. `key` is the key in `metrics.jsonl` that holds its value, if any."""
 
     description: str
     key: str = ""
     kind: Literal["gauge", "counter"] = "gauge"
     tag: str = ""
-    """What it is told apart by beside the run."""
+    """A label besides `run`."""
 
 
 METRICS = {
@@ -56,39 +55,39 @@ METRICS = {
     "sora_prep_clips_per_s": Metric("Clips per second that come out of the encoding, start-up left out."),
     "sora_prep_share_done": Metric("Share of the sources that are finished, 0 to 1."),
 }
-"""All that there is. `run` tells runs apart; nothing is tagged by rank, clip or step, of which there are too many."""
+"""All metrics. There are no labels for rank, clip or step, which would make too many series."""
 
 
 class RayMetrics:
-    """The metrics of one run, for as long as `again` is called; nothing where this process is not connected to Ray.
+    """The metrics of one run, shown as long as `refresh` is called. Does nothing without a connection to Ray.
 
-    Whatever goes wrong is said once and ends the metrics, never the run.
+    An error is reported once and ends the metrics, never the run.
     """
 
     def __init__(self, run: str) -> None:
         self.run, self.on, self.set_at = run, ray.is_initialized(), 0.0
         self.handles: dict[str, Gauge | Counter] = {}
-        self.values: dict[tuple[str, str], float] = {}  # name and what it is told apart by
+        self.values: dict[tuple[str, str], float] = {}  # by name and label
 
     def set_from_record(self, record: dict[str, Any]) -> None:
-        """A line of `metrics.jsonl`, training's or a validation's."""
+        """Sets gauges from a line of `metrics.jsonl`."""
         found = {name: record.get(metric.key) for name, metric in METRICS.items() if metric.key}
         if not record.get("validation"):
             found["sora_step"] = record.get("step")
         self.set({name: value for name, value in found.items() if isinstance(value, int | float)})
 
     def set(self, values: Mapping[str, int | float]) -> None:
-        """Sets gauges."""
+        """Sets gauges without a label."""
         self.set_tagged({(name, ""): value for name, value in values.items()})
 
     def set_tagged(self, values: Mapping[tuple[str, str], int | float]) -> None:
-        """Sets gauges that are told apart by a tag: {(name, what): value}."""
+        """Sets gauges by name and label."""
         self.values |= values
         self.set_at = 0.0
         self.refresh()
 
     def refresh(self) -> None:
-        """Sets all gauges once more where it is time. To be called every second or so."""
+        """Sets all gauges again if it is time. To be called about every second."""
         if self.on and time.monotonic() - self.set_at > REFRESH_S:
             self.set_at = time.monotonic()
             for (name, what), value in list(self.values.items()):  # two threads of prep set some
@@ -96,11 +95,11 @@ class RayMetrics:
                 self._guarded(partial(self._set, name, value, tags))
 
     def clear(self) -> None:
-        """Lets go of the gauges' values, which Ray then drops: what they were measured of is no more."""
+        """Stops refreshing the gauges, so Ray drops them."""
         self.values.clear()
 
     def count(self, name: str, what: str, number: int = 1) -> None:
-        """Raises a counter by `number`, 0 or more."""
+        """Increases a counter by `number`, 0 or more."""
         tag = METRICS[name].tag
         if self.on and number:
             self._guarded(lambda: self._handle(name).inc(number, {"run": self.run, tag: what}))
@@ -121,6 +120,6 @@ class RayMetrics:
             return
         try:
             act()
-        except Exception as error:  # whatever Ray's metrics do must not cost a training
+        except Exception as error:  # must never cost a training
             self.on = False
             log.warning(f"Ray metrics stopped ({type(error).__name__}: {error}); the run goes on")

@@ -16,6 +16,8 @@ from sora_train.locks import file_lock
 from sora_train.storage import atomic_file
 
 T = TypeVar("T")
+STOP_FILE = "leave"
+"""A file of this name in a run's folder asks the run to make a checkpoint and end."""
 
 
 class JsonLines:

@@ -14,10 +14,8 @@ from typing import Any
 import torch.distributed as dist
 
 from sora_train.train import checkpoint
-from sora_train.train.metrics import Events, JsonLines
+from sora_train.train.metrics import STOP_FILE, Events, JsonLines
 
-STOP_FILE = "leave"
-"""A file of this name in a run's folder asks it to make a checkpoint and end."""
 LOOK_S = 0.5  # between two looks for it: a network file system answers slowly
 STEP_DELAY_S = float(os.environ.get("SORA_STEP_DELAY_S", "0"))  # for drills: steps slow enough to do something in them
 

@@ -62,7 +62,7 @@ def test_a_damaged_line_costs_only_itself(tmp_path: Path, capsys: pytest.Capture
     said = capsys.readouterr()
     assert "step 3/9" in said.out
     assert "resume at step 2: r" in said.out
-    assert said.err.count("training goes on") == len(said.err.splitlines()) > 0
+    assert said.err.count("training continues") == len(said.err.splitlines()) > 0
 
 
 def test_a_file_that_can_not_be_read_is_reported_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

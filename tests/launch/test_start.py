@@ -13,11 +13,10 @@ from safetensors.torch import load_file
 from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
 from sora_train.export import export
-from sora_train.launch.changes import describe_changes, learning_rate_jump
 from sora_train.launch.checks import resolve_recipe
 from sora_train.launch.clips import check_clips, read_clips, saved_clips
 from sora_train.launch.init_from import check_initial_weights, initial_weights_warnings
-from sora_train.launch.resume import check_resume
+from sora_train.launch.resume import check_resume, describe_changes, learning_rate_jump
 from sora_train.launch.run_folder import save_run_description
 from sora_train.manifest import Manifest
 from sora_train.model import Latte
@@ -105,7 +104,7 @@ def test_weights_of_another_shape_are_refused_key_by_key(run: Path, recipe: Reci
     other = recipe.model_copy(update={"model": replace(recipe.model, width=32, heads=4)})
     with pytest.raises(
         UserError,
-        match=r"model.width is 32, there it is 16; model.heads is 4, there it is 2. Give model the keys",
+        match=r"model.width is 32, there it is 16; model.heads is 4, there it is 2. Set the keys of model",
     ):
         check_initial_weights(starting_at(other, str(run)))
 

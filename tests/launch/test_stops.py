@@ -172,7 +172,7 @@ def test_a_run_says_that_ray_waits_for_room_and_begins_once_there_is_some(
             return super().write(text)
 
     with contextlib.redirect_stdout(Reader()) as said:
-        run = launch_training(recipe_of(builtin_shards, tmp_path, train__steps=2), look_first=False)
+        run = launch_training(recipe_of(builtin_shards, tmp_path, train__steps=2), preflight=False)
     assert (
         "Ray waits for room: 2 workers need {'CPU': 1.0} each, and 1 CPU are free. Other jobs of this cluster hold the "
         "rest (`ray status`); end one, or lower cluster.workers\n"

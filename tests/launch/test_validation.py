@@ -10,8 +10,7 @@ import pytest
 from sora_train.launch.monitor import Tail
 from sora_train.launch.validation import ValidationStatus, run_child, supervise
 from sora_train.launch.worker import request_validation
-from sora_train.train.metrics import Events, JsonLines
-from sora_train.train.run_dir import STOP_FILE
+from sora_train.train.metrics import STOP_FILE, Events, JsonLines
 
 
 def events(run: Path) -> list[tuple[str, int, str]]:
@@ -44,7 +43,7 @@ def test_a_validation_ends_with_a_run_that_was_asked_to_leave(tmp_path: Path, mo
 
 
 def test_a_child_that_fails_gives_its_reason_and_the_supervisor_returns(tmp_path: Path):
-    reason = run_child(["validate", str(tmp_path / "checkpoints/step_00000007"), str(tmp_path)], 100.0, gpu=False)
+    reason = run_child(tmp_path / "checkpoints/step_00000007", tmp_path, 100.0, gpu=False)
     assert reason.startswith("exit code 1: RecipeError: no recipe at")
 
 

@@ -122,19 +122,16 @@ def check_cluster(recipe: Recipe, manifest: Manifest | None, table: Table, own: 
         table.check("cores", lambda: verdicts.check_cores(recipe, usable_cores()))
     found = table.check("cluster", lambda: checks.check_cluster(recipe), lambda it: "with GPUs" if it else "on CPUs")
     gpu = bool(found)
-    total, free = dict(ray.cluster_resources()), dict(ray.available_resources())
-    table.check("free now", lambda: verdicts.check_free(checks.run_resources(recipe, gpu), total, free))
-    nodes = check_nodes(recipe, manifest, table, gpu)
+    nodes = check_nodes(recipe, manifest, table)
     table.check("disk", lambda: check_disk(recipe))
     table.check("memory", lambda: verdicts.check_memory(recipe, gpu, nodes))
     if found is not None:
         table.check("network", lambda: check_allreduce(recipe, gpu), timeout_s=NETWORK_S)
 
 
-def check_nodes(recipe: Recipe, manifest: Manifest | None, table: Table, gpu: bool) -> list[NodeInfo]:
+def check_nodes(recipe: Recipe, manifest: Manifest | None, table: Table) -> list[NodeInfo]:
     """Asks all nodes what they have, and compares them with each other."""
     alive: list[dict[str, Any]] = [node for node in ray.nodes() if node["Alive"]]
-    table.check("room", lambda: verdicts.check_room(recipe, gpu, [node["Resources"] for node in alive]))
     nodes = node_info.collect(recipe, alive)
     answering = [node for node in nodes if not node.error]
     table.check("nodes", lambda: verdicts.check_nodes(nodes))
@@ -161,7 +158,7 @@ def check_quickly(recipe: Recipe, manifest: Manifest, gpu: bool, own: bool) -> N
         log.warning(message)
     table.check("disk", lambda: check_disk(recipe))
     if sum(node["Alive"] for node in ray.nodes()) > 1:
-        nodes = check_nodes(recipe, manifest, table, gpu)
+        nodes = check_nodes(recipe, manifest, table)
     else:
         nodes = [NodeInfo("", "", gpus=node_info.list_gpus())] if gpu else []
     if gpu:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sora_train.errors import UserError
-from sora_train.launch.checks import add_resources_hint, run_resources, worker_resources
 from sora_train.launch.preflight.node_info import NodeInfo
 from sora_train.plan.estimate import estimate
 from sora_train.plan.states import checkpoint_bytes
@@ -50,47 +49,6 @@ def check_cores(recipe: Recipe, cores: int) -> str:
         return message
     fits = max(1, cores // cluster.cpus_per_worker)
     raise UserError(f"{message} wait for each other. Set cluster.workers to {fits}, or join a cluster")
-
-
-def check_room(recipe: Recipe, gpu: bool, nodes: list[dict[str, float]]) -> str:
-    """Workers and validation fit on the nodes. A sum over nodes is not enough: a worker needs one node."""
-    worker = worker_resources(recipe, gpu)
-    validation = dict(recipe.validation.resources) if recipe.validation.every else {}
-
-    def fit(node: dict[str, float]) -> int:
-        return max(0, int(min((node.get(kind, 0) + 1e-9) // count for kind, count in worker.items() if count)))
-
-    def rest(node: dict[str, float]) -> dict[str, float]:
-        return {kind: count - validation.get(kind, 0) for kind, count in node.items()}
-
-    hosts = [node for node in nodes if all(node.get(kind, 0) >= count for kind, count in validation.items())]
-    if not hosts:
-        raise UserError(
-            f"no node has {validation} for validation.resources. Lower them, set validation.every to 0, or add such a "
-            "node"
-        )
-    most = sum(map(fit, nodes)) + max(fit(rest(host)) - fit(host) for host in hosts)
-    beside = f" next to validation's {validation}" if validation else ""
-    if most < recipe.cluster.fewest:
-        cpus = 0.0 if gpu else run_resources(recipe, gpu)["CPU"]
-        raise UserError(
-            f"the nodes have room for {most} workers of {worker}{beside}; {recipe.cluster.fewest} are needed. Lower "
-            f"cluster.workers or cluster.cpus_per_worker, set validation.every to 0, or {add_resources_hint(cpus)}"
-        )
-    return f"for {most} workers of {worker}{beside}"
-
-
-def check_free(need: dict[str, float], total: dict[str, float], free: dict[str, float]) -> str:
-    """No other job holds the resources that the run needs."""
-    if any(count > total.get(kind, 0) for kind, count in need.items()):
-        raise Skip("see cluster")
-    short = [f"{free.get(kind, 0):g} of {count:g} {kind}" for kind, count in need.items() if free.get(kind, 0) < count]
-    if short:
-        raise UserError(
-            f"only {', '.join(short)} are free: another job holds the rest. Stop it (`ray job list`, `ray job stop`), "
-            "or wait"
-        )
-    return ", ".join(f"{count:g} {kind}" for kind, count in need.items())
 
 
 def check_nodes(nodes: list[NodeInfo]) -> str:
