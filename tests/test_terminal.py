@@ -39,7 +39,7 @@ def test_a_locale_that_lacks_a_character_ends_no_work(tmp_path: Path, encoding: 
     assert rb"\u2026 " in (tmp_path / "out").read_bytes()
 
 
-def test_a_file_opened_later_never_takes_the_place_of_a_closed_stdout(tmp_path: Path):
+def test_a_file_opened_later_never_replaces_a_closed_stdout(tmp_path: Path):
     program = (
         "import os, sys; from sora_train.terminal import protect_streams\n"
         "protect_streams(); file = open(sys.argv[1], 'w'); os.write(1, b'printed'); file.write('content')"

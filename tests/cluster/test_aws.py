@@ -63,7 +63,7 @@ def test_a_broken_cluster_file_is_refused(keys: tuple[str, ...], value: Any):
         check(changed)
 
 
-def test_the_nodes_ask_for_a_token_and_the_dashboard_stays_on_loopback():
+def test_nodes_need_a_token_and_the_dashboard_is_on_loopback():
     prepared = check(config())
     options = prepared["docker"]["run_options"]
     assert "--env RAY_AUTH_MODE=token" in options

@@ -48,7 +48,7 @@ def test_hadolint_finds_a_broken_image(old: str, new: str, code: str):
     assert any(code in line for line in hadolint(text.replace(old, new)))
 
 
-def test_the_image_takes_pinned_versions_no_root_and_nothing_secret():
+def test_the_image_has_pinned_versions_no_root_and_no_secret():
     text = DOCKERFILE.read_text()
     instructions = [line for line in text.splitlines() if not line.startswith("#")]
     assert all("-c constraints.txt" in line for line in instructions if "pip install" in line)
@@ -94,7 +94,7 @@ def test_shellcheck_finds_a_broken_script(old: str, new: str, code: str):
     assert any(f"[{code}" in line for line in shellcheck(text.replace(old, new)))
 
 
-def test_slurm_is_asked_to_tell_the_script_alone_and_to_take_the_job_back():
+def test_slurm_signals_the_script_alone_and_requeues_the_job():
     asked = re.findall(r"^#SBATCH (\S+)", SBATCH.read_text(), flags=re.MULTILINE)
     assert "--signal=B:TERM@300" in asked
     assert "--requeue" in asked
@@ -105,7 +105,7 @@ def test_slurm_is_asked_to_tell_the_script_alone_and_to_take_the_job_back():
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(900)
-def test_the_script_trains_stops_with_a_checkpoint_and_goes_back_into_the_queue(
+def test_the_script_trains_saves_a_checkpoint_and_requeues(
     tmp_path_factory: pytest.TempPathFactory,
 ):
     if why := lacking():

@@ -102,7 +102,7 @@ def test_a_storage_claim_with_a_wrong_access_mode_is_found():
 
 
 @pytest.mark.parametrize(("path", "manifest"), RAY, ids=RAY_IDS)
-def test_a_token_is_asked_for_and_comes_from_a_secret_that_no_file_holds(path: Path, manifest: dict[str, Any]):
+def test_the_token_comes_from_a_secret_that_no_file_holds(path: Path, manifest: dict[str, Any]):
     assert cluster_of(manifest)["authOptions"] == {"mode": "token", "secretName": "sora-ray-token"}
     assert not any(m["kind"] == "Secret" for file in FILES for m in manifests(file))
     for template in pod_templates(manifest):
@@ -113,7 +113,7 @@ def test_a_token_is_asked_for_and_comes_from_a_secret_that_no_file_holds(path: P
 
 
 @pytest.mark.parametrize(("path", "manifest"), RAY, ids=RAY_IDS)
-def test_every_pod_runs_as_nobodys_root_with_a_probe_and_the_shared_storage(path: Path, manifest: dict[str, Any]):
+def test_every_pod_has_no_root_a_probe_and_the_shared_storage(path: Path, manifest: dict[str, Any]):
     claims = [m["metadata"]["name"] for m in manifests(FOLDER / "storage.yaml") if m["kind"] == "PersistentVolumeClaim"]
     for template in pod_templates(manifest):
         pod = template["spec"]
@@ -131,7 +131,7 @@ def test_every_pod_runs_as_nobodys_root_with_a_probe_and_the_shared_storage(path
 
 
 @pytest.mark.parametrize(("path", "manifest"), RAY, ids=RAY_IDS)
-def test_the_versions_are_those_of_the_constraints_and_the_head_gives_a_stop_time(path: Path, manifest: dict[str, Any]):
+def test_versions_are_pinned_and_the_head_has_a_stop_time(path: Path, manifest: dict[str, Any]):
     from sora_train import __version__
 
     root = FOLDER.parents[1]

@@ -43,7 +43,7 @@ def test_the_drill_finds_a_restart_that_is_not_in_the_events(attempts: int, told
 @pytest.mark.ray
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(sys.platform != "linux", reason="namespaces are Linux's")
-def test_jobs_on_three_machines_succeed_by_the_pages_commands_alone(tmp_path_factory: pytest.TempPathFactory):
+def test_the_pages_commands_run_jobs_on_three_machines(tmp_path_factory: pytest.TempPathFactory):
     if why := lacking():
         pytest.skip(why)
     said = run_inside("tests.cluster.page_drill", Path(tmp_path_factory.mktemp("p")), timeout_s=1700)

@@ -42,9 +42,7 @@ class ProcessList(threading.Thread):
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-def test_no_secret_of_the_environment_is_in_a_run_a_log_a_report_or_a_process_list(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-):
+def test_no_secret_leaks_into_runs_logs_or_process_lists(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory):
     from sora_train.quickstart.shapes import make_clips
 
     planted = {name: secrets.token_hex(20) for name in NAMES}

@@ -37,7 +37,7 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path / "checkout"
 
 
-def test_what_is_submitted_is_the_code_and_small_even_from_a_dirty_checkout(checkout: Path, tmp_path: Path):
+def test_only_the_code_is_submitted_even_from_a_dirty_checkout(checkout: Path, tmp_path: Path):
     clean = set(package(checkout, tmp_path / "clean.zip"))
     for needed in ("sora_train/cli.py", "data_prep/pipeline.py", "jobs/quickstart.yaml", "jobs/latte_xl_256.yaml"):
         assert needed in clean
@@ -98,7 +98,7 @@ def test_a_run_says_where_a_stop_would_leave_it_too_little_time(
 @pytest.mark.ray
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(sys.platform != "linux", reason="namespaces are Linux's")
-def test_jobs_on_a_head_node_are_submitted_stopped_with_a_checkpoint_and_go_on(
+def test_jobs_are_submitted_stopped_and_resumed(
     tmp_path_factory: pytest.TempPathFactory,
 ):
     if why := lacking():

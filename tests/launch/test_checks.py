@@ -23,9 +23,7 @@ from sora_train.recipe import Recipe, save_recipe
 from sora_train.settings import flatten
 
 
-def test_shards_of_other_clips_or_channels_than_the_recipes_are_refused_with_both_numbers(
-    builtin_shards: Path, tmp_path: Path, recipe_of
-):
+def test_shards_that_do_not_fit_are_refused_with_both_numbers(builtin_shards: Path, tmp_path: Path, recipe_of):
     recipe = recipe_of(builtin_shards, tmp_path, data__frames=9, model__text_width=7)
     with pytest.raises(
         UserError,
@@ -34,9 +32,7 @@ def test_shards_of_other_clips_or_channels_than_the_recipes_are_refused_with_bot
         check_shards(recipe)
 
 
-def test_a_vae_that_did_not_make_the_shards_is_refused_by_its_key(
-    builtin_shards: Path, tmp_path: Path, recipe_of, shared: Path
-):
+def test_a_vae_that_did_not_make_the_shards_is_refused(builtin_shards: Path, tmp_path: Path, recipe_of, shared: Path):
     taesd = str(shared / "models" / "taesd")
     recipe = recipe_of(builtin_shards, tmp_path, codec__vae=taesd)
     with pytest.raises(UserError, match=r"codec\.vae .*taesd.* --codec\.vae builtin"):
@@ -51,7 +47,7 @@ def test_networks_that_made_the_shards_pass(builtin_shards: Path, tmp_path: Path
     check_codec(recipe, check_shards(recipe))
 
 
-def test_shards_whose_captions_the_start_does_not_read_are_refused(builtin_shards: Path, tmp_path: Path, recipe_of):
+def test_shards_with_other_caption_cleaning_are_refused(builtin_shards: Path, tmp_path: Path, recipe_of):
     shape = replace(recipe_of(builtin_shards, tmp_path).model, attention="factorised", cross_attention_in="spatial",
                     temporal_positions="temporal", pooled_text=False)  # fmt: skip
     to_diffusers(Latte(shape), tmp_path / "start")
@@ -97,9 +93,7 @@ def test_training_starts_from_weights_of_the_same_shape_alone(builtin_shards: Pa
 
 
 @pytest.mark.parametrize("place", ["a file", "/proc/self"])
-def test_a_run_folder_that_cannot_be_written_is_refused_before_anything_starts(
-    place: str, builtin_shards: Path, tmp_path: Path, recipe_of
-):
+def test_a_run_folder_that_cannot_be_written_is_refused(place: str, builtin_shards: Path, tmp_path: Path, recipe_of):
     (tmp_path / "a file").write_text("")
     output = tmp_path / place
     with pytest.raises(UserError, match=rf"the run's folder {output}/tiny can't be written.*--train.output"):
@@ -111,7 +105,7 @@ def test_a_check_of_the_run_folder_leaves_nothing_behind(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
-def test_whether_a_run_can_become_a_pipeline_is_said_with_every_reason(builtin_shards: Path, tmp_path: Path, recipe_of):
+def test_what_keeps_a_run_from_becoming_a_pipeline_is_listed(builtin_shards: Path, tmp_path: Path, recipe_of):
     manifest = Manifest.load(str(builtin_shards))
     said = describe_export(recipe_of(builtin_shards, tmp_path, model__pooled_text=True), manifest)
     assert "--weights_only" in said
@@ -132,9 +126,7 @@ def test_clearing_a_run_removes_what_it_wrote_and_nothing_else(tmp_path: Path):
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == set(others)
 
 
-def test_what_changes_nothing_that_is_learned_may_change_in_a_run_that_goes_on(
-    builtin_shards: Path, tmp_path: Path, recipe_of
-):
+def test_keys_that_affect_only_rounding_may_change_on_resume(builtin_shards: Path, tmp_path: Path, recipe_of):
     recipe = recipe_of(builtin_shards, tmp_path)
     before = dict(flatten(recipe.model_dump(mode="json")))
     free = {key for key in before if key.startswith(RESUMABLE_KEYS)}

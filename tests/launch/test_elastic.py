@@ -68,9 +68,7 @@ def beside_one_alone(recipe: Recipe, *acts: str) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(700)
-def test_a_run_that_loses_a_node_goes_on_with_fewer_workers_and_the_losses_of_an_unbroken_one(
-    builtin_shards: Path, tmp_path: Path, recipe_of
-):
+def test_a_run_that_loses_a_node_continues_with_the_same_losses(builtin_shards: Path, tmp_path: Path, recipe_of):
     recipe = recipe_of(builtin_shards, tmp_path, cluster__workers=[1, 3], train__steps=14, train__keep_checkpoints=9)
     run = beside_one_alone(recipe, "lose:6")
     happened = events(run)
@@ -94,7 +92,7 @@ def test_a_run_grows_again_when_a_node_comes_back(builtin_shards: Path, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.timeout(700)
-def test_a_warning_that_a_node_goes_is_answered_with_a_checkpoint(builtin_shards: Path, tmp_path: Path, recipe_of):
+def test_a_preemption_warning_saves_a_checkpoint(builtin_shards: Path, tmp_path: Path, recipe_of):
     recipe = recipe_of(builtin_shards, tmp_path, cluster__workers=[1, 3], train__steps=70, train__checkpoint_every=50)
     run = beside_one_alone(recipe, "warn:8")
     told = {event["event"]: event["step"] for event in lines(run / "events.jsonl") if event["step"] < 50}

@@ -51,7 +51,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
-def test_a_damaged_checkpoint_is_kept_aside_and_named_and_a_persons_copy_is_left_alone(run: Path):
+def test_damaged_checkpoints_are_renamed_and_copies_left_alone(run: Path):
     folder = run / "checkpoints"
     (folder / "step_00000002/state.json").write_text("{")
     (folder / "step_00000003/state.json").unlink()
@@ -70,7 +70,7 @@ def test_a_damaged_checkpoint_is_kept_aside_and_named_and_a_persons_copy_is_left
     assert [step for step, _ in checkpoint.whole(folder)] == [1]
 
 
-def test_a_run_with_no_whole_checkpoint_left_does_not_begin_anew_by_itself(run: Path):
+def test_a_run_without_a_complete_checkpoint_does_not_restart(run: Path):
     check_some_complete(run)
     for path in checkpoint.step_folders(run / "checkpoints"):
         (path / "state.json").unlink()
@@ -105,7 +105,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path):
         pass
 
 
-def test_the_learning_rate_may_change_on_resume_and_the_seed_may_not(tiny_shards: Path, run: Path, recipe):
+def test_on_resume_the_learning_rate_may_change_but_not_the_seed(tiny_shards: Path, run: Path, recipe):
     lower = recipe.model_copy(update={"train": recipe.train.model_copy(update={"learning_rate": 1e-5})})
     manifest = Manifest.load(str(tiny_shards))
     assert check_resume(run, lower, manifest) == 3
@@ -119,7 +119,7 @@ def test_the_learning_rate_may_change_on_resume_and_the_seed_may_not(tiny_shards
 
 
 @pytest.mark.parametrize(("then", "now", "same"), [(0, 1, False), (2, 0, False), (1, 3, True)])
-def test_in_bf16_stage_0_and_the_others_are_not_the_same_training(
+def test_in_bf16_a_run_does_not_change_from_or_to_stage_0(
     tiny_shards: Path, run: Path, recipe, then: int, now: int, same: bool
 ):
     def of(stage: int, precision: str):
@@ -151,7 +151,7 @@ def test_a_garbled_line_of_metrics_costs_only_itself(run: Path):
      (["start", "interrupted"], False), (["start", "stopped", "resume", "worker_lost"], True),
      (["start", "preempted"], True), (["start", "driver_lost", "resume", "failed"], False)],
 )  # fmt: skip
-def test_that_the_command_before_ended_without_a_word_is_an_event(tmp_path: Path, told: list[str], is_lost: bool):
+def test_a_previous_command_that_was_killed_becomes_an_event(tmp_path: Path, told: list[str], is_lost: bool):
     for event in told:
         Events(tmp_path).write(event, 3, "")
     record_lost_driver(tmp_path)

@@ -82,7 +82,7 @@ def test_a_node_without_gpus_needs_no_cuda():
     verdicts.check_versions([node(1), decoding], ON_GPU)
 
 
-def test_a_gpu_that_ray_counts_and_the_driver_does_not_see_is_named():
+def test_a_gpu_that_the_driver_does_not_see_is_named():
     nodes = [node(1), node(2, gpus=(H100,))]
     fails(lambda: verdicts.check_nodes(nodes), "10.0.0.2: Ray counts 2 GPUs, the driver sees 1")
 
@@ -150,7 +150,7 @@ def test_a_gpu_too_small_for_the_recipe_is_told_what_would_fit(recipe_of, tmp_pa
             verdicts.check_memory(recipe, True, nodes)
 
 
-def test_a_machine_with_too_little_memory_for_its_processes_is_named(recipe_of, tmp_path: Path):
+def test_a_node_with_too_little_memory_is_named(recipe_of, tmp_path: Path):
     nodes = [node(1, gpus=(), memory=2**30, resources={"CPU": 4.0})]
     words = "of a node by the plan; 999 MB are usable"
     fails(lambda: verdicts.check_memory(recipe_of(tmp_path, tmp_path), False, nodes), words)
@@ -246,7 +246,7 @@ def file_checks(recipe) -> Table:
     return rows
 
 
-def test_shards_that_are_absent_of_another_recipe_or_cut_short_fail(builtin_shards: Path, tmp_path: Path, recipe_of):
+def test_shards_that_are_absent_or_damaged_fail(builtin_shards: Path, tmp_path: Path, recipe_of):
     assert set(file_checks(recipe_of(builtin_shards, tmp_path)).states.values()) == {"passed"}
     absent = file_checks(recipe_of(tmp_path / "none", tmp_path)).failures["shards"]
     assert "no manifest.json" in absent
@@ -277,7 +277,7 @@ def test_a_place_that_can_not_hold_runs_fails(builtin_shards: Path, tmp_path: Pa
 class TestWithRay:
     """On a Ray of this machine with 4 CPUs."""
 
-    def test_a_sound_set_up_passes_every_check_and_leaves_nothing_behind(
+    def test_a_sound_set_up_passes_and_leaves_nothing_behind(
         self, builtin_shards: Path, tmp_path: Path, recipe_of, capsys: pytest.CaptureFixture[str]
     ):
         preflight(recipe_of(builtin_shards, tmp_path / "runs", **VALIDATED))
@@ -306,9 +306,7 @@ class TestWithRay:
         failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("failed")]
         assert any(says in line for line in failed), failed
 
-    def test_training_is_not_started_where_the_disk_is_too_small_unless_told_to(
-        self, builtin_shards: Path, tmp_path: Path, recipe_of
-    ):
+    def test_training_does_not_start_if_the_disk_is_too_small(self, builtin_shards: Path, tmp_path: Path, recipe_of):
         recipe = recipe_of(builtin_shards, tmp_path, train__keep_checkpoints=10**9)
         with pytest.raises(UserError, match=r"(?s)the run would fail:\ndisk: .*--no-preflight"):
             launch_training(recipe)
@@ -320,7 +318,7 @@ class TestWithRay:
         assert found.versions == node_info.versions()
         assert abs(found.clock_s) < 1
 
-    def test_a_node_that_raises_or_is_not_there_is_an_answer_in_words(self, tmp_path: Path):
+    def test_a_node_that_fails_gives_an_exception_as_its_answer(self, tmp_path: Path):
         (here,) = [one["NodeID"] for one in ray.nodes()]
         nobody = "e" * len(here)
         answers = ask(shutil.copyfile, {here: (f"{tmp_path}/no/such", f"{tmp_path}/none"), nobody: ("a", "b")}, 5.0)

@@ -71,9 +71,7 @@ def terminated(
 
 
 @pytest.mark.timeout(600)
-def test_sigterm_makes_a_checkpoint_and_leaves_with_the_status_that_says_resumable(
-    builtin_shards: Path, tmp_path: Path, recipe_of
-):
+def test_sigterm_saves_a_checkpoint_and_exits_as_resumable(builtin_shards: Path, tmp_path: Path, recipe_of):
     recipe = recipe_of(builtin_shards, tmp_path, cluster__address="local", train__steps=500,
                        train__checkpoint_every=500, validation__every=500, validation__prompts=["a"])  # fmt: skip
     code, said, _ = terminated(recipe, lambda said: "step   3/500" in said)
@@ -137,7 +135,7 @@ def test_sigterm_while_a_run_starts_ends_it_soon(moment: str, builtin_shards: Pa
     assert seconds < 240  # and not the minutes that the run would take; a busy machine is slow to answer
 
 
-def test_damage_that_no_retry_mends_ends_a_run_at_once_and_says_what_it_was(
+def test_damaged_shards_end_a_run_at_once_with_the_reason(
     local_ray: None, builtin_shards: Path, tmp_path: Path, recipe_of, monkeypatch: pytest.MonkeyPatch
 ):
     shards = tmp_path / "shards"
@@ -157,7 +155,7 @@ def test_damage_that_no_retry_mends_ends_a_run_at_once_and_says_what_it_was(
     assert "worker_lost" not in told
 
 
-def test_a_run_says_that_ray_waits_for_room_and_begins_once_there_is_some(
+def test_a_run_says_that_it_waits_for_room_and_then_starts(
     local_ray: None, builtin_shards: Path, tmp_path: Path, recipe_of, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("sora_train.launch.monitor.WAIT_S", 2.0)

@@ -131,7 +131,7 @@ def test_wandb_holds_what_metrics_hold_and_the_videos(unbroken: Path):
     assert videos == [".mp4"] * 4
 
 
-def test_ray_shows_to_prometheus_what_the_last_lines_of_metrics_say(unbroken: Path):
+def test_prometheus_sees_the_last_lines_of_metrics(unbroken: Path):
     found = shown((unbroken.parent / "metrics.txt").read_text())
     written = lines(unbroken / "metrics.jsonl")
     training = [line for line in written if "validation" not in line]
@@ -158,7 +158,7 @@ def test_a_checkpoint_and_a_validation_say_how_long_they_took(unbroken: Path):
             assert line["validation_s"] > 0
 
 
-def test_rays_dashboard_knows_a_run_and_its_workers_by_their_names(unbroken: Path):
+def test_rays_dashboard_knows_a_run_and_its_workers(unbroken: Path):
     actor = ray.get_actor("train_v2_state_actor", namespace="_train_state_actor")
     runs = {run.name: run for run in ray.get(actor.get_train_runs.remote()).values()}
     assert runs["tiny"].status.name == "FINISHED"
@@ -183,7 +183,7 @@ def kill_a_worker_at(step: int, run: Path) -> threading.Thread:
     return thread
 
 
-def test_a_run_whose_worker_was_killed_repeats_the_losses_of_the_unbroken_one(
+def test_a_run_with_a_killed_worker_has_the_same_losses(
     unbroken: Path, builtin_shards: Path, tmp_path: Path, recipe_of
 ):
     recipe = recipe_of(builtin_shards, tmp_path, name="killed", data__holdout_fraction=0.2)
@@ -203,7 +203,7 @@ def test_a_run_whose_worker_was_killed_repeats_the_losses_of_the_unbroken_one(
     assert all((ours[name] == theirs[name]).all() for name in theirs)
 
 
-def test_the_same_command_goes_on_and_keeps_the_newest_checkpoints(finished: Path, builtin_shards: Path, recipe_of):
+def test_the_same_command_resumes_and_keeps_new_checkpoints(finished: Path, builtin_shards: Path, recipe_of):
     before = losses(finished)
     torn = finished / "checkpoints/step_00000012/part_00001_of_00002.safetensors"
     torn.write_bytes(torn.read_bytes()[:-1])
@@ -223,9 +223,7 @@ def test_a_finished_run_says_so_and_starts_nothing(finished: Path, builtin_shard
     assert "is finished: 12 steps" in capsys.readouterr().out
 
 
-def test_a_finished_run_makes_up_for_a_validation_that_was_cut_off_with_it(
-    finished: Path, builtin_shards: Path, recipe_of, capsys
-):
+def test_a_finished_run_reruns_a_validation_that_was_cut_off(finished: Path, builtin_shards: Path, recipe_of, capsys):
     steps_validated = [line["step"] for line in lines(finished / "metrics.jsonl") if line.get("validation")]
     shutil.rmtree(finished / "samples/step_00000012")
     ValidationStatus(finished).set(12, "running")
@@ -248,9 +246,7 @@ def test_a_finished_run_makes_up_for_a_validation_that_was_cut_off_with_it(
     assert list((finished / "samples/step_00000012").glob("*.mp4"))
 
 
-def test_a_run_folder_of_another_recipe_is_refused_with_the_keys_that_differ(
-    finished: Path, builtin_shards: Path, recipe_of
-):
+def test_a_run_of_another_recipe_is_refused_by_its_keys(finished: Path, builtin_shards: Path, recipe_of):
     recipe = recipe_of(
         builtin_shards, finished.parent, data__holdout_fraction=0.2, train__steps=20, model__width=32, train__seed=1
     )
@@ -258,7 +254,7 @@ def test_a_run_folder_of_another_recipe_is_refused_with_the_keys_that_differ(
         launch_training(recipe)
 
 
-def test_new_data_goes_on_with_step_and_optimizer_and_begins_an_epoch_of_the_new_clips(
+def test_new_data_keeps_step_and_optimizer_and_starts_an_epoch(
     finished: Path, builtin_shards: Path, write_noise_shards, recipe_of, tmp_path: Path, capsys
 ):
     more = tmp_path / "more"

@@ -17,9 +17,7 @@ def events(run: Path) -> list[tuple[str, int, str]]:
     return [(event["event"], event["step"], event["reason"]) for event in Events(run).lines.read()]
 
 
-def test_a_validation_that_takes_too_long_is_ended_tried_once_more_and_noted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_validation_that_takes_too_long_is_retried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SORA_VALIDATION_DELAY_S", "60")
     checkpoint = SimpleNamespace(path=str(tmp_path / "checkpoints/step_00000007"))
     began = time.monotonic()
@@ -42,18 +40,18 @@ def test_a_validation_ends_with_a_run_that_was_asked_to_leave(tmp_path: Path, mo
     assert not events(tmp_path)
 
 
-def test_a_child_that_fails_gives_its_reason_and_the_supervisor_returns(tmp_path: Path):
+def test_a_child_that_fails_gives_its_reason(tmp_path: Path):
     reason = run_child(tmp_path / "checkpoints/step_00000007", tmp_path, 100.0, gpu=False)
     assert reason.startswith("exit code 1: RecipeError: no recipe at")
 
 
-def test_the_supervisor_returns_even_where_nothing_can_be_written(tmp_path: Path):
+def test_the_supervisor_returns_even_if_nothing_can_be_written(tmp_path: Path):
     (tmp_path / "samples").write_text("a file where a folder should be")
     checkpoint = SimpleNamespace(path=str(tmp_path / "checkpoints/step_00000007"))
     assert supervise(checkpoint, run=str(tmp_path), timeout_s=1.0, gpu=False)["validated"] is False
 
 
-def test_a_validation_is_asked_for_when_none_is_outstanding_and_what_falls_away_is_noted(tmp_path: Path, recipe_of):
+def test_a_validation_is_requested_only_if_none_is_outstanding(tmp_path: Path, recipe_of):
     recipe = recipe_of(tmp_path, tmp_path, train__steps=20, validation__every=4, validation__prompts=["a"])
     outstanding = ValidationStatus(tmp_path)
     assert not request_validation(recipe, tmp_path, 2)
@@ -69,7 +67,7 @@ def test_a_validation_is_asked_for_when_none_is_outstanding_and_what_falls_away_
     assert outstanding.outstanding_steps() == []
 
 
-def test_a_validation_nobody_has_heard_of_for_long_counts_as_lost(tmp_path: Path):
+def test_a_validation_without_news_for_long_counts_as_lost(tmp_path: Path):
     outstanding = ValidationStatus(tmp_path)
     outstanding.set(4, "running")
     note = tmp_path / "samples/step_00000004/result.json"
@@ -78,7 +76,7 @@ def test_a_validation_nobody_has_heard_of_for_long_counts_as_lost(tmp_path: Path
     assert outstanding.outstanding_steps(older_than_s=50.0) == []
 
 
-def test_a_follower_sees_each_new_line_once_also_where_a_resume_cut_the_file_back(tmp_path: Path):
+def test_each_new_line_is_read_once_even_after_a_truncation(tmp_path: Path):
     lines = JsonLines(tmp_path / "metrics.jsonl")
     lines.write({"step": 1, "step_s": 0.1})
     tail = Tail(lines.path)

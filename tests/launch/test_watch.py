@@ -30,12 +30,12 @@ ray_node_gram_used{GpuDeviceName="NVIDIA H100 80GB HBM3",GpuIndex="0",ip="10.0.0
 """
 
 
-def test_the_dashboard_draws_every_metric_that_is_published_and_none_that_is_not():
+def test_the_dashboard_draws_exactly_the_published_metrics():
     drawn = {name for query in QUERIES for name in re.findall(r"\bray_sora_\w+", query)}
     assert drawn == NAMES.keys()
 
 
-def test_every_metric_of_a_run_is_drawn_of_the_runs_that_are_chosen_and_by_tags_that_it_has():
+def test_metrics_are_drawn_by_the_chosen_runs_and_their_labels():
     for query in QUERIES:
         for name in re.findall(r"\bray_sora_\w+", query):
             assert f'{name}{{run=~"$run"}}' in query
@@ -46,7 +46,7 @@ def test_every_metric_of_a_run_is_drawn_of_the_runs_that_are_chosen_and_by_tags_
     assert all(panel["datasource"]["uid"] == "${datasource}" for panel in PANELS if panel["type"] != "row")
 
 
-def test_panels_have_numbers_and_places_of_their_own_within_the_dashboards_width():
+def test_panels_do_not_overlap():
     assert len({panel["id"] for panel in PANELS}) == len(PANELS)
     places = [panel["gridPos"] for panel in PANELS]
     assert all(place["x"] >= 0 and place["x"] + place["w"] <= 24 for place in places)
@@ -56,7 +56,7 @@ def test_panels_have_numbers_and_places_of_their_own_within_the_dashboards_width
         assert beside or above, (one, other)
 
 
-def test_the_dashboard_has_a_row_for_each_thing_that_is_watched_and_says_units():
+def test_the_dashboard_has_its_rows_and_units():
     rows = [panel["title"] for panel in PANELS if panel["type"] == "row"]
     assert rows[:5] == ["Training", "Data and speed", "Checkpoints and validation", "Prep", "Events"]
     units = {
