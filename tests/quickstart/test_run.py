@@ -1,6 +1,7 @@
 """The stages that only the quickstart has: clips, choice of captions, sheet, measurement."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -26,9 +27,10 @@ def clips_folder(tmp_path_factory) -> Path:
     return folder
 
 
-def perfect_samples(folder: Path) -> list[Path]:
-    """What a model without a fault would leave in samples/final."""
-    folder.mkdir(parents=True)
+@pytest.fixture(scope="module")
+def perfect(tmp_path_factory) -> Path:
+    """What a model without a fault would leave in samples/final; tests take copies."""
+    folder = tmp_path_factory.mktemp("perfect")
     files, listing, verdicts = [], [], []
     for scene in scenes():
         for seed in SEEDS:
@@ -39,7 +41,13 @@ def perfect_samples(folder: Path) -> list[Path]:
             listing.append({"file": files[-1].name, "prompt": scene.caption, "seed": seed})
     (folder / "samples.json").write_text(json.dumps({"checkpoint": "step_00000007", "samples": listing}))
     write_verdicts(folder, verdicts)
-    return files
+    return folder
+
+
+def copied(perfect: Path, to: Path) -> list[Path]:
+    """The videos of a copy."""
+    shutil.copytree(perfect, to, copy_function=shutil.copy)  # newer than the checkpoint, as samples are
+    return sorted(to.glob("*.mp4"))
 
 
 def recipe(folder: Path) -> Recipe:
@@ -76,8 +84,8 @@ def test_half_of_the_captions_is_held_out_and_both_halves_are_balanced():
         assert set(Counter(scene.direction for scene in half).values()) == {6}
 
 
-def test_obedience_counts_what_is_wrong_where_it_is_wrong(clips_folder, tmp_path, capsys):
-    files = perfect_samples(tmp_path / "samples" / "final")
+def test_obedience_counts_what_is_wrong_where_it_is_wrong(clips_folder, perfect, tmp_path, capsys):
+    files = copied(perfect, tmp_path / "samples" / "final")
     videos = [draw(scene, np.random.default_rng((5, i))) for i, scene in enumerate(np.repeat(scenes(), len(SEEDS)), 1)]
     for i in range(48, 60):  # a quarter of the held-out ones, reversed in time: only the direction is wrong
         videos[i] = videos[i][::-1]
@@ -103,7 +111,7 @@ def test_a_judge_that_fails_on_real_clips_is_not_believed(clips_folder, tmp_path
         measure(clips_folder, tmp_path, tmp_path)
 
 
-def test_the_sheet_shows_every_colour_seen_and_held_out(tmp_path, monkeypatch):
+def test_the_sheet_shows_every_colour_seen_and_held_out(perfect, tmp_path, monkeypatch):
     shown = {}
     draw_sheet = demo_run.contact_sheet
     monkeypatch.setattr(
@@ -111,7 +119,7 @@ def test_the_sheet_shows_every_colour_seen_and_held_out(tmp_path, monkeypatch):
         "contact_sheet",
         lambda v, labels, badges: shown.update(zip(labels, badges, strict=True)) or draw_sheet(v, labels, badges),
     )
-    write_sheet(perfect_samples(tmp_path / "final"), len(SEEDS), tmp_path / "sheet.png")
+    write_sheet(copied(perfect, tmp_path / "final"), len(SEEDS), tmp_path / "sheet.png")
     truth = {scene.caption: "held out" if scene.held_out else "seen" for scene in scenes()}
     assert len(shown) == 12
     assert all(truth[caption] == badge for caption, badge in shown.items())
@@ -121,12 +129,12 @@ def test_the_sheet_shows_every_colour_seen_and_held_out(tmp_path, monkeypatch):
     assert Image.open(tmp_path / "sheet.png").width > 1000
 
 
-def test_samples_are_made_again_for_another_checkpoint_or_where_one_is_missing(tmp_path):
+def test_samples_are_made_again_for_another_checkpoint_or_where_one_is_missing(perfect, tmp_path):
     old, new = tmp_path / "step_00000007", tmp_path / "step_00000008"
     for checkpoint in (old, new):
         checkpoint.mkdir()
         (checkpoint / "ema.safetensors").touch()
-    files = perfect_samples(tmp_path / "final")
+    files = copied(perfect, tmp_path / "final")
     assert is_sampled(tmp_path / "final", old, SEEDS)
     assert not is_sampled(tmp_path / "final", new, SEEDS)
     files[5].rename(tmp_path / "away")
