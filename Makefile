@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: help quickstart bench-quickstart check-gpu test-slow drill-cluster drill-jobs drill-train drill-prep test lint .venv
+.PHONY: help quickstart bench-quickstart check-gpu test-slow drill-cluster drill-jobs drill-train drill-prep test lint lines .venv
 
 help:
 	@echo 'make quickstart   clips, shards, training, samples and a report in runs/quickstart, in minutes on two cores'
@@ -58,6 +58,10 @@ test: .venv/installed
 
 test-slow: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/data_prep -m slow -rA
+
+# Lines of the product by package, and files that are too long.
+lines:
+	$(BIN)/python -m tests.lines
 
 lint: .venv/installed
 	$(BIN)/ruff check .

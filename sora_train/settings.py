@@ -30,7 +30,7 @@ def build(section: type[S], settings: Mapping[str, Any], overrides: Mapping[str,
 
     Raises RecipeError with a line for each key that is unknown or has a wrong value.
     """
-    merged: dict[str, Any] = _with_new_names(copy.deepcopy(dict(settings)), where)
+    merged = _with_new_names(copy.deepcopy(dict(settings)), where)
     for key, value in overrides.items():
         _set(merged, key, value)
     try:
@@ -58,13 +58,18 @@ RENAMED = {
 
 
 def _with_new_names(settings: dict[str, Any], where: str) -> dict[str, Any]:
-    """The settings with the present names of their keys; a warning for each that was renamed."""
-    for key in list(settings):
-        if isinstance(settings[key], dict):
-            settings[key] = _with_new_names(settings[key], where)
-        elif key in RENAMED:
-            log.warning(f"{where}: {key} is called {RENAMED[key]} now. Rename it: version 0.2 will refuse the old name")
-            settings.setdefault(RENAMED[key], settings.pop(key))
+    """The settings with the present names of their keys, and one warning that names those that were renamed."""
+    renamed: list[str] = []
+
+    def walk(section: dict[str, Any]) -> dict[str, Any]:
+        renamed.extend(f"{key} is now {RENAMED[key]}" for key in section if key in RENAMED)
+        return {
+            RENAMED.get(key, key): walk(value) if isinstance(value, dict) else value for key, value in section.items()
+        }
+
+    settings = walk(settings)
+    if renamed:
+        log.warning(f"{where}: {', '.join(renamed)}. Use the new names; version 0.2 will refuse the old ones")
     return settings
 
 

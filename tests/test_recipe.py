@@ -289,6 +289,6 @@ def test_renamed_keys_work_and_say_their_new_names(tmp_path: Path, capsys: pytes
     recipe = load_recipe(path)
     assert (recipe.model.cross_attention_in, recipe.train.guard_max_consecutive) == ("every", 7)
     assert recipe.cluster.elastic_poll_s == 9
-    assert "text_in is called cross_attention_in now" in capsys.readouterr().err
+    assert "text_in is now cross_attention_in, guard_patience is now" in capsys.readouterr().err
     flags, _ = parse_flags(["--model.frame_positions", "input"], Recipe)
     assert flags == {"model.temporal_positions": "input"}
