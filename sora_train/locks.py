@@ -81,7 +81,9 @@ def run_lock(folder: str, command: str) -> Iterator[None]:
         _acquire(path, me)
     except OSError as error:
         why = broken_link(path.parent) or error.strerror or error
-        raise UserError(f"{path} can't be written: {why}. Free space there or make it writable") from None
+        raise UserError(
+            f"{path} can't be written: {why}. Free space there or make it writable", code="not_writable"
+        ) from None
     ended = threading.Event()
     heartbeat = threading.Thread(target=_heartbeat, args=(path, me, ended), name="run lock", daemon=True)
     heartbeat.start()
@@ -109,7 +111,7 @@ def _acquire(path: Path, me: dict) -> None:
         here = owner.get("machine") == me["machine"]
         alive = here and owner["started"] == _started(owner["process"])
         if alive or (waited and found and found != seen):
-            raise UserError(f"{other}. Wait until it ends, stop it, or {INSTEAD[me['command']]}")
+            raise UserError(f"{other}. Wait until it ends, stop it, or {INSTEAD[me['command']]}", code="locked")
         if here or waited >= STALE_S:
             _remove(path, found)
             continue

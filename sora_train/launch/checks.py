@@ -34,7 +34,8 @@ def resolve_recipe(recipe: Recipe, fresh: bool = False) -> Recipe:
     """
     if "://" in recipe.train.output:
         raise UserError(
-            f"train.output {recipe.train.output} is remote. Set it to a folder that every node sees, such as one on NFS"
+            f"train.output {recipe.train.output} is remote. Set it to a folder that every node sees, such as on NFS",
+            code="paths",
         )
 
     reject_job_dir("data.output", recipe.data.output)
@@ -116,11 +117,12 @@ def check_shards(recipe: Recipe) -> Manifest:
                 "to 1, or change the bucket's height and width"
             )
     if wrong:
-        raise UserError(f"{recipe.data.output} does not fit the recipe: {'; '.join(wrong)}")
+        raise UserError(f"{recipe.data.output} does not fit the recipe: {'; '.join(wrong)}", code="shards")
     if empty := [name for name in there if not manifest.buckets[name]]:
         raise UserError(
             f"{recipe.data.output} has no clip in the buckets {', '.join(empty)} of the recipe. `sora prep RECIPE "
-            "--plan` says why. Add clips for them, or remove them from data.buckets"
+            "--plan` says why. Add clips for them, or remove them from data.buckets",
+            code="shards",
         )
     shards.plan(recipe.train.batch_size, recipe.train.seed, recipe.data.image_ratio)  # raises if the split is empty
     return manifest
@@ -138,7 +140,8 @@ def check_codec(recipe: Recipe, manifest: Manifest) -> None:
         if name != facts.name and files.hash != facts.hash:
             raise UserError(
                 f"{key} {name!r} is not what {recipe.data.output} was encoded with ({facts.name!r}); samples would be "
-                f"wrong. Use the same as for `sora prep`: --{key} {facts.name}"
+                f"wrong. Use the same as for `sora prep`: --{key} {facts.name}",
+                code="codec",
             )
 
 
@@ -149,7 +152,8 @@ def check_text(recipe: Recipe, manifest: Manifest) -> None:
         raise UserError(
             f"codec.caption_cleaning is {wanted}, but {recipe.data.output} was encoded with {there}"
             + (f", and model.init_from {recipe.model.init_from} was not" if recipe.model.init_from else "")
-            + f". Run `sora prep` into another data.output, or set codec.caption_cleaning: {there}"
+            + f". Run `sora prep` into another data.output, or set codec.caption_cleaning: {there}",
+            code="captions",
         )
     manifest.null_embedding(recipe.codec.null_prompt)
 
@@ -176,7 +180,8 @@ def check_cluster(recipe: Recipe) -> bool:
             f"the cluster has room for {room} workers of {worker_resources(recipe, gpu)}{validation}, and "
             f"{recipe.cluster.fewest} are needed. Its nodes have {', '.join(map(describe_node, nodes))}. Lower "
             "cluster.workers or cluster.cpus_per_worker, set validation.every to 0, or add nodes"
-            + (counted if cpus else "")
+            + (counted if cpus else ""),
+            code="cluster",
         )
     if recipe.validation.every and room < recipe.cluster.most:
         log.info(

@@ -80,7 +80,8 @@ def saved_clips(run: Path) -> Clips | None:
     except (pa.ArrowException, OSError, KeyError) as error:
         raise UserError(
             f"{place}, the record of the clips that the run was trained on, is damaged ({error!r}). Restore it from a "
-            "copy, or start a new run (--name)"
+            "copy, or start a new run (--name)",
+            code="clips",
         ) from None
 
 
@@ -116,7 +117,8 @@ def check_holdout_moves(before: Clips, now: Clips) -> None:
             raise UserError(
                 f"{clip_count(moved)} that the run has {then} would be {here} now ({first_names(moved)}): the file "
                 "name decides, and it changed. Give the files their former names, or remove them, and run `sora prep` "
-                "again"
+                "again",
+                code="clips",
             )
 
 
@@ -133,7 +135,8 @@ def check_clips(run: Path, shards: str, now: Clips, new_data: bool) -> str:
         raise UserError(
             f"{shards} holds other clips than {run} was trained on: {said}. To resume with its optimizer and step on "
             "the present clips, add --new-data. To start a new run at step 0 from its weights: --name NEW "
-            f"--model.init_from {run}. To resume as before, restore the previous clips"
+            f"--model.init_from {run}. To resume as before, restore the previous clips",
+            code="clips",
         )
     check_holdout_moves(before, now)
     return said

@@ -36,7 +36,9 @@ def check_initial_weights(recipe: Recipe) -> None:
     except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
         differs = " there it is " in str(error)
         advice = ". Set the keys of model to those of the weights, or use other weights" if differs else ""
-        raise UserError(f"model.init_from: training can't start from {folder}: {error}{advice}") from None
+        raise UserError(
+            f"model.init_from: training can't start from {folder}: {error}{advice}", code="init_from"
+        ) from None
 
 
 def initial_weights_warnings(recipe: Recipe, manifest: Manifest) -> list[str]:

@@ -122,7 +122,9 @@ def training_failed(run: Path, why: str, details: str) -> UserError:
         if details:
             (run / "failure.txt").write_text(details, encoding="utf-8")
             where = f"Details are in {run / 'failure.txt'}. "
-    return UserError(f"training stopped near step {step}: {why}\n{where}{resume_hint(run)}, once the cause is fixed")
+    return UserError(
+        f"training stopped near step {step}: {why}\n{where}{resume_hint(run)}, once the cause is fixed", code="training"
+    )
 
 
 class EventCallback(UserCallback):

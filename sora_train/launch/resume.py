@@ -99,13 +99,17 @@ def check_resume(
     if not found:
         return None
     if not (run / "recipe.yaml").is_file():
-        raise UserError(f"{run / 'recipe.yaml'} is missing. Copy recipe.yaml from the newest checkpoint to it")
+        raise UserError(
+            f"{run / 'recipe.yaml'} is missing. Copy recipe.yaml from the newest checkpoint to it", code="resume"
+        )
     free = RESUMABLE_KEYS + TUNABLE_KEYS + (CLIP_KEYS if new_data else ())
     changed = [change for change in changed_keys(run, recipe) if not change.startswith(free)]
     changed += changed_arithmetic(run, recipe)
     cuts_only = bool(changed) and all(change.startswith(CLIP_KEYS) for change in changed)
     if not (run / "manifest.json").is_file():
-        raise UserError(f"{run / 'manifest.json'} is missing. Copy manifest.json from the newest checkpoint to it")
+        raise UserError(
+            f"{run / 'manifest.json'} is missing. Copy manifest.json from the newest checkpoint to it", code="resume"
+        )
     trained = Manifest.load(str(run))
     if recipe.codec.null_prompt not in ("auto", before := saved_null_prompt(run)):
         changed.append(f"codec.null_prompt was {before} and is {recipe.codec.null_prompt}")
@@ -120,7 +124,8 @@ def check_resume(
         go_on = ", add --new-data to resume on the clips that these keys give" if cuts_only else ""
         raise UserError(
             f"{run} was started with another recipe: {'; '.join(changed)}. Set the keys back to resume{go_on}, or give "
-            "this run another name (--name)"
+            "this run another name (--name)",
+            code="resume",
         )
     if clips is not None:
         check_clips(run, recipe.data.output, clips, new_data)

@@ -55,7 +55,10 @@ PACKAGES = ("sora_train", "torch", "ray", "deepspeed", "diffusers", "transformer
 def check_writable(run: Path) -> None:
     """UserError if the run's folder can't be created or written. Leaves nothing behind."""
     if broken := broken_link(run):
-        raise UserError(f"the run's folder {run} can't be written: {broken}. Create that folder, or remove the link")
+        raise UserError(
+            f"the run's folder {run} can't be written: {broken}. Create that folder, or remove the link",
+            code="not_writable",
+        )
     above = next(place for place in (run, *run.parents) if place.exists())
     try:
         with tempfile.TemporaryFile(dir=above) as file:
@@ -64,7 +67,8 @@ def check_writable(run: Path) -> None:
     except OSError as error:
         raise UserError(
             f"the run's folder {run} can't be written: {error.strerror or error} ({above}). Set another folder with "
-            "--train.output, or free space there"
+            "--train.output, or free space there",
+            code="not_writable",
         ) from None
 
 
@@ -75,7 +79,8 @@ def check_fresh(run: Path, overwrite: bool) -> None:
         held = f"a run with checkpoints up to {steps[-1].name}" if steps else "the records of a run"
         raise UserError(
             f"{run} holds {held}, which --fresh would remove. Add --overwrite to remove it, give this run another name "
-            "(--name), or leave out --fresh to resume"
+            "(--name), or leave out --fresh to resume",
+            code="run_exists",
         )
 
 
@@ -90,7 +95,8 @@ def check_some_complete(run: Path) -> None:
         named = "; ".join(f"{path.name}: {flaw}" for path, flaw in flaws.items())
         raise UserError(
             f"no checkpoint in {run / 'checkpoints'} is complete ({named}). Copy a complete one there, or start again "
-            "with --fresh --overwrite"
+            "with --fresh --overwrite",
+            code="checkpoints",
         )
 
 
@@ -170,7 +176,8 @@ def os_errors_as_user_errors(run: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f"{error.filename or run} can't be read or written ({error.strerror or error}). It belongs to the run: "
-            "move it away, or fix its permissions"
+            "move it away, or fix its permissions",
+            code="not_writable",
         ) from None
 
 

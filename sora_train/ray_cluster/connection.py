@@ -80,13 +80,14 @@ def connect(
     except Exception as error:  # Ray raises plain exceptions, for instance for a node that starts too slowly
         if own:
             raise UserError(
-                f"Ray can't start on this machine: {error}. Its logs: {temp_dir()}/ray/session_latest/logs"
+                f"Ray can't start on this machine: {error}. Its logs: {temp_dir()}/ray/session_latest/logs", code="ray"
             ) from error
         # With a wrong token Ray only says that it could not connect.
         raise UserError(
             f"{key}: can't join the Ray cluster at {address}: {error}. Is its token the one of this process? Copy "
             "~/.ray/auth_token of the head node to the same place here (or to RAY_AUTH_TOKEN_PATH) and set "
-            f"RAY_AUTH_MODE=token. {local_hint(key)}"
+            f"RAY_AUTH_MODE=token. {local_hint(key)}",
+            code="ray",
         ) from error
     try:
         yield own
@@ -107,7 +108,7 @@ def wait_until_reachable(address: str, key: str) -> None:
         except (OSError, OverflowError) as error:
             if time.monotonic() > ends:
                 raise UserError(
-                    f"no Ray at {address} ({key}): {error}. Start that cluster. {local_hint(key)}"
+                    f"no Ray at {address} ({key}): {error}. Start that cluster. {local_hint(key)}", code="ray"
                 ) from None
             if not said:
                 log.info(f"no Ray at {address} ({key}) yet: waiting up to {WAIT_S:.0f} s for it")

@@ -74,7 +74,7 @@ def free_port() -> int:
     for port in (*ports, 0):
         with contextlib.suppress(OSError), socket.create_server(("", port)) as free:
             return free.getsockname()[1]
-    raise UserError("this machine has no free TCP port for Ray. Stop processes that hold many")
+    raise UserError("this machine has no free TCP port for Ray. Stop processes that hold many", code="ray")
 
 
 @contextmanager
@@ -87,7 +87,7 @@ def short_temp_dir() -> Iterator[None]:
     key = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
     why = f"{key} {place} is too long for Ray's sockets, whose paths may have {SOCKET_BYTES} bytes"
     if key == "RAY_TMPDIR" or not os.access("/tmp", os.W_OK):
-        raise UserError(f"{why}. Set RAY_TMPDIR to a short folder of this machine, such as /tmp")
+        raise UserError(f"{why}. Set RAY_TMPDIR to a short folder of this machine, such as /tmp", code="ray")
     log.info(f"{why}: Ray keeps its files in /tmp/ray instead (RAY_TMPDIR names another folder)")
     with env_vars(RAY_TMPDIR="/tmp"):
         yield

@@ -301,8 +301,9 @@ class TestWithRay:
     def test_what_the_cluster_or_the_disk_lacks_is_said(
         self, changes: dict, says: str, builtin_shards: Path, tmp_path: Path, recipe_of, capsys
     ):
-        with pytest.raises(UserError, match=r"checks failed"):
+        with pytest.raises(UserError) as raised:
             preflight(recipe_of(builtin_shards, tmp_path, **changes))
+        assert raised.value.code == "preflight"
         failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("failed")]
         assert any(says in line for line in failed), failed
 

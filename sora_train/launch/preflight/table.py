@@ -96,7 +96,9 @@ def preflight(recipe: Recipe) -> None:
         table.add("cluster", "failed", str(error))
     print(f"{len(table.states)} checks in {time.monotonic() - began:.0f} s", flush=True)
     if table.failures:
-        raise UserError(f"{len(table.failures)} of {len(table.states)} checks failed: {', '.join(table.failures)}")
+        raise UserError(
+            f"{len(table.failures)} of {len(table.states)} checks failed: {', '.join(table.failures)}", code="preflight"
+        )
 
 
 def check_files(recipe: Recipe, table: Table) -> tuple[Recipe, Manifest | None]:
@@ -165,7 +167,10 @@ def check_quickly(recipe: Recipe, manifest: Manifest, gpu: bool, own: bool) -> N
         table.check("memory", lambda: verdicts.check_memory(recipe, gpu, nodes))
     if table.failures:
         lines = "\n".join(f"{name}: {message}" for name, message in table.failures.items())
-        raise UserError(f"the run would fail:\n{lines}\n`sora preflight` shows all checks, --no-preflight skips these")
+        raise UserError(
+            f"the run would fail:\n{lines}\n`sora preflight` shows all checks, --no-preflight skips these",
+            code="preflight",
+        )
 
 
 def check_disk(recipe: Recipe) -> str:
