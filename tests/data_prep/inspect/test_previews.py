@@ -9,26 +9,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.inspect.page import chart
-from data_prep.inspect.previews import drawn, pictures, rows_at
-from data_prep.inspect.table import take_inventory
+from data_prep.inspect.page import histogram
+from data_prep.inspect.previews import clip_images, read_rows_at
+from data_prep.inspect.table import read_inventory
 
 
-def test_clips_are_drawn_evenly():
-    assert drawn(3, 12) == [0, 1, 2]
-    assert drawn(100, 4) == [12, 37, 62, 87]
-
-
-def test_the_rows_at_a_place_are_those_that_lie_there(tiny_shards: Path):
+def test_rows_are_read_by_their_index_in_the_bucket(tiny_shards: Path):
     """Its row groups hold 8, 8 and 5 rows."""
-    inventory = take_inventory(str(tiny_shards))
+    inventory = read_inventory(str(tiny_shards))
     for places in ([0], [7, 8], [3, 15, 16, 20], list(range(21))):
-        assert [row["sample_id"] for row in rows_at(inventory, "2x32x32", places)] == [f"{i:04x}" for i in places]
+        assert [row["sample_id"] for row in read_rows_at(inventory, "2x32x32", places)] == [f"{i:04x}" for i in places]
 
 
-def test_pictures_of_a_clip_are_equally_tall_and_the_moving_one_keeps_its_time():
+def test_animation_and_strip_are_equally_tall_and_keep_time():
     clip = np.random.default_rng(0).integers(0, 255, (80, 48, 96, 3), np.uint8)
-    moving, strip = pictures([clip, clip], fps=16.0)
+    moving, strip = clip_images([clip, clip], fps=16.0)
     assert np.isclose(moving["width"] / moving["share"], strip["width"] / strip["share"], rtol=0.02)
     image = Image.open(io.BytesIO(base64.b64decode(moving["address"].partition(",")[2])))
     durations = []
@@ -37,12 +32,12 @@ def test_pictures_of_a_clip_are_equally_tall_and_the_moving_one_keeps_its_time()
         image.load()
         durations.append(image.info["duration"])
     assert np.isclose(sum(durations), 80 / 16 * 1000, rtol=0.05)
-    assert len(pictures([clip[:1]], fps=16.0)) == 1
+    assert len(clip_images([clip[:1]], fps=16.0)) == 1
 
 
 @pytest.mark.parametrize("values", [[3], [1, 2, 2, 9], list(range(500)), [0.5, 1.0, 1.0, 2.25], [0.0]])
-def test_the_bars_of_a_chart_hold_every_value(values: list):
-    drawn = chart("title", Counter(values))
+def test_the_bars_of_a_histogram_hold_every_value(values: list):
+    drawn = histogram("title", Counter(values))
     assert drawn is not None
     assert sum(int(bar["label"].rpartition(": ")[2].replace(",", "")) for bar in drawn["bars"]) == len(values)
     assert max(bar["height"] for bar in drawn["bars"]) == 100

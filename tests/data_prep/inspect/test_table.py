@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.inspect.table import check_shards, format_table, inspect, spread
+from data_prep.inspect.table import check_shards, format_table, inspect, min_median_max
 from sora_train.errors import UserError
 from sora_train.manifest import Manifest
 from sora_train.schema import QUARANTINE_SCHEMA, shard_files
@@ -49,7 +49,11 @@ def test_counts_and_lengths_are_those_of_the_rows(shards: Path):
 
 @given(st.lists(st.integers(-50, 50), min_size=1))
 def test_the_median_of_counts_is_the_median_of_the_values(values: list[int]):
-    assert spread(Counter(values)) == {"min": min(values), "median": statistics.median(values), "max": max(values)}
+    assert min_median_max(Counter(values)) == {
+        "min": min(values),
+        "median": statistics.median(values),
+        "max": max(values),
+    }
 
 
 def test_no_latent_is_read(shards: Path):
@@ -117,26 +121,26 @@ def test_a_folder_with_a_quarantine_alone_is_counted(tmp_path: Path):
 def test_what_can_not_be_read_is_named(shards: Path, tmp_path: Path):
     with pytest.raises(UserError, match="holds no shards"):
         inspect(str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="its shards are in"):
+    with pytest.raises(UserError, match="Its shards are in"):
         inspect(str(tmp_path))
     file = shards / "bucket=2x32x32" / "part.parquet"
     with pytest.raises(UserError, match="is a file"):
         inspect(str(file))
     pq.write_table(pa.table({"caption": ["of another tool"]}), file)
-    with pytest.raises(UserError, match=r"part\.parquet can't be read .* delete it"):
+    with pytest.raises(UserError, match=r"part\.parquet can't be read .* Delete it"):
         inspect(str(shards))
     file.write_bytes(b"no parquet")
-    with pytest.raises(UserError, match=r"part\.parquet can't be read .* delete it"):
+    with pytest.raises(UserError, match=r"part\.parquet can't be read .* Delete it"):
         inspect(str(shards))
     file.unlink()
     (shards / "quarantine.parquet").write_bytes(b"no parquet")
-    with pytest.raises(UserError, match=r"quarantine\.parquet can't be read .* delete it"):
+    with pytest.raises(UserError, match=r"quarantine\.parquet can't be read .* Delete it"):
         inspect(str(shards))
 
 
 def test_a_folder_that_is_no_bucket_is_named(shards: Path):
     (shards / "bucket=2x32x32").rename(shards / "bucket=large")
-    with pytest.raises(UserError, match="bucket=large is no bucket FRAMESxHEIGHTxWIDTH"):
+    with pytest.raises(UserError, match="bucket=large is not a bucket FRAMESxHEIGHTxWIDTH"):
         inspect(str(shards))
 
 
