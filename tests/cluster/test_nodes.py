@@ -35,8 +35,8 @@ def test_the_same_seed_plans_the_same_faults_each_kind_as_often():
 )  # fmt: skip
 def test_the_drill_finds_a_restart_that_is_not_in_the_events(attempts: int, told: list[str], seen: bool):
     row = Row(0.0, "train-1", "", "node2", "", 0.0, (0, 0), 1, 0, 0, attempts=attempts)
-    row.take([{"event": event} for event in told])
-    assert row.seen() == seen
+    row.add_events([{"event": event} for event in told])
+    assert row.is_recorded() == seen
 
 
 @pytest.mark.slow

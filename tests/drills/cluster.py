@@ -27,9 +27,9 @@ from pathlib import Path
 from sora_train.quickstart.shapes import make_clips
 from tests.cluster.nodes import SHARED
 from tests.cluster.world import INTO, ROOT, lacking
-from tests.drills.cluster_faults import FAULTS, Later, Planned, schedule
-from tests.drills.cluster_stage import SUCCEEDED, Machines, Work, last_words
-from tests.drills.cluster_verdict import Row, tabulate, verdicts
+from tests.drills.cluster_faults import FAULTS, Later, PlannedFault, schedule
+from tests.drills.cluster_stage import SUCCEEDED, Cluster, Workload, job_result
+from tests.drills.cluster_verdict import Row, compare, tabulate
 from tests.drills.train import processor
 
 CLIPS, STEPS = 1080, 300
@@ -50,9 +50,9 @@ class Drill:
 
     def __init__(self, folder: Path, logs: Path, seed: int) -> None:
         self.began, self.logs = time.monotonic(), logs
-        self.machines = Machines(folder)
+        self.machines = Cluster(folder)
         self.plans = schedule(seed)
-        self.plan: Planned | None = None
+        self.plan: PlannedFault | None = None
         self.rows: list[Row] = []
         self.faults_began = self.began
         self.wrong: list[str] = []
@@ -61,14 +61,14 @@ class Drill:
     def say(self, line: str) -> None:
         print(f"[{time.monotonic() - self.began:5.0f} s] {line}", flush=True)
 
-    def work(self, verb: str, name: str) -> Work:
+    def work(self, verb: str, name: str) -> Workload:
         shards = SHARED / (name if verb == "prep" else "prep-unbroken")
         words = f"jobs/quickstart.yaml --data.captions {SHARED}/clips/captions.csv --data.output {shards} "
         words += PREP if verb == "prep" else f"--name {name} {TRAIN}"
         environment = {"SORA_STEP_DELAY_S": "0.2"} if verb == "train" else {}
-        return Work(verb, name, words.split(), self.machines, self.logs, environment)
+        return Workload(verb, name, words.split(), self.machines, self.logs, environment)
 
-    def get_through(self, work: Work, until: float) -> bool:
+    def get_through(self, work: Workload, until: float) -> bool:
         """Submits a work until it succeeds, with faults up to the time `until`. Returns whether it succeeded."""
         began = time.monotonic()
         work.submit()
@@ -78,13 +78,13 @@ class Drill:
         looked_at = 0.0
         while True:
             time.sleep(0.3)
-            work.look()
+            work.update_progress()
             for one in [one for one in later if one[0] <= time.monotonic()]:
                 later.remove(one)
                 one[1]()
             now = time.monotonic()
             if work.ended():
-                why = last_words(work.log)
+                why = job_result(work.log)
                 if why == SUCCEEDED:
                     for _, act in later:
                         act()
@@ -98,8 +98,8 @@ class Drill:
                 if len(work.jobs) >= ATTEMPTS:
                     return self.give_up(work, f"did not succeed in {ATTEMPTS} submissions")
                 work.submit()
-            if now - max(work.best_at, work.submitted_at) > HANG_S:
-                work.stacks()
+            if now - max(work.progressed_at, work.submitted_at) > HANG_S:
+                work.dump_stacks()
                 return self.give_up(
                     work, f"hangs after {row.fault if row else 'nothing'}: no progress in {HANG_S:.0f} s"
                 )
@@ -109,11 +109,11 @@ class Drill:
                     row = row or self.begin(work, "none", node.name, "")
                     row.happened.append(f"the raylet of {node.name} had ended, `ray start` again")
                     self.say(row.happened[-1])
-            if later or (row and not row.recovered(work)) or not work.under_way() or now > until:
+            if later or (row and not row.recovered(work)) or not work.is_working() or now > until:
                 continue
             if due is None:
                 if row:
-                    row.standstill_s = work.gap
+                    row.stalled_s = work.gap
                 self.plan = self.plan or next(self.plans)
                 due = now + self.plan.pause_s
             elif now >= due:
@@ -121,7 +121,7 @@ class Drill:
                 row, later = self.inflict(work)
                 due = None
 
-    def inflict(self, work: Work) -> tuple[Row, list[Later]]:
+    def inflict(self, work: Workload) -> tuple[Row, list[Later]]:
         """Does what is planned next."""
         assert self.plan is not None
         plan, self.plan = self.plan, None
@@ -130,34 +130,34 @@ class Drill:
         harm = FAULTS[plan.kind](work, self.machines, plan)
         row.node, row.met, row.ends_job = harm.node, harm.met, harm.ends_job
         now = time.monotonic()
-        row.healed_s = now + max((seconds for seconds, _ in harm.later), default=0.0)
-        self.say(f"{plan.kind}, {harm.node}, {harm.met or 'met nothing'}; {work.name} stands at {work.standing[1]}")
+        row.repaired_s = now + max((seconds for seconds, _ in harm.later), default=0.0)
+        self.say(f"{plan.kind}, {harm.node}, {harm.met or 'met nothing'}; {work.name} stands at {work.progress[1]}")
         return row, [(now + seconds, act) for seconds, act in harm.later]
 
-    def begin(self, work: Work, fault: str, node: str, met: str) -> Row:
+    def begin(self, work: Workload, fault: str, node: str, met: str) -> Row:
         row = Row(
-            time.monotonic() - self.faults_began, work.name, fault, node, met, time.monotonic(), work.standing,
+            time.monotonic() - self.faults_began, work.name, fault, node, met, time.monotonic(), work.progress,
             len(work.jobs), len(work.events()), time.time_ns(),
         )  # fmt: skip
         self.rows.append(row)
         return row
 
-    def note(self, work: Work, row: Row | None) -> None:
+    def note(self, work: Workload, row: Row | None) -> None:
         """Enters into a fault's row what was seen since."""
         if row:
-            row.standstill_s = row.standstill_s or work.gap
-            row.take(work.events()[row.events_before :])
-            row.attempts = len([at for at in work.attempts() if at > row.began_ns])
-            self.say(f"    {row.what()}; longest standstill {row.standstill_s:.0f} s")
+            row.stalled_s = row.stalled_s or work.gap
+            row.add_events(work.events()[row.events_before :])
+            row.attempts = len([at for at in work.worker_starts() if at > row.began_ns])
+            self.say(f"    {row.describe()}; longest standstill {row.stalled_s:.0f} s")
 
-    def give_up(self, work: Work, why: str) -> bool:
+    def give_up(self, work: Workload, why: str) -> bool:
         self.wrong.append(f"{work.name} {why}")
         self.say(self.wrong[-1])
         if self.rows and self.rows[-1].phase == work.name:
             self.rows[-1].happened.append(f"FAILED: {why}")
         return False
 
-    def play(self, minutes: float, only: str | None) -> list[Work]:
+    def play(self, minutes: float, only: str | None) -> list[Workload]:
         """Unbroken runs, then faults for so many minutes. Returns the works that succeeded, the unbroken ones first."""
         make_clips(self.machines.folder / "shared/clips", CLIPS)
         for _ in range(2):
@@ -187,7 +187,7 @@ def inside(asked: argparse.Namespace) -> int:
     drill = Drill(asked.inside, asked.logs, asked.seed)
     done = drill.play(asked.minutes, asked.only)
     drill.say("held against the unbroken runs")
-    said, holds = verdicts(done, drill.rows, drill.wrong)
+    said, holds = compare(done, drill.rows, drill.wrong)
     times = ", ".join(f"{name} {drill.seconds[name]:.0f} s" for name in drill.seconds)
     table = f"{tabulate(drill.rows)}\n\n" + "\n".join(said) + f"\n\nFrom submission to success: {times}."
     print(f"\n{table}\n\n{'holds' if holds else 'FAILED'}", flush=True)

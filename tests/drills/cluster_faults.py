@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from itertools import count
 
 from tests.cluster.nodes import SHARED, Node
-from tests.drills.cluster_stage import SETTINGS, Machines, Work, is_raylet
+from tests.drills.cluster_stage import SETTINGS, Cluster, Workload, is_raylet
 
 Later = tuple[float, Callable[[], None]]
 """Seconds from now, and what to do then."""
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedFault:
     """A fault of the schedule. `where` and `which`, from 0 to 1, choose node and process among those there then."""
 
     kind: str
@@ -24,7 +24,7 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Harm:
+class FaultEffect:
     """What was done: to which node, what of the job it met (nothing: an empty string), and what is still to do."""
 
     node: str
@@ -33,15 +33,15 @@ class Harm:
     ends_job: bool = False
 
 
-def schedule(seed: int) -> Iterator[Planned]:
+def schedule(seed: int) -> Iterator[PlannedFault]:
     """Every kind once in random order, then every kind again, without end: the same for the same seed."""
     draw = random.Random(seed)
     for _ in count():
         for kind in draw.sample(list(FAULTS), len(FAULTS)):
-            yield Planned(kind, draw.uniform(2, 10), draw.random(), draw.random())
+            yield PlannedFault(kind, draw.uniform(2, 10), draw.random(), draw.random())
 
 
-def worker_killed(work: Work, machines: Machines, plan: Planned) -> Harm:
+def worker_killed(work: Workload, machines: Cluster, plan: PlannedFault) -> FaultEffect:
     found = [
         (process, title, node)
         for node in (machines.first, *machines.others)
@@ -49,55 +49,55 @@ def worker_killed(work: Work, machines: Machines, plan: Planned) -> Harm:
         if ("RayTrainWorker" if work.verb == "train" else "MapWorker") in title
     ]
     if not found:
-        return Harm("—", "")
+        return FaultEffect("—", "")
     process, title, node = pick(sorted(found, key=lambda one: one[0].pid), plan.which)
     process.kill()
     stage = re.search(r"MapBatches\((\w+)\)", title)
-    return Harm(node.name, f"actor {stage[1]}" if stage else "training worker")
+    return FaultEffect(node.name, f"actor {stage[1]}" if stage else "training worker")
 
 
-def raylet_killed(work: Work, machines: Machines, plan: Planned) -> Harm:
-    node, met = victim(machines, plan)
+def raylet_killed(work: Workload, machines: Cluster, plan: PlannedFault) -> FaultEffect:
+    node, met = choose_node(machines, plan)
     for process, title in node.processes():
         if is_raylet(title):
             process.kill()
-    return Harm(node.name, met, ((12, lambda: machines.join(node)),))
+    return FaultEffect(node.name, met, ((12, lambda: machines.join(node)),))
 
 
-def cut_off(work: Work, machines: Machines, plan: Planned) -> Harm:
-    node, met = victim(machines, plan)
+def cut_off(work: Workload, machines: Cluster, plan: PlannedFault) -> FaultEffect:
+    node, met = choose_node(machines, plan)
     node.link("down")
-    return Harm(node.name, met, ((20, lambda: node.link("up")),))
+    return FaultEffect(node.name, met, ((20, lambda: node.link("up")),))
 
 
-def cut_off_for_good(work: Work, machines: Machines, plan: Planned) -> Harm:
-    node, met = victim(machines, plan)
+def cut_off_for_good(work: Workload, machines: Cluster, plan: PlannedFault) -> FaultEffect:
+    node, met = choose_node(machines, plan)
     node.link("down")
     machines.others.remove(node)
-    return Harm(node.name, met, ((40, lambda: machines.add() and None),))
+    return FaultEffect(node.name, met, ((40, lambda: machines.add() and None),))
 
 
-def driver_killed(work: Work, machines: Machines, plan: Planned) -> Harm:
+def driver_killed(work: Workload, machines: Cluster, plan: PlannedFault) -> FaultEffect:
     driver = work.driver()
     if driver is None:
-        return Harm("—", "")
+        return FaultEffect("—", "")
     driver.kill()
-    return Harm(machines.first.name, f"sora {work.verb}", ends_job=True)
+    return FaultEffect(machines.first.name, f"sora {work.verb}", ends_job=True)
 
 
-def disk_filled(work: Work, machines: Machines, plan: Planned) -> Harm:
-    node, met = victim(machines, plan)
+def disk_filled(work: Workload, machines: Cluster, plan: PlannedFault) -> FaultEffect:
+    node, met = choose_node(machines, plan)
     node.fill_disk()
-    return Harm(node.name, met, ((30, node.free_disk),))
+    return FaultEffect(node.name, met, ((30, node.free_disk),))
 
 
-def job_stopped(work: Work, machines: Machines, plan: Planned) -> Harm:
+def job_stopped(work: Workload, machines: Cluster, plan: PlannedFault) -> FaultEffect:
     """SIGTERM to the driver and all that it started, by `ray job stop`."""
     machines.first.start(f"{SETTINGS}; ray job stop {work.job_id}", SHARED, work.log.with_suffix(".stop.log"))
-    return Harm(machines.first.name, f"sora {work.verb}", ends_job=True)
+    return FaultEffect(machines.first.name, f"sora {work.verb}", ends_job=True)
 
 
-FAULTS: dict[str, Callable[[Work, Machines, Planned], Harm]] = {
+FAULTS: dict[str, Callable[[Workload, Cluster, PlannedFault], FaultEffect]] = {
     "kill -9 of a worker": worker_killed,
     "kill -9 of a raylet": raylet_killed,
     "cut off for 20 s": cut_off,
@@ -108,7 +108,7 @@ FAULTS: dict[str, Callable[[Work, Machines, Planned], Harm]] = {
 }
 
 
-def victim(machines: Machines, plan: Planned) -> tuple[Node, str]:
+def choose_node(machines: Cluster, plan: PlannedFault) -> tuple[Node, str]:
     """A node other than the first, one that works if there is any, and what of the job is on it."""
     busy = [node for node in machines.others if machines.work_on(node)]
     node = pick(busy or machines.others, plan.where)

@@ -26,7 +26,7 @@ ENDINGS = ("worker_lost", "preempted", "stopped", "interrupted", "failed", "end"
 SUCCEEDED = "succeeded"
 
 
-class Machines:
+class Cluster:
     """The nodes: the first one has the head of Ray and the drivers, the others come and go."""
 
     def __init__(self, folder: Path) -> None:
@@ -71,22 +71,22 @@ class Machines:
 
 
 @dataclass
-class Work:
+class Workload:
     """A prep or a training that is to be got through: the same command, submitted until it succeeds."""
 
     verb: str
     name: str
     words: list[str]
-    machines: Machines
+    machines: Cluster
     logs: Path
     environment: dict[str, str]
     jobs: list[subprocess.Popen] = field(default_factory=list)
-    standing: tuple[int, int] = (0, 0)
+    progress: tuple[int, int] = (0, 0)
     """How far it is, growing: for a training (0, the last step), for a prep (number of the job, sources of it done)."""
-    best_at: float = 0.0
+    progressed_at: float = 0.0
     submitted_at: float = 0.0
     gap: float = 0.0
-    """The longest time without a new `standing` since `gap` was set to zero."""
+    """The longest time without a new `progress` since `gap` was set to zero."""
 
     @property
     def run(self) -> Path:
@@ -112,32 +112,32 @@ class Work:
         )
         self.jobs[-1] = self.machines.first.start(line, self.machines.checkout, self.log)
         self.submitted_at = time.monotonic()
-        self.best_at = self.best_at or self.submitted_at
+        self.progressed_at = self.progressed_at or self.submitted_at
 
     def ended(self) -> bool:
         return bool(self.jobs) and self.jobs[-1].poll() is not None
 
-    def look(self) -> None:
+    def update_progress(self) -> None:
         """Takes note of how far it is."""
-        now, before = time.monotonic(), self.standing
+        now, before = time.monotonic(), self.progress
         if self.verb == "train":
             steps = [line["step"] for line in lines(self.run / "metrics.jsonl") if "validation" not in line]
-            self.standing = max(before, (0, max(steps, default=0)))
+            self.progress = max(before, (0, max(steps, default=0)))
         else:
             found = re.findall(r"prep: (\d+) of \d+ sources", self.log.read_text(errors="replace"))
             done = int(found[-1]) if found else 0
             if done:
-                self.standing = max(before, (len(self.jobs), done))
-        self.gap = max(self.gap, now - self.best_at)
-        if self.standing != before:
-            self.best_at = now
+                self.progress = max(before, (len(self.jobs), done))
+        self.gap = max(self.gap, now - self.progressed_at)
+        if self.progress != before:
+            self.progressed_at = now
 
-    def under_way(self) -> bool:
+    def is_working(self) -> bool:
         """Whether the job that was submitted last does its work, so that a fault meets it at that."""
         if self.verb == "prep":
-            return self.standing[0] == len(self.jobs)
+            return self.progress[0] == len(self.jobs)
         begun = [event["event"] for event in self.events() if event["event"] in ("start", "resume", *ENDINGS)]
-        return begun[-1:] in (["start"], ["resume"]) and time.monotonic() - self.best_at < 10
+        return begun[-1:] in (["start"], ["resume"]) and time.monotonic() - self.progressed_at < 10
 
     def events(self) -> list[dict]:
         return lines(self.run / "events.jsonl") if self.verb == "train" else []
@@ -149,13 +149,13 @@ class Work:
                 return process
         return None
 
-    def attempts(self) -> list[int]:
+    def worker_starts(self) -> list[int]:
         """When each start of the workers began that did a step, in nanoseconds since 1970, by what ranks wrote down."""
         if self.verb == "prep":
             return []
         return sorted({line["attempt"] for file in (self.run / "trained").glob("*.jsonl") for line in lines(file)})
 
-    def stacks(self) -> None:
+    def dump_stacks(self) -> None:
         """What every process of the job does at this moment, into the logs."""
         with (self.logs / f"{self.job_id}.stacks").open("w") as file:
             nodes = (self.machines.first, *self.machines.others)
@@ -172,7 +172,7 @@ def is_raylet(title: str) -> bool:
     return title.split(" ")[0].endswith("raylet/raylet")
 
 
-def last_words(log: Path) -> str:
+def job_result(log: Path) -> str:
     """How a job ended, by what `ray job submit` said last: `SUCCEEDED`, or the reason."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(errors="replace"))
     said = re.sub(r"^\S+ \S+\s+[A-Z]+ \w+\.py:\d+ -- ", "", plain, flags=re.MULTILINE).strip().splitlines()

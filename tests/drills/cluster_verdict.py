@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from sora_train.schema import shard_files
-from tests.drills.cluster_stage import Work
+from tests.drills.cluster_stage import Workload
 from tests.drills.history import account, difference, losses
 
 HEADS = ("time", "job", "fault", "node", "met", "what happened", "standstill")
@@ -26,35 +26,35 @@ class Row:
     fault: str
     node: str
     met: str
-    healed_s: float
+    repaired_s: float
     """When its second half is done, by the monotonic clock."""
     standing: tuple[int, int]
     jobs: int
     events_before: int
     began_ns: int
     ends_job: bool = False
-    standstill_s: float = 0.0
+    stalled_s: float = 0.0
     attempts: int = 0
     """Starts of the workers since, that did a step."""
     happened: list[str] = field(default_factory=list)
     events: list[dict] = field(default_factory=list)
 
-    def recovered(self, work: Work) -> bool:
+    def recovered(self, work: Workload) -> bool:
         """Whether the work goes on: beyond what it had done or was doing, and after the second half."""
-        beyond = work.standing > (self.standing[0], self.standing[1] + (work.verb == "train"))
-        return beyond and work.best_at > self.healed_s and len(work.jobs) > self.jobs - (not self.ends_job)
+        beyond = work.progress > (self.standing[0], self.standing[1] + (work.verb == "train"))
+        return beyond and work.progressed_at > self.repaired_s and len(work.jobs) > self.jobs - (not self.ends_job)
 
-    def take(self, events: list[dict]) -> None:
+    def add_events(self, events: list[dict]) -> None:
         self.events = [event for event in events if event["event"] not in ORDINARY]
 
-    def seen(self) -> bool:
+    def is_recorded(self) -> bool:
         """Whether what it did to a training is in `events.jsonl`: that workers were started anew has a reason there."""
         kinds = Counter(event["event"] for event in self.events)
         begun = kinds["start"] + kinds["resume"]
         reasons = sum(kinds[kind] for kind in TROUBLE)
         return begun >= self.attempts and (reasons >= 1 or not self.attempts)
 
-    def what(self) -> str:
+    def describe(self) -> str:
         counts = Counter(event["event"] for event in self.events)
         shown = [f"{kind}{f' × {number}' if number > 1 else ''}" for kind, number in counts.items()]
         if not self.met and self.fault != "none":
@@ -66,13 +66,13 @@ def tabulate(rows: list[Row]) -> str:
     head = f"| {' | '.join(HEADS)} |\n|{'---|' * len(HEADS)}"
     cells = [
         (f"{row.at_s // 60:.0f}:{row.at_s % 60:02.0f}", row.phase, row.fault, row.node, row.met or "—",
-         row.what().replace("|", "/"), f"{row.standstill_s:.0f} s")
+         row.describe().replace("|", "/"), f"{row.stalled_s:.0f} s")
         for row in rows
     ]  # fmt: skip
     return "\n".join([head, *(f"| {' | '.join(row)} |" for row in cells)])
 
 
-def verdicts(done: list[Work], rows: list[Row], wrong: list[str]) -> tuple[list[str], bool]:
+def compare(done: list[Workload], rows: list[Row], wrong: list[str]) -> tuple[list[str], bool]:
     """A line for each thing that must hold, and whether all do. `done` begins with the unbroken prep and training."""
     said, holds = [], not wrong and bool(rows)
     for work in done:
@@ -80,17 +80,17 @@ def verdicts(done: list[Work], rows: list[Row], wrong: list[str]) -> tuple[list[
         found, fine = (prep_holds if work.verb == "prep" else training_holds)(work, unbroken)
         said.append(f"- {work.name}, submitted {len(work.jobs)} times: {found}")
         holds = holds and fine
-    trained, unseen = [row for row in rows if row.attempts], [row for row in rows if not row.seen()]
+    trained, unseen = [row for row in rows if row.attempts], [row for row in rows if not row.is_recorded()]
     restarts = sum(row.attempts for row in trained)
     kinds = Counter(row.fault for row in rows)
     said.append(f"- {len(rows)} faults: {', '.join(f'{kind} {number}' for kind, number in kinds.items())}")
     said.append(f"- {restarts} times workers were started anew, after {len(trained)} faults")
-    said += [f"- FAILED: {row.fault} of {row.phase} is not in events.jsonl: {row.what()}" for row in unseen]
+    said += [f"- FAILED: {row.fault} of {row.phase} is not in events.jsonl: {row.describe()}" for row in unseen]
     said += [f"- FAILED: {one}" for one in wrong]
     return said, holds and not unseen
 
 
-def prep_holds(work: Work, unbroken: Work) -> tuple[str, bool]:
+def prep_holds(work: Workload, unbroken: Workload) -> tuple[str, bool]:
     """Ids of the shards exact, none twice, and every row's bytes those of the unbroken prep."""
     ours, theirs = (rows_of(shared(one) / one.name) for one in (work, unbroken))
     ids, wanted = [name for name, _ in ours], {name for name, _ in theirs}
@@ -101,7 +101,7 @@ def prep_holds(work: Work, unbroken: Work) -> tuple[str, bool]:
     return ("holds: " if fine else "FAILED: ") + text, fine
 
 
-def shared(work: Work) -> Path:
+def shared(work: Workload) -> Path:
     return work.machines.folder / "shared"
 
 
@@ -113,7 +113,7 @@ def rows_of(folder: Path) -> list[tuple[str, tuple]]:
     ]
 
 
-def training_holds(work: Work, unbroken: Work) -> tuple[str, bool]:
+def training_holds(work: Workload, unbroken: Workload) -> tuple[str, bool]:
     """Every epoch's samples exactly once, and the losses those of the unbroken training."""
     found = account(work.run, shared(work) / "prep-unbroken")
     ours, theirs = (statistics.mean(list(losses(one.run).values())[-20:]) for one in (work, unbroken))

@@ -19,10 +19,10 @@ from tests.drills.stage import (
     STEPS,
     Row,
     Stage,
-    held_against,
-    newest_is,
-    refusal,
-    ruling,
+    check_newest,
+    check_refusal,
+    compare_runs,
+    verdict,
 )
 
 
@@ -57,7 +57,7 @@ def guarded(stage: Stage, fault: str, bad: set[str], left_out: list[int]) -> Row
     if not left_out and count != STEPS * BATCH // CLIPS:
         wrong.append(f"{count} steps are skipped, not one an epoch")
     until = min([*(event["step"] - 1 for event in skips), *left_out])
-    return held_against(stage, fault, run, [code], want=[0], until=until, wrong=wrong, remark=remark)
+    return compare_runs(stage, fault, run, [code], want=[0], until=until, wrong=wrong, remark=remark)
 
 
 def shard_truncated(stage: Stage) -> Row:
@@ -76,9 +76,9 @@ def bad_shard(stage: Stage, fault: str, name: str, harm: Callable[[Path], None])
     harm(shard)
     command = stage.train(name, "--data.output", str(shards))
     code = end(command)
-    wrong = refusal(command, code, str(shard), "sora prep") + newest_is(run, HALF)
+    wrong = check_refusal(command, code, str(shard), "sora prep") + check_newest(run, HALF)
     again = end(stage.train(name))
-    return held_against(stage, fault, run, [code, again], want=[1, 0], wrong=wrong)
+    return compare_runs(stage, fault, run, [code, again], want=[1, 0], wrong=wrong)
 
 
 def checkpoint_truncated(stage: Stage) -> Row:
@@ -88,7 +88,7 @@ def checkpoint_truncated(stage: Stage) -> Row:
     code = end(stage.train("checkpoint-truncated"))
     resumed = [event["step"] for event in events(run, "resume")]
     wrong = [] if resumed == [HALF - EVERY] else [f"resumed from {resumed}, not {HALF - EVERY}"]
-    return held_against(stage, "a checkpoint's part cut short", run, [code], want=[0], wrong=wrong)
+    return compare_runs(stage, "a checkpoint's part cut short", run, [code], want=[0], wrong=wrong)
 
 
 def checkpoint_flipped(stage: Stage) -> Row:
@@ -98,11 +98,11 @@ def checkpoint_flipped(stage: Stage) -> Row:
     damage.flip(part, part.stat().st_size - 1000)  # in a tensor: these follow the header
     command = stage.train("checkpoint-flipped")
     code = end(command)
-    wrong = refusal(command, code, str(part), f"remove {part.parent}")
+    wrong = check_refusal(command, code, str(part), f"remove {part.parent}")
     shutil.rmtree(part.parent)
-    wrong += newest_is(run, HALF - EVERY)
+    wrong += check_newest(run, HALF - EVERY)
     again = end(stage.train("checkpoint-flipped"))
-    return held_against(stage, "a flipped byte in a checkpoint's part", run, [code, again], want=[1, 0], wrong=wrong)
+    return compare_runs(stage, "a flipped byte in a checkpoint's part", run, [code, again], want=[1, 0], wrong=wrong)
 
 
 def newest_part(run: Path) -> Path:
@@ -121,12 +121,12 @@ def disk_full(stage: Stage) -> Row:
             damage.remount(disk, f"size={room}")
             command = stage.train("disk-full", "--no-preflight", output=disk)  # which would refuse to start
             code = end(command)
-            wrong = refusal(command, code, "can't be written", "Make room") + newest_is(run, HALF + EVERY)
+            wrong = check_refusal(command, code, "can't be written", "Make room") + check_newest(run, HALF + EVERY)
             drafts = [path.name for path in run.glob("checkpoints/*/.unfinished-*")]
             wrong += [f"left behind: {drafts}"] if drafts else []
             damage.remount(disk, "size=256m")
             again = end(stage.train("disk-full", output=disk))
-            return held_against(stage, fault, run, [code, again], want=[1, 0], wrong=wrong)
+            return compare_runs(stage, fault, run, [code, again], want=[1, 0], wrong=wrong)
     except PermissionError as error:
         return Row(fault, 0, verdict=f"skipped: {error}")
 
@@ -138,7 +138,7 @@ def folder_unwritable(stage: Stage) -> Row:
     blocked.write_text("no folder")
     command = stage.train("blocked", output=blocked)
     exits.append(end(command))
-    wrong += refusal(command, exits[-1], "can't be written", "--train.output")
+    wrong += check_refusal(command, exits[-1], "can't be written", "--train.output")
     remark = "a file in its place, and a read-only disk"
     try:
         with damage.small_disk(disk := stage.root / "read-only-disk"):
@@ -146,7 +146,9 @@ def folder_unwritable(stage: Stage) -> Row:
             damage.remount(disk, "ro")
             command = stage.train("read-only", output=disk)
             exits.append(end(command))
-            wrong += refusal(command, exits[-1], "can't be written", "--train.output") + newest_is(run, HALF)
+            wrong += check_refusal(command, exits[-1], "can't be written", "--train.output") + check_newest(run, HALF)
     except PermissionError as error:
         remark = f"a file in its place; read-only disk skipped: {error}"
-    return Row("an unwritable run folder", len(exits), ", ".join(map(str, exits)), 0, 0, 0, "—", *ruling(wrong, remark))
+    return Row(
+        "an unwritable run folder", len(exits), ", ".join(map(str, exits)), 0, 0, 0, "—", *verdict(wrong, remark)
+    )

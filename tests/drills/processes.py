@@ -14,7 +14,7 @@ from ray.cluster_utils import Cluster
 
 from tests.drills.commands import end, family, lines, title, training_workers, wait_for, wait_for_step
 from tests.drills.history import events, losses
-from tests.drills.stage import ONE_THREAD, SEED, STEPS, Row, Stage, held_against, newest_is, ruling, say
+from tests.drills.stage import ONE_THREAD, SEED, STEPS, Row, Stage, check_newest, compare_runs, say, verdict
 
 
 def worker_killed(stage: Stage) -> Row:
@@ -31,7 +31,7 @@ def worker_killed(stage: Stage) -> Row:
     code = end(command)
     lost = len(events(command.run, "worker_lost"))
     wrong = [] if lost == len(moments) else [f"{lost} workers noted as lost"]
-    return held_against(stage, "kill -9 of a worker", command.run, [code], want=[0], times=len(moments), wrong=wrong)
+    return compare_runs(stage, "kill -9 of a worker", command.run, [code], want=[0], times=len(moments), wrong=wrong)
 
 
 def node_lost(stage: Stage) -> Row:
@@ -53,7 +53,7 @@ def node_lost(stage: Stage) -> Row:
     mean = abs(ours - theirs) / theirs
     wrong += [f"the mean of the last 20 losses differs by {mean:.1e}"] if mean > 1e-4 else []
     remark = f"{', '.join(map(str, sizes))} workers; mean of the last 20 losses differs by {mean:.0e}"
-    return held_against(
+    return compare_runs(
         stage,
         "one of three nodes removed, one added later",
         command.run,
@@ -93,13 +93,13 @@ def driver_terminated(stage: Stage) -> Row:
     command.process.send_signal(signal.SIGTERM)
     code, at = end(command), max(losses(command.run))
     say(f"SIGTERM: left at step {at} with exit {code}")
-    wrong = newest_is(command.run, at)  # so that no step is done again
+    wrong = check_newest(command.run, at)  # so that no step is done again
     wrong += [] if events(command.run, "stopped") else ["no event `stopped`"]
     wrong += ["a traceback is shown"] if "Traceback" in command.output() else []
     again = end(stage.train("driver-terminated"))
     resumed = [event["step"] for event in events(command.run, "resume")]
     wrong += [] if resumed == [at] else [f"resumed from {resumed}, not {at}"]
-    return held_against(stage, "SIGTERM to the driver", command.run, [code, again], want=[75, 0], wrong=wrong)
+    return compare_runs(stage, "SIGTERM to the driver", command.run, [code, again], want=[75, 0], wrong=wrong)
 
 
 def driver_killed(stage: Stage) -> Row:
@@ -115,7 +115,7 @@ def driver_killed(stage: Stage) -> Row:
     _, alive = psutil.wait_procs(orphans, timeout=10)
     left = [process.name() for process in alive if "agent" not in title(process).lower()]  # these take a minute
     wrong += [f"when the second command has ended there are still {left}"] if left else []
-    return held_against(stage, "kill -9 of the driver", command.run, [code, again], want=[-9, 0], wrong=wrong)
+    return compare_runs(stage, "kill -9 of the driver", command.run, [code, again], want=[-9, 0], wrong=wrong)
 
 
 def resized(stage: Stage) -> Row:
@@ -125,7 +125,7 @@ def resized(stage: Stage) -> Row:
         name = f"resized-{workers}-{zero_stage}"
         run = stage.half(name)
         code = end(stage.train(name, "--cluster.workers", str(workers), "--train.zero_stage", str(zero_stage)))
-        row = held_against(stage, name, run, [code], want=[0], tolerance=1e-6)
+        row = compare_runs(stage, name, run, [code], want=[0], tolerance=1e-6)
         say(f"{workers} workers, ZeRO {zero_stage}: {row.difference}, {row.verdict}")
         rows.append(row)
     wrong = [f"{row.fault}: {row.verdict}" for row in rows if not row.holds]
@@ -133,5 +133,5 @@ def resized(stage: Stage) -> Row:
         "resumed at another size (2 workers, ZeRO 1 → 1, ZeRO 3; 3, ZeRO 2; 2, ZeRO 0)", len(rows),
         ", ".join(row.exits for row in rows), sum(int(row.again) for row in rows),
         sum(int(row.lost) for row in rows), sum(int(row.repeated) for row in rows),
-        ", ".join(row.difference for row in rows), *ruling(wrong),
+        ", ".join(row.difference for row in rows), *verdict(wrong),
     )  # fmt: skip

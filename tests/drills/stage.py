@@ -102,7 +102,7 @@ def say(line: str) -> None:
     print(f"    {line}", flush=True)
 
 
-def held_against(
+def compare_runs(
     stage: Stage, fault: str, run: Path, exits: list[int], *, want: list[int], times: int = 1, tolerance: float = 0.0,
     until: int | None = None, wrong: list[str] | None = None, remark: str = "",
 ) -> Row:  # fmt: skip
@@ -110,7 +110,7 @@ def held_against(
     wrong, codes = list(wrong or []), ", ".join(map(str, exits))
     if exits != want:
         wrong.append(f"exit {exits}, not {want}")
-        return Row(fault, times, codes, verdict=ruling(wrong)[0], holds=False)
+        return Row(fault, times, codes, verdict=verdict(wrong)[0], holds=False)
     found, off = account(run, stage.shards), difference(run, stage.unbroken, until)
     if found.lost or found.repeated:
         wrong.append("samples are not exact")
@@ -123,15 +123,15 @@ def held_against(
     shown = "0, bit for bit" if off == 0 else f"{off:.1e}"
     if until is not None:
         shown += f", to step {until}"
-    return Row(fault, times, codes, found.again, found.lost, found.repeated, shown, *ruling(wrong, remark))
+    return Row(fault, times, codes, found.again, found.lost, found.repeated, shown, *verdict(wrong, remark))
 
 
-def ruling(wrong: list[str], remark: str = "") -> tuple[str, bool]:
+def verdict(wrong: list[str], remark: str = "") -> tuple[str, bool]:
     """The verdict in words, and whether all is well."""
     return (f"FAILED: {'; '.join(wrong)}" if wrong else f"holds{remark and ': '}{remark}"), not wrong
 
 
-def refusal(command: Command, code: int, *needles: str) -> list[str]:
+def check_refusal(command: Command, code: int, *needles: str) -> list[str]:
     """What is wrong with how a command gave up: it must say so once, name what it is about, and show no traceback."""
     output = command.output()
     said = [line for line in output.splitlines() if line.startswith("sora ")]
@@ -142,6 +142,6 @@ def refusal(command: Command, code: int, *needles: str) -> list[str]:
     return wrong + [f"the message does not say {needle!r}" for needle in needles if needle not in output]
 
 
-def newest_is(run: Path, step: int) -> list[str]:
+def check_newest(run: Path, step: int) -> list[str]:
     found = [at for at, _ in whole(run / "checkpoints")]
     return [] if found[-1:] == [step] else [f"whole checkpoints are {found}, not up to {step}"]

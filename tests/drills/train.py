@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tests.drills import files, processes, validations
 from tests.drills.commands import end, end_all, start
-from tests.drills.stage import BATCH, CLIPS, EVERY, STEPS, Row, Stage, ruling
+from tests.drills.stage import BATCH, CLIPS, EVERY, STEPS, Row, Stage, verdict
 
 
 def quickstart(stage: Stage) -> Row:
@@ -37,7 +37,7 @@ def quickstart(stage: Stage) -> Row:
     wrong = [f"{name} is below {bar}" for name, bar in bars.items() if min(seen[name], held_out[name]) < bar]
     wrong += [f"{name} differs by more than 0.1" for name in bars if abs(seen[name] - held_out[name]) > 0.1]
     remark = "; ".join(f"{name} {seen[name]:.2f} seen, {held_out[name]:.2f} held out" for name in (*bars, "all"))
-    text, holds = ruling(wrong + ([] if code == 0 else [f"exit {code}"]), remark)
+    text, holds = verdict(wrong + ([] if code == 0 else [f"exit {code}"]), remark)
     return Row("none: the quickstart", exits=str(code), again=0, verdict=text, holds=holds)
 
 

@@ -9,7 +9,7 @@ import psutil
 from sora_train.bench.validate import count_steps
 from tests.drills.commands import Command, end, family, start, title, wait_for, wait_for_step
 from tests.drills.history import events, losses
-from tests.drills.stage import EVERY, ONE_THREAD, STEPS, Row, Stage, held_against, ruling, say
+from tests.drills.stage import EVERY, ONE_THREAD, STEPS, Row, Stage, compare_runs, say, verdict
 
 FIRST = 2 * EVERY
 PROMPT = "a red circle moving left"
@@ -83,7 +83,7 @@ def outcome(
         wrong.append(f"validations of steps {finished} were done, not {done}")
     wrong += [] if events(command.run, "end") else ["training did not end normally"]
     remark = f"{len(noted)} noted, {len(finished)} validations done"
-    return held_against(stage, fault, command.run, [code], want=[0], wrong=wrong, remark=remark)
+    return compare_runs(stage, fault, command.run, [code], want=[0], wrong=wrong, remark=remark)
 
 
 def throughput(stage: Stage) -> Row:
@@ -103,7 +103,7 @@ def throughput(stage: Stage) -> Row:
         f"{len(rates[True])} and {len(rates[False])} spans of 2 s; one worker, two cores)"
     )
     return Row("none: throughput while a validation samples", exits=str(code), again=0,
-               verdict=ruling([] if code == 0 else [f"exit {code}"], remark)[0], holds=code == 0)  # fmt: skip
+               verdict=verdict([] if code == 0 else [f"exit {code}"], remark)[0], holds=code == 0)  # fmt: skip
 
 
 def children(command: Command) -> list[psutil.Process]:
