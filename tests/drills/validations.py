@@ -53,7 +53,7 @@ def supervisor_killed(stage: Stage) -> Row:
     assert supervisor is not None
     say(f"kill -9 of {title(supervisor)}")
     supervisor.kill()
-    return outcome(stage, "kill -9 of what watches over a validation", command, "was lost; once more", done=(FIRST,))
+    return outcome(stage, "kill -9 of what watches over a validation", command, "died; retrying", done=(FIRST,))
 
 
 def slow(stage: Stage) -> Row:
