@@ -50,7 +50,7 @@ def train_worker(config: dict[str, Any]) -> str:
         raise
     except OSError as error:
         if error.errno in DISK_FULL:
-            record_fatal_error(run, f"{run} can't be written: {error}. Free space there")
+            record_fatal_error(run, f"{run} can't be written: {error}. Make room there")
         raise
 
 
