@@ -1,4 +1,4 @@
-"""Locks by files that one process alone can create: several processes, killed ones, ones of other machines."""
+"""Locks against other processes, killed ones, and those of other machines."""
 
 import json
 import os

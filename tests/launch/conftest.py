@@ -1,4 +1,4 @@
-"""What the tests of launching share: Ray, started once, and a recipe small enough for it."""
+"""Fixtures of the launch tests: a local Ray, started once, and a small recipe."""
 
 import shutil
 import socket
@@ -23,8 +23,8 @@ def free_port() -> int:
 @pytest.fixture(scope="session")
 def start_local_ray(one_ray) -> Callable[[], None]:
     """Starts a Ray of 4 logical CPUs, whose processes run one thread each and whose validations take 5 s more."""
-    # A Ray without a dashboard believes that it has one at 8265, where another Ray of this machine may answer
-    # Train's cleaner that it knows no such controller: the workers would be ended.
+    # A Ray without a dashboard assumes one at port 8265. Another Ray of this machine there would answer Train's
+    # cleanup process that it knows no such controller, and the workers would be killed.
     dashboard_port = free_port()
 
     def start() -> None:
@@ -51,7 +51,7 @@ def local_ray(start_local_ray: Callable[[], None]) -> None:
 
 @pytest.fixture(scope="session")
 def builtin_shards(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny shards with a manifest that says the builtin networks made them, so that samples can be decoded."""
+    """The tiny shards with a manifest of the builtin networks, so samples can be decoded."""
     folder = tmp_path_factory.mktemp("builtin") / "shards"
     shutil.copytree(tiny_shards, folder)
     vae, text = load_vae("builtin"), load_text_encoder("builtin", 4)
@@ -72,7 +72,7 @@ def builtin_shards(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def tiny_recipe(shards: Path, output: Path, **changes: object) -> Recipe:
-    """A model of 16 wide on two workers; `changes` are keys with `__` for the dot."""
+    """A model of width 16 on two workers; `changes` are keys with `__` for the dot."""
     settings = {
         "name": "tiny",
         "data.output": str(shards),

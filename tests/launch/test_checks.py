@@ -1,4 +1,4 @@
-"""What is found out before a run starts."""
+"""Checks before a run starts."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Nodes that go and come while a run trains, on a cluster of three nodes in a process of its own."""
+"""Nodes that leave and join during training, on a cluster of three nodes in a process of its own."""
 
 import contextlib
 import json

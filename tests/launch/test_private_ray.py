@@ -1,4 +1,4 @@
-"""What is taken from Ray's private modules is still there, and still what Ray calls."""
+"""Ray's private functions that we use still exist, and Ray still calls them."""
 
 import inspect
 

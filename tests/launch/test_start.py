@@ -1,4 +1,4 @@
-"""What a new run starts from, and how a run goes on with other clips: all that is decided before Ray starts."""
+"""Initial weights of a new run, and resuming on other clips: everything decided before Ray starts."""
 
 import json
 import shutil

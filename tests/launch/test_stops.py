@@ -1,4 +1,4 @@
-"""How a run ends before its last step, and what the same command does then."""
+"""Runs that end before their last step, and what the same command does then."""
 
 import contextlib
 import io
@@ -31,7 +31,7 @@ def lines(path: Path) -> list[dict]:
 
 
 def answers_signals() -> None:
-    """Undoes that `nohup` or a shell's `&` made this test run ignore them, which its children would inherit."""
+    """Restores signals that `nohup` or a shell's `&` ignores; children inherit that."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 

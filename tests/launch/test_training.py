@@ -1,4 +1,4 @@
-"""The whole of `sora train` on a Ray of this machine: an unbroken run is made once, and others are held against it."""
+"""`sora train` on a local Ray: one undisturbed run, with which the others are compared."""
 
 import json
 import os

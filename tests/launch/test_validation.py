@@ -1,4 +1,4 @@
-"""The supervisor of a validation, called as Ray calls it, without Ray."""
+"""The supervisor of a validation, called as Ray calls it but without Ray."""
 
 import json
 import time

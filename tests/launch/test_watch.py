@@ -1,4 +1,4 @@
-"""What can be watched of a run: names in Ray's metrics, the dashboard that draws them, what nodes say of themselves."""
+"""Ray's metrics of a run, the dashboard that draws them, and the nodes' own metrics."""
 
 import itertools
 import json

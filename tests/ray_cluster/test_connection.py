@@ -1,4 +1,4 @@
-"""Which cluster a process belongs to, found out without starting one."""
+"""Which cluster a process joins, and what a local Ray needs."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""The thread that shows a run: it ends with its block and with nothing else, and shows every line once."""
+"""The monitor thread shows every line once, and no error ends it."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""A run's folder before Ray starts: nothing of value is removed, and what is wrong is named."""
+"""A run's folder before Ray starts: nothing of value is removed, and problems are named."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ def recipe(tiny_shards: Path, recipe_of):
 
 @pytest.fixture(scope="module")
 def trained(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory, recipe) -> Path:
-    """Three steps in this process, with a checkpoint of each. Once: DeepSpeed wants one process group a process."""
+    """Three steps in this process with a checkpoint each. Once: DeepSpeed allows one process group per process."""
     folder = tmp_path_factory.mktemp("trained")
     save_recipe(recipe, folder / "recipe.yaml")
     Manifest.load(str(tiny_shards)).save(str(folder))
