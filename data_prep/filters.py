@@ -1,7 +1,10 @@
-"""Which clips are worth keeping: black and frozen ones, motion, sharpness, scene cuts, duplicates. No torch, no Ray.
+"""Filters: skip clips that are black, frozen, too still, too lively, blurred or duplicates; and find scene cuts.
 
-Black and frozen follow FFmpeg's filters blackdetect and freezedetect; motion is DIS optical flow (Kroeger et al. 2016,
-arXiv:1603.03590, as OpenCV has it); cuts are PySceneDetect's; the perceptual hash is ImageHash's `phash`.
+To add a filter: a key in `SelectionConfig` (`sora_train/data/config.py`), a reason in `reasons.FILTERED`, and its check
+in `check_pixels`. A filter that needs no pixels belongs in `video.clips.Source.cut`.
+
+Black and frozen follow FFmpeg's blackdetect and freezedetect; motion is DIS optical flow (Kroeger et al. 2016,
+arXiv:1603.03590, OpenCV's implementation); cuts are PySceneDetect's; the perceptual hash is ImageHash's `phash`.
 """
 
 from __future__ import annotations
@@ -15,21 +18,21 @@ import numpy as np
 from data_prep.reasons import ClipError
 from sora_train.data.config import SelectionConfig
 
-cv2.setNumThreads(1)  # a decoder has one core; the others belong to its neighbours and to the VAE
+cv2.setNumThreads(1)  # a decoder has one core; the others belong to other decoders and to the VAE
 
 BLACK_LUMA, BLACK_SHARE = 25, 0.98  # blackdetect: at most 10 % of full luma, in 98 % of the pixels
-FROZEN_BLOCKS, FROZEN_STEP = 16, 4  # blocks along the short side; steps of 255 that a block's mean may wander
-FLOW_SIDE = 96  # pixels of the short side that motion is measured at; OpenCV's DIS crashes below 16
-HASH_SIDE = 64  # pixels of the short side that are left to imagehash, which shrinks slowly, to 32 x 32
-CUT_SIDE = 256  # pixels of the long side that cuts are looked for at, PySceneDetect's own
-BLOCK = 2**16  # hashes compared at once: they stay in the processor's cache
+FROZEN_BLOCKS, FROZEN_STEP = 16, 4  # blocks along the short side; largest change of a block's mean, of 255
+FLOW_SIDE = 96  # pixels of the short side when motion is measured; OpenCV's DIS crashes below 16
+HASH_SIDE = 64  # pixels of the short side when frames are hashed; imagehash is slow at shrinking to its 32 x 32
+CUT_SIDE = 256  # pixels of the long side when cuts are searched, as in PySceneDetect
+BLOCK = 2**16  # hashes compared at once, which fit into the processor's cache
 
 
 def check_pixels(frames: np.ndarray, fps: float, selection: SelectionConfig) -> None:
-    """Raises ClipError where frames uint8 `F H W 3`, `fps` a second, are not what `selection` keeps.
+    """Raises ClipError if frames uint8 `F H W 3` do not pass the filters of `selection`.
 
-    In this order: `black`, `frozen`, `too_still` or `too_lively`, `blurred`. A clip of one frame neither moves nor
-    freezes. What is off is not computed.
+    The order is: `black`, `frozen`, `too_still` or `too_lively`, `blurred`. A clip of one frame has no motion and is
+    not frozen. Filters that are off are not computed.
     """
     if selection.black and (share := black_share(frames)) >= BLACK_SHARE:
         raise ClipError("black", f"{share:.1%} of every frame is black; kept below {BLACK_SHARE:.0%} (selection.black)")
@@ -39,11 +42,11 @@ def check_pixels(frames: np.ndarray, fps: float, selection: SelectionConfig) -> 
                 "frozen", f"no part changes by more than {step:.0f} of 255; kept above {FROZEN_STEP} (selection.frozen)"
             )
         if selection.min_motion or selection.max_motion:
-            moved = motion(frames, fps)
-            found = f"moves by {moved:.3g} % of its width per second"
-            if moved < selection.min_motion:
+            speed = motion(frames, fps)
+            found = f"moves by {speed:.3g} % of its width per second"
+            if speed < selection.min_motion:
                 raise ClipError("too_still", f"{found}; the least is {selection.min_motion:g} (selection.min_motion)")
-            if selection.max_motion and moved > selection.max_motion:
+            if selection.max_motion and speed > selection.max_motion:
                 raise ClipError("too_lively", f"{found}; the most is {selection.max_motion:g} (selection.max_motion)")
     if selection.min_sharpness and (sharp := sharpness(frames)) < selection.min_sharpness:
         raise ClipError(
@@ -52,30 +55,30 @@ def check_pixels(frames: np.ndarray, fps: float, selection: SelectionConfig) -> 
 
 
 def black_share(frames: np.ndarray) -> float:
-    """The share of black pixels in that frame of `F H W 3` that has the fewest."""
+    """The share of black pixels in the frame of `F H W 3` that has the fewest."""
     return min(float((to_grey(frame) <= BLACK_LUMA).mean()) for frame in frames)
 
 
 def max_block_change(frames: np.ndarray) -> float:
-    """How far the mean colour of any block of any frame lies from the first frame's, of 255.
+    """The largest difference between a block's mean colour in any frame and in the first frame, of 255.
 
-    A mean over whole frames, as freezedetect takes it, does not tell noise from motion: a still photograph wanders by
-    0.4 to 5.9 once it is encoded, a car that drives into the picture by 0.9. Means of blocks do: 1 to 4 (x264 at crf 18
-    to 34 and with a camera's noise, MPEG-2, MPEG-4; 5 at crf 40) against 7 for that car and more for all else.
+    A mean over whole frames, as in freezedetect, does not tell noise from motion: a still photograph changes by 0.4 to
+    5.9 after encoding, a car that drives into the frame by 0.9. Means of blocks do: 1 to 4 for noise (x264 at crf 18
+    to 34 and with a camera's noise, MPEG-2, MPEG-4; 5 at crf 40) against 7 for that car and more for everything else.
     """
     first, *rest = (resize_short_side(frame, FROZEN_BLOCKS).astype(np.int16) for frame in frames)
     return max(float(np.abs(later - first).max()) for later in rest)
 
 
 def motion(frames: np.ndarray, fps: float) -> float:
-    """Mean length of the optical flow, in percent of the picture's width per second.
+    """Mean length of the optical flow, in percent of the frame's width per second.
 
-    Steps of up to a tenth of the width from frame to frame come out right to 12 % in pictures with detail; flat parts,
-    which show no motion, count as still. A still picture's noise comes to less than 0.5.
+    Correct to 12 % for steps of up to a tenth of the width per frame in detailed images. Flat areas count as still.
+    The noise of a still image is below 0.5.
     """
     flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     small = [resize_short_side(to_grey(frame), FLOW_SIDE) for frame in frames]
-    # An array in place of None would be taken for an earlier flow to begin with.
+    # An array in place of None would be the initial flow.
     steps = [flow.calc(a, b, None) for a, b in pairwise(small)]  # pyright: ignore[reportArgumentType, reportCallIssue]
     lengths = [cv2.magnitude(step[..., 0], step[..., 1]).mean() for step in steps]
     return float(np.mean(lengths)) / small[0].shape[1] * 100 * fps
@@ -87,38 +90,38 @@ def sharpness(frames: np.ndarray) -> float:
 
 
 def to_grey(frame: np.ndarray) -> np.ndarray:
-    """Luma uint8 `H W`, full range, of a frame uint8 `H W 3`."""
+    """Full-range luma uint8 `H W` of a frame uint8 `H W 3`."""
     return cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
 
 
-def resize_short_side(picture: np.ndarray, side: int) -> np.ndarray:
-    """A picture `H W` or `H W 3` whose short side is `side`; it shrinks by averaging areas."""
-    height, width = picture.shape[:2]
+def resize_short_side(image: np.ndarray, side: int) -> np.ndarray:
+    """An image `H W` or `H W 3` resized to a short side of `side`, by area averaging if it shrinks."""
+    height, width = image.shape[:2]
     scale = side / min(height, width)
     how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    return cv2.resize(picture, (round(width * scale), round(height * scale)), interpolation=how)
+    return cv2.resize(image, (round(width * scale), round(height * scale)), interpolation=how)
 
 
 def perceptual_hash(frames: np.ndarray) -> str:
-    """48 hex digits: imagehash.phash, 64 bit, of the first, the middle and the last of frames uint8 `F H W 3`."""
+    """48 hex digits: 64 bits of imagehash.phash for the first, middle and last of frames uint8 `F H W 3`."""
     import imagehash
     from PIL import Image
 
-    chosen = {
-        index: resize_short_side(to_grey(frames[index]), HASH_SIDE) for index in (0, len(frames) // 2, len(frames) - 1)
-    }
-    hashes = {index: str(imagehash.phash(Image.fromarray(small))) for index, small in chosen.items()}
-    return "".join(hashes[index] for index in (0, len(frames) // 2, len(frames) - 1))
+    indices = (0, len(frames) // 2, len(frames) - 1)
+    hashes = {}
+    for index in dict.fromkeys(indices):
+        small = resize_short_side(to_grey(frames[index]), HASH_SIDE)
+        hashes[index] = str(imagehash.phash(Image.fromarray(small)))
+    return "".join(hashes[index] for index in indices)
 
 
 def scene_spans(path: str, threshold: float, alive: Callable[[], None] = lambda: None) -> list[tuple[float, float]]:
-    """Start and end of each scene of a video, in seconds since its first frame; one span where there are no cuts.
+    """Start and end of each scene of a video, in seconds since its first frame; one span if there are no cuts.
 
-    Every frame that PySceneDetect scores `threshold` or more against the one before is a cut, however closely it
-    follows another; it finds no slow dissolves. It sees the whole video, one small frame at a time, and `alive` is
-    called at each. Where a file breaks off before the end that its container promises, the last span reaches to that,
-    so that clips beyond the break are missed by name. Raises ClipError `unreadable`, `no_video_stream` or `too_large`,
-    and `corrupt` where no frame decodes.
+    Every frame that PySceneDetect scores `threshold` or more against the one before is a cut, even directly after
+    another cut; slow dissolves are not found. It reads the whole video and calls `alive` at each frame. If a file
+    breaks off, the last span reaches to the end that its container promises, so the missing clips get a reason. Raises
+    ClipError `unreadable`, `no_video_stream` or `too_large`, and `corrupt` if no frame decodes.
     """
     import av
     from av.video.reformatter import Interpolation, VideoReformatter
@@ -131,7 +134,7 @@ def scene_spans(path: str, threshold: float, alive: Callable[[], None] = lambda:
     header = read_header(path)
     detector, resizer = ContentDetector(threshold, min_scene_len=0), VideoReformatter()
     starts, end, count, damage, width, height = [0.0], 0.0, 0, "", 0, 0
-    video = PyAvReader(path, header)  # the clips' own clock
+    video = PyAvReader(path, header)  # for the same time axis as the clips'
     try:
         video.rewind()
         for time, frame, *_ in video.decoded_frames():
@@ -151,30 +154,30 @@ def scene_spans(path: str, threshold: float, alive: Callable[[], None] = lambda:
     finally:
         video.close()
     if not count:
-        raise ClipError("corrupt", f"no frame of it decodes{damage}")
+        raise ClipError("corrupt", f"no frame decodes{damage}")
     return list(pairwise([*starts, max(end, header.container_duration_s)]))
 
 
 class Duplicates:
-    """The clips that are kept, in the order in which they came. A clip is compared with all of them.
+    """Finds duplicates of the clips that were added before, by bytes and span or by perceptual hashes.
 
-    The middle frames' hashes are compared first: under 2 ms where a million clips are kept. Pictures without any
-    structure, such as all black and all white, have much the same hash.
+    The middle frames' hashes are compared first: under 2 ms for a million clips. Images without any structure, such as
+    all black and all white, have almost the same hash.
     """
 
     def __init__(self, selection: SelectionConfig):
         self.exact, self.bits = selection.duplicates, selection.near_duplicates
-        self.ids: list[str] = []  # beside the hashes
-        self.hashes = np.empty((3, 1024), np.uint64)  # of the first, the middle and the last frame; doubled when full
+        self.ids: list[str] = []  # of the columns of `hashes`
+        self.hashes = np.empty((3, 1024), np.uint64)  # of the first, middle and last frame; doubled when full
         self.seen: dict[tuple[str, tuple[float, float]], str] = {}
 
     @property
     def enabled(self) -> bool:
-        """Whether any kind of duplicate is left out."""
+        """Whether any kind of duplicate is skipped."""
         return self.exact or self.bits is not None
 
-    def remember(self, sample_id: str, content_hash: str, perceptual_hash: str, span: tuple[float, float]) -> None:
-        """Enters a clip that is kept; `perceptual_hash` may be empty."""
+    def add(self, sample_id: str, content_hash: str, perceptual_hash: str, span: tuple[float, float]) -> None:
+        """Adds a clip; `perceptual_hash` may be empty."""
         if self.exact:
             self.seen.setdefault((content_hash, span), sample_id)
         if self.bits is None or not perceptual_hash:
@@ -185,16 +188,16 @@ class Duplicates:
         self.hashes[:, count] = as_uint64(perceptual_hash)
         self.ids.append(sample_id)
 
-    def of(self, content_hash: str, perceptual_hash: str, span: tuple[float, float]) -> tuple[str, str] | None:
-        """`duplicate` or `near_duplicate`, and the sample_id of the earliest clip that is like this one; or None."""
+    def find(self, content_hash: str, perceptual_hash: str, span: tuple[float, float]) -> tuple[str, str] | None:
+        """`duplicate` or `near_duplicate`, and the sample_id of the earliest clip like this one; or None."""
         if self.exact and (earlier := self.seen.get((content_hash, span))):
             return "duplicate", earlier
         if self.bits is None or not perceptual_hash or not self.ids:
             return None
         first, middle, last = as_uint64(perceptual_hash)
         for begin in range(0, len(self.ids), BLOCK):
-            place = slice(begin, min(begin + BLOCK, len(self.ids)))
-            near = begin + np.flatnonzero(np.bitwise_count(self.hashes[1, place] ^ middle) <= self.bits)
+            block = slice(begin, min(begin + BLOCK, len(self.ids)))
+            near = begin + np.flatnonzero(np.bitwise_count(self.hashes[1, block] ^ middle) <= self.bits)
             for row, hashed in ((0, first), (2, last)):
                 near = near[np.bitwise_count(self.hashes[row, near] ^ hashed) <= self.bits]
             if len(near):

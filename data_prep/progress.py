@@ -1,4 +1,4 @@
-"""How far the work is: a bar on a terminal, plain lines in a job's log, the same counters as Ray metrics."""
+"""Progress of `sora prep`: a bar on a terminal, plain lines in a job's log, the same counts as Ray metrics."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from tqdm import tqdm
 
 from sora_train.log import log
 
-WINDOW_S = 60.0  # over which rates are measured
-MIN_WINDOW_S = 10.0  # before that a rate says nothing
+WINDOW_S, MIN_WINDOW_S = 60.0, 10.0
+"""Rates are measured over the last WINDOW_S, once there is output for MIN_WINDOW_S."""
 
 
 class Progress:
-    """Counts sources and their clips; a context manager that says so every `every_s` seconds, also while none come."""
+    """Counts sources and their clips; as a context manager it prints them every `every_s` seconds."""
 
     def __init__(self, total: int, every_s: float = 5.0, run: str = "", clock: Callable[[], float] = time.monotonic):
-        """`run` is the name that Ray's metrics have it under, where this process is connected to Ray."""
+        """`run` is the tag of the Ray metrics, which need a process that is connected to Ray."""
         self.total, self.every_s, self.clock = total, every_s, clock
         self.sources = self.clips = self.written = self.bad = self.filtered = 0
         self.started = clock()
-        self.seen: deque[tuple[float, int, int]] = deque()
-        """When tables came, and the sources and clips after each: those of the last WINDOW_S, and one before."""
+        self.history: deque[tuple[float, int, int]] = deque()
+        """Time, sources and clips after each table of the last WINDOW_S, and of one before."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._metrics = None
@@ -46,24 +46,21 @@ class Progress:
             self._bar.close()
 
     def add(self, sources: int, written: int, bad: int, filtered: int, reasons: Counter[str] | None = None) -> None:
-        """Counts sources that are finished, and clips that came out at the end. `reasons` are of all that was left out
-        so far, also before the first source was opened.
-        """
+        """Counts finished sources and clips. `reasons` are of all clips without a row so far."""
         self.sources += sources
         self.clips += written + bad + filtered
         self.written += written
         self.bad += bad
         self.filtered += filtered
         now = self.clock()
-        self.seen.append((now, self.sources, self.clips))
-        while len(self.seen) > 1 and self.seen[1][0] < now - WINDOW_S:
-            self.seen.popleft()
+        self.history.append((now, self.sources, self.clips))
+        while len(self.history) > 1 and self.history[1][0] < now - WINDOW_S:
+            self.history.popleft()
         if self._metrics is not None:
             for outcome, count in (("written", written), ("quarantined", bad), ("filtered", filtered)):
                 self._metrics.count("sora_prep_clips", outcome, count)
-            self._metrics.set_tagged(
-                {("sora_prep_left_out", reason): count for reason, count in (reasons or {}).items()}
-            )
+            by_reason = {("sora_prep_left_out", reason): count for reason, count in (reasons or {}).items()}
+            self._metrics.set_tagged(by_reason)
             self._metrics.set({"sora_prep_share_done": self.sources / max(1, self.total)})
         if self._bar is not None:
             self._bar.update(sources)
@@ -71,7 +68,7 @@ class Progress:
 
     def line(self) -> str:
         """`prep: 512 of 1500 sources (34 %), 530 clips, 45.1 clips/s, 3 bad, 0 filtered, 22 s left`."""
-        if not self.seen:
+        if not self.history:
             since = self.clock() - self.started
             return f"prep: starting Ray and loading the VAE and the text encoder, {since:.0f} s so far"
         text = f"prep: {self.sources} of {self.total} sources ({100 * self.sources // max(1, self.total)} %)"
@@ -81,12 +78,12 @@ class Progress:
         return f"{text}, {self.clips} clips{clips_per_s}, {self.bad} bad, {self.filtered} filtered{left}"
 
     def rates(self) -> tuple[float, float] | None:
-        """Sources and clips a second, of late; None while too little came to tell, start-up left out."""
-        seen = list(self.seen)  # another thread appends
-        if not seen or seen[-1][0] - seen[0][0] < MIN_WINDOW_S:
+        """Recent sources and clips per second, without start-up; None until there is enough output to tell."""
+        history = list(self.history)  # another thread appends
+        if not history or history[-1][0] - history[0][0] < MIN_WINDOW_S:
             return None
-        seconds = self.clock() - seen[0][0]
-        return (seen[-1][1] - seen[0][1]) / seconds, (seen[-1][2] - seen[0][2]) / seconds
+        seconds = self.clock() - history[0][0]
+        return (history[-1][1] - history[0][1]) / seconds, (history[-1][2] - history[0][2]) / seconds
 
     def _run(self) -> None:
         while not self._stop.wait(self.every_s):

@@ -1,58 +1,54 @@
-"""One chain of Ray Data: sources -> clips -> VAE -> text, and what comes out of it brought in."""
+"""The Ray Data pipeline: decode -> VAE -> text encoder -> sink, and the CPUs and GPUs of each stage."""
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
+import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pyarrow as pa
 
-from data_prep.buckets import Bucket, buckets_of
+from data_prep.buckets import buckets_of
 from data_prep.progress import Progress
 from data_prep.resume import PendingSource
 from data_prep.schemas import to_table
 from data_prep.sink import ShardSink
 from data_prep.watchdog import PipelineStalled, with_watchdog
-from data_prep.workers import StageResources, allocate_cpus
 from sora_train.codec.files import VaeFiles
+from sora_train.data.config import PrepConfig
 from sora_train.log import log
 from sora_train.recipe import Recipe
 
-BLOCK_BYTES, BLOCK_BYTES_GPU = 2**23, 2**27  # frames that travel between two stages at once: the VAE's batch
+BLOCK_BYTES, BLOCK_BYTES_GPU = 2**23, 2**27  # of the frames in a block between two stages, which is a batch of the VAE
 BLOCK_SOURCES = 32
 
 
-def encode(
-    recipe: Recipe, buckets: tuple[Bucket, ...], vae: VaeFiles, todo: list[PendingSource], sink: ShardSink
-) -> None:
-    """Sends sources down the chain and brings in what comes out. Raises UserError where too many are bad, and
-    PipelineStalled where Ray waits without end for what it lost, or a GPU fails: this process has left Ray then.
+def run_pipeline(recipe: Recipe, vae: VaeFiles, sink: ShardSink) -> None:
+    """Sends the sources still to do through the stages and into the sink.
+
+    Raises UserError if too many sources are bad. Raises PipelineStalled if Ray waits for something that is lost, or a
+    GPU fails; this process has then disconnected from Ray.
     """
     import ray
 
     from sora_train.ray_cluster.connection import connect, resources_in_use
 
+    todo = sink.state.todo
     with connect(recipe.cluster.address, log_to_driver=False) as own, Progress(len(todo), run=recipe.name) as progress:
         if not own and (held := resources_in_use()):
             log.info(f"prep: other jobs of this cluster hold {held}; prep waits for what it lacks")
-        failures, seen, reasons = sink.stats.failures, 0, Counter[str]()
         try:
-            for table in with_watchdog(run_stages(recipe, buckets, vae, todo)):
-                counts = sink.consume(table)
-                reasons.update(failure["reason"] for failure in failures[seen:])
-                seen = len(failures)
-                progress.add(*counts, reasons)
+            for table in with_watchdog(run_stages(recipe, vae, todo)):
+                progress.add(*sink.consume(table), sink.stats.reasons)
         except PipelineStalled as error:
             error.made_progress = progress.written > 0
             ray.shutdown()  # only this frees actors that hang, also in a Ray that the caller had connected to
             raise
 
 
-def run_stages(
-    recipe: Recipe, buckets: tuple[Bucket, ...], vae: VaeFiles, todo: list[PendingSource]
-) -> Iterator[pa.Table]:
-    """Tables of ENCODED, in the order of `todo`."""
+def run_stages(recipe: Recipe, vae: VaeFiles, todo: list[PendingSource]) -> Iterator[pa.Table]:
+    """Yields tables of ENCODED, in the order of `todo`."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
@@ -63,26 +59,24 @@ def run_stages(
     total = ray.cluster_resources()
     allocation = allocate_cpus(int(total.get("CPU", 1)), int(total.get("GPU", 0)), recipe.prep)
     device = "cuda" if allocation.vae.gpus else "cpu"
-    at_once = vae_batch_size(recipe, gpus=allocation.vae.gpus)
-    shapes = {b.name: vae.latent_shape(b.frames, b.height, b.width) for b in buckets}
+    batch = vae_batch_size(recipe, gpus=allocation.vae.gpus)
 
-    def stage(dataset: ray.data.Dataset, work: type, share: StageResources, **arguments: object) -> ray.data.Dataset:
-        pool = ActorPoolStrategy(size=share.workers)
+    def stage(dataset: ray.data.Dataset, actor: type, resources: StageResources, **arguments: object):
+        pool = ActorPoolStrategy(size=resources.workers)
         return dataset.map_batches(
-            work, fn_constructor_kwargs=arguments, batch_size=None, batch_format="pyarrow",
-            compute=pool, num_cpus=share.cpus, num_gpus=share.gpus or None,
+            actor, fn_constructor_kwargs=arguments, batch_size=None, batch_format="pyarrow",
+            compute=pool, num_cpus=resources.cpus, num_gpus=resources.gpus or None,
         )  # fmt: skip
 
     codec = recipe.codec.absolute()  # Ray's workers have another working folder
-    size = max(1, min(BLOCK_SOURCES, at_once, -(-len(todo) // (2 * allocation.decode.workers))))
+    size = max(1, min(BLOCK_SOURCES, batch, -(-len(todo) // (2 * allocation.decode.workers))))
     sources = ray.data.from_arrow([to_table(todo[i : i + size]) for i in range(0, len(todo), size)])
-    clips = stage(
-        sources, Decode, allocation.decode, data=recipe.data, selection=recipe.selection, vae_batch_size=at_once
-    )
+    clips = stage(sources, Decode, allocation.decode, data=recipe.data, selection=recipe.selection, batch=batch)
     latents = stage(clips, EncodeVideo, allocation.vae, codec=codec, threads=allocation.vae.threads, device=device)
+    shapes = {b.name: (vae.moments, *vae.latent_shape(b.frames, b.height, b.width)) for b in buckets_of(recipe.data)}
     encoded = stage(
-        latents, EmbedText, allocation.text, codec=codec, moments=vae.moments, latent_shapes=shapes,
-        batch=recipe.prep.text_batch, threads=allocation.text.threads, device=device if allocation.text.gpus else "cpu",
+        latents, EmbedText, allocation.text, codec=codec, latent_shapes=shapes, batch=recipe.prep.text_batch,
+        threads=allocation.text.threads, device=device if allocation.text.gpus else "cpu",
     )  # fmt: skip
     encoded.set_name(f"prep {recipe.name}")  # as Ray's dashboard and metrics show it
     for table in encoded.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -91,19 +85,66 @@ def run_stages(
 
 
 def quiet_ray_data() -> None:
-    """Keeps Ray Data from telling of itself: `sora` has progress lines of its own."""
+    """Turns off Ray Data's own progress output; `sora` has progress lines of its own."""
     from ray.data import DataContext
 
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.raise_original_map_exception = True  # DeviceLost stays one
+    context.raise_original_map_exception = True  # else DeviceLost would be wrapped
     context.issue_detectors_config.detectors = []  # they warn of the memory that importing torch takes
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says that the bars are off
 
 
 def vae_batch_size(recipe: Recipe, gpus: float) -> int:
-    """Clips that travel between two stages at once, which is what the VAE gets."""
+    """Clips that travel between two stages in one block, which is a batch of the VAE."""
     block = BLOCK_BYTES_GPU if gpus else BLOCK_BYTES
     return recipe.prep.vae_batch or max(1, block // max(bucket.clip_bytes for bucket in buckets_of(recipe.data)))
+
+
+@dataclass(frozen=True)
+class StageResources:
+    """The number of workers of a stage, and the resources of each."""
+
+    workers: int
+    cpus: float
+    gpus: float = 0.0
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The resources of the three stages."""
+
+    decode: StageResources
+    vae: StageResources
+    text: StageResources
+
+
+def allocate_cpus(cpus: int, gpus: int, prep: PrepConfig) -> Allocation:
+    """Divides a cluster's CPUs and GPUs among the stages, by its size where `prep` gives no number.
+
+    Without GPUs the VAE is the bottleneck: one process per core, at most eight, which then take several threads each
+    (two processes with one thread were 1.06 to 1.2 times as fast as one with two). The other stages are mostly idle.
+    With GPUs each holds a VAE, one in eight also a text encoder, and the CPUs decode.
+    """
+    if gpus:
+        text = StageResources(prep.text_workers or -(-gpus // 8), 0.25, prep.text_gpus or 0.25)
+        vae = StageResources(prep.vae_workers or gpus, 0.25, prep.vae_gpus or 0.75)
+        spare = max(0.5, cpus - text.workers * text.cpus - vae.workers * vae.cpus - 1)
+        decoders = prep.decode_workers or max(1, int(spare))
+        return Allocation(StageResources(decoders, min(1.0, spare / decoders)), vae, text)
+    vaes = prep.vae_workers or min(cpus, 8)
+    decoders = prep.decode_workers or -(-cpus // 2)
+    texts = prep.text_workers or 1
+    return Allocation(
+        StageResources(decoders, 0.25 * cpus / decoders),
+        StageResources(vaes, 0.5 * cpus / vaes, threads=-(-cpus // vaes)),
+        StageResources(texts, 0.1 * cpus / texts / 2, threads=max(1, cpus // 4)),
+    )
+
+
+def available_cpus() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

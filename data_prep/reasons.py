@@ -1,46 +1,44 @@
-"""The fixed list of reasons for which a clip that was asked for is not in the shards."""
+"""The reasons why a clip is not in the shards, and the remarks on sources. A new filter adds its reason here."""
 
 from __future__ import annotations
 
 QUARANTINED = {
-    "outside_root": "source",  # the name leaves the data root
+    "outside_root": "source",  # the name is outside the data root
     "missing_file": "source",
     "empty_file": "source",
-    "fetch_failed": "source",  # remote storage did not hand it over
-    "unreadable": "open",  # no container that any decoder knows
+    "fetch_failed": "source",  # remote storage failed
+    "unreadable": "open",  # not a container that any decoder knows
     "no_video_stream": "open",
     "too_large": "open",  # declares more pixels than a frame may have; refused before it is decoded
-    "truncated": "decode",  # ends before the clip that its header promises
-    "corrupt": "decode",  # can't be decoded as far as the clip reaches
-    "decoder_crashed": "decode",  # the decoder's process died on it
+    "truncated": "decode",  # ends before the clip, though its header promises more
+    "corrupt": "decode",  # can't be decoded up to the end of the clip
+    "decoder_crashed": "decode",  # the decoder's process died
     "timeout": "decode",  # decoding took longer than data.timeout_s
     "encode_failed": "encode",  # the VAE or the text encoder raised an error
     "not_finite": "encode",  # latents or embeddings hold NaN or infinity
 }
-"""Why a clip could not be made, and at which stage of its road."""
+"""Why a clip could not be made -> the stage that found it."""
 FILTERED = {
     "no_caption": "source",
     "duplicate_row": "source",  # an earlier row has the same file and caption
-    "too_short": "open",  # shorter than the shortest bucket, or than selection.min_seconds; or a picture, and no 1x…
+    "too_short": "open",  # for every bucket, or shorter than selection.min_seconds; or an image without a 1x… bucket
     "too_long": "open",  # longer than selection.max_seconds
     "too_small": "open",  # would be enlarged more than data.max_enlarge, or is below selection.min_side
-    "crosses_cut": "open",  # between two scene cuts there is no room for a clip
+    "crosses_cut": "open",  # every scene is too short for a clip
     "black": "select",
     "frozen": "select",
     "too_still": "select",
     "too_lively": "select",
     "blurred": "select",
-    "duplicate": "select",  # the same bytes as an earlier clip's file, at the same place
+    "duplicate": "select",  # the same bytes and span as an earlier clip
     "near_duplicate": "select",  # looks like an earlier clip
 }
-"""Why a clip was left out though nothing is wrong with its file, and at which stage."""
+"""Why a clip is skipped although its file is sound -> the stage that found it."""
 BAD_SOURCE_REASONS = frozenset(QUARANTINED) - {"outside_root"}
-"""The reasons that count for `data.max_bad_fraction`. Encoding that fails counts too: one clip in a thousand is its own
-fault, a tenth of them is that of the network, its precision or the memory."""
+"""Reasons that count for `data.max_bad_fraction`. Encoding errors count too: if many clips fail, it is not their fault
+but that of the network, its precision or the memory."""
 PERMANENT = frozenset({"unreadable", "no_video_stream", "too_large", "truncated", "corrupt"}) | frozenset(FILTERED)
-"""The reasons that hold for as long as the file and the recipe are the same: such a clip is not tried again."""
-
-
+"""Reasons that hold as long as file and recipe are the same. Such a clip is not tried again."""
 REMARKS = {
     "hdr": "PQ or HLG, mapped to SDR",
     "wide_gamut": "BT.2020 or P3, mapped to BT.709",
@@ -51,7 +49,7 @@ REMARKS = {
     "holes": "no clips of holes in its timestamps",
     "breaks_off": "the file ends before its header says, behind its clips",
 }
-"""What is odd about a source that gives clips. A remark is such a name, a colon and words; several are joined."""
+"""What is odd about a source that gives clips. A remark is such a name, a colon and text; `; ` joins them."""
 
 
 def remark_kinds(remark: str) -> list[str]:
@@ -61,7 +59,7 @@ def remark_kinds(remark: str) -> list[str]:
 
 
 class ClipError(Exception):
-    """One clip can't be had; the job goes on. `reason` is one of those above."""
+    """A clip can't be made, or a filter skips it; the job goes on. `reason` is one of those above."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(reason, message)
@@ -75,5 +73,5 @@ def kind_of(reason: str) -> str:
 
 
 def stage_of(reason: str) -> str:
-    """Where on its road a clip stopped: `source`, `open`, `decode`, `select` or `encode`."""
+    """The stage that found it: `source`, `open`, `decode`, `select` or `encode`."""
     return QUARANTINED.get(reason) or FILTERED[reason]

@@ -1,70 +1,159 @@
-"""What is there before a run begins, beside what the recipe asks for: what stays, what goes, what is to be made."""
+"""Resume: compares the recipe with what earlier runs wrote, to find the sources that still have clips to encode.
+
+Next to the shards, `sources.parquet` has the clips of each source, and `quarantine.parquet` the reasons why some are
+missing. Without these two files sources are opened again, but no clip that the shards hold is encoded again.
+"""
 
 from __future__ import annotations
 
+import io
+from collections.abc import Container
 from dataclasses import dataclass, field
 
-from data_prep.ledger import SavedProgress, SourceRecord
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from data_prep.reasons import PERMANENT
 from data_prep.shards import StoredClip, remove_clips
 from data_prep.sources import SourceRow
 from data_prep.stats import PrepStats
 from sora_train.data.config import DataConfig
 from sora_train.errors import UserError
 from sora_train.log import log
-from sora_train.schema import bucket_name, bucket_of
+from sora_train.schema import QUARANTINE_SCHEMA, bucket_name, bucket_of
+from sora_train.storage import atomic_write, resolve, storage_errors
 
+SETTINGS_KEY = b"settings_hash"
+STRING, STRINGS = pa.string(), pa.list_(pa.string())
+RECORD = {"source": STRING, "source_size": pa.int64(), "source_version": STRING, "sample_ids": STRINGS,
+          "remarks": STRINGS}  # fmt: skip
+SOURCES_SCHEMA = pa.schema({"row_id": STRING} | RECORD)
 PendingSource = tuple[SourceRow, list[str]]
-"""A source to go through, and those of its clips that need not be made: `bucket/sample_id`, or `sample_id` alone."""
+"""A source to open, and the clips of it to skip: `bucket/sample_id`, or `sample_id` in any bucket."""
+
+
+@dataclass(slots=True)
+class SourceRecord:
+    """A source that was processed to its end: its file, the ids of all its clips, and names of `reasons.REMARKS`."""
+
+    source: str
+    source_size: int
+    source_version: str
+    sample_ids: list[str]
+    remarks: list[str] = field(default_factory=list)
+
+
+@dataclass
+class SavedProgress:
+    """What earlier runs saved: records by `row_id`, and rows of the quarantine by `sample_id`."""
+
+    records: dict[str, SourceRecord] = field(default_factory=dict)
+    failures: dict[str, dict] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, folder: str, settings_hash: str) -> SavedProgress:
+        """Reads both files; a file that is missing, damaged or of other settings counts as empty."""
+        sources, failures = (_read(folder, name, settings_hash) for name in ("sources", "quarantine"))
+        records = {row.pop("row_id"): SourceRecord(**row) for row in sources}
+        return cls(records, {row["sample_id"]: row for row in failures})
+
+    def permanent_failure(self, sample_id: str, stored: Container[str]) -> dict | None:
+        """The failure of a clip, if another try would end the same way."""
+        failure = self.failures.get(sample_id)
+        if failure is None or failure["reason"] not in PERMANENT:
+            return None
+        return failure if not failure["duplicate_of"] or failure["duplicate_of"] in stored else None
+
+
+def save_progress(folder: str, settings_hash: str, records: dict[str, SourceRecord], failures: list[dict]) -> None:
+    """Writes both files. The quarantine is first, since a record implies that the failures of its source are known."""
+    rows = [{"row_id": key} | {name: getattr(record, name) for name in RECORD} for key, record in records.items()]
+    system, path = resolve(folder)
+    for name, content, schema in (("quarantine", failures, QUARANTINE_SCHEMA), ("sources", rows, SOURCES_SCHEMA)):
+        buffer = io.BytesIO()
+        metadata = {SETTINGS_KEY: settings_hash.encode()}
+        pq.write_table(pa.Table.from_pylist(content, schema.with_metadata(metadata)), buffer)
+        atomic_write(system, f"{path}/{name}.parquet", buffer.getvalue())
+
+
+def _read(folder: str, name: str, settings_hash: str) -> list[dict]:
+    system, path = resolve(folder)
+    file = f"{path}/{name}.parquet"
+    with storage_errors(file, "read", system):
+        if system.get_file_info(file).type != fs.FileType.File:
+            return []
+        # Neither `pq.read_table` nor a Python buffer: pyarrow's threads may still hold them when the interpreter shuts
+        # down, and releasing them then aborts the process.
+        with system.open_input_file(file) as opened:
+            try:
+                table = pq.ParquetFile(opened, pre_buffer=False).read(use_threads=False)
+            except (pa.ArrowInvalid, OSError):  # damaged
+                return []
+    found = (table.schema.metadata or {}).get(SETTINGS_KEY, b"").decode()
+    return table.to_pylist() if found == settings_hash else []
 
 
 @dataclass
 class ResumeState:
-    """What `reconcile` found."""
+    """What `reconcile` found, updated while the sink consumes clips."""
 
+    stats: PrepStats
     todo: list[PendingSource] = field(default_factory=list)
     stored: dict[str, StoredClip] = field(default_factory=dict)
     """Clips in the shards that stay, by `sample_id`."""
-    of_row: dict[str, list[str]] = field(default_factory=dict)
+    stored_of_row: dict[str, list[str]] = field(default_factory=dict)
     """Their ids by `row_id`."""
-    outdated: dict[str, set[str]] = field(default_factory=dict)
-    """Per shard, the clips that go: no longer asked for, or their file has changed."""
+    stale: dict[str, set[str]] = field(default_factory=dict)
+    """Clips to remove, by shard: they are repeated, no longer asked for, or their file has changed."""
+    records: dict[str, SourceRecord] = field(default_factory=dict)
+    """Sources that need no more work, by `row_id`."""
 
-    def drop(self, sample_id: str) -> None:
-        """Marks a clip of the shards as outdated."""
-        self.outdated.setdefault(self.stored.pop(sample_id).shard, set()).add(sample_id)
+    def finish(self, row_id: str, record: SourceRecord) -> None:
+        """Records that a source needs no more work."""
+        self.stats.asked += len(record.sample_ids)
+        self.records[row_id] = record
 
-    def done(self, sample_ids: list[str]) -> list[str]:
-        """Clips of the shards as the decoder is told of them: in another bucket they are made anew."""
-        return [f"{bucket_of(self.stored[sample].shard)}/{sample}" for sample in sample_ids]
+    def mark_stale(self, sample_id: str) -> None:
+        """Marks a clip of the shards for removal."""
+        self.stale.setdefault(self.stored.pop(sample_id).shard, set()).add(sample_id)
+
+    def add_todo(self, row: SourceRow, failed: list[str]) -> None:
+        """Adds a source to open. A clip that the shards hold is skipped only if it belongs in the same bucket."""
+        stored = [
+            f"{bucket_of(self.stored[sample].shard)}/{sample}" for sample in self.stored_of_row.get(row.row_id, [])
+        ]
+        self.todo.append((row, stored + failed))
 
     def remove_stale(self, folder: str) -> None:
-        """Takes what is outdated out of the shards."""
-        for shard, samples in self.outdated.items():
-            name = shard.rpartition("/")[2]
-            log.info(f"prep: {len(samples)} clips of {name} go: no longer asked for, or their file has changed")
+        """Removes stale clips from the shards."""
+        for shard, samples in self.stale.items():
+            why = "repeated, no longer asked for, or of a changed file"
+            log.info(f"prep: removes {len(samples)} clips from {shard.rpartition('/')[2]}: {why}")
             remove_clips(folder, shard, samples)
-        self.outdated.clear()
+        self.stale.clear()
 
 
-def check_folder(data: DataConfig, rows: list[SourceRow], stored: dict[str, StoredClip]) -> set[str]:
-    """The names of the buckets that the recipe asks for.
+def check_output_folder(data: DataConfig, rows: list[SourceRow], stored: dict[str, StoredClip]) -> set[str]:
+    """Returns the names of the recipe's buckets.
 
-    Raises UserError if the shards in `data.output` hold only other sources, or only clips of other buckets: that is the
-    wrong folder, not a change of the recipe.
+    Raises UserError if the shards hold only clips of other sources or other buckets: then `data.output` is the wrong
+    folder.
     """
-    folder = data.output
-    if stored and not {clip.source for clip in stored.values()} & {row.source for row in rows}:
+    wanted = {bucket_name(*shape) for shape in data.shapes}
+    if not stored:
+        return wanted
+    advice = "Set data.output to another folder, or delete this one"
+    if not {clip.source for clip in stored.values()} & {row.source for row in rows}:
+        example = next(iter(stored.values())).source
         raise UserError(
-            f"data.output: {folder} holds {len(stored)} clips of other sources (as "
-            f"{next(iter(stored.values())).source}), none that data.captions names; set data.output to another folder, "
-            "or delete this one"
+            f"data.output: {data.output} holds {len(stored)} clips of other sources, such as {example}, and none that "
+            f"data.captions names. {advice}"
         )
-    in_use, wanted = {bucket_of(clip.shard) for clip in stored.values()}, {bucket_name(*shape) for shape in data.shapes}
-    if stored and not in_use & wanted:
-        raise UserError(
-            f"data.output: {folder} holds clips of {', '.join(sorted(in_use))} and the recipe asks for "
-            f"{', '.join(sorted(wanted))}; set data.output to another folder, or delete this one"
-        )
+    found = {bucket_of(clip.shard) for clip in stored.values()}
+    if not found & wanted:
+        names, asked = (", ".join(sorted(buckets)) for buckets in (found, wanted))
+        raise UserError(f"data.output: {data.output} holds clips of {names}; the recipe asks for {asked}. {advice}")
     return wanted
 
 
@@ -72,74 +161,58 @@ def reconcile(
     data: DataConfig,
     rows: list[SourceRow],
     stored: dict[str, StoredClip],
-    twice: dict[str, set[str]],
+    repeated: dict[str, set[str]],
     saved: SavedProgress,
     stats: PrepStats,
 ) -> ResumeState:
-    """Sorts the rows by what is known of them, and enters into `stats` all that needs no work.
+    """Compares the recipe's rows with the shards and the saved progress; counts in `stats` what needs no work.
 
-    Raises UserError as `check_folder` does.
+    Raises UserError as `check_output_folder` does.
     """
-    wanted = check_folder(data, rows, stored)
-    state = ResumeState(stored=dict(stored), outdated={shard: set(samples) for shard, samples in twice.items()})
-    asked = {row.row_id: row for row in rows if not row.reason or row.reason == "missing_file"}
+    wanted = check_output_folder(data, rows, stored)
+    state = ResumeState(stats, stored=dict(stored), stale={shard: set(samples) for shard, samples in repeated.items()})
+    by_id = {row.row_id: row for row in rows if not row.reason or row.reason == "missing_file"}
     for sample, clip in stored.items():
-        row = asked.get(clip.row_id)
-        record = saved.records.get(clip.row_id)
-        if row is None or _has_changed(row, clip.size, clip.version) or bucket_of(clip.shard) not in wanted:
-            state.drop(sample)
-        elif record and not _has_changed(row, record.size, record.version) and sample not in record.sample_ids:
-            state.drop(sample)  # the recipe cuts otherwise now
+        row, record = by_id.get(clip.row_id), saved.records.get(clip.row_id)
+        if row is None or _has_changed(row, clip) or bucket_of(clip.shard) not in wanted:
+            state.mark_stale(sample)
+        elif record and not _has_changed(row, record) and sample not in record.sample_ids:
+            state.mark_stale(sample)  # the recipe cuts the source differently now
         else:
-            state.of_row.setdefault(clip.row_id, []).append(sample)
+            state.stored_of_row.setdefault(clip.row_id, []).append(sample)
     for clip in state.stored.values():
         stats.count_written(clip.source)
     for row in rows:
-        _sort(row, state, saved, stats)
+        _resume_row(row, state, saved)
     return state
 
 
-def _sort(row: SourceRow, state: ResumeState, saved: SavedProgress, stats: PrepStats) -> None:
-    """Enters a row where it belongs: settled, failed, or to be worked on."""
-    mine = state.of_row.get(row.row_id, [])
-    if row.reason == "missing_file" and mine:  # of a file that is gone the clips stay
-        stats.record_source(
-            row.row_id, SourceRecord(row.source, state.stored[mine[0]].size, state.stored[mine[0]].version, mine)
-        )
+def _resume_row(row: SourceRow, state: ResumeState, saved: SavedProgress) -> None:
+    """Enters a row as finished, failed, or still to do."""
+    mine = state.stored_of_row.get(row.row_id, [])
+    if row.reason == "missing_file" and mine:  # the clips of a deleted file stay
+        clip = state.stored[mine[0]]
+        state.finish(row.row_id, SourceRecord(row.source, clip.source_size, clip.source_version, mine))
         return
     if row.reason:
-        stats.asked += 1
-        stats.count_failure(_failure(row))
+        state.stats.asked += 1
+        file = {"sample_id": row.row_id, "source": row.source, "source_size": row.size, "source_version": row.version}
+        state.stats.count_failure(file | {"reason": row.reason, "message": row.message})
         return
     record = saved.records.get(row.row_id)
-    if record is None or _has_changed(row, record.size, record.version):
-        state.todo.append((row, state.done(mine)))
+    if record is None or _has_changed(row, record):
+        state.add_todo(row, [])
         return
-    failures = [
-        saved.permanent_failure(sample, state.stored) for sample in record.sample_ids if sample not in state.stored
-    ]
-    for failure in filter(None, failures):
-        stats.count_failure(failure)
-    if all(failures):
-        stats.record_source(row.row_id, record)
+    missing = [sample for sample in record.sample_ids if sample not in state.stored]
+    failures = [failure for sample in missing if (failure := saved.permanent_failure(sample, state.stored))]
+    for failure in failures:
+        state.stats.count_failure(failure)
+    if len(failures) == len(missing):
+        state.finish(row.row_id, record)
     else:
-        state.todo.append((row, state.done(mine) + [failure["sample_id"] for failure in failures if failure]))
+        state.add_todo(row, [failure["sample_id"] for failure in failures])
 
 
-def _failure(row: SourceRow) -> dict:
-    """A row of the quarantine for a source that was not opened."""
-    return {
-        "sample_id": row.row_id,
-        "source": row.source,
-        "source_size": row.size,
-        "source_version": row.version,
-        "start_s": 0.0,
-        "end_s": 0.0,
-        "reason": row.reason,
-        "message": row.message,
-    }
-
-
-def _has_changed(row: SourceRow, size: int, version: str) -> bool:
-    """Whether a file is another than that with this size and version; one that is gone has not changed."""
-    return row.reason != "missing_file" and (row.size, row.version) != (size, version)
+def _has_changed(row: SourceRow, known: StoredClip | SourceRecord) -> bool:
+    """Whether the row's file differs from the known one. A file that is gone has not changed."""
+    return row.reason != "missing_file" and (row.size, row.version) != (known.source_size, known.source_version)

@@ -1,4 +1,8 @@
-"""The Arrow tables that travel from stage to stage."""
+"""Arrow schemas of the tables that travel from stage to stage.
+
+To add a column to the shards: add it to `SHARD_SCHEMA` and `encode_row` in `sora_train/schema.py`, and pass its value
+in `stages.EmbedText.encode`. A value that the decoder finds also needs a column in CLIPS, set in `stages.Decode.clips`.
+"""
 
 from __future__ import annotations
 
@@ -8,46 +12,25 @@ from data_prep.sources import SourceRow
 from sora_train.schema import SHARD_SCHEMA
 
 END_OF_SOURCE = "end"
-"""The `reason` of the row that follows a source's last clip; its `asked` are the ids of all that it was cut into."""
-SOURCES = pa.schema(
-    [
-        ("row_id", pa.string()),
-        ("source", pa.string()),
-        ("captions", pa.list_(pa.string())),
-        ("path", pa.string()),
-        ("size", pa.int64()),
-        ("version", pa.string()),
-        ("done", pa.list_(pa.string())),
-    ]
-)
-CLIPS = pa.schema(
-    [
-        ("row_id", pa.string()),
-        ("source", pa.string()),
-        ("captions", pa.list_(pa.string())),
-        ("size", pa.int64()),
-        ("version", pa.string()),
-        ("sample_id", pa.string()),
-        ("start_s", pa.float64()),
-        ("end_s", pa.float64()),
-        ("bucket", pa.string()),
-        ("content_hash", pa.string()),
-        ("perceptual_hash", pa.string()),
-        ("reason", pa.string()),
-        ("message", pa.string()),
-        ("remark", pa.string()),
-        ("note", pa.string()),
-        ("asked", pa.list_(pa.string())),
-    ]
-)
-DECODED = pa.schema([*CLIPS, pa.field("frames", pa.large_binary())])
-WITH_LATENTS = pa.schema([*CLIPS, pa.field("latents", pa.large_binary())])
+"""The `reason` of the row that follows a source's last clip; its `asked` are the ids of all clips of the source."""
+STRING, STRINGS, BYTES = pa.string(), pa.list_(pa.string()), pa.large_binary()
+SOURCE = {"row_id": STRING, "source": STRING, "captions": STRINGS, "source_size": pa.int64(), "source_version": STRING}
+SOURCES = pa.schema(SOURCE | {"path": STRING, "skip": STRINGS})
+SPAN = {"start_s": pa.float64(), "end_s": pa.float64()}
+HASHES = {"content_hash": STRING, "perceptual_hash": STRING}
+RESULT = {"reason": STRING, "message": STRING, "remark": STRING, "note": STRING, "asked": STRINGS}
+CLIPS = pa.schema(SOURCE | {"sample_id": STRING, "bucket": STRING} | SPAN | HASHES | RESULT)
+DECODED = pa.schema([*CLIPS, pa.field("frames", BYTES)])
+WITH_LATENTS = pa.schema([*CLIPS, pa.field("latents", BYTES)])
 ENCODED = pa.schema([*CLIPS, *(field for field in SHARD_SCHEMA if field.name not in CLIPS.names),
-                     pa.field("empty_text", pa.large_binary())])  # fmt: skip
+                     pa.field("empty_text", BYTES)])  # fmt: skip
 
 
-def to_table(rows: list[tuple[SourceRow, list[str]]]) -> pa.Table:
-    """Sources, and the ids of those of their clips that need not be made, as the first stage takes them."""
-    columns = [name for name in SOURCES.names if name != "done"]
-    return pa.Table.from_pylist([{name: getattr(row, name) for name in columns} | {"done": done} for row, done in rows],
-                                SOURCES)  # fmt: skip
+def to_table(sources: list[tuple[SourceRow, list[str]]]) -> pa.Table:
+    """The first stage's input: sources, and the ids of those of their clips to skip."""
+    rows = [
+        {"row_id": row.row_id, "source": row.source, "captions": row.captions, "source_size": row.size,
+         "source_version": row.version, "path": row.path, "skip": skip}
+        for row, skip in sources
+    ]  # fmt: skip
+    return pa.Table.from_pylist(rows, SOURCES)

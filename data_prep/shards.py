@@ -1,4 +1,4 @@
-"""Finished shards on storage: which clips they hold, how more are written, how outdated rows are taken out."""
+"""Shards on storage: reads which clips they hold, writes new ones, removes clips."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from sora_train.storage import DRAFT_PREFIX, atomic_write, resolve, storage_erro
 
 SHARD_ROWS = 8 * ROW_GROUP
 COLUMNS = [field.name for field in SHARD_SCHEMA if field.name not in ("latents", "text", "tokens")]
-MAX_WRITE_DELAY_S = 30.0  # then a shard is written though it isn't full: so much work can be lost, not more
+MAX_WRITE_DELAY_S = 30.0
+"""After this time a shard is written although it is not full, which bounds the work that a kill can lose."""
 
 
 @dataclass(slots=True)
 class StoredClip:
-    """A clip that a shard holds: what of it decides whether it may stay, and what tells it from others."""
+    """A clip in a shard: what decides whether it may stay, and what a duplicate of it looks like."""
 
     row_id: str
     source: str
-    size: int
-    version: str
+    source_size: int
+    source_version: str
     shard: str
     content_hash: str
     perceptual_hash: str
@@ -37,47 +38,40 @@ class StoredClip:
 
 
 def read_stored_clips(
-    folder: str, encoding_hash: str, otherwise: str = "other frames, VAE, text encoder or code"
+    folder: str, encoding_hash: str, difference: str = "other frames, VAE, text encoder or code"
 ) -> tuple[dict[str, StoredClip], dict[str, set[str]]]:
-    """The clips in the shards by `sample_id`; and per shard the ids that it holds though an earlier one does too.
+    """The clips in the shards by `sample_id`; and by shard, the ids that an earlier shard holds too.
 
-    Raises UserError for a shard of another encoding, which says what is `otherwise`, or one that can't be read.
+    Raises UserError for a shard that can't be read, or one of another encoding, with the `difference`.
     """
     system, _ = resolve(folder)
     clips: dict[str, StoredClip] = {}
-    twice: dict[str, set[str]] = {}
+    repeated: dict[str, set[str]] = {}
     for file in shard_files(folder):
         try:
             with system.open_input_file(file) as opened:
                 table = pq.ParquetFile(opened).read(columns=COLUMNS)
         except (pa.ArrowInvalid, OSError) as error:
             raise UserError(
-                f"data.output: shard {file} can't be read ({error}); delete it and run the same again"
+                f"data.output: shard {file} can't be read ({error}). Delete it and run the same command again"
             ) from None
         if (table.schema.metadata or {}).get(ENCODING_KEY, b"").decode() != encoding_hash:
             raise UserError(
-                f"data.output: {folder} holds shards of another encoding ({file.rpartition('/')[2]}): {otherwise}. "
-                "Encodings never mix: set data.output to another folder, or delete this one to encode anew"
+                f"data.output: {folder} holds shards of another encoding ({file.rpartition('/')[2]}): {difference}. "
+                "Encodings never mix: set data.output to another folder, or delete this one to encode again"
             )
         for row in table.to_pylist():
             if row["sample_id"] in clips:
-                twice.setdefault(file, set()).add(row["sample_id"])
+                repeated.setdefault(file, set()).add(row["sample_id"])
                 continue
-            clips[row["sample_id"]] = StoredClip(
-                row_id(row["source"], tuple(row["captions"])),
-                row["source"],
-                row["source_size"],
-                row["source_version"],
-                file,
-                row["content_hash"],
-                row["perceptual_hash"],
-                (row["start_s"], row["end_s"]),
-            )
-    return clips, twice
+            same = {name: row[name] for name in StoredClip.__slots__ if name in row}
+            key, span = row_id(row["source"], tuple(row["captions"])), (row["start_s"], row["end_s"])
+            clips[row["sample_id"]] = StoredClip(row_id=key, shard=file, span=span, **same)
+    return clips, repeated
 
 
 def remove_clips(folder: str, file: str, sample_ids: set[str]) -> None:
-    """Writes a shard again without these clips, or deletes it where nothing is left."""
+    """Writes a shard again without these clips, or deletes it if none is left."""
     system, _ = resolve(folder)
     with system.open_input_file(file) as opened:
         table = pq.ParquetFile(opened).read()
@@ -89,16 +83,16 @@ def remove_clips(folder: str, file: str, sample_ids: set[str]) -> None:
 
 
 def remove_unfinished(folder: str) -> None:
-    """Deletes what a killed run left unfinished."""
+    """Deletes the unfinished files of a killed run."""
     system, path = resolve(folder)
-    with storage_errors(folder, "swept"):
+    with storage_errors(folder, "cleaned up"):
         for info in system.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=True)):
             if info.type == fs.FileType.File and info.base_name.startswith(DRAFT_PREFIX):
                 system.delete_file(info.path)
 
 
 class ShardWriter:
-    """Gathers rows of one bucket and writes them as shards, each whole or not at all."""
+    """Collects rows of one bucket and writes them as shards, each complete or not at all."""
 
     def __init__(self, folder: str, bucket: str, encoding_hash: str):
         self.system, path = resolve(folder)
@@ -111,7 +105,7 @@ class ShardWriter:
         self.written_at = time.monotonic()
 
     def add(self, rows: pa.Table) -> None:
-        """Takes rows of SHARD_SCHEMA; writes a shard when enough came together, always of whole row groups."""
+        """Adds rows of SHARD_SCHEMA. Writes a shard if there are enough, always of complete row groups."""
         self.rows.append(rows)
         self.count += len(rows)
         while self.count >= SHARD_ROWS:
@@ -120,7 +114,7 @@ class ShardWriter:
             self._write_first(self.count - self.count % ROW_GROUP)
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Writes the remaining rows."""
         if self.count:
             self._write_first(self.count)
 
@@ -134,7 +128,7 @@ class ShardWriter:
 
 
 def manifest_or_none(folder: str) -> Manifest | None:
-    """The manifest of a shard set, or None where there is none that this version can read."""
+    """The manifest of a shard set, or None if there is none that this version can read."""
     try:
         return Manifest.load(folder)
     except UserError:
@@ -142,16 +136,9 @@ def manifest_or_none(folder: str) -> Manifest | None:
 
 
 def _write(system: fs.FileSystem, path: str, table: pa.Table) -> None:
-    sink = io.BytesIO()
-    # Latents are noise to a compressor, and uncompressed pages can be read where they lie in a memory map. Checksums,
-    # since nothing else would tell a flipped byte among latents from a latent.
-    pq.write_table(
-        table,
-        sink,
-        row_group_size=ROW_GROUP,
-        compression="none",
-        use_dictionary=False,
-        write_statistics=False,
-        write_page_checksum=True,
-    )
-    atomic_write(system, path, sink.getvalue())
+    buffer = io.BytesIO()
+    # Latents don't compress, and uncompressed pages can be read from a memory map without a copy. Checksums, since
+    # nothing else would detect a flipped byte in a latent.
+    encoding = {"compression": "none", "use_dictionary": False, "write_statistics": False, "write_page_checksum": True}
+    pq.write_table(table, buffer, row_group_size=ROW_GROUP, **encoding)
+    atomic_write(system, path, buffer.getvalue())

@@ -1,7 +1,7 @@
-"""The three stages between a source and a shard, each an actor that takes and gives Arrow tables.
+"""The stages between a source and a shard: decode, VAE, text encoder. Each is a Ray actor from Arrow table to table.
 
-What fails, fails clip by clip: a row that has a `reason` passes through the later stages untouched, since an exception
-would end Ray Data's whole job. torch is imported by the actors that need it, not by the driver.
+Failures cost single clips: a row with a `reason` passes through the later stages unchanged, since an exception would
+end the whole Ray Data job. Only the actors that need torch import it, not the driver.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from data_prep.reasons import ClipError
-from data_prep.schemas import DECODED, ENCODED, END_OF_SOURCE, WITH_LATENTS
+from data_prep.schemas import DECODED, ENCODED, END_OF_SOURCE, SOURCE, WITH_LATENTS
 from data_prep.sources import data_root, sample_id
 from data_prep.video.decode_process import Decoder
 from data_prep.watchdog import DeviceLost
@@ -27,7 +27,8 @@ from sora_train.data.config import DataConfig, SelectionConfig
 from sora_train.schema import bucket_size, encode_row
 from sora_train.storage import resolve
 
-CAPTION_BYTES = 2**30  # embeddings that an actor keeps, so that each distinct caption is embedded once
+CACHE_BYTES = 2**30
+"""Embeddings that an actor caches, to embed each distinct caption once."""
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +39,7 @@ B = TypeVar("B")
 
 @contextmanager
 def local_copy(system: fs.FileSystem, path: str) -> Iterator[str]:
-    """A local path of a file; of a remote one by way of a temporary file, since decoders seek.
+    """A local path of a file. A remote file is copied to a temporary one, since decoders seek.
 
     Raises ClipError `fetch_failed`.
     """
@@ -57,12 +58,12 @@ def local_copy(system: fs.FileSystem, path: str) -> Iterator[str]:
 
 
 class Decode:
-    """Sources to clips, through a child process; a source gives as many rows as clips, and then its END_OF_SOURCE."""
+    """Sources to clips, by a child process. The rows of a source are its clips, then an END_OF_SOURCE."""
 
-    def __init__(self, data: DataConfig, selection: SelectionConfig, vae_batch_size: int):
+    def __init__(self, data: DataConfig, selection: SelectionConfig, batch: int):
         self.system, _ = resolve(data_root(data))
         self.decoder = Decoder(data, selection)
-        self.vae_batch_size = vae_batch_size
+        self.batch = batch
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         pending: list[dict] = []
@@ -71,7 +72,7 @@ class Decode:
             for clip in self.clips(source):
                 pending.append(clip)
                 good += "frames" in clip
-                if good >= self.vae_batch_size:
+                if good >= self.batch:
                     yield pa.Table.from_pylist(pending, DECODED)
                     pending, good = [], 0
         if pending:
@@ -79,11 +80,11 @@ class Decode:
 
     def clips(self, source: dict) -> Iterator[dict]:
         """Rows of DECODED for one source."""
-        common = {name: source[name] for name in ("row_id", "source", "captions", "size", "version")}
+        common = {name: source[name] for name in SOURCE}
         whole = common | {"sample_id": source["row_id"], "start_s": 0.0, "end_s": 0.0}
         asked: list[str] = []
         remarks: set[str] = set()
-        done = set(source["done"])
+        skip = set(source["skip"])
         try:
             with local_copy(self.system, source["path"]) as path:
                 cut = self.decoder.plan_clips(path)
@@ -92,7 +93,7 @@ class Decode:
                 for span in cut.spans:
                     sample = sample_id(source["source"], span.start_s, span.end_s, tuple(source["captions"]))
                     asked.append(sample)
-                    if sample in done or f"{span.bucket.name}/{sample}" in done:
+                    if sample in skip or f"{span.bucket.name}/{sample}" in skip:
                         continue
                     row = common | {"sample_id": sample, "start_s": span.start_s, "end_s": span.end_s}
                     row |= {"bucket": span.bucket.name, "remark": remark}
@@ -112,7 +113,7 @@ class Decode:
 
 
 class EncodeVideo:
-    """Frames to raw latents, float32 until the row is made."""
+    """Frames to raw latents by the VAE, in float32."""
 
     def __init__(self, codec: CodecConfig, threads: int, device: str):
         import torch
@@ -129,9 +130,10 @@ class EncodeVideo:
         for i, row in enumerate(rows):
             if not row["reason"]:
                 by_bucket.setdefault(row["bucket"], []).append(i)
-        for bucket, places in by_bucket.items():
-            clips = [np.frombuffer(column[i].as_buffer(), np.uint8).reshape(*bucket_size(bucket), 3) for i in places]
-            for i, latents in zip(places, run_batch(self.encode, clips, "VAE", self.vae.model.device), strict=True):
+        for bucket, indices in by_bucket.items():
+            clips = [np.frombuffer(column[i].as_buffer(), np.uint8).reshape(*bucket_size(bucket), 3) for i in indices]
+            encoded = run_batch(self.encode, clips, "VAE", self.vae.model.device)
+            for i, latents in zip(indices, encoded, strict=True):
                 if isinstance(latents, str):
                     rows[i] |= {"reason": "encode_failed", "message": latents}
                 else:
@@ -146,40 +148,35 @@ class EncodeVideo:
 
 
 class EmbedText:
-    """Captions to embeddings, and the row of the shard; the first row of each table carries the empty prompt's too.
+    """Captions to embeddings by the text encoder, and complete shard rows.
 
-    `moments` and `latent_shapes`, axes `f c h w` per bucket, say how the latents lie in their bytes.
+    The first row of each table also has the empty prompt's embedding. `latent_shapes` are those of a bucket's latents
+    `[moments, f, c, h, w]`.
     """
 
     def __init__(
-        self,
-        codec: CodecConfig,
-        moments: int,
-        latent_shapes: dict[str, tuple[int, ...]],
-        batch: int,
-        threads: int,
-        device: str,
+        self, codec: CodecConfig, latent_shapes: dict[str, tuple[int, ...]], batch: int, threads: int, device: str
     ):
         import torch
 
         from sora_train.codec.text import text_encoder_of
 
         torch.set_num_threads(threads)
-        self.moments, self.latent_shapes = moments, latent_shapes
+        self.latent_shapes = latent_shapes
         self.encoder = text_encoder_of(codec, device, batch)
         self.empty_text: bytes | None = None
-        self.known: OrderedDict[str, np.ndarray] = OrderedDict()
-        self.known_bytes = 0
+        self.cache: OrderedDict[str, np.ndarray] = OrderedDict()
+        self.cached_bytes = 0
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows = table.to_pylist()
-        embeddings = self.embed({*(caption for row in rows if not row["reason"] for caption in row["captions"])})
+        embeddings = self.embed({caption for row in rows if not row["reason"] for caption in row["captions"]})
         encoded = [self.encode(row, embeddings) for row in rows]
-        encoded[0]["empty_text"] = self.null()
+        encoded[0]["empty_text"] = self.empty_prompt()
         return with_notes(encoded, self.encoder.remarks, ENCODED)
 
-    def null(self) -> bytes | None:
-        """The empty prompt's embedding, made once; None while the encoder fails on it."""
+    def empty_prompt(self) -> bytes | None:
+        """The empty prompt's embedding, computed once; None if the encoder fails on it."""
         from sora_train.codec.text import null_tokens
 
         if self.empty_text is None:
@@ -188,8 +185,8 @@ class EmbedText:
         return self.empty_text
 
     def embed(self, captions: set[str]) -> dict[str, np.ndarray | str]:
-        """Float16 `[tokens, width]` of each caption, infinite where that overflows; or what went wrong with it."""
-        new = sorted(captions - self.known.keys())
+        """Float16 `[tokens, width]` of each caption, infinite if that overflows; or the error message."""
+        new = sorted(captions - self.cache.keys())
         found: dict[str, np.ndarray | str] = {}
         embedded = run_batch(self.encoder.encode, new, "text encoder", self.encoder.model.device)
         for caption, embedding in zip(new, embedded, strict=True):
@@ -197,46 +194,41 @@ class EmbedText:
                 found[caption] = embedding
                 continue
             with np.errstate(over="ignore"):
-                self.known[caption] = embedding.numpy().astype(np.float16)
-            self.known_bytes += self.known[caption].nbytes
+                self.cache[caption] = embedding.numpy().astype(np.float16)
+            self.cached_bytes += self.cache[caption].nbytes
         for caption in captions - found.keys():
-            self.known.move_to_end(caption)
-            found[caption] = self.known[caption]
-        while self.known_bytes > CAPTION_BYTES:
-            self.known_bytes -= self.known.popitem(last=False)[1].nbytes
+            self.cache.move_to_end(caption)
+            found[caption] = self.cache[caption]
+        while self.cached_bytes > CACHE_BYTES:
+            self.cached_bytes -= self.cache.popitem(last=False)[1].nbytes
         return found
 
     def encode(self, row: dict, embeddings: dict[str, np.ndarray | str]) -> dict:
-        """The row with all that the shard has, or with its reason."""
+        """The row with all columns of the shard, or with the reason why it has none."""
         latents = row.pop("latents")
         if row["reason"]:
             return row
         text = [embeddings[caption] for caption in row["captions"]]
         if failed := [message for message in text if isinstance(message, str)]:
             return row | {"reason": "encode_failed", "message": failed[0]}
-        good = [embedding for embedding in text if not isinstance(embedding, str)]
-        shape = (self.moments, *self.latent_shapes[row["bucket"]])
+        columns = ("sample_id", "source", "source_size", "source_version", "content_hash", "perceptual_hash", "start_s",
+                   "end_s", "captions")  # fmt: skip
         try:
             return row | encode_row(
-                **{name: row[name] for name in ("sample_id", "source", "start_s", "end_s", "captions")},
-                source_size=row["size"],
-                source_version=row["version"],
-                content_hash=row["content_hash"],
-                perceptual_hash=row["perceptual_hash"],
-                latents=np.frombuffer(latents, np.float32).reshape(shape),
-                text=good,
+                **{name: row[name] for name in columns},
+                latents=np.frombuffer(latents, np.float32).reshape(self.latent_shapes[row["bucket"]]),
+                text=[embedding for embedding in text if not isinstance(embedding, str)],
             )
         except ValueError as error:
             return row | {"reason": "not_finite", "message": str(error)}
 
 
 def run_batch(
-    work: Callable[[list[A]], list[B]], items: list[A], name: str, device: torch.device | str
+    work: Callable[[list[A]], list[B]], items: list[A], network: str, device: torch.device | str
 ) -> list[B | str]:
-    """What `work` makes of each item, or the error message of one that fails alone. A batch that fails is tried again
-    item by item.
+    """The result of `work` for each item, or an error message. If a batch fails, its items are tried one by one.
 
-    Raises DeviceLost where the device itself no longer works: that is no item's fault.
+    Raises DeviceLost if the device itself no longer works, since then no item is at fault.
     """
     from sora_train.codec.memory import still_works
 
@@ -244,14 +236,14 @@ def run_batch(
         return list(work(items))
     except (RuntimeError, MemoryError) as error:
         if not still_works(device):
-            raise DeviceLost(f"{name}: {device} no longer works: {error}") from None
+            raise DeviceLost(f"{network}: {device} no longer works: {error}") from None
         if len(items) == 1:
-            return [f"{name}: {error}"]
-    return [run_batch(work, [item], name, device)[0] for item in items]  # not above: the error holds the batch's memory
+            return [f"{network}: {error}"]
+    return [run_batch(work, [item], network, device)[0] for item in items]  # here the error's memory is free again
 
 
 def with_notes(rows: list[dict], remarks: list[str], schema: pa.Schema) -> pa.Table:
-    """Rows as a table, of which the first carries what a network had to say; `remarks` is emptied."""
+    """Rows as a table, whose first row carries a network's remarks; empties `remarks`."""
     if remarks:
         rows[0]["note"] = "; ".join(filter(None, (rows[0]["note"], *remarks)))
         remarks.clear()

@@ -1,35 +1,31 @@
-"""What became of every clip: counts, the failures with their reasons, the judgement over them, the closing line."""
+"""Counts of clips by what became of them, the limit on bad sources, and the closing line."""
 
 from __future__ import annotations
 
 from collections import Counter
 
-from data_prep.ledger import SourceRecord
 from data_prep.reasons import BAD_SOURCE_REASONS, kind_of, stage_of
 from sora_train.errors import UserError
 from sora_train.log import log
+from sora_train.schema import QUARANTINE_SCHEMA
 
-JUDGED_AFTER = 200  # sources
-REMARKS = 20  # lines about single files
+MIN_SOURCES = 200
+"""Sources that must be opened before their share of bad ones can end a run early."""
+MAX_REMARKS = 20  # printed lines about single files
 
 
 class PrepStats:
-    """Counts clips by how they ended. `failures` are rows of the quarantine, `records` what the ledger keeps."""
+    """Counts clips. `failures` are the rows of `quarantine.parquet`, `reasons` how many there are of each reason."""
 
     def __init__(self, sources: int, max_bad_fraction: float, folder: str):
         self.sources, self.max_bad_fraction, self.folder = sources, max_bad_fraction, folder
         self.asked = self.written = 0
         self.failures: list[dict] = []
-        self.records: dict[str, SourceRecord] = {}
-        self.opened: set[str] = set()  # sources that were opened in this run
-        self.good_sources: set[str] = set()  # sources of which a clip is written
-        self.bad_sources: dict[str, str] = {}  # source that gave no clip -> reason
+        self.reasons: Counter[str] = Counter()
+        self.opened: set[str] = set()  # sources that this run opened
+        self.good_sources: set[str] = set()  # sources with a clip in the shards
+        self.bad_sources: dict[str, str] = {}  # source without a clip -> reason
         self._remarks = 0
-
-    def record_source(self, row_id: str, record: SourceRecord) -> None:
-        """Takes note of all that was asked of a source; once per row."""
-        self.asked += len(record.sample_ids)
-        self.records[row_id] = record
 
     def count_written(self, source: str) -> None:
         """Counts a clip that is in the shards."""
@@ -38,49 +34,51 @@ class PrepStats:
         self.bad_sources.pop(source, None)
 
     def count_failure(self, failure: dict) -> str:
-        """Counts a clip that is not; returns `quarantined` or `filtered`.
+        """Counts a clip that is not in the shards. Returns `quarantined` or `filtered`.
 
-        `failure` has the quarantine's columns, but for `stage` and `kind`, which follow from the reason.
+        `failure` has the columns of the quarantine; `stage` and `kind` follow from the reason.
         """
         reason, source = failure["reason"], failure["source"]
         kind = kind_of(reason)
-        self.failures.append({"duplicate_of": ""} | failure | {"stage": stage_of(reason), "kind": kind})
+        row = {"start_s": 0.0, "end_s": 0.0, "duplicate_of": ""} | failure | {"stage": stage_of(reason), "kind": kind}
+        self.failures.append({name: row[name] for name in QUARANTINE_SCHEMA.names})
+        self.reasons[reason] += 1
         if reason in BAD_SOURCE_REASONS and source not in self.good_sources:
             self.bad_sources[source] = reason
-        self.log_remark(f"{source} is {kind}: {reason}: {failure['message']}")
+        self.print_remark(f"{source} is {kind}: {reason}: {failure['message']}")
         return kind
 
-    def log_remark(self, remark: str) -> None:
-        """Prints a line about one file, the first few times."""
+    def print_remark(self, remark: str) -> None:
+        """Prints a line about one file, unless there were many."""
         self._remarks += 1
-        if self._remarks <= REMARKS:
+        if self._remarks <= MAX_REMARKS:
             log.info("prep: " + remark.replace("\n", "\\n"))
-        elif self._remarks == REMARKS + 1:
-            log.info(f"prep: more such files are named in {self.folder}/quarantine.parquet only")
+        elif self._remarks == MAX_REMARKS + 1:
+            log.info(f"prep: more such files are listed in {self.folder}/quarantine.parquet only")
 
     def check_limits(self, finished: bool = False) -> None:
-        """Raises UserError where too many sources are bad, or at the end where no clip is left.
+        """Raises UserError if too many sources are bad, or at the end if there is no clip.
 
-        Judged over what was opened once that is 200 sources, and at any time where the rest can't make it good.
+        The share of bad sources counts among those opened, once these are MIN_SOURCES, and among all sources.
         """
-        opened = len(self.opened) if len(self.opened) >= JUDGED_AFTER else self.sources
+        opened = len(self.opened) if len(self.opened) >= MIN_SOURCES else self.sources
         for bad, total in ((len(self.bad_sources), self.sources), (len(self.bad_sources.keys() & self.opened), opened)):
             if bad > self.max_bad_fraction * total:
                 raise UserError(
                     f"{bad} of {total} sources can't be read, decoded or encoded, more than data.max_bad_fraction "
                     f"{self.max_bad_fraction:g} allows: {self._commonest(self.bad_sources)}. "
-                    f"{self.folder}/quarantine.parquet names each; {self._remedy()}, or raise data.max_bad_fraction"
+                    f"{self.folder}/quarantine.parquet lists them; {self._hint()}, or raise data.max_bad_fraction"
                 )
         if finished and not self.written:
             reasons = {failure["source"]: failure["reason"] for failure in self.failures}
             raise UserError(
-                f"no clip is left of {self.sources} sources: {self._commonest(reasons)}. "
-                f"{self.folder}/quarantine.parquet names each"
+                f"none of {self.sources} sources gave a clip: {self._commonest(reasons)}. "
+                f"{self.folder}/quarantine.parquet lists them"
             )
 
-    def _remedy(self) -> str:
+    def _hint(self) -> str:
         if 2 * sum(stage_of(reason) == "encode" for reason in self.bad_sources.values()) > len(self.bad_sources):
-            return "free that device's memory, lower prep.vae_batch, or encode in fp32 (codec.precision)"
+            return "free memory on that device, lower prep.vae_batch, or encode in fp32 (codec.precision)"
         return "fix or remove them, check data.root"
 
     def _commonest(self, reasons: dict[str, str]) -> str:
@@ -93,7 +91,7 @@ class PrepStats:
         """`1500 clips asked for = 1490 written + 8 quarantined (unreadable 8) + 2 filtered (too_short 2)`."""
         text = f"{self.asked} clips asked for = {self.written} written"
         for kind in ("quarantined", "filtered"):
-            reasons = Counter(failure["reason"] for failure in self.failures if failure["kind"] == kind)
-            named = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
-            text += f" + {reasons.total()} {kind}{f' ({named})' if named else ''}"
+            counts = {reason: count for reason, count in sorted(self.reasons.items()) if kind_of(reason) == kind}
+            details = ", ".join(f"{reason} {count}" for reason, count in counts.items())
+            text += f" + {sum(counts.values())} {kind}{f' ({details})' if details else ''}"
         return text

@@ -1,4 +1,4 @@
-"""What Ray Data waits for without end where a node, or its network, failed: found here, so that prep begins anew."""
+"""Watchdog: detects a pipeline that gives no output, since Ray Data may wait forever for a lost node."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-STALL_TIMEOUT_S, LONGEST_WAIT_FACTOR, STARTUP_TIMEOUT_S = 120.0, 10, 1800.0
-"""Without anything for so long, and for so many times the longest wait before, nothing comes any more. The first may
-take the last of these: networks are loaded before it."""
+STARTUP_TIMEOUT_S = 1800.0
+"""For the first item: the VAE and the text encoder are loaded before it."""
+STALL_TIMEOUT_S, LONGEST_WAIT_FACTOR = 120.0, 10
+"""For a later item: this many seconds, or this many times the longest wait so far, if that is more."""
 
 
 class PipelineStalled(Exception):  # noqa: N818
@@ -29,45 +30,45 @@ class DeviceLost(PipelineStalled):
 def with_watchdog(
     items: Iterable[T], stall_timeout_s: float = STALL_TIMEOUT_S, startup_timeout_s: float = STARTUP_TIMEOUT_S
 ) -> Iterator[T]:
-    """Yields the items, which a thread reads. Raises PipelineStalled if none came for too long.
+    """Yields the items, which a thread reads. Raises PipelineStalled if the next one takes too long.
 
     The caller must then end what the thread is stuck in.
     """
     ready: queue.Queue[tuple[str, T | BaseException | None]] = queue.Queue(maxsize=1)
-    given_up = threading.Event()
+    closed = threading.Event()
 
-    def put(kind: str, what: T | BaseException | None) -> None:
-        while not given_up.is_set():
+    def put(kind: str, value: T | BaseException | None) -> None:
+        while not closed.is_set():
             with contextlib.suppress(queue.Full):
-                ready.put((kind, what), timeout=0.2)
+                ready.put((kind, value), timeout=0.2)
                 return
 
-    def take() -> None:
+    def read() -> None:
         try:
             for item in items:
                 put("item", item)
-                if given_up.is_set():
+                if closed.is_set():
                     return
             put("end", None)
         except BaseException as error:
             put("error", error)
 
-    threading.Thread(target=take, name="chain", daemon=True).start()
+    threading.Thread(target=read, name="prep-pipeline", daemon=True).start()
     limit, longest = startup_timeout_s, 0.0
     try:
         while True:
             began = time.monotonic()
             try:
-                kind, what = ready.get(timeout=limit)
+                kind, value = ready.get(timeout=limit)
             except queue.Empty:
-                raise PipelineStalled(f"nothing came for {limit:.0f} s") from None
+                raise PipelineStalled(f"the pipeline gave no output for {limit:.0f} s") from None
             if kind == "end":
                 return
-            if isinstance(what, BaseException):
-                raise what
-            if limit != startup_timeout_s:  # the first wait is for more than its item
+            if isinstance(value, BaseException):
+                raise value
+            if limit != startup_timeout_s:  # the first wait includes loading
                 longest = max(longest, time.monotonic() - began)
             limit = max(stall_timeout_s, LONGEST_WAIT_FACTOR * longest)
-            yield what  # type: ignore[misc]
+            yield value  # type: ignore[misc]
     finally:
-        given_up.set()
+        closed.set()

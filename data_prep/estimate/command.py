@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from data_prep.buckets import buckets_of
 from data_prep.estimate.estimate import PrepEstimate, estimate, usable_rows
 from data_prep.estimate.measure import CAPTIONS, CLIPS, measure
 from data_prep.estimate.probe import pick_evenly, probe_files
 from data_prep.estimate.table import check_estimate, format_estimate
 from data_prep.pipeline import check_shapes, encoding_differences, encoding_hash, find_codec, resolve_caption_cleaning
-from data_prep.resume import check_folder
+from data_prep.resume import check_output_folder
 from data_prep.shards import read_stored_clips
 from data_prep.sources import read_rows
 from sora_train.codec import CodecConfig
@@ -37,10 +36,10 @@ def estimate_prep(recipe: Recipe) -> PrepEstimate:
     recipe = resolve_caption_cleaning(recipe)
     data = recipe.data
     vae, text = find_codec(recipe)
-    check_shapes(buckets_of(data), vae)
+    check_shapes(data, vae)
     rows = read_rows(data)
     key, differences = encoding_hash(recipe, vae, text), encoding_differences(recipe, vae, text)
-    check_folder(data, rows, read_stored_clips(data.output, key, differences)[0])
+    check_output_folder(data, rows, read_stored_clips(data.output, key, differences)[0])
     probes = probe_files(rows, data, recipe.selection)
     found = estimate(recipe, rows, probes, vae, text.width, token_counter(text, recipe.codec))
     good = sorted(usable_rows(rows, probes), key=lambda row: sorted(probes[row.path].clips))  # bucket by bucket

@@ -12,11 +12,11 @@ from typing import TypeVar
 
 from pyarrow import fs
 
+from data_prep.ray_pipeline import available_cpus
 from data_prep.reasons import ClipError
 from data_prep.sources import SourceRow, data_root
 from data_prep.stages import local_copy
 from data_prep.video.decode_process import Decoder
-from data_prep.workers import available_cpus
 from sora_train.data.config import DataConfig, SelectionConfig
 from sora_train.log import log
 from sora_train.storage import resolve

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from data_prep.estimate.estimate import BucketEstimate, Dropped, PrepEstimate
+from data_prep.ray_pipeline import available_cpus
 from data_prep.reasons import BAD_SOURCE_REASONS
-from data_prep.workers import available_cpus
 from sora_train.data.config import DataConfig, SelectionConfig, small_buckets
 from sora_train.errors import RecipeError, UserError
 from sora_train.recipe import Recipe

@@ -20,7 +20,7 @@ import numpy as np
 
 from data_prep.buckets import buckets_of
 from data_prep.pipeline import encoding_hash, find_codec, resolve_caption_cleaning, settings_hash
-from data_prep.ray_pipeline import run_stages, vae_batch_size
+from data_prep.ray_pipeline import allocate_cpus, available_cpus, run_stages, vae_batch_size
 from data_prep.reasons import ClipError
 from data_prep.resume import ResumeState
 from data_prep.sink import ShardSink
@@ -28,7 +28,6 @@ from data_prep.sources import SourceRow, data_root, read_rows, row_id
 from data_prep.stages import EncodeVideo, local_copy
 from data_prep.stats import PrepStats
 from data_prep.video.clips import plan_clips, read_clip
-from data_prep.workers import allocate_cpus, available_cpus
 from sora_train.bench.core import Flags, Row, Table, finish, interleave, log, spread
 from sora_train.bench.runs import recipe_in
 from sora_train.errors import UserError
@@ -101,10 +100,11 @@ def pipeline_rate(recipe: Recipe, sources: list[SourceRow]) -> float:
     marks: list[tuple[float, int]] = []
     with tempfile.TemporaryDirectory() as folder:
         there = recipe.model_copy(update={"data": recipe.data.model_copy(update={"output": folder})})
-        state, stats = ResumeState(todo=[(row, []) for row in sources]), PrepStats(len(sources), 1.0, folder)
-        sink = ShardSink(there, key, settings_hash(there, key), stats, state)
+        stats = PrepStats(len(sources), 1.0, folder)
+        state = ResumeState(stats, todo=[(row, []) for row in sources])
+        sink = ShardSink(there, key, settings_hash(there, key), state)
         with connect(recipe.cluster.address, log_to_driver=False):
-            for table in run_stages(there, buckets_of(recipe.data), vae, state.todo):
+            for table in run_stages(there, vae, state.todo):
                 sink.consume(table)
                 marks.append((time.monotonic(), stats.written))
         sink.close()

@@ -134,8 +134,8 @@ def test_a_kill_at_any_moment_changes_nothing(videos: Path, unbroken: Path, tmp_
     early = number < 4  # later the decoders have done their work and are gone
     whom = ("driver", *ACTORS)[number] if early else ("driver", *ACTORS[1:])[number % 3]
     process = start(videos, tmp_path)
-    if early:  # while actors start and first clips are under way
-        while not (tmp_path / "log").read_text().count("under way") and process.poll() is None:
+    if early:  # while actors start and first clips are decoded
+        while not (tmp_path / "log").read_text().count(" s so far") and process.poll() is None:
             time.sleep(0.05)
     else:
         wait_for_shard(tmp_path, process)

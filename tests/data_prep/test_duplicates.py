@@ -18,10 +18,10 @@ def hexed(*numbers: int) -> str:
 def test_a_clip_with_the_bytes_and_the_place_of_an_earlier_one_is_its_duplicate():
     kept = Duplicates(SelectionConfig(duplicates=True))
     for name in ("first", "second"):
-        kept.remember(name, "bytes", hexed(1, 2, 3), (0.0, 1.0))
-    assert kept.of("bytes", hexed(9, 9, 9), (0.0, 1.0)) == ("duplicate", "first")
-    assert kept.of("bytes", hexed(1, 2, 3), (1.0, 2.0)) is None
-    assert kept.of("others", hexed(1, 2, 3), (0.0, 1.0)) is None
+        kept.add(name, "bytes", hexed(1, 2, 3), (0.0, 1.0))
+    assert kept.find("bytes", hexed(9, 9, 9), (0.0, 1.0)) == ("duplicate", "first")
+    assert kept.find("bytes", hexed(1, 2, 3), (1.0, 2.0)) is None
+    assert kept.find("others", hexed(1, 2, 3), (0.0, 1.0)) is None
 
 
 def test_a_near_duplicate_is_found_as_by_comparing_every_pair_bit_by_bit(monkeypatch: pytest.MonkeyPatch):
@@ -38,9 +38,9 @@ def test_a_near_duplicate_is_found_as_by_comparing_every_pair_bit_by_bit(monkeyp
         code = hexed(*(int("".join(map(str, frame)), 2) for frame in clip))
         like = np.flatnonzero(((stored[: len(names)] != clip).sum(2) <= 4).all(1))
         due.append(("near_duplicate", names[like[0]]) if len(like) else None)
-        found.append(kept.of(str(i), code, (0.0, 1.0)))
+        found.append(kept.find(str(i), code, (0.0, 1.0)))
         if found[-1] is None:
-            kept.remember(str(i), str(i), code, (0.0, 1.0))
+            kept.add(str(i), str(i), code, (0.0, 1.0))
             stored[len(names)] = clip
             names.append(str(i))
     assert found == due
@@ -50,17 +50,17 @@ def test_a_near_duplicate_is_found_as_by_comparing_every_pair_bit_by_bit(monkeyp
 
 def test_a_clip_without_a_hash_is_no_ones_near_duplicate():
     kept = Duplicates(SelectionConfig(near_duplicates=64))
-    kept.remember("old", "a", "", (0.0, 1.0))
-    assert kept.of("b", hexed(1, 2, 3), (0.0, 1.0)) is None
-    kept.remember("new", "b", hexed(1, 2, 3), (0.0, 1.0))
-    assert kept.of("c", "", (0.0, 1.0)) is None
+    kept.add("old", "a", "", (0.0, 1.0))
+    assert kept.find("b", hexed(1, 2, 3), (0.0, 1.0)) is None
+    kept.add("new", "b", hexed(1, 2, 3), (0.0, 1.0))
+    assert kept.find("c", "", (0.0, 1.0)) is None
 
 
 def test_nothing_is_stored_where_both_are_off():
     kept = Duplicates(SelectionConfig())
     for i in range(2000):
-        kept.remember(str(i), "same", hexed(1, 2, 3), (0.0, 1.0))
-    assert kept.of("same", hexed(1, 2, 3), (0.0, 1.0)) is None
+        kept.add(str(i), "same", hexed(1, 2, 3), (0.0, 1.0))
+    assert kept.find("same", hexed(1, 2, 3), (0.0, 1.0)) is None
     assert not kept.ids
     assert not kept.seen
     assert kept.hashes.shape == (3, 1024)
@@ -81,7 +81,7 @@ def test_of_real_clips_those_of_one_video_are_near_duplicates_and_no_others(shar
             path = str(shared / "data/clips" / name)
             span = plan_clips(path, data, SelectionConfig()).spans[0]
             clip = read_clip(path, span, data, SelectionConfig(), name)
-            found = kept.of(clip.content_hash, clip.perceptual_hash, (span.start_s, span.end_s))
+            found = kept.find(clip.content_hash, clip.perceptual_hash, (span.start_s, span.end_s))
             assert found == (("near_duplicate", family) if number else None), name
             if not found:
-                kept.remember(family, clip.content_hash, clip.perceptual_hash, (span.start_s, span.end_s))
+                kept.add(family, clip.content_hash, clip.perceptual_hash, (span.start_s, span.end_s))

@@ -105,4 +105,4 @@ def test_media_and_text_may_differ_in_normal_form(tmp_path: Path):
 def test_two_texts_of_one_stem_are_told(tmp_path: Path):
     put(tmp_path, "m/a.mp4", "m/a.txt", "m/a.TXT")
     (row,) = read_rows(DataConfig(captions=str(tmp_path / "m")))
-    assert (row.reason, row.message) == ("no_caption", "a.TXT and a.txt are both beside it; remove one")
+    assert (row.reason, row.message) == ("no_caption", "a.TXT and a.txt are both next to it; remove one")

@@ -16,8 +16,8 @@ from PIL import Image
 
 from data_prep.inspect.table import inspect
 from data_prep.pipeline import prep
+from data_prep.ray_pipeline import allocate_cpus
 from data_prep.video.clips import plan_clips, read_clip
-from data_prep.workers import allocate_cpus
 from sora_train.codec import CodecConfig
 from sora_train.codec.text import load_text_encoder
 from sora_train.codec.vae import load_vae
@@ -151,7 +151,7 @@ def test_clips_become_shards_once_and_only_what_changed_is_made_again(
     before = stamps(tmp_path)
     capsys.readouterr()
     assert prep(made) == manifest
-    assert "6 clips encoded already, 0 sources to go through" in capsys.readouterr().out
+    assert "6 clips already encoded, 0 sources to process" in capsys.readouterr().out
     assert stamps(tmp_path) == before
 
     # A changed file, a changed caption, a new clip, a repaired one; one that left. Everything else stays. As after a
@@ -229,7 +229,7 @@ def test_one_video_gives_many_clips_in_several_buckets_and_other_settings_make_o
         row["sample_id"]: row for file in shard_files(made.data.output) for row in pq.read_table(file).to_pylist()
     }
     assert [row["source"] for sample, row in latest.items() if old[sample] != row] == ["tall.mp4"]
-    with pytest.raises(UserError, match="holds clips of 4x16x32, 4x64x32, 8x16x32 and the recipe asks for 4x16x16"):
+    with pytest.raises(UserError, match="holds clips of 4x16x32, 4x64x32, 8x16x32; the recipe asks for 4x16x16"):
         prep(recipe(tmp_path, vae_folder, height=16, width=16))
 
 

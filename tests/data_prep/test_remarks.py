@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from data_prep.ledger import SavedProgress, SourceRecord, save_progress
 from data_prep.reasons import remark_kinds
+from data_prep.resume import SavedProgress, SourceRecord, save_progress
 from data_prep.schemas import DECODED, END_OF_SOURCE
 from data_prep.stages import Decode
 from sora_train.data.config import DataConfig, SelectionConfig
@@ -21,10 +21,10 @@ def test_a_source_ends_with_all_remarks_on_it(tmp_path: Path, write):
         "row_id": "r",
         "source": "a.mkv",
         "captions": ["x"],
-        "size": 1,
-        "version": "",
+        "source_size": 1,
+        "source_version": "",
         "path": str(path),
-        "done": [],
+        "skip": [],
     }
     decode = Decode(data, SelectionConfig(), 1)
     rows = pa.Table.from_pylist(list(decode.clips(source)), DECODED).to_pylist()
@@ -33,7 +33,7 @@ def test_a_source_ends_with_all_remarks_on_it(tmp_path: Path, write):
     assert sorted(set(remark_kinds(rows[-1]["remark"]))) == ["breaks_off", "interlaced"]
 
 
-def test_remarks_stay_in_the_ledger(tmp_path: Path):
+def test_remarks_are_saved_with_their_source(tmp_path: Path):
     records = {
         "r": SourceRecord("a.mp4", 5, "1", ["c"], ["hdr", "interlaced"]),
         "s": SourceRecord("b.mp4", 6, "1", ["d"]),

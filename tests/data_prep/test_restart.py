@@ -55,7 +55,7 @@ def test_a_restart_frees_the_actors_of_a_ray_that_was_connected(recipe: Recipe, 
     """It has two CPUs: no room for a second pipeline next to the first."""
     wait_so_long(monkeypatch, 0.5, 1800)
     assert prep(recipe).counts.written == 2
-    assert "nothing came for 0 s; restarts with what is missing" in capsys.readouterr().out
+    assert "gave no output for 0 s; restarts with the missing clips" in capsys.readouterr().out
 
 
 def test_restarts_without_a_clip_come_to_an_end(recipe: Recipe, monkeypatch, local_ray):

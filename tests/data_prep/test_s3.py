@@ -110,7 +110,7 @@ def test_a_folder_of_media_and_texts_may_lie_in_a_bucket(s3: str, capsys: pytest
         ("c.png", (), 0, "no_caption"),
         ("in/a.webm", ("of ä",), 2, ""),
     ]
-    assert f"{s3}/media: 1 .txt without a video or picture, such as alone.txt\n" in capsys.readouterr().out
+    assert f"{s3}/media: 1 .txt without a video or image, such as alone.txt\n" in capsys.readouterr().out
 
 
 def test_a_file_in_a_bucket_is_written_overwritten_and_nothing_else(s3: str):
@@ -158,7 +158,7 @@ def test_shards_and_their_manifest_may_lie_in_a_bucket(s3: str):
 
 def test_a_place_that_is_not_there_is_one_message_with_what_to_look_at(s3: str):
     put_csv(f"{s3}/c.csv", ["a.mp4"])
-    with pytest.raises(RecipeError, match="s3://no-such-bucket/c.csv is no file; .*ACCESS_KEY.*AWS_ENDPOINT_URL"):
+    with pytest.raises(RecipeError, match="s3://no-such-bucket/c.csv is not a file; .*ACCESS_KEY.*AWS_ENDPOINT_URL"):
         read_rows(DataConfig(captions="s3://no-such-bucket/c.csv"))
     with pytest.raises(RecipeError, match="data.root: there is no folder s3://no-such-bucket/x; .*AWS_ENDPOINT_URL"):
         read_rows(DataConfig(captions=f"{s3}/c.csv", root="s3://no-such-bucket/x"))

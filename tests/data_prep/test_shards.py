@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.ledger import SavedProgress, SourceRecord, save_progress
+from data_prep.resume import SavedProgress, SourceRecord, save_progress
 from data_prep.shards import ShardWriter, read_stored_clips, remove_clips, remove_unfinished
-from data_prep.sink import pause_s
+from data_prep.sink import save_interval_s
 from sora_train.errors import UserError
 from sora_train.locks import run_lock
 from sora_train.schema import SHARD_SCHEMA, encode_row, shard_files
@@ -69,7 +69,7 @@ def test_what_is_taken_out_is_gone_and_the_rest_stays(tmp_path: Path):
     kept = [i for i in range(50) if i not in (3, 49)]
     assert after.equals(before.take(kept))
     clip = read_stored_clips(str(tmp_path), "key")[0]["00004"]
-    assert (clip.source, clip.size, clip.version, clip.shard) == ("4.mp4", 4, "v", file)
+    assert (clip.source, clip.source_size, clip.source_version, clip.shard) == ("4.mp4", 4, "v", file)
     remove_clips(str(tmp_path), file, {f"{i:05d}" for i in range(50)})
     assert shard_files(str(tmp_path)) == []
 
@@ -84,7 +84,7 @@ def test_a_shard_that_is_no_parquet_is_named(tmp_path: Path):
     write(tmp_path, 0, 5)
     (file,) = shard_files(str(tmp_path))
     Path(file).write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="can't be read.*delete it"):
+    with pytest.raises(UserError, match="can't be read.*Delete it"):
         read_stored_clips(str(tmp_path), "key")
 
 
@@ -144,7 +144,7 @@ def test_reading_the_ledger_leaves_no_thread_behind(tmp_path: Path):
     save_progress(str(tmp_path), "settings", {"row": SourceRecord("a.mp4", 5, "7", ["s"])}, [failure("s", "corrupt")])
     code = (
         "from pathlib import Path\n"
-        "from data_prep.ledger import SavedProgress\n"
+        "from data_prep.resume import SavedProgress\n"
         "def threads(): return {t.name for t in Path('/proc/self/task').iterdir()"
         " if not (t / 'comm').read_text().startswith('jemalloc')}\n"
         "before = threads()\n"
@@ -159,7 +159,7 @@ def test_saving_the_ledger_takes_a_twentieth_of_the_time_at_most():
     while now < 1e6:  # seconds, in which the ledger grows so that saving it takes a thousandth of them
         last = now / 1000
         saving += last
-        now += last + pause_s(last)
+        now += last + save_interval_s(last)
     assert last > 900
     assert saving / now < 0.05
-    assert pause_s(0.1) == 30
+    assert save_interval_s(0.1) == 30

@@ -30,14 +30,14 @@ class Short:
 
 
 def row(sample: str, captions: Sequence[str], **more: object) -> dict:
-    known = {"row_id": sample, "source": f"{sample}.mp4", "size": 1, "version": "v", "sample_id": sample}
+    known = {"row_id": sample, "source": f"{sample}.mp4", "source_size": 1, "source_version": "v", "sample_id": sample}
     times = {"start_s": 0.0, "end_s": 1.0, "content_hash": "", "perceptual_hash": ""}
     empty = {"reason": "", "message": "", "remark": "", "note": "", "asked": []}
     return known | times | empty | {"captions": list(captions), "bucket": "4x16x16"} | more
 
 
 def test_a_caption_that_does_not_fit_costs_its_own_clip():
-    stage = EmbedText(CODEC, 1, {"4x16x16": (4, 4, 2, 2)}, 32, 1, "cpu")
+    stage = EmbedText(CODEC, {"4x16x16": (1, 4, 4, 2, 2)}, 32, 1, "cpu")
     stage.encoder.model = Short(stage.encoder.model, most=12)
     latents = np.zeros((1, 4, 4, 2, 2), np.float32).tobytes()
     long = "a very long caption " * 5
@@ -80,7 +80,7 @@ def test_latents_beyond_float16_cost_their_own_clip():
             parameter.mul_(np.finfo(np.float16).max / (noise * grey) ** 0.5)
     rows = [row(name, ["x"], frames=clip.tobytes()) for name, clip in zip("ab", clips, strict=True)]
     encoded = stage(pa.Table.from_pylist(rows, DECODED))
-    made = EmbedText(CODEC, 2, {"4x16x16": (4, 4, 2, 2)}, 32, 1, "cpu")(encoded).to_pylist()
+    made = EmbedText(CODEC, {"4x16x16": (2, 4, 4, 2, 2)}, 32, 1, "cpu")(encoded).to_pylist()
     assert [clip["reason"] for clip in made] == ["", "not_finite"]
     assert made[1]["message"] == "b.mp4: latents are not finite in float16"
     assert made[1]["latents"] is None
@@ -92,7 +92,7 @@ def test_a_vae_that_gives_no_numbers_costs_every_clip_and_raises_nothing():
         stage.vae.model.quant_conv.bias[0] = torch.nan
     clip = np.full((4, 16, 16, 3), 99, np.uint8)
     encoded = stage(pa.Table.from_pylist([row(name, ["x"], frames=clip.tobytes()) for name in "ab"], DECODED))
-    made = EmbedText(CODEC, 2, {"4x16x16": (4, 4, 2, 2)}, 32, 1, "cpu")(encoded).to_pylist()
+    made = EmbedText(CODEC, {"4x16x16": (2, 4, 4, 2, 2)}, 32, 1, "cpu")(encoded).to_pylist()
     assert [clip["reason"] for clip in made] == ["not_finite"] * 2
 
 

@@ -30,7 +30,7 @@ def test_nothing_more_is_a_standstill():
 
     tables = with_watchdog(items(), stall_timeout_s=0.2)
     assert next(tables) == 1
-    with pytest.raises(PipelineStalled, match="nothing came for 0 s"):
+    with pytest.raises(PipelineStalled, match="gave no output for 0 s"):
         next(tables)
     released.set()
 

@@ -79,7 +79,7 @@ def test_the_table_is_shown_before_the_error(folder: Path, capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("other", "says"),
     [
-        ({"height": 64}, "holds clips of 8x32x64 and the recipe asks for 8x64x64; set data.output to another folder"),
+        ({"height": 64}, "holds clips of 8x32x64; the recipe asks for 8x64x64. Set data.output to another folder"),
         ({"fps": 5.0}, "holds shards of another encoding .*set data.output to another folder"),
     ],
 )
