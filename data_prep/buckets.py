@@ -1,4 +1,4 @@
-"""What a clip is cut and fitted to: frames x height x width at a rate. Pure arithmetic."""
+"""Buckets: the shapes (frames x height x width) and frame rate of clips, and the choice of a clip's bucket."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from sora_train.data.config import DataConfig
 from sora_train.schema import bucket_name
 
 TRANSFORM_VERSION = 3
-"""Part of the encoding hash: raise it when the same video gives other frames."""
+"""Part of the encoding hash: increase it if the same video gives other frames."""
 TOLERANCE_S = 0.01  # containers round durations to milliseconds
-TIMESTAMP_ERROR_S = 1.5e-3  # a frame's time may be off by so much: Matroska, FLV and ASF round to milliseconds
+TIMESTAMP_ERROR_S = 1.5e-3  # of a frame's time: Matroska, FLV and ASF round to milliseconds
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Bucket:
 
     @property
     def seconds(self) -> float:
-        """How long a clip lasts, the last frame's own time included."""
+        """Duration of a clip, including that of its last frame."""
         return self.frames / self.fps
 
     @property
@@ -42,21 +42,20 @@ class Bucket:
         return self.frames * self.height * self.width * 3
 
     def times(self) -> np.ndarray:
-        """When each frame is due, in seconds from the clip's start."""
+        """The time of each frame, in seconds since the clip's start."""
         return np.arange(self.frames) / self.fps
 
     def is_filled_by(self, seconds: float) -> bool:
-        """Whether so much video is enough for a clip."""
+        """Whether a video of this duration is long enough for a clip."""
         return seconds >= self.seconds - TOLERANCE_S
 
     def crop_box(
         self, width: int, height: int, pixel_aspect: float = 1.0, place: tuple[float, float] = (0.5, 0.5)
     ) -> tuple[float, float, float, float]:
-        """The part of a frame that has the bucket's shape: left, top, right, bottom in the frame's own pixels.
+        """The largest part of a frame with the bucket's shape: left, top, right, bottom in the frame's pixels.
 
-        `pixel_aspect` is a source pixel's width over its height. Resizing this box to the bucket is covering the bucket
-        with the frame and cutting off what stands out: `place` says how much of that at the left and at the top, 0.5
-        half of it.
+        `pixel_aspect` is the width of a source pixel over its height. `place` is the share of the surplus that is cut
+        off at the left and at the top.
         """
         shape = self.width / self.height / pixel_aspect  # wanted width over height, in source pixels
         crop_width, crop_height = min(width, height * shape), min(height, width / shape)
@@ -64,12 +63,12 @@ class Bucket:
         return left, top, left + crop_width, top + crop_height
 
     def upscale_factor(self, width: float, height: float) -> float:
-        """How many times larger a picture is made to cover the bucket; below 1 it shrinks."""
+        """The factor that makes an image cover the bucket; below 1 it shrinks."""
         return max(self.width / width, self.height / height)
 
 
 def buckets_of(data: DataConfig) -> tuple[Bucket, ...]:
-    """Every bucket that a recipe asks for."""
+    """The buckets of a recipe."""
     return tuple(Bucket(frames, height, width, data.fps) for frames, height, width in data.shapes)
 
 
@@ -81,24 +80,21 @@ def choose_bucket(
     max_enlarge: float = 0.0,
     still: bool = False,
 ) -> Bucket:
-    """The bucket of a clip out of a source that is shown at `width` x `height` and goes on for `seconds`.
+    """The bucket of a clip from a source with this display size, which lasts `seconds` from the clip's start.
 
-    First the most frames that it fills (a picture fills buckets of one frame, a video these only where there are no
-    others), then the nearest shape, then the largest that needs no enlarging, else the smallest. `max_enlarge` 0 is no
-    bound. Raises ClipError `too_short` or `too_small`.
+    First the most frames that it fills (an image fills buckets of one frame, a video only if there are no others), then
+    the nearest shape, then the largest that needs no upscaling, else the smallest. `max_enlarge` 0 is no bound. Raises
+    ClipError `too_short` or `too_small`.
     """
-    if still:
-        filled = [bucket for bucket in buckets if bucket.frames == 1]
-        if not filled:
-            raise ClipError("too_short", "is a still picture, and data.buckets has none of one frame (1xHEIGHTxWIDTH)")
-    else:
-        moving = [bucket for bucket in buckets if bucket.frames > 1] or list(buckets)
-        filled = [bucket for bucket in moving if bucket.is_filled_by(seconds)]
-        if not filled:
-            least = min(moving, key=lambda bucket: bucket.frames)
-            raise ClipError("too_short", f"lasts {seconds:.2f} s; {clip_length(least)}")
-        most = max(bucket.frames for bucket in filled)
-        filled = [bucket for bucket in filled if bucket.frames == most]
+    moving = [bucket for bucket in buckets if bucket.frames > 1] or list(buckets)
+    filled = [b for b in buckets if b.frames == 1] if still else [b for b in moving if b.is_filled_by(seconds)]
+    if not filled:
+        if still:
+            raise ClipError("too_short", "is an image, and data.buckets has none of one frame (1xHEIGHTxWIDTH)")
+        shortest = min(moving, key=lambda bucket: bucket.frames)
+        raise ClipError("too_short", f"lasts {seconds:.2f} s; {clip_length(shortest)}")
+    most = max(bucket.frames for bucket in filled)
+    filled = [bucket for bucket in filled if bucket.frames == most]
     large_enough = [b for b in filled if not max_enlarge or b.upscale_factor(width, height) <= max_enlarge + 1e-9]
     if not large_enough:
         least = min(filled, key=lambda bucket: bucket.upscale_factor(width, height))
@@ -118,5 +114,5 @@ def choose_bucket(
 
 
 def clip_length(bucket: Bucket) -> str:
-    """How long a clip is, for messages."""
+    """A clip's duration, for messages."""
     return f"a clip of {bucket.frames} frames at {bucket.fps:g} fps takes {bucket.seconds:.2f} s"

@@ -1,7 +1,7 @@
-"""CSV as programs and people write it: the records of a file, each with the line on which it begins.
+"""Reads CSV files strictly: the records of a file, each with the number of its first line.
 
-RFC 4180, with any of four separators. What RFC 4180 does not allow is an error that names its line, because a lenient
-reader would change captions without a word.
+RFC 4180, with any of four separators. Anything else is an error that names the line and the cause, because a lenient
+reader would silently change captions.
 """
 
 from __future__ import annotations
@@ -14,24 +14,29 @@ from collections.abc import Iterator, Sequence
 from sora_train.errors import RecipeError
 
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
-LONGEST = 2**31 - 1  # characters of a cell; Python's own limit is 131072, and a C long's is this on Windows
+MAX_CELL = 2**31 - 1  # characters; Python's default limit is 131072, and this is a C long's on Windows
+BACKSLASHES = (
+    'a quotation mark is escaped by a backslash (\\"), which CSV does not know. Double the mark instead (""), or write '
+    "JSON lines. pandas: to_csv without escapechar; Spark: option('escape', '\"')"
+)
+UNCLOSED = "Close it, or double a mark that belongs to the text"
 
 
 class Records:
-    """The records of a CSV that are not blank. The first is the header, its names without blanks around them."""
+    """The records of a CSV that are not blank. The first one is the header."""
 
     def __init__(self, place: str, text: str, wanted: Sequence[str]):
-        csv.field_size_limit(LONGEST)
+        csv.field_size_limit(MAX_CELL)
         self.place = place
-        self.lines = io.StringIO(text, newline="").readlines()  # ended by \n, \r\n or a bare \r
+        self.lines = io.StringIO(text, newline="").readlines()  # ended by \n, \r\n or a single \r
         self.skipped, self.separator = _dialect(self.lines, wanted)
-        self._escapes = '\\"' in text
+        self._has_backslashes = '\\"' in text
         self._records = self._read()
         first = next(self._records, (1, []))
         self.header = [name.strip() for name in first[1]]
 
     def __iter__(self) -> Iterator[tuple[int, list[str]]]:
-        """The number of the line on which a record begins, and its cells. Raises RecipeError."""
+        """Yields the number of a record's first line, and its cells. Raises RecipeError."""
         for number, cells in self._records:
             cells = [cell.strip() for cell in cells]
             if [cell.removeprefix("\ufeff") for cell in cells] == self.header:
@@ -41,76 +46,65 @@ class Records:
             yield number, cells
 
     def _read(self) -> Iterator[tuple[int, list[str]]]:
-        table = csv.reader(
-            self.lines[self.skipped :], delimiter=self.separator, skipinitialspace=True, strict=True
-        )  # ', "a, b"' is one cell
+        table = csv.reader(self.lines[self.skipped :], delimiter=self.separator, skipinitialspace=True, strict=True)
         begin = self.skipped + 1
         try:
             for cells in table:
                 end = self.skipped + table.line_num
-                if self._escapes:
-                    self._refuse_backslashes(begin, "".join(self.lines[begin - 1 : end]), cells)
+                # A \" in a cell is text if the file doubles its mark, as in RFC 4180; else it was meant as an escape.
+                marks = self._raw(begin, end).count('\\""') if self._has_backslashes else 0
+                if self._has_backslashes and sum(cell.count('\\"') for cell in cells) > marks:
+                    raise self._error(begin, BACKSLASHES)
                 if any(cell.strip() for cell in cells):
                     yield begin, cells
-                begin = end + 1  # a cell may reach over several lines
+                begin = end + 1  # a cell may contain line ends
         except csv.Error as error:
-            raise self._error(begin, self._why(str(error), begin, self.skipped + table.line_num)) from None
+            raise self._error(begin, self._explain(str(error), begin, self.skipped + table.line_num)) from None
 
-    def _refuse_backslashes(self, number: int, raw: str, cells: list[str]) -> None:
-        """A cell's `\\"` is text where the file doubles its mark, as RFC 4180 does; else it was meant as an escape."""
-        if sum(cell.count('\\"') for cell in cells) > raw.count('\\""'):
-            raise self._error(number, BACKSLASHES)
+    def _raw(self, begin: int, end: int) -> str:
+        return "".join(self.lines[begin - 1 : end])
 
-    def _why(self, said: str, begin: int, end: int) -> str:
-        """The cause of csv's complaint about a record of these lines, and the remedy."""
-        raw = "".join(self.lines[begin - 1 : end])
-        if '\\"' in raw:
+    def _explain(self, error: str, begin: int, end: int) -> str:
+        """The cause of an error of Python's csv module, and what to do."""
+        if '\\"' in self._raw(begin, end):
             return BACKSLASHES
-        if "end of data" in said:
-            return (
-                "a quotation mark is never closed, so the rest of the file is one cell. Close it, or double a mark "
-                "that belongs to the text"
-            )
+        if "end of data" in error:
+            return f"a quotation mark is never closed, so the rest of the file is one cell. {UNCLOSED}"
         if end > begin:
-            return (
-                f"a quotation mark is not closed before line {end}. Close it, or double a mark that belongs to the text"
-            )
-        if "expected after" in said:
+            return f"a quotation mark is not closed before line {end}. {UNCLOSED}"
+        if "expected after" in error:
             return (
                 "text follows a closing quotation mark. Put the whole cell between marks and double those that belong "
                 'to the text, such as """Hello"" she said"'
             )
-        return f"{said}. Correct that line"
+        return f"{error}. Correct that line"
 
     def _too_many(self, number: int, cells: list[str]) -> str:
         name, raw = SEPARATORS.get(self.separator, repr(self.separator)), self.lines[number - 1]
-        has, remedy = f"{len(cells)} cells, but the header has {len(self.header)}", QUOTE_IT.format(name)
+        why = ""
         if f"\\{self.separator}" in raw:
-            return f"{has}: a {name} is escaped by a backslash, which CSV does not know. {remedy}"
-        if "\u201c" in raw or "\u201d" in raw:
-            return f"{has}: \u201c and \u201d are text in CSV, not quotation marks. {remedy}"
-        return f"{has}. {remedy}"
+            why = f": a {name} is escaped by a backslash, which CSV does not know"
+        elif "\u201c" in raw or "\u201d" in raw:
+            why = ": \u201c and \u201d are text in CSV, not quotation marks"
+        return (
+            f"{len(cells)} cells, but the header has {len(self.header)}{why}. Put a caption with a {name} in it "
+            'between quotation marks, "so, for instance"'
+        )
 
     def _error(self, number: int, sentence: str) -> RecipeError:
         return RecipeError(f"data.captions: {self.place}, line {number}: {sentence}")
 
 
-BACKSLASHES = (
-    'a quotation mark is escaped by a backslash (\\"), which CSV does not know. Double the mark instead (""), or write '
-    "JSON lines. pandas: to_csv without escapechar; Spark: option('escape', '\"')"
-)
-QUOTE_IT = 'Put a caption with a {} in it between quotation marks, "so, for instance"'
-
-
 def _dialect(lines: list[str], wanted: Sequence[str]) -> tuple[int, str]:
-    """Lines to skip before the header, and the separator: what Excel's `sep=` line says, or else the one that gives
-    the header the wanted names, or else most names.
+    """The number of lines before the header, and the separator.
+
+    That is what Excel's line `sep=` names, or the one that gives the wanted names, or else the most names.
     """
     first = next((number for number, line in enumerate(lines) if line.strip()), 0)
     if not lines:
         return 0, ","
-    if said := re.fullmatch(r'"?sep=(.)"?[\r\n]*', lines[first], re.IGNORECASE):
-        return first + 1, said[1]
+    if excel := re.fullmatch(r'"?sep=(.)"?[\r\n]*', lines[first], re.IGNORECASE):
+        return first + 1, excel[1]
     found: dict[str, tuple[bool, int]] = {}
     for separator in SEPARATORS:
         names = [name.strip() for name in next(csv.reader([lines[first]], delimiter=separator, skipinitialspace=True))]

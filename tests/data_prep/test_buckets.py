@@ -18,24 +18,24 @@ SMALL, LARGE, LONG, STILL = (
 ALL = (WIDE, TALL, SQUARE, SMALL, LARGE, LONG, STILL)
 
 
-def test_the_crop_of_a_wide_frame_is_its_centre_in_the_buckets_shape():
+def test_the_crop_is_the_centre_in_the_buckets_shape():
     assert Bucket(1, 100, 100, 8).crop_box(400, 200) == (100, 0, 300, 200)
     assert Bucket(1, 100, 100, 8).crop_box(200, 400) == (0, 100, 200, 300)
     assert Bucket(1, 90, 160, 8).crop_box(1920, 1080) == (0, 0, 1920, 1080)
 
 
-def test_another_place_takes_another_part_of_what_stands_out():
+def test_the_place_moves_the_crop():
     assert Bucket(1, 100, 100, 8).crop_box(400, 200, place=(0.0, 0.7)) == (0, 0, 200, 200)
     assert Bucket(1, 100, 100, 8).crop_box(400, 200, place=(1.0, 0.7)) == (200, 0, 400, 200)
 
 
-def test_pixels_that_are_not_square_are_cropped_by_how_they_look():
+def test_non_square_pixels_are_cropped_by_their_display_shape():
     left, top, right, bottom = Bucket(1, 100, 100, 8).crop_box(240, 240, pixel_aspect=16 / 9)
     assert (right - left) * 16 / 9 == pytest.approx(bottom - top)
     assert (left + right, top, bottom) == (240, 0, 240)
 
 
-def test_a_clip_is_filled_by_its_own_length_and_by_what_containers_round_it_to():
+def test_a_rounded_duration_fills_a_clip():
     bucket = Bucket(8, 64, 64, 8)
     assert bucket.is_filled_by(1.0)
     assert bucket.is_filled_by(0.999)
@@ -61,12 +61,12 @@ def test_a_recipes_buckets_are_its_shapes_at_its_rate():
         ((1920, 1080), 7.0, LONG),  # the most frames come before the nearest shape
     ],
 )
-def test_a_clip_goes_to_the_longest_it_fills_then_the_nearest_shape_then_the_largest(size, seconds, bucket):
+def test_length_comes_before_shape_and_shape_before_size(size, seconds, bucket):
     for buckets in (ALL, ALL[::-1]):
         assert choose_bucket(buckets, *size, seconds) == bucket
 
 
-def test_a_picture_goes_to_a_bucket_of_one_frame_and_a_video_only_where_there_are_no_others():
+def test_an_image_goes_to_a_bucket_of_one_frame():
     assert choose_bucket(ALL, 1920, 1080, 0.0, still=True) == STILL
     assert choose_bucket((STILL,), 1920, 1080, 5.0) == STILL
     with pytest.raises(ClipError, match="of one frame") as error:
@@ -77,7 +77,7 @@ def test_a_picture_goes_to_a_bucket_of_one_frame_and_a_video_only_where_there_ar
     assert error.value.reason == "too_short"
 
 
-def test_what_would_be_enlarged_beyond_the_bound_is_too_small():
+def test_a_clip_beyond_the_enlargement_bound_is_too_small():
     assert choose_bucket((WIDE, SQUARE), 300, 171, 3.0) == WIDE
     assert choose_bucket((WIDE, SQUARE), 320, 200, 3.0, max_enlarge=1.3) == SQUARE
     with pytest.raises(ClipError, match=r"is 300x171; 16x256x448 would enlarge it 1\.50 times") as error:
@@ -85,5 +85,5 @@ def test_what_would_be_enlarged_beyond_the_bound_is_too_small():
     assert error.value.reason == "too_small"
 
 
-def test_a_square_between_portrait_and_landscape_goes_the_same_way_whatever_the_order():
+def test_the_order_of_buckets_does_not_matter():
     assert {choose_bucket(order, 300, 300, 3.0) for order in itertools.permutations((WIDE, TALL))} == {WIDE}

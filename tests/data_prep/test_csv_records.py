@@ -51,7 +51,7 @@ def test_a_dialect_is_read_as_it_was_meant(tmp_path: Path, content: str | bytes)
     assert captions_of(tmp_path, content) == MEANT
 
 
-def test_another_separator_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_another_separator_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     read(tmp_path, "video_file_name;prompt\na.mp4;x\n")
     assert capsys.readouterr().out == f"{tmp_path}/captions.csv: cells are separated by semicolons\n"
     read(tmp_path, HEAD + "a.mp4,x\n")
@@ -85,7 +85,7 @@ def test_another_separator_is_said(tmp_path: Path, capsys: pytest.CaptureFixture
         (b"PK\x03\x04" + bytes(range(256)), "is a zip archive or an Excel workbook; save it as CSV in UTF-8"),
     ],
 )
-def test_what_can_not_be_read_surely_names_its_line_and_cause(tmp_path: Path, content: str | bytes, words: str):
+def test_an_unreadable_record_names_its_line_and_cause(tmp_path: Path, content: str | bytes, words: str):
     with pytest.raises(RecipeError, match=words):
         read(tmp_path, content)
 
@@ -107,7 +107,7 @@ def test_a_very_long_caption_is_read(tmp_path: Path):
 
 
 @pytest.mark.parametrize("word", sorted(NO_CAPTION))
-def test_a_word_for_no_value_is_no_caption(tmp_path: Path, word: str):
+def test_a_word_for_a_missing_value_is_no_caption(tmp_path: Path, word: str):
     (row,) = read(tmp_path, HEAD + f"a.mp4,{word}\n")
     assert (row.reason, row.captions) == ("no_caption", ())
     assert repr(word) in row.message

@@ -112,7 +112,7 @@ def left_over(family: list[psutil.Process], seconds: float = 30.0) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(3000)
-def test_a_run_whose_driver_was_killed_is_taken_up_where_it_was(videos: Path, unbroken: Path, tmp_path: Path):
+def test_a_run_resumes_after_its_driver_was_killed(videos: Path, unbroken: Path, tmp_path: Path):
     process = start(videos, tmp_path)
     wait_for_shard(tmp_path, process)
     assert left_over(kill(process, "driver"), seconds=10.0) == []
@@ -129,7 +129,7 @@ def test_a_run_whose_driver_was_killed_is_taken_up_where_it_was(videos: Path, un
 @pytest.mark.ray
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("number", range(10))
-def test_a_kill_at_any_moment_changes_nothing(videos: Path, unbroken: Path, tmp_path: Path, number: int):
+def test_a_kill_at_any_moment_changes_no_clip(videos: Path, unbroken: Path, tmp_path: Path, number: int):
     draw = random.Random(number)
     early = number < 4  # later the decoders have done their work and are gone
     whom = ("driver", *ACTORS)[number] if early else ("driver", *ACTORS[1:])[number % 3]
@@ -164,7 +164,7 @@ def test_a_kill_at_any_moment_changes_nothing(videos: Path, unbroken: Path, tmp_
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(3000)
-def test_the_loss_of_a_node_changes_nothing(videos: Path, unbroken: Path, tmp_path: Path):
+def test_the_loss_of_a_node_changes_no_clip(videos: Path, unbroken: Path, tmp_path: Path):
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     try:
         node = cluster.add_node(num_cpus=2)

@@ -15,7 +15,7 @@ def hexed(*numbers: int) -> str:
     return "".join(f"{number:016x}" for number in numbers)
 
 
-def test_a_clip_with_the_bytes_and_the_place_of_an_earlier_one_is_its_duplicate():
+def test_equal_bytes_at_an_equal_span_are_a_duplicate():
     kept = Duplicates(SelectionConfig(duplicates=True))
     for name in ("first", "second"):
         kept.add(name, "bytes", hexed(1, 2, 3), (0.0, 1.0))
@@ -24,7 +24,7 @@ def test_a_clip_with_the_bytes_and_the_place_of_an_earlier_one_is_its_duplicate(
     assert kept.find("others", hexed(1, 2, 3), (0.0, 1.0)) is None
 
 
-def test_a_near_duplicate_is_found_as_by_comparing_every_pair_bit_by_bit(monkeypatch: pytest.MonkeyPatch):
+def test_near_duplicates_equal_a_comparison_of_every_pair(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(filters, "BLOCK", 700)
     rng = np.random.default_rng(0)
     clips = rng.integers(0, 2, (2000, 3, 64), dtype=np.uint8)
@@ -48,7 +48,7 @@ def test_a_near_duplicate_is_found_as_by_comparing_every_pair_bit_by_bit(monkeyp
     assert len(names) < 1800
 
 
-def test_a_clip_without_a_hash_is_no_ones_near_duplicate():
+def test_a_clip_without_a_hash_has_no_near_duplicate():
     kept = Duplicates(SelectionConfig(near_duplicates=64))
     kept.add("old", "a", "", (0.0, 1.0))
     assert kept.find("b", hexed(1, 2, 3), (0.0, 1.0)) is None
@@ -56,7 +56,7 @@ def test_a_clip_without_a_hash_is_no_ones_near_duplicate():
     assert kept.find("c", "", (0.0, 1.0)) is None
 
 
-def test_nothing_is_stored_where_both_are_off():
+def test_nothing_is_stored_if_both_filters_are_off():
     kept = Duplicates(SelectionConfig())
     for i in range(2000):
         kept.add(str(i), "same", hexed(1, 2, 3), (0.0, 1.0))
@@ -66,7 +66,7 @@ def test_nothing_is_stored_where_both_are_off():
     assert kept.hashes.shape == (3, 1024)
 
 
-def test_of_real_clips_those_of_one_video_are_near_duplicates_and_no_others(shared: Path):
+def test_only_copies_of_one_video_are_near_duplicates(shared: Path):
     derived = ("flower_hevc10.mkv", "flower.gif", "flower_theora.ogv", "gray.mp4", "tiny_32x18.mp4", "fps60.mp4")
     families = {
         "flower": ["flower.mp4", "flower.webm", *(f"derived/{name}" for name in derived)],

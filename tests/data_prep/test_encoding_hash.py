@@ -15,7 +15,7 @@ def hash_of(**changed: object) -> str:
     return encoding_hash(recipe, *find_codec(recipe))
 
 
-def test_captions_as_written_have_the_hash_of_shards_made_before_there_was_cleaning():
+def test_uncleaned_captions_have_the_hash_of_older_shards():
     recipe = Recipe.model_validate({"codec": {"precision": "bf16"}})
     vae, text = find_codec(recipe)
     before = [SCHEMA_VERSION, TRANSFORM_VERSION, recipe.data.fps, recipe.data.crop, recipe.data.flip]
@@ -25,7 +25,7 @@ def test_captions_as_written_have_the_hash_of_shards_made_before_there_was_clean
     assert hash_of(codec__precision="bf16") == expected
 
 
-def test_cleaned_captions_and_another_precision_are_other_encodings():
+def test_cleaning_and_precision_change_the_encoding_hash():
     cleaned = hash_of(codec__caption_cleaning="lower")
     assert len({cleaned, hash_of(), hash_of(codec__precision="bf16")}) == 3
     assert hash_of(init_from="owner/released") == cleaned  # as the released model reads them

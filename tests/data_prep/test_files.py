@@ -81,7 +81,7 @@ def test_a_name_in_another_normal_form_is_found(tmp_path: Path, on_disk: str, in
         ("sub/a.mp4", "sub\\a.mp4", "write / between folders"),
     ],
 )
-def test_a_name_that_is_nearly_right_is_told(tmp_path: Path, on_disk: str, in_captions: str, hint: str):
+def test_a_similar_name_is_a_hint(tmp_path: Path, on_disk: str, in_captions: str, hint: str):
     put(tmp_path, on_disk)
     (row,) = rows_of(tmp_path, in_captions)
     assert row.reason == "missing_file"
@@ -102,7 +102,7 @@ def test_media_and_text_may_differ_in_normal_form(tmp_path: Path):
     assert row.captions == ("of a café",)
 
 
-def test_two_texts_of_one_stem_are_told(tmp_path: Path):
+def test_two_texts_of_one_file_are_refused(tmp_path: Path):
     put(tmp_path, "m/a.mp4", "m/a.txt", "m/a.TXT")
     (row,) = read_rows(DataConfig(captions=str(tmp_path / "m")))
     assert (row.reason, row.message) == ("no_caption", "a.TXT and a.txt are both next to it; remove one")

@@ -58,7 +58,7 @@ def encoded(path: Path, pictures: Callable[[int], np.ndarray], codec: str, **opt
         return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
 
 
-def test_a_clip_is_black_when_98_percent_of_every_frame_are_within_a_tenth_of_full_luma():
+def test_a_clip_is_black_if_98_percent_of_every_frame_are_dark():
     black = np.full((4, 100, 100, 3), 25, np.uint8)
     black[:, :2] = 255  # exactly 2 % of the pixels
     assert reason(black, SelectionConfig(black=True)) == "black"
@@ -73,7 +73,7 @@ def test_a_clip_is_black_when_98_percent_of_every_frame_are_within_a_tenth_of_fu
     ("codec", "options", "noise"),
     [("libx264", {"crf": "28"}, 0), ("libx264", {"crf": "23"}, 5), ("mpeg2video", {"qmax": "8"}, 0)],
 )
-def test_a_still_picture_is_frozen_however_its_codec_and_its_camera_rustle(
+def test_a_still_image_is_frozen_despite_codec_and_camera_noise(
     shared: Path, tmp_path: Path, codec: str, options: dict[str, str], noise: float
 ):
     with av.open(str(shared / "data/clips/flower.mp4")) as file:
@@ -93,7 +93,7 @@ def test_a_still_picture_is_frozen_however_its_codec_and_its_camera_rustle(
 
 @pytest.mark.parametrize("step", [0.5, 2, 5, 10, 25])
 @pytest.mark.parametrize(("height", "width"), [(256, 256), (192, 320)])
-def test_motion_is_what_the_picture_was_moved_by_in_percent_of_its_width_per_second(
+def test_motion_is_the_true_shift_in_percent_of_the_width(
     step: float, height: int, width: int
 ):
     frames = moving(step, height=height, width=width)
@@ -101,11 +101,11 @@ def test_motion_is_what_the_picture_was_moved_by_in_percent_of_its_width_per_sec
     assert motion(frames, 16.0) == pytest.approx(2 * motion(frames, 8.0))
 
 
-def test_frames_that_a_slow_source_repeats_leave_its_motion_as_it_is():
+def test_repeated_frames_do_not_change_motion():
     assert motion(np.repeat(moving(4, 9)[:-1], 2, axis=0)[1:], 16.0) == pytest.approx(4 / 256 * 100 * 8.0, rel=0.1)
 
 
-def test_motion_outside_its_two_bounds_is_left_out():
+def test_motion_outside_its_bounds_is_filtered():
     slow, fast = moving(0.2), moving(12)  # 0.6 and 37.5 percent per second
     bounds = SelectionConfig(min_motion=1.0, max_motion=30.0)
     assert (reason(slow, bounds), reason(moving(2), bounds), reason(fast, bounds)) == ("too_still", "", "too_lively")
@@ -114,7 +114,7 @@ def test_motion_outside_its_two_bounds_is_left_out():
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (64, 8), (8, 512), (1, 5)])
-def test_motion_and_hash_of_tiny_and_of_narrow_pictures_are_finite(shape: tuple[int, int]):
+def test_motion_and_hash_of_tiny_images_are_finite(shape: tuple[int, int]):
     frames = np.random.default_rng(0).integers(0, 255, (3, *shape, 3), dtype=np.uint8)
     assert np.isfinite(motion(frames, 8.0))
     assert len(perceptual_hash(frames)) == 48
@@ -144,19 +144,19 @@ def test_the_first_of_several_reasons_is_given():
     assert reason(black + np.uint8(99), EVERYTHING.model_copy(update={"frozen": False})) == "too_still"
 
 
-def test_a_picture_neither_moves_nor_freezes():
+def test_an_image_is_neither_still_nor_frozen():
     assert reason(moving(0, 1), EVERYTHING) == ""
     assert reason(moving(0, 1) // 16, EVERYTHING) == "black"
     assert reason(moving(0, 1) // 16 + np.uint8(99), EVERYTHING) == "blurred"
 
 
-def test_checks_that_are_off_are_not_computed(monkeypatch: pytest.MonkeyPatch):
+def test_filters_that_are_off_are_not_computed(monkeypatch: pytest.MonkeyPatch):
     for name in ("black_share", "max_block_change", "motion", "sharpness"):
         monkeypatch.delattr(filters, name)
     check_pixels(moving(0), 8.0, SelectionConfig())
 
 
-def test_the_hash_is_imagehashs_of_the_first_the_middle_and_the_last_frame():
+def test_the_hash_is_imagehashs_of_three_frames():
     import imagehash
     from PIL import Image
 
@@ -169,7 +169,7 @@ def test_the_hash_is_imagehashs_of_the_first_the_middle_and_the_last_frame():
     assert perceptual_hash(frames) == found
 
 
-def test_importing_it_brings_in_neither_torch_nor_ray_nor_what_only_some_recipes_need():
+def test_importing_filters_imports_no_heavy_package():
     heavy = ("torch", "ray", "scenedetect", "imagehash", "scipy")
     code = f"import sys, data_prep.filters; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

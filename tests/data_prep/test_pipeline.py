@@ -99,7 +99,7 @@ def clips_of(folder: Path) -> dict[str, dict]:
 
 
 @pytest.mark.ray
-def test_clips_become_shards_once_and_only_what_changed_is_made_again(
+def test_clips_become_shards_once_and_only_changes_again(
     tmp_path: Path, write, vae_folder: Path, local_ray, capsys: pytest.CaptureFixture[str]
 ):
     names = {f"{i}.mp4": f"a red thing {i % 2}" for i in range(6)}
@@ -184,7 +184,7 @@ def test_clips_become_shards_once_and_only_what_changed_is_made_again(
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_one_video_gives_many_clips_in_several_buckets_and_other_settings_make_only_what_is_missing(
+def test_other_settings_encode_only_the_missing_clips(
     tmp_path: Path, write, vae_folder: Path, local_ray
 ):
     write(tmp_path / "long.mp4", np.arange(90) / 30)
@@ -243,7 +243,7 @@ def test_missing_files_are_found_out_before_ray_starts(tmp_path: Path, vae_folde
     assert [row["reason"] for row in lost] == ["missing_file"] * 5
 
 
-def test_a_size_that_the_vae_can_not_halve_is_refused_by_key(tmp_path: Path, vae_folder: Path):
+def test_a_size_not_divisible_by_the_vaes_factor_is_refused(tmp_path: Path, vae_folder: Path):
     with pytest.raises(RecipeError, match="4x15x32: height and width must be multiples of the VAE's 2"):
         prep(recipe(tmp_path, vae_folder, height=15))
 

@@ -26,14 +26,14 @@ class Clock:
         return self.now
 
 
-def test_start_up_is_said_as_such():
+def test_start_up_has_its_own_line():
     clock = Clock()
     progress = Progress(10, clock=clock)
     clock.now += 65
     assert progress.line() == "prep: starting Ray and loading the VAE and the text encoder, 65 s so far"
 
 
-def test_a_rate_and_the_time_left_are_said_once_they_can_be_known():
+def test_rate_and_time_left_are_shown_once_known():
     clock = Clock()
     progress = Progress(66, clock=clock)
     clock.now += 65
@@ -46,7 +46,7 @@ def test_a_rate_and_the_time_left_are_said_once_they_can_be_known():
     assert progress.line() == "prep: 46 of 66 sources (69 %), 46 clips, 1.6 clips/s, 1 bad, 0 filtered, 12 s left"
 
 
-def test_rates_are_of_the_last_minute_and_fall_while_nothing_comes():
+def test_rates_are_of_the_last_minute_and_fall_in_a_pause():
     clock = Clock()
     progress = Progress(10_000, clock=clock)
     for second in range(400):  # 10 sources of 2 clips a second, then one
@@ -86,7 +86,7 @@ def ray_metrics(local_ray: None) -> str:
 
 
 @pytest.mark.ray
-def test_what_prep_did_is_in_rays_metrics(ray_metrics: str):
+def test_prep_counts_are_in_rays_metrics(ray_metrics: str):
     clock = Clock()
     with Progress(4, every_s=0.2, run="clips", clock=clock) as progress:
         progress.add(1, 5, 1, 2, Counter(unreadable=1, too_short=2))

@@ -43,19 +43,19 @@ def take(
     return state, stats, {row.source: done for row, done in state.todo}
 
 
-def test_a_source_whose_clips_are_all_there_is_not_opened_again():
+def test_a_complete_source_is_not_opened_again():
     state, stats, todo = take([row("a")], stored("a0", "a1"), ledger(a=["a0", "a1"]))
     assert todo == {}
     assert (stats.asked, stats.written, state.stale) == (2, 2, {})
 
 
-def test_a_source_without_a_record_is_opened_and_its_clips_are_left_alone():
+def test_a_source_without_a_record_is_opened_and_keeps_its_clips():
     state, stats, todo = take([row("a"), row("b")], stored("a0"), ledger())
     assert todo == {"a.mp4": ["4x16x32/a0"], "b.mp4": []}
     assert (stats.asked, stats.written, state.stale) == (0, 1, {})
 
 
-def test_what_failed_for_good_is_not_tried_again_and_what_may_go_better_is():
+def test_only_failures_that_are_not_permanent_are_tried_again():
     rows, records = [row("a"), row("b")], {"a": ["a0", "a1"], "b": ["b0", "b1"]}
     book = ledger({"a1": "corrupt", "b1": "timeout"}, **records)
     _, stats, todo = take(rows, stored("a0", "b0"), book)
@@ -64,14 +64,14 @@ def test_what_failed_for_good_is_not_tried_again_and_what_may_go_better_is():
     assert (stats.asked, stats.written) == (2, 2)
 
 
-def test_a_changed_file_is_made_anew():
+def test_a_changed_file_is_encoded_again():
     state, stats, todo = take([row("a", size=2), row("b")], stored("a0", "b0"), ledger(a=["a0"], b=["b0"]))
     assert todo == {"a.mp4": []}
     assert state.stale == {"bucket=4x16x32/part": {"a0"}}
     assert stats.written == 1
 
 
-def test_clips_that_nobody_asks_for_any_more_go_and_those_of_a_lost_file_stay():
+def test_unwanted_clips_are_stale_but_not_those_of_a_lost_file():
     rows = [row("a", reason="missing_file"), row("b")]
     state, stats, todo = take(rows, stored("a0", "b0", "b1", "c0"), ledger(b=["b0"]))
     assert state.stale == {"bucket=4x16x32/part": {"b1", "c0"}}

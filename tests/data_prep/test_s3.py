@@ -53,7 +53,7 @@ def test_rows_are_found_in_a_bucket_and_missing_ones_are_named(s3: str):
         assert read_bytes(system, rows[1].path) == b"12345"
 
 
-def test_names_in_a_bucket_may_be_uris_or_in_another_normal_form(s3: str, monkeypatch: pytest.MonkeyPatch):
+def test_names_in_a_bucket_may_be_uris_or_another_normal_form(s3: str, monkeypatch: pytest.MonkeyPatch):
     apart = unicodedata.normalize("NFD", "café")
     put(f"{s3}/set/{apart}.mp4", b"123")
     put(f"{s3}/set/b c.mp4", b"12")
@@ -113,7 +113,7 @@ def test_a_folder_of_media_and_texts_may_lie_in_a_bucket(s3: str, capsys: pytest
     assert f"{s3}/media: 1 .txt without a video or image, such as alone.txt\n" in capsys.readouterr().out
 
 
-def test_a_file_in_a_bucket_is_written_overwritten_and_nothing_else(s3: str):
+def test_writing_to_a_bucket_leaves_no_other_files(s3: str):
     system, path = resolve(f"{s3}/new/folder/file")
     assert read_bytes(system, path) is None
     for content in (b"first", b"", b"x" * 20_000_000):  # the last in several parts
@@ -156,7 +156,7 @@ def test_shards_and_their_manifest_may_lie_in_a_bucket(s3: str):
         Manifest.load(f"{s3}/elsewhere")
 
 
-def test_a_place_that_is_not_there_is_one_message_with_what_to_look_at(s3: str):
+def test_a_missing_bucket_is_one_message_with_advice(s3: str):
     put_csv(f"{s3}/c.csv", ["a.mp4"])
     with pytest.raises(RecipeError, match="s3://no-such-bucket/c.csv is not a file; .*ACCESS_KEY.*AWS_ENDPOINT_URL"):
         read_rows(DataConfig(captions="s3://no-such-bucket/c.csv"))
@@ -172,7 +172,7 @@ def test_a_store_that_does_not_answer_is_one_message(s3: str, monkeypatch: pytes
         read_rows(DataConfig(captions=f"{s3}/c.csv"))
 
 
-def test_a_query_string_is_refused_with_the_variable_that_stands_for_it(s3: str):
+def test_a_query_string_is_refused_with_its_variable(s3: str):
     with pytest.raises(UserError, match="Leave out .endpoint_override=localhost:9000; .* AWS_ENDPOINT_URL"):
         resolve(f"{s3}/x?endpoint_override=localhost:9000")
 

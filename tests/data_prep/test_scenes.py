@@ -47,7 +47,7 @@ def test_a_video_without_cuts_is_one_scene(write: Callable[..., Path], tmp_path:
     assert len(scene_spans(str(write(tmp_path / "cut.mp4", EVEN, pictures=cut_at(30))), 250.0)) == 1
 
 
-def test_scene_detection_says_at_every_frame_that_it_is_alive(write: Callable[..., Path], tmp_path: Path):
+def test_scene_detection_calls_alive_at_every_frame(write: Callable[..., Path], tmp_path: Path):
     seen = []
     scene_spans(str(write(tmp_path / "whole.mp4", EVEN)), 27.0, lambda: seen.append(1))
     assert len(seen) == len(EVEN)
@@ -64,7 +64,7 @@ def test_a_real_cut_is_where_most_of_the_picture_changes(shared: Path):
     assert second == (pytest.approx(cut), pytest.approx(3.0, abs=0.05))
 
 
-def test_cuts_of_a_film_are_those_that_pyscenedetects_own_loop_finds(shared: Path):
+def test_cuts_of_a_film_equal_those_of_pyscenedetects_loop(shared: Path):
     from scenedetect import ContentDetector, SceneManager
     from scenedetect.backends import VideoStreamAv
 
@@ -77,13 +77,13 @@ def test_cuts_of_a_film_are_those_that_pyscenedetects_own_loop_finds(shared: Pat
     assert [start for start, _ in scene_spans(path, 27.0) if start > 1] == pytest.approx(theirs, abs=0.002)
 
 
-def test_time_begins_at_the_first_frame_whatever_the_container_says(shared: Path):
+def test_time_begins_at_the_first_frame(shared: Path):
     assert scene_spans(str(shared / "data/clips/derived/start_offset_10s.mp4"), 27.0) == [
         (0.0, pytest.approx(2.0, abs=0.05))
     ]
 
 
-def test_the_last_scene_of_a_file_that_breaks_off_reaches_to_its_promised_end(shared: Path):
+def test_the_last_scene_reaches_to_the_containers_end(shared: Path):
     assert scene_spans(str(shared / "data/broken/truncated_60pct.mp4"), 27.0)[-1][1] == pytest.approx(5.0, abs=0.05)
 
 

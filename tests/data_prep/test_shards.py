@@ -41,7 +41,7 @@ def ids(folder: Path) -> list[str]:
     return list(clips)
 
 
-def test_rows_keep_their_order_in_several_shards_of_small_row_groups(tmp_path: Path):
+def test_rows_keep_their_order_across_shards(tmp_path: Path):
     write(tmp_path, 0, 600)
     files = shard_files(str(tmp_path))
     assert len(files) == 3
@@ -60,7 +60,7 @@ def test_a_second_run_writes_behind_the_first(tmp_path: Path):
     assert ids(tmp_path) == [f"{i:05d}" for i in range(80)]
 
 
-def test_what_is_taken_out_is_gone_and_the_rest_stays(tmp_path: Path):
+def test_removed_clips_are_gone_and_the_rest_stays(tmp_path: Path):
     write(tmp_path, 0, 50)
     (file,) = shard_files(str(tmp_path))
     before = pq.read_table(file)
@@ -88,7 +88,7 @@ def test_a_shard_that_is_no_parquet_is_named(tmp_path: Path):
         read_stored_clips(str(tmp_path), "key")
 
 
-def test_what_a_killed_run_left_is_swept_away(tmp_path: Path):
+def test_unfinished_files_of_a_killed_run_are_removed(tmp_path: Path):
     write(tmp_path, 0, 5)
     left = tmp_path / "bucket=1x8x8" / ".unfinished-part-000001.parquet"
     left.write_bytes(b"half a shard")
@@ -98,7 +98,7 @@ def test_what_a_killed_run_left_is_swept_away(tmp_path: Path):
     assert len(ids(tmp_path)) == 5
 
 
-def test_a_clip_that_two_shards_hold_is_named(tmp_path: Path):
+def test_a_clip_in_two_shards_is_reported(tmp_path: Path):
     write(tmp_path, 0, 5)
     write(tmp_path, 3, 8)
     clips, twice = read_stored_clips(str(tmp_path), "key")
@@ -124,7 +124,7 @@ def failure(sample: str, reason: str, duplicate_of: str = "") -> dict:
     return {"sample_id": sample} | file | why
 
 
-def test_the_ledger_comes_back_for_the_same_settings_alone(tmp_path: Path):
+def test_saved_progress_is_loaded_for_the_same_settings_only(tmp_path: Path):
     failures = [failure("s", "corrupt"), failure("t", "timeout"), failure("u", "duplicate", "v")]
     records = {"row": SourceRecord("a.mp4", 5, "7", ["s", "t", "u", "v"])}
     save_progress(str(tmp_path), "settings", records, failures)
@@ -140,7 +140,7 @@ def test_the_ledger_comes_back_for_the_same_settings_alone(tmp_path: Path):
     assert SavedProgress.load(str(tmp_path), "settings").failures == {}
 
 
-def test_reading_the_ledger_leaves_no_thread_behind(tmp_path: Path):
+def test_loading_saved_progress_leaves_no_thread_behind(tmp_path: Path):
     save_progress(str(tmp_path), "settings", {"row": SourceRecord("a.mp4", 5, "7", ["s"])}, [failure("s", "corrupt")])
     code = (
         "from pathlib import Path\n"
@@ -154,7 +154,7 @@ def test_reading_the_ledger_leaves_no_thread_behind(tmp_path: Path):
     subprocess.run([sys.executable, "-c", code], timeout=120, check=True)
 
 
-def test_saving_the_ledger_takes_a_twentieth_of_the_time_at_most():
+def test_saving_progress_takes_a_twentieth_of_the_time_at_most():
     now, last, saving = 0.0, 0.0, 0.0
     while now < 1e6:  # seconds, in which the ledger grows so that saving it takes a thousandth of them
         last = now / 1000

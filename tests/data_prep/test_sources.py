@@ -21,7 +21,7 @@ def rows_of(folder: Path, text: str | bytes):
     return read_rows(DataConfig(captions=str(folder / "captions.csv")))
 
 
-def test_rows_are_found_beside_their_csv(tmp_path: Path):
+def test_files_are_found_next_to_their_csv(tmp_path: Path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "ä b.mp4").write_bytes(b"12345")
     (row,) = rows_of(tmp_path, '\ufeffprompt , other, video_file_name\n"two\nlines, ""quoted""",x,sub/ä b.mp4\n')
@@ -60,7 +60,7 @@ def test_captions_may_be_named_by_a_uri(tmp_path: Path):
         ("..good.mp4", ""),
     ],
 )
-def test_a_file_that_can_not_be_had_has_its_reason(tmp_path: Path, name: str, reason: str):
+def test_an_unusable_file_has_a_reason(tmp_path: Path, name: str, reason: str):
     (tmp_path / "sub").mkdir()
     for file, content in (("empty.mp4", b""), ("good.mp4", b"x"), ("..good.mp4", b"x")):
         (tmp_path / file).write_bytes(content)
@@ -70,7 +70,7 @@ def test_a_file_that_can_not_be_had_has_its_reason(tmp_path: Path, name: str, re
     assert reason != "outside_root" or not name or repr(name) in row.message
 
 
-def test_rows_without_a_caption_and_rows_twice_are_named_by_line(tmp_path: Path):
+def test_missing_captions_and_repeated_rows_name_their_line(tmp_path: Path):
     (tmp_path / "a.mp4").write_bytes(b"x")
     rows = rows_of(tmp_path, "video_file_name,prompt\na.mp4,one\na.mp4,\na.mp4,two\na.mp4,one\na.mp4\n")
     assert [row.reason for row in rows] == ["", "no_caption", "", "duplicate_row", "no_caption"]
@@ -94,13 +94,13 @@ def test_rows_without_a_caption_and_rows_twice_are_named_by_line(tmp_path: Path)
         (b"video_file_name,prompt\na,\xff\xfe\n", "is not UTF-8 text in line 2 .byte 0xff."),
     ],
 )
-def test_a_csv_that_is_no_good_says_what_is_wrong_with_it(tmp_path: Path, text: str | bytes, words: str):
+def test_an_invalid_csv_says_what_is_wrong(tmp_path: Path, text: str | bytes, words: str):
     with pytest.raises(RecipeError, match=words) as error:
         rows_of(tmp_path, text)
     assert str(tmp_path / "captions.csv") in str(error.value)
 
 
-def test_a_csv_that_is_not_there_is_named(tmp_path: Path):
+def test_a_missing_csv_is_named(tmp_path: Path):
     with pytest.raises(RecipeError, match="nope.csv is not a file"):
         read_rows(DataConfig(captions=str(tmp_path / "nope.csv")))
     with pytest.raises(RecipeError, match="data.captions is empty"):
@@ -134,7 +134,7 @@ TABLE = [
 
 
 @pytest.mark.parametrize("name", ["c.jsonl", "c.NDJSON", "c.jsonl.gz", "c.parquet", "c.PQ"])
-def test_lists_of_captions_read_the_same_from_json_lines_and_parquet(tmp_path: Path, name: str):
+def test_lists_of_captions_are_the_same_in_json_and_parquet(tmp_path: Path, name: str):
     (tmp_path / "a.mp4").write_bytes(b"x")
     (tmp_path / "b.mp4").write_bytes(b"x")
     text = "\n".join(json.dumps(line | {"other": 1}) for line in TABLE).encode()
@@ -156,7 +156,7 @@ def test_lists_of_captions_read_the_same_from_json_lines_and_parquet(tmp_path: P
     assert rows[0].row_id == row_id("a.mp4", ("one", "two")) != rows[6].row_id
 
 
-def test_a_caption_that_is_one_text_reads_the_same_from_all_formats(tmp_path: Path):
+def test_a_single_caption_is_the_same_in_all_formats(tmp_path: Path):
     table = [{"video_file_name": "a.mp4", "prompt": 'a "b", c'}, {"video_file_name": "b.mp4", "prompt": None}]
     (tmp_path / "c.csv").write_text('video_file_name,prompt\na.mp4,"a ""b"", c"\nb.mp4,\n')
     (tmp_path / "c.jsonl").write_text("\n".join(json.dumps(line) for line in table))
@@ -187,7 +187,7 @@ def test_a_caption_that_is_one_text_reads_the_same_from_all_formats(tmp_path: Pa
         ('{"file": "a", "prompt": "x"}', "line 2 has no column video_file_name; its columns are file, prompt"),
     ],
 )
-def test_nonsense_in_a_line_of_json_is_said_with_its_line(tmp_path: Path, line: str, words: str):
+def test_an_invalid_line_of_json_is_named(tmp_path: Path, line: str, words: str):
     (tmp_path / "c.jsonl").write_text('{"video_file_name": "a.mp4", "prompt": "x"}\n' + line + "\n")
     with pytest.raises(RecipeError, match=words) as error:
         read_rows(DataConfig(captions=str(tmp_path / "c.jsonl")))
@@ -236,7 +236,7 @@ def media(folder: Path) -> Path:
     return folder
 
 
-def test_a_folder_gives_its_media_by_name_with_the_texts_beside_them(
+def test_a_folder_gives_its_media_with_the_texts_next_to_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     folder = media(tmp_path / "clips")
@@ -261,7 +261,7 @@ def test_a_folder_gives_its_media_by_name_with_the_texts_beside_them(
     assert read_rows(DataConfig(captions=f"{folder}/", root=str(folder))) == rows
 
 
-def test_a_folder_with_links_in_a_circle_and_odd_names_comes_to_an_end(tmp_path: Path):
+def test_circular_links_and_odd_names_are_read_once(tmp_path: Path):
     folder = media(tmp_path / "clips")
     (folder / "in" / "again").symlink_to(folder)
     (tmp_path / "elsewhere").mkdir()
@@ -294,7 +294,7 @@ def test_a_root_that_is_no_folder_is_named_once(tmp_path: Path):
             read_rows(DataConfig(captions=str(tmp_path / "c.csv"), root=str(root)))
 
 
-def test_a_hundred_thousand_rows_without_files_take_little_memory(tmp_path: Path):
+def test_a_hundred_thousand_missing_files_take_little_memory(tmp_path: Path):
     lines = "".join(f"videos/{i // 1000}/clip_{i}.mp4,a caption of some length with number {i}\n" for i in range(10**5))
     (tmp_path / "c.csv").write_text("video_file_name,prompt\n" + lines)
     code = (
@@ -308,7 +308,7 @@ def test_a_hundred_thousand_rows_without_files_take_little_memory(tmp_path: Path
     assert int(done.stdout) < 500 * 1024  # KiB
 
 
-def test_a_sample_id_depends_on_name_span_and_caption_and_on_nothing_else():
+def test_a_sample_id_depends_on_name_span_and_caption_only():
     assert sample_id("a.mp4", 0.0, 1.0, ("x",)) == "832108f3d6fa2a939d319b8ec7e75369"  # the same in every version
     ids = {
         sample_id(*a)

@@ -36,7 +36,7 @@ def row(sample: str, captions: Sequence[str], **more: object) -> dict:
     return known | times | empty | {"captions": list(captions), "bucket": "4x16x16"} | more
 
 
-def test_a_caption_that_does_not_fit_costs_its_own_clip():
+def test_a_caption_that_needs_too_much_memory_costs_one_clip():
     stage = EmbedText(CODEC, {"4x16x16": (1, 4, 4, 2, 2)}, 32, 1, "cpu")
     stage.encoder.model = Short(stage.encoder.model, most=12)
     latents = np.zeros((1, 4, 4, 2, 2), np.float32).tobytes()
@@ -86,7 +86,7 @@ def test_latents_beyond_float16_cost_their_own_clip():
     assert made[1]["latents"] is None
 
 
-def test_a_vae_that_gives_no_numbers_costs_every_clip_and_raises_nothing():
+def test_a_vae_that_gives_nan_makes_every_clip_not_finite():
     stage = EncodeVideo(CODEC, 1, "cpu")
     with torch.no_grad():
         stage.vae.model.quant_conv.bias[0] = torch.nan
@@ -108,6 +108,6 @@ def test_an_error_costs_one_item_while_the_device_works():
     ]  # fmt: skip
 
 
-def test_a_device_that_computes_no_more_costs_no_clip():
+def test_a_lost_device_costs_no_clip():
     with pytest.raises(DeviceLost, match="VAE: meta no longer works: CUDA error: an illegal memory access"):
         run_batch(broken, [1, 2, 3, 4], "VAE", "meta")  # torch's device without memory: nothing can be read from it

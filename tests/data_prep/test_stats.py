@@ -34,7 +34,7 @@ def test_a_tenth_of_bad_sources_passes_and_one_more_does_not():
         worse.check_limits(finished=True)
 
 
-def test_many_bad_sources_stop_a_long_run_after_200_of_them_were_opened():
+def test_many_bad_sources_stop_a_run_after_200_are_opened():
     stats = PrepStats(10_000, 0.1, "out")
     run(stats, 0, 199, "corrupt")
     stats.check_limits()
@@ -52,7 +52,7 @@ def test_the_three_commonest_reasons_are_named():
     assert "empty_file" not in str(error.value)
 
 
-def test_short_clips_and_names_outside_the_root_are_no_bad_sources():
+def test_short_clips_and_outside_names_are_not_bad_sources():
     stats = PrepStats(10, 0.0, "out")
     run(stats, 0, 5, "too_short")
     run(stats, 5, 9, "outside_root")
@@ -70,7 +70,7 @@ def test_sources_that_can_not_be_encoded_count_too():
         stats.check_limits(finished=True)
 
 
-def test_a_source_that_gives_a_clip_is_no_bad_source_though_another_of_its_clips_fails():
+def test_a_source_with_one_good_clip_is_not_bad():
     stats = PrepStats(1, 0.0, "out")
     run(stats, 0, 1, "truncated")
     with pytest.raises(UserError, match="1 of 1 sources"):
@@ -81,7 +81,7 @@ def test_a_source_that_gives_a_clip_is_no_bad_source_though_another_of_its_clips
     stats.check_limits(finished=True)
 
 
-def test_a_run_that_leaves_no_clip_says_so():
+def test_a_run_without_a_clip_is_an_error():
     stats = PrepStats(3, 0.5, "out")
     run(stats, 0, 3, "too_short")
     with pytest.raises(UserError, match=r"none of 3 sources gave a clip: 3 too_short"):

@@ -9,7 +9,7 @@ import pytest
 from data_prep.watchdog import PipelineStalled, with_watchdog
 
 
-def test_all_comes_in_order_and_an_error_comes_where_it_was_raised():
+def test_items_come_in_order_and_an_error_after_them():
     def items() -> Iterator[int]:
         yield from range(100)
         raise ValueError("the 101st")
@@ -21,7 +21,7 @@ def test_all_comes_in_order_and_an_error_comes_where_it_was_raised():
     assert list(with_watchdog(iter(range(100)))) == list(range(100))
 
 
-def test_nothing_more_is_a_standstill():
+def test_no_output_is_a_stall():
     released = threading.Event()
 
     def items() -> Iterator[int]:
@@ -35,7 +35,7 @@ def test_nothing_more_is_a_standstill():
     released.set()
 
 
-def test_what_always_was_slow_is_waited_for_and_the_first_longer_still():
+def test_a_slow_pipeline_has_a_longer_timeout():
     def items() -> Iterator[int]:
         for number, seconds in enumerate((0.6, 0.2, 1.0)):  # patience ends after 0.3, then after 10 times 0.2
             time.sleep(seconds)
@@ -44,7 +44,7 @@ def test_what_always_was_slow_is_waited_for_and_the_first_longer_still():
     assert list(with_watchdog(items(), stall_timeout_s=0.3, startup_timeout_s=30)) == [0, 1, 2]
 
 
-def test_whoever_stops_listening_leaves_no_thread_behind():
+def test_closing_the_iterator_ends_the_thread():
     def items() -> Iterator[int]:
         while True:
             yield 0
