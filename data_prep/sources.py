@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pyarrow import fs
 
 from data_prep.captions import CaptionLine, read_captions, read_folder
-from data_prep.files import find_files, relative_name, root_prefixes
+from data_prep.files import File, find_files, relative_name, root_prefixes
 from sora_train.data.config import DataConfig
 from sora_train.errors import RecipeError, UserError
 from sora_train.storage import hint, resolve, storage_errors
@@ -84,55 +84,47 @@ def _to_rows(data: DataConfig, lines: list[CaptionLine]) -> list[SourceRow]:
     place = data_root(data)
     system, root = resolve(place)
     prefixes = root_prefixes(system, root, place)
-    rows = [_to_row(line, root, prefixes) for line in lines]
+    names = [relative_name(line.source, prefixes) for line in lines]
+    paths = [
+        posixpath.normpath(posixpath.join(root, name)) if name and not line.reason else ""
+        for line, name in zip(lines, names, strict=True)
+    ]
     with storage_errors(place, "reached"):
-        rows = _with_files(system, root, rows)
-    if {row.reason for row in rows if row.path} == {"missing_file"} and _look_up(place)[0] != fs.FileType.Directory:
+        files = find_files(system, root, filter(None, paths))
+    if files and all(file.missing for file in files.values()) and _look_up(place)[0] != fs.FileType.Directory:
         raise RecipeError(f"data.root: there is no folder {place}; name the folder of the files{hint(place)}")
-    first_use: dict[str, str] = {}
-    for i, (line, row) in enumerate(zip(lines, rows, strict=True)):
-        first = first_use.setdefault(row.row_id, line.where)
+    first_names: dict[object, str] = {}
+    first_lines: dict[str, str] = {}
+    rows: list[SourceRow] = []
+    for line, name, path in zip(lines, names, paths, strict=True):
+        row = _to_row(line, name, files.get(path), root)
+        if row.path and not files[path].missing:  # of several names of a file, the first one counts
+            source = first_names.setdefault(files[path].identity, row.source)
+            row = replace(row, source=source, row_id=row_id(source, row.captions))
+        first = first_lines.setdefault(row.row_id, line.where)
         if not line.reason and first != line.where:
             message = f"{line.where} repeats {first}: the same file and captions"
-            rows[i] = replace(row, path="", reason="duplicate_row", message=message)
+            row = replace(row, path="", reason="duplicate_row", message=message)
+        rows.append(row)
     return rows
 
 
-def _to_row(line: CaptionLine, root: str, prefixes: tuple[str, ...]) -> SourceRow:
-    """The row of a line, whose file is not looked up yet."""
-    name = relative_name(line.source, prefixes)
-    source = name or line.source
-    row = SourceRow(row_id(source, line.captions), source, line.captions, reason=line.reason, message=line.message)
-    if line.reason:
-        return row
-    if not line.source:
-        return replace(row, reason="outside_root", message=f"{line.where} names no file")
-    if name is None:
-        message = f"{line.where}: {line.source!r} is outside the data root {root}; name files relative to it"
-        return replace(row, reason="outside_root", message=message)
-    return replace(row, path=posixpath.normpath(posixpath.join(root, name)))
-
-
-def _with_files(system: fs.FileSystem, root: str, rows: list[SourceRow]) -> list[SourceRow]:
-    """The rows with their files, or the reason why there is none. Of several names of a file the first counts."""
-    files = find_files(system, root, (row.path for row in rows if not row.reason))
-    names: dict[object, str] = {}
-    found: list[SourceRow] = []
-    for row in rows:
-        if not row.reason:
-            file = files[row.path]
-            if file.missing:
-                advice = "; write / between folders" if "\\" in row.source else ""
-                row = replace(row, reason="missing_file", message=f"{file.missing}: {row.path}{advice}")
-            else:
-                name = names.setdefault(file.identity, row.source)
-                row = replace(row, row_id=row_id(name, row.captions), source=name, path=file.path)
-                if file.size:
-                    row = replace(row, size=file.size, version=file.version)
-                else:
-                    row = replace(row, reason="empty_file", message="the file has 0 bytes")
-        found.append(row)
-    return found
+def _to_row(line: CaptionLine, name: str | None, file: File | None, root: str) -> SourceRow:
+    """The row of a line with this relative name, or none, and file, or none."""
+    reason, message, source = line.reason, line.message, name or line.source
+    if not reason:
+        if not line.source:
+            reason, message = "outside_root", f"{line.where} names no file"
+        elif file is None:
+            reason = "outside_root"
+            message = f"{line.where}: {source!r} is outside the data root {root}; name files relative to it"
+        elif file.missing:
+            advice = "; write / between folders" if "\\" in source else ""
+            reason, message = "missing_file", f"{file.missing}: {file.path}{advice}"
+        elif not file.size:
+            reason, message = "empty_file", "the file has 0 bytes"
+    path, size, version = (file.path, file.size, file.version) if file else ("", 0, "")
+    return SourceRow(row_id(source, line.captions), source, line.captions, path, size, version, reason, message)
 
 
 def data_root(data: DataConfig) -> str:

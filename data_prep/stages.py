@@ -7,7 +7,6 @@ end the whole Ray Data job. Only the actors that need torch import it, not the d
 from __future__ import annotations
 
 import tempfile
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +27,7 @@ from sora_train.schema import bucket_size, encode_row
 from sora_train.storage import resolve
 
 CACHE_BYTES = 2**30
-"""Embeddings that an actor caches, to embed each distinct caption once."""
+"""Embeddings that an actor caches, to embed each distinct caption once. A full cache is emptied."""
 
 if TYPE_CHECKING:
     import torch
@@ -165,8 +164,7 @@ class EmbedText:
         self.latent_shapes = latent_shapes
         self.encoder = text_encoder_of(codec, device, batch)
         self.empty_text: bytes | None = None
-        self.cache: OrderedDict[str, np.ndarray] = OrderedDict()
-        self.cached_bytes = 0
+        self.cache: dict[str, np.ndarray] = {}
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows = table.to_pylist()
@@ -186,22 +184,18 @@ class EmbedText:
 
     def embed(self, captions: set[str]) -> dict[str, np.ndarray | str]:
         """Float16 `[tokens, width]` of each caption, infinite if that overflows; or the error message."""
+        if sum(embedding.nbytes for embedding in self.cache.values()) > CACHE_BYTES:
+            self.cache.clear()
         new = sorted(captions - self.cache.keys())
-        found: dict[str, np.ndarray | str] = {}
+        failed: dict[str, np.ndarray | str] = {}
         embedded = run_batch(self.encoder.encode, new, "text encoder", self.encoder.model.device)
         for caption, embedding in zip(new, embedded, strict=True):
             if isinstance(embedding, str):
-                found[caption] = embedding
+                failed[caption] = embedding
                 continue
             with np.errstate(over="ignore"):
                 self.cache[caption] = embedding.numpy().astype(np.float16)
-            self.cached_bytes += self.cache[caption].nbytes
-        for caption in captions - found.keys():
-            self.cache.move_to_end(caption)
-            found[caption] = self.cache[caption]
-        while self.cached_bytes > CACHE_BYTES:
-            self.cached_bytes -= self.cache.popitem(last=False)[1].nbytes
-        return found
+        return failed | {caption: self.cache[caption] for caption in captions - failed.keys()}
 
     def encode(self, row: dict, embeddings: dict[str, np.ndarray | str]) -> dict:
         """The row with all columns of the shard, or with the reason why it has none."""

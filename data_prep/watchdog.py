@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import queue
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, wait
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -30,45 +29,29 @@ class DeviceLost(PipelineStalled):
 def with_watchdog(
     items: Iterable[T], stall_timeout_s: float = STALL_TIMEOUT_S, startup_timeout_s: float = STARTUP_TIMEOUT_S
 ) -> Iterator[T]:
-    """Yields the items, which a thread reads. Raises PipelineStalled if the next one takes too long.
+    """Yields the items. Raises PipelineStalled if the next one takes too long.
 
-    The caller must then end what the thread is stuck in.
+    Each is read by a daemon thread, and the caller must end what that is stuck in.
     """
-    ready: queue.Queue[tuple[str, T | BaseException | None]] = queue.Queue(maxsize=1)
-    closed = threading.Event()
-
-    def put(kind: str, value: T | BaseException | None) -> None:
-        while not closed.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put((kind, value), timeout=0.2)
-                return
-
-    def read() -> None:
-        try:
-            for item in items:
-                put("item", item)
-                if closed.is_set():
-                    return
-            put("end", None)
-        except BaseException as error:
-            put("error", error)
-
-    threading.Thread(target=read, name="prep-pipeline", daemon=True).start()
+    iterator, end = iter(items), object()
     limit, longest = startup_timeout_s, 0.0
+    while True:
+        began = time.monotonic()
+        future: Future = Future()
+        threading.Thread(target=_read_next, args=(iterator, end, future), name="prep-pipeline", daemon=True).start()
+        wait([future], timeout=limit)
+        if not future.done():
+            raise PipelineStalled(f"the pipeline gave no output for {limit:.0f} s")
+        if (item := future.result()) is end:
+            return
+        if limit != startup_timeout_s:  # the first wait includes loading
+            longest = max(longest, time.monotonic() - began)
+        limit = max(stall_timeout_s, LONGEST_WAIT_FACTOR * longest)
+        yield item
+
+
+def _read_next(iterator: Iterator, end: object, future: Future) -> None:
     try:
-        while True:
-            began = time.monotonic()
-            try:
-                kind, value = ready.get(timeout=limit)
-            except queue.Empty:
-                raise PipelineStalled(f"the pipeline gave no output for {limit:.0f} s") from None
-            if kind == "end":
-                return
-            if isinstance(value, BaseException):
-                raise value
-            if limit != startup_timeout_s:  # the first wait includes loading
-                longest = max(longest, time.monotonic() - began)
-            limit = max(stall_timeout_s, LONGEST_WAIT_FACTOR * longest)
-            yield value  # type: ignore[misc]
-    finally:
-        closed.set()
+        future.set_result(next(iterator, end))
+    except BaseException as error:
+        future.set_exception(error)

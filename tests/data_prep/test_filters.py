@@ -93,9 +93,7 @@ def test_a_still_image_is_frozen_despite_codec_and_camera_noise(
 
 @pytest.mark.parametrize("step", [0.5, 2, 5, 10, 25])
 @pytest.mark.parametrize(("height", "width"), [(256, 256), (192, 320)])
-def test_motion_is_the_true_shift_in_percent_of_the_width(
-    step: float, height: int, width: int
-):
+def test_motion_is_the_true_shift_in_percent_of_the_width(step: float, height: int, width: int):
     frames = moving(step, height=height, width=width)
     assert motion(frames, 8.0) == pytest.approx(step / width * 100 * 8.0, rel=0.12)
     assert motion(frames, 16.0) == pytest.approx(2 * motion(frames, 8.0))

@@ -184,9 +184,7 @@ def test_clips_become_shards_once_and_only_changes_again(
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_other_settings_encode_only_the_missing_clips(
-    tmp_path: Path, write, vae_folder: Path, local_ray
-):
+def test_other_settings_encode_only_the_missing_clips(tmp_path: Path, write, vae_folder: Path, local_ray):
     write(tmp_path / "long.mp4", np.arange(90) / 30)
     write(tmp_path / "short.mp4", np.arange(36) / 30)
     write(tmp_path / "copy.mp4", np.arange(36) / 30)

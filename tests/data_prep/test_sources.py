@@ -236,9 +236,7 @@ def media(folder: Path) -> Path:
     return folder
 
 
-def test_a_folder_gives_its_media_with_the_texts_next_to_them(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_a_folder_gives_its_media_with_the_texts_next_to_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = media(tmp_path / "clips")
     data = DataConfig(captions=str(folder))
     rows = read_rows(data)
