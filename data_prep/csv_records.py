@@ -30,7 +30,6 @@ class Records:
         self.place = place
         self.lines = io.StringIO(text, newline="").readlines()  # ended by \n, \r\n or a single \r
         self.skipped, self.separator = _dialect(self.lines, wanted)
-        self._has_backslashes = '\\"' in text
         self._records = self._read()
         first = next(self._records, (1, []))
         self.header = [name.strip() for name in first[1]]
@@ -52,8 +51,7 @@ class Records:
             for cells in table:
                 end = self.skipped + table.line_num
                 # A \" in a cell is text if the file doubles its mark, as in RFC 4180; else it was meant as an escape.
-                marks = self._raw(begin, end).count('\\""') if self._has_backslashes else 0
-                if self._has_backslashes and sum(cell.count('\\"') for cell in cells) > marks:
+                if sum(cell.count('\\"') for cell in cells) > self._raw(begin, end).count('\\""'):
                     raise self._error(begin, BACKSLASHES)
                 if any(cell.strip() for cell in cells):
                     yield begin, cells

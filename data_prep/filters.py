@@ -1,7 +1,7 @@
 """Filters: skip clips that are black, frozen, too still, too lively, blurred or duplicates; and find scene cuts.
 
 To add a filter: a key in `SelectionConfig` (`sora_train/data/config.py`), a reason in `reasons.FILTERED`, and its check
-in `check_pixels`. A filter that needs no pixels belongs in `video.clips.Source.cut`.
+in `check_pixels`. A filter that needs no pixels belongs in `video.clips.Source.plan_clips`.
 
 Black and frozen follow FFmpeg's blackdetect and freezedetect; motion is DIS optical flow (Kroeger et al. 2016,
 arXiv:1603.03590, OpenCV's implementation); cuts are PySceneDetect's; the perceptual hash is ImageHash's `phash`.
@@ -170,14 +170,14 @@ class Duplicates:
         self.ids: list[str] = []  # of the columns of `hashes`
         self.hashes = np.empty((3, 1024), np.uint64)  # of the first, middle and last frame; doubled when full
         self.seen: dict[tuple[str, tuple[float, float]], str] = {}
+        self.sources: dict[str, str] = {}  # by sample_id
 
-    @property
-    def enabled(self) -> bool:
-        """Whether any kind of duplicate is skipped."""
-        return self.exact or self.bits is not None
-
-    def add(self, sample_id: str, content_hash: str, perceptual_hash: str, span: tuple[float, float]) -> None:
+    def add(
+        self, sample_id: str, source: str, content_hash: str, perceptual_hash: str, span: tuple[float, float]
+    ) -> None:
         """Adds a clip; `perceptual_hash` may be empty."""
+        if self.exact or self.bits is not None:
+            self.sources[sample_id] = source
         if self.exact:
             self.seen.setdefault((content_hash, span), sample_id)
         if self.bits is None or not perceptual_hash:

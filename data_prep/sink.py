@@ -31,9 +31,9 @@ class ShardSink:
         self.folder, self.encoding_hash, self.settings_hash = recipe.data.output, encoding_hash, settings_hash
         self.state, self.stats = state, state.stats
         self.writers: dict[str, ShardWriter] = {}
-        self.duplicates, self.sources = Duplicates(recipe.selection), dict[str, str]()
+        self.duplicates = Duplicates(recipe.selection)
         for sample, clip in state.stored.items():
-            self._remember(sample, clip.source, clip.content_hash, clip.perceptual_hash, clip.span)
+            self.duplicates.add(sample, clip.source, clip.content_hash, clip.perceptual_hash, clip.span)
         self.empty_text = b""
         self.saved_at, self.save_after_s = time.monotonic(), SAVE_EVERY_S
 
@@ -79,23 +79,17 @@ class ShardSink:
         """Counts a clip as written, unless it has a reason or is a duplicate."""
         if row["reason"]:
             return False
-        span = (row["start_s"], row["end_s"])
-        found = self.duplicates.find(row["content_hash"], row["perceptual_hash"], span)
+        looks = row["content_hash"], row["perceptual_hash"], (row["start_s"], row["end_s"])
+        found = self.duplicates.find(*looks)
         if found and found[1] != row["sample_id"]:
             row["reason"], row["duplicate_of"] = found
-            row["message"] = f"like {self.sources.get(found[1], 'another')} (clip {found[1]})"
+            row["message"] = f"like {self.duplicates.sources[found[1]]} (clip {found[1]})"
             return False
-        self._remember(row["sample_id"], row["source"], row["content_hash"], row["perceptual_hash"], span)
+        self.duplicates.add(row["sample_id"], row["source"], *looks)
         self.stats.count_written(row["source"])
         if row["remark"]:
             self.stats.print_remark(f"{row['source']} {row['remark']}")
         return True
-
-    def _remember(self, sample: str, source: str, content: str, looks: str, span: tuple[float, float]) -> None:
-        """Stores a clip's hashes, to find duplicates of it."""
-        if self.duplicates.enabled:
-            self.duplicates.add(sample, content, looks, span)
-            self.sources[sample] = source
 
     def _discard(self, sample: str) -> None:
         """Marks a stored clip as stale and takes it out of the count."""

@@ -1,4 +1,4 @@
-"""Videos whose frames carry their own number, so that a test can read off which frame it got."""
+"""Videos whose frames carry their own number, so a test can tell which frame it got."""
 
 import os
 import uuid

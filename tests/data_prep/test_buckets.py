@@ -1,4 +1,4 @@
-"""Which frames and which part of them a bucket takes, and which bucket a clip goes to."""
+"""A bucket's frames and crop, and the choice of a clip's bucket."""
 
 import itertools
 

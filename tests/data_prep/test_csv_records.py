@@ -1,4 +1,4 @@
-"""CSV of many writers is read as it was meant, or refused with the line and the cause."""
+"""CSV files of many writers are read as meant, or refused with line and cause."""
 
 import csv
 import io

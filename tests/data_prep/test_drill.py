@@ -1,4 +1,4 @@
-"""`kill -9` of the driver or of an actor, while it encodes: the same clips come out as of a run that nobody touched."""
+"""`kill -9` of the driver or an actor during encoding does not change the clips."""
 
 import os
 import random

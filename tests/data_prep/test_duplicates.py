@@ -1,4 +1,4 @@
-"""Duplicates against a comparison of every pair, and real clips of which it is known who is whose copy."""
+"""Duplicates equal a comparison of all pairs; real clips whose copies are known."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def hexed(*numbers: int) -> str:
 def test_equal_bytes_at_an_equal_span_are_a_duplicate():
     kept = Duplicates(SelectionConfig(duplicates=True))
     for name in ("first", "second"):
-        kept.add(name, "bytes", hexed(1, 2, 3), (0.0, 1.0))
+        kept.add(name, f"{name}.mp4", "bytes", hexed(1, 2, 3), (0.0, 1.0))
     assert kept.find("bytes", hexed(9, 9, 9), (0.0, 1.0)) == ("duplicate", "first")
     assert kept.find("bytes", hexed(1, 2, 3), (1.0, 2.0)) is None
     assert kept.find("others", hexed(1, 2, 3), (0.0, 1.0)) is None
@@ -40,7 +40,7 @@ def test_near_duplicates_equal_a_comparison_of_every_pair(monkeypatch: pytest.Mo
         due.append(("near_duplicate", names[like[0]]) if len(like) else None)
         found.append(kept.find(str(i), code, (0.0, 1.0)))
         if found[-1] is None:
-            kept.add(str(i), str(i), code, (0.0, 1.0))
+            kept.add(str(i), "a.mp4", str(i), code, (0.0, 1.0))
             stored[len(names)] = clip
             names.append(str(i))
     assert found == due
@@ -50,19 +50,20 @@ def test_near_duplicates_equal_a_comparison_of_every_pair(monkeypatch: pytest.Mo
 
 def test_a_clip_without_a_hash_has_no_near_duplicate():
     kept = Duplicates(SelectionConfig(near_duplicates=64))
-    kept.add("old", "a", "", (0.0, 1.0))
+    kept.add("old", "a.mp4", "a", "", (0.0, 1.0))
     assert kept.find("b", hexed(1, 2, 3), (0.0, 1.0)) is None
-    kept.add("new", "b", hexed(1, 2, 3), (0.0, 1.0))
+    kept.add("new", "b.mp4", "b", hexed(1, 2, 3), (0.0, 1.0))
     assert kept.find("c", "", (0.0, 1.0)) is None
 
 
 def test_nothing_is_stored_if_both_filters_are_off():
     kept = Duplicates(SelectionConfig())
     for i in range(2000):
-        kept.add(str(i), "same", hexed(1, 2, 3), (0.0, 1.0))
+        kept.add(str(i), "a.mp4", "same", hexed(1, 2, 3), (0.0, 1.0))
     assert kept.find("same", hexed(1, 2, 3), (0.0, 1.0)) is None
     assert not kept.ids
     assert not kept.seen
+    assert not kept.sources
     assert kept.hashes.shape == (3, 1024)
 
 
@@ -84,4 +85,4 @@ def test_only_copies_of_one_video_are_near_duplicates(shared: Path):
             found = kept.find(clip.content_hash, clip.perceptual_hash, (span.start_s, span.end_s))
             assert found == (("near_duplicate", family) if number else None), name
             if not found:
-                kept.add(family, clip.content_hash, clip.perceptual_hash, (span.start_s, span.end_s))
+                kept.add(family, name, clip.content_hash, clip.perceptual_hash, (span.start_s, span.end_s))

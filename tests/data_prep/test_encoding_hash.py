@@ -1,4 +1,4 @@
-"""What makes shards another encoding, and what does not."""
+"""What changes the encoding hash, and what does not."""
 
 import hashlib
 import json

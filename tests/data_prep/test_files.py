@@ -1,4 +1,4 @@
-"""One file is one source, however its name is spelt; a name that is nearly right is told."""
+"""One file is one source however its name is spelt; similar names are hints."""
 
 import os
 from pathlib import Path

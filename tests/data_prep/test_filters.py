@@ -1,4 +1,4 @@
-"""Selection against pictures whose darkness, motion and sharpness are known."""
+"""Filters on images of known darkness, motion and sharpness."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The whole road on Ray, on a few small clips, with the networks' own output as the oracle."""
+"""The whole pipeline on Ray with a few small clips; the networks' output is the oracle."""
 
 import csv
 import os

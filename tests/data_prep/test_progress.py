@@ -1,4 +1,4 @@
-"""How far the work is: lines in a log, a bar on a terminal, and Ray's metrics."""
+"""Progress: lines in a log, a bar on a terminal, and Ray's metrics."""
 
 import fcntl
 import os

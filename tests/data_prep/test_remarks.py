@@ -1,4 +1,4 @@
-"""Remarks on sources, from the file to the counts that stay with the shards."""
+"""Remarks on sources, from the file to the saved records."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Prep restarts where Ray hangs or a GPU fails, and ends where restarts don't help."""
+"""Prep restarts if Ray hangs or a GPU fails, and ends if restarts don't help."""
 
 import csv
 from collections.abc import Iterable

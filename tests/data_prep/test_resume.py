@@ -1,4 +1,4 @@
-"""What a run finds before it begins decides what it makes: only what is missing, and nothing outdated stays."""
+"""A resumed run encodes only what is missing, and removes stale clips."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Scene cuts against videos whose cuts were made, and PySceneDetect's own loop."""
+"""Scene cuts in videos with known cuts, and PySceneDetect's own loop as the oracle."""
 
 from collections.abc import Callable
 from itertools import pairwise

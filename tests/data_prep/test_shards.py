@@ -1,4 +1,4 @@
-"""Shards are written whole, hold whole row groups, and lose only what is taken out."""
+"""Shards are complete, have full row groups, and lose only the removed clips."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Captions to rows: what is wrong is said by name, once."""
+"""Captions to rows; every error names its line or file."""
 
 import gzip
 import json

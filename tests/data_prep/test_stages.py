@@ -1,4 +1,4 @@
-"""What a network can't encode costs its own clip; a device that no longer works costs none."""
+"""A clip that a network can't encode costs only itself; a lost device costs none."""
 
 from collections.abc import Sequence
 

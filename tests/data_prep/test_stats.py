@@ -1,4 +1,4 @@
-"""The judgement over bad sources, and counts that add up."""
+"""The limit on bad sources, and counts that add up."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What is done where Ray Data waits for ever: prep itself begins anew, in tests/drills/cluster.py."""
+"""The watchdog detects a pipeline without output. Real restarts: tests/drills/cluster.py."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""The whole road with videos, captions and shards in a bucket of an S3-compatible server."""
+"""The whole pipeline with videos, captions and shards on an S3-compatible server."""
 
 from pathlib import Path
 
