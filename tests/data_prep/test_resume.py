@@ -1,13 +1,17 @@
 """A resumed run encodes only what is missing, and removes stale clips."""
 
+from pathlib import Path
+
+import pyarrow.parquet as pq
 import pytest
 
 from data_prep.resume import ResumeState, SavedProgress, SourceRecord, reconcile
-from data_prep.shards import StoredClip
+from data_prep.shards import StoredClip, read_stored_clips
 from data_prep.sources import SourceRow
 from data_prep.stats import PrepStats
 from sora_train.data.config import DataConfig
 from sora_train.errors import UserError
+from sora_train.manifest import Manifest
 
 DATA = DataConfig(output="out", frames=4, height=16, width=32)
 
@@ -81,3 +85,12 @@ def test_unwanted_clips_are_stale_but_not_those_of_a_lost_file():
 def test_a_folder_of_other_sources_is_refused():
     with pytest.raises(UserError, match="holds 1 clips of other sources, such as z.mp4"):
         take([row("a")], stored("z0"), ledger())
+
+
+def test_progress_that_an_older_version_saved_is_loaded():
+    folder = Path(__file__).parents[1] / "old_format" / "shards"
+    key = pq.read_schema(folder / "sources.parquet").metadata[b"settings_hash"].decode()
+    saved = SavedProgress.load(str(folder), key)
+    samples = {sample for record in saved.records.values() for sample in record.sample_ids}
+    stored, _ = read_stored_clips(str(folder), Manifest.load(str(folder)).encoding_hash)
+    assert samples - saved.failures.keys() == stored.keys()
