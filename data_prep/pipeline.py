@@ -63,7 +63,7 @@ def print_warnings(manifest: Manifest, recipe: Recipe) -> None:
     """Prints remarks on sources, and the buckets that have no clip or too few."""
     if manifest.remarks:
         counts = ", ".join(f"{kind} {count}" for kind, count in manifest.remarks.items())
-        log.info(f"prep: sources with remarks: {counts}; docs/prep.md explains them")
+        log.info(f"prep: sources with remarks: {counts}; docs/data.md explains them")
     for name in (name for name, count in manifest.buckets.items() if not count):
         log.info(f"prep: no clip fills the bucket {name}; `sora prep RECIPE --plan` says why")
     with contextlib.suppress(UserError):  # all clips are held out, which training reports

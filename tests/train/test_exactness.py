@@ -1,4 +1,4 @@
-"""What exact means (docs/design.md, "Training"): cutting the work otherwise changes nothing but the order of sums.
+"""What exact means (docs/exactness.md): cutting the work otherwise changes nothing but the order of sums.
 
 The runs are made once, by groups of processes; the tests read what these left on disk.
 """
