@@ -74,10 +74,12 @@ def collect(recipe: Recipe, alive: list[dict[str, Any]]) -> list[NodeInfo]:
             elif not isinstance(answer, NodeInfo):
                 found.append(NodeInfo(key, address, node["Resources"], error=str(answer)))
             else:
-                unseen = "" if wait_for(folder / key) else "what it writes there is not visible here"
+                error = answer.write_error
+                if not error and not wait_for(folder / key):
+                    error = "files that it writes there are not visible here"
                 offset = min(0.0, answer.clock_s - began) + max(0.0, answer.clock_s - ended)
-                about = {"resources": node["Resources"], "write_error": answer.write_error or unseen}
-                found.append(replace(answer, address=address, clock_s=offset, **about))
+                about = {"address": address, "resources": node["Resources"]}
+                found.append(replace(answer, **about, write_error=error, clock_s=offset))
     return found
 
 
