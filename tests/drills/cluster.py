@@ -1,4 +1,4 @@
-"""The cluster drill, `make drill-cluster`: prep and training as jobs on three machines, and what clusters do to them.
+"""The cluster drill, `make drill-cluster`: random faults over prep and training as jobs on three machines.
 
     python -m tests.drills.cluster [--minutes 30] [--seed 7] [--only prep|train] [--out FILE.md] [--logs FOLDER]
 
@@ -46,7 +46,7 @@ TRAIN = (
 
 
 class Drill:
-    """One play: its machines, its clock, its table."""
+    """One drill: its machines, clock and table."""
 
     def __init__(self, folder: Path, logs: Path, seed: int) -> None:
         self.began, self.logs = time.monotonic(), logs
@@ -69,7 +69,7 @@ class Drill:
         return Workload(verb, name, words.split(), self.machines, self.logs, environment)
 
     def get_through(self, work: Workload, until: float) -> bool:
-        """Submits a work until it succeeds, with faults up to the time `until`. Returns whether it succeeded."""
+        """Submits a workload until it succeeds, with faults until `until`. Returns whether it succeeded."""
         began = time.monotonic()
         work.submit()
         row: Row | None = None
@@ -122,7 +122,7 @@ class Drill:
                 due = None
 
     def inflict(self, work: Workload) -> tuple[Row, list[Later]]:
-        """Does what is planned next."""
+        """Applies the next planned fault."""
         assert self.plan is not None
         plan, self.plan = self.plan, None
         work.gap = 0.0
@@ -143,7 +143,7 @@ class Drill:
         return row
 
     def note(self, work: Workload, row: Row | None) -> None:
-        """Enters into a fault's row what was seen since."""
+        """Adds what happened since a fault to its row."""
         if row:
             row.stalled_s = row.stalled_s or work.gap
             row.add_events(work.events()[row.events_before :])
@@ -158,7 +158,7 @@ class Drill:
         return False
 
     def play(self, minutes: float, only: str | None) -> list[Workload]:
-        """Unbroken runs, then faults for so many minutes. Returns the works that succeeded, the unbroken ones first."""
+        """Undisturbed runs, then faults for `minutes`. Returns the workloads that succeeded, undisturbed ones first."""
         make_clips(self.machines.folder / "shared/clips", CLIPS)
         for _ in range(2):
             self.machines.add()
@@ -183,7 +183,7 @@ class Drill:
 
 
 def inside(asked: argparse.Namespace) -> int:
-    """The drill itself, in its world."""
+    """The drill, inside its namespaces."""
     drill = Drill(asked.inside, asked.logs, asked.seed)
     done = drill.play(asked.minutes, asked.only)
     drill.say("held against the unbroken runs")

@@ -1,4 +1,4 @@
-"""Faults of the cluster drill. Each has a first half, at once, and for most a second one some seconds later."""
+"""Faults of the cluster drill. Most are repaired some seconds later."""
 
 import random
 import re
@@ -10,12 +10,12 @@ from tests.cluster.nodes import SHARED, Node
 from tests.drills.cluster_stage import SETTINGS, Cluster, Workload, is_raylet
 
 Later = tuple[float, Callable[[], None]]
-"""Seconds from now, and what to do then."""
+"""Seconds from now, and the action to take then."""
 
 
 @dataclass(frozen=True)
 class PlannedFault:
-    """A fault of the schedule. `where` and `which`, from 0 to 1, choose node and process among those there then."""
+    """A scheduled fault. `where` and `which`, from 0 to 1, choose the node and process among those that exist then."""
 
     kind: str
     pause_s: float
@@ -25,7 +25,7 @@ class PlannedFault:
 
 @dataclass(frozen=True)
 class FaultEffect:
-    """What was done: to which node, what of the job it met (nothing: an empty string), and what is still to do."""
+    """The node of a fault, what it hit of the job ("" if nothing), and later actions."""
 
     node: str
     met: str
@@ -34,7 +34,7 @@ class FaultEffect:
 
 
 def schedule(seed: int) -> Iterator[PlannedFault]:
-    """Every kind once in random order, then every kind again, without end: the same for the same seed."""
+    """Endless: all kinds in random order, again and again. Deterministic by seed."""
     draw = random.Random(seed)
     for _ in count():
         for kind in draw.sample(list(FAULTS), len(FAULTS)):
@@ -92,7 +92,7 @@ def disk_filled(work: Workload, machines: Cluster, plan: PlannedFault) -> FaultE
 
 
 def job_stopped(work: Workload, machines: Cluster, plan: PlannedFault) -> FaultEffect:
-    """SIGTERM to the driver and all that it started, by `ray job stop`."""
+    """SIGTERM to the driver and its children, by `ray job stop`."""
     machines.first.start(f"{SETTINGS}; ray job stop {work.job_id}", SHARED, work.log.with_suffix(".stop.log"))
     return FaultEffect(machines.first.name, f"sora {work.verb}", ends_job=True)
 
@@ -109,7 +109,7 @@ FAULTS: dict[str, Callable[[Workload, Cluster, PlannedFault], FaultEffect]] = {
 
 
 def choose_node(machines: Cluster, plan: PlannedFault) -> tuple[Node, str]:
-    """A node other than the first, one that works if there is any, and what of the job is on it."""
+    """A node other than the first, preferably a busy one, and what the job runs on it."""
     busy = [node for node in machines.others if machines.work_on(node)]
     node = pick(busy or machines.others, plan.where)
     titles = [title for _, title in machines.work_on(node)]
@@ -119,5 +119,5 @@ def choose_node(machines: Cluster, plan: PlannedFault) -> tuple[Node, str]:
 
 
 def pick(among: list, where: float):
-    """The one at a place from 0 to 1."""
+    """The element at a relative position from 0 to 1."""
     return among[int(where * len(among))]

@@ -1,6 +1,6 @@
-"""What the cluster drill plays on: three machines with a Ray, jobs that are submitted to it, and what is known of them.
+"""The cluster drill's machines, the Ray cluster on them, and the submitted jobs.
 
-Runs inside a world of its own (tests/cluster/world.py), whose process numbers, network and mounts nobody else sees.
+Runs in its own PID, network and mount namespaces (tests/cluster/world.py).
 """
 
 import json
@@ -20,14 +20,14 @@ from tests.drills.commands import lines
 SETTINGS = "export RAY_AUTH_MODE=token RAY_API_SERVER_ADDRESS=http://127.0.0.1:8265"
 SMALL = "--num-cpus 2 --object-store-memory 250000000"
 WORK = ("RayTrainWorker", "MapWorker", "sora_train.launch.validation")
-"""By these words in its title a process on a node is known to do a job's work."""
+"""Words in the titles of processes that work for a job."""
 ENDINGS = ("worker_lost", "preempted", "stopped", "interrupted", "failed", "end")
 """Events after which no worker trains."""
 SUCCEEDED = "succeeded"
 
 
 class Cluster:
-    """The nodes: the first one has the head of Ray and the drivers, the others come and go."""
+    """The nodes. The first has Ray's head and the drivers; the others come and go."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -45,7 +45,7 @@ class Cluster:
         return boot(self.count, self.folder)
 
     def add(self) -> Node:
-        """A new machine, which joins the cluster."""
+        """Adds a machine to the cluster."""
         node = self._boot()
         node.run(
             f"mkdir -m 700 -p ~/.ray && install -m 600 {self.first.home}/.ray/auth_token ~/.ray/auth_token", SHARED
@@ -59,20 +59,20 @@ class Cluster:
         node.run(f"RAY_AUTH_MODE=token {patience} ray start --address {self.first.name}:6379 {SMALL}", SHARED)
 
     def rejoin(self) -> list[Node]:
-        """Has those nodes join again whose raylet has ended, as it does when the cluster has given the node up."""
+        """Restarts Ray on nodes whose raylet has ended, as it does once the cluster has given a node up."""
         gone = [node for node in self.others if not any(is_raylet(title) for _, title in node.processes())]
         for node in gone:
             self.join(node)
         return gone
 
     def work_on(self, node: Node) -> list[tuple[psutil.Process, str]]:
-        """Processes of a node that do a job's work, with their titles."""
+        """Processes of a node that work for a job, with their titles."""
         return [(process, title) for process, title in node.processes() if any(word in title for word in WORK)]
 
 
 @dataclass
 class Workload:
-    """A prep or a training that is to be got through: the same command, submitted until it succeeds."""
+    """A prep or training: the same command, submitted until it succeeds."""
 
     verb: str
     name: str
@@ -82,15 +82,15 @@ class Workload:
     environment: dict[str, str]
     jobs: list[subprocess.Popen] = field(default_factory=list)
     progress: tuple[int, int] = (0, 0)
-    """How far it is, growing: for a training (0, the last step), for a prep (number of the job, sources of it done)."""
+    """Grows with progress: (0, last step) of a training, (number of the job, its sources done) of a prep."""
     progressed_at: float = 0.0
     submitted_at: float = 0.0
     gap: float = 0.0
-    """The longest time without a new `progress` since `gap` was set to zero."""
+    """The longest time without progress since `gap` was set to zero."""
 
     @property
     def run(self) -> Path:
-        """A training's folder."""
+        """The run's folder of a training."""
         return self.machines.folder / "shared/runs" / self.name
 
     @property
@@ -99,11 +99,11 @@ class Workload:
 
     @property
     def log(self) -> Path:
-        """What the job that was submitted last says."""
+        """The log of the last submitted job."""
         return self.logs / f"{self.job_id}.log"
 
     def submit(self) -> None:
-        """`ray job submit` on the first node; its end is the job's end."""
+        """Runs `ray job submit` on the first node, which ends with the job."""
         self.jobs.append(None)  # type: ignore[arg-type]  the name counts it
         environment = shlex.quote(json.dumps({"env_vars": self.environment}))
         line = (
@@ -118,7 +118,7 @@ class Workload:
         return bool(self.jobs) and self.jobs[-1].poll() is not None
 
     def update_progress(self) -> None:
-        """Takes note of how far it is."""
+        """Reads how far the job is."""
         now, before = time.monotonic(), self.progress
         if self.verb == "train":
             steps = [line["step"] for line in lines(self.run / "metrics.jsonl") if "validation" not in line]
@@ -133,7 +133,7 @@ class Workload:
             self.progressed_at = now
 
     def is_working(self) -> bool:
-        """Whether the job that was submitted last does its work, so that a fault meets it at that."""
+        """Whether the last submitted job is at work, so a fault hits it there."""
         if self.verb == "prep":
             return self.progress[0] == len(self.jobs)
         begun = [event["event"] for event in self.events() if event["event"] in ("start", "resume", *ENDINGS)]
@@ -143,20 +143,20 @@ class Workload:
         return lines(self.run / "events.jsonl") if self.verb == "train" else []
 
     def driver(self) -> psutil.Process | None:
-        """The process of `sora` itself."""
+        """The process of `sora`."""
         for process, title in self.machines.first.processes():
             if re.match(rf"\S*python\S* \S*/sora {self.verb} ", title):
                 return process
         return None
 
     def worker_starts(self) -> list[int]:
-        """When each start of the workers began that did a step, in nanoseconds since 1970, by what ranks wrote down."""
+        """Times (ns since 1970) of all starts of the workers that did a step, from the ranks' records."""
         if self.verb == "prep":
             return []
         return sorted({line["attempt"] for file in (self.run / "trained").glob("*.jsonl") for line in lines(file)})
 
     def dump_stacks(self) -> None:
-        """What every process of the job does at this moment, into the logs."""
+        """Writes the stacks of all processes of the job into the logs."""
         with (self.logs / f"{self.job_id}.stacks").open("w") as file:
             nodes = (self.machines.first, *self.machines.others)
             found = [(node, *one) for node in nodes for one in self.machines.work_on(node)]
@@ -173,7 +173,7 @@ def is_raylet(title: str) -> bool:
 
 
 def job_result(log: Path) -> str:
-    """How a job ended, by what `ray job submit` said last: `SUCCEEDED`, or the reason."""
+    """How a job ended, from the output of `ray job submit`: `SUCCEEDED`, or the reason."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(errors="replace"))
     said = re.sub(r"^\S+ \S+\s+[A-Z]+ \w+\.py:\d+ -- ", "", plain, flags=re.MULTILINE).strip().splitlines()
     if any("succeeded" in line and "Job '" in line for line in said[-4:]):

@@ -1,4 +1,4 @@
-"""What the cluster drill finds in the end: preps and trainings against unbroken ones, and faults against events."""
+"""Results of the cluster drill: compares with undisturbed runs, and faults with events."""
 
 import statistics
 from collections import Counter
@@ -14,12 +14,12 @@ from tests.drills.history import account, difference, losses
 HEADS = ("time", "job", "fault", "node", "met", "what happened", "standstill")
 ORDINARY = ("checkpoint", "validation_done", "validation_dropped", "not_measured", "end")
 TROUBLE = ("worker_lost", "driver_lost", "preempted", "stopped", "interrupted", "failed")
-"""Events of which each new start of the workers needs one."""
+"""Events one of which must explain each restart of the workers."""
 
 
 @dataclass
 class Row:
-    """A line of the table: a fault, and what came of it."""
+    """A row of the table: a fault and its consequences."""
 
     at_s: float
     phase: str
@@ -27,7 +27,7 @@ class Row:
     node: str
     met: str
     repaired_s: float
-    """When its second half is done, by the monotonic clock."""
+    """When the fault is repaired, by the monotonic clock."""
     standing: tuple[int, int]
     jobs: int
     events_before: int
@@ -35,12 +35,12 @@ class Row:
     ends_job: bool = False
     stalled_s: float = 0.0
     attempts: int = 0
-    """Starts of the workers since, that did a step."""
+    """Later starts of the workers that did a step."""
     happened: list[str] = field(default_factory=list)
     events: list[dict] = field(default_factory=list)
 
     def recovered(self, work: Workload) -> bool:
-        """Whether the work goes on: beyond what it had done or was doing, and after the second half."""
+        """Whether the workload has progressed beyond the fault, after it was repaired."""
         beyond = work.progress > (self.standing[0], self.standing[1] + (work.verb == "train"))
         return beyond and work.progressed_at > self.repaired_s and len(work.jobs) > self.jobs - (not self.ends_job)
 
@@ -48,7 +48,7 @@ class Row:
         self.events = [event for event in events if event["event"] not in ORDINARY]
 
     def is_recorded(self) -> bool:
-        """Whether what it did to a training is in `events.jsonl`: that workers were started anew has a reason there."""
+        """Whether `events.jsonl` explains the restarts of the workers."""
         kinds = Counter(event["event"] for event in self.events)
         begun = kinds["start"] + kinds["resume"]
         reasons = sum(kinds[kind] for kind in TROUBLE)
@@ -73,7 +73,7 @@ def tabulate(rows: list[Row]) -> str:
 
 
 def compare(done: list[Workload], rows: list[Row], wrong: list[str]) -> tuple[list[str], bool]:
-    """A line for each thing that must hold, and whether all do. `done` begins with the unbroken prep and training."""
+    """A line per requirement, and whether all hold. `done` starts with the undisturbed prep and training."""
     said, holds = [], not wrong and bool(rows)
     for work in done:
         unbroken = done[0] if work.verb == "prep" else done[1]
@@ -91,7 +91,7 @@ def compare(done: list[Workload], rows: list[Row], wrong: list[str]) -> tuple[li
 
 
 def prep_holds(work: Workload, unbroken: Workload) -> tuple[str, bool]:
-    """Ids of the shards exact, none twice, and every row's bytes those of the unbroken prep."""
+    """The shards have the same rows, byte for byte, as those of the undisturbed prep, and none twice."""
     ours, theirs = (rows_of(shared(one) / one.name) for one in (work, unbroken))
     ids, wanted = [name for name, _ in ours], {name for name, _ in theirs}
     lost, twice, foreign = len(wanted - set(ids)), len(ids) - len(set(ids)), len(set(ids) - wanted)
@@ -106,7 +106,7 @@ def shared(work: Workload) -> Path:
 
 
 def rows_of(folder: Path) -> list[tuple[str, tuple]]:
-    """Id and bytes of every row of the shards."""
+    """Id and content of every row of the shards."""
     tables = [pq.ParquetFile(file).read() for file in shard_files(str(folder))]
     return [
         (row["sample_id"], (row["latents"], *row["text"], *row["captions"])) for t in tables for row in t.to_pylist()
@@ -114,7 +114,7 @@ def rows_of(folder: Path) -> list[tuple[str, tuple]]:
 
 
 def training_holds(work: Workload, unbroken: Workload) -> tuple[str, bool]:
-    """Every epoch's samples exactly once, and the losses those of the unbroken training."""
+    """Each epoch has every clip exactly once, and losses equal the undisturbed training's."""
     found = account(work.run, shared(work) / "prep-unbroken")
     ours, theirs = (statistics.mean(list(losses(one.run).values())[-20:]) for one in (work, unbroken))
     mean, off = abs(ours - theirs) / theirs, difference(work.run, unbroken.run)

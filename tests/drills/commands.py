@@ -1,4 +1,4 @@
-"""`sora` as people start it: processes that a drill watches, signals and ends."""
+"""Starts `sora` commands as processes, watches and kills them."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ TIMEOUT_S = 300.0
 
 @dataclass(frozen=True)
 class Command:
-    """A `sora` that runs or has ended. `run` is the folder of its run."""
+    """A `sora` process, running or ended. `run` is the folder of its run."""
 
     process: subprocess.Popen
     run: Path
@@ -28,7 +28,7 @@ class Command:
 
 
 def start(words: list[str], run: Path, logs: Path, environment: dict[str, str], cwd: Path | None = None) -> Command:
-    """Starts `sora WORDS`; what it prints goes into a numbered file in `logs`."""
+    """Starts `sora WORDS`, with its output in a numbered file in `logs`."""
     number = len(list(logs.glob(f"{run.name}.*.log")))
     log = logs / f"{run.name}.{number}.log"
     with log.open("wb") as file:
@@ -51,7 +51,7 @@ def end(command: Command, timeout_s: float = TIMEOUT_S) -> int:
 
 
 def wait_for(command: Command, what: str, is_so: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> None:
-    """Waits until `is_so()`, as long as the command runs."""
+    """Waits until `is_so()` while the command runs."""
     until = time.monotonic() + timeout_s
     while not is_so():
         if command.process.poll() is not None:
@@ -62,19 +62,19 @@ def wait_for(command: Command, what: str, is_so: Callable[[], bool], timeout_s: 
 
 
 def wait_for_step(command: Command, step: int) -> None:
-    """Until a step is in `metrics.jsonl`."""
+    """Waits until `metrics.jsonl` has a step."""
     metrics = command.run / "metrics.jsonl"
     wait_for(command, f"step {step}", lambda: any(line["step"] >= step for line in lines(metrics)))
 
 
 def lines(path: Path) -> list[dict]:
-    """The whole lines of a file of JSON objects; none where there is no file."""
+    """The complete lines of a JSON lines file; none if it does not exist."""
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def family(command: Command) -> list[psutil.Process]:
-    """Everything that a command has started."""
+    """All processes that a command has started."""
     return psutil.Process(command.process.pid).children(recursive=True)
 
 
@@ -90,7 +90,7 @@ def title(process: psutil.Process) -> str:
 
 
 def end_all(root: Path) -> None:
-    """Ends every process, of whatever parent, that has this folder as its `RAY_TMPDIR`."""
+    """Kills every process whose `RAY_TMPDIR` is this folder."""
     found = [process for process in psutil.process_iter() if is_of(process, root) and process.pid != os.getpid()]
     for process in found:
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -1,4 +1,4 @@
-"""What a drill does to files: poisoned clips, files cut short, flipped bytes, disks that are full or read-only."""
+"""Damage to files: NaN latents, truncated files, flipped bytes, full or read-only disks."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ from sora_train.schema import ROW_GROUP, shard_files
 
 
 def poisoned(shards: Path, to: Path, sample_ids: set[str]) -> Path:
-    """A copy of shards in which the latents of these clips are not numbers."""
+    """Copies shards, with NaN as latents of these clips."""
     shutil.copytree(shards, to)
     for file in shard_files(str(to)):
         table = pq.ParquetFile(file).read()
@@ -68,7 +68,7 @@ def flip_in_latents(shard: Path) -> None:
 
 @contextmanager
 def small_disk(folder: Path) -> Iterator[None]:
-    """A file system of its own in memory. PermissionError where this process may not mount one."""
+    """Mounts a small file system in memory. PermissionError if this process may not."""
     folder.mkdir()
     done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=256m", "drill", str(folder)], capture_output=True, text=True
@@ -86,6 +86,6 @@ def remount(folder: Path, options: str) -> None:
 
 
 def used(folder: Path) -> int:
-    """Bytes that are taken on the disk that a folder lies on."""
+    """Used bytes of a folder's disk."""
     disk = os.statvfs(folder)
     return (disk.f_blocks - disk.f_bfree) * disk.f_frsize

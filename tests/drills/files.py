@@ -1,4 +1,4 @@
-"""Drills in which files and disks are at fault: poisoned clips, damaged shards and checkpoints, no room."""
+"""Drills with bad files and disks: NaN clips, damaged shards and checkpoints, a full disk."""
 
 import shutil
 from collections.abc import Callable
@@ -27,21 +27,21 @@ from tests.drills.stage import (
 
 
 def poisoned_clip(stage: Stage) -> Row:
-    """One clip is NaN: the steps that take it, one an epoch, are skipped and named."""
+    """One clip is NaN: the steps with it, one per epoch, are skipped and named."""
     clips = ShardSet(str(stage.shards))
     bad = set(clips.sample_ids(*clips.rows, [0]))
     return guarded(stage, "a clip of NaN", bad, left_out=[])
 
 
 def poisoned_stretch(stage: Stage) -> Row:
-    """Three batches in a row are NaN: the run goes back to the checkpoint before and leaves out what lies between."""
+    """Three consecutive batches are NaN: the run rolls back one checkpoint and skips the batches since."""
     first = EVERY + 2  # counted from 0, so that two good steps after the checkpoint of step 6 are undone too
     bad = damage.stretch(stage.shards, BATCH, SEED, STEPS, first=first, length=3)
     return guarded(stage, "three batches of NaN in a row", bad, left_out=list(range(EVERY, first + 3)))
 
 
 def guarded(stage: Stage, fault: str, bad: set[str], left_out: list[int]) -> Row:
-    """A run on shards in which these clips are NaN; it equals the unbroken one until something is done."""
+    """A run on shards in which these clips are NaN. It equals the undisturbed one until the guard acts."""
     name = f"poisoned-{len(bad)}"
     shards = damage.poisoned(stage.shards, stage.root / f"shards-{name}", bad)
     command = stage.train(name, "--data.output", str(shards), "--train.guard_max_consecutive", "3")
@@ -69,7 +69,7 @@ def shard_flipped(stage: Stage) -> Row:
 
 
 def bad_shard(stage: Stage, fault: str, name: str, harm: Callable[[Path], None]) -> Row:
-    """A half run goes on with a damaged shard, gives up, and goes on once the shard is there again."""
+    """A half run resumes with a damaged shard, gives up, and resumes once the shard is restored."""
     run, shards = stage.half(name), stage.root / name
     shutil.copytree(stage.shards, shards)
     shard = Path(shard_files(str(shards))[0])
@@ -82,7 +82,7 @@ def bad_shard(stage: Stage, fault: str, name: str, harm: Callable[[Path], None])
 
 
 def checkpoint_truncated(stage: Stage) -> Row:
-    """The newest checkpoint is not whole: the run goes on from the one before."""
+    """The newest checkpoint is incomplete: the run resumes from the previous one."""
     run = stage.half("checkpoint-truncated")
     damage.cut_short(newest_part(run))
     code = end(stage.train("checkpoint-truncated"))
@@ -92,7 +92,7 @@ def checkpoint_truncated(stage: Stage) -> Row:
 
 
 def checkpoint_flipped(stage: Stage) -> Row:
-    """A checkpoint with another checksum is refused; the run goes on from the one before once it is removed."""
+    """A checkpoint with a wrong checksum is refused; once removed, the run resumes from the previous one."""
     run = stage.half("checkpoint-flipped")
     part = newest_part(run)
     damage.flip(part, part.stat().st_size - 1000)  # in a tensor: these follow the header
@@ -110,7 +110,7 @@ def newest_part(run: Path) -> Path:
 
 
 def disk_full(stage: Stage) -> Row:
-    """The disk is full at the second checkpoint; once there is room the same command goes on."""
+    """The disk is full at the second checkpoint; once there is space the same command resumes."""
     fault, disk = "a full disk during a checkpoint", stage.root / "small-disk"
     try:
         with damage.small_disk(disk):
@@ -132,7 +132,7 @@ def disk_full(stage: Stage) -> Row:
 
 
 def folder_unwritable(stage: Stage) -> Row:
-    """The run's folder lies on a disk that became read-only, or where a file is."""
+    """The run's folder is on a disk that became read-only, or is a file."""
     wrong, exits = [], []
     blocked = stage.root / "a-file"
     blocked.write_text("no folder")

@@ -1,4 +1,4 @@
-"""What a run was really trained on, from what every rank wrote down, against what it should have been trained on.
+"""Compares the clips a run was trained on, by the ranks' records, with those it should have been.
 
 A rank writes a line for each step it has done (`train.log_samples`). Lines of steps that a resume or a rollback undid
 stay in the files: of several attempts at a step the last holds, and in an attempt a rank's last line for it.
@@ -19,18 +19,18 @@ from tests.drills.commands import lines
 
 @dataclass(frozen=True)
 class Account:
-    """Counts of a finished run's final history."""
+    """Counts over a finished run's final history."""
 
     lost: int
-    """Clips of an epoch that were neither trained on nor named."""
+    """Clips of an epoch that were neither trained on nor named in `events.jsonl`."""
     repeated: int
-    """Clips that were trained on more than once an epoch, or although they are named as left out."""
+    """Clips that were trained on more than once per epoch, or although named as skipped."""
     named: int
-    """Clips that `events.jsonl` names as skipped or left out."""
+    """Clips that `events.jsonl` names as skipped."""
     again: int
-    """Steps that were done and did not stay."""
+    """Steps that were done and then repeated."""
     unseen: int
-    """Clips that `state.json` counts beyond those that the ranks wrote down."""
+    """Clips that `state.json` counts but no rank recorded."""
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -42,7 +42,7 @@ def events(run: Path, kind: str) -> list[dict]:
 
 
 def difference(run: Path, unbroken: Path, until: int | None = None) -> float:
-    """The largest difference of a step's loss, relative to the unbroken run's; infinite where steps are missing."""
+    """The largest relative difference of a step's loss to the undisturbed run; infinite if steps are missing."""
     ours, theirs = losses(run), losses(unbroken)
     steps = [step for step in theirs if until is None or step <= until]
     if missing := [step for step in steps if step not in ours]:
@@ -52,7 +52,7 @@ def difference(run: Path, unbroken: Path, until: int | None = None) -> float:
 
 
 def account(run: Path, shards: Path) -> Account:
-    """Counts clips by epoch: each that `shards` have for training must have come once, but for those that are named."""
+    """Counts clips by epoch: each training clip of `shards` must occur once, except those named as skipped."""
     recipe = load_recipe(run / "recipe.yaml")
     train, clips = recipe.train, ShardSet(str(shards), recipe.data.holdout_fraction, "train")
     plan, ids = clips.plan(train.batch_size, train.seed), ids_of(clips)
@@ -89,7 +89,7 @@ def ids_of(clips: ShardSet) -> list[str]:
 
 
 def by_epoch(plan: Plan, batches: int, clips: ShardSet, ids: list[str]) -> dict[int, Counter]:
-    """What so many batches must hold: in a whole epoch every clip once, in the last one what the plan says."""
+    """Clips that these batches must hold: each once per full epoch, in the last epoch by the plan."""
     whole_epochs, rest = divmod(batches, plan.steps_per_epoch)
     wanted = {epoch: Counter(ids) for epoch in range(whole_epochs)}
     for number in range(batches - rest, batches):

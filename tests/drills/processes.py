@@ -1,4 +1,4 @@
-"""Drills in which processes and nodes go: workers, drivers, and a run that goes on at another size."""
+"""Drills that kill workers, nodes and drivers, or resume at another world size."""
 
 import os
 import random
@@ -35,7 +35,7 @@ def worker_killed(stage: Stage) -> Row:
 
 
 def node_lost(stage: Stage) -> Row:
-    """One of three nodes goes for good; later a new one comes."""
+    """One of three nodes is lost for good; later a new one joins."""
     with three_nodes(delay_s=0.5) as (cluster, nodes):
         elastic = ("--cluster.address", cluster.address, "--cluster.workers", "1", "3")
         command = stage.train("node-lost", *elastic)
@@ -67,7 +67,7 @@ def node_lost(stage: Stage) -> Row:
 
 @contextmanager
 def three_nodes(delay_s: float) -> Iterator[tuple[Cluster, list]]:
-    """A cluster of a head and two nodes on this machine, a CPU each. Workers inherit the nodes' environment."""
+    """A cluster of a head and two nodes on this machine, one CPU each. Workers inherit the nodes' environment."""
     given = {**ONE_THREAD, "SORA_STEP_DELAY_S": str(delay_s)}
     before = {key: os.environ.get(key) for key in given}
     os.environ.update(given)
@@ -81,13 +81,13 @@ def three_nodes(delay_s: float) -> Iterator[tuple[Cluster, list]]:
 
 
 def worlds(run: Path) -> list[int]:
-    """The world sizes that a run had, one after the other."""
+    """The world sizes of a run in order."""
     begun = [event["reason"] for event in lines(run / "events.jsonl") if event["event"] in ("start", "resume")]
     return [int(found[1]) for reason in begun if (found := re.search(r"(\d+) workers?", reason))]
 
 
 def driver_terminated(stage: Stage) -> Row:
-    """SIGTERM to the driver; the same command goes on from the step it left at."""
+    """SIGTERM to the driver; the same command resumes at the step where it stopped."""
     command = stage.train("driver-terminated", delay_s=0.1)
     wait_for_step(command, 20)
     command.process.send_signal(signal.SIGTERM)
@@ -103,7 +103,7 @@ def driver_terminated(stage: Stage) -> Row:
 
 
 def driver_killed(stage: Stage) -> Row:
-    """`kill -9` of the driver; the same command, started at once, goes on, and nothing of the first one stays."""
+    """`kill -9` of the driver; the same command resumes at once, and no process of the first one is left."""
     command = stage.train("driver-killed", delay_s=0.3)
     wait_for_step(command, 20)
     orphans, workers = family(command), training_workers(command)
@@ -119,7 +119,7 @@ def driver_killed(stage: Stage) -> Row:
 
 
 def resized(stage: Stage) -> Row:
-    """A half run goes on at other world sizes and ZeRO stages, asked for on the command line."""
+    """A half run resumes at other world sizes and ZeRO stages."""
     rows = []
     for workers, zero_stage in ((1, 3), (3, 2), (2, 0)):
         name = f"resized-{workers}-{zero_stage}"

@@ -1,4 +1,4 @@
-"""What the drills share: a recipe, shards, the run that nobody touched, and how another one is held against it."""
+"""Shared by the drills: recipe, shards, the undisturbed run, and comparison with it."""
 
 import json
 import shutil
@@ -15,13 +15,13 @@ from tests.drills.history import Account, account, difference
 
 STEPS, CLIPS, BATCH, EVERY, SEED = 60, 48, 4, 6, 0
 HALF = 24
-"""The step of the checkpoint that half runs go on from."""
+"""The checkpoint from which half runs resume."""
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table."""
+    """A row of the table."""
 
     fault: str
     times: int = 1
@@ -35,7 +35,7 @@ class Row:
 
 
 class Stage:
-    """What the drills share: a folder, a recipe, shards, and the run that nobody touched."""
+    """A folder with the recipe, the shards and the undisturbed run."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -77,7 +77,7 @@ class Stage:
 
     @cached_property
     def unbroken(self) -> Path:
-        """The run that nobody touched."""
+        """The undisturbed run."""
         assert self.shards.is_dir()
         command = self.train("unbroken")
         assert end(command) == 0, command.output()
@@ -106,7 +106,7 @@ def compare_runs(
     stage: Stage, fault: str, run: Path, exits: list[int], *, want: list[int], times: int = 1, tolerance: float = 0.0,
     until: int | None = None, wrong: list[str] | None = None, remark: str = "",
 ) -> Row:  # fmt: skip
-    """The row of a run that got to its end: held against the unbroken one up to the step `until`."""
+    """The row of a finished run, compared with the undisturbed one up to step `until`."""
     wrong, codes = list(wrong or []), ", ".join(map(str, exits))
     if exits != want:
         wrong.append(f"exit {exits}, not {want}")
@@ -127,12 +127,12 @@ def compare_runs(
 
 
 def verdict(wrong: list[str], remark: str = "") -> tuple[str, bool]:
-    """The verdict in words, and whether all is well."""
+    """The verdict as text, and whether all is well."""
     return (f"FAILED: {'; '.join(wrong)}" if wrong else f"holds{remark and ': '}{remark}"), not wrong
 
 
 def check_refusal(command: Command, code: int, *needles: str) -> list[str]:
-    """What is wrong with how a command gave up: it must say so once, name what it is about, and show no traceback."""
+    """What is wrong with a command's failure: it needs one message with these words, and no traceback."""
     output = command.output()
     said = [line for line in output.splitlines() if line.startswith("sora ")]
     say(f"exit {code}: {said[0] if said else output[-300:]}")

@@ -1,4 +1,4 @@
-"""The training drill, `make drill-train`: real `sora train` commands on a real Ray, and what clusters do to them.
+"""The training drill, `make drill-train`: real `sora train` commands under faults.
 
     python -m tests.drills.train [--only NAME …] [--out FILE.md]
 
@@ -26,7 +26,7 @@ from tests.drills.stage import BATCH, CLIPS, EVERY, STEPS, Row, Stage, verdict
 
 
 def quickstart(stage: Stage) -> Row:
-    """`sora demo` in an empty folder, and the quality bar: colour and direction 0.95, shape 0.75, halves within 0.1."""
+    """`sora demo` in an empty folder reaches its quality: colour and direction 0.95, shape 0.75, halves within 0.1."""
     place = stage.root / "quickstart"
     place.mkdir()
     command = start(["demo"], place / "runs/quickstart", stage.logs, {}, cwd=place)
@@ -101,7 +101,7 @@ def main() -> int:
 
 
 def drill(name: str, stage: Stage, began: float) -> Row:
-    """One drill; what it trips over becomes its row."""
+    """One drill; an exception becomes its row."""
     print(f"[{time.monotonic() - began:5.0f} s] {name}", flush=True)
     try:
         row = DRILLS[name](stage)
@@ -121,7 +121,7 @@ def tabulate(rows: list[Row]) -> str:
 
 
 def page(table: str, minutes: float, about: dict) -> str:
-    """The page for docs/benchmarks. `about` is what a run says of its environment."""
+    """The page for docs/benchmarks. `about` is a run's environment.json."""
     versions = ", ".join(f"{name} {about['packages'][name]}" for name in ("torch", "ray", "deepspeed"))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"""\

@@ -1,4 +1,4 @@
-"""Drills in which validations fail, hang, are killed or crawl: training must neither end nor wait."""
+"""Drills with validations that fail, hang, are killed or are slow: training must neither end nor wait."""
 
 import statistics
 from collections.abc import Callable
@@ -17,7 +17,7 @@ ASKED = ("--validation.every", str(FIRST), "--validation.prompts", PROMPT, "--va
 
 
 def raises(stage: Stage) -> Row:
-    """The averaged weights of its checkpoint are damaged before it loads them."""
+    """The EMA weights of its checkpoint are damaged before it loads them."""
     command = stage.train("validation-raises", *ASKED, delay_s=0.2, validation_s=5)
     wait_for(command, "a validation", lambda: bool(children(command)))
     weights = command.run / f"checkpoints/step_{FIRST:08d}/ema.safetensors"
@@ -28,7 +28,7 @@ def raises(stage: Stage) -> Row:
 
 
 def hangs(stage: Stage) -> Row:
-    """Every validation takes ten minutes, and has three seconds."""
+    """Every validation takes ten minutes, with a timeout of three seconds."""
     command = stage.train("validation-hangs", *ASKED, "--validation.timeout_s", "3", delay_s=0.2, validation_s=600)
     return outcome(stage, "every validation hangs past its timeout", command, "ended after validation.timeout_s 3")
 
@@ -46,7 +46,7 @@ def killed(stage: Stage) -> Row:
 
 
 def supervisor_killed(stage: Stage) -> Row:
-    """`kill -9` of Ray's task that watches over a validation: Ray starts it anew."""
+    """`kill -9` of the Ray task that supervises a validation: Ray restarts it."""
     command = stage.train("supervisor-killed", *ASKED, delay_s=0.2, validation_s=5)
     wait_for(command, "a validation", lambda: bool(children(command)))
     supervisor = children(command)[0].parent()
@@ -57,7 +57,7 @@ def supervisor_killed(stage: Stage) -> Row:
 
 
 def slow(stage: Stage) -> Row:
-    """Each validation takes a minute; all steps of the run are done meanwhile."""
+    """Each validation takes a minute; all steps of the run finish meanwhile."""
     command = stage.train("validation-slow", *ASKED, delay_s=0.1, validation_s=60)
     wait_for(command, "a validation", lambda: bool(children(command)))
     at = max(losses(command.run))
@@ -73,7 +73,7 @@ def slow(stage: Stage) -> Row:
 def outcome(
     stage: Stage, fault: str, command: Command, reason: str, done: tuple[int, ...] = (), wrong: list[str] | None = None
 ) -> Row:  # fmt: skip
-    """The row of a run whose training must have come to its end untouched, with the fault noted."""
+    """The row of a run whose training must have finished undisturbed, with an event for the fault."""
     code, wrong = end(command, timeout_s=600), list(wrong or [])
     noted = [event["reason"] for event in events(command.run, "validation_failed")]
     if reason and not any(reason in text for text in noted):
@@ -87,7 +87,7 @@ def outcome(
 
 
 def throughput(stage: Stage) -> Row:
-    """Steps a second while a validation samples on another core, and while none does, in turns within one run."""
+    """Steps per second with and without a validation that samples on another core, within one run."""
     recipe = Path(__file__).parents[2] / "jobs/quickstart.yaml"
     flags = {"data.output": str(stage.shards), "data.holdout_fraction": "0", "data.frames": "4", "name": "throughput",
              "train.output": str(stage.runs), "train.steps": "400", "train.log_every": "1",
@@ -107,7 +107,7 @@ def throughput(stage: Stage) -> Row:
 
 
 def children(command: Command) -> list[psutil.Process]:
-    """The processes that validate a checkpoint now."""
+    """The present validation processes."""
     return [process for process in family(command) if "sora_train.launch.validation validate" in title(process)]
 
 
