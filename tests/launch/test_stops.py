@@ -90,7 +90,10 @@ def test_sigterm_saves_a_checkpoint_and_exits_as_resumable(builtin_shards: Path,
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGHUP, "SIGHUP")])
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [(signal.SIGINT, "Ctrl-C"), pytest.param(signal.SIGHUP, "SIGHUP", marks=pytest.mark.slow)],
+)
 def test_ctrl_c_and_a_closed_terminal_save_a_checkpoint(
     number: int, name: str, builtin_shards: Path, tmp_path: Path, recipe_of
 ):
@@ -98,8 +101,8 @@ def test_ctrl_c_and_a_closed_terminal_save_a_checkpoint(
     (tmp_path / "link").symlink_to("real")  # as on most clusters: runs -> /scratch/me/runs
     (tmp_path / "real/far").mkdir()
     (tmp_path / "real/tiny").symlink_to(tmp_path / "real/far")
-    recipe = recipe_of(builtin_shards, tmp_path / "link", cluster__address="local", train__steps=500,
-                       train__checkpoint_every=500)  # fmt: skip
+    recipe = recipe_of(builtin_shards, tmp_path / "link", cluster__address="local", cluster__workers=1,
+                       train__steps=500, train__checkpoint_every=500)  # fmt: skip
     code, said, _ = terminated(recipe, lambda said: "step   3/500" in said, number)
     assert code == cli.EXIT_RESUMABLE, said
     assert "Traceback" not in said
@@ -115,9 +118,8 @@ def test_ctrl_c_and_a_closed_terminal_save_a_checkpoint(
 
 @pytest.mark.timeout(600)
 def test_a_second_ctrl_c_ends_a_run_now(builtin_shards: Path, tmp_path: Path, recipe_of):
-    recipe = recipe_of(
-        builtin_shards, tmp_path, cluster__address="local", train__steps=500, train__checkpoint_every=500
-    )
+    recipe = recipe_of(builtin_shards, tmp_path, cluster__address="local", cluster__workers=1, train__steps=500,
+                       train__checkpoint_every=500)  # fmt: skip
     code, said, _ = terminated(recipe, lambda said: "step   3/500" in said, signal.SIGINT, times=2)
     assert code == cli.EXIT_INTERRUPTED, said
     assert "Traceback" not in said
@@ -128,7 +130,7 @@ def test_a_second_ctrl_c_ends_a_run_now(builtin_shards: Path, tmp_path: Path, re
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("moment", ["starting Ray", "starting workers"])
 def test_sigterm_while_a_run_starts_ends_it_soon(moment: str, builtin_shards: Path, tmp_path: Path, recipe_of):
-    recipe = recipe_of(builtin_shards, tmp_path, cluster__address="local", train__steps=500)
+    recipe = recipe_of(builtin_shards, tmp_path, cluster__address="local", cluster__workers=1, train__steps=500)
     code, said, seconds = terminated(recipe, lambda said: moment in said)
     assert code == cli.EXIT_RESUMABLE, said
     assert "There is no checkpoint yet" in said  # and perhaps, of Python, that it ignored what Ray's handler raised
