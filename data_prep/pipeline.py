@@ -20,7 +20,7 @@ from data_prep.stats import PrepStats
 from data_prep.watchdog import PipelineStalled
 from sora_train.codec.conventions import cleaning_of
 from sora_train.codec.files import TextFiles, VaeFiles, find_text_encoder, find_vae
-from sora_train.data.config import DataConfig, small_buckets
+from sora_train.data.config import DataConfig, small_bucket_warnings
 from sora_train.data.shards import ShardSet
 from sora_train.errors import RecipeError, UserError
 from sora_train.locks import run_lock
@@ -68,7 +68,7 @@ def print_warnings(manifest: Manifest, recipe: Recipe) -> None:
         log.info(f"prep: no clip fills the bucket {name}; `sora prep RECIPE --plan` says why")
     with contextlib.suppress(UserError):  # all clips are held out, which training reports
         train_rows = ShardSet(recipe.data.output, recipe.data.holdout_fraction).rows
-        for warning in small_buckets(train_rows, recipe.train.batch_size):
+        for warning in small_bucket_warnings(train_rows, recipe.train.batch_size):
             log.warning(f"prep: {warning}")
 
 

@@ -21,8 +21,8 @@ from pydantic import (
 )
 
 from sora_train.codec import CodecConfig
-from sora_train.data.config import DataConfig, PrepConfig, SelectionConfig, misfit
-from sora_train.diffusion import DiffusionConfig, fitting
+from sora_train.data.config import DataConfig, PrepConfig, SelectionConfig, image_ratio_error
+from sora_train.diffusion import DiffusionConfig, resolve_sampler
 from sora_train.errors import RecipeError, UserError
 from sora_train.model import ModelConfig
 from sora_train.model.config import PRESETS, with_preset
@@ -89,7 +89,7 @@ class ClusterConfig(Section):
     def is_a_number_or_two(
         cls, given: object, take: Callable[[object], int | tuple[int, int]]
     ) -> int | tuple[int, int]:
-        """pydantic has a complaint for each of the two forms; a person needs one."""
+        """pydantic has a rejection for each of the two forms; a person needs one."""
         try:
             return take(given)
         except ValidationError:
@@ -189,7 +189,7 @@ def check(recipe: Recipe) -> list[str]:
     if validation.every and not validation.prompts:
         wrong.append("validation.prompts is empty but validation.every is not 0; give prompts, or set the latter to 0")
     try:
-        fitting(validation.sampler, recipe.diffusion.kind)
+        resolve_sampler(validation.sampler, recipe.diffusion.kind)
     except UserError as error:
         wrong.append(f"validation.{error}")
 
@@ -215,7 +215,7 @@ def check(recipe: Recipe) -> list[str]:
         wrong.append(
             f"data.clips_per_video {data.clips_per_video} needs data.stride_s: without it every video gives one clip"
         )
-    if lacking := misfit(data.image_ratio, data.shapes):
+    if lacking := image_ratio_error(data.image_ratio, data.shapes):
         wrong.append(lacking)
     low, high = recipe.selection.min_motion, recipe.selection.max_motion
     if high and low > high:

@@ -47,7 +47,7 @@ def test_no_line_of_several_writers_is_lost_nor_cut_off(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     writers = [subprocess.Popen([sys.executable, "-c", program, str(path), str(i)]) for i in range(3)]
     while any(writer.poll() is None for writer in writers):
-        JsonLines(path).cut_back(1000)  # takes nothing out, and must not take out what is written meanwhile
+        JsonLines(path).truncate(1000)  # takes nothing out, and must not take out what is written meanwhile
         time.sleep(0.01)
     assert [writer.returncode for writer in writers] == [0, 0, 0]
     found = sorted((line["who"], line["step"]) for line in JsonLines(path).read())

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from data_prep.estimate.estimate import BucketEstimate, Dropped, PrepEstimate
 from data_prep.ray_pipeline import available_cpus
 from data_prep.reasons import BAD_SOURCE_REASONS
-from sora_train.data.config import DataConfig, SelectionConfig, small_buckets
+from sora_train.data.config import DataConfig, SelectionConfig, small_bucket_warnings
 from sora_train.errors import RecipeError, UserError
 from sora_train.recipe import Recipe
 from sora_train.schema import bucket_size
@@ -83,7 +83,7 @@ def format_estimate(estimate: PrepEstimate, recipe: Recipe) -> str:
     if estimate.steps:
         lines += _epoch_lines(estimate, recipe)
     train = {bucket.name: bucket.clips - bucket.held_out for bucket in estimate.buckets}
-    lines += [f"WARNING: {warning}" for warning in small_buckets(train, recipe.train.batch_size)]
+    lines += [f"WARNING: {warning}" for warning in small_bucket_warnings(train, recipe.train.batch_size)]
     return "\n".join([*lines, *_disk_lines(estimate, recipe.data.output), *_work_lines(estimate)])
 
 

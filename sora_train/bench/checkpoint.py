@@ -20,11 +20,11 @@ from sora_train.bench.core import Flags, Row, Table, finish, log, seconds, sprea
 from sora_train.bench.variant import Case, add_case_flags, check_device, inputs, size_of
 from sora_train.model import Latte
 from sora_train.train import checkpoint
-from sora_train.train.checkpoint import State
 from sora_train.train.config import TrainConfig
 from sora_train.train.ema import Ema
 from sora_train.train.engine import Engine
-from sora_train.train.run_dir import Home
+from sora_train.train.run_dir import RunDir
+from sora_train.train.state import State
 
 ABOUT = """Trains a model on noise with DeepSpeed in one process and makes checkpoints as `sora train` does: training
 waits for the copy, and continues while it is written. Example: sora bench checkpoint --presets S --tmp /shared/disk"""
@@ -72,17 +72,17 @@ def measure(case: Case, options: Namespace, folder: Path) -> Row:
         ema.update(0)
 
     step()
-    home, state = Home(folder), State()
+    run_dir, state = RunDir(folder), State()
     found: dict[str, list[float]] = {"step_s": [], "stall_s": [], "whole_s": [], "beside": []}
     for turn in range(options.rounds + 1):  # the first is a warm-up
         alone, state = seconds(step), replace(state, step=turn)
-        stall = seconds(lambda: home.keep(partial(checkpoint.snapshot, engine, ema, state)))  # noqa: B023
+        stall = seconds(lambda: run_dir.save_async(partial(checkpoint.snapshot, engine, ema, state)))  # noqa: B023
         beside: list[float] = []
 
         def wait() -> None:
-            while home.writing is not None and not home.writing.done():
+            while run_dir.writing is not None and not run_dir.writing.done():
                 beside.append(seconds(step))  # noqa: B023
-            home.settle()
+            run_dir.wait()
 
         whole = stall + seconds(wait)
         if turn:
@@ -98,7 +98,7 @@ def measure(case: Case, options: Namespace, folder: Path) -> Row:
         fresh: list[tuple[Engine, Ema]] = []
         makes.append(seconds(lambda: fresh.append(make())))  # noqa: B023
         loads.append(seconds(lambda: checkpoint.load(newest, *fresh[0])))  # noqa: B023
-    home.writer.shutdown()
+    run_dir.writer.shutdown()
     return {
         "model": case.preset, "shape": options.shape, "batch": case.batch, "dtype": case.dtype,
         "zero": int(options.zero_stage), "gb": size / 1e9, "step_s": spread(found["step_s"]),

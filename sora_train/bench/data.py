@@ -46,17 +46,17 @@ def read_raw(folder: str, batch_size: int) -> int:
 def read_shards(folder: str, batch_size: int) -> int:
     """Reads an epoch in training's order with the shard reader and returns the number of clips."""
     shards = ShardSet(folder)
-    plan = shards.plan(batch_size, seed=0)
-    sampled = (batch(plan, number) for number in range(plan.steps_per_epoch))
+    order = shards.sample_order(batch_size, seed=0)
+    sampled = (batch(order, number) for number in range(order.steps_per_epoch))
     return sum(len(shards.read(one.bucket, one.rows).sample_ids) for one in sampled)
 
 
 def load_batches(folder: str, batch_size: int) -> int:
     """The same with the training loader: read-ahead thread, normalisation, noise and times."""
     shards = ShardSet(folder)
-    plan = shards.plan(batch_size, seed=0)
+    order = shards.sample_order(batch_size, seed=0)
     loaded = batches(
-        shards, plan, make_objective(DiffusionConfig(), False), range(plan.steps_per_epoch),
+        shards, order, make_objective(DiffusionConfig(), False), range(order.steps_per_epoch),
         micro_batch_size=batch_size, caption_dropout=0.1,
     )  # fmt: skip
     return sum(int(micro.weight.sum()) for _, micros in loaded for micro in micros)

@@ -10,8 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sora_train.bench.core import seconds
-from sora_train.codec.text import padded_lengths
-from sora_train.data.collate import MicroBatch
+from sora_train.data.collate import MicroBatch, padded_lengths
 from sora_train.data.loader import batches, micro_batches
 from sora_train.data.shards import ShardSet
 from sora_train.diffusion import make_objective
@@ -47,13 +46,13 @@ class PartialLoop:
     def data(self) -> Iterator[list[MicroBatch]]:
         """The micro-batches of each step: four steps held in memory, or read from the shards."""
         recipe, config = self.recipe, self.recipe.train
-        plan = self.shards.plan(config.batch_size, config.seed, recipe.data.image_ratio)
+        order = self.shards.sample_order(config.batch_size, config.seed, recipe.data.image_ratio)
         objective = make_objective(recipe.diffusion, recipe.model.learned_variance)
         how = {"micro_batch_size": config.micro_batch_size, "caption_dropout": config.caption_dropout}
         if "+ reading shards" in PARTS[: self.level + 1]:
-            for _, micros in batches(self.shards, plan, objective, count(), device=self.device, **how):
+            for _, micros in batches(self.shards, order, objective, count(), device=self.device, **how):
                 yield micros
-        held = [micro_batches(self.shards, plan, objective, number, **how) for number in range(4)]
+        held = [micro_batches(self.shards, order, objective, number, **how) for number in range(4)]
         for number in count():
             yield held[number % 4]
 

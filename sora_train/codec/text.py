@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from sora_train.codec import DTYPES, CodecConfig
@@ -20,9 +20,6 @@ from sora_train.codec.memory import give_back, is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, T5EncoderModel
-
-PAD_TOKENS = 32
-"""Captions are padded to a multiple of this, as every length is one more shape to compile."""
 
 
 class TextEncoder:
@@ -166,26 +163,3 @@ def null_tokens(encoder: TextEncoder) -> bytes:
 def cut_null(null: Float[Tensor, "m e"], null_prompt: str, tokens: int) -> Float[Tensor, "_ e"]:
     """What stands beside a caption of so many tokens when it is dropped or led away from."""
     return null[:tokens] if null_prompt == "padded" else null
-
-
-def pad_text(
-    embeddings: list[Tensor], max_tokens: int | None = None
-) -> tuple[Float[Tensor, "b l e"], Bool[Tensor, "b l"]]:
-    """Pads embeddings `l e` with zeros to one of a few lengths; also returns the mask of real tokens.
-
-    The length is the smallest of `padded_lengths(max_tokens)` that holds the longest; without `max_tokens`, the next
-    multiple of `PAD_TOKENS`. So a compiled model sees few shapes. The mask makes padding neutral, up to rounding.
-    """
-    lengths = torch.tensor([len(embedding) for embedding in embeddings])
-    longest = int(lengths.max())
-    padded = -(-longest // PAD_TOKENS) * PAD_TOKENS
-    if max_tokens is not None:
-        padded = max(longest, min(padded, max_tokens))
-    text = torch.nn.utils.rnn.pad_sequence(embeddings, batch_first=True)
-    text = torch.nn.functional.pad(text, (0, 0, 0, padded - longest))
-    return text, torch.arange(padded) < lengths[:, None]
-
-
-def padded_lengths(max_tokens: int) -> list[int]:
-    """All lengths that `pad_text` gives: multiples of `PAD_TOKENS`, and `max_tokens` itself."""
-    return [*range(PAD_TOKENS, max_tokens, PAD_TOKENS), max_tokens]

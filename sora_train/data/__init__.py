@@ -1,1 +1,1 @@
-"""Which clips make a batch, how shards are read, and how clips become tensors."""
+"""Training data: the order of samples, the shard reader, the loader, and collation to tensors."""

@@ -1,7 +1,7 @@
-"""Clips to the tensors of a micro-batch, with everything random that training adds to them.
+"""Collates clips to the tensors of a micro-batch, with everything random that training adds.
 
-What is drawn for a clip depends on (seed, step, sample_id) alone: not on the rank, the micro-batch, or the clips beside
-it. So cutting a global batch otherwise changes nothing, and a resumed run draws what the unbroken one drew.
+What is drawn for a clip depends on (seed, step, sample_id) alone, not on the rank or on the other clips. So another
+split of a global batch changes nothing, and a resumed run draws what the unbroken one would have.
 """
 
 from collections.abc import Callable
@@ -12,16 +12,18 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sora_train.codec.text import pad_text
 from sora_train.data.order import stable_hash
 from sora_train.diffusion import Objective
 from sora_train.manifest import Manifest
 from sora_train.schema import Clips
 
+PAD_TOKENS = 32
+"""Captions are padded to a multiple of this number of tokens, because a compiled model compiles every length."""
+
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Float32 tensors that one forward and backward pass takes, and what they were made of."""
+    """Float32 tensors of one forward and backward pass, and the clips that they were made of."""
 
     latents: Float[Tensor, "b f c h w"]
     """Normalised per channel: about mean 0, standard deviation 1."""
@@ -29,29 +31,31 @@ class MicroBatch:
     t: Float[Tensor, "b"]
     """Diffusion times, as the objective draws them."""
     text: Float[Tensor, "b l e"]
-    """Caption embeddings, zero behind their last token; padded to one of `padded_lengths`."""
+    """Caption embeddings, padded with zeros to one of `padded_lengths`."""
     text_mask: Bool[Tensor, "b l"]
     """True for real tokens."""
     weight: Float[Tensor, "b"]
     """1 for a clip, 0 for padding, which repeats a clip."""
     dropped: Bool[Tensor, "b"]
-    """True where the null prompt took the caption's place."""
+    """True where the null prompt replaced the caption."""
     sample_ids: tuple[str | None, ...]
     """None for padding."""
 
     @property
     def tokens(self) -> float:
-        """Caption tokens of its clips, without padding of either kind."""
+        """Caption tokens of its clips, without padding tokens and padding clips."""
         return float((self.text_mask.sum(1) * self.weight).sum())
 
     def to(self, device: torch.device | str) -> "MicroBatch":
-        """The same on another device. The caller does not wait for copies of pinned memory, the device does: they run
-        before the kernels that are issued next (0.5 ms for 10 MB, against hundreds of ms that a micro-batch computes).
+        """Copies it to a device, asynchronously from pinned memory.
+
+        The copy runs on the compute stream, before later kernels: 0.5 ms for 10 MB, while a micro-batch computes for
+        hundreds of ms.
         """
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> "MicroBatch":
-        """The same in pinned memory, which a GPU copies by itself while this process goes on."""
+        """Copies it to pinned memory, which a GPU reads asynchronously."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
@@ -59,8 +63,8 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class Draw:
-    """What chance adds to one clip."""
+class TrainingNoise:
+    """Everything random about one clip at one step."""
 
     latents: Float[Tensor, "f c h w"]
     noise: Float[Tensor, "f c h w"]
@@ -68,7 +72,7 @@ class Draw:
     caption: int
     """Which of the clip's captions."""
     dropped: bool
-    """Whether the null prompt takes its place."""
+    """Whether the null prompt replaces it."""
 
 
 def collate(
@@ -82,12 +86,12 @@ def collate(
     caption_dropout: float,
     null_prompt: str = "eos",
 ) -> MicroBatch:
-    """The micro-batch of these clips at a step; the last `padding` of them are repeats, which get weight 0.
+    """The micro-batch of these clips at a step; the last `padding` clips are repeats and get weight 0.
 
-    A dropped caption becomes the null prompt, `padded` to the caption's own number of tokens, or one token (`eos`).
+    A dropped caption becomes the null prompt: as many tokens as the caption (`padded`), or one (`eos`).
     """
     rows = len(clips.sample_ids)
-    draws = [draw(clips, row, objective, seed, step, caption_dropout) for row in range(rows)]
+    draws = [draw_training_noise(clips, row, objective, seed, step, caption_dropout) for row in range(rows)]
     null = manifest.null_embedding(null_prompt)
     drawn_text = [clips.text[row][drawn.caption] for row, drawn in enumerate(draws)]
     captions = [
@@ -108,15 +112,17 @@ def collate(
     )
 
 
-def draw(clips: Clips, row: int, objective: Objective, seed: int, step: int, caption_dropout: float) -> Draw:
-    """Everything random about one clip at one step, always drawn in the same order."""
-    # PyTorch's CPU generator takes the lower 32 bits of a seed: two clips in 4 billion draw alike.
+def draw_training_noise(
+    clips: Clips, row: int, objective: Objective, seed: int, step: int, caption_dropout: float
+) -> TrainingNoise:
+    """Draws dropout, caption, noise, latents and time of one clip at one step, always in this order."""
+    # PyTorch's CPU generator uses the lower 32 bits of a seed: two clips in 4 billion draw alike.
     generator = torch.Generator().manual_seed(stable_hash(seed, step, clips.sample_ids[row]))
     dropout, choice = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
     moments = torch.from_numpy(clips.latents[row].astype(np.float32))
     f, c, h, w = moments.shape[1:]
     noise = torch.randn((f, c, h, w), generator=generator)
-    return Draw(
+    return TrainingNoise(
         latents=draw_posterior(moments, generator),
         noise=noise,
         t=objective.draw_time(generator, (f, c, h, w)),
@@ -126,8 +132,31 @@ def draw(clips: Clips, row: int, objective: Objective, seed: int, step: int, cap
 
 
 def draw_posterior(moments: Float[Tensor, "m f c h w"], generator: torch.Generator) -> Float[Tensor, "f c h w"]:
-    """A draw from the VAE's posterior where its log-variance was stored beside the mean; else the latents that were."""
+    """Samples the VAE's posterior if its log-variance is stored with the mean; else returns the stored latents."""
     if len(moments) == 1:
         return moments[0]
     mean, logvar = moments
     return mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * torch.randn(mean.shape, generator=generator)
+
+
+def pad_text(
+    embeddings: list[Float[Tensor, "_ e"]], max_tokens: int | None = None
+) -> tuple[Float[Tensor, "b l e"], Bool[Tensor, "b l"]]:
+    """Pads embeddings with zeros to one of a few lengths; also returns the mask of real tokens.
+
+    The length is the smallest of `padded_lengths(max_tokens)` that holds the longest caption; without `max_tokens`, the
+    next multiple of `PAD_TOKENS`. So a compiled model sees few shapes. The mask makes padding neutral, up to rounding.
+    """
+    lengths = torch.tensor([len(embedding) for embedding in embeddings])
+    longest = int(lengths.max())
+    padded = -(-longest // PAD_TOKENS) * PAD_TOKENS
+    if max_tokens is not None:
+        padded = max(longest, min(padded, max_tokens))
+    text = torch.nn.utils.rnn.pad_sequence(embeddings, batch_first=True)
+    text = torch.nn.functional.pad(text, (0, 0, 0, padded - longest))
+    return text, torch.arange(padded) < lengths[:, None]
+
+
+def padded_lengths(max_tokens: int) -> list[int]:
+    """All lengths that `pad_text` gives: multiples of `PAD_TOKENS`, and `max_tokens` itself."""
+    return [*range(PAD_TOKENS, max_tokens, PAD_TOKENS), max_tokens]

@@ -1,7 +1,4 @@
-"""What is prepared, and how: clips and captions, which of them are kept, and what the work takes of the cluster.
-
-Imports neither torch nor Ray: the processes that decode read these too.
-"""
+"""The recipe's `data`, `selection` and `prep` sections. Imports neither torch nor Ray, as decoder processes read it."""
 
 from __future__ import annotations
 
@@ -14,11 +11,11 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from sora_train.section import Section
 
 LARGEST = 2**16
-"""Of frames, and of pixels on a side: so few that their product still has a name in torch."""
+"""Most frames, and pixels on a side, so that torch can count their product."""
 
 
 class DataConfig(Section):
-    """Clips and captions, and the shards they become."""
+    """Sources, clips and shards."""
 
     captions: str = ""
     """CSV, JSONL or Parquet with a column of file names and one of captions; or a folder of media with `.txt` files."""
@@ -27,7 +24,7 @@ class DataConfig(Section):
     caption_column: str = "prompt"
     """Column of the captions; in JSONL and Parquet it may hold a list, of which every epoch draws one."""
     root: str = ""
-    """Folder that the file names are relative to; empty is the folder that the captions lie in."""
+    """Folder that the file names are relative to; empty: the folder of the captions file."""
     output: str = "shards"
     """Folder of the Parquet shards: `sora prep` writes it, `sora train` reads it."""
     frames: int = Field(default=16, ge=1, le=LARGEST)
@@ -39,23 +36,23 @@ class DataConfig(Section):
     width: int = Field(default=256, ge=1, le=LARGEST)
     """Width of a clip in pixels, after resizing and cropping."""
     buckets: tuple[str, ...] = ()
-    """Shapes FRAMESxHEIGHTxWIDTH instead of the one above; a clip goes to the nearest that it fills; pictures to 1x…"""
+    """Shapes FRAMESxHEIGHTxWIDTH instead of the one above; a clip goes to the nearest that it fills; images to 1x…"""
     max_enlarge: NonNegativeFloat = 0.0
     """How many times larger a clip may be made to fill its bucket, else it is `too_small`; 0 is no bound."""
     crop: Literal["centre", "random"] = "centre"
-    """Which part of a picture is kept where its shape is not the bucket's; random is fixed per clip."""
+    """Which part of a frame is kept if its shape is not the bucket's; random is fixed per clip."""
     flip: bool = False
-    """Mirror every other clip, drawn per clip; wrong where captions say `left` or show writing."""
+    """Mirror half of the clips at random; wrong if captions say `left` or frames show writing."""
     start_s: NonNegativeFloat = 0.0
     """Where in a video its first clip begins, in seconds."""
     stride_s: NonNegativeFloat = 0.0
-    """Seconds from the beginning of one clip of a video to that of the next; 0 takes one clip of each."""
+    """Seconds between the starts of consecutive clips of a video; 0 takes one clip per video."""
     clips_per_video: NonNegativeInt = 0
-    """Most clips that a video gives; 0 is no bound."""
+    """Most clips per video; 0 is no bound."""
     holdout_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the sources that training never sees, by a hash of the source."""
+    """Share of the sources that training never sees (the held-out split), by a hash of the source."""
     image_ratio: float | None = Field(default=None, ge=0, lt=1)
-    """Share of the steps that take pictures (buckets of one frame), with epochs of their own; 0 leaves pictures out,
+    """Share of the steps that take images (buckets of one frame), with epochs of their own; 0 leaves images out,
     unset lets all buckets take turns by their clips."""
     max_bad_fraction: float = Field(default=0.1, ge=0, le=1)
     """Largest share of sources that can't be read, decoded or encoded; judged after 200 sources and at the end."""
@@ -68,11 +65,13 @@ class DataConfig(Section):
         """Each `FRAMESxHEIGHTxWIDTH`, none twice."""
         for name in buckets:
             if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", name):
-                raise ValueError(f"data.buckets: {name!r} is no shape; write FRAMESxHEIGHTxWIDTH, such as 16x256x448")
+                raise ValueError(
+                    f"data.buckets: {name!r} is not a shape; write FRAMESxHEIGHTxWIDTH, such as 16x256x448"
+                )
             if max(map(int, name.split("x"))) > LARGEST:
                 raise ValueError(f"data.buckets: {name} is too large; {LARGEST} is the most of each")
             if buckets.count(name) > 1:
-                raise ValueError(f"data.buckets: {name} stands twice")
+                raise ValueError(f"data.buckets: {name} is listed twice")
         return buckets
 
     @property
@@ -83,19 +82,19 @@ class DataConfig(Section):
         return tuple((int(f), int(h), int(w)) for f, h, w in (name.split("x") for name in self.buckets))
 
 
-def misfit(image_ratio: float | None, shapes: Iterable[tuple[int, int, int]]) -> str:
-    """What data.image_ratio lacks among buckets of these frames, heights and widths; empty where it fits."""
+def image_ratio_error(image_ratio: float | None, shapes: Iterable[tuple[int, int, int]]) -> str:
+    """Which buckets data.image_ratio needs and these (frames, height, width) lack; empty if none."""
     shapes = list(shapes)
-    videos, pictures = any(shape[0] > 1 for shape in shapes), any(shape[0] == 1 for shape in shapes)
-    if image_ratio is None or (videos and (pictures or not image_ratio)):
+    videos, images = any(shape[0] > 1 for shape in shapes), any(shape[0] == 1 for shape in shapes)
+    if image_ratio is None or (videos and (images or not image_ratio)):
         return ""
-    wanted = "of videos and of pictures (one frame)" if image_ratio else "of videos"
+    wanted = "of videos and of images (one frame)" if image_ratio else "of videos"
     names = ", ".join(f"{frames}x{height}x{width}" for frames, height, width in shapes)
-    return f"data.image_ratio {image_ratio:g} needs buckets {wanted}; there is only {names}: add some, or leave it out"
+    return f"data.image_ratio {image_ratio:g} needs buckets {wanted}; there is only {names}. Add some, or remove it"
 
 
-def small_buckets(clips: Mapping[str, int], batch_size: int) -> list[str]:
-    """A warning for every bucket that has fewer clips to train on than a batch takes."""
+def small_bucket_warnings(clips: Mapping[str, int], batch_size: int) -> list[str]:
+    """A warning for every bucket that has fewer training clips than a batch."""
     return [
         f"the bucket {name} has {count} training clip{'s' * (count > 1)}, fewer than train.batch_size {batch_size}: "
         "its steps average over fewer clips, so each of these weighs more than a clip of another bucket. Add clips of "
@@ -106,7 +105,7 @@ def small_buckets(clips: Mapping[str, int], batch_size: int) -> list[str]:
 
 
 class SelectionConfig(Section):
-    """Which clips are kept. All is off by default; what is left out is counted under its own reason."""
+    """Filters for clips. All are off by default; each filter has a reason under which its clips are counted."""
 
     min_seconds: NonNegativeFloat = 0.0
     """Shortest source; shorter ones are `too_short`."""
@@ -115,40 +114,40 @@ class SelectionConfig(Section):
     min_side: NonNegativeInt = 0
     """Smallest width or height of a source in pixels; below it is `too_small`."""
     black: bool = False
-    """Leave out clips that are black from end to end, as `black`."""
+    """Drop clips that are entirely black, as `black`."""
     frozen: bool = False
-    """Leave out clips in which nothing changes, as `frozen`."""
+    """Drop clips in which nothing changes, as `frozen`."""
     min_motion: NonNegativeFloat = 0.0
-    """Least motion, as `too_still`: mean optical flow in percent of the picture's width per second."""
+    """Least motion, else `too_still`: mean optical flow in percent of the frame width per second."""
     max_motion: NonNegativeFloat = 0.0
-    """Most motion, as `too_lively`, in the same unit; 0 is no bound."""
+    """Most motion, else `too_lively`, in the same unit; 0 is no bound."""
     min_sharpness: NonNegativeFloat = 0.0
-    """Least sharpness, as `blurred`: variance of the Laplacian of grey frames, 0 to 255, at the bucket's size."""
+    """Least sharpness, else `blurred`: variance of the Laplacian of grey frames, 0 to 255, at the bucket's size."""
     scene_cuts: bool = False
-    """Find cuts (PySceneDetect), so that no clip crosses one; scenes too short for a clip are `crosses_cut`."""
+    """Detect cuts (PySceneDetect), so no clip crosses one; scenes too short for a clip are `crosses_cut`."""
     scene_threshold: PositiveFloat = 27.0
     """How much a frame must differ from the one before to be a cut: PySceneDetect's content value, 0 to 255."""
     duplicates: bool = False
-    """Leave out clips whose file has the same bytes as an earlier one's, at the same place, as `duplicate`."""
+    """Drop clips at the same time in a file with the same bytes as an earlier file, as `duplicate`."""
     near_duplicates: int | None = Field(default=None, ge=0, le=64)
-    """Leave out clips that look like an earlier one, as `near_duplicate`: most bits of 64 of a frame's perceptual
-    hash that may differ; 4 is strict, 10 is loose."""
+    """Drop clips that look like an earlier one, as `near_duplicate`: most bits of 64 of a frame's perceptual hash that
+    may differ; 4 is strict, 10 is loose."""
 
 
 class PrepConfig(Section):
-    """What `sora prep` takes of the cluster; 0 is chosen by its size."""
+    """Resources that `sora prep` uses; 0 chooses by the size of the cluster."""
 
     decode_workers: NonNegativeInt = 0
-    """Actors that decode, each with a process of its own."""
+    """Decoding actors, each with a process of its own."""
     vae_workers: NonNegativeInt = 0
-    """Actors that hold the VAE."""
+    """VAE actors."""
     vae_gpus: NonNegativeFloat = 0.0
-    """GPUs that each of them takes, where the cluster has any."""
+    """GPUs per such actor, if the cluster has any."""
     vae_batch: NonNegativeInt = 0
-    """Clips that the VAE gets at once."""
+    """Clips that the VAE encodes at a time."""
     text_workers: NonNegativeInt = 0
-    """Actors that hold the text encoder. Each embeds a caption once: one actor embeds every distinct caption once."""
+    """Text encoder actors. Each embeds a caption once, so one actor embeds every distinct caption once."""
     text_gpus: NonNegativeFloat = 0.0
-    """GPUs that each of them takes, where the cluster has any."""
+    """GPUs per such actor, if the cluster has any."""
     text_batch: PositiveInt = 32
-    """Captions that the text encoder gets at once."""
+    """Captions that the text encoder embeds at a time."""

@@ -1,4 +1,4 @@
-"""The micro-batches of a run's batches, read and collated ahead of the loop by one thread."""
+"""The data loader: one thread reads and collates micro-batches ahead of the loop."""
 
 from collections import deque
 from collections.abc import Generator, Iterable
@@ -7,14 +7,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from sora_train.data.collate import MicroBatch, collate
-from sora_train.data.order import Plan, batch, share
+from sora_train.data.order import SampleOrder, batch, share
 from sora_train.data.shards import ShardSet
 from sora_train.diffusion import Objective
 
 
 def micro_batches(
     shards: ShardSet,
-    plan: Plan,
+    order: SampleOrder,
     objective: Objective,
     number: int,
     *,
@@ -24,14 +24,14 @@ def micro_batches(
     caption_dropout: float,
     null_prompt: str = "eos",
 ) -> list[MicroBatch]:
-    """What one rank takes of a batch of the run; on every rank equally many micro-batches, of equal size.
+    """One rank's micro-batches of a batch; all ranks get equally many, of equal size.
 
-    A pure function: what chance adds to a clip hangs on the batch's number, whichever step takes it. Raises UserError
-    where a shard can't be read.
+    A pure function: everything random depends on the batch's number, not on the step that takes it. Raises UserError
+    if a shard can't be read.
     """
-    taken = batch(plan, number)
+    taken = batch(order, number)
     result: list[MicroBatch] = []
-    for rows in share(taken, rank, world, micro_batch_size, plan.batch_size):
+    for rows in share(taken, rank, world, micro_batch_size, order.batch_size):
         real = [row for row in rows if row is not None]
         padding = len(rows) - len(real)
         clips = shards.read(taken.bucket, real + (real or list(taken.rows))[:1] * padding)
@@ -41,7 +41,7 @@ def micro_batches(
                 padding,
                 manifest=shards.manifest,
                 objective=objective,
-                seed=plan.seed,
+                seed=order.seed,
                 step=number,
                 caption_dropout=caption_dropout,
                 null_prompt=null_prompt,
@@ -52,7 +52,7 @@ def micro_batches(
 
 def batches(
     shards: ShardSet,
-    plan: Plan,
+    order: SampleOrder,
     objective: Objective,
     numbers: Iterable[int],
     *,
@@ -64,17 +64,16 @@ def batches(
     ahead: int = 2,
     device: torch.device | None = None,
 ) -> Generator[tuple[int, list[MicroBatch]], None, None]:
-    """(number, its micro-batches) for each of the batches `numbers`, up to `ahead` made before they are asked for, in
-    pinned memory where `device` is a GPU.
+    """Yields (number, micro-batches) for each batch of `numbers`, made up to `ahead` batches in advance.
 
-    An error of the thread is raised here, at the batch it belongs to. The time spent in `next` is the wait for data.
-    `close()` returns at once: what is not begun is given up, and the thread ends with the batch that it has in hand.
+    They are in pinned memory if `device` is a GPU. An error of the thread is raised at the batch it belongs to. The
+    time spent in `next` is the wait for data. `close()` returns at once; the thread ends after its current batch.
     """
 
     def make(number: int) -> tuple[int, list[MicroBatch]]:
         made = micro_batches(
             shards,
-            plan,
+            order,
             objective,
             number,
             rank=rank,
@@ -85,7 +84,7 @@ def batches(
         )
         if device is None or device.type != "cuda":
             return number, made
-        with torch.cuda.device(device):  # a thread begins at GPU 0, which would get a context of every process
+        with torch.cuda.device(device):  # a thread starts with GPU 0, which would get a context of every process
             return number, [micro.pinned() for micro in made]
 
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")

@@ -1,21 +1,20 @@
-"""Which clips make batch k: pure arithmetic on (seed, plan, k), with no iterator, no state, and no ranks until `share`.
+"""The order of samples: which clips make batch k, by arithmetic on (seed, k) alone, with no iterator and no state.
 
-An epoch orders each bucket on its own. Its rows form groups of `group_rows` neighbours, the size of a row group in the
-shards; a keyed permutation orders the groups; `window` groups at a time are laid together, and a second permutation
-orders the rows of that window. So a run reads its shards one window of row groups after the other, and no two epochs
-agree. Buckets take turns in proportion to their batches, one bucket per global step.
+An epoch orders each bucket separately. Its rows form groups of `group_rows` neighbours, the size of a row group in the
+shards. A keyed permutation orders the groups, and a second one the rows of each window of `window` groups. So a run
+reads its shards one window of row groups after the other, and every epoch has another order. Buckets take turns in
+proportion to their batches, one bucket per global step.
 
-With an `image_ratio`, pictures and videos are two streams, each with epochs of its own: a share of the steps, fixed by
-number, takes the next batch of pictures; the other steps take the next of the videos.
+With an `image_ratio`, images and videos are two streams, each with its own epochs. A fixed share of the steps takes the
+next batch of images, the other steps take the next batch of videos.
 
-Where a run goes on with new data (`sora train --new-data`), batch numbers go on too, and an epoch of the new clips
+If a run continues with new data (`sora train --new-data`), batch numbers continue too, and an epoch of the new clips
 begins at the number `origin`.
 
-Every row comes exactly once an epoch of its stream. The last batch of a bucket may be short: it is served short, and
-`share` pads it.
+Every row comes exactly once in an epoch of its stream. The last batch of a bucket may be short; `share` pads it.
 
 The permutation is a Feistel network over a grid that just covers the range, with cycle walking (Black and Rogaway 2002,
-"Ciphers with arbitrary finite domains", section 5): it is computed per index, so 10⁹ rows take no more memory than ten.
+"Ciphers with arbitrary finite domains", section 5): it is computed per index, so 10⁹ rows take as little memory as ten.
 """
 
 import hashlib
@@ -33,15 +32,15 @@ WINDOW_GROUPS = 64
 
 @dataclass(frozen=True)
 class Bucket:
-    """Clips of one shape: `rows` in the split, in groups of `group_rows` neighbours, the last of which may be short.
+    """Clips of one shape: `rows` in the split, in groups of `group_rows` neighbours; the last group may be short.
 
-    `pictures` says that they have one frame; it matters only where a plan has an `image_ratio`.
+    `images`: they have one frame; it matters only with an `image_ratio`.
     """
 
     name: str
     rows: int
     group_rows: int = 32
-    pictures: bool = False
+    images: bool = False
 
     def __post_init__(self):
         if self.rows < 1 or self.group_rows < 1:
@@ -51,11 +50,12 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All that the order of samples depends on; two equal plans give the same batches on any machine.
+class SampleOrder:
+    """The order of samples: equal orders give the same batches on any machine.
 
-    `window` counts groups: it bounds what is read at a time, and a batch has some batch_size / window clips of a group.
-    `image_ratio` is the share of the steps that take pictures, 0 <= ratio < 1; None lets all buckets take turns.
+    `window` is a number of groups: it bounds how much is read at a time, and a batch has about batch_size / window
+    clips of a group. `image_ratio` is the share of the steps that take images, 0 <= ratio < 1; None: all buckets take
+    turns.
     """
 
     buckets: tuple[Bucket, ...]
@@ -64,69 +64,66 @@ class Plan:
     window: int = WINDOW_GROUPS
     image_ratio: Fraction | None = None
     origin: int = 0
-    """The batch number at which the first epoch of these clips begins; above 0 where a run went on with new data."""
+    """The batch number at which the first epoch of these clips begins; above 0 if a run continued with new data."""
     epochs: int = 0
-    """The number of that epoch: epochs of the clips before are counted too, so that no order comes twice."""
+    """The number of that epoch. Epochs of earlier clips are counted too, so no order comes twice."""
 
     def __post_init__(self):
         if not self.buckets or self.batch_size < 1 or self.window < 1:
             raise ValueError(
-                f"a plan needs a bucket, got {len(self.buckets)}; batch_size {self.batch_size}, window {self.window}"
+                f"an order needs a bucket, got {len(self.buckets)}; batch_size {self.batch_size}, window {self.window}"
             )
-        kinds, ratio = {bucket.pictures for bucket in self.buckets}, self.image_ratio
+        kinds, ratio = {bucket.images for bucket in self.buckets}, self.image_ratio
         if ratio is not None and (not 0 <= ratio < 1 or False not in kinds or (ratio and True not in kinds)):
             names = ", ".join(bucket.name for bucket in self.buckets)
             raise ValueError(
-                f"image_ratio {ratio} must be at least 0 and below 1, with videos and pictures as buckets, not {names}"
+                f"image_ratio {ratio} must be at least 0 and below 1, with videos and images as buckets, not {names}"
             )
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches that hold every row once, short ones counted: an epoch, where no `image_ratio` makes it two."""
+        """Batches of an epoch, including short ones, without an `image_ratio`."""
         return sum(self._steps(bucket) for bucket in self.buckets)
 
-    def stream(self, pictures: bool) -> "Plan":
-        """The plan of the pictures alone, or of the videos alone. ValueError where there are none."""
-        mine = tuple(bucket for bucket in self.buckets if bucket.pictures == pictures)
+    def stream(self, images: bool) -> "SampleOrder":
+        """The order of the images alone, or of the videos alone. Raises ValueError if there are none."""
+        mine = tuple(bucket for bucket in self.buckets if bucket.images == images)
         return replace(self, buckets=mine, image_ratio=None)
 
-    def place(self, k: int) -> tuple["Plan", int]:
-        """The stream that batch k of the run is of, and its number there; without an `image_ratio` this plan and k.
-
-        Both are counted from `origin`.
-        """
+    def stream_at(self, k: int) -> tuple["SampleOrder", int]:
+        """The stream of batch k, and its number in it, counted from `origin`; without an `image_ratio` this order."""
         k = self._since_origin(k)
         if self.image_ratio is None:
             return self, k
-        before = self._pictures_before(k)
-        pictures = self._pictures_before(k + 1) > before
-        return self.stream(pictures), before if pictures else k - before
+        before = self._images_before(k)
+        images = self._images_before(k + 1) > before
+        return self.stream(images), before if images else k - before
 
     def epoch(self, k: int) -> int:
-        """The epoch that a run is in at batch k: with an `image_ratio` that of the videos, also where k is of pictures.
+        """The epoch at batch k; with an `image_ratio` always that of the videos.
 
-        `Batch.epoch` is that of the batch's own stream.
+        `Batch.epoch` is the epoch of the batch's own stream.
         """
         k = self._since_origin(k)
         if self.image_ratio is None:
             return self.epochs + k // self.steps_per_epoch
-        return self.epochs + (k - self._pictures_before(k)) // self.stream(pictures=False).steps_per_epoch
+        return self.epochs + (k - self._images_before(k)) // self.stream(images=False).steps_per_epoch
 
     def _since_origin(self, k: int) -> int:
         if k < self.origin:
-            raise ValueError(f"batch {k} comes before batch {self.origin}, with which the order of these clips begins")
+            raise ValueError(f"batch {k} is before batch {self.origin}, at which the order of these clips begins")
         return k - self.origin
 
-    def _pictures_before(self, k: int) -> int:
-        """Batches of pictures among the first k: floor(k ratio + u) with a phase 0 <= u < 1, in whole numbers."""
+    def _images_before(self, k: int) -> int:
+        """Batches of images among the first k: floor(k ratio + u) with a phase 0 <= u < 1, in whole numbers."""
         count, total = (self.image_ratio or Fraction(0)).as_integer_ratio()
         return (k * count + stable_hash(self.seed, "pictures") % total) // total
 
     def _steps(self, bucket: Bucket) -> int:
         return -(-bucket.rows // self.batch_size)
 
-    def turn(self, epoch: int, step: int) -> tuple[Bucket, int]:
-        """The bucket whose turn it is at a step of a stream's epoch, and how many of its batches came before in it.
+    def bucket_at(self, epoch: int, step: int) -> tuple[Bucket, int]:
+        """The bucket at a step of a stream's epoch, and how many of its batches came before in that epoch.
 
         The first bucket's count after j of S steps is floor((j n + u) / S) with a phase 0 <= u < S: n in all, evenly
         spread. The other buckets share the remaining steps in the same way.
@@ -145,9 +142,9 @@ class Plan:
 class Batch:
     """The clips of one global step, all of one bucket: indices of the split's rows, ascending.
 
-    `epoch` counts the epochs of the batch's stream: a bucket's rows come exactly once for each value of it.
-    Within a step the order means nothing to the gradient; ascending, a rank's share lies in few row groups, and in
-    nearly the same ones from step to step of a window.
+    `epoch` counts the epochs of the batch's stream: a bucket's rows come exactly once for each value. The gradient does
+    not depend on the order within a step; ascending, a rank's share is in few row groups, and in nearly the same ones
+    from step to step of a window.
     """
 
     epoch: int
@@ -155,34 +152,34 @@ class Batch:
     rows: tuple[int, ...]
 
 
-def batch(plan: Plan, k: int) -> Batch:
+def batch(order: SampleOrder, k: int) -> Batch:
     """Batch k >= 0 of a run."""
-    stream, number = plan.place(k)
+    stream, number = order.stream_at(k)
     passes, step = divmod(number, stream.steps_per_epoch)
     epoch = stream.epochs + passes
-    bucket, turn = stream.turn(epoch, step)
-    first = turn * plan.batch_size
-    rows = ordered_rows(stream, bucket, epoch, first, min(first + plan.batch_size, bucket.rows))
+    bucket, turn = stream.bucket_at(epoch, step)
+    first = turn * order.batch_size
+    rows = ordered_rows(stream, bucket, epoch, first, min(first + order.batch_size, bucket.rows))
     return Batch(epoch, bucket.name, tuple(np.sort(rows).tolist()))
 
 
 def batch_number(step: int, skipped: Iterable[int]) -> int:
-    """The number of the batch that a step takes, both counted from 0, where the batches `skipped` are never taken.
+    """The number of the batch that a step takes, both counted from 0, if the batches `skipped` are never taken.
 
-    It is the step-th of the numbers that are left. Each skipped number that is not above it moves it up by one.
+    Each skipped number that is not above it moves it up by one.
     """
     number = step
-    for left_out in sorted(set(skipped)):
-        if left_out > number:
+    for skip in sorted(set(skipped)):
+        if skip > number:
             break
         number += 1
     return number
 
 
 def share(batch: Batch, rank: int, world: int, micro_batch_size: int, batch_size: int) -> list[list[int | None]]:
-    """A rank's micro-batches of row indices, None for padding: on every rank equally many, of equal size.
+    """A rank's micro-batches of row indices, None for padding; all ranks get equally many, of equal size.
 
-    Any world size will do. Shares differ by at most one row, so those of a short batch may be nothing but padding.
+    Works for any world size. Shares differ by at most one row, so those of a short batch may be only padding.
     """
     count = -(-batch_size // (world * micro_batch_size))
     mine = batch.rows[len(batch.rows) * rank // world : len(batch.rows) * (rank + 1) // world]
@@ -190,18 +187,18 @@ def share(batch: Batch, rank: int, world: int, micro_batch_size: int, batch_size
     return [padded[i : i + micro_batch_size] for i in range(0, len(padded), micro_batch_size)]
 
 
-def ordered_rows(plan: Plan, bucket: Bucket, epoch: int, first: int, last: int) -> Int64[np.ndarray, " rows"]:
+def ordered_rows(order: SampleOrder, bucket: Bucket, epoch: int, first: int, last: int) -> Int64[np.ndarray, " rows"]:
     """Rows number first to last - 1 in a bucket's order of an epoch.
 
-    The bucket's short group, if it has one, takes the last place of a window drawn per epoch; full groups take the
-    other places. `gap` is what it lacks: row number i lies in slot i before its end, and in slot i + gap behind it.
+    The bucket's short group, if any, is the last of a window drawn per epoch; full groups take the other places. `gap`
+    is how many rows it lacks: row number i is in slot i before the group's end, and in slot i + gap after it.
     """
-    size, window_rows = bucket.group_rows, plan.window * bucket.group_rows
+    size, window_rows = bucket.group_rows, order.window * bucket.group_rows
     groups = -(-bucket.rows // size)
     gap = groups * size - bucket.rows
-    key = (plan.seed, epoch, bucket.name)
-    short_window = stable_hash(*key, "short") % -(-groups // plan.window)
-    short = min((short_window + 1) * plan.window, groups) - 1 if gap else groups
+    key = (order.seed, epoch, bucket.name)
+    short_window = stable_hash(*key, "short") % -(-groups // order.window)
+    short = min((short_window + 1) * order.window, groups) - 1 if gap else groups
     end = (short + 1) * size - gap
 
     slots = [row + gap if row >= end else row for row in (first, last - 1)]
@@ -213,14 +210,14 @@ def ordered_rows(plan: Plan, bucket: Bucket, epoch: int, first: int, last: int) 
         numbers = np.arange(max(first, opens), min(last, opens + held)) - opens
         places.append(base + permute(numbers, held, *key, "rows", window))
     place, inside = np.divmod(np.concatenate(places), size)
-    # Places behind the short group move up by one: the permutation knows full groups only.
+    # Places after the short group move up by one: the permutation is over full groups only.
     full = bucket.rows // size
     group = permute(np.minimum(place - (place > short), max(full - 1, 0)), max(full, 1), *key, "groups")
     return np.where(place == short, groups - 1, group) * size + inside
 
 
 def permute(index: Int64[np.ndarray, " n"], size: int, *key: int | str) -> Int64[np.ndarray, " n"]:
-    """Images of indices in range(size) under the permutation that a key names."""
+    """Permutes indices in range(size) by the permutation of a key."""
     columns = math.isqrt(size - 1) + 1
     rows = -(-size // columns)  # rows * columns covers the range with less than one row to spare
     rounds = np.frombuffer(_digest(48, *key), "<u8").astype(np.uint64)
@@ -231,7 +228,7 @@ def permute(index: Int64[np.ndarray, " n"], size: int, *key: int | str) -> Int64
 
 
 def _feistel(x: NDArray[np.uint64], rows: int, columns: int, rounds: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """A keyed permutation of range(rows * columns): row and column are shifted in turn by a hash of the other."""
+    """A keyed permutation of range(rows * columns): row and column are alternately shifted by a hash of the other."""
     row, column = x // np.uint64(columns), x % np.uint64(columns)
     for even, odd in zip(rounds[::2], rounds[1::2], strict=True):
         row = (row + _scramble(column ^ even)) % np.uint64(rows)
@@ -249,7 +246,7 @@ def _digest(size: int, *key: int | str) -> bytes:
 
 
 def _scramble(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """63 bits, so that adding an index can't overflow: the finaliser of SplitMix64 (Steele et al. 2014, figure 15)."""
+    """The finaliser of SplitMix64 (Steele et al. 2014, figure 15), in 63 bits, so adding an index can't overflow."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return (x ^ (x >> np.uint64(31))) >> np.uint64(1)

@@ -1,7 +1,7 @@
-"""Reads clips by number from a folder of Parquet shards, local or remote.
+"""The shard reader: reads clips by number from a folder of Parquet shards, local or remote.
 
-Opening reads the footers, and where clips are held out the `source` column; a read fetches the row groups it needs and
-no others. Local files are memory mapped. Row numbers count the rows of one split of one bucket, files in order of name.
+Opening reads the footers, and the `source` column if clips are held out. A read fetches only the row groups it needs.
+Local files are memory mapped. Row numbers count the rows of one split of one bucket, with files sorted by name.
 """
 
 import hashlib
@@ -21,34 +21,34 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyarrow import fs
 
-from sora_train.data.config import misfit
-from sora_train.data.order import WINDOW_GROUPS, Bucket, Plan, stable_hash
+from sora_train.data.config import image_ratio_error
+from sora_train.data.order import WINDOW_GROUPS, Bucket, SampleOrder, stable_hash
 from sora_train.errors import UserError
 from sora_train.manifest import Manifest
 from sora_train.schema import ENCODING_KEY, SHARD_SCHEMA, Clips, bucket_of, bucket_size, decode_rows, shard_files
 from sora_train.storage import resolve
 
 Split = Literal["train", "holdout"]
-OPENERS = 16  # footers of a remote folder fetched at a time
+OPENERS = 16  # footers of a remote folder that are fetched in parallel
 OPEN_FILES = 64
-COLUMNS = ["sample_id", "source", "captions", "latents", "text", "tokens"]  # what `decode_rows` reads
+COLUMNS = ["sample_id", "source", "captions", "latents", "text", "tokens"]  # that `decode_rows` reads
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file: what its footer says, and which of its rows the split takes."""
+    """One file: its footer's contents, and which of its rows belong to the split."""
 
     path: str
     bucket: str
     ends: NDArray[np.int32]
     """Rows of the file up to the end of each row group."""
     taken: NDArray[np.uint8] | None
-    """A bit a row, 1 where the split takes it; None takes all."""
+    """One bit per row, 1 if it belongs to the split; None: all do."""
     rows: int
-    """Rows that the split takes."""
+    """Rows that belong to the split."""
 
-    def places(self, rows: NDArray[np.int64]) -> list[tuple[int, int]]:
-        """Row group, and row within it, of rows of the split."""
+    def locate(self, rows: NDArray[np.int64]) -> list[tuple[int, int]]:
+        """(Row group, row in it) for rows of the split."""
         if self.taken is not None:
             rows = np.flatnonzero(np.unpackbits(self.taken))[rows]
         groups = np.searchsorted(self.ends, rows, side="right")
@@ -67,18 +67,18 @@ class ShardSet:
         manifest: Manifest | None = None,
         cache_bytes: int = 4 * 10**9,
     ):
-        """Opens a folder; `manifest` is one that its clips must agree with, such as that of the run which is resumed.
+        """Opens a folder. Its encoding must be that of `manifest`, if given, such as a resumed run's.
 
-        Row groups are kept while training's order may come back to them; `cache_bytes` bounds what they take: a window
-        of 16 x 256 x 256 with long captions of T5-XXL's has 2.6 GB. Raises UserError where the folder has no manifest,
-        no clips for this split, a broken shard, or another encoding than `manifest`.
+        Row groups are cached while training's order may return to them. `cache_bytes` bounds the cache: a window of
+        16 x 256 x 256 with long T5-XXL captions has 2.6 GB. Raises UserError if the folder has no manifest, no clips
+        for this split, a broken shard, or another encoding than `manifest`.
         """
         self.folder, self.split, self.holdout_fraction = folder, split, holdout_fraction
         self.manifest = Manifest.load(folder)
         if manifest is not None and manifest.encoding_hash != self.manifest.encoding_hash:
             raise UserError(
                 f"the shards in {folder} have the encoding {self.manifest.encoding_hash}, this run was trained on "
-                f"{manifest.encoding_hash}: name the run anew (--name), or train it on the shards it began with"
+                f"{manifest.encoding_hash}. Give the run another name (--name), or train it on the shards it began with"
             )
         self._filesystem, _ = resolve(folder)
         if isinstance(self._filesystem, fs.LocalFileSystem):
@@ -106,62 +106,62 @@ class ShardSet:
         """Clips of the split in each bucket."""
         return {name: int(ends[-1]) for name, ends in self._ends.items()}
 
-    def plan(self, batch_size: int, seed: int, image_ratio: float | None = None) -> Plan:
-        """The order in which training takes these clips, in groups of the size that most row groups have.
+    def sample_order(self, batch_size: int, seed: int, image_ratio: float | None = None) -> SampleOrder:
+        """The order in which training takes these clips, in groups of the most frequent row group size.
 
-        UserError where the split lacks the pictures or the videos that `image_ratio` (data.image_ratio) asks for.
+        Raises UserError if the split lacks the images or the videos that `image_ratio` (data.image_ratio) needs.
         """
-        if wrong := misfit(image_ratio, map(bucket_size, self.rows)):
-            raise UserError(f"{wrong} (clips of {self.folder} that the {self.split} split takes)")
+        if wrong := image_ratio_error(image_ratio, map(bucket_size, self.rows)):
+            raise UserError(f"{wrong} (the {self.split} split of {self.folder})")
         buckets: list[Bucket] = []
         for name, rows in self.rows.items():
             sizes = Counter[int]()
             for shard in self._shards[name]:
                 sizes.update(np.diff(shard.ends, prepend=np.int32(0)).tolist())
             group_rows = max(sizes, key=lambda size: (sizes[size], size))
-            buckets.append(Bucket(name, rows, group_rows, pictures=bucket_size(name)[0] == 1))
-        ratio = None if image_ratio is None else Fraction(str(image_ratio))  # 0.1 is a tenth, as it is written
-        return Plan(tuple(buckets), batch_size, seed, image_ratio=ratio)
+            buckets.append(Bucket(name, rows, group_rows, images=bucket_size(name)[0] == 1))
+        ratio = None if image_ratio is None else Fraction(str(image_ratio))  # exactly as written: 0.1 is a tenth
+        return SampleOrder(tuple(buckets), batch_size, seed, image_ratio=ratio)
 
     def read(self, bucket: str, rows: Sequence[int]) -> Clips:
-        """The clips with these numbers, in the order asked for; repeats are allowed."""
+        """The clips with these numbers, in this order; repeats are allowed."""
         ends = self._ends[bucket]
         if not len(rows) or min(rows) < 0 or max(rows) >= ends[-1]:
             raise IndexError(f"bucket {bucket} has the rows 0 to {ends[-1] - 1}, not {list(rows)}")
         found: dict[int, pa.Table] = {}  # by place in `rows`
         with self._lock:
-            for i, path, group, inside in self._places(bucket, rows):
+            for i, path, group, inside in self._locate(bucket, rows):
                 found[i] = self._group(path, group).slice(inside, 1)
         try:
             return decode_rows(pa.concat_tables([found[i] for i in range(len(rows))]), self.manifest, bucket)
         except ValueError as error:
             raise UserError(
-                f"clips of {self.folder}/bucket={bucket} are not what its manifest.json says ({error}): remove what "
-                "another encoding left there, or encode into another data.output"
+                f"clips of {self.folder}/bucket={bucket} do not match its manifest.json ({error}). Remove the "
+                "files of another encoding, or encode into another data.output"
             ) from error
 
     def sample_ids(self, bucket: str, rows: Sequence[int]) -> list[str]:
-        """The ids of clips with these numbers. Reads that column alone, of each row group once."""
+        """The ids of clips with these numbers. Reads only that column, and each row group once."""
         wanted: dict[tuple[str, int], list[tuple[int, int]]] = {}  # by row group: place in `rows`, row in the group
-        for i, path, group, inside in self._places(bucket, rows):
+        for i, path, group, inside in self._locate(bucket, rows):
             wanted.setdefault((path, group), []).append((i, inside))
         ids = [""] * len(rows)
         for (path, group), places in wanted.items():
-            with self._lock, _mended_by_prep(path):
+            with self._lock, _shard_errors(path):
                 table = self._open_file(path).read_row_group(group, columns=["sample_id"], use_threads=False)
             for i, inside in places:
                 ids[i] = str(table["sample_id"][inside])
         return ids
 
     def all_sample_ids(self, bucket: str) -> list[str]:
-        """The ids of all clips that the split takes of a bucket, by number; only that column is read."""
+        """The ids of the split's clips in a bucket, by number; reads only that column."""
         return [str(name) for name in self.columns(bucket, ["sample_id"])["sample_id"].to_pylist()]
 
     def columns(self, bucket: str, names: list[str]) -> pa.Table:
-        """Some columns of all clips that the split takes of a bucket, by number."""
+        """Some columns of the split's clips in a bucket, by number."""
         tables: list[pa.Table] = []
         for shard in self._shards[bucket]:
-            with self._lock, _mended_by_prep(shard.path):
+            with self._lock, _shard_errors(shard.path):
                 table = self._open_file(shard.path).read(columns=names, use_threads=False)
             taken = None if shard.taken is None else np.flatnonzero(np.unpackbits(shard.taken, count=len(table)))
             tables.append(table if taken is None else table.take(taken))
@@ -169,23 +169,23 @@ class ShardSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of what the order of samples depends on: the split's clips, their order and their groups.
+        """A hash of the split's clips, their order and their groups, which the order of samples depends on.
 
         Reads the ids of all clips.
         """
         found = hashlib.sha256()
-        for bucket in self.plan(1, 0).buckets:
+        for bucket in self.sample_order(1, 0).buckets:
             found.update(f"{bucket.name} {bucket.rows} {bucket.group_rows}\0".encode())
             found.update("\0".join(self.all_sample_ids(bucket.name)).encode())
         return found.hexdigest()[:32]
 
-    def _places(self, bucket: str, rows: Sequence[int]) -> Iterator[tuple[int, str, int, int]]:
-        """For each of these numbers, file by file: its place in `rows`, path, row group, and row within that."""
+    def _locate(self, bucket: str, rows: Sequence[int]) -> Iterator[tuple[int, str, int, int]]:
+        """Yields (index in `rows`, path, row group, row in the group), file by file."""
         numbers, ends = np.asarray(rows, np.int64), self._ends[bucket]
         files = np.searchsorted(ends, numbers, side="right")
         for file in np.unique(files):
             shard, which = self._shards[bucket][file], np.flatnonzero(files == file)
-            places = shard.places(numbers[which] - (ends[file] - shard.rows))
+            places = shard.locate(numbers[which] - (ends[file] - shard.rows))
             for i, (group, inside) in zip(which.tolist(), places, strict=True):
                 yield i, shard.path, group, inside
 
@@ -193,7 +193,7 @@ class ShardSet:
         if (path, group) in self._cache:
             self._cache.move_to_end((path, group))
             return self._cache[path, group]
-        with _mended_by_prep(path):
+        with _shard_errors(path):
             table = self._open_file(path).read_row_group(group, columns=COLUMNS, use_threads=False)
         self._cache[path, group] = table
         self._cached_bytes += table.nbytes
@@ -204,7 +204,7 @@ class ShardSet:
         return table
 
     def _open_shard(self, path: str) -> Shard:
-        with _mended_by_prep(path):
+        with _shard_errors(path):
             file = self._parquet(path)
             self._check(path, file.schema_arrow, file.metadata.metadata or {})
             sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
@@ -222,16 +222,18 @@ class ShardSet:
         for column in COLUMNS:
             wanted = SHARD_SCHEMA.field(column).type
             if (place := schema.get_field_index(column)) < 0 or schema.field(place).type != wanted:
-                raise UserError(f"{path} is no shard (no column {column} of type {wanted}): move it out of the folder")
+                raise UserError(
+                    f"{path} is not a shard: it has no column {column} of type {wanted}. Move it out of the folder"
+                )
         encoding = metadata.get(ENCODING_KEY, self.manifest.encoding_hash.encode()).decode()
         if encoding != self.manifest.encoding_hash:
             raise UserError(
-                f"{path} has the encoding {encoding}, {self.folder}/manifest.json says {self.manifest.encoding_hash}: "
-                "encodings never mix, so encode into another data.output"
+                f"{path} has the encoding {encoding}, {self.folder}/manifest.json has {self.manifest.encoding_hash}. "
+                "A folder holds one encoding: encode into another data.output"
             )
 
     def _parquet(self, path: str) -> pq.ParquetFile:
-        # Checksums are verified where the writer made them: a flipped byte is an error then, not a strange clip.
+        # Page checksums make a flipped byte an error instead of a wrong clip.
         remote = not isinstance(self._filesystem, fs.LocalFileSystem)
         return pq.ParquetFile(path, filesystem=self._filesystem, pre_buffer=remote, page_checksum_verification=True)
 
@@ -239,27 +241,27 @@ class ShardSet:
         if self.split == "holdout":
             return (
                 f"0 clips: data.holdout_fraction {self.holdout_fraction} holds out none of the {rows} clips in "
-                f"{self.folder}; raise it"
+                f"{self.folder}. Raise it"
             )
         if rows:
             return (
-                f"0 clips: data.holdout_fraction {self.holdout_fraction} holds out all {rows} clips in {self.folder}; "
-                "lower it, or prepare more sources"
+                f"0 clips: data.holdout_fraction {self.holdout_fraction} holds out all {rows} clips in {self.folder}. "
+                "Lower it, or prepare more sources"
             )
-        return f"0 clips: the shards in {self.folder} are empty; see why with `sora inspect {self.folder}`"
+        return f"0 clips: the shards in {self.folder} are empty. `sora inspect {self.folder}` shows why"
 
 
 def is_held_out(source: str, fraction: float) -> bool:
-    """Whether a source is on the held-out side: by its name alone, so that clips of one video stay together."""
+    """Whether a source is held out, by its name alone, so clips of one video stay in one split."""
     return stable_hash("holdout", source) < fraction * 2**64
 
 
 @contextmanager
-def _mended_by_prep(path: str) -> Iterator[None]:
+def _shard_errors(path: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{path} can't be read as a shard ({error}): delete this file and run `sora prep` again, which makes only "
-            "what is missing"
+            f"{path} can't be read as a shard ({error}). To repair it, delete this file and run `sora prep` again: it "
+            "encodes only what is missing"
         ) from error

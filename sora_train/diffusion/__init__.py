@@ -4,7 +4,7 @@
 """
 
 from sora_train.diffusion.objective import DiffusionConfig, Model, Objective, make_objective
-from sora_train.diffusion.sampler import Sampler, Sampling, fitting, sample
+from sora_train.diffusion.sampler import Sampler, Sampling, resolve_sampler, sample
 
 __all__ = [
     "DiffusionConfig",
@@ -12,7 +12,7 @@ __all__ = [
     "Objective",
     "Sampler",
     "Sampling",
-    "fitting",
     "make_objective",
+    "resolve_sampler",
     "sample",
 ]

@@ -23,17 +23,17 @@ class Schedule:
 
     betas: Float[Tensor, "1000"]
     """Variance that the step adds."""
-    alphas: Float[Tensor, "1000"]
+    alphas_cumprod: Float[Tensor, "1000"]
     """Share of the data's variance that is left after the step, cumulative."""
     snr: Float[Tensor, "1000"]
     """alpha / (1 - alpha)."""
-    to_x: Float[Tensor, "1000"]
+    posterior_coef_x0: Float[Tensor, "1000"]
     """Weight of the data in the mean of the posterior q(x_t-1 | x_t, x), Ho et al. eq. 7."""
-    to_x_t: Float[Tensor, "1000"]
+    posterior_coef_xt: Float[Tensor, "1000"]
     """Weight of x_t in it."""
-    log_variance_low: Float[Tensor, "1000"]
+    posterior_log_variance: Float[Tensor, "1000"]
     """Log of the posterior's variance (eq. 7), beta tilde. It is 0 at the first step, which takes the second's."""
-    log_variance_high: Float[Tensor, "1000"]
+    log_beta: Float[Tensor, "1000"]
     """Log of beta."""
 
 
@@ -45,12 +45,12 @@ def make_schedule(betas: Float[Tensor, "1000"]) -> Schedule:
     variance = torch.cat([variance[1:2], variance[1:]])
     return Schedule(
         betas=betas.float(),
-        alphas=alphas.float(),
+        alphas_cumprod=alphas.float(),
         snr=(alphas / (1 - alphas)).float(),
-        to_x=(betas * before.sqrt() / (1 - alphas)).float(),
-        to_x_t=((1 - before) * (1 - betas).sqrt() / (1 - alphas)).float(),
-        log_variance_low=variance.log().float(),
-        log_variance_high=betas.log().float(),
+        posterior_coef_x0=(betas * before.sqrt() / (1 - alphas)).float(),
+        posterior_coef_xt=((1 - before) * (1 - betas).sqrt() / (1 - alphas)).float(),
+        posterior_log_variance=variance.log().float(),
+        log_beta=betas.log().float(),
     )
 
 

@@ -22,7 +22,7 @@ def velocity(x: Float[Tensor, "*b"], noise: Float[Tensor, "*b"]) -> Float[Tensor
     return noise - x
 
 
-def shifted(t: Float[Tensor, "*b"], shift: float) -> Float[Tensor, "*b"]:
+def shift_time(t: Float[Tensor, "*b"], shift: float) -> Float[Tensor, "*b"]:
     """Moves times toward noise: s t / (1 + (s - 1) t)  (Esser et al., eq. 23)."""
     return shift * t / (1 + (shift - 1) * t)
 

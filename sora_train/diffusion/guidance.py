@@ -45,20 +45,20 @@ def guided(
             return model(x, torch.full((b,), t, device=x.device), text, text_mask).float()
         output = model(torch.cat([x, x]), torch.full((2 * b,), t, device=x.device), texts, masks).float()
         with_text, without = output[:, :, :c].chunk(2)
-        led = without + guidance * (with_text - without)
+        toward_text = without + guidance * (with_text - without)
         if rescale:
-            led = rescaled(led, with_text, rescale)
-        return torch.cat([led, output[:b, :, c:]], dim=2)
+            toward_text = rescaled(toward_text, with_text, rescale)
+        return torch.cat([toward_text, output[:b, :, c:]], dim=2)
 
     return denoise
 
 
 def rescaled(
-    led: Float[Tensor, "b f c h w"], with_text: Float[Tensor, "b f c h w"], share: float | int
+    output: Float[Tensor, "b f c h w"], with_text: Float[Tensor, "b f c h w"], share: float | int
 ) -> Float[Tensor, "b f c h w"]:
     """The guided prediction with `share` of the way back to the spread of the prediction with the text alone, each
     clip for itself (Lin et al. 2023, eq. 15 and 16). A prediction without any spread stays as it is.
     """
-    own, wanted = (x.std(dim=(1, 2, 3, 4), keepdim=True) for x in (led, with_text))
+    own, wanted = (x.std(dim=(1, 2, 3, 4), keepdim=True) for x in (output, with_text))
     factor = torch.where(own > 0, wanted / own, 1.0)  # eq. 15
-    return share * factor * led + (1 - share) * led  # eq. 16
+    return share * factor * output + (1 - share) * output  # eq. 16

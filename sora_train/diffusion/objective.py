@@ -105,21 +105,21 @@ class Objective:
         if self.config.kind == "ddpm":
             return torch.randint(ddpm.STEPS, (), generator=generator).float()
         if self.config.times == "uniform":
-            return flow.shifted(torch.rand((), generator=generator), self.shift(shape))
+            return flow.shift_time(torch.rand((), generator=generator), self.shift(shape))
         normal = torch.randn((), generator=generator)
-        return flow.shifted(torch.sigmoid(self.config.time_mean + self.config.time_std * normal), self.shift(shape))
+        return flow.shift_time(torch.sigmoid(self.config.time_mean + self.config.time_std * normal), self.shift(shape))
 
-    def told(self, t: Float[Tensor, "b"]) -> Float[Tensor, "b"]:
+    def model_time(self, t: Float[Tensor, "b"]) -> Float[Tensor, "b"]:
         """Times as the model is told them: 0, data, to 1000, noise."""
         return t if self.config.kind == "ddpm" else 1000 * t
 
-    def mix(
+    def add_noise(
         self, x: Float[Tensor, "b f c h w"], noise: Float[Tensor, "b f c h w"], t: Float[Tensor, "b"]
     ) -> tuple[Float[Tensor, "b f c h w"], Float[Tensor, "b f c h w"]]:
         """Noisy latents, and what to predict there."""
         if self.config.kind == "flow":
             return flow.interpolate(x, noise, t), flow.velocity(x, noise)
-        alpha = self.schedule.alphas.to(x.device)[t.long()]
+        alpha = self.schedule.alphas_cumprod.to(x.device)[t.long()]
         return ddpm.add_noise(x, noise, alpha), ddpm.target(self.config.prediction, x, noise, alpha)
 
     def loss(
@@ -139,8 +139,8 @@ class Objective:
         Raises ValueError if the model gives another number of channels than asked for.
         """
         x, noise, c = x.float(), noise.float(), x.shape[2]
-        x_t, target = self.mix(x, noise, t)
-        output = model(x_t, self.told(t), text, text_mask).float()
+        x_t, target = self.add_noise(x, noise, t)
+        output = model(x_t, self.model_time(t), text, text_mask).float()
         if output.shape[2] != (2 if self.learned_variance else 1) * c:
             raise ValueError(
                 f"the model gives {output.shape[2]} channels for latents of {c}; it should be {c}, or {2 * c} with "
@@ -153,7 +153,9 @@ class Objective:
         error = self.weights.to(x.device)[t.long()] * error
         if not self.learned_variance:
             return error
-        data = ddpm.to_sample(self.config.prediction, predicted, x_t, self.schedule.alphas.to(x.device)[t.long()])
+        data = ddpm.to_sample(
+            self.config.prediction, predicted, x_t, self.schedule.alphas_cumprod.to(x.device)[t.long()]
+        )
         bound = variance.bound(self.schedule, x, x_t, data, output[:, :, c:], t)
         return error + self.config.vlb_weight * ddpm.STEPS * bound
 

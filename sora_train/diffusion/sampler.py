@@ -24,19 +24,19 @@ from sora_train.sampling import Sampler, Sampling
 Progress = Callable[[int, int], None]
 """Takes steps done, and steps in all."""
 
-FITTING: dict[str, tuple[Sampler, ...]] = {"flow": ("euler", "heun"), "ddpm": ("ddim", "dpm++", "ddpm")}
+SAMPLERS: dict[str, tuple[Sampler, ...]] = {"flow": ("euler", "heun"), "ddpm": ("ddim", "dpm++", "ddpm")}
 """Samplers by `diffusion.kind`; the first is what `auto` takes."""
 LEAST_ALPHA = 4e-5  # just below what the linear schedule leaves of the data at its last step
 
 
-def fitting(sampler: str, kind: str) -> str:
+def resolve_sampler(sampler: str, kind: str) -> str:
     """The sampler itself, or what `auto` stands for with a `diffusion.kind`; RecipeError where it does not fit that."""
     if sampler == "auto":
-        return FITTING[kind][0]
-    if sampler not in FITTING[kind]:
+        return SAMPLERS[kind][0]
+    if sampler not in SAMPLERS[kind]:
         raise RecipeError(
-            f"sampler {sampler} does not fit diffusion.kind {kind}; use {', '.join(FITTING[kind])}, or auto, which is "
-            f"{FITTING[kind][0]} there"
+            f"sampler {sampler} does not fit diffusion.kind {kind}; use {', '.join(SAMPLERS[kind])}, or auto, which is "
+            f"{SAMPLERS[kind][0]} there"
         )
     return sampler
 
@@ -59,14 +59,14 @@ def sample(
     `ddpm` draws noise for each clip from its own generator, so that a clip does not depend on its batch; without any,
     from torch's. `progress(done, steps)` is called after every step. Raises RecipeError where the sampler does not fit.
     """
-    name = fitting(how.sampler, objective.config.kind)
+    name = resolve_sampler(how.sampler, objective.config.kind)
     denoise = guided(
         model, text, text_mask, null_text, null_mask, how.guidance, how.guidance_interval, how.guidance_rescale
     )
     x, tell = noise.float(), progress if progress is not None else _quiet
     if name == "ddpm":
         return _ancestral(denoise, objective, x, how.steps, list(generators) if generators is not None else None, tell)
-    if name in FITTING["ddpm"]:
+    if name in SAMPLERS["ddpm"]:
         return _solver(denoise, objective, x, how.steps, 2 if name == "dpm++" else 1, tell)
     return _flow(denoise, objective, x, how.steps, name == "heun", tell)
 
@@ -77,7 +77,7 @@ def _quiet(done: int, steps: int) -> None:
 
 def _flow(denoise: Denoiser, objective: Objective, x: Tensor, steps: int, heun: bool, progress: Progress) -> Tensor:
     _, f, c, h, w = x.shape
-    times = flow.shifted(torch.linspace(1, 0, steps + 1), objective.shift((f, c, h, w)))
+    times = flow.shift_time(torch.linspace(1, 0, steps + 1), objective.shift((f, c, h, w)))
     for i, (t, after) in enumerate(pairwise(map(float, times))):
         v = denoise(x, 1000 * t)
         guess = x + (after - t) * v
@@ -92,7 +92,7 @@ def usable_steps(objective: Objective) -> int:
 
     Data read off epsilon carry its error divided by sqrt(alpha), which nothing bounds in latents.
     """
-    enough = int((objective.schedule.alphas >= LEAST_ALPHA).sum())
+    enough = int((objective.schedule.alphas_cumprod >= LEAST_ALPHA).sum())
     return enough if objective.config.prediction == "epsilon" else ddpm.STEPS
 
 

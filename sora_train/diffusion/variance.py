@@ -20,14 +20,14 @@ def learned_log_variance(
 ) -> Float[Tensor, "b f c h w"]:
     """Log of the reverse step's variance: from log beta tilde at v = -1 to log beta at v = 1 (eq. 15)."""
     share = (v + 1) / 2
-    return share * at(schedule.log_variance_high, t, v) + (1 - share) * at(schedule.log_variance_low, t, v)
+    return share * at(schedule.log_beta, t, v) + (1 - share) * at(schedule.posterior_log_variance, t, v)
 
 
 def posterior_mean(
     schedule: Schedule, x: Float[Tensor, "b f c h w"], x_t: Float[Tensor, "b f c h w"], t: Float[Tensor, "b"]
 ) -> Float[Tensor, "b f c h w"]:
     """Mean of q(x_t-1 | x_t, x): where x_t came from, if the data is x (eq. 10 and 11; Ho et al. 2020, eq. 7)."""
-    return at(schedule.to_x, t, x) * x + at(schedule.to_x_t, t, x) * x_t
+    return at(schedule.posterior_coef_x0, t, x) * x + at(schedule.posterior_coef_xt, t, x) * x_t
 
 
 def bound(
@@ -45,7 +45,7 @@ def bound(
     """
     mean = posterior_mean(schedule, x_predicted.detach(), x_t, t)
     log_variance = learned_log_variance(schedule, v, t)
-    true_mean, true_log_variance = posterior_mean(schedule, x, x_t, t), at(schedule.log_variance_low, t, x)
+    true_mean, true_log_variance = posterior_mean(schedule, x, x_t, t), at(schedule.posterior_log_variance, t, x)
     divergence = kl(true_mean, true_log_variance, mean, log_variance)
     # Other steps get harmless numbers here: an infinity in the branch not taken would make the gradient NaN.
     first = (t == 0)[:, None, None, None, None]

@@ -103,6 +103,6 @@ def squared_error(
     text_mask: Tensor,
 ) -> Float[Tensor, "b"]:
     """Mean squared error of each clip's prediction at its time, unweighted; a learned variance is left aside."""
-    x_t, target = objective.mix(x, noise, t)
-    predicted = model(x_t, objective.told(t), text, text_mask).float()[:, :, : x.shape[2]]
+    x_t, target = objective.add_noise(x, noise, t)
+    predicted = model(x_t, objective.model_time(t), text, text_mask).float()[:, :, : x.shape[2]]
     return (predicted - target).square().mean(dim=(1, 2, 3, 4))

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from sora_train.data.collate import draw
+from sora_train.data.collate import draw_training_noise
 from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
 from sora_train.evaluate.fvd import ENOUGH_CLIPS, frechet_distance
@@ -192,7 +192,7 @@ def captions_of(run: Run, shards: ShardSet, places: list[Place]) -> tuple[list[s
     for batch in batches(places, shards, None):
         clips = shards.read(batch[0].bucket, [place.row for place in batch])
         for row in range(len(batch)):
-            which = draw(clips, row, run.objective, SEED, 0, caption_dropout=0.0).caption
+            which = draw_training_noise(clips, row, run.objective, SEED, 0, caption_dropout=0.0).caption
             prompts.append(clips.captions[row][which])
             embeddings.append(torch.from_numpy(clips.text[row][which].astype(np.float32)))
     return prompts, embeddings

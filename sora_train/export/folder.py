@@ -19,8 +19,8 @@ from sora_train.log import log
 from sora_train.recipe import save_recipe
 from sora_train.sample.load import (
     EXPORT_FORMAT,
+    EXPORT_INFO,
     EXPORTED,
-    NOTE,
     ExportNote,
     Run,
     Weights,
@@ -29,7 +29,7 @@ from sora_train.sample.load import (
     transformer_hash,
 )
 from sora_train.storage import draft_name, follow_umask
-from sora_train.train.weights import write_whole
+from sora_train.train.weights import save_weights
 
 
 def export(path: str | Path, out: str | Path, weights_only: bool = False, weights: Weights | None = None) -> Path:
@@ -61,7 +61,7 @@ def check_free(out: Path) -> None:
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise UserError(f"{out} is there and no folder; name another one")
     if out.is_dir() and any(out.iterdir()):
-        note = read_note(out) if (out / NOTE).is_file() else None
+        note = read_note(out) if (out / EXPORT_INFO).is_file() else None
         holds = f"holds an export of step {note.step}; remove it first, or" if note else "is not empty;"
         raise UserError(f"{out} {holds} name another folder")
 
@@ -84,7 +84,7 @@ def with_draft(out: Path, write: Callable[[Path], None]) -> None:
 
 def write_weights(run: Run, draft: Path) -> None:
     """Weights, and the recipe as the run has it: VAE and text encoder stay where they are."""
-    write_whole(draft / EXPORTED, run.model.state_dict())
+    save_weights(draft / EXPORTED, run.model.state_dict())
     finish(run, draft, ExportNote("weights", run.weights, step_of(run), *codec_hashes(run)))
 
 
@@ -101,7 +101,7 @@ def finish(run: Run, draft: Path, note: ExportNote) -> None:
     run.manifest.save(str(draft))
     write_card(run, draft, note)
     text = json.dumps({"format": EXPORT_FORMAT, **asdict(note)}, indent=1)
-    (draft / NOTE).write_text(text + "\n", encoding="utf-8")
+    (draft / EXPORT_INFO).write_text(text + "\n", encoding="utf-8")
 
 
 def codec_hashes(run: Run) -> tuple[str, str]:

@@ -48,7 +48,8 @@ def resolve_recipe(recipe: Recipe, fresh: bool = False) -> Recipe:
         return place(name) if os.path.isdir(os.path.expanduser(name)) and name != "builtin" else name
 
     run = Path(place(recipe.train.output)) / recipe.name
-    begun = run if not fresh and (run / "recipe.yaml").is_file() and checkpoint.whole(run / "checkpoints") else None
+    has_recipe = not fresh and (run / "recipe.yaml").is_file()
+    begun = run if has_recipe and checkpoint.complete_checkpoints(run / "checkpoints") else None
     start = _initial_weights(recipe, begun)
     return recipe.model_copy(
         update={
@@ -124,7 +125,7 @@ def check_shards(recipe: Recipe) -> Manifest:
             "--plan` says why. Add clips for them, or remove them from data.buckets",
             code="shards",
         )
-    shards.plan(recipe.train.batch_size, recipe.train.seed, recipe.data.image_ratio)  # raises if the split is empty
+    shards.sample_order(recipe.train.batch_size, recipe.train.seed, recipe.data.image_ratio)  # raises if empty
     return manifest
 
 

@@ -9,7 +9,7 @@ from sora_train.codec.folders import find_folder
 from sora_train.errors import UserError
 from sora_train.manifest import Manifest
 from sora_train.recipe import Recipe, load_recipe
-from sora_train.train.initial import check_initial, own_recipe, starting_point
+from sora_train.train.initial import check_initial, own_recipe, resolve_initial
 
 
 def find_initial_weights(recipe: Recipe) -> str:
@@ -24,7 +24,7 @@ def find_initial_weights(recipe: Recipe) -> str:
     folder = find_folder(
         place if os.path.isdir(place) else name, "model.init_from", ("transformer",), recipe.codec.models
     )
-    return str(starting_point(folder.absolute()))
+    return str(resolve_initial(folder.absolute()))
 
 
 def check_initial_weights(recipe: Recipe) -> None:

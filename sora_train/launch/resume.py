@@ -95,7 +95,7 @@ def check_resume(
 
     UserError if the run was started with an incompatible recipe, or on other clips without `new_data`.
     """
-    found = checkpoint.whole(run / "checkpoints")
+    found = checkpoint.complete_checkpoints(run / "checkpoints")
     if not found:
         return None
     if not (run / "recipe.yaml").is_file():

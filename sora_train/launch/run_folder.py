@@ -24,7 +24,7 @@ from sora_train.recipe import Recipe, save_recipe
 from sora_train.storage import DRAFT_PREFIX, atomic_write_text, broken_link
 from sora_train.train import checkpoint
 from sora_train.train.metrics import STOP_FILE, Events, JsonLines
-from sora_train.train.run_dir import Home
+from sora_train.train.run_dir import RunDir
 
 START_EVENTS, END_EVENTS = ("start", "resume"), ("end", "failed", "stopped", "interrupted")
 """Events with which training starts, and those with which a command's training ends."""
@@ -89,9 +89,9 @@ def check_some_complete(run: Path) -> None:
     flaws = {
         path: flaw
         for path in checkpoint.step_folders(run / "checkpoints")
-        if not checkpoint.unfinished(path) and isinstance(flaw := checkpoint.examine(path), str)
+        if not checkpoint.is_unfinished(path) and isinstance(flaw := checkpoint.check_complete(path), str)
     }
-    if flaws and not checkpoint.whole(run / "checkpoints"):
+    if flaws and not checkpoint.complete_checkpoints(run / "checkpoints"):
         named = "; ".join(f"{path.name}: {flaw}" for path, flaw in flaws.items())
         raise UserError(
             f"no checkpoint in {run / 'checkpoints'} is complete ({named}). Copy a complete one there, or start again "
@@ -123,7 +123,7 @@ def prepare_run_folder(run: Path, recipe: Recipe, manifest: Manifest, clips: Cli
     validations = ValidationStatus(run)
     for step in validations.outstanding_steps():
         validations.set(step, "lost")
-    Home(run).cut_back(max((step for step, _ in checkpoint.whole(folder)), default=0))
+    RunDir(run).truncate(max((step for step, _ in checkpoint.complete_checkpoints(folder)), default=0))
 
 
 def save_run_description(run: Path, recipe: Recipe, manifest: Manifest, clips: Clips) -> None:
@@ -159,9 +159,9 @@ def record_lost_driver(run: Path) -> None:
 def quarantine_damaged(run: Path) -> None:
     """Removes unfinished checkpoints; renames damaged ones and writes an event for each."""
     for path in checkpoint.step_folders(run / "checkpoints"):
-        if checkpoint.unfinished(path):
+        if checkpoint.is_unfinished(path):
             shutil.rmtree(path)
-        elif isinstance(flaw := checkpoint.examine(path), str):
+        elif isinstance(flaw := checkpoint.check_complete(path), str):
             aside = path.with_name(f"damaged_{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
@@ -205,7 +205,7 @@ def last_step(run: Path) -> int:
 
 def newest_checkpoint(run: Path) -> tuple[int, Path] | None:
     """Step and folder of the newest complete checkpoint."""
-    found = checkpoint.whole(run / "checkpoints")
+    found = checkpoint.complete_checkpoints(run / "checkpoints")
     return found[-1] if found else None
 
 

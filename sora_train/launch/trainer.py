@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from sora_train.data.config import small_buckets
+from sora_train.data.config import small_bucket_warnings
 from sora_train.errors import Stopped, UserError
 from sora_train.launch.checks import (
     check_cluster,
@@ -143,7 +143,7 @@ def check_models(recipe: Recipe, manifest: Manifest, clips: Clips, step: int) ->
         for warning in initial_weights_warnings(recipe, manifest):
             log.warning(f"model.init_from: {warning}")
     check_metric_models(recipe)
-    for warning in small_buckets(clips.counts(held_out=False), recipe.train.batch_size):
+    for warning in small_bucket_warnings(clips.counts(held_out=False), recipe.train.batch_size):
         log.warning(warning)
     log.info(describe_export(recipe, manifest))
 
@@ -228,7 +228,7 @@ def rerun_missed_validations(folder: Path, recipe: Recipe) -> None:
     """Runs the validations of a finished run that were cut off with its command, with `validation.resources`."""
     missed = [
         (step, path)
-        for step, path in checkpoint.whole(folder / "checkpoints")
+        for step, path in checkpoint.complete_checkpoints(folder / "checkpoints")
         if ValidationStatus(folder).get(step) in ("asked", "running", "lost")
     ]
     if not missed or not recipe.validation.every:

@@ -26,11 +26,11 @@ from sora_train.launch.run_folder import read_fatal_error, record_fatal_error
 from sora_train.launch.validation import ValidationStatus, stop_requested
 from sora_train.recipe import Recipe, save_recipe
 from sora_train.train import checkpoint
-from sora_train.train.initial import described
+from sora_train.train.initial import describe_initial
 from sora_train.train.known_errors import known_errors
 from sora_train.train.loop import train
 from sora_train.train.metrics import Events
-from sora_train.train.run_dir import Home, Report
+from sora_train.train.run_dir import Report, RunDir
 
 STALE_S = 600.0  # a validation this much over both attempts' time has lost its supervisor
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -79,18 +79,18 @@ def run_training(recipe: Recipe, run: Path) -> str:
     if why:
         return why
     step, resume = checkpoints[-1] if checkpoints else (0, None)
-    home = Home(run, checkpoint_reporter(recipe, run, checkpoints), preemption_watcher(run))
+    run_dir = RunDir(run, checkpoint_reporter(recipe, run, checkpoints), preemption_watcher(run))
     cache = int(1e9 * recipe.train.shard_cache_gb)
     shards = ShardSet(recipe.data.output, recipe.data.holdout_fraction, "train", cache_bytes=cache)
     if rank == 0:
         before = saved_clips(run)
         if before is not None and before.fingerprint != shards.fingerprint:
             raise UserError(f"the clips in {recipe.data.output} changed during training. Start the run again")
-        home.cut_back(step)
+        run_dir.truncate(step)
         workers = f"{world} worker{'s' if world > 1 else ''} on {get_device()}"
         where = f"{workers}, ZeRO {recipe.train.zero_stage}, {recipe.train.precision}"
-        start = described(Path(recipe.model.init_from)) if recipe.model.init_from else "scratch"
-        home.note("resume" if resume else "start", step, f"from {resume.name if resume else start}; {where}")
+        start = describe_initial(Path(recipe.model.init_from)) if recipe.model.init_from else "scratch"
+        run_dir.log_event("resume" if resume else "start", step, f"from {resume.name if resume else start}; {where}")
     with known_errors(recipe.train, get_device()):
         return train(
             recipe.train,
@@ -98,7 +98,7 @@ def run_training(recipe: Recipe, run: Path) -> str:
             recipe.diffusion,
             shards,
             device=get_device(),
-            home=home,
+            run_dir=run_dir,
             resume=resume,
             image_ratio=recipe.data.image_ratio,
             null_prompt=recipe.codec.null_prompt,
@@ -111,7 +111,7 @@ def read_start_state(run: Path) -> tuple[str, list[tuple[int, Path]]]:
         return why, []
     if stop_requested(run):
         return "stop requested before training resumed", []
-    return "", checkpoint.whole(run / "checkpoints")
+    return "", checkpoint.complete_checkpoints(run / "checkpoints")
 
 
 def checkpoint_reporter(recipe: Recipe, run: Path, checkpoints: list[tuple[int, Path]]) -> Report:

@@ -39,7 +39,7 @@ BUFFERS = {"pos_embed.pos_embed", "temp_pos_embed", "caption_projection.y_embedd
 training code, in whose place diffusers' pipelines embed ""."""
 
 
-def names(depth: int, image: bool = False) -> Iterator[tuple[str, tuple[str, ...]]]:
+def module_names(depth: int, image: bool = False) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Pairs of a module here and the one, or the ones stacked in order, that it is in diffusers.
 
     An `image` model has the spatial blocks alone, which are the even ones.
@@ -64,14 +64,14 @@ def names(depth: int, image: bool = False) -> Iterator[tuple[str, tuple[str, ...
         yield f"{here}.feed_forward.fc2", (f"{there}.ff.net.2",)
 
 
-def tables(depth: int, image: bool = False) -> Iterator[tuple[str, str]]:
+def table_names(depth: int, image: bool = False) -> Iterator[tuple[str, str]]:
     """Names of the adaLN tables, here and in diffusers."""
     yield "table_out", "scale_shift_table"
     for i in range(0, depth, 2 if image else 1):
         yield f"blocks.{i}.table", f"{'temporal_' if i % 2 else ''}transformer_blocks.{i // 2}.scale_shift_table"
 
 
-def is_image(config: dict[str, Any]) -> bool:
+def is_image_model(config: dict[str, Any]) -> bool:
     """Whether diffusers' settings are an image model's; ValueError for a class that can't be read."""
     name = config.get("_class_name")
     if name not in VIDEO + IMAGE:
@@ -81,7 +81,7 @@ def is_image(config: dict[str, Any]) -> bool:
 
 def config_from_diffusers(config: dict[str, Any]) -> ModelConfig:
     """The shape of a Latte or a PixArt-alpha; ValueError names what this project has no counterpart for."""
-    image = is_image(config)
+    image = is_image_model(config)
     for key, value in EXPECTED.items():
         if config.get(key) != value:
             raise ValueError(f"{key} is {config.get(key)!r}; only the released Latte's {value!r} can be read")
@@ -130,8 +130,8 @@ def transformer_folder(folder: Path) -> Path:
 def check_fit(config: ModelConfig, folder: Path) -> None:
     """ValueError, with every key that differs, where a model of this shape can't take the weights in a folder."""
     settings = json.loads((transformer_folder(folder) / "config.json").read_text())
-    wrong = differing(config, config_from_diffusers(settings))
-    if wrong and is_image(settings):
+    wrong = config_differences(config, config_from_diffusers(settings))
+    if wrong and is_image_model(settings):
         wrong.append(
             "it is an image model: its blocks become the spatial ones of a factorised model, half of model.depth, and "
             "each frame stays its image only where model.temporal_positions adds nothing to tokens, as rotary"
@@ -140,7 +140,7 @@ def check_fit(config: ModelConfig, folder: Path) -> None:
         raise ValueError("; ".join(wrong))
 
 
-def differing(config: ModelConfig, found: ModelConfig) -> list[str]:
+def config_differences(config: ModelConfig, found: ModelConfig) -> list[str]:
     """A phrase for every key by which weights of the shape `found` do not fit a model of the shape `config`."""
     free = ("preset", "sample_frames", "init_from")  # a Latte may be made for other lengths than it was trained on
     return [
@@ -185,16 +185,16 @@ def from_diffusers(folder: str | Path) -> Latte:
     """
     folder = transformer_folder(Path(folder))
     settings = json.loads((folder / "config.json").read_text())
-    model, image = Latte(config_from_diffusers(settings)), is_image(settings)
+    model, image = Latte(config_from_diffusers(settings)), is_image_model(settings)
     depth, wanted = model.config.depth, model.state_dict()
     there = {name: tensor for name, tensor in read_weights(folder).items() if name not in BUFFERS}
     sources = {
         f"{ours}.{part}": [f"{name}.{part}" for name in theirs]
-        for ours, theirs in names(depth, image)
+        for ours, theirs in module_names(depth, image)
         for part in ("weight", "bias")
         if f"{ours}.{part}" in wanted
     }
-    sources |= {ours: [name] for ours, name in tables(depth, image)}
+    sources |= {ours: [name] for ours, name in table_names(depth, image)}
     known = [name for theirs in sources.values() for name in theirs]
     if missing := [name for name in known if name not in there]:
         raise ValueError(f"{folder} lacks {first_five(missing)}")
@@ -205,7 +205,7 @@ def from_diffusers(folder: str | Path) -> Latte:
             there[name] = without_variance(there[name], model.config)
     here = {ours: torch.cat([there[name] for name in theirs]) for ours, theirs in sources.items()}
     if image:
-        rest_at_identity(model)
+        start_as_identity(model)
     model.load_state_dict({ours: here[ours].reshape(w.shape) if ours in here else w for ours, w in wanted.items()})
     return model
 
@@ -217,7 +217,7 @@ def first_five(tensors: Collection[str]) -> str:
 
 
 @torch.no_grad()
-def rest_at_identity(model: Latte) -> None:
+def start_as_identity(model: Latte) -> None:
     """Temporal blocks that change nothing yet: what comes out of attention and feed-forward is zero.
 
     The gates stay open, so that the maps set to zero get gradients at the first step, and all others from the second.
@@ -260,14 +260,14 @@ def to_diffusers(model: Latte, folder: str | Path, frames: int = 16, pad_varianc
         )
     weights = model.state_dict()
     there: dict[str, Tensor] = {}
-    for ours, theirs in names(config.depth):
+    for ours, theirs in module_names(config.depth):
         for part in ("weight", "bias"):
             if (key := f"{ours}.{part}") in weights:
                 for name, tensor in zip(theirs, weights[key].chunk(len(theirs)), strict=True):
                     there[f"{name}.{part}"] = tensor.contiguous()
     patch = there["pos_embed.proj.weight"]
     there["pos_embed.proj.weight"] = patch.reshape(config.width, config.in_channels, config.patch, config.patch)
-    there |= {name: weights[ours].contiguous() for ours, name in tables(config.depth)}
+    there |= {name: weights[ours].contiguous() for ours, name in table_names(config.depth)}
     padded = pad_variance and not config.learned_variance
     if padded:
         there |= {name: with_variance(there[name], config) for name in ("proj_out.weight", "proj_out.bias")}

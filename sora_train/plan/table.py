@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import Field, PositiveFloat
 
 from sora_train.codec.files import find_vae
-from sora_train.data.config import small_buckets
+from sora_train.data.config import small_bucket_warnings
 from sora_train.data.shards import ShardSet
 from sora_train.errors import RecipeError, UserError
 from sora_train.manifest import Manifest, latent_shape
@@ -82,7 +82,7 @@ def too_few_clips(recipe: Recipe) -> list[str]:
         shards = ShardSet(recipe.data.output, recipe.data.holdout_fraction)
     except UserError:  # training says what is wrong with them
         return []
-    return small_buckets(shards.rows, recipe.train.batch_size)
+    return small_bucket_warnings(shards.rows, recipe.train.batch_size)
 
 
 def latents_of(recipe: Recipe) -> tuple[Callable[[int, int, int], tuple[int, int, int, int]], str]:

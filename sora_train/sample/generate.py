@@ -15,8 +15,9 @@ from torch import Tensor
 
 from sora_train.codec.conventions import clean
 from sora_train.codec.memory import is_out_of_memory
-from sora_train.codec.text import TextEncoder, cut_null, pad_text
-from sora_train.diffusion import Sampling, fitting, sample
+from sora_train.codec.text import TextEncoder, cut_null
+from sora_train.data.collate import pad_text
+from sora_train.diffusion import Sampling, resolve_sampler, sample
 from sora_train.errors import RecipeError, UserError, one_line
 from sora_train.log import log
 from sora_train.sample.load import Run
@@ -59,7 +60,7 @@ def generate_each(
     if not prompts or len(prompts) != len(seeds) or len(prompts) != len(prompts if embeddings is None else embeddings):
         raise ValueError(f"expected a seed (and an embedding) for each prompt, got {len(seeds)} for {len(prompts)}")
     how = run.recipe.validation if how is None else how
-    fitting(how.sampler, run.objective.config.kind)
+    resolve_sampler(how.sampler, run.objective.config.kind)
     latents_of = sample_shape(run, shape)
     vae = run.vae  # first: should it not be there, that is better known before the sampling
     null_prompt = run.recipe.codec.null_prompt

@@ -24,8 +24,8 @@ from sora_train.manifest import Manifest
 from sora_train.model import Latte
 from sora_train.model.convert import check_fit, from_diffusers
 from sora_train.recipe import Recipe, load_recipe
-from sora_train.train.checkpoint import examine, step_folders
-from sora_train.train.weights import EXPORTED, NOTE, read_trained, read_whole
+from sora_train.train.checkpoint import check_complete, step_folders
+from sora_train.train.weights import EXPORT_INFO, EXPORTED, read_trained_weights, read_weights
 
 WEIGHTS = "ema.safetensors"
 EXPORT_FORMAT = 1
@@ -172,13 +172,13 @@ def _read(
 ) -> tuple[Path, dict[str, Tensor]]:
     """The tensors of a checkpoint or an export, and what to call the place that they are from."""
     if note is None and weights == "raw":
-        return folder, read_trained(folder, {name: tensor.shape for name, tensor in model.state_dict().items()})
+        return folder, read_trained_weights(folder, {name: tensor.shape for name, tensor in model.state_dict().items()})
     if note is None:
-        return folder / WEIGHTS, read_whole(folder / WEIGHTS)
+        return folder / WEIGHTS, read_weights(folder / WEIGHTS)
     if note.kind == "weights":
         if not _is_whole(folder / EXPORTED):
             raise UserError(f"{folder / EXPORTED} is missing, cut short or no safetensors; export the run again")
-        return folder / EXPORTED, read_whole(folder / EXPORTED)
+        return folder / EXPORTED, read_weights(folder / EXPORTED)
     try:
         if note.transformer and transformer_hash(folder) != note.transformer:
             raise UserError(f"{folder / 'transformer'} is damaged or was changed since; export the run again")
@@ -198,7 +198,7 @@ def transformer_hash(folder: Path) -> str:
 
 def read_note(folder: Path) -> ExportNote | None:
     """What `sora export` wrote of a folder, or None where it is no export; UserError where that can't be read."""
-    place = folder / NOTE
+    place = folder / EXPORT_INFO
     if not place.is_file():
         return None
     try:
@@ -231,14 +231,14 @@ def find_checkpoint(path: str | Path, weights: Weights = "ema") -> tuple[Path, P
         return (above if (above / "recipe.yaml").is_file() else folder), folder
     if any((folder / name).is_file() for name in ("model_index.json", EXPORTED)):
         raise UserError(
-            f"{folder} is an export without {NOTE}, or of other software; copy the whole folder that `sora export` "
-            "made, or export the run again"
+            f"{folder} is an export without {EXPORT_INFO}, or of other software; copy the whole folder that "
+            "`sora export` made, or export the run again"
         )
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder} is no run: it has no recipe.yaml; name the folder that `sora train` made")
     checkpoints = step_folders(folder / "checkpoints")
     for checkpoint in reversed(checkpoints):
-        if _is_whole(checkpoint / WEIGHTS) and (weights == "ema" or isinstance(examine(checkpoint), dict)):
+        if _is_whole(checkpoint / WEIGHTS) and (weights == "ema" or isinstance(check_complete(checkpoint), dict)):
             return folder, checkpoint
         log.warning(f"{checkpoint} is unfinished or damaged; looking for one before it")
     if checkpoints:

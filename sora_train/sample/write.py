@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from sora_train.diffusion import Sampling, fitting
+from sora_train.diffusion import Sampling, resolve_sampler
 from sora_train.sample.generate import Progress, generate_each
 from sora_train.sample.load import Run
 from sora_train.storage import atomic_write_text
@@ -65,7 +65,7 @@ def sample_to_folder(
 
 def settings_of(run: Run, how: Sampling) -> dict[str, Any]:
     """What of a run and its sampling decides what a video shows, beside prompt, seed and shape."""
-    name = fitting(how.sampler, run.objective.config.kind)
+    name = resolve_sampler(how.sampler, run.objective.config.kind)
     about = how.model_dump(mode="json", include=set(Sampling.model_fields)) | {"sampler": name}
     return {"checkpoint": run.checkpoint.name, "weights": run.weights} | about
 

@@ -29,13 +29,13 @@ def max_graphs(model: Latte, shapes: int) -> int:
 class ShapeLog:
     """Announces each new input shape of a compiled model, since compiling it takes long."""
 
-    def __init__(self, announce: Callable[[int, str], None], most: int) -> None:
-        """Calls announce(step, text). `most` is how many shapes there are: pairs of a bucket and a text length."""
-        self.announce, self.most, self.seen = announce, most, set[tuple[str, int]]()
+    def __init__(self, log_event: Callable[[str, int, str], None], most: int) -> None:
+        """Calls log_event("compiling", step, text). `most` is the number of pairs of a bucket and a text length."""
+        self.log_event, self.most, self.seen = log_event, most, set[tuple[str, int]]()
 
     def see(self, step: int, bucket: str, tokens: int) -> None:
         """To be called before a forward pass of clips of `bucket` with captions padded to `tokens`."""
         if (bucket, tokens) not in self.seen:
             self.seen.add((bucket, tokens))
             count = f"shape {len(self.seen)} of at most {self.most}"
-            self.announce(step, f"{bucket}, captions of up to {tokens} tokens ({count})")
+            self.log_event("compiling", step, f"{bucket}, captions of up to {tokens} tokens ({count})")

@@ -1,4 +1,4 @@
-"""The recipe in DeepSpeed's words, and which of those words a recipe may not say itself."""
+"""DeepSpeed's configuration for a recipe, and which of its keys a recipe may set in `train.deepspeed`."""
 
 import difflib
 from typing import Any
@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from sora_train.settings import flatten
 from sora_train.train.config import TrainConfig
 
-OWNED = {
+RECIPE_KEYS = {
     "train_batch_size": "train.batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
     "gradient_accumulation_steps": "train.batch_size and train.micro_batch_size",
@@ -31,18 +31,18 @@ OWNED = {
     "zero_optimization.cpu_offload": "train.offload",
     "wandb": "tracking.wandb",
 }
-"""Keys of DeepSpeed's that the recipe sets by keys of its own."""
+"""Keys of DeepSpeed that a recipe sets by keys of its own."""
 
-BARRED = {
-    "zero_optimization.compute_grad_norm": "the guard judges every step by that norm",
-    "zero_optimization.round_robin_gradients": "DeepSpeed's own books then say wrongly which weights lie where",
-    "zero_optimization.zenflow": "it updates weights before the guard has judged the step",
+UNSUPPORTED = {
+    "zero_optimization.compute_grad_norm": "the guard checks that norm at every step",
+    "zero_optimization.round_robin_gradients": "DeepSpeed then reports wrongly which weights are where",
+    "zero_optimization.zenflow": "it updates weights before the guard has checked the step",
     "zero_optimization.offload_optimizer.super_offload": "it needs an optimizer that DeepSpeed compiles",
     "zero_optimization.offload_optimizer.ratio": "it needs an optimizer that DeepSpeed compiles",
 }
-"""Keys of `zero_optimization` that training can't work with, and why."""
+"""Keys of `zero_optimization` that training does not support, and why."""
 
-PASSED = (
+PASSED_ON = (
     "zero_optimization",
     "prescale_gradients",
     "gradient_predivide_factor",
@@ -60,8 +60,8 @@ PASSED = (
     "comet",
     "dump_state",
 )
-"""The other keys that are passed on. DeepSpeed itself says nothing of one that it does not know, such as a slip of the
-pen, and has more that would change the model or its batches.
+"""Other keys that are passed on. DeepSpeed ignores unknown keys such as typing errors, and has more keys that would
+change the model or its batches.
 """
 
 
@@ -89,26 +89,26 @@ def deepspeed_config(config: TrainConfig, *, accumulation: int, world: int) -> d
         "zero_force_ds_cpu_optimizer": False,  # torch's own fused AdamW runs there too, with nothing to compile
         "steps_per_print": 10**9,
     }
-    return laid_over(ours, as_meant(config.deepspeed))
+    return deep_merge(ours, parse_scalars(config.deepspeed))
 
 
 def contradictions(config: TrainConfig) -> list[str]:
-    """What `train.deepspeed` and `train.offload` say against other keys: a sentence each, with the remedy."""
-    wrong = [sentence for key, _ in flatten(config.deepspeed) if (sentence := objection(key))]
+    """Contradictions of `train.deepspeed` and `train.offload` with other keys: a message for each."""
+    wrong = [sentence for key, _ in flatten(config.deepspeed) if (sentence := why_not_allowed(key))]
     least = {"none": 0, "optimizer": 1, "all": 3}[config.offload]
     if config.zero_stage < least:
         wrong.append(
-            f"train.offload {config.offload} needs train.zero_stage {least} or more, it is {config.zero_stage}: raise "
-            "it, or set train.offload to none"
+            f"train.offload {config.offload} needs train.zero_stage {least} or more, it is {config.zero_stage}. "
+            "Raise it, or set train.offload to none"
         )
     return wrong
 
 
-def objection(key: str) -> str:
+def why_not_allowed(key: str) -> str:
     """Why `train.deepspeed` may not set a dotted key, or an empty string."""
     for table, sentence in (
-        (OWNED, "train.deepspeed sets {key}, which is {why} in a recipe: set that instead"),
-        (BARRED, "train.deepspeed sets {key}, which can't be: {why}; leave it out"),
+        (RECIPE_KEYS, "train.deepspeed sets {key}, which is {why} in a recipe. Set that instead"),
+        (UNSUPPORTED, "train.deepspeed sets {key}, which is not supported: {why}. Remove it"),
     ):
         for known, why in table.items():
             if key == known or key.startswith(f"{known}."):
@@ -116,30 +116,30 @@ def objection(key: str) -> str:
             if known.startswith(f"{key}."):
                 return f"train.deepspeed sets {key} to a value, but it is a section and takes keys of its own"
     top = key.split(".", 1)[0]
-    if top not in PASSED:
-        meant = difflib.get_close_matches(top, PASSED, n=1)
-        hint = f"did you mean {meant[0]}?" if meant else f"those that are: {', '.join(PASSED)}"
+    if top not in PASSED_ON:
+        meant = difflib.get_close_matches(top, PASSED_ON, n=1)
+        hint = f"did you mean {meant[0]}?" if meant else f"those that are: {', '.join(PASSED_ON)}"
         return f"train.deepspeed sets {top}, which is not passed on; {hint}"
     return ""
 
 
-def complaint(error: Exception) -> str:
-    """What DeepSpeed says against values of `train.deepspeed`, in one sentence."""
+def rejection(error: Exception) -> str:
+    """DeepSpeed's error about values of `train.deepspeed`, as one message."""
     said = [str(error)]
     if isinstance(error, ValidationError):
         said = [f"{'.'.join(map(str, e['loc']))} is {e['input']!r}: {e['msg']}" for e in error.errors()]
     return (
-        f"DeepSpeed does not start with what train.deepspeed says: {'; '.join(said)}. Its keys and their values are at "
+        f"DeepSpeed rejects train.deepspeed: {'; '.join(said)}. Its keys and their values are documented at "
         "https://www.deepspeed.ai/docs/config-json"
     )
 
 
-def as_meant(setting: Any) -> Any:
-    """Settings with the numbers and truth values that YAML and the command line leave as words: `5e8`, `true`."""
+def parse_scalars(setting: Any) -> Any:
+    """Settings with strings such as `5e8` and `true`, as YAML and the command line give them, parsed."""
     if isinstance(setting, dict):
-        return {key: as_meant(value) for key, value in setting.items()}
+        return {key: parse_scalars(value) for key, value in setting.items()}
     if isinstance(setting, list):
-        return [as_meant(value) for value in setting]
+        return [parse_scalars(value) for value in setting]
     if not isinstance(setting, str):
         return setting
     if setting.lower() in ("true", "false"):
@@ -151,10 +151,10 @@ def as_meant(setting: Any) -> Any:
     return int(number) if number.is_integer() else number
 
 
-def laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`below` with the leaves of `above` in their places."""
+def deep_merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """A copy of nested settings with the leaves of `above` replaced."""
     result = dict(below)
     for key, value in above.items():
         inner = result.get(key)
-        result[key] = laid_over(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+        result[key] = deep_merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
     return result

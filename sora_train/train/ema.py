@@ -1,7 +1,6 @@
-"""An exponential moving average of the float32 master weights, sharded as they are.
+"""An exponential moving average (EMA) of the float32 master weights, sharded as they are.
 
-It lives beside the masters and not in the run's precision: in bf16 a decay of 0.9999 never moves, since each update is
-below half a unit in the last place.
+It is float32 too: in bf16 a decay of 0.9999 never moves, since each update is below half a unit in the last place.
 """
 
 import torch
@@ -21,16 +20,16 @@ class Ema:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """ema += (1 - decay) (weights - ema), after optimizer step number `step`, counted from 0."""
-        if self.shadow:  # stage 0 with more ranks than parameters may leave a rank without any
+        if self.shadow:  # at stage 0 with more ranks than parameters, a rank may own none
             weight = 1 - decay_at(self.decay, step)
             torch._foreach_lerp_(list(self.shadow.values()), list(self.masters.values()), weight)
 
     def full_weights(self) -> dict[str, Tensor]:
         """The whole averaged model by parameter name, on rank 0; {} on the others. Collective."""
         slices = self.engine.slices()
-        return self.engine.assemble({name: (slices[name].offset, part) for name, part in self.shadow.items()})
+        return self.engine.gather_to_rank0({name: (slices[name].offset, part) for name, part in self.shadow.items()})
 
 
 def decay_at(decay: float, step: int) -> float:
-    """min(decay, (1 + step) / (10 + step)): a warm-up, so that the average soon forgets the initial weights."""
+    """min(decay, (1 + step) / (10 + step)): the warm-up lets the average forget the initial weights soon."""
     return min(decay, (1 + step) / (10 + step))

@@ -1,10 +1,8 @@
-"""DeepSpeed ZeRO 0 to 3 behind six verbs: call, backward, step, slices, assemble, sync.
+"""The engine: DeepSpeed ZeRO 0 to 3 behind six functions: call, backward, step, slices, gather_to_rank0, sync.
 
-DeepSpeed takes the global gradient norm only inside its optimizer's step, and has a way out of that step for gradients
-that overflowed. The engine stands at that point: it shows the norm to a judge, and a refused step takes DeepSpeed's own
-way out, with weights and moments untouched.
-
-How each stage lays weights and moments out over the ranks is `zero_layout.py`'s knowledge.
+DeepSpeed computes the global gradient norm inside `optimizer.step()` and skips the update on overflow. The engine
+patches that point: a callback checks the norm, and a rejected step is skipped the same way, with weights and moments
+unchanged. How each stage lays weights and moments out over the ranks is in `zero_layout.py`.
 """
 
 import contextlib
@@ -24,19 +22,19 @@ from torch import Tensor, nn
 from sora_train.errors import UserError
 from sora_train.model.layers import Block
 from sora_train.train.config import TrainConfig
-from sora_train.train.deepspeed_config import complaint, deepspeed_config
+from sora_train.train.deepspeed_config import deepspeed_config, rejection
 from sora_train.train.zero_layout import Slice, bucketed, find_slices
 
-Judge = Callable[[float], str]
-"""Why a step of this global gradient norm, before clipping, must not be taken, or "". All ranks ask with the same."""
+CheckNorm = Callable[[float], str]
+"""Takes the global gradient norm before clipping, the same on all ranks. Returns why to skip the step, or ""."""
 
 
 class Engine:
-    """A model, AdamW and ZeRO on the process group that is already there.
+    """A model, AdamW and ZeRO on an existing process group.
 
-    Gradients of `accumulation` calls of `backward` are summed, then averaged over the ranks; nothing else is divided,
-    so the caller scales the loss. Raises RuntimeError where no process group was started, and UserError for values of
-    `train.deepspeed` that DeepSpeed does not take.
+    Gradients of `accumulation` calls of `backward` are summed, then averaged over the ranks. Nothing else is divided,
+    so the caller scales the loss. Raises RuntimeError without a process group, and UserError for values of
+    `train.deepspeed` that DeepSpeed rejects.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig, *, accumulation: int, device: torch.device) -> None:
@@ -58,10 +56,10 @@ class Engine:
             betas=config.betas,
             fused=True,
         )
-        self._judge: Judge = lambda norm: ""
-        self._verdict = (0.0, "")
+        self._check_norm: CheckNorm = lambda norm: ""
+        self._norm_and_reason = (0.0, "")
         if self.stage == 3:
-            # A block's parameters are gathered together: what recomputes or compiles a block finds them whole.
+            # A block's parameters are gathered together, so recomputation and compiled code find them whole.
             deepspeed.utils.set_z3_leaf_modules(model, [Block])
         deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
         self.inner: Any
@@ -76,7 +74,7 @@ class Engine:
         except (ValueError, TypeError, AttributeError, AssertionError, DeepSpeedConfigError) as error:
             if not config.deepspeed:
                 raise
-            raise UserError(complaint(error)) from error
+            raise UserError(rejection(error)) from error
         if self.inner.world_size != self.world or self.inner.global_rank != self.rank:
             raise RuntimeError(
                 f"DeepSpeed took rank {self.inner.global_rank} of {self.inner.world_size}, "
@@ -84,7 +82,7 @@ class Engine:
             )
         self.adam: torch.optim.AdamW = self.inner.basic_optimizer
         if self.stage:
-            self._stand_in_its_step()
+            self._patch_norm_hook()
         self._slices = find_slices(self.inner, self.stage, self.rank, self.world)
 
     @property
@@ -98,36 +96,36 @@ class Engine:
         text: Float[Tensor, "b l e"],
         text_mask: Bool[Tensor, "b l"],
     ) -> Float[Tensor, "b f o h w"]:
-        """The model in the run's precision; float32 in, float32 out."""
+        """Runs the model in the run's precision; float32 in, float32 out."""
         if self.autocast:
             with torch.autocast(self.device.type, torch.bfloat16):
                 return self.inner(x, t, text, text_mask).float()
         return self.inner(x.to(self.dtype), t, text.to(self.dtype), text_mask).float()
 
     def backward(self, loss: Float[Tensor, ""]) -> None:
-        """Adds the gradients of `loss`; with the last micro-batch of a step they are averaged over the ranks."""
-        if self.stage == 2:  # which sums, see `deepspeed_config`
+        """Adds the gradients of `loss`; after a step's last micro-batch they are averaged over the ranks."""
+        if self.stage == 2:  # it sums over the ranks, see `deepspeed_config`
             loss = loss / self.world
         self.inner.backward(loss, scale_wrt_gas=False)
         if not self.inner.is_gradient_accumulation_boundary():
             self.inner.step()  # DeepSpeed counts micro-batches by these calls
 
-    def step(self, learning_rate: float, judge: Judge) -> tuple[float, str]:
-        """After a step's last micro-batch: clips and updates the weights, unless `judge` refuses the gradient norm.
+    def step(self, learning_rate: float, check_norm: CheckNorm) -> tuple[float, str]:
+        """After a step's last micro-batch: clips and updates the weights, unless `check_norm` returns a reason.
 
-        Returns that norm, taken before clipping over all ranks, and the judge's reason, which is empty for a step that
-        was taken. A refused one leaves weights and moments untouched.
+        Returns the gradient norm over all ranks before clipping, and the reason, which is empty for a step that was
+        taken. A rejected step leaves weights and moments unchanged.
         """
         for group in self.adam.param_groups:
             group["lr"] = learning_rate
-        self._judge = judge
+        self._check_norm = check_norm
         if self.stage == 0:
             self._clip_replicated()
         self.inner.step()
-        return self._verdict
+        return self._norm_and_reason
 
     def slices(self) -> dict[str, Slice]:
-        """What this rank holds, by parameter name; a parameter of which it holds nothing is left out."""
+        """This rank's slices by parameter name; parameters of which it holds nothing are absent."""
         return self._slices
 
     def set_adam_step(self, step: int) -> None:
@@ -136,10 +134,10 @@ class Engine:
             state["step"].fill_(float(step))
 
     @torch.no_grad()
-    def assemble(self, parts: dict[str, tuple[int, Tensor]]) -> dict[str, Tensor]:
-        """Whole float32 parameters on rank 0 from every rank's (offset, elements); {} on the other ranks. Collective.
+    def gather_to_rank0(self, parts: dict[str, tuple[int, Float[Tensor, "i"]]]) -> dict[str, Tensor]:
+        """Whole float32 parameters on rank 0 from every rank's (offset, elements); {} on the others. Collective.
 
-        Each element comes from one rank and the rest send zeros, so the sum is exact.
+        Each element comes from one rank and the others send zeros, so the sum is exact.
         """
         whole = {}
         for names in bucketed(self.shapes):
@@ -158,7 +156,7 @@ class Engine:
 
     @torch.no_grad()
     def sync(self) -> None:
-        """Brings the weights that compute in line with the masters, after a checkpoint was loaded. Collective."""
+        """Copies the master weights to the weights that compute, after a checkpoint was loaded. Collective."""
         optimizer = self.inner.optimizer
         if self.stage == 3:
             for i, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
@@ -169,22 +167,22 @@ class Engine:
         elif self.stage:
             optimizer.update_lp_params()
 
-    def _refuses(self, norm: Tensor | float) -> bool:
-        norm = float(norm) if norm >= 0 else math.nan  # DeepSpeed says -1 for what is not finite
-        self._verdict = norm, self._judge(norm)
-        return bool(self._verdict[1])
+    def _reject(self, norm: Tensor | float) -> bool:
+        norm = float(norm) if norm >= 0 else math.nan  # DeepSpeed returns -1 for a norm that is not finite
+        self._norm_and_reason = norm, self._check_norm(norm)
+        return bool(self._norm_and_reason[1])
 
     def _clip_replicated(self) -> None:
-        """Stage 0: clips as the other stages do. DeepSpeed would, but keeps the norm to itself."""
+        """Stage 0: clips as the other stages do. DeepSpeed would, but does not expose the norm."""
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]  # averaged by the last backward
-        if self._refuses(torch.nn.utils.get_total_norm(grads)):
-            self.adam.zero_grad(set_to_none=True)  # AdamW leaves alone what has no gradient
-        elif self.clip and (excess := (self._verdict[0] + 1e-6) / self.clip) > 1:
+        if self._reject(torch.nn.utils.get_total_norm(grads)):
+            self.adam.zero_grad(set_to_none=True)  # AdamW ignores parameters without a gradient
+        elif self.clip and (excess := (self._norm_and_reason[0] + 1e-6) / self.clip) > 1:
             for grad in grads:
                 grad.div_(excess)
 
-    def _stand_in_its_step(self) -> None:
-        """Has DeepSpeed's optimizer show its gradient norm to the judge, and take a refused one for an overflow."""
+    def _patch_norm_hook(self) -> None:
+        """Patches DeepSpeed's optimizer to pass its gradient norm to `_reject`, and to treat rejection as overflow."""
         optimizer = self.inner.optimizer
         if self.stage == 3:
             from deepspeed.runtime.utils import combine_grad_norm_groups
@@ -193,21 +191,21 @@ class Engine:
 
             def groups() -> list[Tensor]:
                 found = groups_of()
-                refused = self._refuses(combine_grad_norm_groups(found))
-                return [torch.tensor(-1.0, device=self.device)] if refused else found
+                rejected = self._reject(combine_grad_norm_groups(found))
+                return [torch.tensor(-1.0, device=self.device)] if rejected else found
 
             optimizer._get_norm_groups = groups
         elif hasattr(optimizer, "scaled_global_norm"):
             norm_of = optimizer.scaled_global_norm
-            optimizer.check_grad_overflow = True  # or bf16 would take a refused norm for one to clip by
+            optimizer.check_grad_overflow = True  # otherwise bf16 would clip by a rejected norm
 
             def norm() -> Tensor:
                 found = norm_of()
-                return torch.full_like(found, -1.0) if self._refuses(found) else found
+                return torch.full_like(found, -1.0) if self._reject(found) else found
 
             optimizer.check_overflow = lambda partition_gradients=True: None
             optimizer.scaled_global_norm = norm
-        else:  # the bf16 optimizer of stage 1, which asks for gradients twice: for their norm, and to clip them
+        else:  # the bf16 optimizer of stage 1, which reads gradients twice: for their norm and to clip them
             from deepspeed.runtime.utils import get_global_norm_of_tensors
 
             grads_of = optimizer.get_grads_for_norm
@@ -217,13 +215,13 @@ class Engine:
                 if for_clipping:
                     return found
                 norm = get_global_norm_of_tensors(input_tensors=found[0], mpu=None, norm_type=2)
-                return ([torch.full((1,), math.inf, device=self.device)], {}) if self._refuses(norm) else found
+                return ([torch.full((1,), math.inf, device=self.device)], {}) if self._reject(norm) else found
 
             optimizer.get_grads_for_norm = grads
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's groups: matrices decay; biases and adaLN tables, which hold no direction to forget, do not."""
+    """AdamW's parameter groups: matrices decay; biases and adaLN's scale-shift tables do not."""
     tables = {name for name, _ in model.named_parameters() if name.split(".")[-1].startswith("table")}
     named = list(model.named_parameters())
     matrices = [p for name, p in named if p.ndim >= 2 and name not in tables]
@@ -232,8 +230,8 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def _quiet_deepspeed(device: torch.device):
-    """DeepSpeed without its banner and without a compiler: gloo does what its shared-memory collective would."""
-    os.environ["DS_ACCELERATOR"] = device.type  # it guesses otherwise, and wrongly for a CPU run on a GPU machine
+    """Imports DeepSpeed without its banner and without compiling its shared-memory collective, which gloo replaces."""
+    os.environ["DS_ACCELERATOR"] = device.type  # its guess is wrong for a CPU run on a GPU machine
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     warnings.filterwarnings("ignore", message=r".*`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     import deepspeed
@@ -242,13 +240,13 @@ def _quiet_deepspeed(device: torch.device):
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    # Whatever the optimizer, DeepSpeed asks whether it is Muon, and imports that: its functions, which nothing here
-    # calls, are given to torch's compiler, whose import takes seconds.
+    # DeepSpeed imports Muon whatever the optimizer. Its functions, which we never call, are passed to torch's compiler,
+    # whose import takes seconds.
     before, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
     try:
         importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
     finally:
         compiler.compile = before
-    # Set as a whole: asking for the entry would probe every op, which runs the compiler for seconds.
+    # Set through __dict__: reading the attribute would probe every op, which runs the compiler for seconds.
     deepspeed.ops.__dict__.setdefault("__compatible_ops__", {})
     return deepspeed

@@ -1,4 +1,4 @@
-"""What the device can do at best, and what it holds: for `mfu` and `memory_gb`."""
+"""Peak FLOP/s and memory use of a device, for `mfu` and `memory_gb`."""
 
 import resource
 import sys
@@ -27,27 +27,27 @@ PEAKS = {
     "RTX 4090": (165.2e12, 82.6e12),
     "RTX 5090": (209.5e12, 104.8e12),
 }
-"""FLOP/s of the makers' data sheets, dense: bfloat16 with float32 accumulation, and float32."""
+"""Dense FLOP/s of the data sheets: bfloat16 with float32 accumulation, and float32."""
 LESS = {"Laptop", "Max", "D", "MIG"}
-"""Words behind a name for a smaller device, or a part of one: `RTX 4090 Laptop GPU`, `RTX 4090 D`, `… MIG 1g.10gb`."""
+"""Words that name a smaller device or a part of one: `RTX 4090 Laptop GPU`, `RTX 4090 D`, `… MIG 1g.10gb`."""
 
 
 def peak_flops(device: torch.device, half: bool) -> float | None:
-    """FLOP/s that the makers promise of a device in bfloat16 or float32; None for one that is not in the table."""
+    """A device's FLOP/s by its data sheet, in bfloat16 (`half`) or float32; None if it is not in the table."""
     if device.type != "cuda":
         return None
     return peak_of(torch.cuda.get_device_name(device), half)
 
 
 def peak_of(name: str, half: bool) -> float | None:
-    """The same by the name that CUDA gives, such as `NVIDIA H100 80GB HBM3`; the longest name that fits counts."""
+    """The same by CUDA's name for it, such as `NVIDIA H100 80GB HBM3`; the longest matching name counts."""
     words = f" {name.replace('-', ' ')} "
     fits = [known for known in PEAKS if f" {known} " in words]
     return PEAKS[max(fits, key=len)][0 if half else 1] if fits and not LESS & set(words.split()) else None
 
 
 def memory_gb(device: torch.device) -> float:
-    """Most memory that was in use so far, in 10⁹ bytes: of the GPU by tensors, or of this process."""
+    """Peak memory in 10⁹ bytes: of tensors on the GPU, or of this process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,6 +1,6 @@
-"""The weights that a new run starts from (`model.init_from`), in diffusers' format or in this project's.
+"""Initial weights of a new run (`model.init_from`), in diffusers' format or in this project's.
 
-Of a run or a checkpoint they are the averaged weights, as for sampling; optimizer, EMA and step begin anew.
+Of a run or a checkpoint they are the averaged weights, as for sampling; optimizer, EMA and step start from zero.
 """
 
 import json
@@ -11,27 +11,24 @@ from safetensors import SafetensorError, safe_open
 from sora_train.errors import RecipeError, UserError
 from sora_train.model import Latte, ModelConfig
 from sora_train.model.config import with_preset
-from sora_train.model.convert import check_fit, check_readable, differing, from_diffusers
+from sora_train.model.convert import check_fit, check_readable, config_differences, from_diffusers
 from sora_train.settings import build, read_yaml
-from sora_train.train.checkpoint import AVERAGED, whole
-from sora_train.train.weights import EXPORTED, NOTE, read_whole
+from sora_train.train.checkpoint import EMA_FILE, complete_checkpoints
+from sora_train.train.weights import EXPORT_INFO, EXPORTED, read_weights
 
 
-def starting_point(folder: Path) -> Path:
-    """The folder that holds the weights: of a run its newest whole checkpoint, which is then fixed.
-
-    Raises UserError for a run without one.
-    """
+def resolve_initial(folder: Path) -> Path:
+    """The folder of the weights; for a run, its newest complete checkpoint. Raises UserError if it has none."""
     if not (folder / "checkpoints").is_dir():
         return folder
-    if not (found := whole(folder / "checkpoints")):
+    if not (found := complete_checkpoints(folder / "checkpoints")):
         raise UserError(f"model.init_from: the run {folder} has no whole checkpoint yet; wait for one, or name another")
     return found[-1][1]
 
 
-def own_weights(folder: Path) -> Path | None:
-    """The weights' file in a checkpoint or an export of this project; None for a folder in diffusers' format."""
-    return next((folder / name for name in (AVERAGED, EXPORTED) if (folder / name).is_file()), None)
+def own_weights_file(folder: Path) -> Path | None:
+    """The weights' file in an own checkpoint or export; None for a folder in diffusers' format."""
+    return next((folder / name for name in (EMA_FILE, EXPORTED) if (folder / name).is_file()), None)
 
 
 def own_recipe(folder: Path) -> Path | None:
@@ -41,10 +38,11 @@ def own_recipe(folder: Path) -> Path | None:
 
 
 def check_initial(config: ModelConfig, folder: Path) -> None:
-    """ValueError, with every key that differs, where a model of this shape can't take the weights in a folder; also
-    where they are cut short. FileNotFoundError where there are none.
+    """Checks that a model of this shape can load the weights in a folder.
+
+    Raises ValueError, with every key that differs, if not, or if they are cut short; FileNotFoundError without weights.
     """
-    weights = own_weights(folder)
+    weights = own_weights_file(folder)
     if weights is None:
         check_fit(config, folder)
         check_readable(folder)
@@ -56,7 +54,7 @@ def check_initial(config: ModelConfig, folder: Path) -> None:
         found = build(ModelConfig, with_preset(read_yaml(recipe).get("model") or {}), {}, str(recipe))
     except RecipeError as error:
         raise ValueError(str(error)) from None
-    if wrong := differing(config, found):
+    if wrong := config_differences(config, found):
         raise ValueError("; ".join(wrong))
     try:
         with safe_open(weights, "pt"):
@@ -66,21 +64,21 @@ def check_initial(config: ModelConfig, folder: Path) -> None:
 
 
 def load_initial(model: Latte, folder: Path) -> None:
-    """Puts the weights into the model. Raises UserError where they are damaged or do not fit."""
-    weights = own_weights(folder)
+    """Loads the weights into the model. Raises UserError if they are damaged or do not fit."""
+    weights = own_weights_file(folder)
     try:
-        model.load_state_dict(from_diffusers(folder).state_dict() if weights is None else read_whole(weights))
+        model.load_state_dict(from_diffusers(folder).state_dict() if weights is None else read_weights(weights))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         said = str(error).splitlines()[-1].strip()
         raise UserError(f"model.init_from: training can't start from {folder}: {said}") from None
 
 
-def described(folder: Path) -> str:
-    """What a run starts from, in words."""
-    if (weights := own_weights(folder)) is not None and weights.name == AVERAGED:
+def describe_initial(folder: Path) -> str:
+    """The initial weights in words, for the log."""
+    if (weights := own_weights_file(folder)) is not None and weights.name == EMA_FILE:
         return f"the averaged (EMA) weights of {folder}"
     try:
-        which = json.loads((folder / NOTE).read_text(encoding="utf-8"))["weights"]
+        which = json.loads((folder / EXPORT_INFO).read_text(encoding="utf-8"))["weights"]
     except (OSError, ValueError, KeyError, TypeError):
         return f"the weights in {folder}"
     return f"the {'averaged (EMA)' if which == 'ema' else which} weights in the export {folder}"

@@ -1,4 +1,4 @@
-"""What a run writes down: `metrics.jsonl`, the record of truth, `events.jsonl`, and the line that a person reads."""
+"""A run's records: `metrics.jsonl`, `events.jsonl`, and the lines of the log that people read."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ STOP_FILE = "leave"
 
 
 class JsonLines:
-    """A file of one JSON object a line, to which driver, workers and validations of several nodes may append.
+    """A file of one JSON object per line, which driver, workers and validations on several nodes append to.
 
-    Each line is on the disk before `write` returns (fsync). Writers exclude each other by a lock file, since appending
-    is not atomic on NFS. Floats are written in full. Writing raises UserError where it fails, such as on a full disk.
+    Each line is on disk before `write` returns (fsync). Writers use a lock file, since appending is not atomic on NFS.
+    Floats keep every digit. Raises UserError if writing fails, for example on a full disk.
     """
 
     def __init__(self, path: Path) -> None:
@@ -32,25 +32,25 @@ class JsonLines:
 
     def write(self, record: dict[str, Any]) -> None:
         line = (json.dumps(record) + "\n").encode()
-        with self._named(), file_lock(self.path), self.path.open("a+b") as file:
+        with self._write_errors(), file_lock(self.path), self.path.open("a+b") as file:
             if end := os.fstat(file.fileno()).st_size:
                 file.seek(end - 1)
-                line = line if file.read(1) == b"\n" else b"\n" + line  # a killed writer left half a line
+                line = line if file.read(1) == b"\n" else b"\n" + line  # after the half line of a killed writer
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
 
     def read(self) -> list[dict[str, Any]]:
-        """Every whole line; one that a crash cut short is left out."""
+        """All complete records; a line that a crash cut short is ignored."""
         if not self.path.exists():
             return []
         return [record for line in self.path.read_bytes().splitlines() if (record := parse(line)) is not None]
 
-    def cut_back(self, step: int) -> None:
-        """Takes out lines of later steps than `step`, and what is no record, such as a line that a crash cut short."""
+    def truncate(self, step: int) -> None:
+        """Removes records of steps after `step`, and lines that are no records, such as one that a crash cut short."""
         if not self.path.exists():
             return
-        with self._named(), file_lock(self.path):
+        with self._write_errors(), file_lock(self.path):
             before = self.path.read_bytes()
             lines = before.splitlines(keepends=True)
             after = b"".join(line for line in lines if (record := parse(line)) is not None and record["step"] <= step)
@@ -61,18 +61,18 @@ class JsonLines:
                 draft.write_bytes(after)
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
+    def _write_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             raise UserError(
-                f"{self.path} can't be written: {error.strerror or error}. Make room there or make it "
-                "writable; then the same command goes on from the last whole checkpoint"
+                f"{self.path} can't be written: {error.strerror or error}. Make room there or make it writable. "
+                "Then run the same command again: it resumes from the last complete checkpoint"
             ) from error
 
 
 class Events:
-    """`events.jsonl`: starts, resumes, lost workers, checkpoints, validations, ends, each with its reason."""
+    """`events.jsonl`: starts, resumes, lost workers, rollbacks, validations, ends, each with its reason."""
 
     def __init__(self, run: Path) -> None:
         self.lines = JsonLines(run / "events.jsonl")
@@ -84,11 +84,11 @@ class Events:
 
 
 QUARTERS = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")
-"""Mean loss at diffusion times from 0 to 250, the data's end, to 500, to 750, to 1000, which is noise."""
+"""Keys of the mean loss by quarter of the diffusion time, from 0 (data) to 1000 (noise)."""
 
 
 class Tally:
-    """What happened since the last line of the log. Sums over all ranks, but for the clock, which is this rank's."""
+    """Sums over all ranks since the last metrics record; times are of this rank."""
 
     def __init__(self) -> None:
         self.began = time.perf_counter()
@@ -97,14 +97,14 @@ class Tally:
         self.losses, self.counts = [0.0] * 4, [0.0] * 4
 
     def wait(self, make: Callable[[], T]) -> T:
-        """Calls `make`, and counts the time as waiting for data."""
+        """Calls `make` and counts the time as waiting for data."""
         began = time.perf_counter()
         made = make()
         self.waited += time.perf_counter() - began
         return made
 
     def add(self, clips: int, positions: int, flops: int, losses: list[float], counts: list[float]) -> None:
-        """A step: its clips, their tokens and forward FLOPs, and loss sums and counts by quarter of diffusion time."""
+        """Adds a step: clips, tokens, forward FLOPs, and loss sums and counts by quarter of diffusion time."""
         self.steps += 1
         self.clips += clips
         self.positions += positions
@@ -117,8 +117,9 @@ class Tally:
         return time.perf_counter() - self.began
 
     def record(self, peak_flops: float | None) -> dict[str, float | None]:
-        """Means and rates. A quarter that no clip fell into is None, as is `mfu` where `peak_flops` (of all devices
-        together, per second) is not known. A step costs three forward passes; what is computed twice counts once.
+        """Means and rates. A quarter without clips is None, as is `mfu` without `peak_flops` (of all devices).
+
+        A training step counts as three forward passes; recomputed activations are not counted.
         """
         seconds = max(self.seconds, 1e-9)
         quarters = zip(QUARTERS, self.losses, self.counts, strict=True)
@@ -133,7 +134,7 @@ class Tally:
 
 
 def parse(line: bytes) -> dict[str, Any] | None:
-    """A line's record, which says its step, or None where it holds none, such as one cut short."""
+    """A line's record with its step, or None for a line that holds none, such as one that was cut short."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -142,7 +143,7 @@ def parse(line: bytes) -> dict[str, Any] | None:
 
 
 def log_line(record: dict[str, Any], steps: int) -> str:
-    """One aligned line of a metrics record, for people."""
+    """A metrics record as an aligned line of the log."""
     width = len(str(steps))
     left = (steps - record["step"]) * record["step_s"]
     return (
@@ -153,7 +154,7 @@ def log_line(record: dict[str, Any], steps: int) -> str:
 
 
 def validation_line(record: dict[str, Any]) -> str:
-    """One line of what a validation measured; its bins of diffusion time are left to the report."""
+    """A validation's metrics as a line of the log, without its bins of diffusion time."""
     shown = {"holdout_loss": "held-out loss", "fvd": "FVD", "similarity": "similarity"}
     figures = [f"{title} {record[key]:.4g}" for key, title in shown.items() if record.get(key) is not None]
     return f"validation of step {record['step']}  {'  '.join(figures) or 'samples are there'}"

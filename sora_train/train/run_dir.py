@@ -1,6 +1,6 @@
-"""Where a run lives: the folder that the loop writes into, and what the world around it asks of the loop.
+"""The run directory: what the loop writes there, and the stop and checkpoint requests that it polls.
 
-A plain process needs no more than the folder. Ray comes in by two callables (`launch/worker.py`).
+A plain process needs only the folder. Ray is attached by two callables (`launch/worker.py`).
 """
 
 import os
@@ -16,39 +16,42 @@ import torch.distributed as dist
 from sora_train.train import checkpoint
 from sora_train.train.metrics import STOP_FILE, Events, JsonLines
 
-LOOK_S = 0.5  # between two looks for it: a network file system answers slowly
-STEP_DELAY_S = float(os.environ.get("SORA_STEP_DELAY_S", "0"))  # for drills: steps slow enough to do something in them
+POLL_STOP_FILE_S = 0.5  # a network file system answers slowly
+STEP_DELAY_S = float(os.environ.get("SORA_STEP_DELAY_S", "0"))  # for drills, which act during slow steps
 
 Report = Callable[[int, dict[str, float], Path, Callable[[], None]], None]
-"""Takes (step, metrics, folder, wait) on every rank while this rank's part is being written into `folder`; `wait`
-returns when it is, and raises what went wrong."""
+"""Called on every rank as (step, metrics, folder, wait) while this rank's part is being written into `folder`; `wait`
+returns when it is written and raises what went wrong."""
 
 
-class Home:
-    """A run's folder. Every rank has its own `Home` of the same folder."""
+class RunDir:
+    """A run's folder. Every rank has its own `RunDir` of the same folder."""
 
-    def __init__(self, run: Path, report: Report | None = None, notice: Callable[[int], bool] | None = None) -> None:
-        """`notice` is asked on every rank at every step whether a checkpoint is wanted at once."""
-        self.run, self.report, self.notice = run, report, notice
+    def __init__(
+        self, run: Path, report: Report | None = None, preemption_requested: Callable[[int], bool] | None = None
+    ) -> None:
+        """`preemption_requested(step)` is called on every rank at every step: whether to save a checkpoint now."""
+        self.run, self.report, self.preemption_requested = run, report, preemption_requested
         self.metrics, self.events = JsonLines(run / "metrics.jsonl"), Events(run)
         self.writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self.writing: Future[None] | None = None
-        self.noting: list[Future[None]] = []
-        self.timings: dict[str, float] = {}  # of the last checkpoint, for the next line of the log
-        self.looked_at, self.stop_requested = 0.0, False
+        self.writing: Future[None] | None = None  # the last checkpoint
+        self.writing_events: list[Future[None]] = []
+        self.timings: dict[str, float] = {}  # of the last checkpoint, for the next metrics record
+        self.polled_at, self.stop_requested = 0.0, False
 
-    def log(self, record: dict[str, Any]) -> None:
-        """A metrics record, with the seconds of a checkpoint where one was written since the last. For rank 0."""
+    def log_metrics(self, record: dict[str, Any]) -> None:
+        """Writes a metrics record, with the seconds of the checkpoint written since the last, if any. For rank 0."""
         timings, self.timings = self.timings, {}
         self.metrics.write(record | timings)
 
-    def note(self, event: str, step: int, reason: str) -> None:
-        """An event. For rank 0."""
+    def log_event(self, event: str, step: int, reason: str) -> None:
+        """Writes an event. For rank 0."""
         self.events.write(event, step, reason)
 
-    def note_later(self, event: str, step: int, reasons: Callable[[], str | list[str]]) -> None:
-        """Events whose reasons take long to find, such as names in remote shards. They are written in the background,
-        before any checkpoint that is made later. For rank 0.
+    def log_event_later(self, event: str, step: int, reasons: Callable[[], str | list[str]]) -> None:
+        """Writes events in the background, before any later checkpoint. For rank 0.
+
+        For reasons that take long to find, such as names in remote shards.
         """
 
         def write() -> None:
@@ -56,12 +59,13 @@ class Home:
             for reason in [found] if isinstance(found, str) else found:
                 self.events.write(event, step, reason)
 
-        self.noting.append(self.writer.submit(write))
+        self.writing_events.append(self.writer.submit(write))
 
-    def trained(self, rank: int, step: int, batch: int, sample_ids: list[str]) -> None:
-        """What this rank learned from at a step; nothing at one that was skipped. A step that comes again, after a
-        resume or a rollback, is written again: a rank's last line for it in the last attempt holds, which is named by
-        the time at which it began. On every rank.
+    def log_samples(self, rank: int, step: int, batch: int, sample_ids: list[str]) -> None:
+        """Writes which clips this rank trained on at a step; none for a skipped one. On every rank.
+
+        A step that is repeated, after a resume or a rollback, is written again. Its last line in the last attempt
+        counts; an attempt is named by the time of its start.
         """
         folder = self.run / "trained"
         folder.mkdir(exist_ok=True)
@@ -70,35 +74,35 @@ class Home:
 
     @cached_property
     def attempt(self) -> int:
-        """Nanoseconds since 1970 at which this attempt began, the same on every rank. Collective the first time."""
+        """Start of this attempt in nanoseconds since 1970, the same on every rank. Collective on first use."""
         began = [time.time_ns()]
         dist.broadcast_object_list(began, src=0)
         return began[0]
 
-    def cut_back(self, step: int) -> None:
-        """Takes back the records of later steps, and that these were validated: they are done again. For rank 0."""
-        self.metrics.cut_back(step)
+    def truncate(self, step: int) -> None:
+        """Removes the records of later steps, and their validations' results: they will be repeated. For rank 0."""
+        self.metrics.truncate(step)
         for result in self.run.glob("samples/step_*/result.json"):
             if result.parent.name > checkpoint.name_of(step):
                 result.unlink(missing_ok=True)
 
-    def wish(self, step: int) -> tuple[bool, bool]:
-        """Whether somebody wants a checkpoint now, and whether the run shall end with it. On every rank, each step."""
+    def poll_requests(self, step: int) -> tuple[bool, bool]:
+        """Whether a checkpoint is requested now, and whether the run is to stop after it. On every rank, each step."""
         if STEP_DELAY_S:
             time.sleep(STEP_DELAY_S)
-        notice = self.notice is not None and self.notice(step)
-        if time.monotonic() - self.looked_at > LOOK_S:
-            self.looked_at, self.stop_requested = time.monotonic(), (self.run / STOP_FILE).exists()
-        return notice, self.stop_requested
+        save = self.preemption_requested is not None and self.preemption_requested(step)
+        if time.monotonic() - self.polled_at > POLL_STOP_FILE_S:
+            self.polled_at, self.stop_requested = time.monotonic(), (self.run / STOP_FILE).exists()
+        return save, self.stop_requested
 
-    def keep(self, make: Callable[[], checkpoint.Snapshot]) -> None:
-        """Has a snapshot made, and written in the background. Waits first until the one before is written: a slow disk
-        slows training down, and memory never holds two. The copy itself is from and to pageable memory.
+    def save_async(self, make: Callable[[], checkpoint.Snapshot]) -> None:
+        """Makes a snapshot and writes it in the background. On every rank.
 
-        On every rank. Raises UserError where the one before could not be written.
+        Waits first until the previous checkpoint is written: a slow disk slows training down, but memory never holds
+        two snapshots. Raises UserError if the previous one could not be written.
         """
         began = time.monotonic()
-        self.settle()
+        self.wait()
         snapshot = make()
         stall_s, state = time.monotonic() - began, snapshot.state
         folder = self.run / "checkpoints" / checkpoint.name_of(state.step)
@@ -112,20 +116,20 @@ class Home:
             metrics = {} if state.loss is None else {"loss": state.loss}
             self.report(state.step, metrics, folder, lambda: writing.result())
 
-    def settle(self) -> None:
-        """Waits for the events and the checkpoint that are being written; raises UserError if one could not be."""
-        writing, self.writing = [*self.noting, *([self.writing] if self.writing else [])], None
-        self.noting.clear()
+    def wait(self) -> None:
+        """Waits for background writes. Raises UserError if one failed."""
+        writing, self.writing = [*self.writing_events, *([self.writing] if self.writing else [])], None
+        self.writing_events.clear()
         for each in writing:
             each.result()
 
-    def newest(self, step: int) -> Path | None:
-        """The newest whole checkpoint of this step or an earlier one, the same on every rank. Collective."""
-        self.settle()
+    def newest_checkpoint(self, step: int) -> Path | None:
+        """The newest complete checkpoint at or before a step, the same on every rank. Collective."""
+        self.wait()
         dist.barrier()
         found: list[Any] = [None]
         if dist.get_rank() == 0:
-            earlier = [path for at, path in checkpoint.whole(self.run / "checkpoints") if at <= step]
+            earlier = [path for at, path in checkpoint.complete_checkpoints(self.run / "checkpoints") if at <= step]
             found = earlier[-1:] or [None]
         dist.broadcast_object_list(found, src=0)
         return found[0]

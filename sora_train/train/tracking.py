@@ -1,7 +1,7 @@
-"""Weights & Biases: one process writes curves and sample videos to it, and nothing it does can stop a training.
+"""Weights & Biases: one process logs curves and sample videos, and no error of wandb can stop training.
 
-Every key is there once at each step, also over resumes: what wandb has is known from its offline files, and from
-`wandb.json` where it went to a server. So steps that are done again are not told again, and those that a kill took are.
+Every key is logged once per step, also over resumes: wandb's offline files, or `wandb.json` for a server, say what it
+has. So repeated steps are not logged again, and steps that were lost in a kill are.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sora_train.storage import atomic_write_text
 from sora_train.train.wandb_files import rows
 
 STEP = "train_step"
-"""Every key's x axis. wandb drops rows whose own step falls behind, so it counts its own and we log ours beside it."""
+"""The x axis of every key. wandb drops rows whose own step decreases, so it counts its own and we log ours too."""
 NOTE = "wandb.json"
 ALERTS = {
     "failed": "ERROR",
@@ -33,11 +33,11 @@ ALERTS = {
     "validation_failed": "WARN",
     "report_failed": "WARN",
 }
-"""Kinds of events that wandb tells people of, and how loudly; the others are the ordinary course of things."""
+"""Events that become wandb alerts, with their levels."""
 
 
 class Tracker:
-    """A wandb run, or nothing at all with mode `off`. After its first failure it says so once and stays silent."""
+    """A wandb run; with mode `off` it does nothing. It reports its first failure and then stops."""
 
     def __init__(
         self,
@@ -51,26 +51,22 @@ class Tracker:
         self.run, self.failed = run, failed
         self.writer: Any = None  # a wandb.Run
         self.note: dict[str, Any] = {"id": secrets.token_hex(4)}
-        self.told: dict[str, set[int]] = {"train": set(), "validation": set()}  # steps
+        self.logged: dict[str, set[int]] = {"train": set(), "validation": set()}  # steps
         if mode != "off":
             self._guarded(lambda: self._start(mode, project, config))
 
-    def log(self, records: list[dict[str, Any]], beside: dict[str, float] | None = None) -> None:
-        """Lines of `metrics.jsonl`, of which those that wandb has heard of are left out. `beside` are figures of this
-        moment, under their own keys, which go with the last of them.
-        """
+    def log(self, records: list[dict[str, Any]], extra: dict[str, float] | None = None) -> None:
+        """Logs records of `metrics.jsonl` that wandb does not have. `extra` metrics go with the last of them."""
         if self.writer is not None and records:
-            self._guarded(lambda: self._tell(records, beside or {}))
+            self._guarded(lambda: self._log(records, extra or {}))
 
     def alert(self, events: list[dict[str, Any]]) -> None:
-        """All lines of `events.jsonl`, which only grows: those beyond what was told before become alerts, if they are
-        of such a kind.
-        """
+        """Takes all lines of `events.jsonl`, which only grows; new ones of the kinds in `ALERTS` become alerts."""
         if self.writer is not None and len(events) > self.note.get("events", 0):
             self._guarded(lambda: self._alert(events))
 
     def finish(self) -> None:
-        """Returns when all is on disk or sent."""
+        """Waits until everything is on disk or sent."""
         if self.writer is not None:
             self._guarded(self._end)
             self.writer = None
@@ -88,11 +84,11 @@ class Tracker:
         self.note |= json.loads(path.read_text()) if path.exists() else {"events": 0}
         self._write_note()
         for row in rows(self.run):
-            for section, steps in self.told.items():
+            for section, steps in self.logged.items():
                 if any(key.startswith(f"{section}/") for key in row):
                     steps.add(row[STEP])
-        self.told["train"] |= set(range(1, self.note.get("train", 0) + 1))
-        self.told["validation"] |= set(self.note.get("validation", []))
+        self.logged["train"] |= set(range(1, self.note.get("train", 0) + 1))
+        self.logged["validation"] |= set(self.note.get("validation", []))
         self.writer = wandb.init(
             dir=self.run,
             id=self.note["id"],
@@ -110,34 +106,37 @@ class Tracker:
         import wandb
 
         self.writer.finish()
-        wandb.teardown()  # what `finish` has begun may not be on disk when it returns
+        wandb.teardown()  # `finish` returns before everything is on disk
 
     def _alert(self, events: list[dict[str, Any]]) -> None:
-        for event in events[self.note.get("events", len(events)) :]:  # a note of before there were alerts has no number
+        for event in events[self.note.get("events", len(events)) :]:  # notes of older versions have no number
             if (kind := str(event.get("event"))) in ALERTS:
-                title = f"{self.run.name[:40]}: {kind.replace('_', ' ')}"  # wandb tells of one title once a minute
+                title = f"{self.run.name[:40]}: {kind.replace('_', ' ')}"  # wandb sends a title once a minute
                 text = f"step {event['step']}: {event.get('reason', '')}"[:1000]
                 self.writer.alert(title, text, ALERTS[kind])
         self.note["events"] = len(events)
-        self._write_note()  # only now: a kill in between repeats an alert, which is better than none
+        self._write_note()  # last: a kill before this repeats an alert instead of losing it
 
-    def _tell(self, records: list[dict[str, Any]], beside: dict[str, float]) -> None:
+    def _log(self, records: list[dict[str, Any]], extra: dict[str, float]) -> None:
         for record in records:
             step, section = record["step"], "validation" if record.get("validation") else "train"
-            if step in self.told[section]:
+            if step in self.logged[section]:
                 continue
-            told = {key: value for key, value in record.items() if key not in ("step", "validation")}
-            values = {f"{section}/{key}": value for key, value in told.items() if value is not None}
+            metrics = {key: value for key, value in record.items() if key not in ("step", "validation")}
+            values = {f"{section}/{key}": value for key, value in metrics.items() if value is not None}
             if section == "validation":
-                values["validation/done"] = 1  # where nothing was measured there are only samples
+                values["validation/done"] = 1  # without metrics there are only samples
                 values |= media(self.run / "samples" / f"step_{step:08d}")
             elif record is records[-1]:
-                values |= beside
+                values |= extra
             self.writer.log({**values, STEP: step})
-            self.told[section].add(step)
+            self.logged[section].add(step)
         if not self.writer.offline:
-            self.note |= {"train": max(self.told["train"], default=0), "validation": sorted(self.told["validation"])}
-            self._write_note()  # only now: a kill in between repeats a row, which does no harm
+            self.note |= {
+                "train": max(self.logged["train"], default=0),
+                "validation": sorted(self.logged["validation"]),
+            }
+            self._write_note()  # last: a kill before this repeats a row, which does no harm
 
     def _write_note(self) -> None:
         atomic_write_text(self.run / NOTE, json.dumps(self.note))
@@ -145,14 +144,14 @@ class Tracker:
     def _guarded(self, act: Callable[[], object]) -> None:
         try:
             act()
-        except Exception as error:  # whatever a tracker's library does must not cost a training
+        except Exception as error:  # no error of wandb may stop training
             self.writer = None
-            with contextlib.suppress(UserError):  # a full disk, which the run itself meets as well
+            with contextlib.suppress(UserError):  # a full disk, which stops the run itself too
                 self.failed(f"wandb stopped ({type(error).__name__}: {error}); training goes on without it")
 
 
 def media(folder: Path) -> dict[str, Any]:
-    """A samples folder's videos and sheet for wandb, with their prompts; what is no longer there is left out."""
+    """A samples folder's videos and sheet for wandb, with their prompts; missing files are ignored."""
     import wandb
 
     found: dict[str, Any] = {}

@@ -1,8 +1,8 @@
-"""What ZeRO left on this rank, in one form for all stages.
+"""The layout of ZeRO's partitions: what a rank holds of each parameter, in one form for all stages.
 
-ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054) lays the float32 master weights and Adam's moments out over the ranks,
-each stage its own way. A slice says what a rank holds of a parameter: a run of its flattened elements. EMA and
-checkpoints are written against that: they know no stage and no world size.
+ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054) distributes the float32 master weights and Adam's moments over the
+ranks, in another way at each stage. A slice is a rank's range of a flattened parameter. EMA and checkpoints use only
+slices, so they depend neither on the stage nor on the world size.
 """
 
 import math
@@ -19,19 +19,19 @@ from sora_train.errors import UserError
 
 @dataclass(frozen=True)
 class Slice:
-    """Elements `offset` to `offset + master.numel()` of a flattened parameter. The tensors are views of what trains."""
+    """Elements `offset` to `offset + len(master)` of a flattened parameter, as views of the tensors that train."""
 
     offset: int
-    owned: bool  # in exactly one rank's keeping; false for the copies that stage 0 leaves on the other ranks
-    master: Float[Tensor, "m"]
-    exp_avg: Float[Tensor, "m"]
-    exp_avg_sq: Float[Tensor, "m"]
+    owned: bool  # by exactly one rank; false for the copies on the other ranks at stage 0
+    master: Float[Tensor, "i"]
+    exp_avg: Float[Tensor, "i"]
+    exp_avg_sq: Float[Tensor, "i"]
 
 
 def find_slices(inner: Any, stage: int, rank: int, world: int) -> dict[str, Slice]:
-    """What this rank holds, by parameter name, once DeepSpeed's engine `inner` is made.
+    """This rank's slices by parameter name, of DeepSpeed's engine `inner`.
 
-    Raises UserError where that isn't what DeepSpeed's books say.
+    Raises UserError if the data is not where DeepSpeed says.
     """
     optimizer, adam, found = inner.optimizer, inner.basic_optimizer, {}
     params: list[tuple[str, Any]] = list(inner.module.named_parameters())  # with DeepSpeed's own attributes
@@ -55,15 +55,15 @@ def find_slices(inner: Any, stage: int, rank: int, world: int) -> dict[str, Slic
             held = p.ds_tensor.detach()[:count] if stage == 3 else p.detach().view(-1)[offset : offset + count]
             if not torch.equal(part[0].to(held), held):
                 raise UserError(
-                    f"DeepSpeed keeps {name} elsewhere than it says, so that no checkpoint could be made: leave out of "
-                    "train.deepspeed what changes how parameters are laid out, such as round_robin_gradients"
+                    f"DeepSpeed stores {name} elsewhere than it says, so no checkpoint could be made. Remove keys from "
+                    "train.deepspeed that change the layout of parameters, such as round_robin_gradients"
                 )
             found[name] = Slice(offset, owned, *part)
     return found
 
 
 def bucketed(shapes: dict[str, torch.Size], most: int = 2**25) -> Iterator[list[str]]:
-    """Names in order, in lists of at most so many elements together, or of a single larger parameter."""
+    """Names in order, in lists of at most `most` elements together, or of a single larger parameter."""
     names: list[str] = []
     size = 0
     for name, shape in shapes.items():
@@ -77,7 +77,7 @@ def bucketed(shapes: dict[str, torch.Size], most: int = 2**25) -> Iterator[list[
 
 
 def _moments(adam: torch.optim.AdamW, flat: Tensor) -> tuple[Tensor, Tensor]:
-    """Adam's two moments of a tensor; made here, as AdamW would at its first step, so that they can be loaded into."""
+    """Adam's two moments of a tensor; created here, as AdamW would at its first step, so they can be loaded."""
     state = adam.state[flat]
     if not state:
         device = flat.device if adam.defaults["fused"] else None

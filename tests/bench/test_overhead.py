@@ -27,7 +27,7 @@ def test_the_bare_loop_in_bf16_learns_what_the_engine_does(stage: int, tiny_shar
     shape = ModelConfig(width=16, depth=2, heads=2, text_width=64, sample_size=4)
     recipe = Recipe().model_copy(update={"model": shape, "train": Recipe().train.model_copy(update=changes)})
     shards, objective = ShardSet(str(tiny_shards)), make_objective(recipe.diffusion, False)
-    plan = shards.plan(4, 0)
+    plan = shards.sample_order(4, 0)
     data = [micro_batches(shards, plan, objective, k, micro_batch_size=2, caption_dropout=0.0) for k in range(STEPS)]
 
     def made() -> Latte:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sora_train.quickstart.shapes import make_clips
-from sora_train.train.checkpoint import whole
+from sora_train.train.checkpoint import complete_checkpoints
 from tests.cluster.world import ADDRESS, ROOT
 
 API = "http://127.0.0.1:8265"
@@ -67,7 +67,7 @@ def main(folder: Path) -> None:
     assert "perhaps before" not in logs
     assert "Traceback" not in logs, logs
     assert "tracking failed" not in logs, logs  # wandb's process is told to end as well
-    ((at, _),) = whole(run / "checkpoints")
+    ((at, _),) = complete_checkpoints(run / "checkpoints")
     assert at == step(run) >= 8
     print(f"stopped at step {at} with a checkpoint, in {seconds:.0f} s")
 

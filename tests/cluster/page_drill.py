@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from sora_train.quickstart.shapes import make_clips
-from sora_train.train.checkpoint import whole
+from sora_train.train.checkpoint import complete_checkpoints
 from tests.cluster.job_drill import wait_for
 from tests.cluster.nodes import DISK, SHARED, Node, boot, prepare
 from tests.cluster.world import ROOT
@@ -59,7 +59,7 @@ def main(folder: Path) -> None:
     for step in (25, 50):
         held = sorted(path.name for path in (run / f"samples/step_{step:08d}").glob("*.mp4"))
         assert len(held) == 2, held
-    assert whole(run / "checkpoints")[-1][0] == 50
+    assert complete_checkpoints(run / "checkpoints")[-1][0] == 50
     told = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert any(event["event"] == "start" and f"{WORKERS} workers" in event["reason"] for event in told), told
     assert not [event for event in told if event["event"] in ("worker_lost", "failed", "validation_failed")], told

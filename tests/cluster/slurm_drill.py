@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from sora_train.quickstart.shapes import make_clips
-from sora_train.train.checkpoint import whole
+from sora_train.train.checkpoint import complete_checkpoints
 from tests.cluster.job_drill import step, wait_for
 from tests.cluster.world import ROOT
 
@@ -62,7 +62,7 @@ def main(folder: Path) -> None:
     assert token not in subprocess.run(["ps", "auxww"], capture_output=True, text=True).stdout
     process.send_signal(signal.SIGTERM)  # to the script alone, as --signal=B:TERM@300 has it
     assert ended(process, folder) == 75, said(folder, "first")
-    ((at, _),) = whole(run / "checkpoints")
+    ((at, _),) = complete_checkpoints(run / "checkpoints")
     assert at == step(run) >= 8
     assert asked.read_text() == "requeue 41\n"
     print(f"SIGTERM: a checkpoint at step {at}, exit status 75, back into the queue")

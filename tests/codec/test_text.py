@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sora_train.codec import BUILTIN
-from sora_train.codec.text import PAD_TOKENS, TextEncoder, load_text_encoder, load_tokenizer, pad_text, padded_lengths
+from sora_train.codec.text import TextEncoder, load_text_encoder, load_tokenizer
 from sora_train.errors import UserError
 from sora_train.quickstart.make_text_encoder import make_tokenizer
 from sora_train.quickstart.shapes import all_scenes
@@ -76,25 +76,6 @@ def test_a_long_caption_is_cut_and_keeps_its_end_token(encoder: TextEncoder):
     long = load_text_encoder("builtin", max_tokens=5)
     assert long.encode(["red blue green white up down left"])[0].shape == (5, 64)
     assert long.tokenizer("red " * 9, truncation=True, max_length=5)["input_ids"][-1] == 1
-
-
-def test_padding_is_masked_zeros():
-    short, long = torch.ones(1, 4), torch.ones(3, 4)
-    text, mask = pad_text([short, long])
-    assert text.shape == (2, PAD_TOKENS, 4)
-    assert mask.sum(1).tolist() == [1, 3]
-    assert mask[0].tolist() == [True] + [False] * (PAD_TOKENS - 1)
-    assert mask[1, :3].all()
-    assert text[~mask].abs().sum() == 0
-    torch.testing.assert_close(text[mask], torch.ones(4, 4))
-
-
-@pytest.mark.parametrize("most", [4, 32, 77, 120, 256])
-def test_captions_of_any_length_are_padded_to_a_few_lengths(most: int):
-    shapes = {pad_text([torch.ones(length, 2)], most)[0].shape[1] for length in range(1, most + 1)}
-    assert sorted(shapes) == padded_lengths(most)
-    assert len(shapes) == -(-most // PAD_TOKENS)
-    assert max(shapes) == most
 
 
 def test_the_committed_tokenizer_is_the_one_that_the_script_makes():

@@ -8,9 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from sora_train.data.collate import MicroBatch, collate, draw, draw_posterior
+from sora_train.data.collate import (
+    PAD_TOKENS,
+    MicroBatch,
+    collate,
+    draw_posterior,
+    draw_training_noise,
+    pad_text,
+    padded_lengths,
+)
 from sora_train.data.loader import batches, micro_batches
-from sora_train.data.order import Batch, Plan, batch, share
+from sora_train.data.order import Batch, SampleOrder, batch, share
 from sora_train.data.shards import ShardSet
 from sora_train.diffusion import DiffusionConfig, make_objective
 from sora_train.errors import UserError
@@ -20,13 +28,13 @@ BUCKET = "3x16x24"
 FLOW = make_objective(DiffusionConfig())
 
 
-def steps_of(shards: ShardSet, plan: Plan, world: int, micro: int, step: int) -> list[MicroBatch]:
+def steps_of(shards: ShardSet, order: SampleOrder, world: int, micro: int, step: int) -> list[MicroBatch]:
     """The micro-batches of all ranks at a step."""
     return [
         made
         for rank in range(world)
         for made in micro_batches(
-            shards, plan, FLOW, step, rank=rank, world=world, micro_batch_size=micro, caption_dropout=0.3
+            shards, order, FLOW, step, rank=rank, world=world, micro_batch_size=micro, caption_dropout=0.3
         )
     ]
 
@@ -52,20 +60,21 @@ def by_sample(made: list[MicroBatch]) -> dict[str, tuple[torch.Tensor, ...]]:
 @pytest.mark.parametrize(("world", "micro"), [(1, 4), (1, 1), (2, 2), (2, 1), (3, 1), (4, 1), (1, 3)])
 def test_a_global_batch_holds_the_same_however_it_is_cut(make_shards, step: int, world: int, micro: int):
     shards = ShardSet(make_shards(40, 2))
-    plan = shards.plan(20, seed=3)
-    expected = by_sample(steps_of(shards, plan, 1, 20, step))
-    found = by_sample(steps_of(shards, plan, world, micro, step))
+    order = shards.sample_order(20, seed=3)
+    expected = by_sample(steps_of(shards, order, 1, 20, step))
+    found = by_sample(steps_of(shards, order, world, micro, step))
     assert list(found) == list(expected)
-    assert len(found) == len(batch(plan, step).rows)
+    assert len(found) == len(batch(order, step).rows)
     for sample_id, values in expected.items():
         assert all(torch.equal(a, b) for a, b in zip(found[sample_id], values, strict=True))
 
 
 def test_padding_repeats_a_clip_with_weight_zero_even_where_a_rank_has_none(make_shards):
     shards = ShardSet(make_shards(2))
-    plan = shards.plan(8, seed=0)
+    order = shards.sample_order(8, seed=0)
     ranks = [
-        micro_batches(shards, plan, FLOW, 0, rank=r, world=3, micro_batch_size=2, caption_dropout=0.0) for r in range(3)
+        micro_batches(shards, order, FLOW, 0, rank=r, world=3, micro_batch_size=2, caption_dropout=0.0)
+        for r in range(3)
     ]
     assert {len(rank) for rank in ranks} == {2}
     parts = [part for rank in ranks for part in rank]
@@ -79,7 +88,12 @@ def test_padding_repeats_a_clip_with_weight_zero_even_where_a_rank_has_none(make
 
 def test_other_steps_seeds_and_clips_draw_otherwise(make_shards):
     clips = ShardSet(make_shards(4)).read(BUCKET, range(4))
-    draws = [draw(clips, row, FLOW, seed, step, 0.1) for row in range(4) for seed in range(3) for step in range(3)]
+    draws = [
+        draw_training_noise(clips, row, FLOW, seed, step, 0.1)
+        for row in range(4)
+        for seed in range(3)
+        for step in range(3)
+    ]
     assert len({drawn.t.item() for drawn in draws}) == len(draws)
     assert len({drawn.noise.sum().item() for drawn in draws}) == len(draws)
 
@@ -91,7 +105,7 @@ def test_noise_is_standard_normal_and_the_posterior_draw_has_its_mean_and_varian
     assert drawn.mean().item() == pytest.approx(1.5, abs=4 * 0.5 / math.sqrt(drawn.numel()))
     assert drawn.std().item() == pytest.approx(0.5, rel=0.02)
     clips = Clips(["a"], ["a"], [["a"]], np.zeros((1, 1, 8, 4, 32, 32), np.float16), [[np.zeros((1, 6), np.float16)]])
-    noise = draw(clips, 0, FLOW, 0, 0, 0.0).noise
+    noise = draw_training_noise(clips, 0, FLOW, 0, 0, 0.0).noise
     assert noise.mean().item() == pytest.approx(0, abs=4 / math.sqrt(noise.numel()))
     assert noise.std().item() == pytest.approx(1, rel=0.02)
 
@@ -145,7 +159,7 @@ def test_captions_are_dropped_per_clip_and_drawn_evenly_as_often_as_asked():
     ids = [f"{i}" for i in range(100)]
     text = [[np.zeros((1, 2), np.float16)] * 3] * 100
     clips = Clips(ids, ids, captions, np.zeros((100, 1, 1, 1, 1, 1), np.float16), text)
-    draws = [draw(clips, row, FLOW, 0, step, 0.1) for step in range(100) for row in range(100)]
+    draws = [draw_training_noise(clips, row, FLOW, 0, step, 0.1) for step in range(100) for row in range(100)]
     drawn = np.array([np.nan if one.dropped else one.caption for one in draws], float)
     drawn = drawn.reshape(100, 100)  # step, clip; NaN is dropped
     dropped = np.isnan(drawn)
@@ -168,11 +182,11 @@ def test_no_caption_or_every_caption_is_dropped_at_the_ends(make_shards):
 
 def test_the_thread_gives_what_the_plain_function_gives_from_any_step_on(make_shards):
     shards = ShardSet(make_shards(20))
-    plan = shards.plan(8, seed=0)
-    found = list(batches(shards, plan, FLOW, range(2, 9), rank=1, world=2, micro_batch_size=2, caption_dropout=0.1))
+    order = shards.sample_order(8, seed=0)
+    found = list(batches(shards, order, FLOW, range(2, 9), rank=1, world=2, micro_batch_size=2, caption_dropout=0.1))
     assert [step for step, _ in found] == list(range(2, 9))
     for step, made in found:
-        expected = micro_batches(shards, plan, FLOW, step, rank=1, world=2, micro_batch_size=2, caption_dropout=0.1)
+        expected = micro_batches(shards, order, FLOW, step, rank=1, world=2, micro_batch_size=2, caption_dropout=0.1)
         for a, b in zip(made, expected, strict=True):
             assert a.sample_ids == b.sample_ids
             assert torch.equal(a.latents, b.latents)
@@ -181,11 +195,11 @@ def test_the_thread_gives_what_the_plain_function_gives_from_any_step_on(make_sh
 
 def test_an_error_of_the_thread_reaches_the_loop_at_its_step(make_shards, tmp_path):
     shards = ShardSet(make_shards(60, 4), cache_bytes=0)
-    plan = shards.plan(4, seed=0)
-    first_bad = next(k for k in range(16) if max(batch(plan, k).rows) >= 60)
+    order = shards.sample_order(4, seed=0)
+    first_bad = next(k for k in range(16) if max(batch(order, k).rows) >= 60)
     (tmp_path / "shards" / f"bucket={BUCKET}" / "0001.parquet").unlink()
     shards._open_file.cache_clear()
-    made = batches(shards, plan, FLOW, range(16), micro_batch_size=4, caption_dropout=0.1)
+    made = batches(shards, order, FLOW, range(16), micro_batch_size=4, caption_dropout=0.1)
     assert first_bad > 0
     assert [next(made)[0] for _ in range(first_bad)] == list(range(first_bad))
     with pytest.raises(UserError, match=r"0001\.parquet"):
@@ -197,7 +211,7 @@ def test_an_error_of_the_thread_reaches_the_loop_at_its_step(make_shards, tmp_pa
 
 def test_a_loop_that_stops_early_ends_the_thread(make_shards):
     shards = ShardSet(make_shards(20))
-    made = batches(shards, shards.plan(4, seed=0), FLOW, iter(int, 1), micro_batch_size=4, caption_dropout=0.1)
+    made = batches(shards, shards.sample_order(4, seed=0), FLOW, iter(int, 1), micro_batch_size=4, caption_dropout=0.1)
     assert next(made)[0] == 0  # of endless steps
     thread, *others = data_threads()
     assert not others
@@ -209,8 +223,8 @@ def test_a_loop_that_stops_early_ends_the_thread(make_shards):
 
 def test_batches_that_are_not_begun_are_given_up_when_the_loop_stops(make_shards):
     shards = ShardSet(make_shards(20))
-    numbers, plan = range(20_000), shards.plan(20, seed=0)  # a minute of work
-    made = batches(shards, plan, FLOW, numbers, micro_batch_size=20, caption_dropout=0.1, ahead=len(numbers) - 1)
+    numbers, order = range(20_000), shards.sample_order(20, seed=0)  # a minute of work
+    made = batches(shards, order, FLOW, numbers, micro_batch_size=20, caption_dropout=0.1, ahead=len(numbers) - 1)
     assert next(made)[0] == 0
     (thread,) = data_threads()
     made.close()
@@ -224,11 +238,11 @@ def data_threads() -> list[threading.Thread]:
 
 def test_every_clip_is_trained_once_an_epoch_when_the_world_changes_on_the_way(make_shards):
     shards = ShardSet(make_shards(40, 25))
-    plan = shards.plan(6, seed=1)
+    order = shards.sample_order(6, seed=1)
     seen = [
         sample_id
-        for step in range(plan.steps_per_epoch, 2 * plan.steps_per_epoch)
-        for sample_id in by_sample(steps_of(shards, plan, world=1 + step % 4, micro=1 + step % 2, step=step))
+        for step in range(order.steps_per_epoch, 2 * order.steps_per_epoch)
+        for sample_id in by_sample(steps_of(shards, order, world=1 + step % 4, micro=1 + step % 2, step=step))
     ]
     assert sorted(seen) == [f"{number:08x}" for number in range(65)]
 
@@ -237,3 +251,22 @@ def test_share_of_a_short_batch_leaves_late_ranks_with_padding():
     assert share(Batch(0, BUCKET, (4, 9)), 0, 2, 2, 4) == [[4, None]]
     assert share(Batch(0, BUCKET, (4, 9)), 1, 2, 2, 4) == [[9, None]]
     assert [share(Batch(0, BUCKET, (4,)), rank, 2, 1, 4) for rank in range(2)] == [[[None], [None]], [[4], [None]]]
+
+
+def test_padding_is_masked_zeros():
+    short, long = torch.ones(1, 4), torch.ones(3, 4)
+    text, mask = pad_text([short, long])
+    assert text.shape == (2, PAD_TOKENS, 4)
+    assert mask.sum(1).tolist() == [1, 3]
+    assert mask[0].tolist() == [True] + [False] * (PAD_TOKENS - 1)
+    assert mask[1, :3].all()
+    assert text[~mask].abs().sum() == 0
+    torch.testing.assert_close(text[mask], torch.ones(4, 4))
+
+
+@pytest.mark.parametrize("most", [4, 32, 77, 120, 256])
+def test_captions_of_any_length_are_padded_to_a_few_lengths(most: int):
+    shapes = {pad_text([torch.ones(length, 2)], most)[0].shape[1] for length in range(1, most + 1)}
+    assert sorted(shapes) == padded_lengths(most)
+    assert len(shapes) == -(-most // PAD_TOKENS)
+    assert max(shapes) == most

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sora_train.data.order import Batch, Bucket, Plan, batch
+from sora_train.data.order import Batch, Bucket, SampleOrder, batch
 from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
 
 shapes = st.lists(st.tuples(st.integers(1, 80), st.integers(1, 40)), min_size=1, max_size=2)
-mixes = st.tuples(  # rows and group_rows of each bucket of pictures and of videos, batch_size, seed, image_ratio
+mixes = st.tuples(  # rows and group_rows of each bucket of images and of videos, batch_size, seed, image_ratio
     shapes,
     shapes,
     st.integers(4, 40),
@@ -25,41 +25,41 @@ Mix = tuple[list[tuple[int, int]], list[tuple[int, int]], int, int, Fraction]
 quick = settings(deadline=None, max_examples=15)
 
 
-def mixed_plan_of(mix: Mix) -> Plan:
-    pictures, videos, batch_size, seed, ratio = mix
-    buckets = [Bucket(f"pictures {i}", *shape, pictures=True) for i, shape in enumerate(pictures)]
+def mixed_plan_of(mix: Mix) -> SampleOrder:
+    images, videos, batch_size, seed, ratio = mix
+    buckets = [Bucket(f"images {i}", *shape, images=True) for i, shape in enumerate(images)]
     buckets += [Bucket(f"videos {i}", *shape) for i, shape in enumerate(videos)]
-    return Plan(tuple(buckets), batch_size, seed, window=3, image_ratio=ratio)
+    return SampleOrder(tuple(buckets), batch_size, seed, window=3, image_ratio=ratio)
 
 
 def is_of_pictures(taken: Batch) -> bool:
-    return taken.bucket.startswith("pictures")
+    return taken.bucket.startswith("images")
 
 
 @quick
 @given(mixes)
 def test_pictures_and_videos_of_a_ratio_are_two_orders_each_on_its_own(mix: Mix):
-    plan = mixed_plan_of(mix)
-    taken = [batch(plan, k) for k in range(100)]
+    order = mixed_plan_of(mix)
+    taken = [batch(order, k) for k in range(100)]
     for kind in (True, False):
         mine = [found for found in taken if is_of_pictures(found) == kind]
         for j, found in enumerate(mine):
-            assert found == batch(plan.stream(pictures=kind), j)
+            assert found == batch(order.stream(images=kind), j)
 
 
 @quick
 @given(mixes)
 def test_with_a_ratio_every_row_comes_once_an_epoch_of_its_stream(mix: Mix):
-    plan = mixed_plan_of(mix)
+    order = mixed_plan_of(mix)
     found: dict[tuple[str, int], list[int]] = {}
     ended = dict.fromkeys((True, False), 0)
     for k in count():
-        taken = batch(plan, k)
+        taken = batch(order, k)
         ended[is_of_pictures(taken)] = taken.epoch
         if min(ended.values()) >= 2:
             break
         found.setdefault((taken.bucket, taken.epoch), []).extend(taken.rows)
-    for bucket in plan.buckets:
+    for bucket in order.buckets:
         for epoch in range(2):
             assert sorted(found[bucket.name, epoch]) == list(range(bucket.rows))
 
@@ -67,56 +67,56 @@ def test_with_a_ratio_every_row_comes_once_an_epoch_of_its_stream(mix: Mix):
 @quick
 @given(mixes, st.integers(0, 10**12), st.integers(1, 60))
 def test_any_stretch_of_steps_holds_the_ratios_share_of_pictures(mix: Mix, start: int, length: int):
-    plan = mixed_plan_of(mix)
-    pictures = sum(is_of_pictures(batch(plan, k)) for k in range(start, start + length))
-    assert plan.image_ratio is not None
-    assert pictures in (math.floor(plan.image_ratio * length), math.ceil(plan.image_ratio * length))
+    order = mixed_plan_of(mix)
+    images = sum(is_of_pictures(batch(order, k)) for k in range(start, start + length))
+    assert order.image_ratio is not None
+    assert images in (math.floor(order.image_ratio * length), math.ceil(order.image_ratio * length))
 
 
 @quick
 @given(mixes)
 def test_the_epoch_of_a_run_is_that_of_the_next_batch_of_videos(mix: Mix):
-    plan = mixed_plan_of(mix)
-    taken = [batch(plan, k) for k in range(60)]
+    order = mixed_plan_of(mix)
+    taken = [batch(order, k) for k in range(60)]
     videos = [k for k in range(60) if not is_of_pictures(taken[k])]
     for k in range(videos[-1] + 1):
-        assert plan.epoch(k) == taken[next(video for video in videos if video >= k)].epoch
-    turns = replace(plan, image_ratio=None)
+        assert order.epoch(k) == taken[next(video for video in videos if video >= k)].epoch
+    turns = replace(order, image_ratio=None)
     assert all(turns.epoch(k) == batch(turns, k).epoch for k in range(60))
 
 
 @quick
 @given(mixes)
 def test_a_ratio_of_zero_leaves_out_pictures(mix: Mix):
-    plan = replace(mixed_plan_of(mix), image_ratio=Fraction(0))
-    videos = plan.stream(pictures=False)
+    order = replace(mixed_plan_of(mix), image_ratio=Fraction(0))
+    videos = order.stream(images=False)
     alone = replace(videos, image_ratio=Fraction(0))
-    assert all(batch(plan, k) == batch(videos, k) == batch(alone, k) for k in range(20))
+    assert all(batch(order, k) == batch(videos, k) == batch(alone, k) for k in range(20))
 
 
 def test_a_ratio_that_its_buckets_can_not_serve_is_refused():
-    pictures, videos = Bucket("1x64x64", 9, pictures=True), Bucket("8x64x64", 9)
-    for buckets, ratio in (((videos,), "0.1"), ((pictures,), "0.1"), ((pictures,), "0"), ((pictures, videos), "1")):
+    images, videos = Bucket("1x64x64", 9, images=True), Bucket("8x64x64", 9)
+    for buckets, ratio in (((videos,), "0.1"), ((images,), "0.1"), ((images,), "0"), ((images, videos), "1")):
         with pytest.raises(ValueError, match=f"image_ratio {ratio.replace('0.1', '1/10')} .*not {buckets[0].name}"):
-            Plan(buckets, 8, 0, image_ratio=Fraction(ratio))
+            SampleOrder(buckets, 8, 0, image_ratio=Fraction(ratio))
 
 
 def test_shards_with_pictures_and_videos_are_planned_by_the_ratio_as_it_is_written(make_shards):
     make_shards(30)
     shards = ShardSet(make_shards(20, start=30, bucket=(1, 16, 24)))
-    assert shards.plan(4, 0).image_ratio is None
-    plan = shards.plan(4, 0, image_ratio=0.1)
-    assert plan.image_ratio == Fraction(1, 10)
-    assert [batch(plan, k).bucket for k in range(100)].count("1x16x24") == 10
-    assert {batch(shards.plan(4, 0, image_ratio=0.0), k).bucket for k in range(20)} == {"3x16x24"}
+    assert shards.sample_order(4, 0).image_ratio is None
+    order = shards.sample_order(4, 0, image_ratio=0.1)
+    assert order.image_ratio == Fraction(1, 10)
+    assert [batch(order, k).bucket for k in range(100)].count("1x16x24") == 10
+    assert {batch(shards.sample_order(4, 0, image_ratio=0.0), k).bucket for k in range(20)} == {"3x16x24"}
 
 
 def test_shards_without_pictures_or_without_videos_refuse_a_ratio_and_say_which_they_have(make_shards):
     videos = ShardSet(make_shards(30))
-    with pytest.raises(UserError, match=r"data\.image_ratio 0\.2 needs .*of pictures .*there is only 3x16x24"):
-        videos.plan(4, 0, image_ratio=0.2)
-    assert videos.plan(4, 0, image_ratio=0.0).steps_per_epoch == 8
-    pictures = ShardSet(make_shards(30, bucket=(1, 16, 24), folder="pictures"))
+    with pytest.raises(UserError, match=r"data\.image_ratio 0\.2 needs .*of images .*there is only 3x16x24"):
+        videos.sample_order(4, 0, image_ratio=0.2)
+    assert videos.sample_order(4, 0, image_ratio=0.0).steps_per_epoch == 8
+    images = ShardSet(make_shards(30, bucket=(1, 16, 24), folder="images"))
     for ratio in (0.0, 0.2):
         with pytest.raises(UserError, match=rf"data\.image_ratio {ratio:g} needs buckets of videos.* only 1x16x24"):
-            pictures.plan(4, 0, image_ratio=ratio)
+            images.sample_order(4, 0, image_ratio=ratio)

@@ -13,18 +13,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sora_train.data.order import Batch, Bucket, Plan, batch, batch_number, ordered_rows, permute, share, stable_hash
+from sora_train.data.order import (
+    Batch,
+    Bucket,
+    SampleOrder,
+    batch,
+    batch_number,
+    ordered_rows,
+    permute,
+    share,
+    stable_hash,
+)
 
 COST = """
 import time, tracemalloc
 from fractions import Fraction
 import numpy as np
-from sora_train.data.order import Bucket, Plan, batch
+from sora_train.data.order import Bucket, SampleOrder, batch
 steps = np.random.default_rng(0).integers(0, 10**8, 500).tolist()
 for ratio in (None, Fraction("0.2")):
     tracemalloc.start()
-    buckets = Bucket("16x256x256", 10**9 - 70_001), Bucket("1x256x256", 70_001, pictures=True)
-    plan = Plan(buckets, 256, 0, image_ratio=ratio)
+    buckets = Bucket("16x256x256", 10**9 - 70_001), Bucket("1x256x256", 70_001, images=True)
+    plan = SampleOrder(buckets, 256, 0, image_ratio=ratio)
     batch(plan, steps[0])
     memory = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -47,16 +57,16 @@ specs = st.tuples(  # rows and group_rows of each bucket, batch_size, seed, wind
 quick = settings(deadline=None, max_examples=40)
 
 
-def plan_of(spec: Spec) -> Plan:
+def plan_of(spec: Spec) -> SampleOrder:
     shapes, batch_size, seed, window = spec
-    return Plan(tuple(Bucket(f"bucket {i}", *shape) for i, shape in enumerate(shapes)), batch_size, seed, window)
+    return SampleOrder(tuple(Bucket(f"bucket {i}", *shape) for i, shape in enumerate(shapes)), batch_size, seed, window)
 
 
-def epoch_of(plan: Plan, epoch: int) -> list[Batch]:
+def epoch_of(plan: SampleOrder, epoch: int) -> list[Batch]:
     return [batch(plan, k) for k in range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)]
 
 
-def order_of(plan: Plan, epoch: int) -> np.ndarray:
+def order_of(plan: SampleOrder, epoch: int) -> np.ndarray:
     """A whole epoch's order of the plan's first bucket, before it is cut into batches."""
     return ordered_rows(plan, plan.buckets[0], epoch, 0, plan.buckets[0].rows)
 
@@ -65,7 +75,7 @@ def rows_of(batches: list[Batch], bucket: Bucket) -> list[int]:
     return [row for taken in batches if taken.bucket == bucket.name for row in taken.rows]
 
 
-def digest(plan: Plan) -> str:
+def digest(plan: SampleOrder) -> str:
     batches = [(taken.epoch, taken.bucket, taken.rows) for taken in (batch(plan, k) for k in range(600))]
     return hashlib.sha256(repr(batches).encode()).hexdigest()[:16]
 
@@ -104,11 +114,11 @@ def test_neighbours_lie_as_far_apart_as_in_a_random_permutation():
 def test_the_order_is_this_one_on_every_machine():
     assert stable_hash(0, "a", 2**40) == 17828279784844153212
     assert permute(np.arange(4), 10**9, 3, "rows").tolist() == [235601559, 708305418, 80013052, 932102604]
-    assert batch(Plan((Bucket("8x64x64", 1000),), 8, 5), 200) == Batch(
+    assert batch(SampleOrder((Bucket("8x64x64", 1000),), 8, 5), 200) == Batch(
         1, "8x64x64", (23, 106, 162, 342, 459, 704, 958, 975)
     )
-    buckets = Bucket("16x64x64", 1000), Bucket("1x64x64", 77, 16, pictures=True), Bucket("8x64x64", 5)
-    plan = Plan(buckets, 8, 5, window=3)
+    buckets = Bucket("16x64x64", 1000), Bucket("1x64x64", 77, 16, images=True), Bucket("8x64x64", 5)
+    plan = SampleOrder(buckets, 8, 5, window=3)
     assert digest(plan) == "0bc76c2b6fa4426d"
     assert digest(replace(plan, image_ratio=Fraction("0.3"))) == "63d7e5434c2eda03"
 
@@ -118,7 +128,7 @@ def test_the_order_is_this_one_on_every_machine():
 def test_rows_of_any_size_of_bucket_are_within_it_and_none_comes_twice(
     rows: int, group_rows: int, window: int, seed: int, data: st.DataObject
 ):
-    plan = Plan((Bucket("any", rows, group_rows),), 64, seed, window)
+    plan = SampleOrder((Bucket("any", rows, group_rows),), 64, seed, window)
     steps = data.draw(st.sets(st.integers(0, plan.steps_per_epoch - 1), min_size=1, max_size=8))
     found = [row for step in steps for row in batch(plan, step).rows]
     assert len(set(found)) == len(found)
@@ -129,7 +139,7 @@ def test_rows_of_any_size_of_bucket_are_within_it_and_none_comes_twice(
 @quick
 @given(st.integers(30, 2000), st.integers(1, 40), st.integers(1, 6), seeds, st.integers(0, 10**6))
 def test_no_two_epochs_have_the_same_order(rows: int, group_rows: int, window: int, seed: int, epoch: int):
-    plan = Plan((Bucket("any", rows, group_rows),), 8, seed, window)
+    plan = SampleOrder((Bucket("any", rows, group_rows),), 8, seed, window)
     assert order_of(plan, epoch).tolist() != order_of(plan, epoch + 1).tolist()
 
 
@@ -189,7 +199,7 @@ def test_steps_take_the_batches_that_are_not_skipped_in_order(step: int, skipped
 
 
 def test_two_epochs_and_two_seeds_order_the_same_rows_otherwise():
-    plans = [Plan((Bucket("16x256x256", 1500),), 16, seed) for seed in (0, 1)]
+    plans = [SampleOrder((Bucket("16x256x256", 1500),), 16, seed) for seed in (0, 1)]
     orders = [order_of(plan, epoch) for plan in plans for epoch in (0, 1)]
     for i, one in enumerate(orders):
         for other in orders[:i]:
@@ -197,14 +207,14 @@ def test_two_epochs_and_two_seeds_order_the_same_rows_otherwise():
 
 
 def test_a_data_set_of_one_window_is_shuffled_through_and_through():
-    order = order_of(Plan((Bucket("16x256x256", 1500),), 16, 0), 0)
+    order = order_of(SampleOrder((Bucket("16x256x256", 1500),), 16, 0), 0)
     assert np.abs(np.diff(order)).mean() == pytest.approx(500, rel=0.05)
     assert abs(np.corrcoef(np.arange(1500), order)[0, 1]) < 4 / np.sqrt(1500)
 
 
 def test_a_row_comes_at_any_time_of_an_epoch():
     """Also the last rows, whose group is short: their times over many epochs are spread as evenly as chance has it."""
-    plan = Plan((Bucket("short", 15, 4),), 1, 3, window=2)
+    plan = SampleOrder((Bucket("short", 15, 4),), 1, 3, window=2)
     times = [order_of(plan, epoch).tolist().index(14) for epoch in range(300)]
     assert np.mean(times) == pytest.approx(7, abs=1)
     assert min(times) == 0
@@ -212,7 +222,7 @@ def test_a_row_comes_at_any_time_of_an_epoch():
 
 
 def test_a_batch_touches_no_more_groups_than_a_window_has_and_a_rank_takes_neighbours():
-    plan = Plan((Bucket("large", 10**7),), 256, 0)
+    plan = SampleOrder((Bucket("large", 10**7),), 256, 0)
     for k in (0, 7, 12345):
         groups = [row // 32 for row in batch(plan, k).rows]
         assert len(set(groups)) <= 2 * plan.window  # two where the batch lies on the border of two windows
@@ -235,7 +245,7 @@ def test_a_plan_without_rows_is_refused():
     with pytest.raises(ValueError, match="rows 0"):
         Bucket("empty", 0)
     with pytest.raises(ValueError, match="needs a bucket"):
-        Plan((), 8, 0)
+        SampleOrder((), 8, 0)
 
 
 @quick

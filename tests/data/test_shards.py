@@ -63,7 +63,7 @@ def test_the_cache_keeps_what_was_read_last_and_no_more_than_it_may(make_shards)
 
 def test_an_epoch_reads_a_row_group_about_once_and_keeps_no_more_than_its_window(make_shards):
     shards = ShardSet(make_shards(*[80] * 16, row_group=4))  # 320 groups, five windows
-    plan, read = shards.plan(batch_size=8, seed=1), []
+    order, read = shards.sample_order(batch_size=8, seed=1), []
     open_file = shards._open_file
 
     def opened(path: str) -> pq.ParquetFile:
@@ -71,8 +71,8 @@ def test_an_epoch_reads_a_row_group_about_once_and_keeps_no_more_than_its_window
         return open_file(path)
 
     shards._open_file = opened
-    for number in range(plan.steps_per_epoch):
-        shards.read(BUCKET, batch(plan, number).rows)
+    for number in range(order.steps_per_epoch):
+        shards.read(BUCKET, batch(order, number).rows)
         assert len(shards._cache) <= 80
     assert 320 <= len(read) < 352
 
@@ -97,15 +97,15 @@ def test_the_share_of_sources_held_out_is_what_was_asked_for():
 def test_a_plan_orders_the_clips_of_the_split_alone(make_shards):
     make_shards(70, 33)
     folder = make_shards(40, start=103, bucket=(1, 16, 24))
-    assert ShardSet(folder).plan(8, seed=5).buckets == (
-        Bucket("1x16x24", 40, 32, pictures=True),
+    assert ShardSet(folder).sample_order(8, seed=5).buckets == (
+        Bucket("1x16x24", 40, 32, images=True),
         Bucket(BUCKET, 103, 32),
     )
     shards = ShardSet(folder, 0.3)
-    plan = shards.plan(8, seed=5)
+    order = shards.sample_order(8, seed=5)
     seen = [
         sample
-        for taken in (batch(plan, k) for k in range(plan.steps_per_epoch))
+        for taken in (batch(order, k) for k in range(order.steps_per_epoch))
         for sample in shards.read(taken.bucket, taken.rows).sample_ids
     ]
     kept = [f"{number:08x}" for number in range(143) if not is_held_out(f"video_{number // 3}.mp4", 0.3)]
@@ -116,7 +116,7 @@ def test_a_folder_without_clips_for_the_split_is_refused_with_the_numbers(make_s
     folder = make_shards(6)
     with pytest.raises(UserError, match=r"0 clips: data.holdout_fraction 0.0 holds out none of the 6 clips"):
         ShardSet(folder, split="holdout")
-    with pytest.raises(UserError, match=r"holds out all 6 clips.* lower it"):
+    with pytest.raises(UserError, match=r"holds out all 6 clips.* Lower it"):
         ShardSet(folder, 0.999999)
     with pytest.raises(UserError, match=r"0 clips: the shards in .* are empty"):
         ShardSet(make_shards(0, folder="empty"))

@@ -20,7 +20,7 @@ def best_model(objective: Objective, mean: float, std: float) -> Model:
             far = told / 1000
             near = 1 - far
         else:
-            alpha = objective.schedule.alphas[told.long()]
+            alpha = objective.schedule.alphas_cumprod[told.long()]
             near, far = alpha.sqrt(), (1 - alpha).sqrt()
         near, far = (share[:, None, None, None, None] for share in (near, far))  # x_t = near x + far noise
         residual = (x_t - near * mean) / (near**2 * std**2 + far**2)

@@ -43,11 +43,11 @@ def test_betas_and_alphas_are_those_of_diffusers_but_for_its_rounding(schedule, 
     found = make_objective(configured(schedule, "v", zero_snr)).schedule
     wanted = theirs(schedule, "v", zero_snr)
     assert torch.allclose(found.betas, wanted.betas, rtol=2e-3, atol=1e-6)
-    assert torch.allclose(found.alphas, wanted.alphas_cumprod, rtol=1e-4, atol=1e-7)
+    assert torch.allclose(found.alphas_cumprod, wanted.alphas_cumprod, rtol=1e-4, atol=1e-7)
 
 
 def test_the_cosine_schedule_leaves_the_squared_cosine_of_the_data():
-    alphas = make_objective(configured("cosine", "v")).schedule.alphas
+    alphas = make_objective(configured("cosine", "v")).schedule.alphas_cumprod
     for t in (0, 1, 250, 500, 998):
         f = [math.cos((step / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for step in (0, t + 1)]
         assert alphas[t].item() == pytest.approx(f[1] / f[0], rel=1e-6)
@@ -60,18 +60,18 @@ def test_after_rescaling_the_last_step_is_pure_noise_and_the_first_as_it_was(sch
     after = ddpm.zero_terminal_snr(before)
     assert torch.allclose(after.float(), rescale_zero_terminal_snr(before).float(), rtol=1e-6)  # theirs, in float64
     objective = make_objective(configured(schedule, "v", True))
-    assert objective.schedule.alphas[-1] == objective.schedule.snr[-1] == 0
+    assert objective.schedule.alphas_cumprod[-1] == objective.schedule.snr[-1] == 0
     assert after[0].item() == pytest.approx(before[0].item(), rel=1e-9)
     assert all(values.isfinite().all() for values in vars(objective.schedule).values())
     noise = torch.randn(1, 1, 4, 2, 2)
-    assert torch.equal(objective.mix(torch.randn(1, 1, 4, 2, 2), noise, torch.tensor([999.0]))[0], noise)
+    assert torch.equal(objective.add_noise(torch.randn(1, 1, 4, 2, 2), noise, torch.tensor([999.0]))[0], noise)
 
 
 @pytest.mark.parametrize("prediction", DIFFUSERS)
 def test_data_are_mixed_and_targets_made_as_by_diffusers(prediction):
     x, noise, t = torch.randn(3, 2, 4, 4, 4), torch.randn(3, 2, 4, 4, 4), torch.tensor([0.0, 500.0, 999.0])
     scheduler = theirs("linear", prediction)
-    x_t, target = make_objective(configured("linear", prediction)).mix(x, noise, t)
+    x_t, target = make_objective(configured("linear", prediction)).add_noise(x, noise, t)
     assert torch.allclose(x_t, scheduler.add_noise(x, noise, t.long()), atol=1e-6)
     wanted = {"epsilon": noise, "sample": x, "v": scheduler.get_velocity(x, noise, t.long())}[prediction]
     assert torch.allclose(target, wanted, atol=1e-6)

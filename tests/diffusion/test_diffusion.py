@@ -71,7 +71,7 @@ def test_arithmetic_is_float32_whatever_comes_in(config, learned_variance):
 
 @pytest.mark.parametrize(("config", "far"), [(FLOW, 1.0), (DDPM, 999.0)])
 def test_the_model_is_told_a_time_from_0_to_1000(config, far):
-    told = make_objective(config).told(torch.tensor([0.0, far]))
+    told = make_objective(config).model_time(torch.tensor([0.0, far]))
     assert told[0] == 0
     assert 999 <= told[1] <= 1000
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sora_train.diffusion import DiffusionConfig, Sampling, ddpm, flow, make_objective, sample, variance
 from sora_train.diffusion.guidance import guided, rescaled
-from sora_train.diffusion.sampler import FITTING, trailing
+from sora_train.diffusion.sampler import SAMPLERS, trailing
 from sora_train.errors import RecipeError
 from sora_train.settings import build
 
@@ -39,7 +39,7 @@ def end_of_the_line(config: DiffusionConfig, noise: Tensor) -> Tensor:
     if config.kind == "flow":
         near, far = 0.0, 1.0
     else:
-        alpha = make_objective(config).schedule.alphas[-1].item()
+        alpha = make_objective(config).schedule.alphas_cumprod[-1].item()
         near, far = math.sqrt(alpha), math.sqrt(1 - alpha)
     return MEAN + STD * (noise - near * MEAN) / math.hypot(near * STD, far)
 
@@ -73,7 +73,7 @@ def test_heuns_steps_are_those_of_diffusers_over_the_same_times(steps, shift):
 
     noise = torch.randn(2, 1, 4, 4, 4)
     found = drawn(model, make_objective(DiffusionConfig(shift=shift)), noise, "heun", steps, 1.0)
-    times = flow.shifted(torch.linspace(1, 0, steps + 1), shift)
+    times = flow.shift_time(torch.linspace(1, 0, steps + 1), shift)
     scheduler = FlowMatchHeunDiscreteScheduler()
     scheduler.set_timesteps(steps)
     # Its own times end at 0.001, and are shifted twice.
@@ -91,7 +91,7 @@ def test_heuns_steps_are_those_of_diffusers_over_the_same_times(steps, shift):
 def test_with_the_best_variance_every_step_of_ddpm_is_exact_and_the_last_gives_the_mean(config, steps, best):
     objective = make_objective(config, learned_variance=True)
     mean_of = best(objective, MEAN, STD)
-    alphas = objective.schedule.alphas.double()
+    alphas = objective.schedule.alphas_cumprod.double()
     usable = int((alphas >= 4e-5).sum()) if config.prediction == "epsilon" else 1000
     times = trailing(usable, steps)
     of_data = {t: STD**2 * (1 - alphas[t]) / (alphas[t] * STD**2 + 1 - alphas[t]) for t in times}  # Var[x | x_t]
@@ -127,9 +127,9 @@ def test_a_thousand_steps_of_ddpm_are_its_equations(config, learned, best):
     for step in range(999, -1, -1):
         t = torch.full((2,), float(step))
         output = model(x, t, None, None)
-        data = ddpm.to_sample(config.prediction, output[:, :, :4], x, schedule.alphas[t.long()])
+        data = ddpm.to_sample(config.prediction, output[:, :, :4], x, schedule.alphas_cumprod[t.long()])
         log = variance.learned_log_variance(schedule, output[:, :, 4:], t) if learned else None
-        spread = (log if log is not None else schedule.log_variance_low[step]) / 2
+        spread = (log if log is not None else schedule.posterior_log_variance[step]) / 2
         drawn_now = torch.stack([torch.randn(4, 1, 2, 2, generator=each) for each in own]) if step else 0
         x = variance.posterior_mean(schedule, data, x, t)
         x = x + torch.exp(torch.as_tensor(spread)) * (drawn_now.transpose(1, 2) if step else 0)
@@ -181,11 +181,11 @@ def test_outside_of_its_interval_guidance_is_off_and_costs_nothing():
 
 def test_rescaling_gives_each_clip_the_spread_of_the_prediction_with_text():
     torch.manual_seed(0)
-    with_text, led = torch.randn(3, 2, 4, 8, 8), 5 * torch.randn(3, 2, 4, 8, 8) + 1
-    whole = rescaled(led, with_text, 1.0)
+    with_text, output = torch.randn(3, 2, 4, 8, 8), 5 * torch.randn(3, 2, 4, 8, 8) + 1
+    whole = rescaled(output, with_text, 1.0)
     assert torch.allclose(whole.std(dim=(1, 2, 3, 4)), with_text.std(dim=(1, 2, 3, 4)), rtol=1e-5)
-    assert torch.allclose(rescaled(led, with_text, 0.7), 0.7 * whole + 0.3 * led, atol=1e-5)
-    still = torch.full_like(led, 2.0)
+    assert torch.allclose(rescaled(output, with_text, 0.7), 0.7 * whole + 0.3 * output, atol=1e-5)
+    still = torch.full_like(output, 2.0)
     assert torch.equal(rescaled(still, with_text, 1.0), still)
     text_and_null = (*text(3), *NULL)
 
@@ -212,7 +212,7 @@ def test_guidance_leaves_the_variance_to_the_pass_with_text():
 @pytest.mark.parametrize(("kind", "wrong"), [("flow", "ddim"), ("flow", "ddpm"), ("ddpm", "heun"), ("ddpm", "euler")])
 def test_a_sampler_that_does_not_fit_is_refused_with_those_that_do(kind, wrong, best):
     objective, noise = make_objective(DiffusionConfig(kind=kind)), torch.randn(1, 1, 4, 2, 2)
-    with pytest.raises(RecipeError, match=f"{wrong} does not fit diffusion.kind {kind}; use {FITTING[kind][0]}, "):
+    with pytest.raises(RecipeError, match=f"{wrong} does not fit diffusion.kind {kind}; use {SAMPLERS[kind][0]}, "):
         drawn(best(objective, MEAN, STD), objective, noise, wrong, 2, 1.0)
 
 

@@ -32,11 +32,13 @@ def standard(*shape: int) -> torch.Tensor:
 def best_v(objective, std: float) -> torch.Tensor:
     """Per step, v of the variance that x_t-1 has given x_t, for data of this standard deviation: what is best."""
     s = {name: values.double() for name, values in vars(objective.schedule).items()}
-    of_data = std**2 * (1 - s["alphas"]) / (s["alphas"] * std**2 + 1 - s["alphas"])  # Var[x | x_t]
-    given_data = s["log_variance_low"].exp()
+    of_data = (
+        std**2 * (1 - s["alphas_cumprod"]) / (s["alphas_cumprod"] * std**2 + 1 - s["alphas_cumprod"])
+    )  # Var[x | x_t]
+    given_data = s["posterior_log_variance"].exp()
     given_data[0] = 0  # x_-1 is x
-    variance = (given_data + s["to_x"] ** 2 * of_data).log()
-    v = 2 * (variance - s["log_variance_low"]) / (s["log_variance_high"] - s["log_variance_low"]) - 1
+    variance = (given_data + s["posterior_coef_x0"] ** 2 * of_data).log()
+    v = 2 * (variance - s["posterior_log_variance"]) / (s["log_beta"] - s["posterior_log_variance"]) - 1
     return v.nan_to_num(0, 0, 0).float()[:, None, None, None, None]  # where the range is a point, any v
 
 
@@ -44,7 +46,7 @@ def best_v(objective, std: float) -> torch.Tensor:
 @pytest.mark.parametrize("t", [1, 2, 300, 998])
 def test_the_posterior_is_what_bayes_finds_on_a_grid(config, t):
     schedule, x, x_t = make_objective(config).schedule, 0.8, -0.5
-    beta, before = schedule.betas[t].item(), schedule.alphas[t - 1].item()
+    beta, before = schedule.betas[t].item(), schedule.alphas_cumprod[t - 1].item()
     grid = np.linspace(-8, 8, 2_000_001)  # x_t-1
     log = stats.norm(math.sqrt(before) * x, math.sqrt(1 - before)).logpdf(grid)  # q(x_t-1 | x)
     log += stats.norm(math.sqrt(1 - beta) * grid, math.sqrt(beta)).logpdf(x_t)  # q(x_t | x_t-1)
@@ -54,7 +56,7 @@ def test_the_posterior_is_what_bayes_finds_on_a_grid(config, t):
     ones = torch.ones(1, 1, 1, 1, 1)
     found = variance.posterior_mean(schedule, x * ones, x_t * ones, torch.tensor([float(t)]))
     assert found.item() == pytest.approx(mean, rel=2e-3, abs=2e-4)
-    assert schedule.log_variance_low[t].exp().item() == pytest.approx(of_grid, rel=2e-3)
+    assert schedule.posterior_log_variance[t].exp().item() == pytest.approx(of_grid, rel=2e-3)
 
 
 def test_v_leads_from_the_posteriors_variance_to_beta():
@@ -62,7 +64,7 @@ def test_v_leads_from_the_posteriors_variance_to_beta():
     low, high, middle = (
         variance.learned_log_variance(schedule, v * ones, EVERY_STEP).exp().flatten() for v in (-1, 1, 0)
     )
-    alphas, betas = schedule.alphas.double(), schedule.betas.double()
+    alphas, betas = schedule.alphas_cumprod.double(), schedule.betas.double()
     assert torch.allclose(high.double(), betas)
     assert torch.allclose(low[1:].double(), betas[1:] * (1 - alphas[:-1]) / (1 - alphas[1:]), rtol=1e-3)
     assert low[0] == low[1]
@@ -129,8 +131,8 @@ def test_the_bound_is_least_at_the_best_variance(config, best):
     # Later steps leave the variance next to nothing to choose; in the first the width of a bin counts too.
     std, objective, t = 0.2, make_objective(config, True), torch.arange(1.0, 10.0)
     x, noise = std * torch.randn(9, 1, 1, 128, 128), torch.randn(9, 1, 1, 128, 128)
-    x_t, _ = objective.mix(x, noise, t)
-    near = objective.schedule.alphas[1:10, None, None, None, None]
+    x_t, _ = objective.add_noise(x, noise, t)
+    near = objective.schedule.alphas_cumprod[1:10, None, None, None, None]
     predicted = near.sqrt() * std**2 * x_t / (near * std**2 + 1 - near)  # E[x | x_t]
     v = best_v(objective, std)[1:10]
     good, less, more = (

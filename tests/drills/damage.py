@@ -35,8 +35,8 @@ def stretch(shards: Path, batch_size: int, seed: int, steps: int, first: int, le
     epochs, where they come in another order, there is no such stretch again.
     """
     clips = ShardSet(str(shards))
-    plan = clips.plan(batch_size, seed)
-    taken = [batch(plan, number) for number in range(steps + plan.steps_per_epoch)]
+    order = clips.sample_order(batch_size, seed)
+    taken = [batch(order, number) for number in range(steps + order.steps_per_epoch)]
     for choice in np.ndindex(*[batch_size] * length):
         rows = {taken[first + i].rows[which] for i, which in enumerate(choice)}
         bad = [number for number, of in enumerate(taken) if rows & set(of.rows)]

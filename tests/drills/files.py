@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sora_train.data.shards import ShardSet
 from sora_train.schema import shard_files
-from sora_train.train.checkpoint import read_state, whole
+from sora_train.train.checkpoint import complete_checkpoints, read_state
 from tests.drills import damage
 from tests.drills.commands import end
 from tests.drills.history import account, events, losses
@@ -46,7 +46,7 @@ def guarded(stage: Stage, fault: str, bad: set[str], left_out: list[int]) -> Row
     shards = damage.poisoned(stage.shards, stage.root / f"shards-{name}", bad)
     command = stage.train(name, "--data.output", str(shards), "--train.guard_max_consecutive", "3")
     code, run = end(command), command.run
-    state, skips, wrong = read_state(whole(run / "checkpoints")[-1][1]) or {}, events(run, "skipped"), []
+    state, skips, wrong = read_state(complete_checkpoints(run / "checkpoints")[-1][1]) or {}, events(run, "skipped"), []
     wrong += [f"{clip} is not named" for clip in bad if not any(clip in event["reason"] for event in skips)]
     wrong += [] if all(loss < 10 for loss in losses(run).values()) else ["it does not end healthy"]
     wrong += [] if state["skipped"] == left_out else [f"the batches {state['skipped']} are left out, not {left_out}"]
@@ -106,7 +106,7 @@ def checkpoint_flipped(stage: Stage) -> Row:
 
 
 def newest_part(run: Path) -> Path:
-    return sorted(whole(run / "checkpoints")[-1][1].glob("part_*"))[-1]
+    return sorted(complete_checkpoints(run / "checkpoints")[-1][1].glob("part_*"))[-1]
 
 
 def disk_full(stage: Stage) -> Row:
@@ -116,7 +116,7 @@ def disk_full(stage: Stage) -> Row:
         with damage.small_disk(disk):
             run = stage.half("disk-full", disk)
             before = damage.used(disk)
-            size = sum(file.stat().st_size for file in whole(run / "checkpoints")[-1][1].iterdir())
+            size = sum(file.stat().st_size for file in complete_checkpoints(run / "checkpoints")[-1][1].iterdir())
             room = before + size + size // 2
             damage.remount(disk, f"size={room}")
             command = stage.train("disk-full", "--no-preflight", output=disk)  # which would refuse to start

@@ -10,10 +10,10 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from sora_train.data.order import Plan, batch, batch_number
+from sora_train.data.order import batch, batch_number
 from sora_train.data.shards import ShardSet
 from sora_train.recipe import load_recipe
-from sora_train.train.checkpoint import read_state, whole
+from sora_train.train.checkpoint import complete_checkpoints, read_state
 from tests.drills.commands import lines
 
 
@@ -55,8 +55,8 @@ def account(run: Path, shards: Path) -> Account:
     """Counts clips by epoch: each training clip of `shards` must occur once, except those named as skipped."""
     recipe = load_recipe(run / "recipe.yaml")
     train, clips = recipe.train, ShardSet(str(shards), recipe.data.holdout_fraction, "train")
-    plan, ids = clips.plan(train.batch_size, train.seed), ids_of(clips)
-    state = read_state(whole(run / "checkpoints")[-1][1])
+    order, ids = clips.sample_order(train.batch_size, train.seed), ids_of(clips)
+    state = read_state(complete_checkpoints(run / "checkpoints")[-1][1])
     assert state is not None
     assert state["step"] == train.steps, f"{run} stands at step {state['step']} of {train.steps}"
     batches = batch_number(train.steps - 1, state["skipped"]) + 1  # that the run went through, left out ones too
@@ -66,17 +66,17 @@ def account(run: Path, shards: Path) -> Account:
     trained: dict[int, Counter] = defaultdict(Counter)
     for said in by_rank:
         for line in {line["step"]: line for line in said if line["attempt"] == last[line["step"]]}.values():
-            trained[plan.epoch(line["batch"])].update(line["sample_ids"])
+            trained[order.epoch(line["batch"])].update(line["sample_ids"])
     again = len(by_rank[0]) - len(last)  # rank 0 is there at any world size
 
     named: dict[int, set[str]] = defaultdict(set)
     for event in events(run, "skipped") + events(run, "left_out"):
         found = re.search(r"batch (\d+): (.+)", event["reason"])
         assert found is not None, f"no clips are named: {event}"
-        named[plan.epoch(int(found[1]))].update(found[2].split())
+        named[order.epoch(int(found[1]))].update(found[2].split())
 
     lost = repeated = 0
-    for epoch, wanted in by_epoch(plan, batches, clips, ids).items():
+    for epoch, wanted in by_epoch(order, batches, clips, ids).items():
         wanted = wanted - Counter(named[epoch])
         lost += (wanted - trained[epoch]).total()
         repeated += (trained[epoch] - wanted).total()
@@ -93,6 +93,6 @@ def by_epoch(plan: Plan, batches: int, clips: ShardSet, ids: list[str]) -> dict[
     whole_epochs, rest = divmod(batches, plan.steps_per_epoch)
     wanted = {epoch: Counter(ids) for epoch in range(whole_epochs)}
     for number in range(batches - rest, batches):
-        taken = batch(plan, number)
+        taken = batch(order, number)
         wanted.setdefault(whole_epochs, Counter()).update(clips.sample_ids(taken.bucket, taken.rows))
     return wanted

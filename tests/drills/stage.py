@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from sora_train.quickstart.shapes import make_clips
-from sora_train.train.checkpoint import whole
+from sora_train.train.checkpoint import complete_checkpoints
 from tests.drills.commands import Command, end, lines, start
 from tests.drills.history import Account, account, difference
 
@@ -89,7 +89,7 @@ class Stage:
         """A copy of the unbroken run as it was at step `HALF`."""
         run = (output or self.runs) / name
         shutil.copytree(self.unbroken, run)
-        for step, path in whole(run / "checkpoints"):
+        for step, path in complete_checkpoints(run / "checkpoints"):
             if step > HALF:
                 shutil.rmtree(path)
         for path in (run / "metrics.jsonl", run / "events.jsonl", *(run / "trained").iterdir()):
@@ -143,5 +143,5 @@ def check_refusal(command: Command, code: int, *needles: str) -> list[str]:
 
 
 def check_newest(run: Path, step: int) -> list[str]:
-    found = [at for at, _ in whole(run / "checkpoints")]
+    found = [at for at, _ in complete_checkpoints(run / "checkpoints")]
     return [] if found[-1:] == [step] else [f"whole checkpoints are {found}, not up to {step}"]

@@ -114,7 +114,7 @@ def test_every_time_lies_in_its_bin_also_at_the_ends(kind: str):
     objective = make_objective(DiffusionConfig(kind=kind))  # pyright: ignore[reportArgumentType]
     within = torch.tensor([0.0, 0.5, 1 - 2**-25, 1.0])
     for number in range(BINS):
-        times = objective.told(time_in(objective, number, within))
+        times = objective.model_time(time_in(objective, number, within))
         assert (times >= 100 * number).all()
         assert (times < 100 * (number + 1)).all()
         assert times.max() <= 1000 if kind == "flow" else times.max() <= 999
@@ -122,8 +122,8 @@ def test_every_time_lies_in_its_bin_also_at_the_ends(kind: str):
 
 def test_no_clip_is_of_the_split_that_training_takes(run: Run, shards: ShardSet):
     train = ShardSet(run.recipe.data.output, run.recipe.data.holdout_fraction, "train")
-    plan = train.plan(4, seed=0)
-    taken = [batch(plan, k) for k in range(plan.steps_per_epoch)]
+    order = train.sample_order(4, seed=0)
+    taken = [batch(order, k) for k in range(order.steps_per_epoch)]
     trained = {clip for b in taken for clip in train.read(b.bucket, b.rows).sample_ids}
     held_out = {place.sample_id for place in choose(shards, 100)}
     assert len(trained | held_out) == 48

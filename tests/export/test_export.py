@@ -12,9 +12,9 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, LattePipeli
 from safetensors import safe_open
 from transformers import T5Config, T5EncoderModel
 
-from sora_train.codec.text import pad_text
 from sora_train.codec.vae import load_vae
 from sora_train.commands import SampleOptions
+from sora_train.data.collate import pad_text
 from sora_train.diffusion import DiffusionConfig, Sampling, sample
 from sora_train.errors import UserError
 from sora_train.export import export

@@ -8,7 +8,8 @@ import torch
 from diffusers import AutoencoderKL, LattePipeline, PixArtAlphaPipeline, PixArtTransformer2DModel
 from transformers import T5Config, T5EncoderModel
 
-from sora_train.codec.text import cut_null, load_text_encoder, load_tokenizer, pad_text
+from sora_train.codec.text import cut_null, load_text_encoder, load_tokenizer
+from sora_train.data.collate import pad_text
 from sora_train.diffusion import DiffusionConfig, Sampling, make_objective, sample
 from sora_train.diffusion.sampler import make_solver
 from sora_train.export import export

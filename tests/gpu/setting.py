@@ -21,7 +21,7 @@ from sora_train.model import ModelConfig
 from sora_train.train.config import TrainConfig
 from sora_train.train.known_errors import known_errors
 from sora_train.train.loop import train
-from sora_train.train.run_dir import Home
+from sora_train.train.run_dir import RunDir
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def run(
     }
     config = TrainConfig.model_validate(steps | settings)
     with known_errors(config, device):
-        train(config, model or size_of(device).model, DiffusionConfig(), shards, device=device, home=Home(out),
+        train(config, model or size_of(device).model, DiffusionConfig(), shards, device=device, run_dir=RunDir(out),
               resume=resume)  # fmt: skip
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 

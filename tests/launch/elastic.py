@@ -26,7 +26,7 @@ from sora_train.data.shards import ShardSet
 from sora_train.launch.trainer import launch_training
 from sora_train.recipe import Recipe, load_recipe
 from sora_train.train.loop import train
-from sora_train.train.run_dir import Home
+from sora_train.train.run_dir import RunDir
 
 WARNING_S = 15
 
@@ -34,7 +34,7 @@ WARNING_S = 15
 def alone(recipe: Recipe, run: Path) -> int:
     run.mkdir(parents=True)
     shards = ShardSet(recipe.data.output, recipe.data.holdout_fraction, "train")
-    train(recipe.train, recipe.model, recipe.diffusion, shards, device=torch.device("cpu"), home=Home(run))
+    train(recipe.train, recipe.model, recipe.diffusion, shards, device=torch.device("cpu"), run_dir=RunDir(run))
     return 0
 
 

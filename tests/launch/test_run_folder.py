@@ -25,8 +25,8 @@ from sora_train.train.ema import Ema
 from sora_train.train.engine import Engine
 from sora_train.train.loop import train
 from sora_train.train.metrics import Events
-from sora_train.train.run_dir import Home
-from sora_train.train.weights import read_whole
+from sora_train.train.run_dir import RunDir
+from sora_train.train.weights import read_weights
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def trained(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory, recipe)
     save_recipe(recipe, folder / "recipe.yaml")
     Manifest.load(str(tiny_shards)).save(str(folder))
     shards = ShardSet(str(tiny_shards))
-    train(recipe.train, recipe.model, recipe.diffusion, shards, device=torch.device("cpu"), home=Home(folder))
+    train(recipe.train, recipe.model, recipe.diffusion, shards, device=torch.device("cpu"), run_dir=RunDir(folder))
     return folder
 
 
@@ -67,7 +67,7 @@ def test_damaged_checkpoints_are_renamed_and_copies_left_alone(run: Path):
     ]
     (event,) = [line for line in map(json.loads, (run / "events.jsonl").open()) if line["event"] == "damaged"]
     assert "its state.json is damaged" in event["reason"]
-    assert [step for step, _ in checkpoint.whole(folder)] == [1]
+    assert [step for step, _ in checkpoint.complete_checkpoints(folder)] == [1]
 
 
 def test_a_run_without_a_complete_checkpoint_does_not_restart(run: Path):
@@ -89,12 +89,12 @@ def test_weights_that_are_not_finite_never_become_a_checkpoint(run: Path, recipe
 
 def test_a_flipped_byte_in_the_averaged_weights_is_noticed(run: Path):
     path = run / "checkpoints/step_00000003/ema.safetensors"
-    assert read_whole(path)
+    assert read_weights(path)
     content = bytearray(path.read_bytes())
     content[-5] ^= 64
     path.write_bytes(content)
     with pytest.raises(UserError, match="another checksum"):
-        read_whole(path)
+        read_weights(path)
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path):
@@ -141,7 +141,7 @@ def test_a_garbled_line_of_metrics_costs_only_itself(run: Path):
     metrics = run / "metrics.jsonl"
     lines = metrics.read_text().splitlines()
     metrics.write_text("\n".join([lines[0], "garbage", "{}", lines[1], lines[2]]) + "\n")
-    Home(run).cut_back(2)
+    RunDir(run).truncate(2)
     assert metrics.read_text().splitlines() == lines[:2]
 
 

@@ -22,9 +22,9 @@ from sora_train.manifest import Manifest
 from sora_train.model import Latte
 from sora_train.recipe import Recipe
 from sora_train.train.config import TrainConfig
-from sora_train.train.initial import described, load_initial
+from sora_train.train.initial import describe_initial, load_initial
 from sora_train.train.loop import learning_rate, train
-from sora_train.train.run_dir import Home
+from sora_train.train.run_dir import RunDir
 
 FLOW_JOINT_POOLED = {"model__attention": "joint", "model__temporal_positions": "input", "model__pooled_text": True}
 
@@ -51,7 +51,7 @@ def trained(recipe: Recipe) -> Path:
     run, shards = Path(recipe.train.output) / recipe.name, recipe.data.output
     save_run_description(run, recipe, Manifest.load(shards), read_clips(recipe))
     split = ShardSet(shards, recipe.data.holdout_fraction)
-    train(recipe.train, recipe.model, recipe.diffusion, split, device=torch.device("cpu"), home=Home(run))
+    train(recipe.train, recipe.model, recipe.diffusion, split, device=torch.device("cpu"), run_dir=RunDir(run))
     for checkpoint in (run / "checkpoints").iterdir():
         for name in ("recipe.yaml", "manifest.json"):
             shutil.copy(run / name, checkpoint / name)
@@ -95,7 +95,7 @@ def test_a_new_run_starts_from_a_run_a_checkpoint_or_an_export(run: Path, recipe
     load_initial(model, Path(start.model.init_from))
     expected = load_file(folder / "model.safetensors" if "export" in kind else last / "ema.safetensors")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
-    said = described(Path(start.model.init_from))
+    said = describe_initial(Path(start.model.init_from))
     assert ("raw" if kind == "raw export" else "averaged (EMA)") in said
     assert str(folder if "export" in kind else last) in said
 

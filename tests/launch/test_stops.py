@@ -21,7 +21,7 @@ from sora_train import cli
 from sora_train.errors import UserError
 from sora_train.launch.trainer import launch_training
 from sora_train.recipe import Recipe, save_recipe
-from sora_train.train.checkpoint import read_state, whole
+from sora_train.train.checkpoint import complete_checkpoints, read_state
 
 pytestmark = pytest.mark.ray
 
@@ -78,7 +78,7 @@ def test_sigterm_saves_a_checkpoint_and_exits_as_resumable(builtin_shards: Path,
     assert code == cli.EXIT_RESUMABLE == 75, said
     assert "Traceback" not in said
     run = tmp_path / "tiny"
-    ((step, folder),) = whole(run / "checkpoints")
+    ((step, folder),) = complete_checkpoints(run / "checkpoints")
     assert 3 <= step < 20
     assert (
         f"stopped at step {step} after SIGTERM. The last checkpoint is {folder}. Run the same command to resume" in said
@@ -107,7 +107,7 @@ def test_ctrl_c_and_a_closed_terminal_save_a_checkpoint(
     assert code == cli.EXIT_RESUMABLE, said
     assert "Traceback" not in said
     assert f"{name}: saving a checkpoint, then stopping. A second {name} stops at once\n" in said
-    ((step, folder),) = whole(tmp_path / "real/far/checkpoints")
+    ((step, folder),) = complete_checkpoints(tmp_path / "real/far/checkpoints")
     assert 3 <= step < 20
     (tmp_path / "new").touch()
     assert {file.stat().st_mode for file in folder.iterdir()} == {(tmp_path / "new").stat().st_mode}
@@ -189,7 +189,7 @@ def test_the_checkpoints_of_the_lowest_loss_stay_and_the_newest(
     mean = {}
     for steps in (8, 14):  # the second time a new controller of Ray's is told of what is there
         run = launch_training(recipe_of(builtin_shards, tmp_path, train__steps=steps, **settings))
-        kept = {step: read_state(path) for step, path in whole(run / "checkpoints")}
+        kept = {step: read_state(path) for step, path in complete_checkpoints(run / "checkpoints")}
         losses = [line["loss"] for line in lines(run / "metrics.jsonl")]
         mean = {step: (losses[step - 2] + losses[step - 1]) / 2 for step in range(2, steps + 1, 2)}
         assert all(state["loss"] == pytest.approx(mean[step]) for step, state in kept.items())
@@ -209,5 +209,5 @@ def test_fresh_begins_anew_only_where_it_was_told_to_overwrite(
     assert lines(run / "metrics.jsonl") == before
     launch_training(recipe_of(builtin_shards, tmp_path, train__steps=3, train__seed=1), fresh=True, overwrite=True)
     assert [line["step"] for line in lines(run / "metrics.jsonl")] == [1, 2, 3]
-    assert [step for step, _ in whole(run / "checkpoints")] == [3]
+    assert [step for step, _ in complete_checkpoints(run / "checkpoints")] == [3]
     assert [event["event"] for event in lines(run / "events.jsonl")] == ["start", "checkpoint", "end"]

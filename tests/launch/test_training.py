@@ -21,7 +21,7 @@ from sora_train.errors import UserError
 from sora_train.launch.trainer import launch_training
 from sora_train.launch.validation import ValidationStatus
 from sora_train.ray_cluster.metrics import METRICS
-from sora_train.train.checkpoint import read_state, whole
+from sora_train.train.checkpoint import complete_checkpoints, read_state
 from sora_train.train.wandb_files import rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
@@ -83,7 +83,7 @@ def events(run: Path, kind: str) -> list[dict]:
 
 def test_a_run_leaves_what_the_design_says(unbroken: Path):
     assert [step for step, _ in losses(unbroken)] == list(range(1, 13))
-    assert [step for step, _ in whole(unbroken / "checkpoints")] == [4, 8, 12]
+    assert [step for step, _ in complete_checkpoints(unbroken / "checkpoints")] == [4, 8, 12]
     assert {path.name for path in (unbroken / "checkpoints/step_00000012").iterdir()} == {
         "part_00000_of_00002.safetensors",
         "part_00001_of_00002.safetensors",
@@ -197,7 +197,7 @@ def test_a_run_with_a_killed_worker_has_the_same_losses(
         [8],
     )  # written in the background: on a busy machine that of step 4 may not be whole yet
     assert losses(run) == losses(unbroken)
-    assert [step for step, _ in whole(run / "checkpoints")] == [4, 8, 12]
+    assert [step for step, _ in complete_checkpoints(run / "checkpoints")] == [4, 8, 12]
     last = "checkpoints/step_00000012/ema.safetensors"
     ours, theirs = load_file(run / last), load_file(unbroken / last)
     assert all((ours[name] == theirs[name]).all() for name in theirs)
@@ -215,7 +215,7 @@ def test_the_same_command_resumes_and_keeps_new_checkpoints(finished: Path, buil
     assert [event["step"] for event in events(run, "resume")] == [8]
     assert losses(run)[:12] == before
     assert [step for step, _ in losses(run)] == list(range(1, 15))
-    assert [step for step, _ in whole(run / "checkpoints")] == [12, 14]
+    assert [step for step, _ in complete_checkpoints(run / "checkpoints")] == [12, 14]
 
 
 def test_a_finished_run_says_so_and_starts_nothing(finished: Path, builtin_shards: Path, recipe_of, capsys):

@@ -84,7 +84,7 @@ def test_each_new_line_is_read_once_even_after_a_truncation(tmp_path: Path):
     for step in (2, 3, 4):
         lines.write({"step": step, "step_s": 0.1})
     assert [record["step"] for record in tail.new_records()] == [2, 3, 4]
-    lines.cut_back(2)
+    lines.truncate(2)
     for step in (3, 4, 5):
         lines.write({"step": step, "step_s": 0.2})
     assert [record["step"] for record in tail.new_records()] == [3, 4, 5]

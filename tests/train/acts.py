@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 
 from sora_train.model import Latte, ModelConfig
 from sora_train.train import checkpoint
-from sora_train.train.checkpoint import State
 from sora_train.train.config import TrainConfig
 from sora_train.train.ema import Ema
 from sora_train.train.engine import Engine
+from sora_train.train.state import State
 
 
 def opened(model: ModelConfig, settings: dict, resume: str | None) -> tuple[Engine, Ema, State]:

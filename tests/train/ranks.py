@@ -23,7 +23,7 @@ from sora_train.errors import UserError
 from sora_train.model import ModelConfig
 from sora_train.train.config import TrainConfig
 from sora_train.train.loop import train
-from sora_train.train.run_dir import Home
+from sora_train.train.run_dir import RunDir
 
 MODEL = ModelConfig(width=16, depth=2, heads=2, text_width=64, sample_size=4)
 
@@ -45,7 +45,7 @@ def run(
         DiffusionConfig(),
         ShardSet(shards),
         device=torch.device("cpu"),
-        home=Home(out, notice=lambda step: step == noticed),
+        run_dir=RunDir(out, preemption_requested=lambda step: step == noticed),
         resume=Path(resume) if resume else None,
     )
 

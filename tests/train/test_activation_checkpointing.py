@@ -57,7 +57,7 @@ def test_checkpointing_changes_neither_outputs_nor_gradients(config, frames, mod
     assert all(torch.equal(a, b) for a, b in zip(gradients, gradients_again, strict=True))
 
 
-def test_selective_checkpointing_holds_a_linear_map_s_bias_added_in_place_once(monkeypatch):
+def test_selective_checkpointing_adds_an_in_place_bias_once(monkeypatch):
     def linear(x, weight, bias=None):  # as DeepSpeed's for ZeRO-3, and torch's own where x is not contiguous
         class Linear(torch.autograd.Function):
             @staticmethod

@@ -19,7 +19,7 @@ from sora_train.data.shards import ShardSet
 from sora_train.diffusion import DiffusionConfig
 from sora_train.model import ModelConfig
 from sora_train.train.config import TrainConfig
-from sora_train.train.run_dir import Home
+from sora_train.train.run_dir import RunDir
 from sora_train.train.loop import train
 shards, out, mode, compiled, attention = sys.argv[1:]
 torch.set_num_threads(1)
@@ -28,7 +28,7 @@ config = TrainConfig(steps=100, learning_rate=1e-3, batch_size=1, micro_batch_si
                      compile=compiled == "yes", caption_dropout=0.0)
 model = ModelConfig(width=16, depth=2, heads=2, text_width=8, sample_size=4, attention=attention)
 Path(out).mkdir()
-train(config, model, DiffusionConfig(), ShardSet(shards), device=torch.device("cpu"), home=Home(Path(out)))
+train(config, model, DiffusionConfig(), ShardSet(shards), device=torch.device("cpu"), run_dir=RunDir(Path(out)))
 print(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 """
 
@@ -91,7 +91,7 @@ except UserError as error:
 
 @pytest.mark.slow
 @pytest.mark.skipif(which("c++") is None, reason="torch compiles for the CPU by a C++ compiler, and there is none")
-def test_an_incomplete_library_of_a_killed_compilation_is_an_error_that_names_the_cache(tmp_path: Path):
+def test_an_incomplete_compiled_library_is_an_error_with_the_cache(tmp_path: Path):
     def said() -> str:
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
         command = [sys.executable, "-c", DAMAGED]

@@ -40,7 +40,7 @@ def last(good: Path, tmp_path: Path) -> Path:
 
 
 def whole_steps(run: Path) -> list[int]:
-    return [step for step, _ in checkpoint.whole(run / "checkpoints")]
+    return [step for step, _ in checkpoint.complete_checkpoints(run / "checkpoints")]
 
 
 @pytest.mark.parametrize("name", [*PARTS, "ema.safetensors", "state.json"])
@@ -97,12 +97,12 @@ def within_offsets(run: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], None], dict, str]] = {
-    "tensors": (within_tensors, {}, rf"{PARTS[1]} can't be read .*checksum.*; remove .*step_00000003"),
-    "offsets": (within_offsets, {}, rf"{PARTS[1]} can't be read .*checksum.*; remove .*step_00000003"),
+    "tensors": (within_tensors, {}, rf"{PARTS[1]} can't be read .*checksum.* remove .*step_00000003"),
+    "offsets": (within_offsets, {}, rf"{PARTS[1]} can't be read .*checksum.* remove .*step_00000003"),
     "wider": (lambda run: None, {"width": 32}, "step_00000003 is of another model: it holds .* this model has "),
     "narrower": (lambda run: None, {"width": 8}, "step_00000003 is of another model: it holds .* this model has "),
     "deeper": (lambda run: None, {"depth": 4}, "of another model: it holds 0 numbers of blocks.2"),
-    "not_whole": (lambda run: (run / "checkpoints/step_00000003/state.json").unlink(), {}, "no whole checkpoint"),
+    "not_whole": (lambda run: (run / "checkpoints/step_00000003/state.json").unlink(), {}, "no complete checkpoint"),
 }
 """Damage of the last checkpoint by name: what does it, the model that it is loaded into, and what is said."""
 
@@ -190,7 +190,7 @@ def test_a_shard_that_was_cut_short_is_named_with_the_remedy(ends, good: Path):
     assert whole_steps(good.parent / "cut_run") == [1, 2, 3]
 
 
-def test_a_flipped_byte_in_a_shard_is_named_with_the_remedy_and_ends_every_rank(ends, good: Path):
+def test_a_flipped_byte_in_a_shard_ends_every_rank_with_a_hint(ends, good: Path):
     text = said(ends, "flipped")
     assert re.search(r"UserError: .*flipped/bucket=2x32x32/part.parquet can't be read .* run `sora prep` again", text)
     assert whole_steps(good.parent / "flipped_run")[:3] == [1, 2, 3]
@@ -199,12 +199,12 @@ def test_a_flipped_byte_in_a_shard_is_named_with_the_remedy_and_ends_every_rank(
 def unbroken_by(run: Path) -> None:
     """Every checkpoint that is whole can be read to its end, and nothing half written lies about."""
     assert not list(run.rglob(".*draft"))
-    for _, folder in checkpoint.whole(run / "checkpoints"):
+    for _, folder in checkpoint.complete_checkpoints(run / "checkpoints"):
         for path in folder.glob("*.safetensors"):
             load_file(path)
 
 
-def test_a_full_disk_ends_the_run_with_its_remedy_and_leaves_the_checkpoints_before(ends, small_disk: Path | None):
+def test_a_full_disk_ends_the_run_and_keeps_earlier_checkpoints(ends, small_disk: Path | None):
     if small_disk is None:
         pytest.skip("a tmpfs can't be mounted here")
     text = said(ends, "full")
@@ -220,7 +220,7 @@ def test_a_disk_that_is_full_for_one_rank_alone_ends_all_of_them(ends, good: Pat
     unbroken_by(good.parent / "one_full")
 
 
-def test_a_folder_of_checkpoints_that_can_not_be_written_is_named_by_every_rank(ends, good: Path):
+def test_every_rank_names_a_checkpoint_folder_it_cannot_write(ends, good: Path):
     for rank in range(2):
         message = (good.parent / f"checkpoints_taken/refused_{rank}.txt").read_text()
         assert re.search(r"checkpoints_taken/checkpoints/step_00000001: .* make it writable", message), message

@@ -13,12 +13,12 @@ from sora_train.recipe import Recipe, load_recipe, save_recipe
 from sora_train.settings import flatten
 from sora_train.train.config import TrainConfig
 from sora_train.train.deepspeed_config import (
-    BARRED,
-    OWNED,
-    as_meant,
+    RECIPE_KEYS,
+    UNSUPPORTED,
     contradictions,
+    deep_merge,
     deepspeed_config,
-    laid_over,
+    parse_scalars,
 )
 
 FINE = """
@@ -47,10 +47,10 @@ def leaves_of(nested: dict, *path: str) -> dict:
 
 @given(settings, settings)
 def test_what_is_laid_over_wins_and_the_rest_stays(below: dict, above: dict):
-    laid = leaves_of(laid_over(below, above))
+    laid = leaves_of(deep_merge(below, above))
     assert leaves_of(above).items() <= laid.items()
     assert laid.keys() <= leaves_of(above).keys() | leaves_of(below).keys()
-    assert leaves_of(laid_over(below, {})) == leaves_of(below)
+    assert leaves_of(deep_merge(below, {})) == leaves_of(below)
 
 
 @given(settings)
@@ -73,8 +73,8 @@ def test_flatten_gives_every_leaf_its_dotted_key(nested: dict):
     ],
 )
 def test_words_that_are_numbers_or_truth_values_become_them(written: object, meant: object):
-    assert as_meant({"a": [written, {"b": written}]}) == {"a": [meant, {"b": meant}]}
-    assert type(as_meant(written)) is type(meant)
+    assert parse_scalars({"a": [written, {"b": written}]}) == {"a": [meant, {"b": meant}]}
+    assert type(parse_scalars(written)) is type(meant)
 
 
 @pytest.mark.parametrize(
@@ -111,22 +111,22 @@ def test_raw_keys_of_a_recipe_are_laid_over_and_survive_writing_it(tmp_path: Pat
     assert told["steps_per_print"] == 10
 
 
-@pytest.mark.parametrize("key", OWNED)
-def test_a_key_that_the_recipe_sets_itself_is_refused_with_the_recipes_own(key: str):
+@pytest.mark.parametrize("key", RECIPE_KEYS)
+def test_a_key_that_the_recipe_owns_is_refused_with_its_name(key: str):
     raw: dict = {"enabled": 1}
     for part in reversed(key.split(".")):
         raw = {part: raw}
     (sentence,) = contradictions(TrainConfig(deepspeed=raw))
-    assert sentence.startswith(f"train.deepspeed sets {key}.enabled, which is {OWNED[key]} in a recipe")
+    assert sentence.startswith(f"train.deepspeed sets {key}.enabled, which is {RECIPE_KEYS[key]} in a recipe")
 
 
-@pytest.mark.parametrize("key", BARRED)
-def test_a_key_that_training_cannot_work_with_is_refused_with_the_reason(key: str):
+@pytest.mark.parametrize("key", UNSUPPORTED)
+def test_an_unsupported_deepspeed_key_is_refused_with_the_reason(key: str):
     raw: dict = {key.split(".")[-1]: 1}
     for part in reversed(key.split(".")[:-1]):
         raw = {part: raw}
     (sentence,) = contradictions(TrainConfig(deepspeed=raw))
-    assert BARRED[key] in sentence
+    assert UNSUPPORTED[key] in sentence
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_a_key_that_training_cannot_work_with_is_refused_with_the_reason(key: st
             "{zero_optimization: {offload_param: cpu}}",
             "zero_optimization.offload_param to a value, but it is a section",
         ),
-        ("{train_batch_size: 8}", "sets train_batch_size, which is train.batch_size in a recipe: set that instead"),
+        ("{train_batch_size: 8}", "sets train_batch_size, which is train.batch_size in a recipe. Set that instead"),
         ("{zero_optimization: {stage: 3}}", "zero_optimization.stage, which is train.zero_stage in a recipe"),
         ("3", "train.deepspeed is 3; it is a section and takes keys of its own"),
     ],

@@ -81,7 +81,7 @@ def agree(run: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_the_parts_of_a_checkpoint_are_what_deepspeeds_own_conversion_makes(runs: Path, stage: int):
+def test_checkpoint_parts_equal_deepspeeds_own_conversion(runs: Path, stage: int):
     theirs = {name: w.flatten() for name, w in load_file(runs / f"converted{stage}/theirs.safetensors").items()}
     assert distance(at_step(runs / f"plain{stage}", HELD), theirs) == 0
 
@@ -129,7 +129,7 @@ def test_activations_that_are_computed_again_change_nothing(runs: Path, stage: i
 
 
 @pytest.mark.parametrize("stage", range(4))
-def test_in_bf16_two_micro_batches_equal_one_and_no_gradient_counts_twice(runs: Path, stage: int):
+def test_two_bf16_micro_batches_equal_one_of_twice_the_size(runs: Path, stage: int):
     two, one, exact = runs / f"bf16_{stage}_1", runs / f"bf16_{stage}_2", runs / f"plain{stage}"
     for other in (one, exact):
         assert losses(two) == pytest.approx(losses(other), rel=1e-2)
@@ -169,5 +169,5 @@ def test_a_value_that_deepspeed_does_not_take_is_one_message(raw: dict, says: st
     config = TrainConfig(zero_stage=2, deepspeed={"zero_optimization": raw})
     with pytest.raises(UserError) as caught:
         Engine(torch.nn.Linear(4, 4), config, accumulation=1, device=torch.device("cpu"))
-    assert str(caught.value).startswith("DeepSpeed does not start with what train.deepspeed says: ")
+    assert str(caught.value).startswith("DeepSpeed rejects train.deepspeed: ")
     assert says in str(caught.value)

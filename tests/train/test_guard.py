@@ -18,10 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from sora_train.data.order import Plan, batch
+from sora_train.data.order import SampleOrder, batch
 from sora_train.data.shards import ShardSet
 from sora_train.train import checkpoint
-from sora_train.train.guard import ENOUGH, RECENT, WARY, left_out, remembered, verdict
+from sora_train.train.guard import HISTORY, MAX_SKIP_BEFORE, MIN_HISTORY, add_norm, batches_to_skip, skip_reason
 
 SETTINGS = {
     "batch_size": 4,
@@ -40,64 +40,62 @@ STRETCH_STEPS = 14
 norms = st.floats(0, 1e6)
 
 
-@given(st.lists(norms, max_size=RECENT), st.floats(1, 100), norms)
-def test_a_finite_norm_is_refused_only_beyond_so_many_times_the_largest_of_enough_good_ones(recent, spike, norm):
-    far = len(recent) >= ENOUGH and norm > spike * max(recent)
-    assert bool(verdict(norm, loss=1.0, recent=recent, spike=spike)) == far
-    assert not verdict(norm, loss=1.0, recent=recent, spike=0.0)
+@given(st.lists(norms, max_size=HISTORY), st.floats(1, 100), norms)
+def test_a_finite_norm_is_skipped_only_above_spike_times_the_last(recent, spike, norm):
+    far = len(recent) >= MIN_HISTORY and norm > spike * max(recent)
+    assert bool(skip_reason(norm, loss=1.0, recent=recent, spike=spike)) == far
+    assert not skip_reason(norm, loss=1.0, recent=recent, spike=0.0)
 
 
 @given(st.sampled_from([math.nan, math.inf, -math.inf]), norms, st.floats(0, 100))
-def test_what_is_not_finite_is_refused_however_little_is_known(bad: float, good: float, spike: float):
-    assert verdict(bad, loss=good, recent=(), spike=spike) == f"its gradient norm is {bad}"
-    assert verdict(good, loss=bad, recent=(), spike=spike) == f"its loss is {bad}"
+def test_values_that_are_not_finite_are_skipped_without_history(bad: float, good: float, spike: float):
+    assert skip_reason(bad, loss=good, recent=(), spike=spike) == f"its gradient norm is {bad}"
+    assert skip_reason(good, loss=bad, recent=(), spike=spike) == f"its loss is {bad}"
 
 
-@given(st.lists(norms, max_size=3 * RECENT))
-def test_the_norms_that_are_remembered_are_the_last(seen: list[float]):
+@given(st.lists(norms, max_size=3 * HISTORY))
+def test_the_history_holds_the_last_norms(seen: list[float]):
     recent: tuple[float, ...] = ()
     for norm in seen:
-        recent = remembered(recent, norm)
-    assert recent == tuple(seen[-RECENT:])
+        recent = add_norm(recent, norm)
+    assert recent == tuple(seen[-HISTORY:])
 
 
 @given(st.integers(0, 500), st.integers(0, 300), st.integers(1, 10), st.sets(st.integers(0, 900)))
-def test_left_out_are_the_bad_batches_and_those_from_the_checkpoint_on_and_all_that_were_before(
-    first: int, good: int, bad: int, skipped: set[int]
-):
+def test_a_rollback_skips_the_bad_batches_and_some_before_them(first: int, good: int, bad: int, skipped: set[int]):
     streak = range(first + good, first + good + bad)
-    result = left_out(first, streak, tuple(skipped))
+    result = batches_to_skip(first, streak, tuple(skipped))
     assert list(result) == sorted(set(result))
     assert set(result) - skipped <= set(range(first, streak[-1] + 1))
-    assert set(result) >= skipped | set(streak) | set(range(max(first, streak[0] - WARY), streak[0]))
-    assert len(set(result) - skipped) <= bad + WARY
+    assert set(result) >= skipped | set(streak) | set(range(max(first, streak[0] - MAX_SKIP_BEFORE), streak[0]))
+    assert len(set(result) - skipped) <= bad + MAX_SKIP_BEFORE
 
 
-def bad_batches(plan: Plan, rows: Sequence[int], count: int) -> list[int]:
-    return [k for k in range(count) if set(rows) & set(batch(plan, k).rows)]
+def bad_batches(order: SampleOrder, rows: Sequence[int], count: int) -> list[int]:
+    return [k for k in range(count) if set(rows) & set(batch(order, k).rows)]
 
 
-def stretch_rows(plan: Plan) -> list[int]:
+def stretch_rows(order: SampleOrder) -> list[int]:
     """A row of each of the batches of the stretch, such that no three others in a row hold one of them."""
-    for rows in product(*(batch(plan, k).rows for k in STRETCH)):
-        bad = bad_batches(plan, rows, STRETCH_STEPS + 6)
+    for rows in product(*(batch(order, k).rows for k in STRETCH)):
+        bad = bad_batches(order, rows, STRETCH_STEPS + 6)
         if [k for k in bad if {k, k + 1, k + 2} <= set(bad)] == [STRETCH[0]]:
             return list(rows)
     raise AssertionError("no such rows: choose another stretch")
 
 
 @pytest.fixture(scope="module")
-def plan(tiny_shards: Path) -> Plan:
-    return ShardSet(str(tiny_shards)).plan(SETTINGS["batch_size"], 0)
+def order(tiny_shards: Path) -> SampleOrder:
+    return ShardSet(str(tiny_shards)).sample_order(SETTINGS["batch_size"], 0)
 
 
 @pytest.fixture(scope="module")
-def runs(start, plan: Plan, poisoned, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(start, order: SampleOrder, poisoned, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders of runs by name."""
     root = tmp_path_factory.mktemp("guard")
-    nan = poisoned(tiny_shards, root / "nan", batch(plan, NAN_STEPS - 1).rows[:1], math.nan)
-    huge = poisoned(tiny_shards, root / "huge", batch(plan, 26).rows[:1], 1e3)
-    bad = poisoned(tiny_shards, root / "bad", stretch_rows(plan), math.nan)
+    nan = poisoned(tiny_shards, root / "nan", batch(order, NAN_STEPS - 1).rows[:1], math.nan)
+    huge = poisoned(tiny_shards, root / "huge", batch(order, 26).rows[:1], 1e3)
+    bad = poisoned(tiny_shards, root / "bad", stretch_rows(order), math.nan)
     worst = poisoned(tiny_shards, root / "worst", range(21), math.nan)
 
     def task(out: str, shards: Path, steps: int, resume: Path | None = None, **changes) -> dict:
@@ -169,25 +167,23 @@ def tensors(run: Path, step: int) -> Iterator[tuple[str, torch.Tensor]]:
             yield f"{path.name} {key}", tensor
 
 
-def ids(plan: Plan, k: int) -> list[str]:
-    return [f"{row:04x}" for row in batch(plan, k).rows]
+def ids(order: SampleOrder, k: int) -> list[str]:
+    return [f"{row:04x}" for row in batch(order, k).rows]
 
 
 @pytest.mark.parametrize(("stage", "precision"), KINDS)
-def test_a_step_with_a_poisoned_clip_is_skipped_and_named_and_the_others_go_on(
-    runs: Path, plan: Plan, stage: int, precision: str
-):
+def test_a_step_with_a_poisoned_clip_is_skipped_and_named(runs: Path, order: SampleOrder, stage: int, precision: str):
     run = runs / f"{precision}{stage}"
-    bad = bad_batches(plan, batch(plan, NAN_STEPS - 1).rows[:1], NAN_STEPS)
+    bad = bad_batches(order, batch(order, NAN_STEPS - 1).rows[:1], NAN_STEPS)
     assert len(bad) == 2
     skipped = [event for event in lines(run / "events.jsonl") if event["event"] == "skipped"]
-    wanted = [(k + 1, f"its loss is nan; batch {k}: {' '.join(ids(plan, k))}") for k in bad]
+    wanted = [(k + 1, f"its loss is nan; batch {k}: {' '.join(ids(order, k))}") for k in bad]
     assert [(event["step"], event["reason"]) for event in skipped] == wanted
     assert losses(run).keys() == {k + 1 for k in range(NAN_STEPS)} - {k + 1 for k in bad}
     assert all(math.isfinite(loss) for loss in losses(run).values())
     last = state(run, NAN_STEPS)
     assert last["updates"] == NAN_STEPS - 2
-    assert last["samples_seen"] == sum(len(ids(plan, k)) for k in range(NAN_STEPS) if k not in bad)
+    assert last["samples_seen"] == sum(len(ids(order, k)) for k in range(NAN_STEPS) if k not in bad)
     assert all(torch.isfinite(tensor).all() for _, tensor in tensors(run, NAN_STEPS))
 
 
@@ -207,11 +203,11 @@ def test_all_stages_skip_alike(runs: Path):
             assert losses(runs / f"{precision}{stage}") == pytest.approx(losses(runs / f"{precision}0"), rel=tolerance)
 
 
-def test_a_spike_is_refused_by_its_norm_unless_the_recipe_lets_it_pass(runs: Path, plan: Plan):
-    (k,) = (k for k in bad_batches(plan, batch(plan, 26).rows[:1], 30) if k >= 24)
+def test_a_gradient_spike_is_skipped_unless_the_recipe_allows_it(runs: Path, order: SampleOrder):
+    (k,) = (k for k in bad_batches(order, batch(order, 26).rows[:1], 30) if k >= 24)
     reason = events(runs / "spike", "skipped")[k]
     assert "far beyond the last 2" in reason
-    assert reason.endswith(" ".join(ids(plan, k)))
+    assert reason.endswith(" ".join(ids(order, k)))
     assert (state(runs / "spike", 30)["updates"], state(runs / "spike_taken", 30)["updates"]) == (29, 30)
     assert not events(runs / "spike_taken", "skipped")
     taken = {record["step"]: record["grad_norm"] for record in lines(runs / "spike_taken/metrics.jsonl")}
@@ -219,16 +215,16 @@ def test_a_spike_is_refused_by_its_norm_unless_the_recipe_lets_it_pass(runs: Pat
 
 
 @pytest.fixture(scope="module")
-def bad(plan: Plan) -> list[int]:
+def bad(order: SampleOrder) -> list[int]:
     """The bad batches of the run with a stretch of them."""
-    return bad_batches(plan, stretch_rows(plan), STRETCH_STEPS + 6)
+    return bad_batches(order, stretch_rows(order), STRETCH_STEPS + 6)
 
 
-def test_a_poisoned_stretch_takes_the_run_back_to_the_last_good_checkpoint(runs: Path, plan: Plan, bad: list[int]):
+def test_several_bad_steps_roll_back_to_the_last_good_checkpoint(runs: Path, order: SampleOrder, bad: list[int]):
     run, gone = runs / "stretch", range(6, 10)  # checkpoint 6 is next at batch 6
     (why,) = events(run, "rollback").values()
     assert why == "3 bad steps in a row; back to step_00000006"
-    assert events(run, "left_out") == {k: f"batch {k}: {' '.join(ids(plan, k))}" for k in gone}
+    assert events(run, "left_out") == {k: f"batch {k}: {' '.join(ids(order, k))}" for k in gone}
     taken = [k for k in range(STRETCH_STEPS + len(gone)) if k not in gone]
     good = [step for step, k in enumerate(taken, 1) if k not in bad]
     assert list(losses(run)) == good  # in this order and once each: the metrics were cut back
@@ -238,7 +234,7 @@ def test_a_poisoned_stretch_takes_the_run_back_to_the_last_good_checkpoint(runs:
     assert events(run, "skipped").keys() == {k for k in bad if k in taken} | set(STRETCH)
 
 
-def test_every_clip_of_an_epoch_is_trained_once_or_named(runs: Path, plan: Plan):
+def test_every_clip_of_an_epoch_is_trained_once_or_named(runs: Path, order: SampleOrder):
     run, whole = runs / "stretch", {f"{row:04x}": 1 for row in range(21)}
     named = events(run, "skipped").keys() | events(run, "left_out").keys()
     trained: dict[int, list[str]] = {}
@@ -249,13 +245,13 @@ def test_every_clip_of_an_epoch_is_trained_once_or_named(runs: Path, plan: Plan)
     assert {k for k, clips in trained.items() if clips}.isdisjoint(named)
     for epoch in range(3):
         clips = Counter[str]()
-        for k in range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch):
-            clips.update(ids(plan, k) if k in named else trained[k])
+        for k in range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch):
+            clips.update(ids(order, k) if k in named else trained[k])
         assert clips == whole
 
 
 @pytest.mark.parametrize("name", ["killed", "killed_later", "amid"])
-def test_a_run_that_dies_around_a_rollback_goes_on_as_one_that_did_not(runs: Path, name: str):
+def test_a_run_killed_around_a_rollback_equals_the_unbroken_one(runs: Path, name: str):
     unbroken, again = losses(runs / "stretch"), losses(runs / name)
     first = {"killed": 6, "killed_later": 8, "amid": 0}[name]
     assert again == {step: loss for step, loss in unbroken.items() if step > first}
@@ -264,13 +260,13 @@ def test_a_run_that_dies_around_a_rollback_goes_on_as_one_that_did_not(runs: Pat
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
 
 
-def test_a_checkpoint_that_is_wanted_as_the_guard_goes_back_is_made_at_the_next_step(runs: Path):
+def test_a_checkpoint_requested_during_a_rollback_is_saved_next(runs: Path):
     assert events(runs / "wanted", "rollback").keys() == {10}
-    made = [step for step, _ in checkpoint.whole(runs / "wanted/checkpoints")]
+    made = [step for step, _ in checkpoint.complete_checkpoints(runs / "wanted/checkpoints")]
     assert made == [6, 7, 10, 12]  # 7 is the one wanted at 10; as step 10 comes again, it is wanted again
 
 
-def test_without_a_checkpoint_a_run_goes_on_from_where_it_is(runs: Path, bad: list[int]):
+def test_without_a_checkpoint_a_rollback_continues_in_place(runs: Path, bad: list[int]):
     run = runs / "no_checkpoint"
     (why,) = events(run, "rollback").values()
     assert "no checkpoint is there yet" in why
@@ -284,12 +280,12 @@ def test_a_run_whose_last_steps_are_bad_still_ends_with_a_checkpoint(runs: Path,
     assert state(runs / "bad_end", 10)["updates"] == 10 - sum(k < 10 for k in bad)
 
 
-def test_a_guard_that_went_back_too_often_says_so_on_every_rank_and_leaves_the_last_good_checkpoint(runs: Path):
+def test_too_many_rollbacks_end_every_rank_and_keep_the_checkpoint(runs: Path):
     messages = [(runs / f"gave_up/refused_{rank}.txt").read_text() for rank in range(2)]
     assert messages[0] == messages[1]
     for word in ("at step 9 3 steps in a row", "after 1 rollback", "events.jsonl", "train.guard_max_rollbacks"):
         assert word in messages[0]
     for name in ("gave_up", "fatal"):  # that the second's ranks ended with an error, `runs` has seen
-        last, _ = checkpoint.whole(runs / name / "checkpoints")[-1]
+        last, _ = checkpoint.complete_checkpoints(runs / name / "checkpoints")[-1]
         assert last == 6
         assert all(torch.isfinite(tensor).all() for _, tensor in tensors(runs / name, last))

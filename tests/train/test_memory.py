@@ -46,7 +46,7 @@ def both(weighed: Path, way: tuple) -> list[dict]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_parameters_masters_moments_and_average_are_to_the_byte_what_deepspeed_holds(weighed: Path, way: tuple):
+def test_the_planned_model_state_is_to_the_byte_what_training_holds(weighed: Path, way: tuple):
     found = states(replace(ranks.MODEL, **MODEL), TrainConfig(**settings(*way)), WORLD)
     for name in ("parameters", "masters", "moments"):
         planned = getattr(found, name) + found.host.get(name, 0)

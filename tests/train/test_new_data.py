@@ -14,7 +14,7 @@ import pytest
 from reading import KINDS, at_step, checkpoint_at, distance, losses, records
 
 from sora_train import schema
-from sora_train.data.order import Plan, batch
+from sora_train.data.order import SampleOrder, batch
 from sora_train.data.shards import ShardSet
 
 BATCH, BEFORE, OLD, NEW = 4, 4, 21, 25
@@ -50,18 +50,18 @@ def more_shards(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def plan(more_shards: Path) -> Plan:
+def order(more_shards: Path) -> SampleOrder:
     """The order of the new clips, from the epoch that begins where the old ones end."""
-    return replace(ShardSet(str(more_shards)).plan(BATCH, 0), origin=BEFORE, epochs=1)
+    return replace(ShardSet(str(more_shards)).sample_order(BATCH, 0), origin=BEFORE, epochs=1)
 
 
 @pytest.fixture(scope="module")
-def bad(plan: Plan) -> set[int]:
+def bad(order: SampleOrder) -> set[int]:
     """A row of each of the first two batches of new clips. In the next epoch's order no two batches in a row hold one,
     and not the batch of step HELD, so that its checkpoint is made.
     """
-    later = replace(plan, epochs=2)
-    for rows in product(batch(plan, BEFORE).rows, batch(plan, BEFORE + 1).rows):
+    later = replace(order, epochs=2)
+    for rows in product(batch(order, BEFORE).rows, batch(order, BEFORE + 1).rows):
         taken = [k for k in range(BEFORE, LAST) if set(rows) & set(batch(later, k).rows)]
         if HELD - 1 not in taken and all(k + 1 not in taken for k in taken):
             return set(rows)
@@ -120,7 +120,7 @@ def test_every_epoch_after_new_data_takes_every_clip_once(runs: Path, name: str)
     assert [record["epoch"] for record in records(runs / name)] == [1] * EPOCH + [2] * EPOCH
 
 
-def test_a_run_killed_after_new_data_repeats_the_unbroken_one_bit_for_bit(runs: Path):
+def test_a_run_killed_after_new_data_equals_the_unbroken_one(runs: Path):
     assert losses(runs / "again") == {step: loss for step, loss in losses(runs / "new").items() if step > HELD}
     for kind in KINDS:
         assert distance(at_step(runs / "again", LAST, kind), at_step(runs / "new", LAST, kind)) == 0
@@ -142,14 +142,14 @@ def test_a_checkpoint_says_which_clips_its_order_is_over(runs: Path):
     assert old["clips"] != new["clips"]
 
 
-def test_the_guard_goes_back_behind_new_data_and_begins_an_epoch_of_the_new_clips(
-    runs: Path, plan: Plan, bad: set[int], more_shards: Path
+def test_a_rollback_behind_new_data_begins_an_epoch_of_new_clips(
+    runs: Path, order: SampleOrder, bad: set[int], more_shards: Path
 ):
     events = [json.loads(line) for line in (runs / "back/events.jsonl").read_text().splitlines()]
     assert [(event["step"], event["reason"]) for event in events if event["event"] == "rollback"] == [
         (BEFORE + 2, f"2 bad steps in a row; back to step_{BEFORE:08d}")
     ]
-    later, ids = replace(plan, epochs=2), ShardSet(str(more_shards)).sample_ids
+    later, ids = replace(order, epochs=2), ShardSet(str(more_shards)).sample_ids
     taken = {k: batch(later, k) for k in range(BEFORE, LAST)}
     expected = {k + 1: sorted(ids(one.bucket, list(one.rows))) for k, one in taken.items() if not bad & set(one.rows)}
     assert {step: sorted(names) for step, names in trained(runs / "back").items() if names} == expected
@@ -159,7 +159,7 @@ def test_the_guard_goes_back_behind_new_data_and_begins_an_epoch_of_the_new_clip
     assert state["updates"] == BEFORE + len(expected)
 
 
-def test_a_run_killed_after_that_repeats_the_unbroken_one_bit_for_bit(runs: Path):
+def test_a_run_killed_after_that_equals_the_unbroken_one(runs: Path):
     assert losses(runs / "back_again") == {step: loss for step, loss in losses(runs / "back").items() if step > HELD}
     for kind in KINDS:
         assert distance(at_step(runs / "back_again", LAST, kind), at_step(runs / "back", LAST, kind)) == 0

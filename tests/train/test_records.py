@@ -11,7 +11,7 @@ from sora_train.train.loop import accumulation, learning_rate
 from sora_train.train.metrics import JsonLines, duration, log_line
 
 
-def test_the_learning_rate_rises_linearly_and_falls_along_a_cosine_to_a_hundredth():
+def test_the_schedule_is_linear_warm_up_and_a_cosine_to_a_hundredth():
     config = TrainConfig(steps=111, warmup_steps=10, learning_rate=2.0, schedule="cosine")
     rates = [learning_rate(config, step) for step in range(111)]
     assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
@@ -38,13 +38,13 @@ def test_the_ema_decay_warms_up():
     assert decay_at(0.0, 0) == 0
 
 
-def test_metrics_are_cut_back_to_the_restored_step_and_keep_every_digit(tmp_path: Path):
+def test_metrics_are_truncated_to_a_step_and_keep_every_digit(tmp_path: Path):
     lines = JsonLines(tmp_path / "metrics.jsonl")
     for step in (1, 2, 3, 4):
         lines.write({"step": step, "loss": math.pi / step})
     with lines.path.open("ab") as file:
         file.write(b'{"step": 5, "lo')  # a crash in mid-write
-    lines.cut_back(2)
+    lines.truncate(2)
     assert lines.read() == [{"step": 1, "loss": math.pi}, {"step": 2, "loss": math.pi / 2}]
     lines.write({"step": 3, "loss": 0.1})
     assert [record["step"] for record in lines.read()] == [1, 2, 3]
@@ -55,7 +55,7 @@ def test_cutting_back_drops_a_torn_last_line_alone(tmp_path: Path):
     lines.write({"step": 1})
     with lines.path.open("ab") as file:
         file.write(b'{"step": 2')
-    lines.cut_back(10)
+    lines.truncate(10)
     assert lines.path.read_bytes() == b'{"step": 1}\n'
 
 

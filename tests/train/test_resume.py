@@ -80,7 +80,7 @@ PAIRS = [(world, a, b) for world, pairs in OTHER.items() for a, b in pairs]
 
 
 @pytest.mark.parametrize(("world", "a", "b"), PAIRS)
-def test_other_ranks_at_any_stage_repeat_the_losses_of_the_unbroken_run(runs: Path, world: int, a: int, b: int):
+def test_other_world_sizes_and_stages_repeat_the_unbroken_losses(runs: Path, world: int, a: int, b: int):
     again, unbroken = runs / f"{a}to{b}_on{world}", runs / f"zero{a}"
     expected = [record for record in records(unbroken) if record["step"] > HELD]
     for key in ("step", "samples_seen", "epoch", "lr"):
@@ -94,7 +94,7 @@ def test_other_ranks_at_any_stage_repeat_the_losses_of_the_unbroken_run(runs: Pa
 
 
 @pytest.mark.parametrize(("world", "a", "b"), PAIRS)
-def test_what_is_read_and_written_again_elsewhere_is_the_same_to_the_bit(runs: Path, world: int, a: int, b: int):
+def test_a_checkpoint_rewritten_elsewhere_is_the_same_to_the_bit(runs: Path, world: int, a: int, b: int):
     written, source = runs / f"{a}to{b}_on{world}_written", checkpoint_at(runs / f"zero{a}", HELD)
     for kind in KINDS:
         assert distance(parts(written, kind), parts(source, kind)) == 0

@@ -49,7 +49,7 @@ def test_images_come_out_in_training_as_they_do_in_sampling():
         assert torch.equal(model.eval()(x, t, text, mask), trained)
 
 
-def test_infinite_latents_of_an_image_do_not_reach_the_temporal_blocks():
+def test_infinite_latents_of_an_image_reach_no_temporal_block():
     model, (x, t, text, mask) = awake(SMALL), image()
     x[0] = torch.inf
     assert model(x, t, text, mask)[1].isfinite().all()

@@ -44,7 +44,7 @@ def held(run: Path) -> dict[str, dict[int, int]]:
     return {key: dict(sorted(found.items())) for key, found in count.items()}
 
 
-def test_wandb_holds_every_key_at_every_step_once_and_every_video_also_over_resumes(tmp_path: Path):
+def test_wandb_has_every_key_and_video_once_also_after_resumes(tmp_path: Path):
     """The first is killed at step 7, which takes rows with it; the second goes on from there, another comes to its end,
     and the last has nothing to tell.
     """
@@ -119,7 +119,7 @@ def test_what_goes_wrong_is_an_alert_once_also_over_resumes(tmp_path: Path):
     assert len(told[2][2]) == 1000
 
 
-def test_figures_of_the_nodes_go_with_the_last_line_that_wandb_had_not_heard_of(tmp_path: Path):
+def test_node_metrics_go_with_the_last_record_new_to_wandb(tmp_path: Path):
     for rest in (steps(1, 3), steps(1, 3), steps(1, 5)):
         tracker = tracker_of(tmp_path)
         tracker.log(rest, {"node/host/cpu": 50.0})
