@@ -1,6 +1,6 @@
-"""Diffusion: what is learned (`objective.py`) and how samples are drawn (`sampler.py`, `guidance.py`).
+"""Diffusion: training objectives (`objective.py`) and sampling (`sampler.py`, `guidance.py`).
 
-`flow.py`, `ddpm.py` and `variance.py` are the equations.
+`flow.py`, `ddpm.py` and `variance.py` hold the equations.
 """
 
 from sora_train.diffusion.objective import DiffusionConfig, Model, Objective, make_objective

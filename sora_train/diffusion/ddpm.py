@@ -1,7 +1,7 @@
 """DDPM (Ho et al. 2020, arXiv 2006.11239): 1000 steps, step 0 next to data, step 999 noise.
 
-The signal-to-noise ratio (SNR) of a step is alpha / (1 - alpha), alpha being the share of the data's variance that is
-left after it. What each step needs is computed once in float64 and kept in float32.
+The signal-to-noise ratio (SNR) of a step is alpha / (1 - alpha), where alpha is the cumulative product of 1 - beta:
+the share of the data's variance that is left. The schedule is computed in float64 and kept in float32.
 """
 
 import math
@@ -19,26 +19,26 @@ Prediction = Literal["epsilon", "v", "sample"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """Figures of the 1000 steps, each float32 of shape 1000."""
+    """The noise schedule: coefficients of the 1000 steps, in float32."""
 
     betas: Float[Tensor, "1000"]
     """Variance that the step adds."""
     alphas_cumprod: Float[Tensor, "1000"]
-    """Share of the data's variance that is left after the step, cumulative."""
+    """Share of the data's variance that is left after the step."""
     snr: Float[Tensor, "1000"]
     """alpha / (1 - alpha)."""
     posterior_coef_x0: Float[Tensor, "1000"]
     """Weight of the data in the mean of the posterior q(x_t-1 | x_t, x), Ho et al. eq. 7."""
     posterior_coef_xt: Float[Tensor, "1000"]
-    """Weight of x_t in it."""
+    """Weight of x_t in the same mean."""
     posterior_log_variance: Float[Tensor, "1000"]
-    """Log of the posterior's variance (eq. 7), beta tilde. It is 0 at the first step, which takes the second's."""
+    """Log of the posterior's variance beta tilde (eq. 7). It would be 0 at the first step, which takes the second's."""
     log_beta: Float[Tensor, "1000"]
     """Log of beta."""
 
 
 def make_schedule(betas: Float[Tensor, "1000"]) -> Schedule:
-    """Everything that follows from the betas, which are float64."""
+    """The schedule of these betas, which are float64."""
     alphas = torch.cumprod(1 - betas, dim=0)
     before = torch.cat([torch.ones_like(alphas[:1]), alphas[:-1]])
     variance = betas * (1 - before) / (1 - alphas)
@@ -55,7 +55,7 @@ def make_schedule(betas: Float[Tensor, "1000"]) -> Schedule:
 
 
 def linear_betas(start: float, end: float) -> Float[Tensor, "1000"]:
-    """Betas that rise evenly, in float64 (Ho et al., section 4)."""
+    """Betas that rise linearly, in float64 (Ho et al., section 4)."""
     return torch.linspace(start, end, STEPS, dtype=torch.float64)
 
 
@@ -67,7 +67,7 @@ def cosine_betas() -> Float[Tensor, "1000"]:
 
 
 def zero_terminal_snr(betas: Float[Tensor, "1000"]) -> Float[Tensor, "1000"]:
-    """Betas that leave nothing of the data at the last step, and the first as it is (Lin et al. 2023, algorithm 1).
+    """Rescales betas so the last step is pure noise and the first is unchanged (Lin et al. 2023, algorithm 1).
 
     arXiv 2305.08891: sampling starts at pure noise, so training should end there.
     """
@@ -78,10 +78,10 @@ def zero_terminal_snr(betas: Float[Tensor, "1000"]) -> Float[Tensor, "1000"]:
 
 
 def min_snr_weights(snr: Float[Tensor, "1000"], gamma: float, prediction: Prediction) -> Float[Tensor, "1000"]:
-    """Loss weights that count no step's error in the data more than `gamma` times (Hang et al. 2023, arXiv 2303.09556).
+    """Min-SNR loss weights (Hang et al. 2023, arXiv 2303.09556): no step's error in the data counts above `gamma`.
 
     That is min(SNR, gamma) on the error in the data, so / SNR on epsilon's and / (SNR + 1) on v's. Finite at SNR 0:
-    1 for epsilon, and 0 for the others. A gamma of 0 weighs all steps alike.
+    1 for epsilon, and 0 for the others. A gamma of 0 weights all steps equally.
     """
     if gamma == 0:
         return torch.ones_like(snr)
@@ -101,7 +101,7 @@ def add_noise(
 def target(
     prediction: Prediction, x: Float[Tensor, "b f c h w"], noise: Float[Tensor, "b f c h w"], alpha: Float[Tensor, "b"]
 ) -> Float[Tensor, "b f c h w"]:
-    """What the model is to predict: epsilon, the noise; sample, the data; or v.
+    """The training target: epsilon (the noise), sample (the data), or v.
 
     v = sqrt(alpha) noise - sqrt(1 - alpha) x  (Salimans and Ho 2022, arXiv 2202.00512, section 4).
     """
@@ -119,7 +119,7 @@ def to_sample(
     x_t: Float[Tensor, "b f c h w"],
     alpha: Float[Tensor, "b"],
 ) -> Float[Tensor, "b f c h w"]:
-    """The data that a prediction at x_t stands for: `target` turned round. From epsilon only where alpha is above 0."""
+    """The data by a prediction at x_t: inverts `target`. From epsilon only if alpha is above 0."""
     if prediction == "sample":
         return predicted
     alpha = alpha[:, None, None, None, None]

@@ -1,6 +1,6 @@
-"""Rectified flow (Liu et al. 2022, arXiv 2209.03003): data and noise joined by a straight line.
+"""Rectified flow (Liu et al. 2022, arXiv 2209.03003): straight paths between data and noise.
 
-Time runs from 0, data, to 1, noise. Times are drawn and shifted as in Esser et al. 2024 (arXiv 2403.03206).
+Time runs from 0 (data) to 1 (noise). Times are drawn and shifted as in Esser et al. 2024 (arXiv 2403.03206).
 """
 
 import math
@@ -30,8 +30,8 @@ def shift_time(t: Float[Tensor, "*b"], shift: float) -> Float[Tensor, "*b"]:
 def shift_for(shift: float, shift_tokens: int, shape: tuple[int, int, int, int]) -> float:
     """The shift for latents of `shape`, f c h w: shift sqrt(m / shift_tokens) for their m = f h w positions (eq. 23).
 
-    More positions show more of the same scene, so that it takes more noise to hide it. With `shift_tokens` 0 the shift
-    is the same for every shape.
+    More positions show more of the same scene, so hiding it takes more noise. With `shift_tokens` 0 the shift is the
+    same for every shape.
     """
     f, _, h, w = shape
     return shift * math.sqrt(f * h * w / shift_tokens) if shift_tokens else shift

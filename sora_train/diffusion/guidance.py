@@ -1,7 +1,7 @@
 """Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598): away from a null prompt, toward the text.
 
-Within an interval of the diffusion time alone (Kynkaanniemi et al. 2024, arXiv 2404.07724), and rescaled against the
-over-exposure that strong guidance brings (Lin et al. 2023, arXiv 2305.08891, section 3.4).
+Optionally only within an interval of the diffusion time (Kynkaanniemi et al. 2024, arXiv 2404.07724), and rescaled
+against over-exposure at high guidance (Lin et al. 2023, arXiv 2305.08891, section 3.4).
 """
 
 from collections.abc import Callable
@@ -14,25 +14,25 @@ from torch.nn.functional import pad
 from sora_train.diffusion.objective import Model
 
 Denoiser = Callable[[Tensor, float], Tensor]
-"""Takes noisy latents and the time of all of them, 0 (data) to 1000 (noise); gives the model's output, guided."""
+"""Takes noisy latents and their time, 0 (data) to 1000 (noise); returns the guided output."""
 
 
 def guided(
     model: Model,
     text: Float[Tensor, "b l e"],
     text_mask: Bool[Tensor, "b l"],
-    null_text: Float[Tensor, "#b m e"],
-    null_mask: Bool[Tensor, "#b m"],
+    null_text: Float[Tensor, "#b i e"],
+    null_mask: Bool[Tensor, "#b i"],
     guidance: float | int,
     interval: tuple[float | int, float | int] = (0, 1000),
     rescale: float | int = 0,
 ) -> Denoiser:
     """null + guidance x (text - null) (eq. 6), both in one batch, at times within the interval, ends included.
 
-    A guidance of 1, and a time outside of the interval, leave the null prompt out, and half the work. A learned
-    variance, the second half of the channels, is not guided: it is that of the pass with the text. A guided one would
-    leave the range that it was learned in. (Latte's own code does the same; diffusers' LattePipeline guides both halves
-    where its scheduler reads a variance, which the one that Latte was released with does not.)
+    A guidance of 1, and times outside of the interval, skip the null prompt and half the work. A learned variance, the
+    second half of the channels, is not guided but that of the text: a guided one would leave the range in which it was
+    learned. (Latte's own code does the same. diffusers' LattePipeline guides both halves if its scheduler reads a
+    variance; the scheduler that Latte was released with does not.)
     """
     length, b = max(text.shape[1], null_text.shape[1]), len(text)
     both = [(text, text_mask), (null_text.expand(b, -1, -1), null_mask.expand(b, -1))]
@@ -56,8 +56,9 @@ def guided(
 def rescaled(
     output: Float[Tensor, "b f c h w"], with_text: Float[Tensor, "b f c h w"], share: float | int
 ) -> Float[Tensor, "b f c h w"]:
-    """The guided prediction with `share` of the way back to the spread of the prediction with the text alone, each
-    clip for itself (Lin et al. 2023, eq. 15 and 16). A prediction without any spread stays as it is.
+    """Rescales a guided prediction toward the standard deviation of the text's prediction, for each clip.
+
+    `share` is phi of Lin et al. 2023, eq. 15 and 16. A prediction with standard deviation 0 is unchanged.
     """
     own, wanted = (x.std(dim=(1, 2, 3, 4), keepdim=True) for x in (output, with_text))
     factor = torch.where(own > 0, wanted / own, 1.0)  # eq. 15

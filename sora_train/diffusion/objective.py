@@ -1,6 +1,6 @@
-"""What a model learns: how data and noise are mixed at a time, and what it has to predict there.
+"""The training objective: how noise is added at a time, what the model predicts, and the loss.
 
-Everywhere in this project time 0 is data and its far end is noise. All arithmetic is float32, whatever the model's
+Time 0 is data everywhere in this project, the other end is noise. All arithmetic is float32, whatever the model's
 dtype. A model is any callable `(x, t, text, text_mask) -> prediction` with t from 0 (data) to 1000 (noise).
 """
 
@@ -23,22 +23,22 @@ READ_ONLY_WITH = (
     (("kind", "ddpm"), ("zero_terminal_snr", "min_snr_gamma", "vlb_weight")),
     (("beta_schedule", "linear"), ("beta_start", "beta_end")),
 )
-"""Settings, and the keys that nothing reads under another."""
+"""Settings, and the keys that are read only with them."""
 
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """What the model learns to predict, and at which times. A key that nothing would read is refused."""
+    """The recipe's `diffusion` section. A key that nothing would read is an error."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid", "use_attribute_docstrings": True}
 
     kind: Literal["flow", "ddpm"] = "flow"
-    """Rectified flow (the model predicts noise minus data), or DDPM of 1000 steps, as Latte."""
+    """Rectified flow (the model predicts noise minus data), or DDPM with 1000 steps, as Latte."""
     times: Literal["logit_normal", "uniform"] = "logit_normal"
-    """Flow: how training times are drawn; logit-normal ones lie mostly between data and noise."""
+    """Flow: how training times are drawn; logit-normal ones are mostly between data and noise."""
     time_mean: float = 0.0
     """Flow: mean of the logit-normal times, which run from 0 (data) to 1 (noise). Above 0 trains more near noise, below
-    0 more near the data; for code whose time runs from noise to data the sign is the other one."""
+    0 more near the data. Code whose time runs from noise to data has the opposite sign."""
     time_std: float = 1.0
     """Flow: standard deviation of the logit-normal times."""
     shift: float = 1.0
@@ -56,9 +56,9 @@ class DiffusionConfig:
     zero_terminal_snr: bool = False
     """DDPM: rescales the steps so that the last is pure noise, which sampling starts from; not with epsilon."""
     min_snr_gamma: float = 0.0
-    """DDPM: no step's error in the data counts more than this many times (5 in the paper); 0 weighs steps alike."""
+    """DDPM: most weight of a step's error in the data (Min-SNR, 5 in the paper); 0 weights all steps equally."""
     vlb_weight: float = 0.001
-    """DDPM with `model.learned_variance`: weight of the variational bound, which is what the variance learns from."""
+    """DDPM with `model.learned_variance`: weight of the variational bound, which trains the variance."""
 
     def __post_init__(self) -> None:
         if self.time_std <= 0 or self.shift <= 0:
@@ -74,22 +74,22 @@ class DiffusionConfig:
             for key in keys:
                 if getattr(self, setting) != needed and getattr(self, key) != getattr(DiffusionConfig, key):
                     raise ValueError(
-                        f"diffusion.{key} {getattr(self, key)} is read only where diffusion.{setting} is {needed}, and "
-                        f"it is {getattr(self, setting)}; set that, or leave {key} at {getattr(DiffusionConfig, key)}"
+                        f"diffusion.{key} {getattr(self, key)} is read only if diffusion.{setting} is {needed}, but it "
+                        f"is {getattr(self, setting)}. Set that, or leave {key} at {getattr(DiffusionConfig, key)}"
                     )
         if self.zero_terminal_snr and self.prediction == "epsilon":
             raise ValueError(
-                "diffusion.zero_terminal_snr needs diffusion.prediction v or sample: where x is all noise, to predict "
-                "the noise says nothing of the data"
+                "diffusion.zero_terminal_snr needs diffusion.prediction v or sample: at pure noise, predicting the "
+                "noise says nothing about the data"
             )
 
 
 class Objective:
-    """The configured objective; it holds no state beyond its settings and what follows from them."""
+    """The configured objective. It has no state except its settings and the schedule."""
 
     def __init__(self, config: DiffusionConfig, learned_variance: bool) -> None:
         if learned_variance and config.kind != "ddpm":
-            raise ValueError("model.learned_variance needs diffusion.kind ddpm: a flow has no variance to learn")
+            raise ValueError("model.learned_variance needs diffusion.kind ddpm: a flow has no variance")
         self.config, self.learned_variance = config, learned_variance
         linear = config.beta_schedule == "linear"
         betas = ddpm.linear_betas(config.beta_start, config.beta_end) if linear else ddpm.cosine_betas()
@@ -110,13 +110,13 @@ class Objective:
         return flow.shift_time(torch.sigmoid(self.config.time_mean + self.config.time_std * normal), self.shift(shape))
 
     def model_time(self, t: Float[Tensor, "b"]) -> Float[Tensor, "b"]:
-        """Times as the model is told them: 0, data, to 1000, noise."""
+        """Times as the model takes them: 0 (data) to 1000 (noise)."""
         return t if self.config.kind == "ddpm" else 1000 * t
 
     def add_noise(
         self, x: Float[Tensor, "b f c h w"], noise: Float[Tensor, "b f c h w"], t: Float[Tensor, "b"]
     ) -> tuple[Float[Tensor, "b f c h w"], Float[Tensor, "b f c h w"]]:
-        """Noisy latents, and what to predict there."""
+        """Noisy latents at times t, and the target of the prediction."""
         if self.config.kind == "flow":
             return flow.interpolate(x, noise, t), flow.velocity(x, noise)
         alpha = self.schedule.alphas_cumprod.to(x.device)[t.long()]
@@ -134,17 +134,17 @@ class Objective:
         """Mean squared error of each sample's prediction, at times that `draw_time` drew.
 
         With a learned variance: L_simple + vlb_weight L_vlb (Nichol and Dhariwal 2021, eq. 16). L_vlb is a sum over the
-        1000 steps, of which a sample is at one: so it counts that step's term a thousandfold.
+        1000 steps, of which a sample has one, so that step's term counts a thousandfold.
 
-        Raises ValueError if the model gives another number of channels than asked for.
+        Raises ValueError if the model returns another number of channels.
         """
         x, noise, c = x.float(), noise.float(), x.shape[2]
         x_t, target = self.add_noise(x, noise, t)
         output = model(x_t, self.model_time(t), text, text_mask).float()
         if output.shape[2] != (2 if self.learned_variance else 1) * c:
             raise ValueError(
-                f"the model gives {output.shape[2]} channels for latents of {c}; it should be {c}, or {2 * c} with "
-                f"model.learned_variance, which is {self.learned_variance} here"
+                f"the model returns {output.shape[2]} channels for latents of {c}. Expected {c}, or {2 * c} with "
+                f"model.learned_variance, which is {self.learned_variance}"
             )
         predicted = output[:, :, :c]
         error = (predicted - target).square().mean(dim=(1, 2, 3, 4))
@@ -161,8 +161,8 @@ class Objective:
 
 
 def make_objective(config: DiffusionConfig, learned_variance: bool = False) -> Objective:
-    """The objective that a recipe asks for; with a learned variance (DDPM only) the model gives twice the channels.
+    """The objective of a recipe. With a learned variance, of DDPM only, the model returns twice the channels.
 
-    Raises ValueError for a variance to learn where there is none.
+    Raises ValueError for a learned variance with flow.
     """
     return Objective(config, learned_variance)

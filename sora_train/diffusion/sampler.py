@@ -1,4 +1,4 @@
-"""From noise to latents: the same few lines for every model, since a model is a callable.
+"""Samplers: from noise to latents, for any model, since a model is a callable.
 
 Flow models take Euler's or Heun's steps (Karras et al. 2022, arXiv 2206.00364, algorithm 1 without noise). DDPM's take
 those of diffusers' schedulers: DDIM (Song et al. 2020, arXiv 2010.02502), DPM-Solver++ of second order (Lu et al. 2022,
@@ -22,7 +22,7 @@ from sora_train.errors import RecipeError
 from sora_train.sampling import Sampler, Sampling
 
 Progress = Callable[[int, int], None]
-"""Takes steps done, and steps in all."""
+"""Called with (steps done, all steps)."""
 
 SAMPLERS: dict[str, tuple[Sampler, ...]] = {"flow": ("euler", "heun"), "ddpm": ("ddim", "dpm++", "ddpm")}
 """Samplers by `diffusion.kind`; the first is what `auto` takes."""
@@ -30,7 +30,7 @@ LEAST_ALPHA = 4e-5  # just below what the linear schedule leaves of the data at 
 
 
 def resolve_sampler(sampler: str, kind: str) -> str:
-    """The sampler itself, or what `auto` stands for with a `diffusion.kind`; RecipeError where it does not fit that."""
+    """The sampler, with `auto` resolved for a `diffusion.kind`. Raises RecipeError if it does not fit that kind."""
     if sampler == "auto":
         return SAMPLERS[kind][0]
     if sampler not in SAMPLERS[kind]:
@@ -48,16 +48,16 @@ def sample(
     noise: Float[Tensor, "b f c h w"],
     text: Float[Tensor, "b l e"],
     text_mask: Bool[Tensor, "b l"],
-    null_text: Float[Tensor, "#b m e"],
-    null_mask: Bool[Tensor, "#b m"],
+    null_text: Float[Tensor, "#b i e"],
+    null_mask: Bool[Tensor, "#b i"],
     how: Sampling,
     generators: Sequence[torch.Generator] | None = None,
     progress: Progress | None = None,
 ) -> Float[Tensor, "b f c h w"]:
     """Normalised latents for a batch of prompts.
 
-    `ddpm` draws noise for each clip from its own generator, so that a clip does not depend on its batch; without any,
-    from torch's. `progress(done, steps)` is called after every step. Raises RecipeError where the sampler does not fit.
+    `ddpm` draws noise for each clip from its own generator, so a clip does not depend on its batch; without generators
+    from torch's. `progress(done, steps)` is called after every step. Raises RecipeError if the sampler does not fit.
     """
     name = resolve_sampler(how.sampler, objective.config.kind)
     denoise = guided(
@@ -81,35 +81,36 @@ def _flow(denoise: Denoiser, objective: Objective, x: Tensor, steps: int, heun: 
     for i, (t, after) in enumerate(pairwise(map(float, times))):
         v = denoise(x, 1000 * t)
         guess = x + (after - t) * v
-        # The last step is Euler's: at time 0 the model was never trained. One of n doesn't change the order of error.
+        # The last step is Euler's, since the model was never trained at time 0. This keeps the order of the error.
         x = x + (after - t) * (v + denoise(guess, 1000 * after)) / 2 if heun and after > 0 else guess
         progress(i + 1, steps)
     return x
 
 
 def usable_steps(objective: Objective) -> int:
-    """How many of DDPM's steps sampling can use, from the data on.
+    """How many of DDPM's steps sampling can use, counted from the data.
 
-    Data read off epsilon carry its error divided by sqrt(alpha), which nothing bounds in latents.
+    The data by a predicted epsilon has its error divided by sqrt(alpha), which is unbounded in latents.
     """
     enough = int((objective.schedule.alphas_cumprod >= LEAST_ALPHA).sum())
     return enough if objective.config.prediction == "epsilon" else ddpm.STEPS
 
 
 def trailing(usable: int, steps: int) -> list[int]:
-    """Evenly spaced steps from the last usable one on: diffusers' "trailing", as numpy's `arange` rounds it, but for
-    counts (61 of 1000, …) where that makes one too many, -1.
+    """Evenly spaced steps from the last usable one down: diffusers' "trailing".
+
+    Rounded as numpy's `arange`, except for counts (61 of 1000, …) for which that makes one step too many, -1.
     """
     stride = (usable - usable / steps) - usable
     return [round(usable + i * stride) - 1 for i in range(steps)]
 
 
 def make_solver(objective: Objective, order: int) -> Any:
-    """DPM-Solver++ as a scheduler of diffusers. Of first order it is DDIM (Lu et al. 2022, section 4.1), and takes any
-    times, where diffusers' own DDIMScheduler is wrong when the steps don't divide 1000.
+    """DPM-Solver++ as a scheduler of diffusers.
 
-    It ends on the data themselves, in a step of first order (`final_sigmas_type`): the other choice leaves the noise of
-    step 0 in the latents.
+    Of first order it is DDIM (Lu et al. 2022, section 4.1), and it takes any times; diffusers' own DDIMScheduler is
+    wrong if the steps don't divide 1000. The last step, of first order, ends on the data (`final_sigmas_type`): the
+    other choice leaves the noise of step 0 in the latents.
     """
     # Imported here, because only these samplers need diffusers.
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
@@ -145,10 +146,10 @@ def _ancestral(
     generators: list[torch.Generator] | None,
     progress: Progress,
 ) -> Tensor:
-    """DDPM's steps, with the learned variance where there is one and the posterior's (Ho et al., eq. 7) where not.
+    """DDPM's ancestral steps, with the learned variance if any, else the posterior's (Ho et al., eq. 7).
 
-    Between steps further apart than one, learned or not, the variance is that of the shorter chain (Nichol and Dhariwal
-    2021, arXiv 2102.09672, section 4).
+    If steps are further apart than one, the variance is that of the shorter chain (Nichol and Dhariwal 2021, arXiv
+    2102.09672, section 4).
     """
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
@@ -166,8 +167,7 @@ def _ancestral(
         # The scheduler splits off the variance on axis 1.
         output, noisy = (rearrange(y, "b f c h w -> b c f h w") for y in (denoise(x, float(t)), x))
         made = scheduler.step(output, t, noisy, generator=generators)
-        # The last step ends on the data. diffusers would add noise there, of a learned variance between 1e-20 and beta,
-        # unless t were 0.
+        # The last step ends on the data. Unless t is 0, diffusers would add noise of a learned variance.
         last = i + 1 == len(scheduler.timesteps)
         x = rearrange(made.pred_original_sample if last else made.prev_sample, "b c f h w -> b f c h w")
         progress(i + 1, len(scheduler.timesteps))

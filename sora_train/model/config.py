@@ -1,4 +1,4 @@
-"""The transformer's shape, and the shapes that have names.
+"""The model's configuration, and its presets.
 
 S, B, L and XL are Latte's (Ma et al. 2024, arXiv 2401.03048, section 3: the sizes of DiT); `latte_t2v` is the released
 text-to-video model, `maxin-cn/Latte-1`.
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 LARGEST = 2**16
-"""Of any side of a weight: products of two still have a size that torch can count."""
+"""Most of any side of a weight, so that torch can count the product of two."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The transformer's shape."""
+    """The recipe's `model` section: the shape of the transformer."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid", "use_attribute_docstrings": True}
 
@@ -35,26 +35,26 @@ class ModelConfig:
     text_width: int = 4096
     """Width of the text embeddings, as the text encoder makes them (4096 for T5-XXL)."""
     attention: Literal["factorised", "joint"] = "factorised"
-    """Space and time in turns, as Latte; or full attention over all of space and time in every block."""
+    """Spatial and temporal blocks in turn, as Latte; or full attention over space and time in every block."""
     cross_attention_in: Literal["spatial", "every"] = "spatial"
-    """Which blocks read the caption when factorised: the spatial ones, as the released Latte, or every block."""
+    """Which blocks attend to the caption when factorised: the spatial ones, as the released Latte, or every block."""
     positions: Literal["sinusoid", "rotary"] = "sinusoid"
-    """How a token learns its place: a sinusoid added to it, as Latte, or rotations in every attention, for any size."""
+    """Position embedding: a sinusoid added to each token, as Latte, or RoPE in every attention, for any size."""
     temporal_positions: Literal["temporal", "input", "rotary"] = "temporal"
     """Where a token learns its frame: at the first temporal block (joint: the input), the input, or by rotations."""
     pooled_text: bool = False
-    """Whether the mean of the caption's embeddings is added to the time embedding, which reaches every block."""
+    """Adds the mean of the caption's embeddings to the time embedding, which reaches every block."""
     sample_size: int = 32
     """Latents on a side that positions are scaled for; other shapes interpolate (64 for 512 px and an 8x VAE)."""
     sample_frames: int = 0
-    """Latent frames that positions in time are scaled for: clips of other lengths span as much; 0 counts 0, 1, 2 …"""
+    """Latent frames that temporal positions are scaled for: clips of any length span these; 0 counts 0, 1, 2 …"""
     attention_bias: bool = True
     """Biases in the query, key and value maps."""
     norm_eps: float = 1e-6
     """Added to the variance in layer norms."""
     init_from: str = ""
-    """Weights that a new run starts from, at step 0: a Latte or a PixArt-alpha (a folder in diffusers' format or a hub
-    id), or a run, a checkpoint or an export of this project (averaged weights, except an export of raw ones)."""
+    """Initial weights of a new run: a Latte or a PixArt-alpha (a folder in diffusers' format or a hub id), or a run, a
+    checkpoint or an export of this project (averaged weights, except for an export of raw ones)."""
 
     def __post_init__(self) -> None:
         for key in ("width", "depth", "heads", "patch", "in_channels", "text_width", "sample_size"):
@@ -65,20 +65,20 @@ class ModelConfig:
         if self.sample_frames < 0:
             raise ValueError(f"model.sample_frames is {self.sample_frames}; it must be 0 or more")
         if self.width % self.heads:
-            raise ValueError(f"model.width {self.width} does not divide over model.heads {self.heads}")
+            raise ValueError(f"model.width {self.width} is not a multiple of model.heads {self.heads}")
         if self.width % 4:
             raise ValueError(
                 f"model.width {self.width} must be a multiple of 4: positions take sines and cosines of two axes"
             )
         if self.attention == "factorised" and self.depth % 2:
-            raise ValueError(f"model.depth {self.depth} must be even: spatial and temporal blocks take turns")
+            raise ValueError(f"model.depth {self.depth} must be even: spatial and temporal blocks alternate")
         if self.sample_size % self.patch:
             raise ValueError(f"model.sample_size {self.sample_size} must be a multiple of model.patch {self.patch}")
         head = self.width // self.heads
         if "rotary" in (self.positions, self.temporal_positions) and (head % 2 or head < 6):
             raise ValueError(
-                f"model.width {self.width} over model.heads {self.heads} is {head} a head; rotary positions turn pairs "
-                "on three axes, so it must be even and at least 6"
+                f"model.width {self.width} over model.heads {self.heads} is {head} a head; rotary positions rotate "
+                "pairs on three axes, so it must be even and at least 6"
             )
 
     @property
@@ -106,11 +106,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str) -> ModelConfig:
-    """The shape of that name, for code without a recipe; `dataclasses.replace` changes its keys. KeyError if none."""
+    """The preset of that name, for code without a recipe. Raises KeyError if there is none."""
     return ModelConfig(preset=name, **PRESETS[name])  # pyright: ignore[reportArgumentType]
 
 
 def with_preset(keys: dict[str, Any]) -> dict[str, Any]:
-    """The keys of `model` as a recipe gives them, laid over those of the preset that they name."""
+    """The keys of a recipe's `model` section, with those of its preset filled in."""
     name = keys.get("preset")
     return {**PRESETS[name], **keys} if isinstance(name, str) and name in PRESETS else keys

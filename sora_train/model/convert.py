@@ -2,9 +2,9 @@
 
 Released weights may name their class as the authors' own code did: `LatteT2V`, `Transformer2DModel`.
 
-A renaming: query, key and value maps are one matrix here and three there; the patch map is a convolution there. The
-released Latte has Latte's form. An image model (PixArt-alpha, arXiv 2310.00426) has the same blocks: they become the
-spatial ones, and the temporal ones start as the identity, so that each frame is at first what the image model makes.
+The conversion renames tensors: query, key and value maps are one matrix here and three there, and the patch map is a
+convolution there. An image model (PixArt-alpha, arXiv 2310.00426) has the same blocks. They become the spatial ones,
+and the temporal ones start as the identity, so at first each frame is what the image model makes.
 """
 
 import json
@@ -33,16 +33,16 @@ FULL_LATTE = {
 }
 VIDEO, IMAGE = ("LatteTransformer3DModel", "LatteT2V"), ("PixArtTransformer2DModel", "Transformer2DModel")
 PADDED = "_padded_variance"
-"""A key of config.json that diffusers leaves alone: the half of the output that would be a variance is zeros."""
+"""A key of config.json that diffusers ignores: the variance half of the output is zeros."""
 BUFFERS = {"pos_embed.pos_embed", "temp_pos_embed", "caption_projection.y_embedding"}
-"""Tensors of released weights that are not read: positions, which are computed here, and a null caption of the original
-training code, in whose place diffusers' pipelines embed ""."""
+"""Tensors of released weights that are ignored: positions, which are computed here, and the null caption of the
+original training code; diffusers' pipelines embed "" instead."""
 
 
 def module_names(depth: int, image: bool = False) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Pairs of a module here and the one, or the ones stacked in order, that it is in diffusers.
+    """Pairs of a module here and its counterparts in diffusers, stacked in this order.
 
-    An `image` model has the spatial blocks alone, which are the even ones.
+    An `image` model has only the spatial blocks, which are the even ones.
     """
     yield "patch_in", ("pos_embed.proj",)
     yield "time.fc1", ("adaln_single.emb.timestep_embedder.linear_1",)
@@ -65,14 +65,14 @@ def module_names(depth: int, image: bool = False) -> Iterator[tuple[str, tuple[s
 
 
 def table_names(depth: int, image: bool = False) -> Iterator[tuple[str, str]]:
-    """Names of the adaLN tables, here and in diffusers."""
+    """Names of the scale-shift tables of adaLN, here and in diffusers."""
     yield "table_out", "scale_shift_table"
     for i in range(0, depth, 2 if image else 1):
         yield f"blocks.{i}.table", f"{'temporal_' if i % 2 else ''}transformer_blocks.{i // 2}.scale_shift_table"
 
 
 def is_image_model(config: dict[str, Any]) -> bool:
-    """Whether diffusers' settings are an image model's; ValueError for a class that can't be read."""
+    """Whether diffusers' config is an image model's. Raises ValueError for a class that can't be read."""
     name = config.get("_class_name")
     if name not in VIDEO + IMAGE:
         raise ValueError(f"_class_name is {name!r}; {', '.join(VIDEO + IMAGE)} can be read")
@@ -80,7 +80,7 @@ def is_image_model(config: dict[str, Any]) -> bool:
 
 
 def config_from_diffusers(config: dict[str, Any]) -> ModelConfig:
-    """The shape of a Latte or a PixArt-alpha; ValueError names what this project has no counterpart for."""
+    """The model config of a Latte or a PixArt-alpha. Raises ValueError for settings without a counterpart."""
     image = is_image_model(config)
     for key, value in EXPECTED.items():
         if config.get(key) != value:
@@ -98,8 +98,8 @@ def config_from_diffusers(config: dict[str, Any]) -> ModelConfig:
     conditions = config.get("use_additional_conditions")
     if image and (size == 128 if conditions is None else conditions):
         raise ValueError(
-            f"use_additional_conditions is {conditions} with sample_size {size}: a PixArt-alpha for 1024 px, which is "
-            "told resolution and aspect ratio, and a Latte is not; start from its 512 px weights"
+            f"use_additional_conditions is {conditions} with sample_size {size}: a PixArt-alpha for 1024 px, which "
+            "takes resolution and aspect ratio, unlike Latte. Start from its 512 px weights"
         )
     scale = config.get("interpolation_scale")
     if scale not in (None, max(size // 64, 1)):
@@ -120,7 +120,7 @@ def config_from_diffusers(config: dict[str, Any]) -> ModelConfig:
 
 
 def transformer_folder(folder: Path) -> Path:
-    """The folder itself, or `transformer` in it where it is a whole pipeline's. FileNotFoundError if neither."""
+    """The folder itself, or `transformer` in a pipeline's. Raises FileNotFoundError if neither has a config.json."""
     for place in (folder / "transformer", folder):
         if (place / "config.json").is_file():
             return place
@@ -128,7 +128,7 @@ def transformer_folder(folder: Path) -> Path:
 
 
 def check_fit(config: ModelConfig, folder: Path) -> None:
-    """ValueError, with every key that differs, where a model of this shape can't take the weights in a folder."""
+    """Raises ValueError, with every key that differs, if a model of this shape can't load the weights in a folder."""
     settings = json.loads((transformer_folder(folder) / "config.json").read_text())
     wrong = config_differences(config, config_from_diffusers(settings))
     if wrong and is_image_model(settings):
@@ -141,7 +141,7 @@ def check_fit(config: ModelConfig, folder: Path) -> None:
 
 
 def config_differences(config: ModelConfig, found: ModelConfig) -> list[str]:
-    """A phrase for every key by which weights of the shape `found` do not fit a model of the shape `config`."""
+    """A phrase for every key in which weights of the config `found` do not fit a model of `config`."""
     free = ("preset", "sample_frames", "init_from")  # a Latte may be made for other lengths than it was trained on
     return [
         f"model.{field.name} is {getattr(config, field.name)!r}, there it is {getattr(found, field.name)!r}"
@@ -151,7 +151,7 @@ def config_differences(config: ModelConfig, found: ModelConfig) -> list[str]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a diffusers folder's tensors: one, or several with an index. FileNotFoundError if not."""
+    """The weight files of a diffusers folder: one, or several with an index. FileNotFoundError if one is missing."""
     index = folder / f"{WEIGHTS}.index.json"
     names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [WEIGHTS]
     for name in names:
@@ -179,9 +179,9 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def from_diffusers(folder: str | Path) -> Latte:
-    """Reads a Latte, or a PixArt-alpha as a Latte's spatial blocks, from its own folder or from a pipeline's.
+    """Loads a Latte, or a PixArt-alpha as a Latte's spatial blocks, from its own folder or a pipeline's.
 
-    Raises FileNotFoundError where there is none, ValueError naming unexpected or missing tensors and settings.
+    Raises FileNotFoundError without a model, and ValueError for unexpected or missing tensors and settings.
     """
     folder = transformer_folder(Path(folder))
     settings = json.loads((folder / "config.json").read_text())
@@ -199,7 +199,7 @@ def from_diffusers(folder: str | Path) -> Latte:
     if missing := [name for name in known if name not in there]:
         raise ValueError(f"{folder} lacks {first_five(missing)}")
     if unexpected := there.keys() - set(known):
-        raise ValueError(f"{folder} has what a Latte has no place for: {first_five(sorted(unexpected))}")
+        raise ValueError(f"{folder} has tensors that Latte does not have: {first_five(sorted(unexpected))}")
     if settings.get(PADDED, False):
         for name in ("proj_out.weight", "proj_out.bias"):
             there[name] = without_variance(there[name], model.config)
@@ -211,16 +211,16 @@ def from_diffusers(folder: str | Path) -> Latte:
 
 
 def first_five(tensors: Collection[str]) -> str:
-    """How many tensors there are, and the names of the first."""
+    """The number of tensors and the names of the first five."""
     more = ", …" if len(tensors) > 5 else ""
     return f"{len(tensors)} tensors: {', '.join(list(tensors)[:5])}{more}"
 
 
 @torch.no_grad()
 def start_as_identity(model: Latte) -> None:
-    """Temporal blocks that change nothing yet: what comes out of attention and feed-forward is zero.
+    """Makes temporal blocks the identity: the outputs of attention and feed-forward are zero.
 
-    The gates stay open, so that the maps set to zero get gradients at the first step, and all others from the second.
+    The gates stay open, so the maps set to zero get gradients at the first step, and all others from the second.
     """
     for block in list(model.blocks)[1::2]:
         assert isinstance(block, Block)
@@ -236,7 +236,7 @@ def without_variance(out: Tensor, config: ModelConfig) -> Tensor:
 
 
 def with_variance(out: Tensor, config: ModelConfig) -> Tensor:
-    """Weight or bias of the output layer with a second half of the channels, zeros: `without_variance` turned round."""
+    """Weight or bias of the output layer with a second half of the channels of zeros; inverts `without_variance`."""
     halves = out.view(config.patch**2, 1, config.in_channels, -1)
     padded = torch.cat([halves, torch.zeros_like(halves)], dim=1)
     return padded.reshape(2 * out.shape[0], *out.shape[1:])
@@ -245,9 +245,8 @@ def with_variance(out: Tensor, config: ModelConfig) -> Tensor:
 def to_diffusers(model: Latte, folder: str | Path, frames: int = 16, pad_variance: bool = False) -> None:
     """Writes a folder that `LatteTransformer3DModel.from_pretrained` reads, for clips of `frames` frames.
 
-    With `pad_variance` a model without a learned variance gets one of zeros: LattePipeline halves what comes out.
-    `from_diffusers` leaves it away again. Raises ValueError, naming the setting, for a model that diffusers' class
-    can't express.
+    With `pad_variance`, a model without a learned variance gets one of zeros, because LattePipeline drops half of the
+    output; `from_diffusers` removes it again. Raises ValueError for a setting that diffusers' class can't express.
     """
     config, folder = model.config, Path(folder)
     for key, value in FULL_LATTE.items():

@@ -1,7 +1,7 @@
-"""What a model costs: its parameters, and the floating-point operations of a forward pass, from its shape alone.
+"""Parameters and FLOPs of a model, from its shape alone.
 
-Two for every multiply-add of a matrix product, as torch's `FlopCounterMode` counts; norms, activations and softmax, a
-few in a thousand, are left out. A training step is three forward passes: the backward pass makes two products of each.
+Every multiply-add of a matrix product counts as two, as in torch's `FlopCounterMode`; norms, activations and softmax,
+a few in a thousand, are ignored. A training step is three forward passes: the backward pass has two products for each.
 """
 
 import torch
@@ -20,7 +20,7 @@ def parameter_count(config: ModelConfig) -> int:
 def forward_flops(config: ModelConfig, f: int, h: int, w: int, l: int | float) -> int:  # noqa: E741
     """FLOPs of one sample's forward pass: f latent frames of h x w latents and a caption of l tokens, or l on average.
 
-    A single frame leaves the temporal blocks of a factorised model out, as the model does.
+    A single frame skips the temporal blocks of a factorised model, as in the model.
     """
     d, e, p = config.width, config.text_width, config.patch
     n = h * w // p**2

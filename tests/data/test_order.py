@@ -258,5 +258,5 @@ def test_with_new_data_every_epoch_takes_every_clip_once(spec: Spec, origin: int
         assert {one.epoch for one in taken} == {plan.epoch(origin + passed * steps)} == {epochs + passed}
         for bucket in plan.buckets:
             assert sorted(rows_of(taken, bucket)) == list(range(bucket.rows))
-    with pytest.raises(ValueError, match=f"batch {origin - 1} comes before batch {origin}"):
+    with pytest.raises(ValueError, match=f"batch {origin - 1} is before batch {origin}"):
         batch(plan, origin - 1)

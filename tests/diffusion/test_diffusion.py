@@ -129,8 +129,8 @@ def test_a_shift_of_the_root_keeps_how_uncertain_the_mean_of_all_positions_is():
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ({"kind": "ddpm", "shift": 3.0}, "diffusion.shift 3.0 is read only where diffusion.kind is flow"),
-        ({"prediction": "v"}, "diffusion.prediction v is read only where diffusion.kind is ddpm"),
+        ({"kind": "ddpm", "shift": 3.0}, "diffusion.shift 3.0 is read only if diffusion.kind is flow"),
+        ({"prediction": "v"}, "diffusion.prediction v is read only if diffusion.kind is ddpm"),
         ({"min_snr_gamma": 5.0}, "leave min_snr_gamma at 0.0"),
         ({"times": "uniform", "time_mean": 1.0}, "only where diffusion.times is logit_normal"),
         ({"kind": "ddpm", "beta_schedule": "cosine", "beta_end": 0.03}, "only where diffusion.beta_schedule is linear"),
