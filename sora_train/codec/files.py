@@ -15,7 +15,8 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
-from sora_train.codec.folders import PARTS, find_folder, is_wanted
+from sora_train.codec.folders import find_folder
+from sora_train.codec.hub import PARTS, is_wanted
 from sora_train.errors import UserError
 from sora_train.manifest import latent_shape
 

@@ -10,9 +10,8 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from einops import rearrange
 
-from sora_train.codec import CodecConfig
+from sora_train.codec import BUILTIN, CodecConfig
 from sora_train.codec.files import find_vae, readable
-from sora_train.codec.folders import BUILTIN
 from sora_train.codec.text import load_text_encoder
 from sora_train.codec.vae import Vae, load_vae, vae_of
 from sora_train.errors import UserError
