@@ -1,6 +1,6 @@
-"""A frozen network's files and what they say of it, without loading it.
+"""The files of a frozen network and its config, without loading it.
 
-Safetensors only: nothing is unpickled. No torch here, so that a driver can plan and check before any worker starts.
+Only safetensors, so nothing is unpickled. No torch, so a driver can plan and check before any worker starts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sora_train.codec.hub import PARTS, is_wanted
 from sora_train.errors import UserError
 from sora_train.manifest import latent_shape
 
-SCALING_FACTORS = {  # what the classes take where a config is silent
+SCALING_FACTORS = {  # the classes' defaults, if a config has none
     "AutoencoderKL": 0.18215,
     "AutoencoderTiny": 1.0,
     "AutoencoderKLTemporalDecoder": 0.18215,
@@ -31,9 +31,9 @@ SCALING_FACTORS = {  # what the classes take where a config is silent
 
 @dataclass(frozen=True)
 class VaeFiles:
-    """A VAE on disk: `moments` is 2 where it has a posterior (mean, log-variance) and 1 where it has none.
+    """A VAE on disk. `moments` is 2 if it has a posterior (mean, log-variance), otherwise 1.
 
-    `factor` pixels on a side become one latent, and so do `time_factor` frames, but for a clip's first.
+    A latent stands for `factor` pixels on a side and `time_factor` frames; a clip's first frame has its own.
     """
 
     place: Path
@@ -48,11 +48,11 @@ class VaeFiles:
 
     @cached_property
     def hash(self) -> str:
-        """Hash of weights and configuration; reads all their bytes the first time."""
+        """Hash of weights and config. Reads all their bytes the first time."""
         return content_hash(self.files)
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """Axes `f c h w` of the latents of so many frames of so many pixels."""
+        """Latent shape `f c h w` of a clip of `frames` frames and `height` x `width` pixels."""
         return latent_shape(self.channels, self.factor, self.time_factor, frames, height, width)
 
 
@@ -67,32 +67,30 @@ class TextFiles:
 
     @cached_property
     def hash(self) -> str:
-        """Hash of weights, configuration and tokenizer; reads all their bytes the first time."""
+        """Hash of weights, config and tokenizer. Reads all their bytes the first time."""
         return content_hash(self.files)
 
 
 def find_vae(name: str, models: str = "") -> VaeFiles:
-    """The VAE that `codec.vae` names: `builtin`, a folder, or a hub id; also the `vae` of a whole pipeline.
+    """The VAE that `codec.vae` names: `builtin`, a folder or a hub id, of a VAE or of a whole pipeline.
 
-    `models` is a folder that `sora download` filled. Raises UserError, with what to do, where the VAE can't be had.
+    `models` is a folder that `sora download` filled. Raises UserError, with what to do, if there is no such VAE.
     """
     folder = find_folder(name, "codec.vae", PARTS["codec.vae"], models)
     place = part_of(folder, PARTS["codec.vae"], "config.json")
     if place is None:
-        raise UserError(
-            f"codec.vae: {folder} has no VAE in diffusers' format (no `config.json`, nor `vae/config.json`)"
-        )
+        raise UserError(f"codec.vae: {folder} has no VAE in diffusers' format: no config.json, no vae/config.json")
     config = read_config(place)
     kind = config.get("_class_name", "network without a class name")
     if kind not in SCALING_FACTORS:
-        raise UserError(f"codec.vae: {place} holds a {kind}; known are {', '.join(SCALING_FACTORS)}")
+        raise UserError(f"codec.vae: {place} holds a {kind}. Supported: {', '.join(SCALING_FACTORS)}")
     channels, factor, time_factor = sizes(kind, config)
     if kind == "AutoencoderKLWan" and time_factor != 4:
-        raise UserError(f"codec.vae: {place} makes {time_factor} frames one; diffusers reads Wan's VAE only with 4")
+        raise UserError(f"codec.vae: {place} compresses time by {time_factor}; diffusers reads Wan's VAE only with 4")
     mean, std = config.get("latents_mean"), config.get("latents_std")
-    if kind == "AutoencoderKLCogVideoX" or mean is None or std is None:  # CogVideoX's pipelines scale, and no more
+    if kind == "AutoencoderKLCogVideoX" or mean is None or std is None:  # CogVideoX's pipelines only scale
         if kind == "AutoencoderKLWan":
-            raise UserError(f"codec.vae: {place / 'config.json'} has no `latents_mean` and `latents_std`; add them")
+            raise UserError(f"codec.vae: {place / 'config.json'} has no latents_mean and latents_std. Add them")
         mean = [float(config.get("shift_factor") or 0.0)] * channels
         std = [1 / (config.get("scaling_factor") or SCALING_FACTORS[kind])] * channels
     files = (*weight_files(place, "codec.vae"), place / "config.json")
@@ -101,7 +99,7 @@ def find_vae(name: str, models: str = "") -> VaeFiles:
 
 
 def sizes(kind: str, config: dict) -> tuple[int, int, int]:
-    """Latent channels, pixels on a side and frames that one latent stands for; defaults are the classes' own."""
+    """Latent channels, spatial factor and time factor; defaults are those of the classes."""
     if kind == "AutoencoderKLWan":
         halvings = len(config.get("dim_mult", (1, 2, 4, 4))) - 1
         time_factor = 2 ** sum(config.get("temperal_downsample", (False, True, True)))  # diffusers' spelling
@@ -117,46 +115,46 @@ def sizes(kind: str, config: dict) -> tuple[int, int, int]:
 
 
 def find_text_encoder(name: str, models: str = "") -> TextFiles:
-    """The text encoder that `codec.text` names: `builtin`, a folder, or a hub id; also a whole pipeline's.
+    """The text encoder that `codec.text` names: `builtin`, a folder or a hub id, also of a whole pipeline.
 
-    `models` is a folder that `sora download` filled. Raises UserError, with what to do, where it can't be had.
+    `models` is a folder that `sora download` filled. Raises UserError, with what to do, if there is none.
     """
     folder = find_folder(name, "codec.text", PARTS["codec.text"], models)
     place = part_of(folder, ("text_encoder",), "config.json")
     if place is None:
-        raise UserError(f"codec.text: {folder} has no text encoder (no `config.json`, nor `text_encoder/config.json`)")
+        raise UserError(f"codec.text: {folder} has no text encoder: no config.json, no text_encoder/config.json")
     config = read_config(place)
     if (kind := config.get("model_type")) != "t5":
-        raise UserError(f"codec.text: {place} holds a {kind!r} model; a T5 encoder is needed")
+        raise UserError(f"codec.text: {place} holds a {kind!r} model. A T5 encoder is needed")
     for file in ("tokenizer.json", "spiece.model"):
         if tokenizer := part_of(folder, ("tokenizer",), file):
             files = (*weight_files(place, "codec.text"), place / "config.json", tokenizer / file)
             return TextFiles(place, tokenizer, files, config["d_model"])
     raise UserError(
-        f"codec.text: no tokenizer in {folder} (no `tokenizer.json` or `spiece.model`, nor in `tokenizer/`); "
-        "put the tokenizer's files beside the encoder's"
+        f"codec.text: no tokenizer in {folder}: no tokenizer.json or spiece.model, also not in tokenizer/. Copy the "
+        "tokenizer's files next to the encoder's"
     )
 
 
 def part_of(folder: Path, parts: tuple[str, ...], file: str) -> Path | None:
-    """The first of `folder/part` and `folder` itself that holds `file`."""
+    """The first of the folders `folder/part` and `folder` that has `file`."""
     return next((place for place in (*(folder / part for part in parts), folder) if (place / file).is_file()), None)
 
 
 def weight_files(folder: Path, key: str) -> list[Path]:
-    """The safetensors of a network, float16 variants left out; UserError where there are none."""
+    """The safetensors of a network without float16 variants. Raises UserError if there are none."""
     files = sorted(path for path in folder.glob("*.safetensors") if is_wanted(path.name))
     if not files:
         raise UserError(
-            f"{key}: no safetensors in {folder}: pickled weights are never loaded; convert them once with "
-            "`model.save_pretrained(folder)` in a place that you trust, and name that folder"
+            f"{key}: no safetensors in {folder}: pickled weights are never loaded. Convert them once with "
+            "`model.save_pretrained(folder)` on a machine that may run them, and name that folder"
         )
     return files
 
 
 def read_config(folder: Path) -> dict:
-    """The settings of a network. Raises UserError where they are damaged."""
-    with readable(str(folder / "config.json")):
+    """The config of a network. Raises UserError if it is damaged."""
+    with damaged_file_errors(str(folder / "config.json")):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("no JSON object")
@@ -164,47 +162,48 @@ def read_config(folder: Path) -> dict:
 
 
 @contextmanager
-def readable(what: str, folder: Path | None = None) -> Iterator[None]:
-    """What JSON, safetensors, diffusers and transformers raise over files that they can't read, each after its own
-    kind, as a UserError that names the files and the cause. Too little memory is raised as it is.
+def damaged_file_errors(what: str, folder: Path | None = None) -> Iterator[None]:
+    """Turns what JSON, safetensors, diffusers and transformers raise for unreadable files into a UserError.
+
+    The message names the files and the cause. Running out of memory is not the files' fault and passes through.
     """
     try:
         yield
-    except Exception as error:  # whichever of four libraries met the damage; tokenizers has no class for it
+    except Exception as error:  # of four libraries; tokenizers has no class for it
         from sora_train.codec.memory import is_out_of_memory
 
         if is_out_of_memory(error):
             raise
-        said = (str(error).strip() or "no reason given").splitlines()[0][:300]
+        cause = (str(error).strip() or "no reason given").splitlines()[0][:300]
         if isinstance(error, ImportError):
-            raise UserError(f"{what} can't be read: a package is missing here ({said}); install it") from error
+            raise UserError(f"{what} can't be read: a package is missing here ({cause}). Install it") from error
         if isinstance(error, OSError) and error.errno:
             raise UserError(f"{what} can't be read: {error.strerror}") from error
-        remedy = "the files are damaged or of another kind of network; fetch them again"
-        newer = newer_library(folder) if folder else ""
-        raise UserError(f"{what} can't be read ({type(error).__name__}: {said}): {remedy}{newer}") from error
+        raise UserError(
+            f"{what} can't be read ({type(error).__name__}: {cause}). The files are damaged, or of another kind of "
+            f"network. Fetch them again{newer_library(folder) if folder else ''}"
+        ) from error
 
 
 def newer_library(folder: Path) -> str:
-    """The end of a message where a folder's config names a newer library than is installed here; else empty."""
+    """The end of a message if a folder's config names a newer library than the installed one; otherwise empty."""
+
+    def release(of: str) -> list[int]:
+        return [int(part) for part in re.findall(r"\d+", of)[:2]]
+
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         for key, library in (("_diffusers_version", "diffusers"), ("transformers_version", "transformers")):
             written, here = str(config.get(key, "")), version(library)
-            if numbers(written) > numbers(here):
-                return f". They were written by {library} {written}, and here is {here}: if whole, install that"
+            if release(written) > release(here):
+                return f", or install {library} {written}, which wrote them; {here} is installed"
     except (OSError, ValueError, AttributeError):
         pass
     return ""
 
 
-def numbers(of: str) -> tuple[int, ...]:
-    """The first two numbers of a version: (4, 57) of 4.57.0.dev0."""
-    return tuple(int(part) for part in re.findall(r"\d+", of)[:2])
-
-
 def content_hash(files: tuple[Path, ...]) -> str:
-    """sha256 over the files' names and bytes, so that two folders with the same content hash alike."""
+    """sha256 over names and bytes of files, so folders with the same content have the same hash."""
     digest = hashlib.sha256()
     for path in sorted(files, key=lambda path: path.name):
         digest.update(path.name.encode() + b"\0" + path.stat().st_size.to_bytes(8, "little"))

@@ -23,9 +23,7 @@ def find_folder(name: str, key: str, parts: tuple[str, ...], models: str = "") -
     if name == "builtin":
         folder = BUILTIN / key.rpartition(".")[2]
         if not folder.is_dir():
-            raise UserError(
-                f"{key}: the built-in network is missing ({folder}). Reinstall sora_train, or name a folder"
-            )
+            raise UserError(f"{key}: the built-in network is missing ({folder}). Reinstall sora_train")
         return folder
     if os.path.isdir(name):
         return Path(name)

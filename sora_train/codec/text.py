@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sora_train.codec import DTYPES, CodecConfig
 from sora_train.codec.conventions import clean
-from sora_train.codec.files import TextFiles, find_text_encoder, readable
+from sora_train.codec.files import TextFiles, damaged_file_errors, find_text_encoder
 from sora_train.codec.memory import give_back, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def load_text_encoder(
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
-        with readable(f"codec.text: {files.place}", files.place):
+        with damaged_file_errors(f"codec.text: {files.place}", files.place):
             model = transformers.T5EncoderModel.from_pretrained(
                 str(files.place), local_files_only=True, use_safetensors=True, dtype=dtype
             )
@@ -151,7 +151,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer, T5Tokenizer
 
     kind = AutoTokenizer if (folder / "tokenizer.json").is_file() else T5Tokenizer
-    with readable(f"codec.text: {folder}"):
+    with damaged_file_errors(f"codec.text: {folder}"):
         return kind.from_pretrained(str(folder), local_files_only=True)
 
 

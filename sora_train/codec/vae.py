@@ -18,7 +18,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from sora_train.codec import DTYPES, CodecConfig
-from sora_train.codec.files import VaeFiles, find_vae, readable
+from sora_train.codec.files import VaeFiles, damaged_file_errors, find_vae
 from sora_train.codec.memory import give_back, is_out_of_memory
 from sora_train.errors import UserError
 
@@ -200,7 +200,7 @@ def load_vae(
     diffusers.utils.logging.set_verbosity_error()  # it warns of keys of TAESD's config that its own class wrote
     kind, place = getattr(diffusers, files.kind), str(files.place)
     try:
-        with readable(f"codec.vae: {place}", files.place):
+        with damaged_file_errors(f"codec.vae: {place}", files.place):
             model = kind.from_pretrained(
                 place, local_files_only=True, use_safetensors=True, torch_dtype=dtype, low_cpu_mem_usage=False
             )

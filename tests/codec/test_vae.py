@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from einops import rearrange
 
 from sora_train.codec import BUILTIN, CodecConfig
-from sora_train.codec.files import find_vae, readable
+from sora_train.codec.files import damaged_file_errors, find_vae
 from sora_train.codec.text import load_text_encoder
 from sora_train.codec.vae import Vae, load_vae, vae_of
 from sora_train.errors import UserError
@@ -128,7 +128,7 @@ def test_two_folders_with_the_same_content_hash_alike_and_other_weights_do_not(t
 
 def test_a_network_of_another_class_is_refused(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
-    with pytest.raises(UserError, match="holds a UNet2DModel; known are AutoencoderKL, AutoencoderTiny, "):
+    with pytest.raises(UserError, match="holds a UNet2DModel. Supported: AutoencoderKL, AutoencoderTiny, "):
         load_vae(str(tmp_path))
 
 
@@ -159,18 +159,18 @@ def test_a_network_whose_files_were_cut_is_one_message_that_names_them(tmp_path:
     [
         (ImportError("T5Tokenizer needs sentencepiece"), "a package is missing here .*sentencepiece"),
         (PermissionError(13, "Permission denied"), "can't be read: Permission denied"),
-        (ValueError("no such model type"), "damaged or of another kind of network; fetch them again$"),
+        (ValueError("no such model type"), "of another kind of network. Fetch them again$"),
     ],
 )
 def test_what_is_not_damage_is_not_called_so(error: Exception, words: str):
-    with pytest.raises(UserError, match=words) as caught, readable("codec.text: folder"):
+    with pytest.raises(UserError, match=words) as caught, damaged_file_errors("codec.text: folder"):
         raise error
     assert caught.value.__cause__ is error
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB")])
 def test_too_little_memory_stays_what_it_is(error: Exception):
-    with pytest.raises(type(error)), readable("codec.vae: folder"):
+    with pytest.raises(type(error)), damaged_file_errors("codec.vae: folder"):
         raise error
 
 
@@ -178,7 +178,7 @@ def test_a_network_of_a_newer_library_says_so(tmp_path: Path):
     shutil.copytree(BUILTIN / "vae", tmp_path / "vae")
     config = json.loads((tmp_path / "vae" / "config.json").read_text())
     (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"_diffusers_version": "99.1", "act_fn": "new"}))
-    with pytest.raises(UserError, match=r"written by diffusers 99\.1, and here is \d"):
+    with pytest.raises(UserError, match=r"install diffusers 99\.1, which wrote them; \d"):
         load_vae(str(tmp_path / "vae"))
 
 
