@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from sora_train.data.order import batch, batch_number
+from sora_train.data.order import SampleOrder, batch, batch_number
 from sora_train.data.shards import ShardSet
 from sora_train.recipe import load_recipe
 from sora_train.train.checkpoint import complete_checkpoints, read_state
@@ -88,9 +88,9 @@ def ids_of(clips: ShardSet) -> list[str]:
     return [name for bucket, rows in clips.rows.items() for name in clips.sample_ids(bucket, range(rows))]
 
 
-def by_epoch(plan: Plan, batches: int, clips: ShardSet, ids: list[str]) -> dict[int, Counter]:
-    """Clips that these batches must hold: each once per full epoch, in the last epoch by the plan."""
-    whole_epochs, rest = divmod(batches, plan.steps_per_epoch)
+def by_epoch(order: SampleOrder, batches: int, clips: ShardSet, ids: list[str]) -> dict[int, Counter]:
+    """Clips that these batches must hold: each once per full epoch, in the last epoch by the order of samples."""
+    whole_epochs, rest = divmod(batches, order.steps_per_epoch)
     wanted = {epoch: Counter(ids) for epoch in range(whole_epochs)}
     for number in range(batches - rest, batches):
         taken = batch(order, number)
