@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
@@ -156,7 +157,7 @@ def weight_files(folder: Path) -> list[Path]:
     names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [WEIGHTS]
     for name in names:
         if not (folder / name).is_file() or Path(name).name != name:
-            raise FileNotFoundError(f"{folder / name} is missing: expected safetensors weights beside config.json")
+            raise FileNotFoundError(f"{folder / name} is missing: expected safetensors weights next to config.json")
     return [folder / name for name in names]
 
 
@@ -229,13 +230,13 @@ def start_as_identity(model: Latte) -> None:
             nn.init.zeros_(linear.bias)
 
 
-def without_variance(out: Tensor, config: ModelConfig) -> Tensor:
+def without_variance(out: Float[Tensor, "ppo *d"], config: ModelConfig) -> Float[Tensor, "_ *d"]:
     """Weight or bias of the output layer without the second half of the channels."""
     pixels = config.patch**2
     return out.view(pixels, 2, config.in_channels, -1)[:, 0].reshape(pixels * config.in_channels, *out.shape[1:])
 
 
-def with_variance(out: Tensor, config: ModelConfig) -> Tensor:
+def with_variance(out: Float[Tensor, "ppc *d"], config: ModelConfig) -> Float[Tensor, "_ *d"]:
     """Weight or bias of the output layer with a second half of the channels of zeros; inverts `without_variance`."""
     halves = out.view(config.patch**2, 1, config.in_channels, -1)
     padded = torch.cat([halves, torch.zeros_like(halves)], dim=1)

@@ -1,4 +1,4 @@
-"""Errors of training that the same run would meet again: told with what to change."""
+"""Errors of training that a retry would repeat, as messages that say what to change."""
 
 import socket
 from collections.abc import Iterator

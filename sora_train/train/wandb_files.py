@@ -1,7 +1,7 @@
-"""What a run's offline wandb files hold, read back with wandb's own protobufs; wandb has a reader in Go alone.
+"""Reads a run's offline wandb files with wandb's own protobufs; wandb's own reader exists only in Go.
 
 The files are logs in LevelDB's format (https://github.com/google/leveldb/blob/main/doc/log_format.md) behind 7 bytes of
-wandb's own. They reach the disk by blocks of 32 KB, so that a killed process takes its last rows with it.
+wandb's own. They are written in blocks of 32 KB, so a killed process loses its last rows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ WHOLE, LAST = 1, 4  # kinds of parts that end a record
 
 
 def rows(run: Path) -> Iterator[dict[str, Any]]:
-    """Rows of history of all of a run's offline files, in order of time; keys of nested values are joined by a dot."""
+    """Rows of history of all of a run's offline files, in order of time; nested keys are joined by a dot."""
     from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
     for path in sorted(run.glob("wandb/offline-run-*/*.wandb")):
@@ -30,7 +30,7 @@ def rows(run: Path) -> Iterator[dict[str, Any]]:
 
 
 def records(data: bytes) -> Iterator[bytes]:
-    """The whole records of a file; one that was cut short is left out."""
+    """The complete records of a file; one that was cut short is ignored."""
     at, parts = OWN, b""
     while at + HEADER <= len(data):
         if (room := BLOCK - at % BLOCK) < HEADER:  # a block's last bytes that hold no header are empty
