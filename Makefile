@@ -33,6 +33,7 @@ quickstart: .venv/installed
 bench-quickstart: .venv/installed
 	$(BIN)/python -m sora_train.quickstart.seeds
 
+# tests/drills/README.md describes the drills.
 # Some of it: make drill-train ARGS='--only worker-killed node-lost'; --out FILE.md writes the table for docs/benchmarks.
 drill-train: .venv/installed
 	$(BIN)/python -m tests.drills.train $(ARGS)
