@@ -69,7 +69,7 @@ def test_a_global_batch_holds_the_same_however_it_is_cut(make_shards, step: int,
         assert all(torch.equal(a, b) for a, b in zip(found[sample_id], values, strict=True))
 
 
-def test_padding_repeats_a_clip_with_weight_zero_even_where_a_rank_has_none(make_shards):
+def test_padding_repeats_a_clip_with_weight_zero(make_shards):
     shards = ShardSet(make_shards(2))
     order = shards.sample_order(8, seed=0)
     ranks = [
@@ -98,7 +98,7 @@ def test_other_steps_seeds_and_clips_draw_otherwise(make_shards):
     assert len({drawn.noise.sum().item() for drawn in draws}) == len(draws)
 
 
-def test_noise_is_standard_normal_and_the_posterior_draw_has_its_mean_and_variance():
+def test_noise_and_posterior_draws_have_their_mean_and_variance():
     generator = torch.Generator().manual_seed(0)
     moments = torch.stack([torch.full((8, 4, 32, 32), 1.5), torch.full((8, 4, 32, 32), math.log(0.25))])
     drawn = draw_posterior(moments, generator)
@@ -119,7 +119,7 @@ def test_latents_without_a_posterior_are_normalised_per_channel(make_shards):
         assert torch.equal(made.latents[:, :, channel], (raw - mean) / std)
 
 
-def test_text_is_a_caption_of_the_clip_or_the_empty_one_and_padding_is_masked(make_shards):
+def test_text_is_a_caption_or_the_empty_one_with_masked_padding(make_shards):
     shards = ShardSet(make_shards(30))
     clips = shards.read(BUCKET, range(30))
     made = collate(clips, 0, manifest=shards.manifest, objective=FLOW, seed=0, step=0, caption_dropout=0.3)
@@ -134,7 +134,7 @@ def test_text_is_a_caption_of_the_clip_or_the_empty_one_and_padding_is_masked(ma
     assert made.text.shape[1] == 9  # the shards' longest caption
 
 
-def test_a_dropped_caption_becomes_a_padded_null_prompt_of_its_own_length(make_shards):
+def test_a_dropped_caption_becomes_a_null_prompt_of_its_length(make_shards):
     shards = ShardSet(make_shards(30))
     clips = shards.read(BUCKET, range(30))
     width = shards.manifest.text.width
@@ -154,7 +154,7 @@ def test_a_dropped_caption_becomes_a_padded_null_prompt_of_its_own_length(make_s
     assert torch.equal(single.text[single.text_mask], torch.full((30, width), 0.5))
 
 
-def test_captions_are_dropped_per_clip_and_drawn_evenly_as_often_as_asked():
+def test_captions_are_dropped_per_clip_and_drawn_evenly():
     captions = [["one", "two", "three"]] * 100
     ids = [f"{i}" for i in range(100)]
     text = [[np.zeros((1, 2), np.float16)] * 3] * 100
@@ -180,7 +180,7 @@ def test_no_caption_or_every_caption_is_dropped_at_the_ends(make_shards):
         assert made.dropped.sum() == expected
 
 
-def test_the_thread_gives_what_the_plain_function_gives_from_any_step_on(make_shards):
+def test_the_loaders_thread_equals_the_plain_function(make_shards):
     shards = ShardSet(make_shards(20))
     order = shards.sample_order(8, seed=0)
     found = list(batches(shards, order, FLOW, range(2, 9), rank=1, world=2, micro_batch_size=2, caption_dropout=0.1))
@@ -236,7 +236,7 @@ def data_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("data")]
 
 
-def test_every_clip_is_trained_once_an_epoch_when_the_world_changes_on_the_way(make_shards):
+def test_every_clip_comes_once_an_epoch_when_the_world_changes(make_shards):
     shards = ShardSet(make_shards(40, 25))
     order = shards.sample_order(6, seed=1)
     seen = [

@@ -38,7 +38,7 @@ def is_of_pictures(taken: Batch) -> bool:
 
 @quick
 @given(mixes)
-def test_pictures_and_videos_of_a_ratio_are_two_orders_each_on_its_own(mix: Mix):
+def test_with_a_ratio_images_and_videos_are_two_separate_orders(mix: Mix):
     order = mixed_plan_of(mix)
     taken = [batch(order, k) for k in range(100)]
     for kind in (True, False):
@@ -101,7 +101,7 @@ def test_a_ratio_that_its_buckets_can_not_serve_is_refused():
             SampleOrder(buckets, 8, 0, image_ratio=Fraction(ratio))
 
 
-def test_shards_with_pictures_and_videos_are_planned_by_the_ratio_as_it_is_written(make_shards):
+def test_shards_follow_the_image_ratio_exactly_as_written(make_shards):
     make_shards(30)
     shards = ShardSet(make_shards(20, start=30, bucket=(1, 16, 24)))
     assert shards.sample_order(4, 0).image_ratio is None
@@ -111,7 +111,7 @@ def test_shards_with_pictures_and_videos_are_planned_by_the_ratio_as_it_is_writt
     assert {batch(shards.sample_order(4, 0, image_ratio=0.0), k).bucket for k in range(20)} == {"3x16x24"}
 
 
-def test_shards_without_pictures_or_without_videos_refuse_a_ratio_and_say_which_they_have(make_shards):
+def test_a_ratio_without_images_or_without_videos_is_refused(make_shards):
     videos = ShardSet(make_shards(30))
     with pytest.raises(UserError, match=r"data\.image_ratio 0\.2 needs .*of images .*there is only 3x16x24"):
         videos.sample_order(4, 0, image_ratio=0.2)

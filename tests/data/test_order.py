@@ -125,7 +125,7 @@ def test_the_order_is_this_one_on_every_machine():
 
 @quick
 @given(st.integers(1, 10**9), st.integers(1, 5000), st.integers(1, 100), seeds, st.data())
-def test_rows_of_any_size_of_bucket_are_within_it_and_none_comes_twice(
+def test_rows_are_within_their_bucket_and_none_comes_twice(
     rows: int, group_rows: int, window: int, seed: int, data: st.DataObject
 ):
     plan = SampleOrder((Bucket("any", rows, group_rows),), 64, seed, window)
@@ -145,7 +145,7 @@ def test_no_two_epochs_have_the_same_order(rows: int, group_rows: int, window: i
 
 @quick
 @given(specs, st.integers(0, 5))
-def test_an_epoch_holds_every_row_exactly_once_in_batches_of_one_bucket(spec: Spec, epoch: int):
+def test_an_epoch_has_every_row_once_in_batches_of_one_bucket(spec: Spec, epoch: int):
     plan = plan_of(spec)
     batches = epoch_of(plan, epoch)
     for bucket in plan.buckets:
@@ -170,7 +170,7 @@ def test_only_the_last_batch_of_a_bucket_is_short(spec: Spec):
 
 @quick
 @given(specs, st.integers(1, 40), st.integers(1, 9))
-def test_the_ranks_of_any_world_share_a_batch_in_equally_many_micro_batches(spec: Spec, world: int, micro: int):
+def test_all_ranks_get_equally_many_micro_batches_of_a_batch(spec: Spec, world: int, micro: int):
     plan = plan_of(spec)
     for taken in epoch_of(plan, 0):
         ranks = [share(taken, rank, world, micro, plan.batch_size) for rank in range(world)]
@@ -221,7 +221,7 @@ def test_a_row_comes_at_any_time_of_an_epoch():
     assert max(times) == 14
 
 
-def test_a_batch_touches_no_more_groups_than_a_window_has_and_a_rank_takes_neighbours():
+def test_a_batch_touches_at_most_a_windows_groups():
     plan = SampleOrder((Bucket("large", 10**7),), 256, 0)
     for k in (0, 7, 12345):
         groups = [row // 32 for row in batch(plan, k).rows]
@@ -230,7 +230,7 @@ def test_a_batch_touches_no_more_groups_than_a_window_has_and_a_rank_takes_neigh
         assert len({row // 32 for row in mine if row is not None}) <= 10
 
 
-def test_a_billion_rows_cost_less_than_a_millisecond_a_batch_and_next_to_no_memory():
+def test_a_batch_of_a_billion_rows_is_fast_and_takes_little_memory():
     """In a process of its own, where no annotation is checked."""
     found = subprocess.run([sys.executable, "-c", COST], capture_output=True, text=True, check=True)
     lines = found.stdout.splitlines()

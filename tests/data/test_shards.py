@@ -61,7 +61,7 @@ def test_the_cache_keeps_what_was_read_last_and_no_more_than_it_may(make_shards)
     assert ShardSet(folder, cache_bytes=0).read(BUCKET, [0, 64, 127]).sample_ids == ["00000000", "00000040", "0000007f"]
 
 
-def test_an_epoch_reads_a_row_group_about_once_and_keeps_no_more_than_its_window(make_shards):
+def test_an_epoch_reads_a_row_group_once_and_caches_one_window(make_shards):
     shards = ShardSet(make_shards(*[80] * 16, row_group=4))  # 320 groups, five windows
     order, read = shards.sample_order(batch_size=8, seed=1), []
     open_file = shards._open_file
@@ -78,7 +78,7 @@ def test_an_epoch_reads_a_row_group_about_once_and_keeps_no_more_than_its_window
 
 
 @pytest.mark.parametrize("fraction", [0.2, 0.5])
-def test_the_splits_share_the_clips_and_keep_those_of_a_source_together(make_shards, fraction: float):
+def test_splits_partition_clips_and_keep_sources_together(make_shards, fraction: float):
     folder = make_shards(70, 33, 47)
     sides = [ShardSet(folder, fraction, split) for split in ("train", "holdout")]
     found = [side.read(BUCKET, range(side.rows[BUCKET])) for side in sides]
@@ -112,7 +112,7 @@ def test_a_plan_orders_the_clips_of_the_split_alone(make_shards):
     assert sorted(seen) == kept
 
 
-def test_a_folder_without_clips_for_the_split_is_refused_with_the_numbers(make_shards):
+def test_a_folder_without_clips_for_the_split_is_refused(make_shards):
     folder = make_shards(6)
     with pytest.raises(UserError, match=r"0 clips: data.holdout_fraction 0.0 holds out none of the 6 clips"):
         ShardSet(folder, split="holdout")

@@ -55,7 +55,7 @@ def test_the_cosine_schedule_leaves_the_squared_cosine_of_the_data():
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_after_rescaling_the_last_step_is_pure_noise_and_the_first_as_it_was(schedule):
+def test_zero_terminal_snr_makes_the_last_step_pure_noise(schedule):
     before = SCHEDULES[schedule]
     after = ddpm.zero_terminal_snr(before)
     assert torch.allclose(after.float(), rescale_zero_terminal_snr(before).float(), rtol=1e-6)  # theirs, in float64
@@ -85,7 +85,7 @@ def test_a_target_turned_round_is_the_data(prediction):
 
 
 @pytest.mark.parametrize("prediction", DIFFUSERS)
-def test_min_snr_weighs_the_error_in_the_data_by_the_ratio_up_to_gamma(prediction):
+def test_min_snr_weights_the_error_in_the_data_up_to_gamma(prediction):
     plain, weighted = (make_objective(configured("linear", prediction, min_snr_gamma=g)) for g in (0.0, 5.0))
     x, noise, wrong = torch.randn(3, 1000, 1, 2, 2, 2, dtype=torch.float64).float()
     t = torch.arange(1000.0)

@@ -101,7 +101,7 @@ def test_flow_times_have_the_asked_distribution_and_are_shifted(config, unshifte
     assert stats.kstest(unshifted(t / (3 - 2 * t)), "uniform").pvalue > 0.01
 
 
-def test_shift_grows_with_the_root_of_the_latent_positions_in_training_and_sampling():
+def test_the_shift_grows_with_the_root_of_the_latent_positions():
     plain, g = make_objective(DiffusionConfig(times="uniform")), torch.Generator()
     objective = make_objective(DiffusionConfig(times="uniform", shift=1.5, shift_tokens=2 * 8 * 8))
     for shape, ratio in (((2, 4, 8, 8), 1), ((2, 4, 16, 16), 2), ((1, 4, 4, 8), 0.5), ((16, 4, 8, 16), 4)):
@@ -118,7 +118,7 @@ def test_shift_grows_with_the_root_of_the_latent_positions_in_training_and_sampl
         assert told == pytest.approx([1000 * s * u / (1 + (s - 1) * u) for u in (1, 0.75, 0.5, 0.25)])
 
 
-def test_a_shift_of_the_root_keeps_how_uncertain_the_mean_of_all_positions_is():
+def test_a_root_shift_keeps_the_uncertainty_of_the_mean_latent():
     # The argument of Esser et al., section 5.3.2: n positions of the same value c show it as t / (1 - t) / sqrt(n).
     objective, t = make_objective(DiffusionConfig(shift_tokens=100)), 0.3
     s = objective.shift((4, 1, 10, 10))
@@ -140,7 +140,7 @@ def test_a_shift_of_the_root_keeps_how_uncertain_the_mean_of_all_positions_is():
         ({"shift": 0.0}, "must be above 0"),
     ],
 )
-def test_keys_that_nothing_reads_or_that_contradict_each_other_are_refused(keys, says):
+def test_keys_that_nothing_reads_or_that_conflict_are_refused(keys, says):
     with pytest.raises(ValueError, match=says):
         DiffusionConfig(**keys)
 

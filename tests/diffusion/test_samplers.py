@@ -55,7 +55,7 @@ def end_of_the_line(config: DiffusionConfig, noise: Tensor) -> Tensor:
         (ZERO_SNR, "dpm++", 2),
     ],
 )
-def test_half_the_step_divides_the_error_by_two_to_the_order_of_the_sampler(config, sampler, order, best):
+def test_half_the_step_divides_the_error_by_two_to_the_order(config, sampler, order, best):
     objective, noise = make_objective(config), torch.randn(1, 2, 4, 4, 4, generator=generators(0)[0])
     model, exact = best(objective, MEAN, STD), end_of_the_line(config, noise)
     errors = [(drawn(model, objective, noise, sampler, n, 1.0) - exact).square().mean().sqrt() for n in (50, 100, 200)]
@@ -88,7 +88,7 @@ def test_heuns_steps_are_those_of_diffusers_over_the_same_times(steps, shift):
 
 @pytest.mark.parametrize("config", [DDPM, ZERO_SNR, DiffusionConfig(kind="ddpm", beta_schedule="cosine")])
 @pytest.mark.parametrize("steps", [10, 30])
-def test_with_the_best_variance_every_step_of_ddpm_is_exact_and_the_last_gives_the_mean(config, steps, best):
+def test_ddpm_is_exact_with_the_best_variance_and_ends_on_the_mean(config, steps, best):
     objective = make_objective(config, learned_variance=True)
     mean_of = best(objective, MEAN, STD)
     alphas = objective.schedule.alphas_cumprod.double()
@@ -147,7 +147,7 @@ def test_a_clip_of_ddpm_depends_on_its_generator_and_not_on_its_batch(best):
 
 
 @pytest.mark.parametrize("usable", [1000, 996])
-def test_times_are_even_from_the_last_step_on_and_diffusers_own_where_those_are_whole(usable):
+def test_times_are_even_and_equal_diffusers_where_those_are_whole(usable):
     agree = 0
     for steps in range(1, usable + 1):
         times = trailing(usable, steps)
@@ -179,7 +179,7 @@ def test_outside_of_its_interval_guidance_is_off_and_costs_nothing():
     assert torch.allclose(within, noise * 0.75 * 0.25**3)
 
 
-def test_rescaling_gives_each_clip_the_spread_of_the_prediction_with_text():
+def test_rescaling_gives_each_clip_the_texts_standard_deviation():
     torch.manual_seed(0)
     with_text, output = torch.randn(3, 2, 4, 8, 8), 5 * torch.randn(3, 2, 4, 8, 8) + 1
     whole = rescaled(output, with_text, 1.0)

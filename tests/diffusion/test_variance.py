@@ -78,7 +78,7 @@ def test_kl_is_that_of_torch():
     assert torch.allclose(mine, torch.distributions.kl_divergence(first, second), rtol=1e-4, atol=1e-5)
 
 
-def test_the_discretised_likelihood_is_the_mass_of_the_bin_as_scipy_has_it():
+def test_the_discretised_likelihood_is_scipys_mass_of_the_bin():
     torch.manual_seed(0)
     x, mean, log = 1.6 * torch.rand(3000) - 0.8, 1.6 * torch.rand(3000) - 0.8, -12 * torch.rand(3000)
     x[:500], x[500:1000] = -1 - torch.rand(500), 1 + torch.rand(500)

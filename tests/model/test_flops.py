@@ -46,7 +46,7 @@ def test_each_preset_is_a_model_in_either_form(name, attention):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_have_as_many_parameters_as_diffusers_model_of_their_shape(name):
+def test_presets_have_as_many_parameters_as_diffusers_models(name):
     config = preset(name)
     with torch.device("meta"):
         model = LatteTransformer3DModel(

@@ -84,7 +84,7 @@ def test_one_frame_equals_diffusers_without_temporal_attention(tmp_path):
     assert relative(ours, theirs) < 1e-5
 
 
-def test_a_masked_caption_equals_diffusers_with_its_bias_and_the_caption_cut_to_length(tmp_path):
+def test_a_masked_caption_equals_diffusers_and_a_caption_cut_short(tmp_path):
     x, t, text, mask = inputs(16)
     mask[0, 4:] = False
     ours, theirs = both(reference(), tmp_path, x, t, text, mask)
@@ -103,7 +103,7 @@ def test_weights_come_back_exactly_from_a_round_trip(tmp_path):
     assert all(torch.equal(again[name], tensor) for name, tensor in theirs.state_dict().items())
 
 
-def test_a_missing_or_unexpected_tensor_and_a_foreign_setting_are_named(tmp_path):
+def test_missing_or_unexpected_tensors_and_settings_are_named(tmp_path):
     from safetensors.torch import load_file, save_file
 
     model = reference()
@@ -126,7 +126,7 @@ def test_a_missing_or_unexpected_tensor_and_a_foreign_setting_are_named(tmp_path
 @pytest.mark.parametrize(
     "change", [{"attention": "joint"}, {"positions": "rotary"}, {"temporal_positions": "rotary"}, {"sample_frames": 8}]
 )
-def test_a_model_that_diffusers_cannot_express_is_refused_by_its_setting(tmp_path, change):
+def test_a_setting_that_diffusers_cannot_express_is_named(tmp_path, change):
     model = Latte(replace(ModelConfig(width=32, depth=2, heads=2, text_width=8), **change))
     with pytest.raises(ValueError, match=f"model.{next(iter(change))} is"):
         to_diffusers(model, tmp_path)

@@ -33,7 +33,7 @@ def test_scores_of_rotated_heads_depend_on_distances_alone(head):
         assert not torch.allclose(scores(q, k, places * (1 + torch.eye(3)[axis][:, None])), here, atol=0.1)
 
 
-def test_a_rotation_is_a_product_with_complex_numbers_and_keeps_lengths():
+def test_rope_is_a_complex_product_that_keeps_lengths():
     torch.manual_seed(0)
     x, place = torch.randn(5, 8), torch.tensor([0.0, 1.0, 2.0, 7.0, 0.5])
     y = apply_rope(x, rope_freqs(place[None], 8))
@@ -45,7 +45,7 @@ def test_a_rotation_is_a_product_with_complex_numbers_and_keeps_lengths():
 
 
 @pytest.mark.parametrize("attention", ["factorised", "joint"])
-def test_with_rotary_positions_a_model_is_told_nothing_of_where_a_clip_begins(attention, monkeypatch):
+def test_with_rotary_positions_outputs_ignore_where_a_clip_begins(attention, monkeypatch):
     torch.manual_seed(0)
     model = Latte(replace(ROTARY, attention=attention))
     for parameter in model.parameters():
@@ -73,7 +73,7 @@ def test_another_length_and_shape_than_a_model_was_made_for_runs(change, attenti
         assert y.shape == x.shape
 
 
-def test_clips_of_any_length_span_the_frames_that_positions_are_scaled_for():
+def test_clips_of_any_length_span_sample_frames():
     cpu = torch.device("cpu")
     assert frame_positions(4, 0, cpu).tolist() == frame_positions(4, 4, cpu).tolist() == [0, 1, 2, 3]
     assert frame_positions(8, 4, cpu).tolist() == [0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5]
