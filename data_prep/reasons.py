@@ -42,12 +42,12 @@ PERMANENT = frozenset({"unreadable", "no_video_stream", "too_large", "truncated"
 REMARKS = {
     "hdr": "PQ or HLG, mapped to SDR",
     "wide_gamut": "BT.2020 or P3, mapped to BT.709",
-    "interlaced": "both fields of a frame are taken as one picture",
-    "clean_aperture": "the whole frame is taken",
+    "interlaced": "both fields of a frame become one image",
+    "clean_aperture": "the complete frame is taken",
     "icc_profile": "an image's ICC profile that can't be applied",
     "pages": "the first of an image's pages is taken",
     "holes": "no clips of holes in its timestamps",
-    "breaks_off": "the file ends before its header says, behind its clips",
+    "breaks_off": "the file ends before its header says, but after its clips",
 }
 """What is odd about a source that gives clips. A remark is such a name, a colon and text; `; ` joins them."""
 

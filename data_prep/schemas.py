@@ -1,7 +1,7 @@
 """Arrow schemas of the tables that travel from stage to stage.
 
-To add a column to the shards: add it to `SHARD_SCHEMA` and `encode_row` in `sora_train/schema.py`, and pass its value
-in `stages.EmbedText.encode`. A value that the decoder finds also needs a column in CLIPS, set in `stages.Decode.clips`.
+To add a column to the shards: add it to `SHARD_SCHEMA` and `encode_row` in `sora_train/schema.py`. If the decoder finds
+its value, add it to CLIPS and set it in `stages.Decode.clips`; else pass it in `stages.EmbedText.encode`.
 """
 
 from __future__ import annotations

@@ -17,13 +17,13 @@ import pyarrow as pa
 from pyarrow import fs
 
 from data_prep.reasons import ClipError
-from data_prep.schemas import DECODED, ENCODED, END_OF_SOURCE, SOURCE, WITH_LATENTS
+from data_prep.schemas import CLIPS, DECODED, ENCODED, END_OF_SOURCE, SOURCE, WITH_LATENTS
 from data_prep.sources import data_root, sample_id
 from data_prep.video.decode_process import Decoder
 from data_prep.watchdog import DeviceLost
 from sora_train.codec import CodecConfig
 from sora_train.data.config import DataConfig, SelectionConfig
-from sora_train.schema import bucket_size, encode_row
+from sora_train.schema import SHARD_SCHEMA, bucket_size, encode_row
 from sora_train.storage import resolve
 
 CACHE_BYTES = 2**30
@@ -205,11 +205,9 @@ class EmbedText:
         text = [embeddings[caption] for caption in row["captions"]]
         if failed := [message for message in text if isinstance(message, str)]:
             return row | {"reason": "encode_failed", "message": failed[0]}
-        columns = ("sample_id", "source", "source_size", "source_version", "content_hash", "perceptual_hash", "start_s",
-                   "end_s", "captions")  # fmt: skip
         try:
             return row | encode_row(
-                **{name: row[name] for name in columns},
+                **{name: row[name] for name in CLIPS.names if name in SHARD_SCHEMA.names},
                 latents=np.frombuffer(latents, np.float32).reshape(self.latent_shapes[row["bucket"]]),
                 text=[embedding for embedding in text if not isinstance(embedding, str)],
             )

@@ -126,7 +126,7 @@ def s3_server() -> Iterator[str]:
 
 @pytest.fixture
 def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A fresh bucket as `s3://NAME`, by environment variables, so that processes started later reach it too."""
+    """A fresh bucket as `s3://NAME`, by environment variables, which processes started later inherit."""
     from pyarrow import fs
 
     for name in [name for name in os.environ if name.startswith("AWS_") and name != "AWS_CA_BUNDLE"]:

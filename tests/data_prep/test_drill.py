@@ -64,7 +64,7 @@ def ended(process: subprocess.Popen) -> int:
 def contents(folder: Path) -> dict[str, dict]:
     rows = [row for file in shard_files(str(folder / "shards")) for row in pq.read_table(file).to_pylist()]
     clips = {row["sample_id"]: row for row in rows}
-    assert len(clips) == len(rows), "a clip stands twice"
+    assert len(clips) == len(rows), "a clip is in the shards twice"
     return clips
 
 
@@ -101,7 +101,7 @@ def wait_for_shard(folder: Path, process: subprocess.Popen) -> None:
 
 
 def left_over(family: list[psutil.Process], seconds: float = 30.0) -> list[str]:
-    """What is still there after a while, but for Ray's two agents, which take a minute to notice; they are ended."""
+    """Processes still alive after a while, except Ray's two agents, which take a minute to end and are killed."""
     _, alive = psutil.wait_procs(family, timeout=seconds)
     agents = [process for process in alive if process.name().endswith("Agent")]
     for process in agents:

@@ -218,7 +218,7 @@ def test_other_settings_encode_only_the_missing_clips(tmp_path: Path, write, vae
     new = [row for file in shard_files(made.data.output) for row in pq.read_table(file).to_pylist()]
     assert all(old[row["sample_id"]] == row for row in new)
 
-    # Without one of the buckets and with another: what belongs elsewhere now is made anew, the rest stays.
+    # Without one of the buckets and with another: clips that belong elsewhere now are encoded again, the rest stays.
     buckets = ["4x16x32", "8x16x32", "4x32x16", "4x64x32"]
     other = prep(recipe(tmp_path, vae_folder, SelectionConfig(duplicates=True), buckets=buckets, stride_s=2.0))
     assert other.buckets == {"4x16x32": 2, "8x16x32": 1, "4x32x16": 0, "4x64x32": 1}

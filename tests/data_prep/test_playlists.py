@@ -52,7 +52,7 @@ def opens(folder: Path) -> Callable[[], bool]:
 
 @pytest.fixture
 def outside(tmp_path: Path, write) -> Path:
-    """A folder with videos, beside the root."""
+    """A folder with videos, next to the root."""
     folder = tmp_path / "out"
     folder.mkdir()
     (tmp_path / "root").mkdir()

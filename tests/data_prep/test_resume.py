@@ -30,7 +30,7 @@ def stored(*clips: str, size: int = 1) -> dict[str, StoredClip]:
     }
 
 
-def ledger(failures: dict[str, str] | None = None, **records: list[str]) -> SavedProgress:
+def progress(failures: dict[str, str] | None = None, **records: list[str]) -> SavedProgress:
     file = {"source_size": 1, "source_version": "v"}
     failed = {s: file | {"sample_id": s, "source": f"{s[0]}.mp4", "reason": reason, "message": "", "duplicate_of": ""}
               for s, reason in (failures or {}).items()}  # fmt: skip
@@ -39,37 +39,37 @@ def ledger(failures: dict[str, str] | None = None, **records: list[str]) -> Save
     )
 
 
-def take(
-    rows: list[SourceRow], clips: dict[str, StoredClip], book: SavedProgress
+def resume(
+    rows: list[SourceRow], clips: dict[str, StoredClip], saved: SavedProgress
 ) -> tuple[ResumeState, PrepStats, dict[str, list[str]]]:
     stats = PrepStats(len(rows), 1.0, "out")
-    state = reconcile(DATA, rows, clips, {}, book, stats)
+    state = reconcile(DATA, rows, clips, {}, saved, stats)
     return state, stats, {row.source: done for row, done in state.todo}
 
 
 def test_a_complete_source_is_not_opened_again():
-    state, stats, todo = take([row("a")], stored("a0", "a1"), ledger(a=["a0", "a1"]))
+    state, stats, todo = resume([row("a")], stored("a0", "a1"), progress(a=["a0", "a1"]))
     assert todo == {}
     assert (stats.asked, stats.written, state.stale) == (2, 2, {})
 
 
 def test_a_source_without_a_record_is_opened_and_keeps_its_clips():
-    state, stats, todo = take([row("a"), row("b")], stored("a0"), ledger())
+    state, stats, todo = resume([row("a"), row("b")], stored("a0"), progress())
     assert todo == {"a.mp4": ["4x16x32/a0"], "b.mp4": []}
     assert (stats.asked, stats.written, state.stale) == (0, 1, {})
 
 
 def test_only_failures_that_are_not_permanent_are_tried_again():
     rows, records = [row("a"), row("b")], {"a": ["a0", "a1"], "b": ["b0", "b1"]}
-    book = ledger({"a1": "corrupt", "b1": "timeout"}, **records)
-    _, stats, todo = take(rows, stored("a0", "b0"), book)
+    saved = progress({"a1": "corrupt", "b1": "timeout"}, **records)
+    _, stats, todo = resume(rows, stored("a0", "b0"), saved)
     assert todo == {"b.mp4": ["4x16x32/b0"]}
     assert [failure["sample_id"] for failure in stats.failures] == ["a1"]
     assert (stats.asked, stats.written) == (2, 2)
 
 
 def test_a_changed_file_is_encoded_again():
-    state, stats, todo = take([row("a", size=2), row("b")], stored("a0", "b0"), ledger(a=["a0"], b=["b0"]))
+    state, stats, todo = resume([row("a", size=2), row("b")], stored("a0", "b0"), progress(a=["a0"], b=["b0"]))
     assert todo == {"a.mp4": []}
     assert state.stale == {"bucket=4x16x32/part": {"a0"}}
     assert stats.written == 1
@@ -77,14 +77,14 @@ def test_a_changed_file_is_encoded_again():
 
 def test_unwanted_clips_are_stale_but_not_those_of_a_lost_file():
     rows = [row("a", reason="missing_file"), row("b")]
-    state, stats, todo = take(rows, stored("a0", "b0", "b1", "c0"), ledger(b=["b0"]))
+    state, stats, todo = resume(rows, stored("a0", "b0", "b1", "c0"), progress(b=["b0"]))
     assert state.stale == {"bucket=4x16x32/part": {"b1", "c0"}}
     assert (stats.asked, stats.written, todo, stats.failures) == (2, 2, {}, [])
 
 
 def test_a_folder_of_other_sources_is_refused():
     with pytest.raises(UserError, match="holds 1 clips of other sources, such as z.mp4"):
-        take([row("a")], stored("z0"), ledger())
+        resume([row("a")], stored("z0"), progress())
 
 
 def test_progress_that_an_older_version_saved_is_loaded():

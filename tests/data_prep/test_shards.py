@@ -156,7 +156,7 @@ def test_loading_saved_progress_leaves_no_thread_behind(tmp_path: Path):
 
 def test_saving_progress_takes_a_twentieth_of_the_time_at_most():
     now, last, saving = 0.0, 0.0, 0.0
-    while now < 1e6:  # seconds, in which the ledger grows so that saving it takes a thousandth of them
+    while now < 1e6:  # seconds, while progress grows and saving takes a thousandth of them
         last = now / 1000
         saving += last
         now += last + save_interval_s(last)

@@ -7,7 +7,7 @@ from sora_train.errors import UserError
 
 
 def run(stats: PrepStats, start: int, stop: int, reason: str | None = None) -> None:
-    """Sources that came out of the chain, each with one clip."""
+    """Sources that came out of the pipeline, each with one clip."""
     for i in range(start, stop):
         source = f"{i}.mp4"
         if reason:
