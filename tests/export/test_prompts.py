@@ -116,7 +116,7 @@ def test_the_command_line_says_what_is_wrong_in_one_message(folder, tmp_path, ca
         ([*one, "--sampler", "best"], "choices: 'auto', 'ddim'"),
         ([*one, "--guidance_interval", "0.5", "0.1"], "--guidance_interval is"),
         ([*one, "--format", "avi"], "'avi'; choices: 'mp4', 'gif' or 'png'"),
-        (["export", str(folder)], "takes RUN OUT, but got"),
+        (["export", str(folder)], "takes RUN OUT and flags, but got"),
     ]:
         assert cli.main(words) in (cli.EXIT_FAILED, cli.EXIT_RECIPE)
         said = capsys.readouterr().err
