@@ -50,16 +50,16 @@ class Bucket:
         return seconds >= self.seconds - TOLERANCE_S
 
     def crop_box(
-        self, width: int, height: int, pixel_aspect: float = 1.0, place: tuple[float, float] = (0.5, 0.5)
+        self, width: int, height: int, pixel_aspect: float = 1.0, offset: tuple[float, float] = (0.5, 0.5)
     ) -> tuple[float, float, float, float]:
         """The largest part of a frame with the bucket's shape: left, top, right, bottom in the frame's pixels.
 
-        `pixel_aspect` is the width of a source pixel over its height. `place` is the share of the surplus that is cut
+        `pixel_aspect` is the width of a source pixel over its height. `offset` is the share of the surplus that is cut
         off at the left and at the top.
         """
         shape = self.width / self.height / pixel_aspect  # wanted width over height, in source pixels
         crop_width, crop_height = min(width, height * shape), min(height, width / shape)
-        left, top = (width - crop_width) * place[0], (height - crop_height) * place[1]
+        left, top = (width - crop_width) * offset[0], (height - crop_height) * offset[1]
         return left, top, left + crop_width, top + crop_height
 
     def upscale_factor(self, width: float, height: float) -> float:

@@ -24,9 +24,9 @@ def test_the_crop_is_the_centre_in_the_buckets_shape():
     assert Bucket(1, 90, 160, 8).crop_box(1920, 1080) == (0, 0, 1920, 1080)
 
 
-def test_the_place_moves_the_crop():
-    assert Bucket(1, 100, 100, 8).crop_box(400, 200, place=(0.0, 0.7)) == (0, 0, 200, 200)
-    assert Bucket(1, 100, 100, 8).crop_box(400, 200, place=(1.0, 0.7)) == (200, 0, 400, 200)
+def test_the_offset_moves_the_crop():
+    assert Bucket(1, 100, 100, 8).crop_box(400, 200, offset=(0.0, 0.7)) == (0, 0, 200, 200)
+    assert Bucket(1, 100, 100, 8).crop_box(400, 200, offset=(1.0, 0.7)) == (200, 0, 400, 200)
 
 
 def test_non_square_pixels_are_cropped_by_their_display_shape():
