@@ -49,8 +49,8 @@ def resolve_recipe(recipe: Recipe, fresh: bool = False) -> Recipe:
 
     run = Path(place(recipe.train.output)) / recipe.name
     has_recipe = not fresh and (run / "recipe.yaml").is_file()
-    begun = run if has_recipe and checkpoint.complete_checkpoints(run / "checkpoints") else None
-    start = _initial_weights(recipe, begun)
+    resumed = run if has_recipe and checkpoint.complete_checkpoints(run / "checkpoints") else None
+    start = _initial_weights(recipe, resumed)
     return recipe.model_copy(
         update={
             "data": recipe.data.model_copy(update={"output": place(recipe.data.output)}),
@@ -62,7 +62,7 @@ def resolve_recipe(recipe: Recipe, fresh: bool = False) -> Recipe:
             ),
             "codec": recipe.codec.model_copy(
                 update={key: network(getattr(recipe.codec, key)) for key in ("vae", "text", "models")}
-                | _text_settings(recipe.codec, start, begun)
+                | _text_settings(recipe.codec, start, resumed)
             ),
             "model": replace(recipe.model, init_from=start),
             "train": recipe.train.model_copy(update={"output": place(recipe.train.output)}),
@@ -70,17 +70,17 @@ def resolve_recipe(recipe: Recipe, fresh: bool = False) -> Recipe:
     )
 
 
-def _initial_weights(recipe: Recipe, begun: Path | None) -> str:
-    if begun is not None:
-        return str((read_yaml(begun / "recipe.yaml").get("model") or {}).get("init_from", ""))
+def _initial_weights(recipe: Recipe, resumed: Path | None) -> str:
+    if resumed is not None:
+        return str((read_yaml(resumed / "recipe.yaml").get("model") or {}).get("init_from", ""))
     return find_initial_weights(recipe)
 
 
-def _text_settings(codec: CodecConfig, start: str, begun: Path | None) -> dict[str, str]:
+def _text_settings(codec: CodecConfig, start: str, resumed: Path | None) -> dict[str, str]:
     """Values for `auto`. Captions are cleaned as for the shards, unless initial weights need otherwise."""
-    if begun is not None:
+    if resumed is not None:
         stated = codec.null_prompt != "auto"
-        return {"null_prompt": codec.null_prompt if stated else saved_null_prompt(begun)}
+        return {"null_prompt": codec.null_prompt if stated else saved_null_prompt(resumed)}
     cleaning = cleaning_of(codec, start) if start else codec.caption_cleaning
     return {"caption_cleaning": cleaning, "null_prompt": null_prompt_of(codec, start)}
 

@@ -130,13 +130,13 @@ def check_clips(run: Path, shards: str, now: Clips, new_data: bool) -> str:
     before = saved_clips(run)
     if before is None or before.fingerprint == now.fingerprint:
         return ""
-    said = describe_difference(before, now)
+    changes = describe_difference(before, now)
     if not new_data:
         raise UserError(
-            f"{shards} holds other clips than {run} was trained on: {said}. To resume with its optimizer and step on "
-            "the present clips, add --new-data. To start a new run at step 0 from its weights: --name NEW "
+            f"{shards} holds other clips than {run} was trained on: {changes}. To resume with its optimizer and step "
+            "on the present clips, add --new-data. To start a new run at step 0 from its weights: --name NEW "
             f"--model.init_from {run}. To resume as before, restore the previous clips",
             code="clips",
         )
     check_holdout_moves(before, now)
-    return said
+    return changes

@@ -31,7 +31,7 @@ START_EVENTS, END_EVENTS = ("start", "resume"), ("end", "failed", "stopped", "in
 FATAL_ERROR_FILE = "stop.json"
 """Why a worker ended the run for good. Workers that Ray restarts find it and end too."""
 RAY_CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
-"""Ray's list of checkpoints. A checkpoint in it that somebody removed would fail the run, so workers report anew."""
+"""Ray's list of checkpoints. A checkpoint in it that somebody removed would fail the run, so workers report again."""
 RUN_FILES = (
     "metrics.jsonl",
     "events.jsonl",

@@ -179,7 +179,7 @@ def remove_old_samples(folder: Path) -> None:
 
 
 def write_event_once(run: Path, step: int, remark: str) -> None:
-    """Says what a validation can't measure, unless an earlier one said it."""
+    """Writes an event of what a validation can't measure, unless an earlier one did."""
     events = Events(run)
     if not any(event["event"] == "not_measured" and event["reason"] == remark for event in events.lines.read()):
         events.write("not_measured", step, remark)

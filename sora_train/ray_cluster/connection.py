@@ -100,7 +100,7 @@ def wait_until_reachable(address: str, key: str) -> None:
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if not host or not port.isdecimal():
         return
-    ends, said = time.monotonic() + WAIT_S, False
+    ends, logged = time.monotonic() + WAIT_S, False
     while True:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
@@ -110,9 +110,9 @@ def wait_until_reachable(address: str, key: str) -> None:
                 raise UserError(
                     f"no Ray at {address} ({key}): {error}. Start that cluster. {local_hint(key)}", code="ray"
                 ) from None
-            if not said:
+            if not logged:
                 log.info(f"no Ray at {address} ({key}) yet: waiting up to {WAIT_S:.0f} s for it")
-                said = True
+                logged = True
             time.sleep(1)
 
 

@@ -122,4 +122,4 @@ class RayMetrics:
             act()
         except Exception as error:  # must never cost a training
             self.on = False
-            log.warning(f"Ray metrics stopped ({type(error).__name__}: {error}); the run goes on")
+            log.warning(f"Ray metrics stopped ({type(error).__name__}: {error}); the run continues")

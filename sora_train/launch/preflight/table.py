@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -90,7 +91,7 @@ def preflight(recipe: Recipe) -> None:
         table.check("wandb", check_wandb)
     try:
         cpus = checks.run_resources(recipe, gpu=False, most=True).get("CPU", 0)
-        with connect(recipe.cluster.address, min_cpus=int(-(-cpus // 1)), log_to_driver=False) as own:
+        with connect(recipe.cluster.address, min_cpus=math.ceil(cpus), log_to_driver=False) as own:
             check_cluster(recipe, manifest, table, own)
     except UserError as error:
         table.add("cluster", "failed", str(error))
