@@ -86,14 +86,14 @@ def test_the_loss_equals_one_computed_by_hand_of_what_the_model_was_given(run: R
 def test_a_model_that_predicts_exactly_has_no_loss_and_no_weights_count(shards: ShardSet, settings: dict):
     objective = make_objective(DiffusionConfig(**settings))
     targets: list[torch.Tensor] = []
-    mix = objective.mix
+    add_noise = objective.add_noise
 
     def remembered(x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x_t, target = mix(x, noise, t)
+        x_t, target = add_noise(x, noise, t)
         targets.append(target)
         return x_t, target
 
-    objective.mix = remembered  # an oracle: the model is handed what it has to predict
+    objective.add_noise = remembered  # an oracle: the model is handed what it has to predict
     places = choose(shards, 5)
     exact = held_out_loss(lambda x, t, text, mask: targets[-1], objective, shards, places)
     assert set(exact.values()) == {0.0}
