@@ -1,1 +1,1 @@
-"""What a recipe takes of a GPU's memory and of its time, reckoned without one."""
+"""What a recipe takes of a GPU's memory and time, estimated without a GPU."""

@@ -1,18 +1,29 @@
-"""What the forward pass leaves for the backward pass: bytes of the tensors that autograd holds, from shapes alone.
+"""Bytes that the forward pass leaves for the backward pass, from a trace of the model with fake tensors.
 
-A tensor of a block is so many times T d, with T tokens of width d: `kept_by_block` lists them in the order in which
-`model/layers.py` makes them. What several operations save is one storage and counts once; parameters are not counted.
+Fake tensors have shapes and storages but no memory, so any model can be traced on any machine in a fraction of a
+second. What operations made and autograd still refers to after the forward pass is counted; parameters are not.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from sora_train.model.config import ModelConfig
-from sora_train.model.embed import TIME_CHANNELS
+from sora_train.model.latte import Latte
+from sora_train.train.activation_checkpointing import Mode, apply_activation_checkpointing
 from sora_train.train.config import TrainConfig
 
 FLOAT, HALF = 4, 2
 """Bytes of a float32 and of a bfloat16."""
+TRACED_BLOCKS = 4  # the first two, which may differ, and one of each kind that is repeated
 
 
 @dataclass(frozen=True)
@@ -26,99 +37,88 @@ class Sizes:
     l: int  # noqa: E741
 
     def tokens(self, model: ModelConfig) -> int:
-        """Patches of all clips together."""
+        """Patches of all clips."""
         return self.b * self.f * (self.h // model.patch) * (self.w // model.patch)
 
 
 @dataclass(frozen=True)
-class Formats:
-    """Bytes of a number, by where it comes from.
+class Activations:
+    """Bytes held between the forward and the backward pass of a micro-batch."""
 
-    Stage 0 computes bf16 by autocast: matrix products and attention are in bf16, and what is added up in the residual
-    stream, norms and what touches them in float32. Everywhere else all is of one format.
-    """
+    blocks: tuple[int, ...]
+    """Of each block."""
+    other: int
+    """Before and after the blocks, embedded captions included."""
 
-    product: int
-    """Of matrix products, attention, and what goes into them."""
-    stream: int
-    """Of the residual stream, and of norms."""
-
-    @classmethod
-    def of(cls, train: TrainConfig) -> "Formats":
-        """The formats that a recipe trains in."""
-        if train.precision == "fp32":
-            return cls(FLOAT, FLOAT)
-        return cls(HALF, HALF if train.zero_stage else FLOAT)
+    @property
+    def total(self) -> int:
+        return sum(self.blocks) + self.other
 
 
-def kept(model: ModelConfig, train: TrainConfig, sizes: Sizes) -> tuple[int, int]:
-    """Bytes that are held between the forward and the backward pass of a micro-batch: those of the blocks, and of what
-    stands before and behind them.
-    """
-    formats = Formats.of(train)
-    blocks = sum(kept_by_block(model, train, sizes, *kind) for kind in blocks_run(model, sizes.f))
-    if train.activation_checkpointing != "none":
-        blocks -= sizes.tokens(model) * model.width * (formats.stream - formats.product)  # no norm was before the first
-        blocks += 6 * sizes.b * model.width * formats.product  # the modulation, which all blocks share
-    return blocks, kept_around(model, formats, sizes)
+def activations(model: ModelConfig, train: TrainConfig, sizes: Sizes) -> Activations:
+    """What a recipe's forward pass leaves. Traces one clip and two: bytes grow linearly with clips."""
+    half, mode = train.precision == "bf16", train.activation_checkpointing
+    depth = min(model.depth, TRACED_BLOCKS + model.depth % 2)
+    shallow = replace(model, depth=depth)
+    one, two = (trace(shallow, mode, half, half and not train.zero_stage, replace(sizes, b=b)) for b in (1, 2))
+    *blocks, other = (a + (sizes.b - 1) * (b - a) for a, b in zip(one, two, strict=True))
+    repeated = (model.depth - depth) // 2 * tuple(blocks[2:4])
+    return Activations((*blocks, *repeated), other)
 
 
-def blocks_run(model: ModelConfig, f: int) -> Iterator[tuple[bool, bool]]:
-    """For every block that a clip of f latent frames passes, whether it reads the caption, and whether it turns queries
-    and keys.
-    """
-    joint = model.attention == "joint"
-    space, time = model.positions == "rotary", "rotary" in (model.positions, model.temporal_positions)
-    for i in range(model.depth):
-        temporal = not joint and i % 2 == 1
-        if not (temporal and f == 1):
-            yield joint or not temporal or model.cross_attention_in == "every", time if joint or temporal else space
+@lru_cache(maxsize=256)
+def trace(model: ModelConfig, mode: Mode, half: bool, autocast: bool, sizes: Sizes) -> tuple[int, ...]:
+    """Bytes that each block leaves, and last what the rest of the model leaves."""
+    default, dtype = torch.get_default_dtype(), torch.bfloat16 if half and not autocast else torch.float32
+    torch.set_default_dtype(dtype)
+    try:
+        with FakeTensorMode():
+            latte = Latte(model)
+            apply_activation_checkpointing(latte, mode)
+            x = torch.empty(sizes.b, sizes.f, model.in_channels, sizes.h, sizes.w)
+            text, mask = torch.empty(sizes.b, sizes.l, model.text_width), torch.ones(sizes.b, sizes.l).bool()
+            # without autocast's cache, which holds bfloat16 weights until the forward pass ends
+            cast = torch.autocast("cpu", torch.bfloat16, autocast, cache_enabled=False)
+            with LiveStorages(latte.parameters()) as live, cast:
+                blocks = [0] * len(latte.blocks)
+                for i, block in enumerate(latte.blocks):
+                    count_block(block, i, blocks, live)
+                # copies, so that of the inputs only what autograd saves is counted
+                y = latte(x.clone(), torch.full((sizes.b,), 500.0), text.clone(), mask.clone())
+            total = live.bytes() - y.untyped_storage().nbytes()
+    finally:
+        torch.set_default_dtype(default)
+    return *blocks, total - sum(blocks)
 
 
-def kept_by_block(model: ModelConfig, train: TrainConfig, sizes: Sizes, text: bool, turned: bool) -> int:
-    """Bytes that one block leaves, under `train.activation_checkpointing`; a block with or without attention to the
-    text, and with or without rotary positions.
-    """
-    formats, mode = Formats.of(train), train.activation_checkpointing
-    stream, product = formats.stream, formats.product
-    b, d, l = sizes.b, model.width, sizes.l  # noqa: E741
-    tokens = sizes.tokens(model)
-    if mode == "full":
-        return tokens * d * stream  # the block's input; all else is computed again
-    logsumexp = tokens * model.heads * FLOAT
-    # q k v, attention, its map out, and the two maps of the feed-forward
-    products = (3 + 1 + 1 + 4 + 1) * product
-    if text:
-        products += (1 + 1) * product  # q, attention
-    if mode == "selective":
-        held = tokens * d * (stream + products + (product if text else 0))
-    else:
-        # x and its norm, twice; what goes into qkv and into the feed-forward; the GELU's output
-        held = tokens * d * (4 * stream + products + (1 + 1 + 4) * product)
-        if text:
-            held += tokens * d * product  # what goes into q
-        if turned:
-            held += tokens * d * 3 * product  # q and k, turned, and attention's output, which then lies otherwise
-        held += (6 + 2) * b * d * stream + 4 * tokens * stream  # the modulation, 1 + scale, and the norms' statistics
-        if product < stream:
-            held += (16 if text else 12) * d * d * product  # autocast's copies of the weights
-    held += logsumexp
-    if text:
-        held += logsumexp + b * l * 2 * d * product  # keys and values of the caption
-    return held
+def count_block(block: nn.Module, i: int, blocks: list[int], live: "LiveStorages") -> None:
+    """Has a block's forward pass write into `blocks[i]` by how much the live bytes grow."""
+
+    def begin(*_: Any) -> None:
+        blocks[i] = -live.bytes()
+
+    def end(*_: Any) -> None:
+        blocks[i] += live.bytes()
+
+    block.register_forward_pre_hook(begin)
+    block.register_forward_hook(end)
 
 
-def kept_around(model: ModelConfig, formats: Formats, sizes: Sizes) -> int:
-    """Bytes of patches, time, text and the output layer."""
-    stream, product = formats.stream, formats.product
-    b, d, e, l = sizes.b, model.width, model.text_width, sizes.l  # noqa: E741
-    tokens = sizes.tokens(model)
-    patch_in = tokens * model.patch**2 * model.in_channels * product
-    text = b * l * (e + 3 * d) * product
-    time = b * (TIME_CHANNELS + 4 * d) * product
-    pooled = b * (e + 2 * d) * product if model.pooled_text else 0
-    out = tokens * d * (2 * stream + product)  # the norm's input and output, and what goes into the last map
-    copies = 0
-    if product < stream:  # autocast's copies of the weights whose products are differentiated by both factors
-        copies = ((8 + bool(pooled)) * d * d + model.patch**2 * model.out_channels * d) * product
-    return patch_in + text + time + pooled + out + copies
+class LiveStorages(TorchDispatchMode):
+    """Counts the bytes of storages that were made by operations within and still exist."""
+
+    def __init__(self, excluded: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.excluded = {StorageWeakRef(tensor.untyped_storage()) for tensor in excluded}
+        self.made: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self.made[StorageWeakRef(storage)] = storage.nbytes()
+        return out
+
+    def bytes(self) -> int:
+        return sum(n for ref, n in self.made.items() if ref not in self.excluded and not ref.expired())

@@ -1,8 +1,8 @@
-"""What a rank holds of the model under ZeRO: parameters, gradients, AdamW's float32 masters and moments, the average.
+"""Model states of one rank under ZeRO: parameters, gradients, AdamW's float32 masters and moments, EMA.
 
-ZeRO's arithmetic (Rajbhandari et al. 2020, arXiv 1910.02054, section 5) with what DeepSpeed 0.19 adds to it: padding to
-equal parts, small parameters that stage 3 leaves whole, and buckets for communication, which are as large as its
-settings say, however small the model.
+ZeRO's arithmetic (Rajbhandari et al. 2020, arXiv 1910.02054, section 5) and what DeepSpeed 0.19 adds: padding to equal
+parts, small parameters that stage 3 does not partition, and communication buckets of the size in its settings, however
+small the model.
 """
 
 from dataclasses import dataclass, field, replace
@@ -25,44 +25,44 @@ DEFAULTS = {
     "stage3_param_persistence_threshold": 100_000,
     "stage3_max_live_parameters": 1_000_000_000,
 }
-"""DeepSpeed's own, in elements, where `train.deepspeed` says nothing of them."""
+"""DeepSpeed's defaults, in elements."""
 ALLREDUCE = 500_000_000
-"""Elements that DeepSpeed copies together to reduce them where it has no bucket: stage 0, and bfloat16's stage 1."""
+"""Elements that DeepSpeed reduces at once if it has no bucket: stage 0, and stage 1 in bf16."""
 
 
 @dataclass(frozen=True)
 class States:
-    """Bytes of one rank, the fullest one; all on its device, but for what the offload puts into `host`."""
+    """Bytes of the rank that holds most: on its device, except what offload moves to `host`."""
 
     parameters: int
     masters: int
-    """Float32 copies that AdamW changes; none at stage 0, where the parameters are float32 themselves."""
+    """Float32 copies that AdamW updates; none at stage 0, whose parameters are float32."""
     moments: int
     ema: int
     gradients: int
-    """As they stand when a step's last micro-batch is done."""
+    """After the last micro-batch of a step."""
     lasting: int
-    """Those of them that are there all the time."""
+    """Those of them that are allocated all the time."""
     bucket: int
-    """Where gradients are gathered to be sent."""
+    """Communication buckets of gradients."""
     copies: int
-    """Of gradients, made while they are sent; at stage 3 also those of a block, which go together."""
+    """Copies of gradients during the reduction; at stage 3 also the gradients of one block."""
     gathered: int
-    """Stage 3: parameters that are whole for a while, and those that are on their way."""
+    """Stage 3: gathered and prefetched parameters."""
     update: int
-    """Made anew when AdamW steps."""
+    """Temporary memory of AdamW's step."""
     host: dict[str, int] = field(default_factory=dict)
-    """What lies in the machine's memory instead, by the names above."""
+    """What is in CPU memory instead, by the names above."""
 
     @property
     def held(self) -> int:
-        """What is there at any time."""
+        """What is always on the device."""
         return self.parameters + self.masters + self.moments + self.ema
 
 
 @lru_cache(maxsize=16)
-def counts(model: ModelConfig) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """Elements of every parameter, in the model's order, and by AdamW's two groups. Nothing is allocated."""
+def parameter_counts(model: ModelConfig) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """Elements of every parameter, in the model's order and by AdamW's two groups. Allocates nothing."""
     with torch.device("meta"):
         latte = Latte(model)
     groups = [group["params"] for group in decay_groups(latte, 0.0)]
@@ -78,15 +78,13 @@ def block_elements(model: ModelConfig) -> int:
 
 
 def checkpoint_bytes(model: ModelConfig) -> int:
-    """Bytes of a checkpoint, at any stage and any number of ranks: float32 weights, both moments and the average, and
-    the whole averaged model beside them.
-    """
-    return 5 * FLOAT * sum(counts(model)[0])
+    """Bytes of a checkpoint, at any stage and number of ranks: float32 weights, two moments, EMA, and the EMA model."""
+    return 5 * FLOAT * sum(parameter_counts(model)[0])
 
 
 def states(model: ModelConfig, train: TrainConfig, world: int) -> States:
-    """What a recipe's model takes on each of `world` ranks, at `train`'s stage, precision and offload."""
-    every, groups = counts(model)
+    """The model states of each of `world` ranks, by `train`'s ZeRO stage, precision and offload."""
+    every, groups = parameter_counts(model)
     total, settings = sum(every), zero_settings(train, world)
     reduce_bucket = settings["reduce_bucket_size"]
     half = train.precision == "bf16"
@@ -101,7 +99,7 @@ def states(model: ModelConfig, train: TrainConfig, world: int) -> States:
             gradients=FLOAT * total,
             lasting=0,
             bucket=0,
-            copies=(FLOAT + converted(sent, FLOAT)) * min(total, ALLREDUCE) if world > 1 else 0,
+            copies=(FLOAT + cast_bytes(sent, FLOAT)) * min(total, ALLREDUCE) if world > 1 else 0,
             gathered=0,
             update=0,
         )
@@ -118,7 +116,7 @@ def states(model: ModelConfig, train: TrainConfig, world: int) -> States:
         gradients=FLOAT * part,
         lasting=FLOAT * part,
         bucket=number * reduce_bucket,
-        copies=(number + converted(sent, number)) * min(total, reduce_bucket) + number * block_elements(model),
+        copies=(number + cast_bytes(sent, number)) * min(total, reduce_bucket) + number * block_elements(model),
         gathered=number * (live + min(live, settings["stage3_prefetch_bucket_size"])),
         update=FLOAT * part,
     )
@@ -132,12 +130,12 @@ def sharded_optimizer(
     aligned = [-(-count // (2 * world)) * 2 * world for count in groups]
     part, total, flat = sum(aligned) // world, sum(groups), sum(aligned)
     reduce_bucket, own_bf16 = settings["reduce_bucket_size"], train.zero_stage == 1 and number == HALF
-    reduced = FLOAT if train.zero_stage == 1 else number  # stage 1 sends what it added up in float32
+    reduced = FLOAT if train.zero_stage == 1 else number  # stage 1 reduces float32 sums
     sent = HALF if train.reduce_dtype == "bf16" else FLOAT
     buckets = 2 if settings.get("overlap_comm") else 1
-    # A micro-batch's own sums are made before they are added to those of the step: bfloat16's stage 2 does without.
+    # sums of a micro-batch before they are added to those of the step; not in bf16 at stage 2
     again = FLOAT * part if number == FLOAT else 0
-    copies = (reduced + converted(sent, reduced)) * min(total, reduce_bucket) + 2 * number * largest
+    copies = (reduced + cast_bytes(sent, reduced)) * min(total, reduce_bucket) + 2 * number * largest
     placed = States(
         parameters=number * flat,
         masters=FLOAT * part,
@@ -151,25 +149,23 @@ def sharded_optimizer(
         update=0 if number == HALF else FLOAT * part,
     )
     if train.offload != "none":
-        # Stage 1 adds up on the device; a buffer as large as the largest parameter stands on either side.
+        # stage 1 accumulates on the device; device and host have a buffer of the size of the largest parameter
         at_device = placed.gradients if train.zero_stage == 1 else 0
         placed = offloaded(placed, train, {})
         return replace(placed, gradients=at_device + number * largest, lasting=number * largest)
-    if own_bf16:  # its own optimizer: float32 sums of all gradients, the bfloat16 ones beside them, and no bucket
-        gradients, copies = FLOAT * flat + HALF * total, (FLOAT + converted(sent, FLOAT)) * min(total, ALLREDUCE)
+    if own_bf16:  # BF16_Optimizer: float32 sums of all gradients and the bfloat16 ones, no bucket
+        gradients, copies = FLOAT * flat + HALF * total, (FLOAT + cast_bytes(sent, FLOAT)) * min(total, ALLREDUCE)
         return replace(placed, gradients=gradients, lasting=FLOAT * flat, bucket=0, copies=copies)
     return placed
 
 
-def converted(sent: int, held: int) -> int:
-    """Bytes of a number of the copy in `train.reduce_dtype`, which is made where gradients are held in another."""
+def cast_bytes(sent: int, held: int) -> int:
+    """Bytes per number of the copy in `train.reduce_dtype`, made if gradients have another dtype."""
     return sent if sent != held else 0
 
 
 def offloaded(placed: States, train: TrainConfig, parameters: dict[str, int]) -> States:
-    """The same with masters, moments, their average and gradients in the machine's memory, and with `all` parameters
-    too.
-    """
+    """The same with masters, moments, EMA and gradients in CPU memory; with `all` also the parameters."""
     if train.offload == "none":
         return placed
     moved = {name: getattr(placed, name) for name in ("masters", "moments", "ema", "gradients")}
@@ -181,6 +177,6 @@ def offloaded(placed: States, train: TrainConfig, parameters: dict[str, int]) ->
 
 
 def zero_settings(train: TrainConfig, world: int) -> dict[str, Any]:
-    """`zero_optimization` as DeepSpeed will have it."""
+    """`zero_optimization` as DeepSpeed gets it."""
     config = deepspeed_config(train, accumulation=accumulation(train, world), world=world)
     return DEFAULTS | config["zero_optimization"]

@@ -8,8 +8,8 @@ from sora_train.errors import RecipeError
 from sora_train.model import ModelConfig
 from sora_train.model.config import preset
 from sora_train.plan.activations import Sizes
-from sora_train.plan.estimate import MOST, estimate, largest_micro_batch, step_flops
-from sora_train.plan.states import DEFAULTS, counts, states
+from sora_train.plan.estimate import MAX_MICRO_BATCH, estimate, largest_micro_batch, step_flops
+from sora_train.plan.states import DEFAULTS, parameter_counts, states
 from sora_train.plan.table import PlanOptions, format_plan, remedies_for
 from sora_train.recipe import Recipe
 from sora_train.settings import build
@@ -25,7 +25,7 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not():
     for stage, room in ((0, GB80), (1, GB80), (2, 10**11), (3, GB80 // 2)):
         train = BF16.model_copy(update={"zero_stage": stage, "activation_checkpointing": "full"})
         most = largest_micro_batch(LATTE, train, CLIP, 8, room)
-        assert 0 < most < MOST
+        assert 0 < most < MAX_MICRO_BATCH
         for b, fits in ((most, True), (most + 1, False)):
             changed = train.model_copy(update={"micro_batch_size": b})
             assert (estimate(LATTE, changed, replace(CLIP, b=b), 8).total <= room) is fits
@@ -53,7 +53,7 @@ def test_each_stage_and_more_workers_take_no_more_than_those_before():
 
 def test_at_many_workers_the_bytes_are_those_of_the_zero_paper():
     """Its table: with K = 12 and a float32 sum of gradients, 2 + 4 + 12 bytes a parameter; the average adds 4."""
-    total, world = sum(counts(LATTE)[0]), 64
+    total, world = sum(parameter_counts(LATTE)[0]), 64
     for stage, bytes_each in ((2, 2 + (4 + 12 + 4) / world), (3, (2 + 4 + 12 + 4) / world)):
         found = states(LATTE, BF16.model_copy(update={"zero_stage": stage}), world)
         assert found.held + found.gradients == pytest.approx(bytes_each * total, rel=0.02)
@@ -118,7 +118,7 @@ def test_a_recipe_that_does_not_fit_is_told_what_would_and_each_of_it_does():
 
 
 def test_the_plan_needs_no_shards_and_takes_what_they_say(tiny_shards):
-    assert "keeps frames, since nobody/has-this is not at hand" in format_plan(large(), PlanOptions())
+    assert "keeps frames, since nobody/has-this is not available here" in format_plan(large(), PlanOptions())
     recipe = build(
         Recipe,
         {},

@@ -8,7 +8,7 @@ from sora_train.errors import UserError
 from sora_train.launch.preflight.node_info import NodeInfo
 from sora_train.plan.estimate import estimate
 from sora_train.plan.states import checkpoint_bytes
-from sora_train.plan.table import facts_of, heaviest, remedies_for
+from sora_train.plan.table import largest_bucket, plan_inputs, remedies_for
 from sora_train.recipe import Recipe
 from sora_train.storage import in_bytes
 
@@ -139,7 +139,7 @@ def check_memory(recipe: Recipe, gpu: bool, nodes: list[NodeInfo]) -> str:
     gpus = [memory for node in nodes for _, memory in node.gpus]
     if not nodes or (gpu and not gpus):
         raise Skip("nvidia-smi lists no GPU" if nodes else "no node answered")
-    sizes = replace(heaviest(recipe, facts_of(recipe))[1], b=recipe.train.micro_batch_size)
+    sizes = replace(largest_bucket(recipe, plan_inputs(recipe))[1], b=recipe.train.micro_batch_size)
     plan = estimate(recipe.model, recipe.train, sizes, recipe.cluster.fewest)
     if gpu:
         room, need, where = int(USABLE * min(gpus)), plan.total, "a GPU"
