@@ -109,7 +109,8 @@ def pipeline_rate(recipe: Recipe, sources: list[SourceRow]) -> float:
                 marks.append((time.monotonic(), stats.written))
         sink.close()
     # when each VAE worker has delivered one batch, all of them have just begun the next
-    first = [mark for mark in marks if mark[1]][allocate_cpus(available_cpus(), 0, recipe.prep).vae.workers - 1]
+    workers = allocate_cpus(available_cpus(), 0, recipe.prep).vae.workers
+    first = [mark for mark in marks if mark[1]][:workers][-1]
     return (marks[-1][1] - first[1]) / (marks[-1][0] - first[0])
 
 
