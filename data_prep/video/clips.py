@@ -1,4 +1,4 @@
-"""What a local file is cut into, and the clips themselves: picked by time, cropped, resized. No Ray, no torch."""
+"""Plans the clips of a local file and reads them: picked by time, cropped, resized. No Ray, no torch."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import numpy as np
 
 from data_prep.buckets import Bucket, buckets_of, choose_bucket, clip_length
 from data_prep.reasons import ClipError
-from data_prep.video.decord_reader import DecordReader, NotOrdinaryError
+from data_prep.video.decord_reader import DecordReader, NotOrdinaryError, PacketCheck
 from data_prep.video.images import image_format, read_image, read_image_header
 from data_prep.video.probe import Header, read_header
-from data_prep.video.readers import Fit, PyAvReader
+from data_prep.video.readers import PyAvReader, Transform
 from data_prep.video.timeline import Timeline, read_timeline
 from data_prep.video.transforms import random_crop_and_flip, resize_to_bucket
 from sora_train.data.config import DataConfig, SelectionConfig
 
-DURATION_ROUNDING_S = 0.05  # a promise that is so near to the frames' own end means that
-MISSING_SHARE, MISSING_S = 0.1, 0.5  # less missing at the end than this is how containers round
+DURATION_ROUNDING_S = 0.05  # a container's duration this near to the frames' end is replaced by it
+MISSING_SHARE, MISSING_S = 0.1, 0.5  # less missing at the end is due to rounding in the container
 
 
 @dataclass(frozen=True)
 class ClipSpan:
-    """A clip's place: seconds since the video's first frame, and the bucket it goes to; 0 to 0 in a still picture."""
+    """A clip's start and end in seconds since the first frame, 0 to 0 in an image; and its bucket."""
 
     start_s: float
     end_s: float
@@ -33,7 +33,7 @@ class ClipSpan:
 
 @dataclass(frozen=True)
 class ClipPlan:
-    """What a source is cut into: at least one span. Its size as it is shown, its length, a remark on it, or none."""
+    """The spans of a source, at least one; its display size and length; and a remark or an empty string."""
 
     spans: tuple[ClipSpan, ...]
     width: int
@@ -46,7 +46,7 @@ class ClipPlan:
 
 @dataclass(frozen=True)
 class Clip:
-    """Frames uint8 `F H W 3`, the file's sha256, 48 digits of how it looks, and a remark on the file, or none."""
+    """Frames uint8 `F H W 3`, the file's sha256, a perceptual hash, and a remark on the file or an empty string."""
 
     frames: np.ndarray
     content_hash: str
@@ -55,144 +55,142 @@ class Clip:
 
 
 class Source:
-    """One opened file: its spans, and its clips, of which those that rise in time are read fastest.
+    """One opened file: its clips' spans, and their frames, read fastest in rising order.
 
-    `alive` is called now and then where reading takes long.
+    `alive` is called now and then while reading takes long.
     """
 
     def __init__(
         self, path: str, data: DataConfig, selection: SelectionConfig, alive: Callable[[], None] = lambda: None
     ):
         self.path, self.data, self.selection, self.alive = path, data, selection, alive
-        self.still = read_image_header(path) if image_format(path) else None
-        self.header = None if self.still else read_header(path)
-        self.reader: PyAvReader | None = None
-        self.remarked = False
-        self._hash = ""
+        self.image = read_image_header(path) if image_format(path) else None
+        self._header = None if self.image else read_header(path)
         self._timeline: Timeline | None = None
+        self._packets: PacketCheck | None = None
+        self._reader: PyAvReader | None = None
+        self._remark_given = False
+        self._hash = ""
+
+    @property
+    def header(self) -> Header:
+        """Of a video."""
+        assert self._header is not None
+        return self._header
 
     def plan_clips(self, headers_only: bool = False) -> ClipPlan:
         """Its spans. Raises ClipError `too_short`, `too_long`, `too_small` or `crosses_cut`."""
-        buckets, data, selection = buckets_of(self.data), self.data, self.selection
-        if self.still:
-            check_side(self.still.width, self.still.height, selection)
-            size = self.still.width, self.still.height
-            bucket = choose_bucket(buckets, *size, 0.0, data.max_enlarge, still=True)
-            return ClipPlan((ClipSpan(0.0, 0.0, bucket),), *size, 0.0, True, self.still.remark)
-        assert self.header is not None
-        width, height = self.header.display_size
-        check_side(width, height, selection)
-        if self.header.still:
-            bucket = choose_bucket(buckets, width, height, 0.0, data.max_enlarge, still=True)
-            return ClipPlan(
-                (ClipSpan(0.0, 0.0, bucket),), round(width), round(height), 0.0, True, "; ".join(self.header.remarks)
-            )
-        shortest = min(buckets, key=lambda b: (b.frames == 1, b.frames))
-        if not headers_only:
-            self.timeline()
-        seconds = self.header.container_duration_s
-        joined = self._timeline is not None and self._timeline.jumps_back
-        if joined or not shortest.is_filled_by(seconds - data.start_s):  # a promise too small is none
-            seconds = max(seconds, self.timeline().end)
-        if seconds < selection.min_seconds:
-            raise ClipError(
-                "too_short", f"lasts {seconds:.2f} s; at least {selection.min_seconds:g} (selection.min_seconds)"
-            )
-        if 0 < selection.max_seconds < seconds:
-            raise ClipError(
-                "too_long", f"lasts {seconds:.2f} s; at most {selection.max_seconds:g} (selection.max_seconds)"
-            )
+        width, height = (self.image.width, self.image.height) if self.image else self.header.display_size
+        check_side(width, height, self.selection)
+        size = round(width), round(height)
+        if self.image or self.header.still:
+            bucket = choose_bucket(buckets_of(self.data), width, height, 0.0, self.data.max_enlarge, still=True)
+            remark = self.image.remark if self.image else "; ".join(self.header.remarks)
+            return ClipPlan((ClipSpan(0.0, 0.0, bucket),), *size, 0.0, True, remark)
+        seconds = self.duration(headers_only)
         scenes = [(0.0, seconds)]
-        if selection.scene_cuts and not headers_only:
+        if self.selection.scene_cuts and not headers_only:
             from data_prep.filters import scene_spans
 
-            scenes = scene_spans(self.path, selection.scene_threshold, self.alive)
+            scenes = scene_spans(self.path, self.selection.scene_threshold, self.alive)
         holes = () if headers_only else self.holes()
         apart = ("crosses_cut", "scenes") if len(scenes) > 1 else ("too_short", "stretches between holes")
-        spans = clip_spans(subtract(scenes, holes), seconds, self.header, data, apart)
-        lost = sum(end - start for start, end in holes)
-        count = f"{len(holes)} hole{'s' * (len(holes) > 1)}"
+        spans = clip_spans(subtract(scenes, holes), seconds, self.header, self.data, apart)
+        lost, count = sum(end - start for start, end in holes), f"{len(holes)} hole{'s' * (len(holes) > 1)}"
         gaps = f"holes: no clips of {count} in its timestamps, {lost:.1f} s in all" if holes else ""
         remark = "; ".join(filter(None, (*self.header.remarks, gaps)))
-        size, rate = (round(width), round(height)), self.header.frames_per_second
-        return ClipPlan(spans, *size, seconds, False, remark, frames_per_second=rate)
+        return ClipPlan(spans, *size, seconds, False, remark, self.header.frames_per_second)
+
+    def duration(self, headers_only: bool) -> float:
+        """Seconds of a video. Raises ClipError `too_short` or `too_long` by the selection's limits."""
+        shortest = min(buckets_of(self.data), key=lambda bucket: (bucket.frames == 1, bucket.frames))
+        if not headers_only:
+            self.timeline()  # corrects the header
+        seconds = self.header.container_duration_s
+        restarts = self._timeline is not None and self._timeline.jumps_back
+        if restarts or not shortest.is_filled_by(seconds - self.data.start_s):  # too short may mean unknown
+            seconds = max(seconds, self.timeline().end)
+        low, high = self.selection.min_seconds, self.selection.max_seconds
+        if seconds < low:
+            raise ClipError("too_short", f"lasts {seconds:.2f} s; at least {low:g} (selection.min_seconds)")
+        if 0 < high < seconds:
+            raise ClipError("too_long", f"lasts {seconds:.2f} s; at most {high:g} (selection.max_seconds)")
+        return seconds
 
     def timeline(self) -> Timeline:
-        """When its frames are shown, read once. A hole is as long as the shortest clip."""
-        assert self.header is not None
+        """When a video's frames are shown, read once. A hole is at least as long as the shortest clip."""
         if self._timeline is None:
-            moving = [bucket.seconds for bucket in buckets_of(self.data) if bucket.frames > 1]
-            timeline = read_timeline(self.path, self.header, min(moving, default=float("inf")), self.alive)
+            hole_s = min((b.seconds for b in buckets_of(self.data) if b.frames > 1), default=float("inf"))
+            if not self.data.stride_s:  # decord reads no further clips
+                self._packets = PacketCheck(self.header)
+            on_packet = self._packets.add if self._packets else lambda stream, packet: None
+            timeline = read_timeline(self.path, self.header, hole_s, self.alive, on_packet)
             promised, end = self.header.container_duration_s, timeline.end
             if any(abs(promised - late - end) <= DURATION_ROUNDING_S for late in (0.0, timeline.start_s)):
-                self.header = replace(self.header, container_duration_s=end)  # FLV and NUT may count from 0
+                self._header = replace(self.header, container_duration_s=end)  # FLV and NUT may count from 0
             self._timeline = timeline
         return self._timeline
 
-    def video(self) -> PyAvReader:
-        """The reader of its frames."""
-        assert self.header is not None
-        if self.reader is None:
-            self.reader = PyAvReader(self.path, self.header, seekable=not self.timeline().jumps_back)
-        return self.reader
+    def reader(self) -> PyAvReader:
+        """PyAV's reader of a video, kept open."""
+        if self._reader is None:
+            self._reader = PyAvReader(self.path, self.header, seekable=not self.timeline().jumps_back)
+        return self._reader
 
     def holes(self) -> tuple[tuple[float, float], ...]:
-        """The holes in its timestamps, in seconds since the first frame that can be decoded."""
+        """The holes in a video's timestamps, in seconds since the first frame that can be decoded."""
         timeline = self.timeline()
         if not timeline.holes:
             return ()
-        start = self.video().first_timestamp()
+        start = self.reader().first_timestamp()
         late = 0.0 if start is None else start - timeline.start_s
         return tuple((begin - late, end - late) for begin, end in timeline.holes)
 
     def read(self, span: ClipSpan, seed: str) -> Clip:
-        """One clip. Raises ClipError with the reason why there is none."""
+        """One clip; `seed` fixes its random crop and flip. Raises ClipError."""
         from data_prep.filters import check_pixels, perceptual_hash
 
         place, mirrored = random_crop_and_flip(seed, self.data)
-        if self.still:
-            picture = read_image(self.path, max(span.bucket.height, span.bucket.width))
-            frames = resize_to_bucket(picture, span.bucket, 1.0, place, mirrored)[None]
+        if self.image:
+            image = read_image(self.path, max(span.bucket.height, span.bucket.width))
+            frames = resize_to_bucket(image, span.bucket, 1.0, place, mirrored)[None]
         else:
-            assert self.header is not None
-            video = self.video()
-            frames = self.frames(
-                span,
-                self.header,
-                lambda frame: resize_to_bucket(frame, span.bucket, video.pixel_aspect, place, mirrored),
-            )
+            reader = self.reader()
+
+            def transform(frame: np.ndarray) -> np.ndarray:
+                return resize_to_bucket(frame, span.bucket, reader.pixel_aspect, place, mirrored)
+
+            frames = self.read_frames(span, transform)
         check_pixels(frames, span.bucket.fps, self.selection)
         return Clip(frames, self.content_hash(), perceptual_hash(frames), self.remark())
 
-    def frames(self, span: ClipSpan, header: Header, fitted: Fit) -> np.ndarray:
-        """A span's frames, fitted. Raises ClipError."""
-        due = span.start_s + span.bucket.times()
-        video = self.video()
-        frames = self.by_decord(due, fitted) or video.frames(due, fitted)
+    def read_frames(self, span: ClipSpan, transform: Transform) -> np.ndarray:
+        """A video clip's frames by decord, or by PyAV if decord may not read them. Raises ClipError."""
+        due, reader = span.start_s + span.bucket.times(), self.reader()
+        try:
+            frames = self.decord_reader().frames(due, transform)
+        except NotOrdinaryError:
+            frames = reader.frames(due, transform)
         if len(frames) < len(due):
-            if not video.end:
+            if not reader.end:
                 raise ClipError("corrupt", "no frame of it decodes")
-            check_length(video.end, header, span)
-            raise ClipError("corrupt", f"frames are missing before {video.end:.2f} s")
+            check_length(reader.end, self.header, span)
+            raise ClipError("corrupt", f"frames are missing before {reader.end:.2f} s")
         return np.stack(frames)
 
-    def by_decord(self, due: np.ndarray, fitted: Fit) -> list[np.ndarray]:
-        """The frames of a video's only clip; none where decord is not sure of them, and PyAV has to read the clip."""
-        if self.data.stride_s or self.timeline().holes or self.timeline().jumps_back:
-            return []
-        assert self.header is not None
-        try:
-            return DecordReader(self.path, self.header).frames(due, fitted)
-        except NotOrdinaryError:
-            return []
+    def decord_reader(self) -> DecordReader:
+        """decord's reader, for a video's only clip. Raises NotOrdinaryError."""
+        timeline = self.timeline()
+        if self._packets is None or timeline.holes or timeline.jumps_back:
+            raise NotOrdinaryError("several clips, or timestamps with holes or jumps")
+        return DecordReader(self.path, self.header, self._packets.times())
 
     def remark(self) -> str:
-        """Remarks on a video, once: what it signals and is not applied, and where it breaks off behind its clips."""
-        if self.header is None or self.remarked:
+        """Remarks on a video, once: what it signals and is not applied, and an end before that of the header."""
+        if self._header is None or self._remark_given:
             return ""
-        self.remarked = True
-        end = self.reader.end if self.reader else 0.0
-        end = end or self.timeline().end
+        self._remark_given = True
+        end = (self._reader.end if self._reader else 0.0) or self.timeline().end
         return "; ".join(filter(None, (*self.header.remarks, early_end_remark(end, self.header))))
 
     def content_hash(self) -> str:
@@ -208,7 +206,7 @@ class Source:
 
 
 def plan_clips(path: str, data: DataConfig, selection: SelectionConfig, headers_only: bool = False) -> ClipPlan:
-    """What a file is cut into; `headers_only` looks for no scene cuts. Raises ClipError."""
+    """The clips of a file; `headers_only` finds no scene cuts and no holes. Raises ClipError."""
     return Source(path, data, selection).plan_clips(headers_only)
 
 
@@ -218,7 +216,7 @@ def read_clip(path: str, span: ClipSpan, data: DataConfig, selection: SelectionC
 
 
 def subtract(scenes: list[tuple[float, float]], holes: tuple[tuple[float, float], ...]) -> list[tuple[float, float]]:
-    """What of the scenes is in no hole; both rise."""
+    """The parts of the scenes outside all holes; both rise."""
     stretches = []
     for begin, end in scenes:
         for start, stop in holes:
@@ -234,8 +232,8 @@ def clip_spans(
 ) -> tuple[ClipSpan, ...]:
     """Clips every `data.stride_s` from `data.start_s` on, counted from the start of each scene.
 
-    Raises ClipError where there is none; where all of several scenes are too short, `apart` is its reason, and what
-    the scenes are called.
+    Raises ClipError if there is none. If all of several scenes are too short, `apart` is the reason and the name of
+    such scenes.
     """
     most = 1 if not data.stride_s else data.clips_per_video or None
     spans: list[ClipSpan] = []
@@ -274,7 +272,7 @@ def check_side(width: float, height: float, selection: SelectionConfig) -> None:
 
 
 def check_length(end: float, header: Header, span: ClipSpan) -> None:
-    """Raises ClipError `truncated` or `too_short` where a video that ends so early doesn't fill a span."""
+    """Raises ClipError `truncated` or `too_short` if a video that ends at `end` doesn't fill a span."""
     if span.bucket.is_filled_by(end - span.start_s):
         return
     wanted = f"the clip from {span.start_s:.2f} to {span.end_s:.2f} s lies beyond"
@@ -286,7 +284,7 @@ def check_length(end: float, header: Header, span: ClipSpan) -> None:
 
 
 def early_end_remark(end: float, header: Header) -> str:
-    """A remark where a video whose end is known (not 0) lacks much of what it promises."""
+    """A remark if a video whose end is known (not 0) is much shorter than its header says."""
     container_duration_s = header.container_duration_s
     missing = container_duration_s - end if end else 0.0
     if missing <= max(MISSING_S, MISSING_SHARE * container_duration_s):

@@ -1,9 +1,9 @@
-"""Decoded frames to sRGB pixels, by what the stream or its container says of its colours.
+"""Converts decoded frames to sRGB by the colours that the stream or its container signals.
 
 swscale applies matrix and range. HDR (PQ and HLG, ITU-R BT.2100) and wide gamuts are converted here by their formulas:
 203 cd/m2, the reference white of BT.2408, becomes white, and what is brighter or more saturated is clipped. swscale's
-own conversion takes seconds to prepare for each size and shifts saturated colours. Videos of HD size that name no
-matrix are taken as BT.709, as players do; swscale alone would take BT.601.
+own conversion takes seconds to prepare for each size and shifts saturated colours. HD videos without a signalled matrix
+are taken as BT.709, as players do; swscale alone would take BT.601.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STEPS = 1 << 12  # of the table from linear light to sRGB
 
 @dataclass(frozen=True)
 class Colours:
-    """What a container or stream says of its colours: matrix, primaries and transfer by their numbers."""
+    """Signalled colours: numbers of the matrix, primaries and transfer function."""
 
     matrix: int = UNKNOWN
     primaries: int = UNKNOWN
@@ -40,12 +40,12 @@ class Colours:
 
 
 def colours_of(place: Any) -> Colours:
-    """Those of a codec context or a frame."""
+    """The colours of a codec context or a frame."""
     return Colours(int(place.colorspace), int(place.color_primaries), int(place.color_trc))
 
 
 def to_rgb(frame: Any, said: Colours, form: str) -> np.ndarray:
-    """A frame in the format `rgb24` or `rgba`. `said` counts where the frame itself says nothing."""
+    """A frame as `rgb24` or `rgba`. `said` applies if the frame itself signals nothing."""
     own = colours_of(frame)
     colours = Colours(*(b if a == UNKNOWN else a for a, b in zip(vars(own).values(), vars(said).values(), strict=True)))
     if colours.transfer in TRANSFERS or colours.primaries in WIDE:
@@ -60,7 +60,7 @@ def to_rgb(frame: Any, said: Colours, form: str) -> np.ndarray:
 
 
 def to_srgb(image: np.ndarray, colours: Colours) -> np.ndarray:
-    """uint16 `H W 3` of a wide gamut, of HDR or of both to uint8 in sRGB."""
+    """Converts uint16 `H W 3` of a wide gamut, HDR or both to uint8 sRGB."""
     light = linear_light_table(colours.transfer)[image]  # 1 is white
     if colours.transfer == int(ColorTrc.ARIB_STD_B67):  # the display's part: BT.2100, table 5
         luminance = light @ np.array([0.2627, 0.6780, 0.0593], np.float32)
@@ -73,7 +73,7 @@ def to_srgb(image: np.ndarray, colours: Colours) -> np.ndarray:
 
 @lru_cache(maxsize=4)
 def linear_light_table(transfer: int) -> np.ndarray:
-    """Light for each of 65536 codes: of PQ and SDR the display's, 1 being white, of HLG the scene's, 1 at most."""
+    """Linear light for each of 65536 codes: display light for PQ and SDR (1 is white), scene light up to 1 for HLG."""
     code = np.linspace(0, 1, 1 << 16)
     if transfer == int(ColorTrc.SMPTE2084):
         root = code ** (1 / 78.84375)
@@ -87,7 +87,7 @@ def linear_light_table(transfer: int) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def srgb_table(is_hdr: bool) -> np.ndarray:
-    """uint8 codes for squares of evenly spaced roots of light: sRGB's, and for SDR by the curve that it came by."""
+    """uint8 codes for light whose square roots are evenly spaced: sRGB's curve, or for SDR the gamma it came with."""
     light = np.linspace(0, 1, STEPS) ** 2
     srgb = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
     return np.round(255 * (srgb if is_hdr else light ** (1 / GAMMA))).astype(np.uint8)
@@ -95,14 +95,14 @@ def srgb_table(is_hdr: bool) -> np.ndarray:
 
 @lru_cache(maxsize=3)
 def to_xyz(gamut: str) -> np.ndarray:
-    """The matrix from linear RGB to XYZ of primaries with a white of D65."""
+    """The matrix from linear RGB to XYZ, for a white point of D65."""
     x, y = np.array([*CHROMATICITIES[gamut], D65]).T
     xyz = np.stack([x / y, np.ones(4), (1 - x - y) / y])
     return xyz[:, :3] * np.linalg.solve(xyz[:, :3], xyz[:, 3])
 
 
 def colour_remarks(context: Any) -> list[str]:
-    """What is signalled and not applied as it is, as remarks; see reasons.REMARKS."""
+    """Remarks on signalled properties that are not applied exactly; see reasons.REMARKS."""
     remarks, colours = [], colours_of(context)
     if transfer := TRANSFERS.get(colours.transfer):
         remarks.append(f"hdr: is HDR ({transfer}), mapped to SDR; what is brighter than 203 cd/m2 is clipped")

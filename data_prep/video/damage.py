@@ -1,9 +1,9 @@
-"""Decodes packets, and marks frames as DamagedFrame where the decoder conceals damage or they refer to such a frame.
+"""Decodes packets; frames that are damaged, or refer to damaged ones, become DamagedFrame.
 
-What proves a picture sound: its decoder raises no error and sets no flag, its packet holds no hole, and the same is
-true of all that was decoded since the keyframe before. H.264, MPEG-1, -2 and -4 and their relatives flag what they
+A frame is undamaged if its decoder raises no error and sets no flag, its packet has no run of zeros, and the same is
+true of all frames since the keyframe before. H.264, MPEG-1, -2 and -4 and their relatives flag what they
 conceal. libvpx reports damaged VP9, which FFmpeg's own decoder does not; FFV1 only logs it. HEVC, VP8 and AV1 report
-little: there a run of zeros, as lost sectors and unfinished downloads leave it, is found in the packet itself.
+little: their packets are searched for runs of zeros, as lost sectors and unfinished downloads leave them.
 """
 
 from __future__ import annotations
@@ -26,33 +26,32 @@ from data_prep.video.probe import error_text
 ZEROS = re.compile(rb"\0{16}\0*[^\0\1]")
 """In a NAL unit, where no three zeros may follow each other; before a start code (a 1) they may be padding."""
 ZERO_RUN_BYTES = {"vp8": 256, "vp9": 256, "av1": 256, "hevc": 64}
-"""Zeros in a row, or for HEVC at a packet's end, that are a hole and not data: a sector has 512 bytes."""
+"""So many zeros in a row (for HEVC, at a packet's end) are not data: a disk sector has 512 bytes."""
 REORDER = 64  # packets that may be decoded before the picture of one of them is shown; H.264 allows 16 frames
 EXTRA, PADDING = re.compile(r"(\d+) extraneous bytes before marker 0xd9"), 16  # bytes that cameras fill up with
 CONCEALED = "the decoder conceals damage"
 STRICT_CODECS = {"mjpeg", "wmv1", "wmv2"}
-"""Decoders that tell more damage when they are asked to be strict, and nothing of what is whole."""
+"""Decoders that report more damage with `err_detect=explode`, and none on undamaged files."""
 
 
 @dataclass(frozen=True)
 class DamagedFrame:
-    """Stands in place of a picture that can't be trusted. `pts` and `dts` are in the stream's time base."""
+    """Takes the place of a damaged frame. `pts` and `dts` are in the stream's time base."""
 
     why: str
     pts: int | None
     dts: int | None
     last_good_s: float | None = None
-    """When the last sound frame before it is shown, in seconds since the first one."""
+    """Time of the last undamaged frame before it, in seconds since the first one."""
 
 
 def checked_frames(
     file: Any, stream: Any, context: Any, decoded: Callable[[Any], None] = lambda packet: None
 ) -> Iterator[Any]:
-    """Frames in the order in which they are shown, with DamagedFrame in place of what can't be trusted.
+    """Frames in display order, with DamagedFrame in place of damaged ones.
 
-    `decoded` is called with each packet once its picture is decoded, before that is shown.
-
-    av.FFmpegError passes through where the file itself can't be read on.
+    `decoded` is called with each packet once it is decoded, before its frame is yielded. Raises av.FFmpegError if the
+    file can't be read further.
     """
     codec = stream.codec_context.codec.canonical_name
     if codec in STRICT_CODECS:
@@ -71,7 +70,7 @@ def checked_frames(
 
 
 def decode(context: Any, packet: Any) -> tuple[list[Any], str]:
-    """The frames that a packet completes, and what the decoder says is wrong with it."""
+    """The frames that a packet completes, and the decoder's error message, if any."""
     listens = context.name == "ffv1"
     try:
         if not listens:
@@ -88,7 +87,7 @@ def decode(context: Any, packet: Any) -> tuple[list[Any], str]:
 
 
 def packet_damage(packet: Any, codec: str) -> str:
-    """What a packet's bytes alone say is wrong with it; empty where nothing is."""
+    """Damage that a packet's bytes show; empty if none."""
     if codec not in ZERO_RUN_BYTES and codec != "h264":
         return ""
     if codec == "hevc" and packet.is_corrupt:  # a transport stream that lost a packet; H.264's decoder knows better
@@ -97,7 +96,7 @@ def packet_damage(packet: Any, codec: str) -> str:
 
 
 def zero_run(content: bytes, codec: str) -> str:
-    """What a compressed picture's bytes alone say is wrong with it; empty where nothing is."""
+    """A message if a compressed frame has a run of zeros that is not data; empty if not."""
     if codec in ("h264", "hevc"):
         if bytes(16) in content and ZEROS.search(content):
             return "a run of zeros in the compressed picture"
@@ -110,10 +109,10 @@ def zero_run(content: bytes, codec: str) -> str:
 
 
 def jpeg_damage(content: bytes) -> str:
-    """What libjpeg warns of in a JPEG, such as `Premature end of JPEG file`; empty where the picture is sound.
+    """libjpeg's warning on a JPEG, such as `Premature end of JPEG file`; empty if there is none.
 
-    Pillow hides these warnings and FFmpeg misses many of them. OpenCV prints them: they are read from its stderr. Only
-    the decoding of the bits matters, so it is asked for an eighth of the size in grey.
+    Pillow hides these warnings and FFmpeg misses many of them. OpenCV prints them: they are read from its stderr. An
+    eighth of the size in grey is enough to decode all bits.
     """
     with captured_stderr() as lines:
         cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8)
@@ -128,11 +127,11 @@ def jpeg_damage(content: bytes) -> str:
 
 @contextmanager
 def captured_stderr() -> Iterator[list[str]]:
-    """The lines, there once it ends, that libraries in C print on this process's stderr meanwhile; 64 KiB at most."""
+    """Captures what C libraries print on stderr, at most 64 KiB; the list is filled on exit."""
     lines: list[str] = []
     read, write = os.pipe()
     os.set_blocking(read, False)
-    os.set_blocking(write, False)  # what is beyond a pipe's size is dropped
+    os.set_blocking(write, False)  # output beyond the pipe's size is dropped
     stderr = os.dup(2)
     try:
         os.dup2(write, 2)
@@ -146,19 +145,19 @@ def captured_stderr() -> Iterator[list[str]]:
 
 
 class DamageTracker:
-    """Knows which packets, and so which frames, are damaged or refer to one that is."""
+    """Tracks which packets, and so which frames, are damaged or refer to damaged ones."""
 
     def __init__(self) -> None:
         self.recent: deque[tuple[int | None, bool]] = deque(maxlen=REORDER)  # time, and whether it is a keyframe
         self.suspect: dict[int | None, str] = {}  # time -> why
-        self.why = ""  # why what follows can't be trusted, until the next keyframe
-        self.lead: int | None = None  # frames shown before this keyframe may refer to the damage before it
+        self.why = ""  # why all packets up to the next keyframe are suspect
+        self.lead: int | None = None  # frames shown before this keyframe may refer to damaged ones before it
         self.lead_why = ""
-        self.lost: list[DamagedFrame] = []  # frames that did not come out, to be shown in their place
+        self.lost: list[DamagedFrame] = []  # frames that the decoder did not return
         self.shown = False
 
     def add_packet(self, packet: Any, hole: str) -> None:
-        """Takes note of the next packet in decoding order."""
+        """Records the next packet in decoding order."""
         if not packet.size:
             return
         time = time_of(packet)
@@ -171,11 +170,11 @@ class DamageTracker:
             self.suspect[time] = why
 
     def distrust(self, time: int | None, why: str) -> None:
-        """Trusts nothing from this packet on, in decoding order, up to the next keyframe."""
+        """Marks all packets from this one up to the next keyframe, in decoding order, as suspect."""
         packets = list(self.recent)
         known = [other for other, _ in packets]
         key = None
-        for other, is_key in packets[known.index(time) if time in known else 0 :]:  # AVI knows no times: all of them
+        for other, is_key in packets[known.index(time) if time in known else 0 :]:  # AVI has no times: all of them
             key = other if is_key and other != time else key
             if key is None or (other is not None and other < key):
                 self.suspect[other] = why
@@ -183,7 +182,7 @@ class DamageTracker:
             self.why = self.why or why
 
     def checked(self, frames: list[Any]) -> Iterator[Any]:
-        """The frames that came out, and DamagedFrame in place of those that can't be trusted."""
+        """The decoded frames, with DamagedFrame in place of suspect ones."""
         for frame in frames:
             time = time_of(frame)
             if frame.is_corrupt:
@@ -201,5 +200,5 @@ class DamageTracker:
 
 
 def time_of(place: Any) -> int | None:
-    """The presentation time of a packet or a frame, or where it has none, the decoding time."""
+    """The presentation time of a packet or frame; the decoding time if it has none."""
     return place.dts if place.pts is None else place.pts

@@ -1,9 +1,9 @@
-"""Decoding in a process of its own: a crash in native code, or a hang, costs one clip and a restart.
+"""Decodes in a child process: a crash or a hang in native code costs one clip and a restart.
 
 `Decoder` is the parent's side. The child is `python -P -m data_prep.video.decode_process FD`: it imports neither Ray
-nor torch, and ends when its parent does. Frames come back in memory that both have mapped; it has no name, so nothing
-of it is left behind when either is killed. All else that the child says is JSON, checked by type: what is read there
-was made by strangers, and nothing that the child sends can run code in the parent.
+nor torch, and ends with its parent. Frames come back in anonymous shared memory, so nothing is left behind when either
+is killed. Everything else that the child sends is JSON, checked by type: its input is untrusted, and nothing that it
+sends can run code in the parent.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from data_prep.reasons import FILTERED, QUARANTINED, ClipError
 from data_prep.video.clips import Clip, ClipPlan, ClipSpan, Source
 from sora_train.data.config import DataConfig, SelectionConfig
 
-START_S = 120.0  # for a child to import its libraries, on a machine that is busy
-ALIVE_S = 1.0  # how often a child that makes progress says so
-MOST_BYTES = 64 << 20  # of an answer: the cut of a very long video
+START_S = 120.0  # for a child to import its libraries on a busy machine
+ALIVE_S = 1.0  # between a child's reports of progress
+MOST_BYTES = 64 << 20  # of an answer: the clip plan of a very long video
 READY, ALIVE = b'"ready"', b'"alive"'
 CLIP_PLAN, FACTS, REFUSAL = TypeAdapter(ClipPlan), TypeAdapter(dict[str, str]), TypeAdapter(tuple[str, str])
 
 
 @dataclass(frozen=True)
 class DecodeRequest:
-    """What the child is asked for: a file's cut, or where there is a span, that clip."""
+    """A request to the child: for a file's clip plan, or with a span, for that clip."""
 
     path: str
     span: ClipSpan | None = None
@@ -50,7 +50,7 @@ class DecodeRequest:
 
 
 class Decoder:
-    """Reads clips through a child process, which is started at the first one and again after it died."""
+    """Reads clips through a child process, which is started on first use and after it has died."""
 
     def __init__(self, data: DataConfig, selection: SelectionConfig):
         self.data, self.selection = data, selection
@@ -60,11 +60,11 @@ class Decoder:
         self._line: Connection | None = None
 
     def plan_clips(self, path: str, headers_only: bool = False) -> ClipPlan:
-        """What a local file is cut into. Raises ClipError, also where the child dies or makes no progress."""
+        """The clips of a local file. Raises ClipError, also if the child dies or makes no progress."""
         return self._answer(DecodeRequest(path, headers_only=headers_only), CLIP_PLAN)
 
     def read(self, path: str, span: ClipSpan, seed: str) -> Clip:
-        """One clip of a local file; it is kept open for the next. Raises ClipError as `cut` does."""
+        """One clip of a local file, which stays open for the next. Raises ClipError as `plan_clips` does."""
         facts = self._answer(DecodeRequest(path, span, seed), FACTS)
         bucket = span.bucket
         shape = bucket.frames, bucket.height, bucket.width, 3
@@ -76,16 +76,16 @@ class Decoder:
             self._child.kill()
             self._end()
 
-    def _answer(self, order: DecodeRequest, kind: TypeAdapter) -> Any:
+    def _answer(self, request: DecodeRequest, kind: TypeAdapter) -> Any:
         line = self._connected()
         answer = ALIVE
         try:
-            line.send(order)
+            line.send(request)
             while answer == ALIVE:
                 if not line.poll(self.data.timeout_s):
                     self.close()
                     raise ClipError(
-                        "timeout", f"decoding was given up after {self.data.timeout_s:g} s (data.timeout_s)"
+                        "timeout", f"decoding made no progress for {self.data.timeout_s:g} s (data.timeout_s)"
                     )
                 answer = line.recv_bytes(MOST_BYTES)
             return parse_answer(answer, kind)
@@ -93,7 +93,7 @@ class Decoder:
             raise ClipError("decoder_crashed", f"the decoder's process {self._end()} on it") from None
         except ValueError:
             self.close()
-            raise ClipError("decoder_crashed", "the decoder's process answered nonsense on it") from None
+            raise ClipError("decoder_crashed", "the decoder's process sent an invalid answer") from None
 
     def _connected(self) -> Connection:
         if self._line is not None:
@@ -114,10 +114,10 @@ class Decoder:
         except (EOFError, OSError):
             pass
         self.close()
-        raise RuntimeError("the decoder's process doesn't start; its own message stands above")
+        raise RuntimeError("the decoder's process doesn't start; its error message is above")
 
     def _end(self) -> str:
-        """Waits for the dead child and says how it ended."""
+        """Waits for the dead child and returns how it ended."""
         assert self._child is not None
         assert self._line is not None
         self._line.close()
@@ -126,13 +126,13 @@ class Decoder:
         return f"died of {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
 
     def __del__(self) -> None:
-        """The memory goes with the last who has it mapped; the child ends when the line is closed."""
+        """The memory is freed with its last mapping; the child ends when the connection is closed."""
         if hasattr(self, "_memory"):
             os.close(self._memory)
 
 
 def parse_answer(answer: bytes, kind: TypeAdapter) -> Any:
-    """What the child found. Raises ClipError where it refused, ValueError where it is none of what was asked for."""
+    """The child's answer as `kind`. Raises ClipError if the child refused, ValueError if the answer is invalid."""
     said = json.loads(answer)
     if isinstance(said, dict) and "refused" in said:
         reason, message = REFUSAL.validate_python(said["refused"])
@@ -143,7 +143,7 @@ def parse_answer(answer: bytes, kind: TypeAdapter) -> Any:
 
 
 def shared_memory(size: int) -> tuple[int, mmap.mmap]:
-    """A nameless file of so many bytes in memory (where the system has no such thing, on disk), and its map."""
+    """An anonymous file of `size` bytes in memory (on disk if the system has no memfd), and its mapping."""
     if hasattr(os, "memfd_create"):
         memory = os.memfd_create("sora-clip")
     else:
@@ -153,8 +153,8 @@ def shared_memory(size: int) -> tuple[int, mmap.mmap]:
     return memory, mmap.mmap(memory, size)
 
 
-class Reader:
-    """The child's side: answers orders, and keeps the last file open."""
+class DecodeServer:
+    """The child's side: answers requests, and keeps the last file open."""
 
     def __init__(self, line: Connection, data: DataConfig, selection: SelectionConfig, shared: mmap.mmap):
         self.line, self.data, self.selection, self.shared = line, data, selection, shared
@@ -162,27 +162,27 @@ class Reader:
         self.identity: tuple | None = None
         self.spoke = 0.0
 
-    def answer(self, order: DecodeRequest) -> bytes:
+    def answer(self, request: DecodeRequest) -> bytes:
         """A ClipPlan; the facts of a Clip whose frames are in the shared memory; or why there is none."""
         try:
-            said = self.found(order)
+            said = self.found(request)
         except ClipError as error:
             said = {"refused": (error.reason, error.message)}
-        except Exception as error:  # whatever a decoder makes of a bad file costs that clip, never the job
+        except Exception as error:  # any error on a bad file costs that clip, never the job
             said = {"refused": ("corrupt", f"{type(error).__name__}: {error}")}
         return json.dumps(said).encode()
 
-    def found(self, order: DecodeRequest) -> dict[str, Any]:
+    def found(self, request: DecodeRequest) -> dict[str, Any]:
         """A ClipPlan, or the facts of a Clip. Raises ClipError."""
-        source = self.opened(order.path)
-        if order.span is None:
-            return asdict(source.plan_clips(order.headers_only))
-        clip = source.read(order.span, order.seed)
+        source = self.opened(request.path)
+        if request.span is None:
+            return asdict(source.plan_clips(request.headers_only))
+        clip = source.read(request.span, request.seed)
         np.frombuffer(self.shared, np.uint8, clip.frames.size)[:] = clip.frames.ravel()
         return {name: value for name, value in vars(clip).items() if name != "frames"}
 
     def opened(self, path: str) -> Source:
-        """The file, as it was left if it is the last one."""
+        """The file; the last one is still open."""
         try:
             status = os.stat(path)
         except OSError as error:
@@ -195,28 +195,28 @@ class Reader:
         return self.source
 
     def alive(self) -> None:
-        """Says, not too often, that there is progress."""
+        """Reports progress at most every ALIVE_S."""
         if time.monotonic() - self.spoke > ALIVE_S:
             self.spoke = time.monotonic()
             self.line.send_bytes(ALIVE)
 
 
 def serve(line: Connection) -> None:
-    """The child's loop: orders come in, answers go out, until the parent hangs up."""
+    """The child's loop: answers requests until the parent closes the connection."""
     data, selection, memory, size = line.recv()
-    reader = Reader(line, data, selection, mmap.mmap(memory, size))
+    server = DecodeServer(line, data, selection, mmap.mmap(memory, size))
     threading.Thread(target=exit_with_parent, args=(line.fileno(),), daemon=True).start()
-    gc.freeze()  # readers.py collects garbage every COLLECT_EVERY frames; that is quick without what the imports made
+    gc.freeze()  # makes the gc.collect() of readers.py fast
     line.send_bytes(READY)
     while True:
         try:
-            line.send_bytes(reader.answer(line.recv()))
+            line.send_bytes(server.answer(line.recv()))
         except (EOFError, OSError):
             return
 
 
 def exit_with_parent(line: int) -> None:
-    """Ends the process, even amid decoding, as soon as the other end of its line is closed."""
+    """Ends the process, even while decoding, once the other end of its connection is closed."""
     watch = select.poll()
     watch.register(line, select.POLLRDHUP if hasattr(select, "POLLRDHUP") else select.POLLHUP)
     watch.poll()

@@ -1,6 +1,6 @@
 """ImageHeader images as clips of one frame: JPEG, PNG, WebP, AVIF, BMP, TIFF, recognised by their first bytes.
 
-What is animated is a video, or refused by name. One picture in a container of videos is a still too: see probe.py.
+Animated files are videos, or refused by name. A video container with one frame is an image too: see probe.py.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STARTS = {
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """A picture's size as it is shown, and a remark on the file, or none."""
+    """An image's display size, and a remark on the file or an empty string."""
 
     width: int
     height: int
@@ -41,7 +41,7 @@ class ImageHeader:
 
 
 def image_format(path: str) -> str:
-    """`JPEG`, `PNG`, `WEBP`, `AVIF`, `BMP`, `TIFF`; empty for anything else, and for what is animated but for WebP."""
+    """`JPEG`, `PNG`, `WEBP`, `AVIF`, `BMP` or `TIFF`; empty for other files, and for animated PNG and AVIF."""
     with open(path, "rb") as file:
         head = file.read(4096)
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
@@ -55,9 +55,9 @@ def image_format(path: str) -> str:
 
 
 def read_image_header(path: str) -> ImageHeader:
-    """Opens a picture without decoding it. Raises ClipError `too_large`, `truncated` or `corrupt`."""
+    """Opens an image without decoding it. Raises ClipError `too_large`, `truncated` or `corrupt`."""
     with open_image(path) as image:
-        exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}  # else PNG decodes to look
+        exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}  # else it decodes
         size = image.size[::-1] if exif.get(ORIENTATION, 1) >= 5 else image.size
         count = getattr(image, "n_frames", 1) if image.format in ("TIFF", "WEBP") else 1
         if count > 1 and image.format == "WEBP":
@@ -69,14 +69,14 @@ def read_image_header(path: str) -> ImageHeader:
 
 
 def read_image(path: str, at_least: int = 0) -> np.ndarray:
-    """A picture uint8 `H W 3`: turned as its EXIF says, in sRGB, transparency on black, 16 bits cut to 8.
+    """An image uint8 `H W 3`: upright by its EXIF, in sRGB, transparency on black, 16 bits truncated to 8.
 
     A JPEG whose sides are many times `at_least` is decoded at a half, a quarter or an eighth of its size. Raises
     ClipError `too_large`, `truncated` or `corrupt`.
     """
     with open_image(path) as image:
         if image.format == "PNG":
-            image.verify()  # which Pillow's decoder doesn't; it takes the file apart, so that it is opened again
+            image.verify()  # Pillow's decoder doesn't; an image can't be used after it
         check_damage(path, image.format)
     with open_image(path) as image:
         if at_least:
@@ -86,7 +86,7 @@ def read_image(path: str, at_least: int = 0) -> np.ndarray:
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I;16"):
             return (np.asarray(upright) >> 8).astype(np.uint8)[..., None].repeat(3, 2)
-        if upright.mode in ("I", "F"):  # of no fixed range: stretched from its darkest to its brightest
+        if upright.mode in ("I", "F"):  # no fixed range: scaled from the minimum to the maximum
             values = np.asarray(upright, np.float64)
             low, high = float(values.min()), float(values.max())
             return ((values - low) * (255 / max(high - low, 1e-9))).round().astype(np.uint8)[..., None].repeat(3, 2)
@@ -99,7 +99,7 @@ def read_image(path: str, at_least: int = 0) -> np.ndarray:
 
 
 def srgb_converter(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
-    """What takes a picture's colours to sRGB by its ICC profile; None where that can't be done."""
+    """The function that converts an image to sRGB by its ICC profile; None if that is impossible."""
     if image.mode not in ("L", "LA", "P", "PA", "RGB", "RGBA", "CMYK"):
         return None
     try:
@@ -123,7 +123,7 @@ def srgb_converter(image: Image.Image) -> Callable[[Image.Image], Image.Image] |
 
 
 def check_damage(path: str, kind: str | None) -> None:
-    """Raises ClipError `corrupt` or `truncated` where a JPEG or a WebP is damaged, which Pillow doesn't mind."""
+    """Raises ClipError `corrupt` or `truncated` for a damaged JPEG or WebP, which Pillow accepts."""
     if kind not in ("JPEG", "WEBP"):
         return
     with open(path, "rb") as file:
@@ -135,7 +135,7 @@ def check_damage(path: str, kind: str | None) -> None:
 
 
 def webp_damage(content: bytes) -> str:
-    """What is wrong with the compressed picture of a lossy WebP: chunks are a name, a size and that many bytes."""
+    """Damage of a lossy WebP, empty if none: its chunks are a name, a size and that many bytes."""
     place = 12
     while place + 8 <= len(content):
         name, size = struct.unpack_from("<4sI", content, place)
@@ -147,11 +147,11 @@ def webp_damage(content: bytes) -> str:
 
 @contextmanager
 def open_image(path: str) -> Iterator[Image.Image]:
-    """An opened picture; what goes wrong inside becomes a ClipError."""
+    """Opens an image; errors inside the block become ClipError."""
     kind = image_format(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own opinion on sizes and on odd metadata
+            warnings.simplefilter("ignore")  # Pillow's warnings of sizes and metadata
             with Image.open(path, formats=[kind]) as image:
                 check_size([image.size])
                 yield image
@@ -166,13 +166,13 @@ def open_image(path: str) -> Iterator[Image.Image]:
 
 
 def is_truncated(path: str, kind: str) -> bool:
-    """Whether a picture's own end is missing from its file."""
+    """Whether the end of an image is missing from its file."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         head = file.read(8)
         file.seek(max(0, size - 4096))
         tail = file.read()
-    if kind in ("WEBP", "BMP"):  # both say how large the file is
+    if kind in ("WEBP", "BMP"):  # both declare the file's size
         declared = int.from_bytes(head[4:8], "little") + 8 if kind == "WEBP" else int.from_bytes(head[2:6], "little")
         return size < declared
     return {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(kind, b"") not in tail

@@ -1,68 +1,68 @@
-"""What an mp4 says in its boxes, read without FFmpeg. ISO/IEC 14496-12."""
+"""Facts from the boxes of an mp4, read without FFmpeg: ISO/IEC 14496-12."""
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 MP4_STARTS = {b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"}
 MATRICES = {b"mvhd": (36, 48), b"tkhd": (40, 52)}
 CONTAINERS = {b"moov", b"trak", b"mdia", b"minf", b"stbl"}
 
 
-def mp4_facts(path: str) -> tuple[list[tuple[int, int]], bool]:
-    """The frame sizes that an mp4's sample descriptions name, and whether it has a display matrix; nothing for others.
+class Mp4Facts(NamedTuple):
+    """Frame sizes of an mp4's sample descriptions, whether it has a display matrix, and remarks."""
 
-    FFmpeg replaces the sizes by what the stream itself says, but a decoder may have made room for them by then.
-    8.5.2 and 12.1.3: width and height stand 24 bytes into a visual sample entry; 8.2.2 and 8.3.2: a matrix
-    `a b u c d v x y w` stands 36 bytes into the film's header (48 in version 1), 40 into a track's (52).
+    sizes: list[tuple[int, int]]
+    has_matrix: bool
+    remarks: list[str]
+
+
+def read_mp4_facts(path: str) -> Mp4Facts:
+    """Facts from an mp4's boxes; no facts for other files.
+
+    FFmpeg overwrites the sizes with those of the stream, but a decoder may have allocated memory for them by then.
+    8.5.2 and 12.1.3: width and height are 24 bytes into a visual sample entry. 8.2.2 and 8.3.2: a matrix
+    `a b u c d v x y w` is 36 bytes into the movie header (48 in version 1), 40 into a track header (52).
     """
-    sizes: list[tuple[int, int]] = []
-    handler, has_matrix = b"", False
+    facts = Mp4Facts([], False, [])
+    handler = b""
     with Path(path).open("rb") as file:
         if file.read(8)[4:] not in MP4_STARTS:
-            return sizes, False
+            return facts
         for kind, start, end in boxes(file, 0, Path(path).stat().st_size):
             file.seek(start)
             if kind in MATRICES and len(content := file.read(72)) == 72:
                 a, b, _, c, d = struct.unpack_from(">5i", content, MATRICES[kind][bool(content[0])])
-                has_matrix = has_matrix or min(a, d) < 0 or b != 0 or c != 0
+                facts = facts._replace(has_matrix=facts.has_matrix or min(a, d) < 0 or b != 0 or c != 0)
             elif kind == b"hdlr" and (described := file.read(12))[4:8] != b"dhlr":  # QuickTime also has data handlers
                 handler = described[8:]
             elif kind == b"stsd" and handler == b"vide":
+                facts.remarks.extend(clean_aperture(file.read(min(end - start, 1 << 16))))
                 for _, entry, stop in boxes(file, start + 8, end):
                     if stop - entry >= 28:
                         file.seek(entry + 24)
-                        sizes.append(struct.unpack(">HH", file.read(4)))
-    return sizes, has_matrix
+                        facts.sizes.append(struct.unpack(">HH", file.read(4)))
+    return facts
 
 
-def clean_aperture(path: str) -> list[str]:
-    """A remark where an mp4 names a part of its frames that alone is to be shown: 12.1.4."""
-    with Path(path).open("rb") as file:
-        if file.read(8)[4:] not in MP4_STARTS:
-            return []
-        for kind, start, end in boxes(file, 0, Path(path).stat().st_size):
-            if kind != b"stsd":
-                continue
-            file.seek(start)
-            content = file.read(min(end - start, 1 << 16))
-            place = content.find(b"clap")
-            if 28 <= place <= len(content) - 36:
-                across, by, down, by_2 = struct.unpack_from(">4I", content, place + 4)
-                width, height = struct.unpack_from(">HH", content, 8 + 8 + 24)
-                if by and by_2 and (across / by, down / by_2) < (width, height):
-                    return [
-                        f"clean_aperture: of its {width}x{height} pixels {across / by:g}x{down / by_2:g} are to be "
-                        "shown, and all are taken"
-                    ]
-    return []
+def clean_aperture(descriptions: bytes) -> list[str]:
+    """A remark if sample descriptions say that only a part of each frame is to be shown: 12.1.4."""
+    place = descriptions.find(b"clap")
+    if not 28 <= place <= len(descriptions) - 36:
+        return []
+    width_n, width_d, height_n, height_d = struct.unpack_from(">4I", descriptions, place + 4)
+    width, height = struct.unpack_from(">HH", descriptions, 8 + 8 + 24)
+    if not (width_d and height_d and (width_n / width_d, height_n / height_d) < (width, height)):
+        return []
+    part = f"{width_n / width_d:g}x{height_n / height_d:g}"
+    return [f"clean_aperture: of its {width}x{height} pixels {part} are to be shown, and all are taken"]
 
 
 def boxes(file: BinaryIO, start: int, end: int, depth: int = 0) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, first byte of the content, and end of each box, those inside containers too. Stops at nonsense."""
+    """Kind, start of the content, and end of each box, also inside containers. Stops at an invalid size."""
     while start + 8 <= end:
         file.seek(start)
         head = file.read(16)

@@ -1,4 +1,4 @@
-"""How a decoded frame must be turned and mirrored to be upright: one of eight ways.
+"""The orientation of a decoded frame: how to rotate and mirror it to be upright.
 
 FFmpeg reads it from an mp4's track header, a Matroska projection, EXIF, or a display orientation SEI message, and
 attaches it to frames as a display matrix.
@@ -22,14 +22,14 @@ SEI = {"h264": (0x1F, 0, (6,), 1), "hevc": (0x7E, 1, (39, 40), 2)}  # a NAL unit
 
 @dataclass(frozen=True)
 class Orientation:
-    """First exchange rows and columns, then mirror: left and right, top and bottom."""
+    """One of eight: first exchange rows and columns, then mirror left-right, then top-bottom."""
 
     transposed: bool = False
     mirrored: bool = False
     upside_down: bool = False
 
     def upright(self, image: np.ndarray) -> np.ndarray:
-        """A view of an image `H W c` as it is to be shown."""
+        """A view of an image `H W c`, upright."""
         image = image.swapaxes(0, 1) if self.transposed else image
         return image[:: -1 if self.upside_down else 1, :: -1 if self.mirrored else 1]
 
@@ -38,12 +38,12 @@ UPRIGHT = Orientation()
 
 
 def orientation_of(frame: Any) -> Orientation | None:
-    """The orientation that a PyAV frame carries, if any; an angle between two right angles goes to the nearer one."""
+    """The orientation of a PyAV frame, if it has one, rounded to a multiple of 90 degrees."""
     # Side data and its frame form a reference cycle until garbage is collected. A small copy keeps that cheap.
     small = frame.reformat(16, 16, interpolation=Interpolation.POINT)
     try:
         side_data = small.side_data
-    except ValueError:  # PyAV 18.1 refuses all of it where it does not know one type, such as EXIF
+    except ValueError:  # PyAV 18.1 refuses all side data if it does not know one type, such as EXIF
         side_data = without_exif(small).side_data
     if Type.DISPLAYMATRIX not in side_data:
         return None
@@ -56,7 +56,7 @@ def orientation_of(frame: Any) -> Orientation | None:
 
 
 def without_exif(frame: Any) -> Any:
-    """The same picture without its EXIF side data; its display matrix says the same."""
+    """The frame without its EXIF side data; its display matrix has the same orientation."""
     graph = Graph()
     place = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
     graph.link_nodes(place, graph.add("sidedata", f"mode=delete:type={EXIF}"), graph.add("buffersink")).configure()
@@ -78,7 +78,7 @@ def orientation_sei(packet: bytes, codec: str, extradata: bytes) -> bool:
 
 
 def nal_units(data: bytes, lengths: int) -> Iterator[bytes]:
-    """The NAL units of a packet: each after its length of so many bytes, or (0) each after a start code."""
+    """The NAL units of a packet: each after a length of `lengths` bytes, or (0) after a start code."""
     if not lengths:
         yield from data.split(b"\0\0\1")[1:]
         return

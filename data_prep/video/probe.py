@@ -1,4 +1,4 @@
-"""What a file declares of itself, read before anything of it is decoded."""
+"""Reads a video's header before decoding: size, duration, rate, orientation and colours."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from av.stream import Disposition
 
 from data_prep.reasons import ClipError
 from data_prep.video.colours import Colours, colour_remarks, colours_of
-from data_prep.video.mp4_boxes import clean_aperture, mp4_facts
+from data_prep.video.mp4_boxes import read_mp4_facts
 from data_prep.video.orientation import UPRIGHT, Orientation, orientation_of, orientation_sei
 
 MAX_SIDE = 8192
@@ -23,20 +23,20 @@ FORMATS = (
     "mov matroska avi mpegts mpeg flv asf ogg gif apng mxf nut dv yuv4mpegpipe ivf rm wtv gxf obu av1 h264 hevc vvc "
     "vc1 m4v mpegvideo mjpeg h263 cavsvideo dirac dnxhd"
 )
-"""FFmpeg's names of the formats that hold pictures themselves: none that names other files or addresses."""
+"""FFmpeg's names of the allowed formats: those that contain their images. None refers to other files or addresses."""
 OPEN_OPTIONS = {"format_whitelist": ",".join(FORMATS.split()), "protocol_whitelist": "file", "enable_drefs": "0"}
-"""Options of every open: nothing but the file itself is read."""
+"""Options of every open: only the file itself is read."""
 HEIF = ("heic", "heix", "heim", "heis", "mif1")
 FORMATS_HINT = "convert it to mp4, or an image to png or jpg"
-MAX_FRAME_RATE = 1000  # frames per second; containers without a rate of their own may name their clock's
-MAX_PIXEL_ASPECT = 8.0  # a pixel's width over its height; beyond it (or below its inverse) the tag is nonsense
+MAX_FRAME_RATE = 1000  # frames per second; containers without a frame rate may give their clock's
+MAX_PIXEL_ASPECT = 8.0  # width / height of a pixel; a tag beyond it (or below its inverse) is ignored
 LEADING_PACKETS = 16  # packets that are read before anything is decoded
 EXIF_CODECS = {"mjpeg", "png", "apng", "webp", "tiff"}
 
 
 @dataclass(frozen=True)
 class Header:
-    """A video as its container describes it; times in seconds. `container_duration_s` is 0 where nothing is promised.
+    """A video as its container describes it. `container_duration_s` is 0 if unknown.
 
     `orientation` is that of the first frame, and `may_rotate` says that frames may carry one; `aspect_in_stream` says
     that no container overrides the pixel aspect that the stream itself names, and may change; `still`, that the file
@@ -59,42 +59,42 @@ class Header:
 
     @property
     def frame_s(self) -> float:
-        """How long a frame is shown, on average."""
+        """Mean duration of a frame."""
         return 1 / self.frames_per_second
 
     @property
     def is_rotated(self) -> bool:
-        """Whether it is shown on its side."""
+        """Whether rows and columns are exchanged for display."""
         return self.orientation.transposed
 
     @property
     def display_size(self) -> tuple[float, float]:
-        """Width and height as a viewer sees them: pixels square, turned upright."""
+        """Width and height in square pixels, upright."""
         width, height = self.width * self.pixel_aspect, float(self.height)
         return (height, width) if self.is_rotated else (width, height)
 
 
 def read_header(path: str) -> Header:
-    """Opens a video; one frame is decoded where something hints at a display matrix.
+    """Opens a video. One frame is decoded if the file may have a display matrix.
 
     Raises ClipError `unreadable`, `no_video_stream`, or `too_large`.
     """
-    sizes, has_matrix = mp4_facts(path)
-    check_size(sizes)
+    mp4 = read_mp4_facts(path)
+    check_size(mp4.sizes)
     with open_video(path) as file:
         stream = video_stream(file)
         context = stream.codec_context
-        if not context.width:  # some decoders forget the size that they were not to look at
+        if not context.width:  # some decoders drop width and height if max_pixels is exceeded
             check_size(coded_size(path))
         check_size([(context.width, context.height)])
         if not (context.width and context.height):
-            raise ClipError("unreadable", "names no frame size")
+            raise ClipError("unreadable", "declares no frame size")
         rates = stream.average_rate, stream.guessed_rate, stream.base_rate
         rate = next((rate for rate in rates if rate and rate <= MAX_FRAME_RATE), Fraction(25))
         start = 0.0 if stream.start_time is None else float(stream.start_time * stream.time_base)
         aspect = stream.sample_aspect_ratio
-        packets = leading_packets(file, stream)  # before `promised`, which may read the tail
-        may_rotate = has_matrix or has_matroska_projection(path) or stream_may_rotate(packets, context)
+        packets = leading_packets(file, stream)  # before container_duration, which may seek to the end
+        may_rotate = mp4.has_matrix or has_matroska_projection(path) or stream_may_rotate(packets, context)
         container_duration_s = container_duration(file, stream, start)
         return Header(
             container=file.format.name,
@@ -109,12 +109,12 @@ def read_header(path: str) -> Header:
             aspect_in_stream=(aspect or 0) == (context.sample_aspect_ratio or 0),
             still=is_single_image(packets, stream, container_duration_s, float(rate)),
             colours=colours_of(context),
-            remarks=(*colour_remarks(context), *clean_aperture(path)),
+            remarks=(*colour_remarks(context), *mp4.remarks),
         )
 
 
 def open_video(path: str, largest: int = MAX_PIXELS) -> Any:
-    """A file opened by PyAV. FFmpeg may look at a frame of at most `largest` pixels, and at no other file.
+    """Opens a file with PyAV, with a limit of `largest` pixels per frame and no access to other files.
 
     Raises ClipError `unreadable`.
     """
@@ -127,14 +127,14 @@ def open_video(path: str, largest: int = MAX_PIXELS) -> Any:
 
 
 def coded_size(path: str) -> list[tuple[int, int]]:
-    """The frame size of a video, at whatever cost: FFmpeg's own limit is 268 million pixels."""
+    """The frame size of a video without our limit; FFmpeg's own is 268 million pixels."""
     with open_video(path, (1 << 31) - 1) as file:
         context = video_stream(file).codec_context
         return [(context.width, context.height)]
 
 
 def video_stream(file: Any) -> Any:
-    """The best video stream, a cover picture apart. Raises ClipError `no_video_stream`."""
+    """The best video stream that is not a cover image. Raises ClipError `no_video_stream`."""
     stream = file.streams.best("video")
     if stream is None or stream.disposition & Disposition.attached_pic:
         raise ClipError("no_video_stream", f"{len(file.streams)} streams, none of them video")
@@ -144,12 +144,12 @@ def video_stream(file: Any) -> Any:
 
 
 def has_alpha(form: Any) -> bool:
-    """Whether a pixel format, or None, carries transparency; palettes may."""
+    """Whether a pixel format, or None, may have transparency, as palettes may."""
     return form is not None and (form.has_palette or any(component.is_alpha for component in form.components))
 
 
 def leading_packets(file: Any, stream: Any) -> list[Any]:
-    """The first packets of a stream that have content."""
+    """The first packets of a stream that are not empty."""
     packets: list[Any] = []
     try:
         for packet in file.demux(stream):
@@ -163,7 +163,7 @@ def leading_packets(file: Any, stream: Any) -> list[Any]:
 
 
 def is_single_image(packets: list[Any], stream: Any, container_duration_s: float, rate: float) -> bool:
-    """Whether a stream holds one picture, and does not promise more of them as one that was cut off does."""
+    """Whether a stream has one frame, and its header doesn't announce more (as that of a truncated file does)."""
     shown = [packet for packet in packets if not packet.is_discard]
     if len(shown) != 1 or stream.frames > 1:
         return False
@@ -171,7 +171,7 @@ def is_single_image(packets: list[Any], stream: Any, container_duration_s: float
 
 
 def container_duration(file: Any, stream: Any, start: float) -> float:
-    """How long a container says that its video lasts."""
+    """The video's duration according to its container; 0 if unknown."""
     if stream.duration:
         return float(stream.duration * stream.time_base)
     if stream.frames:
@@ -186,7 +186,7 @@ def container_duration(file: Any, stream: Any, start: float) -> float:
         whole -= max(0.0, start)
     if len(file.streams) == 1:
         return whole
-    # The longest stream's duration, not the video's: where the file's tail is there, it says when the video ends.
+    # This is the duration of the longest stream. If the end of the file exists, its packets say when the video ends.
     ends: dict[int, float] = {}
     for index, _, end in packet_times(file, file.streams, from_s=whole):
         ends[index] = max(end, ends.get(index, 0.0))
@@ -195,7 +195,7 @@ def container_duration(file: Any, stream: Any, start: float) -> float:
 
 
 def packet_times(file: Any, streams: Any, from_s: float | None = None) -> Iterator[tuple[int, float | None, float]]:
-    """Stream, start and end in seconds of a file's packets that are shown, as far as it can be read."""
+    """Stream, start and end in seconds of each shown packet, as far as the file can be read."""
     ticks = {stream.index: float(stream.time_base) for stream in streams}
     try:
         if from_s is not None:
@@ -210,7 +210,7 @@ def packet_times(file: Any, streams: Any, from_s: float | None = None) -> Iterat
 
 
 def check_size(sizes: list[tuple[int, int]]) -> None:
-    """Raises ClipError `too_large` where a frame would pass the limits."""
+    """Raises ClipError `too_large` if a frame exceeds the limits."""
     for width, height in sizes:
         if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
             limit = f"{MAX_SIDE} pixels a side and {MAX_PIXELS // 10**6} million in all"
@@ -218,14 +218,14 @@ def check_size(sizes: list[tuple[int, int]]) -> None:
 
 
 def has_matroska_projection(path: str) -> bool:
-    """Whether a Matroska file has a projection, which is how it says that it is turned or mirrored."""
+    """Whether a Matroska file has a projection, which may rotate or mirror it."""
     with Path(path).open("rb") as file:
         head = file.read(1 << 16)
     return head.startswith(EBML) and PROJECTION in head.partition(CLUSTER)[0]
 
 
 def stream_may_rotate(packets: list[Any], context: Any) -> bool:
-    """Whether the stream itself may say how it is turned: by an SEI message, or as pictures do, by EXIF."""
+    """Whether the stream itself may have an orientation: an SEI message, or EXIF as images have."""
     if context.name not in ("h264", "hevc"):
         return context.name in EXIF_CODECS
     for packet in packets:
@@ -237,7 +237,7 @@ def stream_may_rotate(packets: list[Any], context: Any) -> bool:
 
 
 def first_orientation(path: str) -> Orientation:
-    """That of the first frame; upright where none decodes."""
+    """The first frame's orientation; upright if no frame decodes."""
     try:
         with open_video(path) as file:
             return orientation_of(next(file.decode(video_stream(file)))) or UPRIGHT
@@ -246,11 +246,11 @@ def first_orientation(path: str) -> Orientation:
 
 
 def plausible_pixel_aspect(pixel_aspect: Fraction | None) -> float:
-    """A pixel's width over its height; 1 where that is unknown or nonsense."""
+    """Width / height of a pixel; 1 if unknown or implausible."""
     aspect = float(pixel_aspect or 1)
     return aspect if 1 / MAX_PIXEL_ASPECT <= aspect <= MAX_PIXEL_ASPECT else 1.0
 
 
 def error_text(error: Exception) -> str:
-    """An FFmpeg error's own words, without its number and the path."""
+    """An FFmpeg error's message without its number and the path."""
     return getattr(error, "strerror", None) or str(error)

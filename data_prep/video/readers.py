@@ -1,8 +1,8 @@
-"""PyAV reader: the frames that are on screen at the times that are due, each fitted as soon as it is decoded.
+"""FrameReader, the interface of both video readers, and PyAvReader, which reads every supported video.
 
-A frame is on screen until the next one's time, as in players. Time zero is the first frame's timestamp. The reader
-seeks, checks where it arrived, and holds two raw frames, however long the video is. decord gives the same frames of
-ordinary videos (decord_reader.py); PyAV reads all others, and whatever decord is not sure of.
+A reader gives the frames that are on screen at given times, each resized as soon as it is decoded. A frame is on screen
+until the next one's time, as in players; time zero is the first frame's timestamp. PyAvReader seeks, checks where it
+arrived, and holds two raw frames, however long the video is. DecordReader (decord_reader.py) reads ordinary videos.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import av
 import numpy as np
@@ -21,9 +21,10 @@ from data_prep.video import colours
 from data_prep.video.damage import DamagedFrame, checked_frames
 from data_prep.video.orientation import UPRIGHT, Orientation, orientation_of
 from data_prep.video.probe import Header, check_size, error_text, open_video, plausible_pixel_aspect, video_stream
+from data_prep.video.timeline import Clock
 
-Fit = Callable[[np.ndarray], np.ndarray]
-"""A frame uint8 `H W 3`, turned upright, to one of the clip's size."""
+Transform = Callable[[np.ndarray], np.ndarray]
+"""Resizes a frame uint8 `H W 3`, already upright, to the clip's size."""
 DECODE_AHEAD_S = 10.0  # decoding on is about as quick as a seek that lands at the keyframe before
 SEEK_MARGIN_S = {"mov,mp4,m4a,3gp,3g2,mj2": 0.0, "matroska,webm": 0.0, "mpegts": 5.0}
 """Containers in which a seek is sound, and how many seconds early it has to aim: MPEG-TS has no index of keyframes."""
@@ -31,13 +32,12 @@ COLLECT_EVERY = (
     8  # frames whose side data is looked at: PyAV ties each into a cycle, which keeps it until it is collected
 )
 REORDERED = 64  # more frames than a decoder holds back
-CLOCK_RESTART_S = 0.5  # a timestamp further back than this restarts the clock; one less far back is a late frame
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own drop the transparency of WebM
 DECODERS = {"vp9": "libvpx-vp9"}  # FFmpeg's own does not notice damage
 
 
 class TimedFrame(NamedTuple):
-    """A decoded frame, its seconds since the first one, how it is turned, and its pixels' width over their height."""
+    """A decoded frame, its seconds since the first one, its orientation, and its pixel aspect (width / height)."""
 
     time: float
     frame: Any
@@ -45,42 +45,51 @@ class TimedFrame(NamedTuple):
     pixel_aspect: float
 
 
+class FrameReader(Protocol):
+    """Reads a clip's frames from one file; DecordReader and PyAvReader give the same."""
+
+    def frames(self, due: np.ndarray, transform: Transform) -> list[np.ndarray]:
+        """The transformed frames on screen at rising times; fewer if the video ends earlier."""
+        ...
+
+
 class PyAvReader:
-    """PyAV. It goes on forward to what is near, seeks to what is far, and begins anew where a seek can't be trusted."""
+    """A FrameReader by PyAV. It decodes forward to near times, seeks to far ones, and rewinds if a seek fails."""
 
     def __init__(self, path: str, header: Header, seekable: bool = True):
         self.path, self.header, self.seekable = path, header, seekable
         self.stream: Iterator[TimedFrame] | None = None
-        self.before: TimedFrame | None = None  # the last frame that was passed, and the one after it
+        self.before: TimedFrame | None = None  # the last frame whose time has passed, and the next one
         self.after: TimedFrame | None = None
         self.start_s: float | None = None  # the first frame's timestamp
-        self.end = 0.0  # where the video ends, once that was reached
-        self.pixel_aspect = header.pixel_aspect  # of the upright frame that `fit` is called with
+        self.end = 0.0  # of the video, once it was reached
+        self.pixel_aspect = header.pixel_aspect  # of the upright frame that `transform` is called with
         self.aspects: dict[int, float] = {}  # pixel aspects by timestamp, of frames that are not shown yet
         self.file: Any = None
 
-    def frames(self, due: np.ndarray, fit: Fit) -> list[np.ndarray]:
-        """The fitted frames on screen at `due`; fewer where the video ends before. Raises ClipError `corrupt`."""
+    def frames(self, due: np.ndarray, transform: Transform) -> list[np.ndarray]:
+        """The transformed frames on screen at `due`; fewer if the video ends earlier. Raises ClipError `corrupt`."""
         refusal = ClipError("corrupt", "no frame of it decodes")
-        if self.end and due[-1] > self.end:  # known to end before: a broken file's later clips need no decoding
+        if self.end and due[-1] > self.end:  # known to end earlier: a broken file's later clips need no decoding
             return []
         for seeking in (False, True):
             try:
                 if seeking and not self.seek_to(due[0]):
                     break
-                if (
-                    not seeking
-                    and not self.can_continue_to(due[0])
-                    and not (due[0] > DECODE_AHEAD_S and self.seek_to(due[0]))
-                ):
-                    self.rewind()
-                return self.collect(due, fit)
+                if not seeking:
+                    self.go_to(due[0])
+                return self.collect(due, transform)
             except (av.FFmpegError, ValueError) as error:
                 refusal = ClipError("corrupt", decode_failure(self.before and self.before.time, error_text(error)))
-                if self.before and self.before.time >= due[0]:  # else the damage lies before the clip: seek beyond it
+                if self.before and self.before.time >= due[0]:  # otherwise the damage is before the clip: seek past it
                     break
         self.close()
         raise refusal
+
+    def go_to(self, moment: float) -> None:
+        """Continues, seeks or rewinds, whichever is fastest and safe."""
+        if not self.can_continue_to(moment) and not (moment > DECODE_AHEAD_S and self.seek_to(moment)):
+            self.rewind()
 
     def first_timestamp(self) -> float | None:
         """The timestamp of the first frame that can be decoded, in seconds, if any."""
@@ -92,9 +101,9 @@ class PyAvReader:
                 self.close()
         return self.start_s
 
-    def collect(self, due: np.ndarray, fit: Fit) -> list[np.ndarray]:
-        fitted: list[np.ndarray] = []
-        latest: tuple[TimedFrame, np.ndarray] | None = None  # a frame that is due twice is fitted once
+    def collect(self, due: np.ndarray, transform: Transform) -> list[np.ndarray]:
+        frames: list[np.ndarray] = []
+        latest: tuple[TimedFrame, np.ndarray] | None = None  # a frame that is due twice is transformed once
         for moment in due:
             while self.after is None or self.after.time <= moment + TIMESTAMP_ERROR_S:
                 if not self.advance():
@@ -103,12 +112,12 @@ class PyAvReader:
             if shown and isinstance(shown.frame, DamagedFrame):
                 raise ClipError("corrupt", decode_failure(shown.frame.last_good_s, shown.frame.why))
             if shown is None:
-                return fitted
+                return frames
             if latest is None or latest[0] is not shown:
                 self.pixel_aspect = shown.pixel_aspect ** (-1 if shown.orientation.transposed else 1)
-                latest = shown, fit(shown.orientation.upright(self.to_rgb(shown.frame)))
-            fitted.append(latest[1])
-        return fitted
+                latest = shown, transform(shown.orientation.upright(self.to_rgb(shown.frame)))
+            frames.append(latest[1])
+        return frames
 
     def on_screen(self, moment: float) -> TimedFrame | None:
         """The last frame whose time has come, at the earliest the first; None past the video's end."""
@@ -117,7 +126,7 @@ class PyAvReader:
         return self.before or self.after
 
     def advance(self) -> bool:
-        """Goes on by a frame; whether there is one."""
+        """Decodes the next frame; False at the end."""
         if self.stream is None:
             return False
         if self.after is not None:
@@ -129,19 +138,19 @@ class PyAvReader:
         return self.after is not None
 
     def rewind(self) -> None:
-        """Opens the file, and stands before its first frame."""
+        """Opens the file again, before its first frame."""
         self.close()
         self.file = open_video(self.path)
         self.stream = self.decoded_frames()
 
     def can_continue_to(self, moment: float) -> bool:
-        """Whether a moment lies ahead, and near enough to decode on."""
+        """Whether a moment is ahead, and near enough to decode up to it."""
         if self.after is None or self.stream is None:
             return False
         return (self.before or self.after).time <= moment <= self.after.time + DECODE_AHEAD_S
 
     def seek_to(self, moment: float) -> bool:
-        """Goes to the keyframe before a moment; whether that is where it came to."""
+        """Seeks to the keyframe before a moment; False if it arrived elsewhere."""
         early = SEEK_MARGIN_S.get(self.header.container)
         if early is None or not self.seekable:
             return False
@@ -159,63 +168,52 @@ class PyAvReader:
             return False
 
     def frame_duration(self, frame: Any) -> float:
-        """How long a frame is shown; a damaged last one is not."""
+        """Seconds that a frame is shown; 0 for a damaged one."""
         if isinstance(frame, DamagedFrame):
             return 0.0
         return float(frame.duration * (frame.time_base or 0)) or self.header.frame_s
 
     def decoded_frames(self, after_seek: bool = False) -> Iterator[TimedFrame]:
-        """Frames whose times never fall.
+        """Frames with times that never fall.
 
-        Late frames are skipped. Where the timestamps jump back, as in joined recordings, time goes on. After a seek it
-        begins at a keyframe, since what comes before may refer to pictures that were not decoded, and ends at a frame
-        without a timestamp.
+        After a seek they begin at a keyframe, because earlier frames may refer to pictures that were not decoded, and
+        end at a frame without a timestamp.
         """
         stream = video_stream(self.file)
-        tick, last, sound, shift = float(stream.time_base), None, None, 0.0
-        # A decoder of our own choice knows nothing of the container's display matrix.
+        tick, clock, last_good_s = float(stream.time_base), Clock(self.header.frame_s), None
+        # A decoder of our own choice does not see the container's display matrix.
         upright = orientation = self.header.orientation if self.decoder_name(stream) else UPRIGHT
-        looks = 0
+        oriented = 0
         for frame in self.checked_frames(stream):
-            broken = isinstance(frame, DamagedFrame)
-            if after_seek and last is None and (broken or not frame.key_frame):
+            is_damaged = isinstance(frame, DamagedFrame)
+            if after_seek and clock.last is None and (is_damaged or not frame.key_frame):
                 continue
-            if not broken:
+            if not is_damaged:
                 check_size([(frame.width, frame.height)])
-            # AVI knows no presentation times: of a frame it has only when it was handed to the decoder.
+            # AVI has no presentation times, only decoding times.
             stamp = frame.dts if self.header.container == "avi" else frame.pts
             if stamp is None and after_seek:
                 return
-            time = None if stamp is None else stamp * tick + shift
-            if last is None:
-                time = time or 0.0
-            elif time is None or time < last - CLOCK_RESTART_S:
-                following = last + self.header.frame_s
-                shift += 0.0 if time is None else following - time
-                time = following
-            elif time < last - TIMESTAMP_ERROR_S:
+            time = clock.time(None if stamp is None else stamp * tick)
+            if time is None:
                 continue
-            else:
-                time = max(time, last)
             zero = self.start_s = time if self.start_s is None else self.start_s
-            last = time
-            sound = sound if broken else time - zero
-            if broken:
-                yield TimedFrame(
-                    time - zero, replace(frame, last_good_s=sound), orientation, self.pixel_aspect_of(frame)
-                )
+            aspect = self.pixel_aspect_of(frame)
+            if is_damaged:
+                yield TimedFrame(time - zero, replace(frame, last_good_s=last_good_s), orientation, aspect)
                 continue
-            # A display orientation in H.264 or HEVC holds until the next keyframe; FFmpeg tells it of its own frame.
-            looks_there = self.header.may_rotate or bool(frame.rotation)
-            own = orientation_of(frame) if looks_there else None
+            last_good_s = time - zero
+            # A display orientation message of H.264 or HEVC holds until the next keyframe; FFmpeg gives it once.
+            has_orientation = self.header.may_rotate or bool(frame.rotation)
+            own = orientation_of(frame) if has_orientation else None
             orientation = own or (upright if frame.key_frame else orientation)
-            looks += looks_there
-            if looks_there and looks % COLLECT_EVERY == 0:
+            oriented += has_orientation
+            if has_orientation and oriented % COLLECT_EVERY == 0:
                 gc.collect()
-            yield TimedFrame(time - zero, frame, orientation, self.pixel_aspect_of(frame))
+            yield TimedFrame(time - zero, frame, orientation, aspect)
 
     def checked_frames(self, stream: Any) -> Iterator[Any]:
-        """Frames in the order in which they are shown, or DamagedFrame in their place."""
+        """Frames in display order, or DamagedFrame in their place."""
         name = self.decoder_name(stream)
         context: Any = av.CodecContext.create(name, "r") if name else stream.codec_context
         context.thread_count = 1  # the other cores have work of their own
@@ -227,7 +225,7 @@ class PyAvReader:
         return checked_frames(self.file, stream, context, note_aspect)
 
     def decoder_name(self, stream: Any) -> str | None:
-        """The name of the decoder that is used in place of FFmpeg's choice, if any."""
+        """The decoder that is used instead of FFmpeg's choice, if any."""
         return (ALPHA_DECODERS if self.header.alpha else DECODERS).get(stream.codec_context.name)
 
     def to_rgb(self, frame: Any) -> np.ndarray:
@@ -237,14 +235,14 @@ class PyAvReader:
         return colours.to_rgb(frame, self.header.colours, "rgb24")
 
     def pixel_aspect_of(self, frame: Any) -> float:
-        """The width over the height of a frame's pixels, which a stream may change as it goes."""
+        """Width / height of a frame's pixels; a stream may change it."""
         aspect = self.aspects.pop(frame.pts, self.header.pixel_aspect)
-        if len(self.aspects) > REORDERED:  # what was never shown
+        if len(self.aspects) > REORDERED:  # of frames that were never shown
             self.aspects.clear()
         return aspect
 
     def close(self) -> None:
-        """Lets go of the file and its frames."""
+        """Closes the file and releases its frames."""
         self.stream = self.before = self.after = None
         self.aspects = {}
         if self.file is not None:
@@ -253,7 +251,7 @@ class PyAvReader:
 
 
 def decode_failure(last_good_s: float | None, why: str) -> str:
-    """What to say of damage that follows the last sound frame, if any."""
+    """The message for damage after the last undamaged frame, if any."""
     return f"decoding fails {'at the first frame' if last_good_s is None else f'at {last_good_s:.2f} s'}: {why}"
 
 

@@ -11,8 +11,8 @@ from data_prep.buckets import Bucket
 from sora_train.data.config import DataConfig
 
 cv2.setNumThreads(1)  # the other cores have work of their own
-MIN_REMAINDER = 1.2  # at least so much shrinking is left after that by whole numbers
-BLUR = 0.21  # weight of a pixel's neighbours for each time that it shrinks beyond once, up to a quarter
+MIN_REMAINDER = 1.2  # factor that is left to shrink after whole numbers, at least
+BLUR = 0.21  # weight of the neighbours for each factor beyond 1, at most a quarter
 
 
 def resize_to_bucket(
@@ -24,9 +24,9 @@ def resize_to_bucket(
 ) -> np.ndarray:
     """A frame uint8 `H W 3` cropped and resized to the bucket.
 
-    What shrinks is averaged over whole pixels as far as that goes, blurred over three by as much as is left, and
-    interpolated bicubically. On real frames that shrink 1 to 5 times it is 43 to 54 dB from Pillow's antialiased
-    bicubic (INTER_AREA: 45 to 49) in a sixth of its time and a third of INTER_AREA's.
+    To shrink, pixels are averaged by whole numbers as far as possible, then blurred over three pixels and resized
+    bicubically. On real frames that shrink 1 to 5 times, PSNR against Pillow's antialiased bicubic is 43 to 54 dB
+    (INTER_AREA: 45 to 49) in a sixth of Pillow's time and a third of INTER_AREA's.
     """
     left, top, right, bottom = bucket.crop_box(frame.shape[1], frame.shape[0], pixel_aspect, place)
     x, width, shrink_x = integer_crop(left, right - left, frame.shape[1], bucket.width)
@@ -44,7 +44,7 @@ def resize_to_bucket(
 
 
 def integer_crop(start: float, length: float, limit: int, wanted: int) -> tuple[int, int, int]:
-    """First pixel, number of pixels, and by which whole number these shrink first: rounded so that it divides them."""
+    """First pixel, number of pixels, and the whole number that they shrink by first, which divides them."""
     ratio = length / wanted
     shrink = max(1, int(ratio) if ratio.is_integer() else int(ratio / MIN_REMAINDER))
     pixels = max(1, min(limit, round(length)) // shrink) * shrink
@@ -52,13 +52,13 @@ def integer_crop(start: float, length: float, limit: int, wanted: int) -> tuple[
 
 
 def blur_weights(shrink: float) -> np.ndarray:
-    """Weights of three pixels that keep what is to be shrunk so many times from aliasing."""
+    """Weights of three pixels that prevent aliasing when shrinking by a factor."""
     side = min(0.25, max(0.0, BLUR * (shrink - 1)))
     return np.array([side, 1 - 2 * side, side], np.float32)
 
 
 def random_crop_and_flip(seed: str, data: DataConfig) -> tuple[tuple[float, float], bool]:
-    """Which part of a picture is kept, and whether it is mirrored: a hash of the seed, the same on every machine."""
+    """The crop's place and whether to mirror, from a hash of the seed: the same on every machine."""
     digest = hashlib.sha256(seed.encode()).digest()
     across, down = (int.from_bytes(digest[i : i + 8], "big") / 2**64 for i in (0, 8))
     place = (across, down) if data.crop == "random" else (0.5, 0.5)

@@ -199,7 +199,7 @@ def test_a_disk_that_is_too_small_is_warned_of(tmp_path: Path):
     assert "that disk lacks" not in format_estimate(replace(found, free_bytes=10, stored_bytes=stored), wanted)
 
 
-def test_hours_grow_with_pixels_and_each_caption_is_embedded_once(tmp_path: Path):
+def test_hours_grow_with_pixels_and_distinct_captions(tmp_path: Path):
     wanted = recipe(tmp_path, buckets=["16x256x448"])
     asked = [replace(row, captions=("the same",)) for row in rows(3600)]
     found = estimated(wanted, asked, {row.path: landscape() for row in asked})

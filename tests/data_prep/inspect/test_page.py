@@ -245,7 +245,7 @@ def test_sources_are_found_under_another_root(changed, sources: Path, tmp_path: 
         write_page(folder, out, root=str(tmp_path / "nowhere"))
 
 
-def test_shards_that_do_not_say_how_they_were_made_are_shown_without_sources(changed, tmp_path: Path):
+def test_without_settings_shards_are_shown_without_sources(changed, tmp_path: Path):
     seen = Page(Path(write_page(changed(settings={}), str(tmp_path / "page.html"), 2)).read_text())
     assert seen.text.count("the manifest does not say how clips were cut") == 3
 

@@ -70,7 +70,7 @@ def test_no_latent_is_read(shards: Path):
     assert inspect(str(shards)) == counts
 
 
-def test_reasons_stand_under_their_kind_with_a_count_and_an_example(shards: Path):
+def test_reasons_have_a_kind_a_count_and_an_example(shards: Path):
     bad = LOST | {"reason": "unreadable", "kind": "quarantined"}
     short = LOST | {"reason": "too_short", "kind": "filtered", "message": "lasts\n0.2 s \x1b[31m"}
     write_quarantine(shards, [bad, bad | {"source": "b.mp4"}, short])
@@ -101,7 +101,7 @@ def test_what_else_stands_in_the_folder_is_no_shard(shards: Path):
     assert inspect(str(shards)) == counts
 
 
-def test_shards_that_no_run_finished_are_counted_and_said_to_be_unsettled(shards: Path):
+def test_shards_of_an_unfinished_run_are_not_settled(shards: Path):
     (shards / "manifest.json").unlink()
     counts = inspect(str(shards))
     assert counts["written"] == 21
@@ -144,7 +144,7 @@ def test_a_folder_that_is_no_bucket_is_named(shards: Path):
         inspect(str(shards))
 
 
-def test_a_flipped_byte_among_latents_is_found_by_a_check_and_named(shards: Path):
+def test_check_names_the_file_with_a_flipped_byte(shards: Path):
     file = Path(shard_files(str(shards))[0])
     pq.write_table(pq.read_table(file), file, write_page_checksum=True, compression="none", use_dictionary=False)
     check_shards(str(shards))

@@ -42,7 +42,7 @@ def refusal(path: Path | str, data: DataConfig = DATA, selection: SelectionConfi
     return error.value
 
 
-def test_clips_begin_at_the_start_then_every_stride_while_a_bucket_is_filled(tmp_path: Path, write):
+def test_clips_begin_every_stride_while_a_bucket_is_filled(tmp_path: Path, write):
     path = write(tmp_path / "clip.mp4", np.arange(150) / 30)  # 5 s
     assert starts(path) == [0.0]
     assert starts(path, start_s=1.5) == [1.5]
@@ -159,7 +159,7 @@ def test_a_video_shorter_than_the_clip_is_too_short(tmp_path: Path, write):
     assert "a clip of 8 frames at 8 fps takes 1.00 s" in error.message
 
 
-def test_a_cut_file_is_truncated_unless_its_clip_lies_before_the_break(tmp_path: Path, write, number_of):
+def test_a_cut_file_gives_the_clips_before_the_break(tmp_path: Path, write, number_of):
     path = write(tmp_path / "clip.mkv", np.arange(120) / 30, "mpeg4")
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) * 2 // 3])
@@ -176,7 +176,7 @@ def test_a_cut_file_is_truncated_unless_its_clip_lies_before_the_break(tmp_path:
         assert error.value.reason == "truncated"
 
 
-def test_sound_that_goes_on_behind_the_picture_promises_no_more_frames(tmp_path: Path, write):
+def test_longer_sound_does_not_lengthen_the_video(tmp_path: Path, write):
     """A WebM names only the duration of the whole: here the sound's."""
     silent = write(tmp_path / "silent.webm", STEADY, "libvpx")
     path = tmp_path / "sound.webm"

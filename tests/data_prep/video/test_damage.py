@@ -68,7 +68,7 @@ def test_a_hole_costs_the_clips_that_show_it_and_no_others(tmp_path: Path, write
 
 
 @pytest.mark.parametrize("name", ["h264.ts", "hevc.ts", "mpeg2.ts"])
-def test_a_recording_that_lost_packets_gives_no_clip_of_what_it_lost(tmp_path: Path, write, name: str):
+def test_clips_with_lost_packets_are_corrupt(tmp_path: Path, write, name: str):
     """One packet of 188 bytes in eighty is lost, as in a broadcast."""
     codec, options = {
         "h264.ts": ("libx264", {}),

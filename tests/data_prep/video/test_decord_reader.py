@@ -15,9 +15,10 @@ import pytest
 from data_prep.reasons import ClipError
 from data_prep.video import clips
 from data_prep.video.clips import Source
-from data_prep.video.decord_reader import DecordReader, NotOrdinaryError
+from data_prep.video.decord_reader import DecordReader, NotOrdinaryError, PacketCheck
 from data_prep.video.probe import read_header
 from data_prep.video.readers import PyAvReader
+from data_prep.video.timeline import read_timeline
 from sora_train.data.config import DataConfig, SelectionConfig
 
 STEADY = np.arange(40) / 30
@@ -72,7 +73,12 @@ def drawn(write, path: Path, codec: str = "libx264", times: np.ndarray = STEADY,
 
 
 def by(reader: type, path: Path, due: np.ndarray) -> list[np.ndarray]:
-    return reader(str(path), read_header(str(path))).frames(due, lambda frame: frame)
+    name, header = str(path), read_header(str(path))
+    if reader is PyAvReader:
+        return PyAvReader(name, header).frames(due, lambda frame: frame)
+    packets = PacketCheck(header)
+    read_timeline(name, header, on_packet=packets.add)
+    return DecordReader(name, header, packets.times()).frames(due, lambda frame: frame)
 
 
 @pytest.mark.parametrize(  # FFmpeg has one muxer and one demuxer for mp4 and mov
@@ -159,14 +165,14 @@ def test_a_sources_only_clip_is_read_by_decord(tmp_path: Path, write, monkeypatc
     data = DataConfig(frames=8, fps=8, height=32, width=64)
     source = Source(str(path), data, SelectionConfig())
     clip = source.read(source.plan_clips().spans[0], "0")
-    assert source.video().file is None  # PyAV's reader has opened nothing
+    assert source.reader().file is None  # PyAV's reader has opened nothing
     monkeypatch.setattr(clips, "DecordReader", refusing)
     source = Source(str(path), data, SelectionConfig())
     np.testing.assert_array_equal(source.read(source.plan_clips().spans[0], "0").frames, clip.frames)
-    assert source.video().file is not None
+    assert source.reader().file is not None
 
 
-def refusing(path: str, header: object) -> None:
+def refusing(path: str, header: object, times: object) -> None:
     raise NotOrdinaryError("refused here")
 
 

@@ -166,7 +166,7 @@ def test_an_orientation_message_holds_until_the_next_keyframe(tmp_path: Path, wr
 
 
 @pytest.mark.parametrize("name", EIGHT)
-def test_the_pixel_aspect_is_that_of_the_frame_before_it_is_turned(tmp_path: Path, write, name: str):
+def test_the_pixel_aspect_applies_before_rotation(tmp_path: Path, write, name: str):
     a, b, c, d = (value << 16 for value in EIGHT[name][0])
     path = write(
         tmp_path / "a.mp4",

@@ -167,9 +167,7 @@ def test_a_frame_is_fitted_once_though_it_is_due_twice(tmp_path: Path, write):
 
 
 @pytest.mark.parametrize("seconds", [DECODE_AHEAD_S + 5.0])
-def test_only_frames_that_are_due_are_fitted_and_far_ones_are_sought(
-    tmp_path: Path, write, number_of, seconds: float, monkeypatch
-):
+def test_only_due_frames_are_converted_after_a_seek(tmp_path: Path, write, number_of, seconds: float, monkeypatch):
     path = write(tmp_path / "long.mp4", np.arange(600) / 30, gop=30)
     reader = by(PyAvReader, path)
     decoded: list[float] = []

@@ -65,7 +65,7 @@ def test_frames_of_any_size_fill_the_bucket(size: tuple[int, int]):
         assert resize_to_bucket(np.zeros((*size, 3), np.uint8), Bucket(1, 64, 96, 8), pixel_aspect).shape == (64, 96, 3)
 
 
-def test_crop_and_flip_are_drawn_only_where_they_are_asked_for_and_stay_the_same():
+def test_crop_and_flip_are_random_only_if_asked_for():
     asked = DataConfig(crop="random", flip=True)
     draws = [random_crop_and_flip(f"{i:04x}", asked) for i in range(2000)]
     assert draws == [random_crop_and_flip(f"{i:04x}", asked) for i in range(2000)]
