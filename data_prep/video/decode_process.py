@@ -56,7 +56,8 @@ class Decoder:
         self.data, self.selection = data, selection
         self._size = max(bucket.clip_bytes for bucket in buckets_of(data))
         self._memory, self._shared = shared_memory(self._size)
-        self._child: subprocess.Popen | None = None
+        self.process: subprocess.Popen | None = None
+        """The child, while it runs."""
         self._line: Connection | None = None
 
     def plan_clips(self, path: str, headers_only: bool = False) -> ClipPlan:
@@ -72,12 +73,12 @@ class Decoder:
 
     def close(self) -> None:
         """Ends the child."""
-        if self._child:
-            self._child.kill()
+        if self.process:
+            self.process.kill()
             self._end()
 
     def _answer(self, request: DecodeRequest, kind: TypeAdapter) -> Any:
-        line = self._connected()
+        line = self.connect()
         answer = ALIVE
         try:
             line.send(request)
@@ -95,12 +96,13 @@ class Decoder:
             self.close()
             raise ClipError("decoder_crashed", "the decoder's process sent an invalid answer") from None
 
-    def _connected(self) -> Connection:
+    def connect(self) -> Connection:
+        """Starts the child if it doesn't run, and returns the connection to it."""
         if self._line is not None:
             return self._line
         ours, theirs = socket.socketpair()
         with theirs:
-            self._child = subprocess.Popen(
+            self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "data_prep.video.decode_process", str(theirs.fileno())],
                 pass_fds=[theirs.fileno(), self._memory],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
@@ -118,11 +120,11 @@ class Decoder:
 
     def _end(self) -> str:
         """Waits for the dead child and returns how it ended."""
-        assert self._child is not None
+        assert self.process is not None
         assert self._line is not None
         self._line.close()
-        code = self._child.wait()
-        self._child = self._line = None
+        code = self.process.wait()
+        self.process = self._line = None
         return f"died of {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
 
     def __del__(self) -> None:

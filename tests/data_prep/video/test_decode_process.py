@@ -59,9 +59,9 @@ def test_what_the_child_refuses_is_raised_here(tmp_path: Path, write, decoder: D
 def test_a_crash_or_a_hang_costs_one_clip_and_a_new_child(tmp_path: Path, write, decoder: Decoder):
     path = str(write(tmp_path / "clip.mp4", np.arange(30) / 30))
     span = decoder.plan_clips(path).spans[0]
-    assert decoder._child is not None
-    os.kill(decoder._child.pid, signal.SIGSEGV)
-    decoder._child.wait()
+    assert decoder.process is not None
+    os.kill(decoder.process.pid, signal.SIGSEGV)
+    decoder.process.wait()
     with pytest.raises(ClipError, match="SIGSEGV") as crash:
         decoder.read(path, span, "")
     assert crash.value.reason == "decoder_crashed"
@@ -86,8 +86,8 @@ def test_a_child_killed_amid_a_clip_costs_that_clip(tmp_path: Path, write, decod
     span = decoder.plan_clips(path).spans[0]
     fifo = tmp_path / "amid.mp4"
     os.mkfifo(fifo)
-    assert decoder._child is not None
-    killer = threading.Timer(0.3, os.kill, (decoder._child.pid, signal.SIGKILL))
+    assert decoder.process is not None
+    killer = threading.Timer(0.3, os.kill, (decoder.process.pid, signal.SIGKILL))
     killer.start()
     with pytest.raises(ClipError, match="SIGKILL") as error:
         decoder.plan_clips(str(fifo))
@@ -139,8 +139,8 @@ import sys
 from data_prep.video.decode_process import Decoder
 from sora_train.data.config import DataConfig, SelectionConfig
 decoder = Decoder(DataConfig(frames=8, height=32, width=64), SelectionConfig())
-decoder._connected()
-open({str(pid)!r}, "w").write(str(decoder._child.pid) + "\\n")
+decoder.connect()
+open({str(pid)!r}, "w").write(str(decoder.process.pid) + "\\n")
 decoder.plan_clips({str(fifo)!r})
 """
     before = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
@@ -192,13 +192,13 @@ def test_late_clips_take_no_more_memory_than_early_ones(tmp_path: Path, write, d
     short = write(tmp_path / "short.mp4", np.arange(30) / 10, gop=30, b_frames=0, size=(1920, 1080), pictures=bright)
     long = repeated(short, tmp_path / "long.mp4", 100)
     decoder.read(str(short), decoder.plan_clips(str(short)).spans[0], "")
-    assert decoder._child is not None
-    before = resident(decoder._child.pid, "VmHWM")
+    assert decoder.process is not None
+    before = resident(decoder.process.pid, "VmHWM")
     spans = decoder.plan_clips(str(long)).spans
     assert spans[-1].end_s > 298
     for span in (*spans[:3], *spans[100:103], *spans[-3:], *spans[30:33]):
         assert decoder.read(str(long), span, "").frames.shape == (8, 32, 64, 3)
-    assert resident(decoder._child.pid, "VmHWM") - before < 40 << 20
+    assert resident(decoder.process.pid, "VmHWM") - before < 40 << 20
 
 
 def bright(number: int) -> np.ndarray:
