@@ -35,8 +35,8 @@ def test_where_one_clip_is_too_many_none_fits():
     assert largest_micro_batch(LATTE, BF16, CLIP, 8, 10**9) == 0
 
 
-def test_each_stage_and_more_workers_take_no_more_than_those_before():
-    """As ZeRO's authors reckon it, with buckets that are small beside the model."""
+def test_higher_stages_and_more_workers_take_less_memory():
+    """As in the ZeRO paper, with buckets that are small compared with the model."""
     small = {"zero_optimization": {"reduce_bucket_size": 10**6, "stage3_prefetch_bucket_size": 10**6}}
 
     def held(stage: int, world: int) -> int:
@@ -59,7 +59,7 @@ def test_at_many_workers_the_bytes_are_those_of_the_zero_paper():
         assert found.held + found.gradients == pytest.approx(bytes_each * total, rel=0.02)
 
 
-def test_the_defaults_of_deepspeed_are_those_of_the_installed_one():
+def test_the_defaults_are_those_of_the_installed_deepspeed():
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     theirs = {field.alias or name: field.default for name, field in DeepSpeedZeroConfig.model_fields.items()}
@@ -77,7 +77,7 @@ def test_what_is_offloaded_is_in_the_host_and_not_on_the_device():
 
 
 def test_padding_counts_as_work():
-    """Eight workers of 3 clips for a batch of 16: each takes one micro-batch of 3, so that 24 are computed."""
+    """Eight workers of 3 clips for a batch of 16: each takes one micro-batch of 3, so 24 are computed."""
     train = TrainConfig(batch_size=16, micro_batch_size=3)
     even = TrainConfig(batch_size=16, micro_batch_size=2)
     assert step_flops(LATTE, train, CLIP, 8) == 1.5 * step_flops(LATTE, even, CLIP, 8)
@@ -101,7 +101,7 @@ def large(**changes: object) -> Recipe:
     return build(Recipe, {}, settings | {key.replace("__", "."): value for key, value in changes.items()}, "test")
 
 
-def test_a_recipe_that_does_not_fit_is_told_what_would_and_each_of_it_does():
+def test_each_suggested_change_makes_the_recipe_fit():
     recipe = large()
     sizes = replace(CLIP, b=2)
     page = format_plan(recipe, PlanOptions())
@@ -111,10 +111,10 @@ def test_a_recipe_that_does_not_fit_is_told_what_would_and_each_of_it_does():
     assert "lower train.micro_batch_size to 1" in remedies
     for remedy in remedies:
         assert remedy in page
-    mended = format_plan(large(train__micro_batch_size=1), PlanOptions())
-    assert "\nfits: " in mended
-    mended = format_plan(large(train__activation_checkpointing="selective"), PlanOptions())
-    assert "\nfits: " in mended
+    page_after = format_plan(large(train__micro_batch_size=1), PlanOptions())
+    assert "\nfits: " in page_after
+    page_after = format_plan(large(train__activation_checkpointing="selective"), PlanOptions())
+    assert "\nfits: " in page_after
 
 
 def test_the_plan_needs_no_shards_and_takes_what_they_say(tiny_shards):

@@ -146,7 +146,7 @@ def test_every_step_stands_beside_every_other_when_asked(browser, page):
         assert not visit.wrong
 
 
-def test_a_phone_shows_it_without_scrolling_sideways_by_day_and_by_night(browser, run, artifacts, tmp_path):
+def test_a_phone_needs_no_sideways_scrolling_light_or_dark(browser, run, artifacts, tmp_path):
     other = synthetic.make_run(tmp_path / ("x" * 60), seed=1, side=16, validations=2, frames=2)
     shares = {"colour": 1.0, "direction": 0.98, "shape": 0.7, "all": 0.69, "clips": 96}
     (other / "obedience.json").write_text(json.dumps({**shares, "seen": shares, "held_out": shares}))
