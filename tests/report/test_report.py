@@ -1,4 +1,4 @@
-"""A report is one page that holds everything, whatever a run has left behind and whatever its captions say."""
+"""The report of complete, damaged and hostile runs."""
 
 import base64
 import json
@@ -99,7 +99,7 @@ def make_run(folder: Path, caption: str = "a red circle", seed: int | None = 0) 
     return folder
 
 
-def test_a_report_holds_curves_samples_obedience_events_and_recipe(tmp_path):
+def test_a_report_has_curves_samples_accuracy_events_and_recipe(tmp_path):
     report = write_report(make_run(tmp_path / "trial"))
     seen = Page(report)
     assert report == tmp_path / "trial" / "report.html"
@@ -119,7 +119,7 @@ def test_a_report_holds_curves_samples_obedience_events_and_recipe(tmp_path):
         assert words in seen.text
 
 
-def test_every_video_of_every_validation_is_in_the_page_byte_for_byte(tmp_path):
+def test_every_validation_video_is_embedded_byte_for_byte(tmp_path):
     folder = synthetic.make_run(tmp_path / "run", steps=100, validations=15, side=16, frames=2)
     seen = Page(write_report(folder))
     files = sorted(path.read_bytes() for path in folder.glob("samples/*/*.mp4"))
@@ -184,7 +184,7 @@ def test_what_was_cut_short_or_is_nonsense_is_left_out(tmp_path):
     assert not Page(write_report(folder)).open
 
 
-def test_each_file_that_is_not_readable_is_named_on_the_page_and_on_stderr(tmp_path, capsys):
+def test_unreadable_files_are_named_on_the_page_and_on_stderr(tmp_path, capsys):
     folder = synthetic.make_run(tmp_path / "run", steps=100, validations=3, side=16, frames=2)
     write_report(folder)
     assert capsys.readouterr().err == ""
@@ -222,7 +222,7 @@ def test_each_file_that_is_not_readable_is_named_on_the_page_and_on_stderr(tmp_p
     assert "0step" not in Page(write_report(folder)).text
 
 
-def test_of_very_many_files_that_are_not_readable_the_first_are_named_and_the_rest_counted(tmp_path, capsys):
+def test_of_many_unreadable_files_only_the_first_are_named(tmp_path, capsys):
     folder = make_run(tmp_path / "trial")
     listing = [{"file": f"{i:04d}-<b>.mp4", "prompt": "p"} for i in range(5000)]
     (folder / "samples" / "final" / "samples.json").write_text(json.dumps({"samples": [*listing, {"file": "/a.mp4"}]}))
@@ -265,7 +265,7 @@ def test_a_link_to_a_file_elsewhere_is_not_put_into_the_page(tmp_path):
     assert len(Page(write_report(folder)).videos) == 3
 
 
-def test_a_clip_that_goes_while_the_page_is_written_leaves_the_page_whole(tmp_path):
+def test_a_clip_deleted_during_writing_leaves_a_complete_page(tmp_path):
     folder = make_run(tmp_path / "trial")
     media = MediaIndex(folder / "report.html")
     make_grid([read_run(folder)], media)
@@ -273,7 +273,7 @@ def test_a_clip_that_goes_while_the_page_is_written_leaves_the_page_whole(tmp_pa
     assert [bool(content) for _, _, content in media] == [False, True]
 
 
-def test_videos_beyond_the_budget_are_linked_relative_to_the_page_the_oldest_first(tmp_path, monkeypatch):
+def test_old_videos_beyond_the_budget_are_linked(tmp_path, monkeypatch):
     folder = make_run(tmp_path / "trial")
     size = (folder / "samples" / "final" / "000-a.mp4").stat().st_size
     monkeypatch.setattr(media, "MAX_EMBEDDED", size)
@@ -287,7 +287,7 @@ def test_videos_beyond_the_budget_are_linked_relative_to_the_page_the_oldest_fir
     assert "2 older videos are not in this file" in seen.text
 
 
-def test_a_folder_that_is_no_run_and_a_page_that_cannot_be_are_refused(tmp_path):
+def test_folders_without_a_run_and_unwritable_pages_are_errors(tmp_path):
     with pytest.raises(UserError, match=r"no recipe\.yaml"):
         write_report(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
@@ -299,7 +299,7 @@ def test_a_folder_that_is_no_run_and_a_page_that_cannot_be_are_refused(tmp_path)
         write_report(folder, out=tmp_path / "none" / "page.html")
 
 
-def test_two_that_write_at_once_leave_one_whole_page_and_nothing_else(tmp_path):
+def test_concurrent_writers_leave_one_complete_page(tmp_path):
     folder = make_run(tmp_path / "trial")
     threads = [threading.Thread(target=write_report, args=(folder,)) for _ in range(4)]
     for thread in threads:
@@ -338,7 +338,7 @@ def test_steps_are_in_numeric_order_whatever_their_digits(tmp_path):
     assert [one.name for one in read_run(tmp_path).samples] == ["step_900", "step_1000", "prompts"]
 
 
-def test_quarters_and_tenths_are_one_chart_each_of_one_run_and_a_profile_of_several(tmp_path):
+def test_parts_of_diffusion_time_are_one_chart(tmp_path):
     runs = [read_run(synthetic.make_run(tmp_path / name, validations=2, side=16, frames=2)) for name in ("a", "b")]
 
     def titled(groups: list[tuple[str, list[Chart]]]) -> dict[str, Chart]:
@@ -356,7 +356,7 @@ def test_quarters_and_tenths_are_one_chart_each_of_one_run_and_a_profile_of_seve
     ]
 
 
-def test_of_several_runs_each_shows_the_newest_video_that_it_has_at_the_sliders_step(tmp_path):
+def test_each_of_several_runs_shows_its_newest_video_so_far(tmp_path):
     make_run(tmp_path / "a")
     make_run(tmp_path / "b")
     (tmp_path / "b" / "samples" / "step_00000040").rename(tmp_path / "b" / "samples" / "step_00000030")
@@ -405,7 +405,7 @@ def test_what_differs_between_runs_is_listed_and_nothing_else(tmp_path):
     assert differences([{"a": {"b": 1}}, {"a": {"b": 1}, "c": 2}]) == [("c", ["–", "2"])]
 
 
-def test_the_command_writes_several_runs_into_the_file_that_it_is_given(tmp_path, capsys, monkeypatch):
+def test_the_command_writes_a_comparison_to_the_given_file(tmp_path, capsys, monkeypatch):
     for name in "ab":
         make_run(tmp_path / name)
     monkeypatch.chdir(tmp_path)
@@ -435,7 +435,7 @@ def test_trouble_comes_first_and_a_long_streak_of_it_is_counted():
     assert len(all_rows(events * 1000)) == 3000
 
 
-def test_a_chart_is_well_formed_and_takes_the_colours_of_the_page():
+def test_a_chart_is_well_formed_and_uses_css_variables():
     points = np.stack([np.arange(5000.0), np.arange(5000.0) ** 2], 1)
     svg = draw([Line(points)], {"resumed": [7], "rolled-back": [9], "skipped": range(3000)}, wide=True)
     ElementTree.fromstring(svg)
@@ -467,7 +467,7 @@ def test_ticks_are_a_few_round_numbers_in_the_range(low: float, high: float):
     assert np.allclose(np.diff(found), found[1] - found[0])
 
 
-def test_thinning_keeps_mean_and_extremes_and_smoothing_keeps_a_line():
+def test_thinning_keeps_mean_and_extremes_smoothing_keeps_lines():
     points = np.stack([np.arange(6000.0), np.random.default_rng(0).normal(size=6000)], 1)
     steps, values, low, high = thin(points)
     assert len(values) == 600
