@@ -10,6 +10,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import time
+from collections.abc import Callable
+from typing import ParamSpec
+
+P = ParamSpec("P")
 
 log = logging.getLogger("sora_train")
 
@@ -25,6 +30,19 @@ def progress(text: str) -> None:
     """Progress of a command whose stdout is its result: to stderr."""
     if log.isEnabledFor(logging.INFO):
         print(text, file=sys.stderr, flush=True)
+
+
+def every_few_seconds(show: Callable[P, object], seconds: float = 5.0) -> Callable[P, None]:
+    """`show` for progress: calls are ignored until `seconds` after the last one that was not."""
+    last = time.monotonic()
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds:
+            last = time.monotonic()
+            show(*args, **kwargs)
+
+    return call
 
 
 class _Plain(logging.Formatter):
