@@ -128,9 +128,9 @@ def run(verb: str, words: Sequence[str]) -> None:
         case "eval":
             (run_folder,), options = folders_of(verb, words)
             from sora_train.evaluate import evaluate
-            from sora_train.quickstart.measure import obey
+            from sora_train.quickstart.measure import measure_prompt_accuracy
 
-            evaluate(run_folder, options, obey)
+            evaluate(run_folder, options, measure_prompt_accuracy)
         case "demo":
             overrides = demo_overrides(words)
             from sora_train.quickstart.run import demo

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,19 @@ from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
 from sora_train.evaluate.heldout import BINS
 from sora_train.evaluate.i3d import load_i3d
-from sora_train.evaluate.metrics import Progress, check_frames, check_shards, measure
+from sora_train.evaluate.metrics import check_frames, check_shards, measure
 from sora_train.evaluate.similarity import load_clip
-from sora_train.log import progress
+from sora_train.log import every_few_seconds, progress
 from sora_train.sample import Run, load_run
 from sora_train.storage import atomic_write_text
 
-Judge = Callable[[Run, Iterable[str], Callable[[int, int], None]], dict[str, Any] | None]
-"""Obedience of a run's samples to their prompts; None where these captions are not the judge's."""
+Oracle = Callable[[Run, Iterable[str], Callable[[int, int], None]], dict[str, Any] | None]
+"""Prompt accuracy of a run's samples; None if it can't read clips with these captions."""
 NAMES = {"ema": "averaged", "raw": "trained"}
-LOOKED_AT = 64  # captions that tell whether the clips are the quickstart's
+PROBED = 64  # captions that tell whether the clips are the quickstart's
 
 
-def evaluate(path: str | Path, how: EvalOptions, judge: Judge | None = None) -> dict[str, Any]:
+def evaluate(path: str | Path, how: EvalOptions, oracle: Oracle | None = None) -> dict[str, Any]:
     """Measures, prints the table (or with `how.json` the JSON), and writes `eval.json` into the run, or to `how.out`.
 
     Raises UserError, and leaves what an earlier one wrote, where nothing could be measured, or not what the command
@@ -41,7 +40,7 @@ def evaluate(path: str | Path, how: EvalOptions, judge: Judge | None = None) -> 
     ask = validation.model_copy(update={key: value for key, value in asked.items() if value is not None})
     shards = how.shards or run.recipe.data.output
     remarks: list[str] = []
-    tell = printed()
+    tell = every_few_seconds(lambda what, done, of: progress(f"{what}: {done} of {of}"))
     figures = measure(run, ask, shards, None, tell, remarks.append)
     if not ask.holdout_clips:
         remarks.append("held-out loss: not asked for (--holdout_clips 0)")
@@ -53,8 +52,8 @@ def evaluate(path: str | Path, how: EvalOptions, judge: Judge | None = None) -> 
     record |= {"shards": str(shards), **figures}
     try:
         obedience = (
-            judge(run, some_captions(shards), lambda done, of: tell("samples to judge, step", done, of))
-            if judge
+            oracle(run, some_captions(shards), lambda done, of: tell("samples for prompt accuracy, step", done, of))
+            if oracle
             else None
         )
         record |= {"obedience": obedience} if obedience else {}
@@ -106,7 +105,7 @@ def some_captions(folder: str | Path) -> list[str]:
     """Captions of the first clips of a shard folder, held out or not."""
     shards = ShardSet(str(folder))
     bucket, rows = next(iter(shards.rows.items()))
-    return [caption for captions in shards.read(bucket, range(min(rows, LOOKED_AT))).captions for caption in captions]
+    return [caption for captions in shards.read(bucket, range(min(rows, PROBED))).captions for caption in captions]
 
 
 def write(file: Path, record: dict[str, Any]) -> None:
@@ -139,16 +138,3 @@ def table(record: dict[str, Any]) -> str:
 
 def row(name: str, value: str, about: str = "") -> str:
     return f"{name:16}{value:>10}  {about}".rstrip()
-
-
-def printed(seconds: float = 5.0) -> Progress:
-    """Progress as lines on stderr: one at most every so many seconds."""
-    last = time.monotonic()
-
-    def tell(what: str, done: int, of: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= seconds:
-            last = time.monotonic()
-            progress(f"{what}: {done} of {of}")
-
-    return tell

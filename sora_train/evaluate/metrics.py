@@ -21,9 +21,8 @@ from sora_train.data.collate import draw_training_noise
 from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
 from sora_train.evaluate.fvd import ENOUGH_CLIPS, frechet_distance
-from sora_train.evaluate.heldout import SEED, Place, batches, held_out_loss
+from sora_train.evaluate.heldout import SEED, ClipRef, batches, choose_clips, held_out_loss
 from sora_train.evaluate.i3d import I3D, I3D_FRAMES, features, load_i3d
-from sora_train.evaluate.kept import choose_again
 from sora_train.evaluate.similarity import load_clip, similarity
 from sora_train.log import log
 from sora_train.manifest import Manifest
@@ -104,7 +103,7 @@ def _held_out(
     shards = open_held_out(run, folder)
     # Pictures that training left out would be measured for nothing.
     names = tuple(name for name in shards.rows if bucket_size(name)[0] > 1 or run.recipe.data.image_ratio != 0)
-    places = choose_again(run, shards, ask.holdout_clips, names, "held-out loss", remark)
+    places = choose_clips(run, shards, ask.holdout_clips, names, "held-out loss", remark)
     if not places:
         raise UserError("only pictures were held out, and data.image_ratio 0 leaves them out of training")
     loss = held_out_loss(run.predict, run.objective, shards, places, run.device, progress=progress)
@@ -133,7 +132,7 @@ def _fvd(run: Run, ask: ValidationConfig, folder: str, tell: Progress, remark: C
     check_frames(run)
     bucket = bucket_name(manifest.frames, manifest.height, manifest.width)  # what samples look like
     shards = open_held_out(run, folder)
-    places = choose_again(run, shards, ask.fvd_clips, (bucket,), f"FVD of {bucket}", remark)
+    places = choose_clips(run, shards, ask.fvd_clips, (bucket,), f"FVD of {bucket}", remark)
     if len(places) < 2:
         raise UserError(
             f"{len(places)} of the held-out clips are of {bucket}, the shape of samples; two at least are needed"
@@ -185,7 +184,7 @@ def make(
     )
 
 
-def captions_of(run: Run, shards: ShardSet, places: list[Place]) -> tuple[list[str], list[Float[Tensor, "_ e"]]]:
+def captions_of(run: Run, shards: ShardSet, places: list[ClipRef]) -> tuple[list[str], list[Float[Tensor, "_ e"]]]:
     """A caption of each clip, the one that its held-out loss takes, and the embedding that its shard has of it."""
     prompts: list[str] = []
     embeddings: list[Tensor] = []
@@ -199,7 +198,7 @@ def captions_of(run: Run, shards: ShardSet, places: list[Place]) -> tuple[list[s
 
 
 def real_videos(
-    run: Run, shards: ShardSet, places: list[Place], progress: Callable[[int, int], None]
+    run: Run, shards: ShardSet, places: list[ClipRef], progress: Callable[[int, int], None]
 ) -> Iterator[np.ndarray]:
     """Held-out clips uint8 `F H W 3`, decoded from the means of their latents: shards hold no pixels.
 
@@ -217,7 +216,7 @@ def real_videos(
 
 
 def reference(
-    run: Run, i3d: I3D, shards: ShardSet, places: list[Place], progress: Callable[[int, int], None]
+    run: Run, i3d: I3D, shards: ShardSet, places: list[ClipRef], progress: Callable[[int, int], None]
 ) -> Float[np.ndarray, "n 400"]:
     """I3D's features of held-out clips; kept in the run's folder, under all that they depend on."""
     ids = [place.sample_id for place in places]

@@ -1,9 +1,9 @@
-"""An automatic judge: which colour, which shape, moving where, read from a clip's pixels alone.
+"""The quickstart's oracle: reads colour, shape and direction from a clip's pixels alone.
 
-It shares no code with the drawing: the object is what differs from the ground along the frame's border, its shape is
-the template of equal area and centroid that overlaps it best, its colour is the hue inside it, its direction the path
-of its centroid. Whatever is unclear is None, and None is wrong: no object, two of them, none of the six colours, no
-motion, or motion along a diagonal.
+It shares no code with the drawing. The object is what differs from the background along the frame's border; its shape
+is the template of equal area and centroid that overlaps it best; its colour is the hue inside it; its direction is the
+path of its centroid. Anything unclear is None, which counts as wrong: no object, two objects, none of the six colours,
+no motion, or diagonal motion.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ STEPS = 0.75  # share of the steps that go forward
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a clip shows; None where that is not clear."""
+    """What a clip shows; None if unclear."""
 
     colour: str | None
     shape: str | None
@@ -48,8 +48,8 @@ class Object:
     overlaps: tuple[float, ...]  # with each of SHAPES
 
 
-def judge(video: np.ndarray) -> Verdict:
-    """Judges a clip of uint8 frames `F H W 3`."""
+def classify(video: np.ndarray) -> Verdict:
+    """Reads a clip of uint8 frames `F H W 3`."""
     found = [seen for i, seen in enumerate(find_objects(video)) if seen is not None]
     if len(found) < max(2, CLEAR_FRAMES * len(video)):
         return Verdict(None, None, None)
@@ -160,12 +160,12 @@ def right(verdict: Verdict, scene: Scene) -> dict[str, bool]:
 
 
 def accuracy(videos: Sequence[np.ndarray], scenes: Sequence[Scene]) -> float:
-    """Share of clips that the judge reads wholly as their scenes say: its own test on real clips."""
-    return shares([right(judge(video), scene) for video, scene in zip(videos, scenes, strict=True)])["all"]
+    """The oracle's own test: the share of real clips that it reads correctly."""
+    return shares([right(classify(video), scene) for video, scene in zip(videos, scenes, strict=True)])["all"]
 
 
-def obedience(verdicts: Sequence[Verdict], scenes: Sequence[Scene]) -> dict:
-    """Shares of clips that obey their captions, and how many clips: over all, and for seen and held-out captions."""
+def prompt_accuracy(verdicts: Sequence[Verdict], scenes: Sequence[Scene]) -> dict:
+    """Share of clips that show their captions, and number of clips: of all, of seen and of held-out captions."""
     judged = [(scene, right(verdict, scene)) for verdict, scene in zip(verdicts, scenes, strict=True)]
     seen = shares([parts for scene, parts in judged if not scene.held_out])
     held_out = shares([parts for scene, parts in judged if scene.held_out])

@@ -1,4 +1,4 @@
-"""The quickstart, `sora demo`: clips of moving shapes to a trained model whose obedience is measured, in six stages.
+"""The quickstart, `sora demo`: clips of moving shapes to a trained model and its prompt accuracy, in six stages.
 
 Every stage does only what is missing, so running it again resumes. `sora_train.quickstart.shapes` draws the clips,
 everything between is what anybody's own videos go through, and `sora_train.quickstart.oracle` reads the samples back.
@@ -17,8 +17,8 @@ from pathlib import Path
 
 from sora_train.errors import UserError
 from sora_train.log import log
-from sora_train.quickstart.measure import SEEDS, VERDICTS, measure, scenes, write_verdicts
-from sora_train.quickstart.oracle import Verdict, judge
+from sora_train.quickstart.measure import SEEDS, VERDICTS, measure_samples, scenes, write_verdicts
+from sora_train.quickstart.oracle import Verdict, classify
 from sora_train.quickstart.shapes import COLOURS, DIRECTIONS, make_clips
 from sora_train.recipe import Recipe, load_recipe
 from sora_train.video import contact_sheet, read_mp4
@@ -43,8 +43,8 @@ def demo(recipe_path: str | Path = "jobs/quickstart.yaml", overrides: Mapping[st
         train(recipe)
     with stage(4, f"sample: {len(scenes())} captions, half of them held out of training, {len(SEEDS)} seeds", started):
         final = sample(run_folder)
-    with stage(5, "judge: what the samples show, read from their pixels", started):
-        shares = measure(clips_folder, run_folder, final)
+    with stage(5, "measure: what the samples show, read from their pixels", started):
+        shares = measure_samples(clips_folder, run_folder, final)
     with stage(6, "report", started):
         report = write_report(run_folder)
         log.info(f"  {report}")
@@ -130,7 +130,7 @@ def train(recipe: Recipe) -> None:
 
 
 def sample(run_folder: Path, seeds: Sequence[int] = SEEDS) -> Path:
-    """Stage 4: an mp4 of every scene and seed, what the judge reads from each, and the sheet. Returns their folder."""
+    """Stage 4: an mp4 of every scene and seed, what the oracle reads from each, and the sheet. Returns their folder."""
     import torch
 
     from sora_train.sample import load_run, sample_to_folder
@@ -158,7 +158,7 @@ def sample(run_folder: Path, seeds: Sequence[int] = SEEDS) -> Path:
             folder,
             seeds,
             progress=progress,
-            on_video=lambda video: verdicts.append(judge(video)),
+            on_video=lambda video: verdicts.append(classify(video)),
         )
     write_verdicts(folder, verdicts)
     write_sheet(files, len(seeds), folder / "sheet.png")

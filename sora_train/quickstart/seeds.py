@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from sora_train.launch.trainer import launch_training
-from sora_train.quickstart.measure import measure
+from sora_train.quickstart.measure import measure_samples
 from sora_train.quickstart.run import find_recipe, sample
 from sora_train.recipe import load_recipe
 
@@ -30,7 +30,7 @@ def main() -> None:
         }
         recipe = load_recipe(find_recipe("jobs/quickstart.yaml"), overrides)
         run = launch_training(recipe)
-        shares = measure(Path(recipe.data.captions).parent, run, sample(run, SAMPLE_SEEDS))
+        shares = measure_samples(Path(recipe.data.captions).parent, run, sample(run, SAMPLE_SEEDS))
         rows.append({"seed": seed, "clips": shares["clips"], "seen": shares["seen"], "held_out": shares["held_out"]})
     print("\n| training seed | clips | " + " | ".join(f"{name} seen / held out" for name in NAMES) + " |")
     print("|" + "---|" * (2 + len(NAMES)))

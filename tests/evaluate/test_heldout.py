@@ -10,8 +10,7 @@ import torch
 from sora_train.data.order import batch
 from sora_train.data.shards import ShardSet
 from sora_train.diffusion import DiffusionConfig, make_objective
-from sora_train.evaluate.heldout import BINS, choose, held_out_loss, ranked, time_in
-from sora_train.evaluate.kept import choose_again
+from sora_train.evaluate.heldout import BINS, choose, choose_clips, held_out_loss, ranked, time_in
 from sora_train.evaluate.metrics import open_held_out
 from sora_train.sample import Run, load_run
 
@@ -148,7 +147,7 @@ def test_added_clips_leave_the_measured_set_as_it_is_and_removed_ones_are_said(r
     (tmp_path / "checkpoints").mkdir()
 
     def chosen(of: ShardSet, count: int) -> set[str]:
-        return {place.sample_id for place in choose_again(mine, of, count, None, "held-out loss", said.append)}
+        return {place.sample_id for place in choose_clips(mine, of, count, None, "held-out loss", said.append)}
 
     everything = [place.sample_id for place in ranked(shards)]
     later = Subset(shards, everything[3:])  # the first by hash come into the shards later

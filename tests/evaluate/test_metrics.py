@@ -20,7 +20,7 @@ from sora_train.evaluate.i3d import I3D, load_i3d, shapes
 from sora_train.evaluate.metrics import REFERENCE, captions_of, open_held_out, real_videos, reference
 from sora_train.export import export
 from sora_train.launch.validation import validate
-from sora_train.quickstart.measure import obey
+from sora_train.quickstart.measure import measure_prompt_accuracy
 from sora_train.quickstart.shapes import all_scenes
 from sora_train.recipe import Recipe, check, load_recipe, save_recipe
 from sora_train.sample import Run, load_run
@@ -212,8 +212,8 @@ def test_an_evaluation_that_fails_keeps_what_an_earlier_one_wrote(
 
 
 def test_only_the_quickstarts_captions_are_judged(run: Run):
-    assert obey(run, []) is None
-    assert obey(run, [all_scenes()[0].caption, "water flows in a stream"]) is None
+    assert measure_prompt_accuracy(run, []) is None
+    assert measure_prompt_accuracy(run, [all_scenes()[0].caption, "water flows in a stream"]) is None
 
 
 def test_a_recipe_that_asks_for_fvd_and_lacks_what_it_needs_is_refused():

@@ -12,8 +12,8 @@ from PIL import Image
 from sora_train.errors import UserError
 from sora_train.quickstart import measure as measuring
 from sora_train.quickstart import run as demo_run
-from sora_train.quickstart.measure import SEEDS, VERDICTS, measure, scenes, write_verdicts
-from sora_train.quickstart.oracle import judge
+from sora_train.quickstart.measure import SEEDS, VERDICTS, measure_samples, scenes, write_verdicts
+from sora_train.quickstart.oracle import classify
 from sora_train.quickstart.run import clips, find_recipe, heartbeat, is_sampled, last_words, write_sheet
 from sora_train.quickstart.shapes import draw, make_clips
 from sora_train.recipe import Recipe
@@ -36,7 +36,7 @@ def perfect(tmp_path_factory) -> Path:
         for seed in SEEDS:
             files.append(folder / f"{len(files):03d}.mp4")
             video = draw(scene, np.random.default_rng((5, len(files))))
-            verdicts.append(judge(video))
+            verdicts.append(classify(video))
             write_mp4(files[-1], video, fps=8)
             listing.append({"file": files[-1].name, "prompt": scene.caption, "seed": seed})
     (folder / "samples.json").write_text(json.dumps({"checkpoint": "step_00000007", "samples": listing}))
@@ -89,10 +89,10 @@ def test_obedience_counts_what_is_wrong_where_it_is_wrong(clips_folder, perfect,
     videos = [draw(scene, np.random.default_rng((5, i))) for i, scene in enumerate(np.repeat(scenes(), len(SEEDS)), 1)]
     for i in range(48, 60):  # a quarter of the held-out ones, reversed in time: only the direction is wrong
         videos[i] = videos[i][::-1]
-    write_verdicts(files[0].parent, [judge(video) for video in videos])
+    write_verdicts(files[0].parent, [classify(video) for video in videos])
     for file in files:  # the files are only to look at
         file.write_bytes(b"damaged")
-    shares = measure(clips_folder, tmp_path, tmp_path / "samples" / "final")
+    shares = measure_samples(clips_folder, tmp_path, tmp_path / "samples" / "final")
     record = json.loads((tmp_path / "obedience.json").read_text())
     assert record["judge_accuracy"] >= 0.99
     assert "of 40 real clips" in capsys.readouterr().out
@@ -108,7 +108,7 @@ def test_obedience_counts_what_is_wrong_where_it_is_wrong(clips_folder, perfect,
 def test_a_judge_that_fails_on_real_clips_is_not_believed(clips_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(measuring, "accuracy", lambda videos, truth: 0.98)
     with pytest.raises(RuntimeError, match=r"98\.0%"):
-        measure(clips_folder, tmp_path, tmp_path)
+        measure_samples(clips_folder, tmp_path, tmp_path)
 
 
 def test_the_sheet_shows_every_colour_seen_and_held_out(perfect, tmp_path, monkeypatch):
