@@ -1,4 +1,4 @@
-"""`manifest.json` beside the shards: what made them, and what a reader must know of them. No torch here."""
+"""`manifest.json` next to the shards: how they were encoded, for their readers. Needs no torch."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ SCHEMA_VERSION = 2
 def latent_shape(
     channels: int, factor: int, time_factor: int, frames: int, height: int, width: int
 ) -> tuple[int, int, int, int]:
-    """Axes `f c h w` of the latents of so many frames of so many pixels."""
+    """Latent shape `f c h w` of a clip of `frames` frames and `height` x `width` pixels."""
     return 1 + (frames - 1) // time_factor, channels, height // factor, width // factor
 
 
 def commonest_shape(buckets: dict[str, int]) -> tuple[int, int, int] | None:
-    """Frames, height and width of the bucket with the most clips; None if none holds a clip.
+    """Frames, height and width of the bucket with the most clips; None if all are empty.
 
-    Buckets of videos come before those of images, and of equals the largest counts.
+    Buckets of videos come before those of images; of equal ones the largest is taken.
     """
     shapes = [(*map(int, name.split("x")), rows) for name, rows in buckets.items() if rows]
     if not shapes:
@@ -35,21 +35,21 @@ def commonest_shape(buckets: dict[str, int]) -> tuple[int, int, int] | None:
 
 
 class VaeFacts(Section):
-    """The VAE that made the latents; `mean` and `std` per channel take raw latents to what a model sees."""
+    """The VAE that made the latents; `mean` and `std` per channel normalise them for the model."""
 
     name: str
     hash: str
     channels: int
     factor: int
-    """Pixels on a side that one latent stands for."""
+    """Spatial compression: pixels on a side of one latent."""
     time_factor: int = 1
-    """Frames that one latent stands for, but for the first, which stands alone: `k time_factor + 1` frames."""
+    """Temporal compression: frames of one latent, except the first, which has its own: `k time_factor + 1` frames."""
     precision: str = "fp32"
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """Axes `f c h w` of the latents of so many frames of so many pixels."""
+        """Latent shape `f c h w` of a clip of `frames` frames and `height` x `width` pixels."""
         return latent_shape(self.channels, self.factor, self.time_factor, frames, height, width)
 
 
@@ -62,15 +62,15 @@ class TextFacts(Section):
     max_tokens: int
     precision: str = "fp32"
     caption_cleaning: str = "none"
-    """What captions went through before they were embedded, as `codec.caption_cleaning` has it."""
+    """`codec.caption_cleaning` of the embedded captions."""
 
 
 class LatentFormat(Section):
-    """How latents lie in a row: `[moments, frames, channels, h, w]`."""
+    """Layout of latents in a row: `[moments, frames, channels, h, w]`."""
 
     dtype: str = "float16"
     moments: int
-    """2: mean and log-variance of the posterior; 1: the VAE has none."""
+    """2: mean and log-variance of the posterior; 1: the VAE has no posterior."""
 
 
 class Counts(Section):
@@ -83,11 +83,11 @@ class Counts(Section):
 
 
 class Manifest(Section):
-    """What a reader must know of a shard set; `manifest.json` beside the shards, and in runs made from them."""
+    """Facts of a shard set: `manifest.json` next to the shards, and in runs trained on them."""
 
     schema_version: int = SCHEMA_VERSION
     encoding_hash: str
-    """Over transform, VAE, text encoder and the version of that code: shards of two encodings never mix."""
+    """Hash of transform, VAE, text encoder and code version: shards of two encodings never mix."""
     vae: VaeFacts
     text: TextFacts
     latents: LatentFormat
@@ -95,31 +95,31 @@ class Manifest(Section):
     fps: float
     height: int
     width: int
-    """The shape that samples take by default: `commonest_shape` of the buckets."""
+    """Default shape of samples: `commonest_shape` of the buckets."""
     buckets: dict[str, int]
-    """Rows of each bucket, those that the recipe asks for and that are empty too."""
+    """Rows of each bucket of the recipe, also of empty ones."""
     held_out: dict[str, int] = {}
-    """In a run's copy: how many of them training never sees, by bucket."""
+    """In a run's copy: number of held-out clips by bucket."""
     settings: dict[str, Any] = {}
-    """The recipe's `data` and `selection` as they stood: by them a clip's frames can be made again."""
+    """The recipe's `data` and `selection`, from which a clip's frames can be decoded again."""
     empty_text: str
     """The empty prompt's embedding, `[empty_tokens, width]`, base64 of float16: its `</s>`, and a token of padding."""
     empty_tokens: int
     """2; 1 in shards made before padding was kept."""
     counts: Counts
     reasons: dict[str, int]
-    """How many clips are missing for which reason."""
+    """Number of missing clips by reason."""
     remarks: dict[str, int] = {}
-    """How many sources have which oddity, such as `hdr`, that did not keep clips from being made."""
+    """Number of sources by remark, such as `hdr`; their clips were made all the same."""
 
     def save(self, folder: str) -> None:
-        """Writes `folder/manifest.json`, whole or not at all."""
+        """Writes `folder/manifest.json` atomically."""
         system, path = resolve(folder)
         atomic_write(system, f"{path}/manifest.json", self.model_dump_json(indent=1).encode())
 
     @classmethod
     def load(cls, folder: str) -> Manifest:
-        """Reads `folder/manifest.json`; UserError where there is none, or one of another schema version."""
+        """Reads `folder/manifest.json`. Raises UserError if it is missing or has another schema version."""
         system, path = resolve(folder)
         content = read_bytes(system, f"{path}/manifest.json")
         if content is None:

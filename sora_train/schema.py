@@ -79,9 +79,9 @@ def encode_row(
     latents: np.ndarray,
     text: list[np.ndarray],
 ) -> dict[str, Any]:
-    """A row of SHARD_SCHEMA from latents `[moments, f, c, h, w]` and one embedding `[tokens, width]` per caption.
+    """A row of SHARD_SCHEMA from latents `[moments, f, c, h, w]` and an embedding `[tokens, width]` per caption.
 
-    Raises ValueError where captions and embeddings differ in number, or a value is not finite in float16.
+    Raises ValueError if captions and embeddings differ in number, or a value is not finite in float16.
     """
     if len(captions) != len(text) or not captions:
         raise ValueError(f"{source}: {len(captions)} captions and {len(text)} embeddings; need one embedding each")
@@ -105,7 +105,7 @@ def encode_row(
 
 
 def to_float16(array: np.ndarray, what: str) -> np.ndarray:
-    """The array in float16; ValueError where that leaves NaN or infinity."""
+    """The array in float16. Raises ValueError if it then has NaN or infinity."""
     with np.errstate(over="ignore"):
         half = np.asarray(array).astype(np.float16)
     if not np.isfinite(half).all():
@@ -114,7 +114,7 @@ def to_float16(array: np.ndarray, what: str) -> np.ndarray:
 
 
 def decode_rows(table: pa.Table, manifest: Manifest, bucket: str) -> Clips:
-    """Rows of SHARD_SCHEMA as arrays; ValueError, naming the sample, where a row doesn't have the manifest's shape."""
+    """Rows of SHARD_SCHEMA as arrays. Raises ValueError, with the sample, for a row of another shape."""
     frames, height, width = bucket_size(bucket)
     shape = (manifest.latents.moments, *manifest.vae.latent_shape(frames, height, width))
     latents = np.empty((len(table), *shape), np.float16)
@@ -129,7 +129,7 @@ def decode_rows(table: pa.Table, manifest: Manifest, bucket: str) -> Clips:
         latents[row] = content.reshape(shape)
         text.append(
             [
-                # Of the table's own memory: they are most of its bytes.
+                # Views of the table's memory: embeddings are most of its bytes.
                 np.frombuffer(embedding.as_buffer(), np.float16).reshape(tokens, manifest.text.width)
                 for embedding, tokens in zip(embeddings.values, columns["tokens"][row], strict=True)
             ]

@@ -1,4 +1,4 @@
-"""Frames to files that people look at, and back: mp4 that browsers play, gif, contact sheets. No torch, no Ray."""
+"""Writes frames as mp4 (which browsers play), gif and contact sheets, and reads mp4. No torch, no Ray."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write_mp4(path: str | Path, frames: np.ndarray, fps: int | float, crf: int =
         stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        # x264's mbtree looks at memory that nobody wrote: the same frames would not give the same file.
+        # x264's mbtree reads uninitialised memory, so the same frames would not always give the same file.
         stream.options = {"crf": str(crf), "preset": "veryfast", "x264-params": "mbtree=0"}
         stream.codec_context.thread_count = 1
         for frame in frames:
@@ -40,20 +40,20 @@ def write_mp4(path: str | Path, frames: np.ndarray, fps: int | float, crf: int =
 
 
 def read_mp4(path: str | Path) -> np.ndarray:
-    """All frames of an mp4 as uint8 RGB `F H W 3`. PyAV's errors pass through; no frame is a ValueError."""
+    """All frames of an mp4 as uint8 RGB `F H W 3`. Raises ValueError if there are none; PyAV's errors pass through."""
     with av.open(str(path), format="mp4", options={"protocol_whitelist": "file", "enable_drefs": "0"}) as file:
         file.streams.video[0].codec_context.thread_count = 1
         frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
     if not frames:
-        raise ValueError(f"{path} holds no frame")
+        raise ValueError(f"{path} has no frames")
     return np.stack(frames)
 
 
 def write_gif(path: str | Path, frames: np.ndarray, fps: int | float, longest_side: int = 480) -> None:
     """Writes uint8 RGB frames `F H W 3` as a gif that loops, scaled down to `longest_side` pixels where larger.
 
-    One palette of 256 colours is made from all frames, so that a still ground does not flicker. A gif's clock ticks in
-    hundredths of a second: frames last a tick more or less so that the whole clip keeps its time.
+    All frames share one palette of 256 colours, so a still background does not flicker. Times in a gif are hundredths of
+    a second: durations of frames differ by one, so that the clip's duration is right.
     """
     check_frames(frames)
     height, width = frames.shape[1:3]
@@ -63,7 +63,7 @@ def write_gif(path: str | Path, frames: np.ndarray, fps: int | float, longest_si
     palette = Image.fromarray(np.concatenate([np.asarray(image) for image in images])).quantize(256)
     indexed = [image.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for image in images]
     ticks = np.diff(np.rint(np.arange(len(images) + 1) * 100 / fps)).astype(int)
-    durations = [10 * max(2, int(tick)) for tick in ticks]  # browsers take anything below two ticks for ten
+    durations = [10 * max(2, int(tick)) for tick in ticks]  # browsers replace durations below 2 by 10
     indexed[0].save(path, "GIF", save_all=True, append_images=indexed[1:], duration=durations, loop=0, disposal=1)
 
 
@@ -77,8 +77,8 @@ def contact_sheet(
 ) -> Image.Image:
     """One cell per clip: up to `frames` of its frames side by side, evenly spread, its label beneath.
 
-    A badge, where given and not empty, stands at the right end of the label's line. Labels are made harmless (one line,
-    no control characters) and cut with an ellipsis where the cell ends. Clips may differ in size and length.
+    A badge that is not empty is drawn at the right end of the label's line. Labels are reduced to one line without
+    control characters and cut with an ellipsis at the cell's end. Clips may differ in size and length.
     """
     badges = badges if badges is not None else [""] * len(videos)
     if not videos or not len(videos) == len(labels) == len(badges):

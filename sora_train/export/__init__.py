@@ -1,4 +1,4 @@
-"""Weights that leave home: a run as a `LattePipeline` of diffusers, or as one safetensors file. No Ray.
+"""Export of a run as a `LattePipeline` of diffusers, or as one safetensors file. No Ray.
 
 `sora_train.sample.load_run` reads both back.
 """

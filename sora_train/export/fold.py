@@ -1,9 +1,9 @@
-"""What normalises latents, folded into a VAE: its latents are then what the model sees, without mean and std.
+"""Folds the normalisation of latents into a VAE, whose latents are then those that the model sees.
 
 An `AutoencoderKL` ends in a 1 x 1 convolution to the posterior's moments and begins to decode with another. Latents
 (z - m) / s have the posterior's mean (mean - m) / s and log-variance logvar - 2 log s; decoding begins with z s + m.
-All of that is linear, so two 1 x 1 convolutions take it up. (A log-variance beyond diffusers' bounds, -30 and 20, is
-cut before the fold on one side and after it on the other; nothing real is out there.)
+All of that is linear, so the two 1 x 1 convolutions absorb it. (A log-variance beyond diffusers' bounds, -30 and 20,
+is clamped before the fold_latent_norm in one VAE and after it in the other; real values are within.)
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import nn
 
 
 @torch.no_grad()
-def fold(vae: Any, mean: Sequence[float], std: Sequence[float]) -> None:
+def fold_latent_norm(vae: Any, mean: Sequence[float], std: Sequence[float]) -> None:
     """Changes an `AutoencoderKL` in place so that it makes and takes normalised latents; its scaling factor is 1.
 
-    One that lacks a convolution gets it. Computed in float64, since what is folded in is undone on the other side.
+    One that lacks a convolution gets it. Computed in float64, because decoding undoes what encoding does.
     """
     c = len(mean)
     m, s = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
@@ -46,7 +46,7 @@ def fold(vae: Any, mean: Sequence[float], std: Sequence[float]) -> None:
 
 
 def identity(channels: int) -> nn.Conv2d:
-    """A 1 x 1 convolution that changes nothing."""
+    """The identity as a 1 x 1 convolution."""
     convolution = nn.Conv2d(channels, channels, 1)
     nn.init.dirac_(convolution.weight)
     assert convolution.bias is not None

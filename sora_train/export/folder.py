@@ -1,4 +1,4 @@
-"""`sora export`: a folder that is there whole or not at all."""
+"""`sora export`: writes the folder completely or not at all."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from sora_train.train.weights import save_weights
 
 
 def export(path: str | Path, out: str | Path, weights_only: bool = False, weights: Weights | None = None) -> Path:
-    """Writes the model of a run, a checkpoint or another export to the new folder `out`, and says where.
+    """Writes the model of a run, a checkpoint or another export to the new folder `out`.
 
-    By default a `LattePipeline` of diffusers with its own VAE, text encoder and scheduler; UserError, with the reason,
-    for a run that this can't hold. With `weights_only` one safetensors file, for any run. Either has recipe.yaml,
-    manifest.json and a model card, and is read back by `load_run`.
+    By default it is a `LattePipeline` of diffusers with VAE, text encoder and scheduler; UserError, with the reasons,
+    if a pipeline can't hold the run's model. With `weights_only` it is one safetensors file, for any run. Both have
+    recipe.yaml, manifest.json and a model card, and `load_run` reads them.
     """
     out = Path(out).expanduser()
     check_free(out)
@@ -53,7 +53,7 @@ def export(path: str | Path, out: str | Path, weights_only: bool = False, weight
 
 
 def check_free(out: Path) -> None:
-    """UserError where the folder holds anything, since nothing is ever replaced, or has the name of a file."""
+    """Raises UserError if `out` is not empty, since nothing is ever replaced, or is a file's name."""
     if out.suffix == ".safetensors":
         raise UserError(
             f"{out} is a file's name, and OUT is a folder that gets several files; name one without .safetensors"
@@ -67,7 +67,7 @@ def check_free(out: Path) -> None:
 
 
 def with_draft(out: Path, write: Callable[[Path], None]) -> None:
-    """Has a folder written under another name, and then renamed; UserError, and nothing left, where that fails."""
+    """Writes a folder under another name and renames it. Raises UserError, and leaves nothing, if that fails."""
     draft = out.absolute().with_name(draft_name(out.absolute().name))
     try:
         draft.mkdir(parents=True)
@@ -83,13 +83,13 @@ def with_draft(out: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_weights(run: Run, draft: Path) -> None:
-    """Weights, and the recipe as the run has it: VAE and text encoder stay where they are."""
+    """Writes weights and recipe. VAE and text encoder stay where they are."""
     save_weights(draft / EXPORTED, run.model.state_dict())
     finish(run, draft, ExportNote("weights", run.weights, step_of(run), *codec_hashes(run)))
 
 
 def write_whole_pipeline(run: Run, draft: Path) -> None:
-    """A pipeline that stands alone."""
+    """Writes a self-contained pipeline."""
     write_pipeline(run, draft)
     vae, text = find_vae(str(draft)).hash, find_text_encoder(str(draft)).hash
     finish(run, draft, ExportNote("pipeline", run.weights, step_of(run), vae, text, transformer_hash(draft)))

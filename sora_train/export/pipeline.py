@@ -12,7 +12,7 @@ from sora_train.codec.files import VaeFiles, find_text_encoder, find_vae, read_c
 from sora_train.codec.text import load_tokenizer
 from sora_train.codec.vae import load_vae
 from sora_train.diffusion.sampler import make_solver
-from sora_train.export.fold import fold
+from sora_train.export.fold import fold_latent_norm
 from sora_train.manifest import Manifest
 from sora_train.model.convert import FULL_LATTE, to_diffusers
 from sora_train.recipe import Recipe
@@ -82,7 +82,7 @@ def write_vae(run: Run, folder: Path) -> str:
     run.check_vae(vae.hash)
     files, model = vae.files, vae.model.to(memory_format=torch.contiguous_format)
     if not is_scalar(files):
-        fold(model, files.mean, files.std)
+        fold_latent_norm(model, files.mean, files.std)
     elif read_config(files.place).get("latents_mean") is not None:
         model.register_to_config(scaling_factor=1 / files.std[0], latents_mean=None, latents_std=None)
     model.save_pretrained(folder)

@@ -48,7 +48,7 @@ def demo(recipe_path: str | Path = "jobs/quickstart.yaml", overrides: Mapping[st
     with stage(6, "report", started):
         report = write_report(run_folder)
         log.info(f"  {report}")
-    log.info(last_words(run_folder, shares, time.monotonic() - started))
+    log.info(summary(run_folder, shares, time.monotonic() - started))
     return run_folder
 
 
@@ -197,7 +197,7 @@ def write_sheet(files: Sequence[Path], seeds: int, path: Path) -> None:
     contact_sheet(videos, [everything[index].caption for index in chosen], badges).save(path, optimize=True)
 
 
-def last_words(run_folder: Path, shares: dict, seconds: float) -> str:
+def summary(run_folder: Path, shares: dict, seconds: float) -> str:
     """The final screenful: what came out, where it is, what to try next."""
     names = ("colour", "direction", "shape", "all")
     head = f"  {'':18}" + "".join(f"{name:>11}" for name in names) + f"{'clips':>9}"

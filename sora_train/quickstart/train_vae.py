@@ -31,6 +31,7 @@ from sora_train.quickstart.shapes import GROUND, SIZE, make_clips
 from sora_train.video import psnr, read_mp4
 
 POSTERIOR_LOG_VARIANCE = -5.0  # where it starts: a spread of 0.08, so that latents must stand further apart than that
+CLIPS, BATCH, SEED = 2400, 16, 0
 DECODER_NOISE = 0.15  # of a latent channel's own spread, in the decoder's last quarter
 
 
@@ -87,12 +88,13 @@ def latent_statistics(vae: AutoencoderKL, frames: Tensor) -> tuple[Tensor, Tenso
     return latents.mean((0, 2, 3)), latents.std((0, 2, 3))
 
 
-def train(steps: int, batch_size: int, learning_rate: float, clips: int, seed: int, log_every: int) -> AutoencoderKL:
-    torch.manual_seed(seed)
+def train(steps: int) -> AutoencoderKL:
+    """Trains encoder and decoder, then in the last quarter the decoder alone."""
+    torch.manual_seed(SEED)
     vae = build()
-    frames, held_out = decoded_frames(clips, seed), decoded_frames(96, seed + 1)
+    frames, held_out = decoded_frames(CLIPS, SEED), decoded_frames(96, SEED + 1)
     encoder_steps = steps * 3 // 4
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
 
     def rate(step: int) -> float:
         since, length = (step, encoder_steps) if step < encoder_steps else (step - encoder_steps, steps - encoder_steps)
@@ -107,7 +109,7 @@ def train(steps: int, batch_size: int, learning_rate: float, clips: int, seed: i
             _, spread = latent_statistics(vae, frames[:4096])
             vae.encoder.requires_grad_(False)
             vae.quant_conv.requires_grad_(False)
-        wanted = to_unit(frames[torch.randint(len(frames), (batch_size,))])
+        wanted = to_unit(frames[torch.randint(len(frames), (BATCH,))])
         with torch.autocast("cpu", torch.bfloat16):
             if step < encoder_steps:
                 posterior = vae.encode(wanted).latent_dist
@@ -115,7 +117,7 @@ def train(steps: int, batch_size: int, learning_rate: float, clips: int, seed: i
             else:
                 with torch.no_grad():
                     mean = vae.encode(wanted).latent_dist.mean
-                sigma = DECODER_NOISE * spread[:, None, None] * torch.rand(batch_size, 1, 1, 1)
+                sigma = DECODER_NOISE * spread[:, None, None] * torch.rand(BATCH, 1, 1, 1)
                 z, kl = mean + sigma * torch.randn_like(mean), torch.zeros(())
             made = vae.decode(z).sample
         error = weighted_error(made.float(), wanted)
@@ -124,7 +126,7 @@ def train(steps: int, batch_size: int, learning_rate: float, clips: int, seed: i
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        if step % log_every == 0 or step == steps - 1:
+        if step % 200 == 0 or step == steps - 1:
             seconds = time.perf_counter() - started
             quality = psnr(reconstruct(vae, held_out).numpy(), held_out.numpy())
             print(
@@ -140,20 +142,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", default=str(BUILTIN / "vae"), help="folder to write, in diffusers' format")
     parser.add_argument("--steps", type=int, default=1600)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--clips", type=int, default=2400)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--log-every", type=int, default=200)
     args = parser.parse_args()
-    vae = train(args.steps, args.batch_size, args.learning_rate, args.clips, args.seed, args.log_every)
+    vae = train(args.steps)
     folder = Path(args.to)
     folder.mkdir(parents=True, exist_ok=True)
     half = {name: tensor.to(torch.float16).contiguous() for name, tensor in vae.state_dict().items()}
     save_file(half, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     vae.save_config(folder)
     reread = AutoencoderKL.from_pretrained(folder)
-    size, unseen = sum(tensor.numel() for tensor in half.values()), decoded_frames(192, args.seed + 2)
+    size, unseen = sum(tensor.numel() for tensor in half.values()), decoded_frames(192, SEED + 2)
     quality = psnr(reconstruct(reread, unseen).numpy(), unseen.numpy())
     print(json.dumps({"parameters": size, "psnr_float16": round(quality, 2)}))
 

@@ -1,6 +1,6 @@
-"""From a run to videos: a checkpoint is loaded, prompts and seeds become frames, frames become files. No Ray.
+"""Sampling: loads a checkpoint, turns prompts and seeds into frames, and writes files. No Ray.
 
-`sora sample`, validation and the quickstart's final samples all go through here.
+Used by `sora sample`, validation and the quickstart.
 """
 
 from sora_train.sample.command import sample_prompts

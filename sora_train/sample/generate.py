@@ -1,7 +1,7 @@
-"""Prompts and seeds in, frames out.
+"""Samples videos from prompts and seeds.
 
-A clip's noise is drawn on the CPU from its seed alone, so it depends neither on the clips beside it nor on the device:
-that which it begins as, and then that which the sampler `ddpm` adds.
+A clip's noise, initial and added by the sampler `ddpm`, is drawn on the CPU from its seed alone. It depends neither on
+other clips in the batch nor on the device.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sora_train.sample.load import Run
 PLACES_AT_ONCE = 2**15  # latent places (f h w) of one sampling batch: 64 clips of the quickstart, 2 of 16 x 256 x 256
 
 Progress = Callable[[int, int], None]
-"""Takes sampler steps done, and steps in all."""
+"""Called with the number of sampler steps done and in all."""
 
 
 def generate(
@@ -36,7 +36,7 @@ def generate(
     shape: tuple[int, int, int] | None = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """Videos uint8 `b F H W 3`, one for each prompt and its seed; otherwise as `generate_each`."""
+    """Videos uint8 `b F H W 3`, one for each prompt and its seed; see `generate_each`."""
     return np.stack(list(generate_each(run, prompts, seeds, how, shape=shape, progress=progress)))
 
 
@@ -50,19 +50,18 @@ def generate_each(
     shape: tuple[int, int, int] | None = None,
     progress: Progress | None = None,
 ) -> Iterator[np.ndarray]:
-    """Videos uint8 `F H W 3` one by one, so that memory holds a batch.
+    """Yields videos uint8 `F H W 3`; memory holds one batch of them.
 
-    `how` to sample and the `negative` prompt are as the recipe's `validation` has them if None, the shape (frames,
-    height, width) as it was trained. Given embeddings, of the prompts and of what is negative (by `encode_null`), no
-    text encoder is loaded. Raises UserError for a sampler or a shape that the model does not take, or that memory does
-    not hold.
+    `how` defaults to the recipe's `validation`, `shape` (frames, height, width) to that of training. With `embeddings`
+    of the prompts, and `negative` (by `encode_null`) of the negative prompt, no text encoder is loaded. Raises
+    UserError for a sampler or shape that the model does not support, or that memory does not hold.
     """
     if not prompts or len(prompts) != len(seeds) or len(prompts) != len(prompts if embeddings is None else embeddings):
         raise ValueError(f"expected a seed (and an embedding) for each prompt, got {len(seeds)} for {len(prompts)}")
     how = run.recipe.validation if how is None else how
     resolve_sampler(how.sampler, run.objective.config.kind)
     latents_of = sample_shape(run, shape)
-    vae = run.vae  # first: should it not be there, that is better known before the sampling
+    vae = run.vae  # first, so that a missing VAE is found before sampling
     null_prompt = run.recipe.codec.null_prompt
     if negative is None:
         if how.negative or embeddings is None:
@@ -107,7 +106,7 @@ def generate_each(
 
 
 def check_finite(run: Run, latents: Float[Tensor, "b f c h w"], prompts: Sequence[str]) -> None:
-    """UserError where a sample is not finite: it would become a black video."""
+    """Raises UserError if a sample is not finite, which would give a black video."""
     bad = [prompt for prompt, clip in zip(prompts, latents, strict=True) if not clip.isfinite().all()]
     if bad:
         weights = all(bool(parameter.isfinite().all()) for parameter in run.model.parameters())

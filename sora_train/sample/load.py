@@ -1,4 +1,4 @@
-"""A run that can be sampled: weights of its newest complete checkpoint, or of an export, and what belongs to them."""
+"""Loads a run for sampling: the weights of its newest complete checkpoint, or of an export."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ Weights = Literal["ema", "raw"]
 
 @dataclass(frozen=True)
 class ExportNote:
-    """What an exported folder holds."""
+    """The content of an exported folder."""
 
     kind: Literal["pipeline", "weights"]
     """A LattePipeline with its own VAE and text encoder, or weights alone."""
     weights: Weights
     step: int
     vae: str
-    """Hash of the VAE that goes with the weights. A pipeline's is not the one that made the shards: what normalises
-    latents is folded into it."""
+    """Hash of the VAE that goes with the weights. A pipeline's VAE is not that of the shards, because the normalisation
+    of latents is folded into it."""
     text: str
     """Hash of the text encoder."""
     transformer: str = ""
-    """sha256 over a pipeline's own transformer; empty where safetensors carry checksums of their own."""
+    """sha256 over a pipeline's transformer; empty for weights alone, which have checksums in their file."""
 
 
 @dataclass
 class Run:
-    """A trained model with what it needs to make videos. VAE and text encoder are loaded when first used."""
+    """A trained model with its VAE and text encoder, which are loaded when first used."""
 
     folder: Path
     checkpoint: Path
@@ -83,7 +83,7 @@ class Run:
         text: Float[Tensor, "b l e"],
         text_mask: Bool[Tensor, "b l"],
     ) -> Float[Tensor, "b f o h w"]:
-        """The model in the number format of its weights. float32 in and out, so a sampler's state stays float32."""
+        """The model's prediction in the dtype of its weights; float32 in and out, so a sampler's state is float32."""
         dtype = self.model.patch_in.weight.dtype
         return self.model(x.to(dtype), t, text.to(dtype), text_mask).float()
 
@@ -92,12 +92,12 @@ class Run:
         return self.manifest.fps
 
     def check_vae(self, found: str) -> None:
-        """UserError where a VAE of this hash is not the one that goes with the weights."""
+        """Raises UserError if a VAE with this hash does not belong to the weights."""
         trained = self.exported.vae if self.exported else self.manifest.vae.hash
         self._same("codec.vae", self.recipe.codec.vae, found, trained)
 
     def check_text(self, found: str) -> None:
-        """UserError where a text encoder of this hash is not the one that goes with the weights."""
+        """Raises UserError if a text encoder with this hash does not belong to the weights."""
         trained = self.exported.text if self.exported else self.manifest.text.hash
         self._same("codec.text", self.recipe.codec.text, found, trained)
 
@@ -115,12 +115,11 @@ def load_run(
     weights: Weights | None = None,
     dtype: torch.dtype | None = None,
 ) -> Run:
-    """A run's folder, one of its checkpoints, or what `sora export` wrote, ready to sample; on a GPU where there is
-    one, unless told otherwise. The weights get the format of the recipe's `train.precision`, or `dtype`.
+    """Loads a run's folder, one of its checkpoints, or an export of `sora export`, by default on the GPU if any.
 
-    `weights` are the averaged ones (`ema`) or those that were trained (`raw`); None is what an export holds, and the
-    averaged ones of a run. Raises UserError, with what to do, where there is no run, no complete checkpoint, or none
-    that can be read.
+    The weights get the dtype of the recipe's `train.precision`, or `dtype`. `weights` is `ema` (averaged) or `raw` (as
+    trained); None is `ema` for a run, and whatever an export holds. Raises UserError, with what to do, if there is no
+    run, no complete checkpoint, or none that can be read.
     """
     note = read_note(Path(path).expanduser())
     if note is None:
@@ -138,10 +137,10 @@ def load_run(
     facts = _beside(checkpoint, folder, "manifest.json", remedy)
     try:
         manifest = Manifest.load(str(facts.parent))
-    except UserError:  # it speaks to those who have the clips and would encode them again
+    except UserError:  # its own message tells to encode the clips again
         raise UserError(f"{facts} is damaged, or of another version of sora_train; {remedy}") from None
     codec = as_trained(recipe.codec, manifest)
-    if note is not None and note.kind == "pipeline":  # it stands alone, wherever it was moved to
+    if note is not None and note.kind == "pipeline":  # it is self-contained and may have been moved
         codec = codec.model_copy(update={"vae": str(folder), "text": str(folder), "models": ""})
     recipe = recipe.model_copy(update={"codec": codec})
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -161,7 +160,7 @@ def load_run(
 
 
 def as_trained(codec: CodecConfig, manifest: Manifest) -> CodecConfig:
-    """A run's codec without `auto`: captions as its shards have them; a run of before `null_prompt` learned `eos`."""
+    """A run's codec config without `auto`. Runs older than `null_prompt` learned `eos`."""
     null_prompt = "eos" if codec.null_prompt == "auto" else codec.null_prompt
     cleaning = manifest.text.caption_cleaning
     return codec.model_copy(update={"caption_cleaning": cleaning, "null_prompt": null_prompt})
@@ -170,7 +169,7 @@ def as_trained(codec: CodecConfig, manifest: Manifest) -> CodecConfig:
 def _read(
     model: Latte, folder: Path, note: ExportNote | None, weights: Weights | None
 ) -> tuple[Path, dict[str, Tensor]]:
-    """The tensors of a checkpoint or an export, and what to call the place that they are from."""
+    """The tensors of a checkpoint or an export, and the path that they are from."""
     if note is None and weights == "raw":
         return folder, read_trained_weights(folder, {name: tensor.shape for name, tensor in model.state_dict().items()})
     if note is None:
@@ -191,13 +190,13 @@ def _read(
 
 
 def transformer_hash(folder: Path) -> str:
-    """sha256 over the files of a pipeline's transformer, weights and configuration."""
+    """sha256 over weights and config of a pipeline's transformer."""
     files = (folder / "transformer").iterdir()
     return content_hash(tuple(path for path in files if path.suffix in (".safetensors", ".json")))
 
 
 def read_note(folder: Path) -> ExportNote | None:
-    """What `sora export` wrote of a folder, or None where it is no export; UserError where that can't be read."""
+    """The note that `sora export` left in a folder, or None. Raises UserError if it can't be read."""
     place = folder / EXPORT_INFO
     if not place.is_file():
         return None
@@ -214,7 +213,7 @@ def read_note(folder: Path) -> ExportNote | None:
 
 
 def find_checkpoint(path: str | Path, weights: Weights = "ema") -> tuple[Path, Path]:
-    """The run's folder and the checkpoint to use: the one named, or the run's newest whose weights are whole."""
+    """The run's folder and a checkpoint: the one at `path`, or the run's newest one with complete weights."""
     if "://" in str(path):
         raise UserError(f"{path} is remote; copy the checkpoint's folder here and name the copy")
     folder = Path(path).expanduser()
@@ -254,7 +253,7 @@ def find_checkpoint(path: str | Path, weights: Weights = "ema") -> tuple[Path, P
 
 
 def _is_whole(weights: Path) -> bool:
-    """Whether a safetensors file is there in full: its header knows how long it must be."""
+    """Whether a safetensors file is complete, which its header tells."""
     try:
         with safe_open(weights, "pt"):
             return True
@@ -263,7 +262,7 @@ def _is_whole(weights: Path) -> bool:
 
 
 def _beside(checkpoint: Path, folder: Path, name: str, remedy: str) -> Path:
-    """A file of the checkpoint, or else of its run."""
+    """A file in the checkpoint, or in its run."""
     for place in (checkpoint, folder):
         if (place / name).is_file():
             return place / name

@@ -1,4 +1,4 @@
-"""A folder of samples with a sheet, as validation and the quickstart make it, and the list of what is in a folder."""
+"""Writes folders of samples with a contact sheet, and the list of their files."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def sample_to_folder(
     progress: Progress | None = None,
     on_video: Callable[[np.ndarray], None] | None = None,
 ) -> list[Path]:
-    """One mp4 for every prompt and seed, `sheet.png` of the first 24, and `samples.json`, written last, that lists all.
+    """Writes an mp4 for every prompt and seed, `sheet.png` of the first 24, and last `samples.json`, which lists all.
 
-    Files are called `000-a-red-circle.mp4`, counted over prompts and, within each, seeds. `how` and `negative` are as
-    for `generate_each`. `on_video` gets each video's own frames, before H.264 changes them. Returns the mp4s' paths.
+    Files are named `000-a-red-circle.mp4`, counted over prompts and, within each, seeds. `how` and `negative` are those
+    of `generate_each`. `on_video` gets the frames of each video before encoding. Returns the paths of the mp4 files.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,20 +64,20 @@ def sample_to_folder(
 
 
 def settings_of(run: Run, how: Sampling) -> dict[str, Any]:
-    """What of a run and its sampling decides what a video shows, beside prompt, seed and shape."""
+    """What decides a video's content besides prompt, seed and shape: checkpoint, weights and sampling config."""
     name = resolve_sampler(how.sampler, run.objective.config.kind)
     about = how.model_dump(mode="json", include=set(Sampling.model_fields)) | {"sampler": name}
     return {"checkpoint": run.checkpoint.name, "weights": run.weights} | about
 
 
 def write_listing(folder: Path, run: Run, listing: list[dict]) -> None:
-    """`samples.json`: which file shows which prompt, since file names hold only letters that are safe."""
+    """Writes `samples.json`: the prompt of each file, since file names hold only safe letters."""
     about = {"checkpoint": run.checkpoint.name, "fps": run.fps, "samples": listing}
     atomic_write_text(folder / "samples.json", json.dumps(about, indent=1))
 
 
 def read_listing(folder: Path) -> dict[str, dict]:
-    """The entries of a folder's `samples.json` by file name; none where it is missing or unreadable."""
+    """The entries of a folder's `samples.json` by file name; empty if it is missing or unreadable."""
     try:
         entries = json.loads((folder / "samples.json").read_text(encoding="utf-8"))["samples"]
         return {entry["file"]: entry for entry in entries}

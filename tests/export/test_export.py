@@ -18,7 +18,7 @@ from sora_train.data.collate import pad_text
 from sora_train.diffusion import DiffusionConfig, Sampling, sample
 from sora_train.errors import UserError
 from sora_train.export import export
-from sora_train.export.fold import fold
+from sora_train.export.fold import fold_latent_norm
 from sora_train.manifest import Manifest
 from sora_train.model import ModelConfig
 from sora_train.model.convert import from_diffusers
@@ -192,7 +192,7 @@ def test_a_folded_vae_makes_and_takes_normalised_latents(convolutions, tmp_path)
     )
     vae.save_pretrained(tmp_path / "vae")
     ours = load_vae(str(tmp_path / "vae"))
-    fold(vae, ours.files.mean, ours.files.std)
+    fold_latent_norm(vae, ours.files.mean, ours.files.std)
     vae.save_pretrained(tmp_path / "folded")
     folded = load_vae(str(tmp_path / "folded"))
     assert folded.mean.tolist() == [0.0] * 4

@@ -14,7 +14,7 @@ from sora_train.quickstart import measure as measuring
 from sora_train.quickstart import run as demo_run
 from sora_train.quickstart.measure import SEEDS, VERDICTS, measure_samples, scenes, write_verdicts
 from sora_train.quickstart.oracle import classify
-from sora_train.quickstart.run import clips, find_recipe, heartbeat, is_sampled, last_words, write_sheet
+from sora_train.quickstart.run import clips, find_recipe, heartbeat, is_sampled, summary, write_sheet
 from sora_train.quickstart.shapes import draw, make_clips
 from sora_train.recipe import Recipe
 from sora_train.video import read_mp4, write_mp4
@@ -99,7 +99,7 @@ def test_obedience_counts_what_is_wrong_where_it_is_wrong(clips_folder, perfect,
     assert (shares["clips"], shares["seen"]["clips"], shares["held_out"]["clips"]) == (96, 48, 48)
     assert shares["seen"]["all"] == shares["colour"] == shares["shape"] == 1
     assert shares["held_out"]["direction"] == shares["held_out"]["all"] == 0.75
-    words = last_words(tmp_path, shares, 312.4)
+    words = summary(tmp_path, shares, 312.4)
     assert "5 min 12 s" in words
     assert "75%" in words
     assert len(words.splitlines()) < 24
