@@ -52,8 +52,8 @@ def read_mp4(path: str | Path) -> np.ndarray:
 def write_gif(path: str | Path, frames: np.ndarray, fps: int | float, longest_side: int = 480) -> None:
     """Writes uint8 RGB frames `F H W 3` as a gif that loops, scaled down to `longest_side` pixels where larger.
 
-    All frames share one palette of 256 colours, so a still background does not flicker. Times in a gif are hundredths of
-    a second: durations of frames differ by one, so that the clip's duration is right.
+    All frames share one palette of 256 colours, so a still background does not flicker. A gif counts hundredths of a
+    second: durations of frames may differ by one, so that the clip's duration is right.
     """
     check_frames(frames)
     height, width = frames.shape[1:3]

@@ -3,7 +3,7 @@
 An `AutoencoderKL` ends in a 1 x 1 convolution to the posterior's moments and begins to decode with another. Latents
 (z - m) / s have the posterior's mean (mean - m) / s and log-variance logvar - 2 log s; decoding begins with z s + m.
 All of that is linear, so the two 1 x 1 convolutions absorb it. (A log-variance beyond diffusers' bounds, -30 and 20,
-is clamped before the fold_latent_norm in one VAE and after it in the other; real values are within.)
+is clamped before the fold in one VAE and after it in the other; real values are within.)
 """
 
 from __future__ import annotations

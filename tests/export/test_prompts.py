@@ -64,7 +64,7 @@ def test_a_file_of_prompts_has_one_on_each_line(folder, tmp_path):
     ("content", "says"),
     [
         (None, "can't be read .No such file"),
-        (b"\n \n", "holds no prompt"),
+        (b"\n \n", "has no prompt"),
         (b"good\n\xff\xfe", "is not UTF-8 text in line 2 .byte 0xff.; save it as UTF-8"),
         (b"video_file_name,prompt\na.mp4,a dog\n", "is a table; write the prompts alone to a text file"),
         (b'prompt;"video_file_name"\nx;a.mp4\n', "is a table; write the prompts alone"),
