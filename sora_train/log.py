@@ -2,7 +2,7 @@
 
 Information goes to stdout and warnings to stderr, as they are, so that a job's log reads like a terminal.
 `--verbose` adds time and module, `--quiet` leaves warnings only. What a command computes is not logged but printed
-(`terminal.say`).
+(`terminal.print_result`).
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ def test_a_wrong_recipe_is_told_which_key_and_what_fits(tmp_path: Path, text: st
         ("train: {betas: [0.9, 1.0]}", "train.betas are (0.9, 1.0)"),
         ("model: {learned_variance: true}", "with diffusion.kind flow there is no variance to learn; use"),
         ("diffusion: {prediction: v}", "diffusion.prediction v is read only if diffusion.kind is ddpm"),
-        ("data: {image_ratio: 0.2}", "data.image_ratio 0.2 needs buckets of videos and of pictures (one frame); there"),
+        ("data: {image_ratio: 0.2}", "data.image_ratio 0.2 needs buckets of videos and of images (one frame); there"),
         ("data: {image_ratio: 0, frames: 1}", "data.image_ratio 0 needs buckets of videos; there is only 1x256x256"),
     ],
 )

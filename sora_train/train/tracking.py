@@ -10,7 +10,9 @@ import contextlib
 import json
 import os
 import secrets
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +23,7 @@ from sora_train.train.wandb_files import rows
 STEP = "train_step"
 """The x axis of every key. wandb drops rows whose own step decreases, so it counts its own and we log ours too."""
 NOTE = "wandb.json"
+FREE_AFTER_S = 30
 ALERTS = {
     "failed": "ERROR",
     "damaged": "ERROR",
@@ -89,7 +92,8 @@ class Tracker:
                     steps.add(row[STEP])
         self.logged["train"] |= set(range(1, self.note.get("train", 0) + 1))
         self.logged["validation"] |= set(self.note.get("validation", []))
-        self.writer = wandb.init(
+        begin = partial(
+            wandb.init,
             dir=self.run,
             id=self.note["id"],
             resume="allow",
@@ -99,6 +103,7 @@ class Tracker:
             config=config,
             settings=wandb.Settings(console="off", silent=True, init_timeout=60, x_disable_stats=True),
         )
+        self.writer = _when_free(begin)
         self.writer.define_metric(STEP, hidden=True)
         self.writer.define_metric("*", step_metric=STEP)
 
@@ -148,6 +153,18 @@ class Tracker:
             self.writer = None
             with contextlib.suppress(UserError):  # a full disk, which stops the run itself too
                 self.failed(f"wandb stopped ({type(error).__name__}: {error}); training goes on without it")
+
+
+def _when_free(begin: Callable[[], Any]) -> Any:
+    """Starts a wandb run. wandb's service may still hold an ended run's id for a moment ("run ID … is in use")."""
+    for _ in range(FREE_AFTER_S):
+        try:
+            return begin()
+        except Exception as error:
+            if "in use" not in str(error):
+                raise
+            time.sleep(1)
+    return begin()
 
 
 def media(folder: Path) -> dict[str, Any]:

@@ -196,8 +196,8 @@ def test_a_video_vaes_config_that_is_silent_means_what_its_class_means(tmp_path:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ('"temperal_downsample": [false, false, true]', "makes 2 frames one; diffusers reads Wan's VAE only with 4"),
-        ('"z_dim": 16', "has no `latents_mean` and `latents_std`"),
+        ('"temperal_downsample": [false, false, true]', "compresses time by 2; diffusers reads Wan's VAE only with 4"),
+        ('"z_dim": 16', "has no latents_mean and latents_std"),
     ],
 )
 def test_a_wan_vae_that_can_not_be_read_rightly_is_refused(config: str, message: str, tmp_path: Path):

@@ -83,7 +83,7 @@ def test_a_perfect_prediction_costs_nothing():
 
 def test_a_model_of_another_number_of_channels_is_refused():
     x, t = torch.zeros(1, 1, 4, 2, 2), torch.zeros(1)
-    with pytest.raises(ValueError, match="8 channels for latents of 4; it should be 4"):
+    with pytest.raises(ValueError, match="8 channels for latents of 4. Expected 4"):
         make_objective(DDPM).loss(lambda *_: torch.zeros(1, 1, 8, 2, 2), x, x, t, *text(1))
 
 
@@ -132,8 +132,8 @@ def test_a_root_shift_keeps_the_uncertainty_of_the_mean_latent():
         ({"kind": "ddpm", "shift": 3.0}, "diffusion.shift 3.0 is read only if diffusion.kind is flow"),
         ({"prediction": "v"}, "diffusion.prediction v is read only if diffusion.kind is ddpm"),
         ({"min_snr_gamma": 5.0}, "leave min_snr_gamma at 0.0"),
-        ({"times": "uniform", "time_mean": 1.0}, "only where diffusion.times is logit_normal"),
-        ({"kind": "ddpm", "beta_schedule": "cosine", "beta_end": 0.03}, "only where diffusion.beta_schedule is linear"),
+        ({"times": "uniform", "time_mean": 1.0}, "only if diffusion.times is logit_normal"),
+        ({"kind": "ddpm", "beta_schedule": "cosine", "beta_end": 0.03}, "only if diffusion.beta_schedule is linear"),
         ({"kind": "ddpm", "zero_terminal_snr": True}, "needs diffusion.prediction v or sample"),
         ({"kind": "ddpm", "vlb_weight": -1.0}, "diffusion.vlb_weight is -1.0; it must be at least 0"),
         ({"shift_tokens": -1}, "diffusion.shift_tokens is -1; it must be at least 0"),
