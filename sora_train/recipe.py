@@ -1,6 +1,6 @@
-"""A recipe: everything from raw video to sample in one YAML file, so that latents and model can't drift apart.
+"""The recipe: one YAML file for the whole pipeline, from raw video to samples.
 
-Needs no Ray.
+With one file, latents and model can't disagree. This module does not import Ray.
 """
 
 from __future__ import annotations
@@ -34,62 +34,71 @@ from sora_train.train.config import TrainConfig
 from sora_train.train.deepspeed_config import contradictions
 
 PIXELS_PER_LATENT = 8
-"""Pixels on a side that one latent stands for: the VAEs that are read here shrink by eight."""
+"""Height and width in pixels of one latent, for the supported VAEs."""
 I3D_FRAMES = 16
-"""The shortest clips whose Fréchet video distance is measured."""
+"""Minimum number of frames of a clip for the Fréchet video distance."""
 
 
 class ValidationConfig(Sampling):
-    """Samples and figures that a task of their own makes while training goes on."""
+    """Samples and metrics, computed in a separate task during training."""
 
     every: NonNegativeInt = 0
-    """Steps between two validations, a multiple of `train.checkpoint_every`; 0 is off."""
+    """Steps between validations, a multiple of `train.checkpoint_every`; 0: off."""
     prompts: tuple[str, ...] = ()
-    """What to sample."""
+    """Prompts of the samples."""
     seed: NonNegativeInt = 0
-    """Fixes the noise that videos begin as: the same at every step, so that one sees them change over training."""
+    """Seed of the samples' initial noise.
+    It is the same at every validation, so samples of different steps are comparable."""
     holdout_clips: NonNegativeInt = 64
-    """Most clips of data.holdout_fraction whose loss is measured, in ten bins of diffusion time; 0 is none."""
+    """Maximum number of held-out clips for the held-out loss; 0: off.
+    The clips are those of data.holdout_fraction. The loss is measured in ten bins of diffusion time."""
     fvd: bool = False
-    """Measure the Fréchet video distance to held-out clips (16 frames or more) by `i3d`; slow on a CPU. It follows the
-    original TensorFlow code: values do not compare with those that StyleGAN-V or Latte published."""
+    """Measure the Fréchet video distance (FVD) to held-out clips with `i3d`.
+    Clips need 16 frames or more. Slow on a CPU. It follows the original TensorFlow code, so values are not comparable
+    with those that StyleGAN-V or Latte published."""
     fvd_clips: int = Field(default=256, ge=2)
-    """Most held-out captions that clips are made of for it; values of fewer than 256 clips say little."""
+    """Maximum number of held-out captions to sample for FVD.
+    With fewer than 256 clips the value depends mostly on their number."""
     i3d: str = ""
-    """File of I3D's weights (Kinetics-400, 400 logits), safetensors."""
+    """Safetensors file of I3D's weights (Kinetics-400, 400 logits)."""
     clip: str = ""
-    """CLIP that scores how well samples show their prompts: a folder of transformers' or a hub id; empty is none."""
+    """CLIP model that scores the similarity of samples and prompts; empty: off.
+    A folder in transformers' format or a hub id."""
     weights: Literal["ema", "raw"] = "ema"
-    """`ema` takes the averaged weights, `raw` those that training stands at."""
+    """Weights to sample from: `ema` (the average) or `raw` (as trained)."""
     timeout_s: PositiveFloat = 1800.0
-    """After this the sampling task is ended, noted in `events.jsonl`, and training goes on."""
+    """Time limit of a validation task, in seconds.
+    A task that exceeds it is stopped and recorded in `events.jsonl`. Training continues."""
     resources: dict[str, float] = {"CPU": 1.0}
-    """What the task takes from the Ray cluster beside the training, for instance `{GPU: 1}`."""
+    """Ray resources of the task, in addition to training's; such as `{GPU: 1}`."""
 
 
 class ClusterConfig(Section):
     """Where training runs."""
 
     address: str = "auto"
-    """Ray cluster: `auto` joins the one this machine or job belongs to, or starts one here, as `local` always does."""
+    """Ray cluster: `auto`, `local` or an address.
+    `auto` joins the cluster that this machine or job belongs to, if any; otherwise it starts one on this machine, as
+    `local` always does."""
     workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
-    """Training workers: one per GPU, or processes on CPUs. With two numbers, the fewest and the most, training goes on
-    with those that are left when nodes are lost, and takes more when nodes come."""
+    """Number of training workers: one per GPU, or processes on CPUs.
+    Two numbers (minimum, maximum) make training elastic: it continues with fewer workers when nodes are lost, and with
+    more when nodes join."""
     elastic_poll_s: PositiveFloat = 60.0
-    """Seconds between two looks for nodes that have come, where `workers` are two numbers."""
+    """Seconds between checks for new nodes, if `workers` is two numbers."""
     gpu: Literal["auto", "yes", "no"] = "auto"
-    """Whether a worker takes a GPU; `auto` does where the cluster has enough."""
+    """Whether each worker uses a GPU; `auto`: if the cluster has enough GPUs."""
     cpus_per_worker: PositiveInt = 1
     """CPU cores (and threads) of a worker."""
     max_failures: NonNegativeInt = 3
-    """How many times lost workers are replaced and the run resumed from its last checkpoint."""
+    """Maximum number of restarts from the last checkpoint after lost workers."""
 
     @field_validator("workers", mode="wrap")
     @classmethod
     def is_a_number_or_two(
         cls, given: object, take: Callable[[object], int | tuple[int, int]]
     ) -> int | tuple[int, int]:
-        """pydantic has a rejection for each of the two forms; a person needs one."""
+        """Merges pydantic's two error messages, one for each form, into one."""
         try:
             return take(given)
         except ValidationError:
@@ -100,22 +109,23 @@ class ClusterConfig(Section):
 
     @property
     def fewest(self) -> int:
-        """Workers that training needs at least."""
+        """Minimum number of workers."""
         return self.workers if isinstance(self.workers, int) else self.workers[0]
 
     @property
     def most(self) -> int:
-        """Workers that training takes at most."""
+        """Maximum number of workers."""
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class TrackingConfig(Section):
-    """Where curves and videos go beside the run's own files."""
+    """Experiment tracking, in addition to the run's own files."""
 
     wandb: Literal["online", "offline", "off"] = "off"
-    """Weights & Biases: figures, videos, alerts, how busy nodes are; `offline` writes files for `wandb sync`."""
+    """Weights & Biases mode: logs metrics, videos, alerts and node utilisation.
+    `offline` writes files for `wandb sync`."""
     project: str = "sora_train"
-    """wandb project."""
+    """Weights & Biases project."""
 
 
 class Recipe(Section):
@@ -137,13 +147,13 @@ class Recipe(Section):
     @field_validator("model", mode="before")
     @classmethod
     def lays_the_preset_under(cls, model: object) -> object:
-        """What `model.preset` stands for, under the keys that are given."""
+        """Fills the keys of `model` that are not given from `model.preset`."""
         return with_preset(model) if isinstance(model, dict) else model
 
     @field_validator("name")
     @classmethod
     def names_a_folder(cls, name: str) -> str:
-        """A run's name is its folder's, so it may not lead anywhere else."""
+        """Refuses a name that would lead outside `train.output`."""
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise ValueError(
                 f"name {name!r} can't be a run's folder; use letters, digits, '.', '_' and '-', beginning with "
@@ -153,10 +163,10 @@ class Recipe(Section):
 
 
 def load_recipe(path: str | Path, overrides: Mapping[str, object] | None = None) -> Recipe:
-    """The recipe in a YAML file, with `overrides` ({"train.steps": 40}) laid over it. A preset among them takes the
-    place of what the file itself says of the model's shape.
+    """Loads a recipe from a YAML file and applies `overrides` ({"train.steps": 40}).
 
-    Raises RecipeError where the file can't be read, a key is unknown, a value is wrong, or keys contradict each other.
+    A preset in `overrides` replaces the model's shape in the file. Raises RecipeError if the file can't be read, a key
+    is unknown, a value is wrong, or keys contradict each other.
     """
     settings, overrides = read_yaml(path), overrides or {}
     if (chosen := overrides.get("model.preset")) and isinstance(model := settings.get("model"), dict):
@@ -169,13 +179,16 @@ def load_recipe(path: str | Path, overrides: Mapping[str, object] | None = None)
 
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
-    """Writes every key, so that the run's own recipe.yaml says what the defaults were on that day."""
+    """Writes every key, so a run's recipe.yaml also records the defaults."""
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
     atomic_write_text(Path(path), text)
 
 
 def check(recipe: Recipe) -> list[str]:
-    """The contradictions between keys that each are fine alone: a sentence each, with the keys and the remedy."""
+    """Finds contradictions between keys that are each valid alone.
+
+    Each is one sentence with the keys, their values and what to change.
+    """
     data, train, validation = recipe.data, recipe.train, recipe.validation
     wrong: list[str] = []
 
@@ -242,7 +255,7 @@ def check(recipe: Recipe) -> list[str]:
 
 
 def fvd_lacks(recipe: Recipe) -> list[str]:
-    """What `validation.fvd` needs and a recipe does not have."""
+    """Finds what `validation.fvd` needs and the recipe lacks."""
     lacks: list[str] = []
     if not recipe.validation.i3d:
         lacks.append("validation.i3d is empty; name the safetensors of I3D's weights")

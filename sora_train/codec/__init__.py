@@ -1,4 +1,7 @@
-"""Frozen networks: pixels to latents and back (`vae.py`), captions to embeddings (`text.py`)."""
+"""Frozen networks: the VAE (`vae.py`) and the text encoder (`text.py`).
+
+The VAE converts pixels to latents and back. The text encoder embeds captions.
+"""
 
 import os
 from pathlib import Path
@@ -9,40 +12,45 @@ from pydantic import PositiveInt
 from sora_train.section import Section
 
 BUILTIN = Path(__file__).parent / "builtin"
-"""The folder of the embedded VAE and text encoder, which recipes call `builtin`."""
+"""Folder of the bundled VAE and text encoder, `builtin` in recipes."""
 
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
-"""A recipe's word for a number format, and torch's."""
+"""Number formats: names in recipes and names in torch."""
 
 
 class CodecConfig(Section):
-    """The frozen networks that latents and embeddings are made with."""
+    """The frozen networks that compute latents and text embeddings."""
 
     vae: str = "builtin"
-    """VAE: `builtin`, a folder in diffusers' format, or a hub id, `owner/name` or `owner/name@revision`."""
+    """VAE: `builtin`, a folder in diffusers' format, or a hub id.
+    A hub id is `owner/name` or `owner/name@revision`."""
     text: str = "builtin"
-    """T5 text encoder and its tokenizer: `builtin`, a folder, or a hub id, `owner/name` or `owner/name@revision`."""
+    """T5 text encoder and its tokenizer: `builtin`, a folder or a hub id.
+    A hub id is `owner/name` or `owner/name@revision`."""
     models: str = ""
-    """Folder that `sora download` filled: hub ids above are looked for there first."""
+    """Folder that `sora download` filled. Hub ids are looked up there first."""
     precision: Literal["bf16", "fp32"] = "fp32"
-    """Number format the VAE encodes in; latents are stored in float16 either way. bf16 adds an error of the size of the
-    noise at DDPM's lowest step."""
+    """Number format of the VAE. Latents are stored in float16 either way.
+    bf16 adds an error as large as the noise of DDPM's lowest step."""
     text_precision: Literal["bf16", "fp32"] = "bf16"
-    """Number format the text encoder computes in."""
+    """Number format of the text encoder."""
     max_tokens: PositiveInt = 120
-    """Text tokens that are kept of a caption; the rest is cut."""
+    """Maximum number of text tokens of a caption; longer ones are cut."""
     caption_cleaning: Literal["auto", "none", "lower"] = "auto"
-    """What is done to captions and prompts before they are embedded: `lower` makes them lower case and strips spaces,
-    as LattePipeline and PixArt-α do. `auto`: that of the weights in model.init_from, `lower` if they are released ones;
-    `none` without."""
+    """Cleaning of captions and prompts before they are embedded.
+    `lower` converts to lower case and strips spaces, as LattePipeline and PixArt-α do. `auto` follows the weights in
+    model.init_from (`lower` for released ones); it is `none` if init_from is empty."""
     null_prompt: Literal["auto", "eos", "padded"] = "auto"
-    """What a dropped caption and the pass without a prompt are given: `eos` is "" alone, one token; `padded` is ""
-    padded, cut to the caption's number of tokens, as in LattePipeline. `auto`: that of the weights in model.init_from;
-    `eos` without."""
+    """Null prompt, for dropped captions and for the unconditional pass.
+    `eos` is "" alone, one token. `padded` is "" with padding, cut to the caption's number of tokens, as in
+    LattePipeline. `auto` follows the weights in model.init_from; it is `eos` if init_from is empty."""
 
     def absolute(self) -> "CodecConfig":
-        """The same with absolute names of local folders, for a process with another working folder."""
+        """A copy with absolute paths of local folders.
+
+        For processes whose working directory differs.
+        """
         names = {key: getattr(self, key) for key in ("vae", "text", "models")}
         local = {
             key: name for key, name in names.items() if name != "builtin" and os.path.isdir(os.path.expanduser(name))

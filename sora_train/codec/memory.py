@@ -1,4 +1,4 @@
-"""Running out of memory: how it looks, and giving back what a failed try held."""
+"""Recognises out-of-memory errors and releases cached device memory."""
 
 import torch
 
@@ -9,8 +9,8 @@ SIGNS = (
     "out of memory",
     "_ALLOC_FAILED",
 )
-"""What PyTorch's CPU allocator, oneDNN, a size past any memory, an accelerator's driver, and cuDNN or
-cuBLAS say, without a class for it."""
+"""Out-of-memory messages that have no exception class of their own.
+In this order: PyTorch's CPU allocator, oneDNN, a size beyond any memory, an accelerator's driver, cuDNN or cuBLAS."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -20,8 +20,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def still_works(device: torch.device | str) -> bool:
-    """Whether a device computes, after an error. After some CUDA errors (an illegal memory access, a failed assertion)
-    nothing works any more in the process; being out of memory is not such an error.
+    """Whether a device still computes after an error.
+
+    After some CUDA errors (an illegal memory access, a failed assertion) no CUDA call works any more in this process.
+    Out of memory is not such an error.
     """
     try:
         return torch.ones(2, device=device).sum().item() == 2
@@ -30,6 +32,9 @@ def still_works(device: torch.device | str) -> bool:
 
 
 def give_back(device: torch.device) -> None:
-    """Hands cached blocks back to the device. To be called outside the `except`: the error itself holds tensors."""
+    """Returns cached memory blocks to the device.
+
+    Call it outside the `except` block, because the error itself holds tensors.
+    """
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,6 +1,6 @@
-"""Captions to embeddings with a frozen T5 encoder (arXiv 1910.10683), one vector a token.
+"""Embeds captions with a frozen T5 encoder (arXiv 1910.10683), one vector a token.
 
-Only real tokens come out, never padding: T5-XXL padded to 120 tokens would be 0.98 MB a caption. T5 v1.1 overflows in
+Padding is not stored: T5-XXL's embeddings padded to 120 tokens would take 0.98 MB a caption. T5 v1.1 overflows in
 float16, so the encoder runs in float32 or bfloat16.
 """
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 class TextEncoder:
     """A frozen T5 encoder and its tokenizer.
 
-    On the CPU captions go through one by one (`one_by_one`), because float32 embeddings made in a batch differ in their
-    last bits from those made alone. Elsewhere `batch` go together at most; `remarks` says where memory made that fewer,
-    and whoever reports them empties the list.
+    On the CPU captions are encoded one by one (`one_by_one`), because float32 embeddings from a batch differ in their
+    last bits from those of single captions. On other devices at most `batch` captions share a forward pass. If memory
+    runs out, `batch` is halved and a message is added to `remarks`. The caller that reports them clears the list.
     """
 
     def __init__(
@@ -56,14 +56,15 @@ class TextEncoder:
 
     @torch.inference_mode()
     def encode(self, captions: list[str]) -> list[Float[Tensor, "l e"]]:
-        """Embeddings of each caption's own tokens, float32 on the CPU, cut at `max_tokens`; "" is its `</s>` alone.
+        """Embeddings of each caption's own tokens, without padding.
 
-        Raises torch.OutOfMemoryError (on the CPU RuntimeError) where not even one caption fits.
+        They are float32 on the CPU and cut at `max_tokens`. The empty caption has one token, `</s>`. Raises
+        torch.OutOfMemoryError (RuntimeError on the CPU) if not even one caption fits in memory.
         """
         if not captions:
             return []
         ids = self.tokenizer([clean(caption, self.cleaning) for caption in captions], **self._limit)["input_ids"]
-        order = sorted(range(len(captions)), key=lambda i: len(ids[i]))  # alike lengths together: little padding
+        order = sorted(range(len(captions)), key=lambda i: len(ids[i]))  # similar lengths together: less padding
         embeddings: dict[int, Tensor] = {}
         while left := order[len(embeddings) :]:
             part = left[: 1 if self.one_by_one else self.batch]
@@ -81,15 +82,19 @@ class TextEncoder:
 
     @torch.inference_mode()
     def encode_padded(self, caption: str, length: int = 0) -> Float[Tensor, "l e"]:
-        """A caption's tokens and then padding up to `length`, `max_tokens` if 0.
+        """Embeddings of a caption padded to `length` tokens (`max_tokens` if 0).
 
-        Padding attends to the caption's tokens alone. So of "" all padding is alike: two tokens say everything.
+        Padding attends only to the caption's tokens. So all padding tokens of "" have the same embedding, and two
+        tokens are enough to store it.
         """
         ids: list[int] = self.tokenizer(clean(caption, self.cleaning), **self._limit)["input_ids"]  # pyright: ignore
         return self._forward([ids], length or self.max_tokens)[0]
 
     def encode_null(self, caption: str, null_prompt: str) -> Float[Tensor, "l e"]:
-        """What guidance leads away from: `eos` has the caption's own tokens; `padded` is to be cut, see `cut_null`."""
+        """Embeddings of the prompt that guidance leads away from.
+
+        `eos` gives the caption's own tokens. `padded` gives `max_tokens` tokens, which `cut_null` cuts.
+        """
         return self.encode_padded(caption) if null_prompt == "padded" else self.encode([caption])[0]
 
     @property
@@ -114,10 +119,11 @@ def load_text_encoder(
     batch: int = 32,
     cleaning: str = "none",
 ) -> TextEncoder:
-    """The text encoder that `codec.text` names: `builtin`, a folder, or a hub id; also a whole pipeline's.
+    """Loads the text encoder of `codec.text`: `builtin`, a folder or a hub id.
 
-    `models` is a folder that `sora download` filled; `batch` captions go through at once, on the CPU always one.
-    Raises UserError, with what to do, where it can't be had, and ValueError for float16, in which T5 v1.1 overflows.
+    The folder or hub id may hold a whole pipeline. `models` is a folder that `sora download` filled. `batch` captions
+    share a forward pass; on the CPU always one. Raises UserError, with what to do, if the encoder can't be loaded, and
+    ValueError for float16, in which T5 v1.1 overflows.
     """
     import transformers
 
@@ -139,7 +145,10 @@ def load_text_encoder(
 
 
 def text_encoder_of(codec: CodecConfig, device: str | torch.device = "cpu", batch: int = 32) -> TextEncoder:
-    """A recipe's text encoder in its precision. ValueError while `codec.caption_cleaning` is `auto`."""
+    """Loads a recipe's text encoder in the recipe's precision.
+
+    Raises ValueError if `codec.caption_cleaning` is still `auto`.
+    """
     if codec.caption_cleaning == "auto":
         raise ValueError("codec.caption_cleaning is auto; expected what it stands for")
     dtype = getattr(torch, DTYPES[codec.text_precision])
@@ -147,7 +156,7 @@ def text_encoder_of(codec: CodecConfig, device: str | torch.device = "cpu", batc
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder with a `tokenizer.json`, or with T5's own `spiece.model` alone."""
+    """Loads a tokenizer from `tokenizer.json`, or else from T5's `spiece.model`."""
     from transformers import AutoTokenizer, T5Tokenizer
 
     kind = AutoTokenizer if (folder / "tokenizer.json").is_file() else T5Tokenizer
@@ -156,10 +165,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def null_tokens(encoder: TextEncoder) -> bytes:
-    """The empty prompt's `</s>` and a token of its padding, float16, as the manifest keeps them."""
+    """Embeddings of the empty prompt's `</s>` and of one padding token.
+
+    They are float16 bytes, the manifest's format.
+    """
     return encoder.encode_padded("", 2).half().numpy().tobytes()
 
 
 def cut_null(null: Float[Tensor, "m e"], null_prompt: str, tokens: int) -> Float[Tensor, "_ e"]:
-    """What stands beside a caption of so many tokens when it is dropped or led away from."""
+    """The null embeddings that replace a caption of `tokens` tokens.
+
+    Used for a dropped caption and for the pass that guidance leads away from.
+    """
     return null[:tokens] if null_prompt == "padded" else null

@@ -1,9 +1,11 @@
-"""Frames to latents and back with a frozen VAE of diffusers: one that takes images, frame by frame, or a causal video
-VAE, which makes one latent of the first frame and one of each `time_factor` further frames (arXiv 2408.06072, 3.1).
+"""Encodes frames to latents and decodes them, with a frozen VAE from diffusers.
 
-Latents leave `encode` and enter `decode` raw, as the VAE has them; the model sees them normalised per channel,
-`(z - mean) / std`. Clips never share a forward pass where the numbers could show it, so that a clip's latents don't
-depend on what else is in the batch: on the CPU each goes alone, elsewhere only small ones go together, whole.
+An image VAE works frame by frame. A causal video VAE makes one latent of the first frame and one of each `time_factor`
+further frames (arXiv 2408.06072, section 3.1).
+
+`encode` returns and `decode` takes raw latents, as the VAE defines them. The model sees latents normalised per channel,
+`(z - mean) / std`. A clip's latents must not depend on the rest of its batch. On the CPU a batch changes the numbers,
+so each clip gets its own forward pass. On other devices several small clips share one, each of them whole.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ PIXELS_AT_ONCE_CPU = 2**17  # activations of the small VAEs then stay in the cac
 
 
 class Vae:
-    """A frozen VAE. `moments` is 2 where it has a posterior (mean, log-variance) and 1 where it has none.
+    """A frozen VAE. `moments` is 2 for a posterior (mean, log-variance), else 1.
 
-    `remarks` gathers what it had to do to go on, such as halving its batch: whoever reports them empties the list.
+    `remarks` collects messages about fallbacks, such as a halved batch. The caller that reports them clears the list.
     """
 
     def __init__(self, model: Any, files: VaeFiles):
@@ -41,11 +43,11 @@ class Vae:
         self.remarks: list[str] = []
         pixels = PIXELS_AT_ONCE_CPU if model.device.type == "cpu" else PIXELS_AT_ONCE
         self.pixels_at_once = {"encode": pixels, "decode": pixels}
-        if files.kind == "AutoencoderKLTemporalDecoder":  # its decoder looks along time: a whole clip, if that fits
+        if files.kind == "AutoencoderKLTemporalDecoder":  # its decoder mixes frames: a whole clip if it fits
             self.pixels_at_once["decode"] = sys.maxsize
         if self.time_factor == 1:
-            # Channels last is 1.4 times as fast on the CPU (AMD EPYC, oneDNN, float32) and no slower elsewhere. It is
-            # for 2-d convolutions; its kin for 3-d ones sped Wan's VAE up as much and halved CogVideoX's speed.
+            # Channels last is 1.4 times as fast on the CPU (AMD EPYC, oneDNN, float32) and no slower elsewhere. It
+            # applies to 2-d convolutions. The 3-d format was as good for Wan's VAE, but halved CogVideoX's speed.
             for module in model.modules():
                 if isinstance(module, torch.nn.Conv2d):
                     module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -57,10 +59,11 @@ class Vae:
 
     @torch.inference_mode()
     def encode(self, frames: UInt8[Tensor, "b F H W 3"]) -> Float[Tensor, "b moments f c h w"]:
-        """Raw moments of the posterior, float32 on the CPU: of F frames `f = 1 + (F - 1) / time_factor`.
+        """Encodes frames to raw moments of the posterior, float32 on the CPU.
 
-        Raises ValueError where height and width are no multiples of `factor`, or F is not `k time_factor + 1`, and
-        torch.OutOfMemoryError (on the CPU RuntimeError) where not even one frame fits, or one clip of a video VAE.
+        F frames become `f = 1 + (F - 1) / time_factor` latents. Raises ValueError if height or width is not a multiple
+        of `factor`, or if F is not `k time_factor + 1`. Raises torch.OutOfMemoryError (RuntimeError on the CPU) if not
+        even one frame fits in memory, or one clip with a video VAE.
         """
         _, count, height, width, _ = frames.shape
         if height % self.factor or width % self.factor:
@@ -75,21 +78,21 @@ class Vae:
 
     @torch.inference_mode()
     def decode(self, latents: Float[Tensor, "b f c h w"]) -> UInt8[Tensor, "b F H W 3"]:
-        """Frames of raw (denormalised) latents, on the CPU: `F = 1 + (f - 1) time_factor`.
+        """Decodes raw (denormalised) latents to `F = 1 + (f - 1) time_factor` frames.
 
-        Raises as `encode` does where memory is short.
+        The frames are on the CPU. Raises the same errors as `encode` if memory runs out.
         """
         _, count, _, height, width = latents.shape
         together = self._together("decode", self._frames(count) * height * width * self.factor**2)
         return torch.cat([self._decode_clips(clips) for clips in latents.split(together)])
 
     def normalise(self, latents: Float[Tensor, "*b c h w"]) -> Float[Tensor, "*b c h w"]:
-        """Raw latents to what the model sees: mean 0 and spread 1 in each channel."""
+        """Normalises raw latents: mean 0 and standard deviation 1 in each channel."""
         mean, std = (value[:, None, None].to(latents.device) for value in (self.mean, self.std))
         return (latents - mean) / std
 
     def denormalise(self, latents: Float[Tensor, "*b c h w"]) -> Float[Tensor, "*b c h w"]:
-        """What the model makes to raw latents."""
+        """Inverts `normalise`: converts the model's latents to raw latents."""
         mean, std = (value[:, None, None].to(latents.device) for value in (self.mean, self.std))
         return latents * std + mean
 
@@ -97,7 +100,10 @@ class Vae:
         return 1 + (count - 1) * self.time_factor
 
     def _together(self, way: str, pixels: int) -> int:
-        """Whole clips of so many pixels that may share a forward pass; a clip alone always gives the same bits."""
+        """Number of clips, of `pixels` pixels each, that may share a forward pass.
+
+        A clip in its own forward pass always gives the same bits.
+        """
         return 1 if self.model.device.type == "cpu" else max(1, self.pixels_at_once[way] // pixels)
 
     def _encode_clips(self, frames: Tensor) -> Tensor:
@@ -111,7 +117,7 @@ class Vae:
         return rearrange(moments, "(b f) m c h w -> b m f c h w", b=batch).contiguous()
 
     def _moments(self, x: Tensor) -> Tensor:
-        """Moments, along axis 1, of a batch of images or videos `b c ... H W`, uint8."""
+        """Moments (stacked along axis 1) of uint8 images or videos `b c ... H W`."""
         x = (x.to(self.model.device).float() / 127.5 - 1).to(self.model.dtype, memory_format=self._format(x))
         encoded = self.model.encode(x)
         if self.moments == 1:
@@ -134,17 +140,21 @@ class Vae:
         return rearrange(frames, "(b F) c H W -> b F H W c", b=batch).contiguous()
 
     def _pixels(self, z: Tensor) -> Tensor:
-        """Images or videos `b c ... H W`, uint8, of their latents `b c ... h w`; `f c h w` with a temporal decoder."""
+        """Decodes latents `b c ... h w` to uint8 images or videos `b c ... H W`.
+
+        With a temporal decoder the latents are those of one clip, `f c h w`.
+        """
         kind, count = self.files.kind, z.shape[2]
         if kind == "AutoencoderKLCogVideoX" and count > 1 and count % 2 == 0:
-            # Its decoder makes 8 frames of 2 latents, not 5: only of an odd number does the first stand for one frame.
-            # So the last is given twice and what it makes more is cut: convolutions there look only backwards.
+            # Its decoder makes 8 frames of 2 latents, not 5: the first latent gives one frame only if their number is
+            # odd. So the last latent is repeated and the extra frames are cut. The convolutions are causal in time, so
+            # the other frames do not change.
             z = torch.cat((z, z[:, :, -1:]), dim=2)
         z = z.to(self.model.device, self.model.dtype, memory_format=self._format(z))
         options = {"num_frames": len(z)} if kind == "AutoencoderKLTemporalDecoder" else {}
         made = self.model.decode(z, **options).sample.float()
         made = made[:, :, : self._frames(count)] if self.time_factor > 1 else made
-        if not made.isfinite().all():  # as uint8 it would be black
+        if not made.isfinite().all():  # NaN would become black in uint8
             raise UserError(
                 f"the VAE {self.files.place} makes pixels that are not finite of these latents, in {self.model.dtype}"
             )
@@ -154,7 +164,10 @@ class Vae:
         return torch.channels_last if x.ndim == 4 else torch.contiguous_format
 
     def _in_parts(self, way: str, x: Tensor, pixels: int, step: Callable[[Tensor], Tensor]) -> Tensor:
-        """`step` of all x, whose items have so many pixels each, as many at once as memory has held so far."""
+        """Applies `step` to all of x in batches that have fit in memory so far.
+
+        `pixels` is the size of one item of x.
+        """
         done: list[Tensor] = []
         at = 0
         while at < len(x):
@@ -167,12 +180,12 @@ class Vae:
                 if not is_out_of_memory(error) or not self._make_room(way, count, pixels):
                     raise
             if hasattr(self.model, "clear_cache"):
-                self.model.clear_cache()  # Wan's keeps the last frames of every layer
+                self.model.clear_cache()  # Wan's VAE caches the last frames of every layer
             give_back(self.model.device)
         return torch.cat(done)
 
     def _make_room(self, way: str, count: int, pixels: int) -> bool:
-        """Halves what goes through at once, or has the model work in tiles; False where nothing is left to do."""
+        """Halves the batch, or else turns on tiling. False if both are exhausted."""
         items = "frames" if self.time_factor == 1 else "clips"
         if count > 1:
             self.pixels_at_once[way] = count // 2 * pixels
@@ -188,16 +201,16 @@ class Vae:
 def load_vae(
     name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, models: str = ""
 ) -> Vae:
-    """The VAE that `codec.vae` names: `builtin`, a folder, or a hub id; also the `vae` of a whole pipeline.
+    """Loads the VAE that `codec.vae` names: `builtin`, a folder or a hub id.
 
-    `models` is a folder that `sora download` filled. The weights are held in `dtype`, float32 or bfloat16. Raises
-    UserError, with what to do, where the VAE can't be had.
+    The folder or hub id may hold a whole pipeline with a `vae`. `models` is a folder that `sora download` filled. The
+    weights have the type `dtype`, float32 or bfloat16. Raises UserError, with what to do, if the VAE can't be loaded.
     """
     import diffusers
 
     files = find_vae(name, models)
     verbosity = diffusers.utils.logging.get_verbosity()
-    diffusers.utils.logging.set_verbosity_error()  # it warns of keys of TAESD's config that its own class wrote
+    diffusers.utils.logging.set_verbosity_error()  # it warns about keys that TAESD's own class wrote to its config
     kind, place = getattr(diffusers, files.kind), str(files.place)
     try:
         with damaged_file_errors(f"codec.vae: {place}", files.place):
@@ -210,5 +223,5 @@ def load_vae(
 
 
 def vae_of(codec: CodecConfig, device: str | torch.device = "cpu") -> Vae:
-    """A recipe's VAE in its precision."""
+    """Loads a recipe's VAE in the recipe's precision."""
     return load_vae(codec.vae, device, getattr(torch, DTYPES[codec.precision]), codec.models)

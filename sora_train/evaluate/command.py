@@ -1,4 +1,4 @@
-"""`sora eval`: the figures of a run or a checkpoint, as a table and as JSON."""
+"""`sora eval`: metrics of a run or a checkpoint, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ from sora_train.sample import Run, load_run
 from sora_train.storage import atomic_write_text
 
 Oracle = Callable[[Run, Iterable[str], Callable[[int, int], None]], dict[str, Any] | None]
-"""Prompt accuracy of a run's samples; None if it can't read clips with these captions."""
+"""Measures the prompt accuracy of a run's samples.
+None if it does not support clips with these captions."""
 NAMES = {"ema": "averaged", "raw": "trained"}
-PROBED = 64  # captions that tell whether the clips are the quickstart's
+PROBED = 64  # clips whose captions show whether the data is the quickstart's
 
 
 def evaluate(path: str | Path, how: EvalOptions, oracle: Oracle | None = None) -> dict[str, Any]:
-    """Measures, prints the table (or with `how.json` the JSON), and writes `eval.json` into the run, or to `how.out`.
+    """Measures a run's metrics, prints them, and writes them as JSON.
 
-    Raises UserError, and leaves what an earlier one wrote, where nothing could be measured, or not what the command
-    line asks for. What the flags name is looked at first.
+    It prints a table, or the JSON with `how.json`. The file is `how.out`, by default the run's `eval.json`. Files that
+    the flags name are checked first. Raises UserError if nothing could be measured, or not all that the command line
+    asks for. An existing file then stays as it is.
     """
     run = load_run(path, weights=how.weights)
     file = Path(how.out).expanduser() if how.out else run.folder / "eval.json"
@@ -71,7 +73,10 @@ def evaluate(path: str | Path, how: EvalOptions, oracle: Oracle | None = None) -
 
 
 def check_flags(run: Run, how: EvalOptions, file: Path) -> None:
-    """UserError where a file or folder that the flags name is not what it should be: before the work, not behind it."""
+    """Checks the files and folders that the flags name, before any work.
+
+    Raises UserError if one is not as expected.
+    """
     if file.is_dir():
         raise UserError(f"{file} is a folder; name a file with --out")
     if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
@@ -93,7 +98,7 @@ def check_flags(run: Run, how: EvalOptions, file: Path) -> None:
 
 
 def wished(how: EvalOptions) -> list[tuple[str, str, bool]]:
-    """Name and key of each figure, and whether the command line asks for it."""
+    """Name and key of each metric, and whether the command line asks for it."""
     return [
         ("held-out loss", "holdout_loss", bool(how.holdout_clips)),
         ("FVD", "fvd", bool(how.i3d or how.fvd_clips)),
@@ -102,14 +107,14 @@ def wished(how: EvalOptions) -> list[tuple[str, str, bool]]:
 
 
 def some_captions(folder: str | Path) -> list[str]:
-    """Captions of the first clips of a shard folder, held out or not."""
+    """Captions of the first clips in a shard folder, held out or not."""
     shards = ShardSet(str(folder))
     bucket, rows = next(iter(shards.rows.items()))
     return [caption for captions in shards.read(bucket, range(min(rows, PROBED))).captions for caption in captions]
 
 
 def write(file: Path, record: dict[str, Any]) -> None:
-    """Writes the JSON, whole or not at all."""
+    """Writes the JSON atomically."""
     try:
         atomic_write_text(file, json.dumps(record, indent=1) + "\n")
     except OSError as error:
@@ -117,7 +122,7 @@ def write(file: Path, record: dict[str, Any]) -> None:
 
 
 def table(record: dict[str, Any]) -> str:
-    """What was measured, and what was not and why, for people."""
+    """Formats the metrics as a table, then the remarks."""
     lines = [f"{record['run']}, {record['checkpoint']}, {NAMES[record['weights']]} weights"]
     if "holdout_loss" in record:
         about = f"mean squared error over {record['holdout_clips']} clips; by diffusion time, from the data to noise:"

@@ -1,10 +1,12 @@
-"""Loss on clips that training never sees, in ten bins of diffusion time, with noise that is always the same.
+"""Loss on held-out clips in ten bins of diffusion time, with fixed noise.
 
-Noise, posterior draw, caption and place within a bin hang on (SEED, sample_id) alone, and every clip gets one time in
-each bin. So the figures of two checkpoints differ by their weights alone, whatever the batch size, and a bin's figure
-is no matter of which times were drawn. They are plain mean squared errors of what the objective predicts (L_simple of
-Ho et al. 2020, eq. 14), without min-SNR weights or L_vlb, and with times spread evenly, not as training draws them: so
-`holdout_loss` is no training loss, and compares only between runs of one objective and one VAE.
+Noise, posterior draw, caption and time within a bin depend only on (SEED, sample_id). Every clip gets one time in each
+bin. So the losses of two checkpoints differ only through their weights, whatever the batch size, and a bin's loss does
+not depend on a random draw of times.
+
+The losses are plain mean squared errors of the objective's target (L_simple of Ho et al. 2020, eq. 14), without
+min-SNR weights or L_vlb. Times are spread evenly, not drawn as in training. So `holdout_loss` is not a training loss.
+It is comparable only between runs with the same objective and the same VAE.
 """
 
 import json
@@ -27,11 +29,12 @@ from sora_train.storage import atomic_write_text
 BINS = 10
 SEED = 0
 CHOSEN = "heldout.json"
-"""In a run's folder: ids of the clips that each figure is of, in the order in which they were chosen."""
+"""File in a run's folder with the ids of the clips of each metric.
+They are in the order in which they were chosen."""
 
 
 class ClipRef(NamedTuple):
-    """Where a clip of the split is: its bucket, its number there."""
+    """Location of a clip in the split: its bucket and its row there."""
 
     bucket: str
     row: int
@@ -39,12 +42,18 @@ class ClipRef(NamedTuple):
 
 
 def choose(shards: ShardSet, count: int, buckets: tuple[str, ...] | None = None) -> list[ClipRef]:
-    """The first `count` clips of a split by `ranked`, in the order of the shards: neighbours are read together."""
+    """The first `count` clips of a split by `ranked`, in shard order.
+
+    In shard order, neighbours are read together.
+    """
     return sorted(ranked(shards, buckets)[:count], key=lambda place: (place.bucket, place.row))
 
 
 def ranked(shards: ShardSet, buckets: tuple[str, ...] | None = None) -> list[ClipRef]:
-    """All clips of a split (of these buckets) by a hash of their ids: more shards change few of the first."""
+    """All clips of a split (of these buckets), sorted by a hash of their ids.
+
+    So adding shards changes few of the first clips.
+    """
     names = [name for name in shards.rows if buckets is None or name in buckets]
     everything = [
         ClipRef(name, row, sample_id) for name in names for row, sample_id in enumerate(shards.all_sample_ids(name))
@@ -60,10 +69,11 @@ def choose_clips(
     figure: str,
     remark: Callable[[str], None],
 ) -> list[ClipRef]:
-    """At most `count` held-out clips: those that this figure of the run was of before, then others by `ranked`.
+    """Chooses at most `count` held-out clips for the metric named `figure`.
 
-    So clips that are added to the shards change nothing. If chosen ones are gone, others take their place, and a remark
-    says so. In the order of the shards, so that neighbours are read together.
+    Clips that an earlier measurement of the run used come first, then others by `ranked`. So clips that are added to
+    the shards change nothing. If earlier clips are gone, others replace them, and `remark` receives a message. The
+    result is in shard order, so neighbours are read together.
     """
     stored = read_chosen(run)
     before = stored.get(figure, [])
@@ -82,7 +92,10 @@ def choose_clips(
 
 
 def read_chosen(run: Run) -> dict[str, list[str]]:
-    """Ids by figure; nothing if there is no such file or it can't be read: clips are then chosen anew."""
+    """Reads the chosen ids by metric.
+
+    Empty if the file is missing or unreadable; clips are then chosen again.
+    """
     try:
         stored = json.loads((run.folder / CHOSEN).read_text(encoding="utf-8"))
         return {str(figure): [str(name) for name in names] for figure, names in stored.items()}
@@ -91,11 +104,11 @@ def read_chosen(run: Run) -> dict[str, list[str]]:
 
 
 def write_chosen(run: Run, chosen: dict[str, list[str]]) -> None:
-    """Stores the ids in a run's own folder, not in an export's."""
+    """Saves the chosen ids in a run's folder. Exports are not written to."""
     if (run.folder / "checkpoints").is_dir():
         try:
             atomic_write_text(run.folder / CHOSEN, json.dumps(chosen, indent=1))
-        except OSError:  # such as a run that only its owner may write: its choice is the same until clips are added
+        except OSError:  # such as a read-only run: the choice stays the same until clips are added
             return
 
 
@@ -108,8 +121,10 @@ def held_out_loss(
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
-    """`holdout_loss`, and `holdout_loss_0` (next to the data) to `holdout_loss_9` (next to noise), which it is the mean
-    of: a mean over the clips each. `progress(done, clips)` is called after each batch.
+    """Measures the loss of each bin, and their mean `holdout_loss`.
+
+    The bins are `holdout_loss_0` (nearest to data) to `holdout_loss_9` (nearest to noise), each a mean over the clips.
+    `progress(done, clips)` is called after each batch.
     """
     sums, done = torch.zeros(BINS, dtype=torch.float64), 0
     for batch in batches(places, shards, batch_size):
@@ -130,7 +145,11 @@ def held_out_loss(
 
 
 def batches(places: list[ClipRef], shards: ShardSet, batch_size: int | None) -> Iterator[list[ClipRef]]:
-    """The places cut into batches of one bucket each; without a size, as many as memory surely holds."""
+    """Splits `places` into batches of one bucket each.
+
+    Without `batch_size`, a batch has at most PLACES_AT_ONCE latent positions (but at least one clip), a limit
+    that fits in memory.
+    """
     for bucket in dict.fromkeys(place.bucket for place in places):
         mine = [place for place in places if place.bucket == bucket]
         f, _, h, w = shards.manifest.vae.latent_shape(*bucket_size(bucket))
@@ -139,7 +158,10 @@ def batches(places: list[ClipRef], shards: ShardSet, batch_size: int | None) -> 
 
 
 def time_in(objective: Objective, number: int, within: Float[Tensor, "b"]) -> Float[Tensor, "b"]:
-    """Times in a bin of ten, `within` 0 to 1 of it, as the objective counts them: 0 to 1, or DDPM's steps."""
+    """Diffusion times in one of ten bins, at the fraction `within` of its width.
+
+    The unit is the objective's: 0 to 1 for flow, steps for DDPM.
+    """
     t = (number + within.clamp(max=1 - 2**-20)) / BINS
     return torch.floor(t * ddpm.STEPS) if objective.config.kind == "ddpm" else t
 
@@ -154,7 +176,10 @@ def squared_error(
     text: Tensor,
     text_mask: Tensor,
 ) -> Float[Tensor, "b"]:
-    """Mean squared error of each clip's prediction at its time, unweighted; a learned variance is left aside."""
+    """Unweighted mean squared error of the prediction for each clip.
+
+    A learned variance is ignored.
+    """
     x_t, target = objective.add_noise(x, noise, t)
     predicted = model(x_t, objective.model_time(t), text, text_mask).float()[:, :, : x.shape[2]]
     return (predicted - target).square().mean(dim=(1, 2, 3, 4))

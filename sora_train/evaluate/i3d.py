@@ -1,12 +1,14 @@
-"""I3D (Carreira and Zisserman 2017, arXiv 1705.07750, section 2.4 and figure 3): Inception-v1, its filters inflated
-along time, trained to name the 400 actions of Kinetics. Its forward pass alone, for weights in safetensors.
+"""The forward pass of I3D, for weights in safetensors.
 
-FVD (Unterthiner et al. 2018, arXiv 1812.01717) compares its logits: their code takes the 400 numbers before the
-softmax, averaged over time, of tfhub's `deepmind/i3d-kinetics-400/1`. StyleGAN-V's code, which Latte's is a copy of,
-takes the same logits, but resizes frames in another way (see `resized`), so the values do not compare.
+I3D (Carreira and Zisserman 2017, arXiv 1705.07750, section 2.4 and figure 3) is Inception-v1 with filters inflated
+along time, trained to classify the 400 actions of Kinetics.
 
-As in TensorFlow, "SAME" padding puts the odd one behind, and batch norm (no scale, epsilon 0.001) follows each
-convolution but the last; it is folded into their weights when these are read.
+FVD (Unterthiner et al. 2018, arXiv 1812.01717) compares its logits. The authors' code takes the 400 values before the
+softmax of tfhub's `deepmind/i3d-kinetics-400/1`, averaged over time. StyleGAN-V's code, which Latte copied, takes the
+same logits but resizes frames differently (see `resized`), so its values are not comparable.
+
+As in TensorFlow, "SAME" padding puts an odd zero at the end. Batch norm (no scale, epsilon 0.001) follows each
+convolution except the last. It is folded into the weights when they are loaded.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from sora_train.recipe import I3D_FRAMES
 LOGITS, SIZE = 400, 224
 EPSILON = 1e-3
 STEM = {"Conv3d_1a_7x7": (3, 64, 7), "Conv3d_2b_1x1": (64, 64, 1), "Conv3d_2c_3x3": (64, 192, 3)}
-"""Channels in and out, and the side of the filters."""
+"""Input channels, output channels and filter side of each convolution."""
 MIXED = {
     "Mixed_3b": (64, 96, 128, 16, 32, 32),
     "Mixed_3c": (128, 128, 192, 32, 96, 64),
@@ -42,16 +44,17 @@ MIXED = {
     "Mixed_5b": (256, 160, 320, 32, 128, 128),
     "Mixed_5c": (384, 192, 384, 48, 128, 128),
 }
-"""Channels out of an Inception block's convolutions: 1x1; 1x1 and 3x3; 1x1 and 3x3; 1x1 behind a max pool."""
+"""Output channels of an Inception block's convolutions, branch by branch.
+The branches are: 1x1; 1x1 and 3x3; 1x1 and 3x3; 1x1 after a max pool."""
 POOL_BEFORE = {"Mixed_4b": (3, 2), "Mixed_5b": (2, 2)}
-"""Side and stride of the max pool, over time too, before a block."""
+"""Side and stride of the max pool (over time too) before a block."""
 LAST = "Logits.Conv3d_0c_1x1"
 
 Convolution = tuple[Tensor, Tensor]
 
 
 class I3D:
-    """The network on a device; `hash` is its file's."""
+    """The network on a device. `hash` is the SHA-256 of its weights file."""
 
     def __init__(self, convolutions: dict[str, Convolution], digest: str):
         self.convolutions, self.hash = convolutions, digest
@@ -59,7 +62,10 @@ class I3D:
 
     @torch.inference_mode()
     def __call__(self, videos: UInt8[Tensor, "b F H W 3"]) -> Float[Tensor, "b 400"]:
-        """Logits of each video, on the network's device. Raises UserError for fewer than 16 frames."""
+        """Computes the logits of each video, on the network's device.
+
+        Raises UserError for fewer than 16 frames.
+        """
         if videos.shape[1] < I3D_FRAMES:
             raise UserError(
                 f"I3D needs videos of at least {I3D_FRAMES} frames, these have {videos.shape[1]}: FVD can be had of "
@@ -98,7 +104,10 @@ class I3D:
 
 
 def same(x: Tensor, side: tuple[int, int, int], stride: tuple[int, int, int]) -> Tensor:
-    """Zeros around the last three axes so that a window of this side and stride gives ceil(n / stride) places."""
+    """SAME padding: pads the last three axes with zeros.
+
+    A window of this side and stride then has ceil(n / stride) positions.
+    """
     pads: list[int] = []
     for n, k, s in reversed(list(zip(x.shape[2:], side, stride, strict=True))):
         total = max((-(-n // s) - 1) * s + k - n, 0)
@@ -107,14 +116,18 @@ def same(x: Tensor, side: tuple[int, int, int], stride: tuple[int, int, int]) ->
 
 
 def max_pool(x: Tensor, side: tuple[int, int, int], stride: tuple[int, int, int]) -> Tensor:
-    """Max pool with SAME padding; zeros serve for it, since behind a ReLU nothing is below."""
+    """Max pool with SAME padding.
+
+    Padding with zeros is correct because the input comes from a ReLU and is never negative.
+    """
     return F.max_pool3d(same(x, side, stride), side, stride)
 
 
 def resized(x: Float[Tensor, "b c F H W"], size: int) -> Float[Tensor, "b c F size size"]:
-    """Frames at `size` by `size`, bilinear without antialiasing, as FVD's own code: pixel i is read at i n / size.
+    """Resizes frames to `size` x `size`, bilinear without antialiasing.
 
-    That is TensorFlow 1's `resize_bilinear`; PyTorch's reads at (i + 1/2) n / size - 1/2. The aspect ratio is not kept.
+    Pixel i is read at i n / size, as in FVD's own code (TensorFlow 1's `resize_bilinear`). PyTorch reads at
+    (i + 1/2) n / size - 1/2. The aspect ratio is not preserved.
     """
     for axis in (3, 4):
         n = x.shape[axis]
@@ -126,7 +139,7 @@ def resized(x: Float[Tensor, "b c F H W"], size: int) -> Float[Tensor, "b c F si
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
-    """Every tensor of the weights' file with its shape."""
+    """Name and shape of every tensor in the weights file."""
     convolutions = dict(STEM)
     channels = 192
     for block, (a, b0, b1, c0, c1, d) in MIXED.items():
@@ -146,8 +159,9 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
 
 def load_i3d(path: str | Path, device: str | torch.device = "cpu", key: str = "validation.i3d") -> I3D:
-    """The network whose weights are in a safetensors file, which `key` named. UserError where the file is missing or is
-    another's.
+    """Loads I3D from a safetensors file; error messages call the setting `key`.
+
+    Raises UserError if the file is missing or does not hold I3D.
     """
     place = Path(path).expanduser()
     try:
@@ -174,6 +188,9 @@ def load_i3d(path: str | Path, device: str | torch.device = "cpu", key: str = "v
 
 
 def features(i3d: I3D, videos: Iterable[np.ndarray]) -> Float[np.ndarray, "n 400"]:
-    """Logits of videos uint8 `F H W 3`, one after the other, so that memory holds one, as float64."""
+    """Computes the float64 logits of uint8 videos `F H W 3`.
+
+    Videos are processed one at a time, so memory holds only one.
+    """
     rows = [i3d(torch.from_numpy(video)[None])[0].cpu().double().numpy() for video in videos]
     return np.stack(rows)

@@ -1,5 +1,6 @@
-"""The figures of a checkpoint: held-out loss, Fréchet video distance, similarity to prompts. Validation and `sora eval`
-ask for them here. What can't be had is left out with a remark: one figure that fails spoils no other.
+"""Metrics of a checkpoint: held-out loss, FVD, CLIP similarity.
+
+Validation and `sora eval` call `measure`. A metric that fails is skipped and reported; the others are still measured.
 """
 
 from __future__ import annotations
@@ -33,12 +34,13 @@ from sora_train.storage import atomic_file
 
 Figures = dict[str, float | int]
 Progress = Callable[[str, int, int], None]
-"""Takes what is being done, how much of it is done, and of how much."""
+"""Progress callback: (task, items done, items in total)."""
 Video = tuple[str, np.ndarray]
-"""A prompt, and the frames uint8 `F H W 3` made of it."""
+"""A prompt and the frames sampled from it, uint8 `F H W 3`."""
 
 REFERENCE = "fvd_reference.safetensors"
-"""In a run's folder: I3D's features of the held-out clips, so that fifty validations make them once."""
+"""File in a run's folder with the I3D features of the held-out clips.
+All validations of a run share it, so the features are computed once."""
 
 
 def warn(remark: str) -> None:
@@ -53,10 +55,11 @@ def measure(
     progress: Progress | None = None,
     remark: Callable[[str], None] = warn,
 ) -> Figures:
-    """What `ask` asks for and can be had: `holdout_loss`, `holdout_loss_0` to `_9` and `holdout_clips`; `fvd` and
-    `fvd_clips`; `similarity`, of `videos` where they are given, else of new ones of `ask.prompts`.
+    """Measures the metrics that `ask` asks for.
 
-    What can't be had is told to `remark`, with the reason.
+    The keys are `holdout_loss`, `holdout_loss_0` to `_9` and `holdout_clips`; `fvd` and `fvd_clips`; `similarity`.
+    Similarity is measured on `videos` if given, otherwise on new samples of `ask.prompts`. `remark` receives a message
+    with the reason for each metric that can't be measured.
     """
     tell = progress or (lambda what, done, of: None)
     parts: list[tuple[str, Callable[[], Figures]]] = []
@@ -80,7 +83,7 @@ def measure(
 
 
 def check_shards(run: Run, folder: str) -> None:
-    """UserError where a folder holds no shards, or others than a run was trained on."""
+    """Raises UserError if a folder does not hold the shards of a run's training."""
     found = Manifest.load(folder).encoding_hash
     if found != run.manifest.encoding_hash:
         raise UserError(
@@ -90,7 +93,10 @@ def check_shards(run: Run, folder: str) -> None:
 
 
 def open_held_out(run: Run, folder: str) -> ShardSet:
-    """The held-out split of the shards that a run was trained on. UserError where none is, or these are others."""
+    """Opens the held-out split of the shards that a run was trained on.
+
+    Raises UserError if no clips were held out, or if the folder holds other shards.
+    """
     check_shards(run, folder)
     if not run.recipe.data.holdout_fraction:
         raise UserError("data.holdout_fraction is 0, so that no clip was held out; train a run with 0.02, for instance")
@@ -101,7 +107,7 @@ def _held_out(
     run: Run, ask: ValidationConfig, folder: str, progress: Callable[[int, int], None], remark: Callable[[str], None]
 ) -> Figures:
     shards = open_held_out(run, folder)
-    # Pictures that training left out would be measured for nothing.
+    # Images are skipped if training did not use them.
     names = tuple(name for name in shards.rows if bucket_size(name)[0] > 1 or run.recipe.data.image_ratio != 0)
     places = choose_clips(run, shards, ask.holdout_clips, names, "held-out loss", remark)
     if not places:
@@ -130,7 +136,7 @@ def _fvd(run: Run, ask: ValidationConfig, folder: str, tell: Progress, remark: C
         raise UserError("validation.i3d is empty; name the safetensors of I3D's weights")
     manifest = run.manifest
     check_frames(run)
-    bucket = bucket_name(manifest.frames, manifest.height, manifest.width)  # what samples look like
+    bucket = bucket_name(manifest.frames, manifest.height, manifest.width)  # the shape of samples
     shards = open_held_out(run, folder)
     places = choose_clips(run, shards, ask.fvd_clips, (bucket,), f"FVD of {bucket}", remark)
     if len(places) < 2:
@@ -157,7 +163,7 @@ def _fvd(run: Run, ask: ValidationConfig, folder: str, tell: Progress, remark: C
 
 
 def check_frames(run: Run) -> None:
-    """UserError where a run's clips are too short for I3D."""
+    """Raises UserError if a run's clips are too short for I3D."""
     if run.manifest.frames < I3D_FRAMES:
         raise UserError(
             f"the run's clips have {run.manifest.frames} frames and I3D needs {I3D_FRAMES}; train one with data.frames "
@@ -173,7 +179,7 @@ def make(
     embeddings: Sequence[Float[Tensor, "_ e"]] | None,
     progress: Callable[[int, int], None],
 ) -> Iterator[np.ndarray]:
-    """Videos of these prompts, sampled as `ask` says."""
+    """Samples videos of the prompts with the sampling config of `ask`."""
     return generate_each(
         run,
         prompts,
@@ -185,7 +191,10 @@ def make(
 
 
 def captions_of(run: Run, shards: ShardSet, places: list[ClipRef]) -> tuple[list[str], list[Float[Tensor, "_ e"]]]:
-    """A caption of each clip, the one that its held-out loss takes, and the embedding that its shard has of it."""
+    """A caption of each clip and its embedding from the shard.
+
+    The caption is the one that the held-out loss of the clip uses.
+    """
     prompts: list[str] = []
     embeddings: list[Tensor] = []
     for batch in batches(places, shards, None):
@@ -200,9 +209,10 @@ def captions_of(run: Run, shards: ShardSet, places: list[ClipRef]) -> tuple[list
 def real_videos(
     run: Run, shards: ShardSet, places: list[ClipRef], progress: Callable[[int, int], None]
 ) -> Iterator[np.ndarray]:
-    """Held-out clips uint8 `F H W 3`, decoded from the means of their latents: shards hold no pixels.
+    """Decodes held-out clips from the means of their latents: uint8 `F H W 3`.
 
-    By way of what the model sees: an export's VAE takes other raw latents than the one that made the shards.
+    Shards hold no pixels. The latents are normalised with the shards' statistics, then denormalised with the run's VAE,
+    because the scale of an export's raw latents may differ from that of the shards.
     """
     facts, done = shards.manifest.vae, 0
     mean, std = (torch.tensor(values)[:, None, None] for values in (facts.mean, facts.std))
@@ -218,7 +228,10 @@ def real_videos(
 def reference(
     run: Run, i3d: I3D, shards: ShardSet, places: list[ClipRef], progress: Callable[[int, int], None]
 ) -> Float[np.ndarray, "n 400"]:
-    """I3D's features of held-out clips; kept in the run's folder, under all that they depend on."""
+    """I3D features of held-out clips, cached in the run's folder.
+
+    The cache key covers everything that the features depend on.
+    """
     ids = [place.sample_id for place in places]
     key = hashlib.sha256(json.dumps([shards.manifest.encoding_hash, i3d.hash, ids]).encode()).hexdigest()
     file = run.folder / REFERENCE
@@ -227,9 +240,9 @@ def reference(
             if (stored.metadata() or {}).get("of") == key:
                 return stored.get_tensor("features")
     except (OSError, SafetensorError):
-        pass  # not there yet, or damaged: it is made anew
+        pass  # missing or damaged: it is computed again
     found = features(i3d, real_videos(run, shards, places, progress))
-    if (run.folder / "checkpoints").is_dir():  # a run of ours, not a folder that somebody exported
+    if (run.folder / "checkpoints").is_dir():  # a run's folder, not an export
         try:
             with atomic_file(file) as draft:
                 save_file({"features": found}, draft, {"of": key})

@@ -1,8 +1,9 @@
-"""How well videos show their prompts, by a CLIP of transformers (Radford et al. 2021, arXiv 2103.00020).
+"""CLIP similarity of videos and their prompts, with a CLIP from transformers.
 
-100 times the cosine between the embeddings of a frame and of the prompt, averaged over all frames, then over videos:
-CLIPSIM of GODIVA (arXiv 2104.14806, section 4.2). CLIPScore (arXiv 2104.08718, eq. 1) is 2.5 max(cosine, 0) of one
-picture. A frame's score knows nothing of motion, and values of two CLIPs don't compare.
+CLIP: Radford et al. 2021, arXiv 2103.00020. The metric is CLIPSIM of GODIVA (arXiv 2104.14806, section 4.2): 100 times
+the cosine between the embeddings of a frame and of the prompt, averaged over the frames of a video, then over videos.
+CLIPScore (arXiv 2104.08718, eq. 1) is 2.5 max(cosine, 0) of one image. The metric ignores motion. Values from different
+CLIP models are not comparable.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ class Clip:
 
 
 def find_clip(name: str, models: str = "", key: str = KEY) -> Path:
-    """The folder of the CLIP that `key` names; UserError where it can't be had, or holds something else."""
+    """Finds the folder of the CLIP that `key` names.
+
+    Raises UserError if the folder is missing or holds something else.
+    """
     folder = find_folder(name, key, (), models)
     if not (folder / "config.json").is_file():
         raise UserError(f"{key}: {folder} has no config.json; name a folder that transformers saved a CLIP to")
@@ -44,9 +48,9 @@ def find_clip(name: str, models: str = "", key: str = KEY) -> Path:
 
 
 def load_clip(name: str, device: str | torch.device = "cpu", models: str = "", key: str = KEY) -> Clip:
-    """The CLIP that `key` names: a folder, or a hub id, which `models` may hold. Safetensors only.
+    """Loads the CLIP that `key` names: a folder or a hub id. Safetensors only.
 
-    Raises UserError, with what to do, where it can't be had.
+    `models` is a folder that `sora download` filled. Raises UserError, with what to do, if the CLIP can't be loaded.
     """
     import transformers
 
@@ -68,7 +72,10 @@ def load_clip(name: str, device: str | torch.device = "cpu", models: str = "", k
 
 @torch.inference_mode()
 def similarity(clip: Clip, prompt: str, video: np.ndarray) -> float:
-    """100 x the mean cosine between the prompt, cut to CLIP's 77 tokens, and the frames of a video uint8 `F H W 3`."""
+    """100 times the mean cosine between a prompt and the frames of a video.
+
+    The prompt is cut to CLIP's 77 tokens. The video is uint8 `F H W 3`.
+    """
     device, limit = clip.model.device, clip.model.config.text_config.max_position_embeddings
     words = clip.tokenizer([prompt], truncation=True, max_length=limit, return_tensors="pt").to(device)
     text = torch.nn.functional.normalize(clip.model.get_text_features(**words).pooler_output, dim=-1)
