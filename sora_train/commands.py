@@ -1,4 +1,4 @@
-"""The commands of `sora`: what each takes and does, an example, its own options, and the keys its help shows."""
+"""The commands of `sora`: arguments, help text, examples and options."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from sora_train.sampling import Sampling
 from sora_train.section import Section, options
 
 Extent = Annotated[int, Field(ge=1, le=2**16)]
-"""Frames, or pixels on a side. The product of three still fits a tensor's size."""
+"""Frames, or pixels on a side. The product of three such numbers still fits a tensor's size."""
 
 
 @options
 class DownloadOptions:
-    """Where to."""
+    """Destination of the download."""
 
     to: str = ""
     """Folder that all nodes share, for `codec.models`."""
@@ -24,54 +24,54 @@ class DownloadOptions:
 
 @options
 class PrepOptions:
-    """Whether to encode."""
+    """Whether to encode, or only to print a plan."""
 
     plan: bool = False
-    """Open headers only, and print what encoding would give and cost."""
+    """Open only the headers of files, and print what encoding would produce and cost."""
 
 
 @options
 class PreflightOptions:
-    """Which checks, and of which GPU."""
+    """Which checks to run, and for which GPU."""
 
     plan: bool = False
-    """Print memory, FLOPs and hours by the recipe alone, without a cluster."""
+    """Print memory, FLOPs and hours from the recipe alone, without a cluster."""
     gpu: str | None = None
-    """With --plan: the GPU whose data sheet the hours are computed from, such as `A100`; H100 if not given."""
+    """With --plan: GPU whose data sheet gives the speed for the hours, such as `A100`. H100 if not given."""
     memory: PositiveFloat | None = None
-    """With --plan: 10⁹ bytes of a GPU that training may use; those of the H100 or A100 if not given."""
+    """With --plan: GPU memory that training may use, in 10⁹ bytes. That of the H100 or A100 if not given."""
     mfu: PositiveFloat | None = None
-    """With --plan: share of the GPU's FLOP/s that training reaches; 0.35 if not given."""
+    """With --plan: share of the GPU's FLOP/s that training reaches. 0.35 if not given."""
 
 
 @options
 class TrainOptions:
-    """How to begin."""
+    """How to start."""
 
     fresh: bool = False
-    """Begin at step 0, not at the newest checkpoint."""
+    """Start at step 0 instead of the newest checkpoint."""
     overwrite: bool = False
     """With --fresh: remove what an earlier run wrote into the run's folder."""
     new_data: bool = False
-    """Go on with a run whose shards have other clips now; its order of clips begins anew with them."""
+    """Resume a run whose shards have other clips now. A new epoch of these clips begins."""
     no_preflight: bool = False
-    """Leave out the quick part of `sora preflight`."""
+    """Skip the quick part of `sora preflight`."""
 
 
 @options
 class InspectOptions:
-    """How to show the counts."""
+    """What to show, and how."""
 
     json: bool = False
     """Print one JSON object instead of a table."""
     check: bool = False
-    """Read every byte of the shards against its checksum, and name what is damaged."""
+    """Verify the checksums of all bytes in the shards, and name what is damaged."""
     html: str | None = None
-    """Write one HTML page with clips decoded from their latents, distributions, and what was left out."""
+    """Write one HTML page: clips decoded from their latents, distributions, and skipped clips."""
     clips: PositiveInt = 12
-    """How many clips of each bucket the page shows."""
+    """Clips of each bucket on the page."""
     root: str = ""
-    """Folder of the source videos, where it is no longer the one they were encoded from."""
+    """Folder of the source videos, if they were moved after encoding."""
 
 
 _optional: Any = {
@@ -79,18 +79,21 @@ _optional: Any = {
     for name, field in Sampling.model_fields.items()
 }
 SamplingFlags = create_model("SamplingFlags", __base__=Section, **_optional)
-"""The flags of `Sampling`, None if not given."""
+"""The keys of `Sampling` as flags; None if not given."""
 
 
 class SampleOptions(SamplingFlags):
-    """What to sample and how. Defaults are the run's `validation` and the size that it was trained at."""
+    """What to sample and how.
+
+    Defaults are the run's `validation` section and the size of its training clips.
+    """
 
     prompt: tuple[str, ...] = ()
-    """What the video shows; several prompts make several videos."""
+    """What the video shows. Several prompts make several videos."""
     prompts: str | None = None
-    """UTF-8 text file with a prompt on each line; no CSV."""
+    """UTF-8 text file with one prompt per line, not a CSV."""
     seed: tuple[int, ...] = (0,)
-    """Seeds of the initial noise; several make several videos of each prompt."""
+    """Seeds of the initial noise. Several seeds make several videos of each prompt."""
     frames: Extent | None = None
     """Frames of a video."""
     height: Extent | None = None
@@ -98,53 +101,54 @@ class SampleOptions(SamplingFlags):
     width: Extent | None = None
     """Width in pixels."""
     format: tuple[Literal["mp4", "gif", "png"], ...] = ("mp4", "gif")
-    """Files to write of each video, one or several; png is a strip of its frames."""
+    """File types to write for each video, one or several. `png` is a strip of its frames."""
     weights: Literal["ema", "raw"] | None = None
-    """The averaged weights (ema, unless it is an export of raw ones), or those that were trained (raw)."""
+    """Averaged weights (`ema`) or weights as trained (`raw`). If not given: `ema`, or `raw` for an export of raw
+    weights."""
     out: str | None = None
-    """Folder for the videos; `samples/prompts` in the run's folder if not given."""
+    """Folder for the videos. `samples/prompts` in the run's folder if not given."""
 
 
 @options
 class ExportOptions:
-    """What the folder is to hold."""
+    """What the folder contains."""
 
     weights_only: bool = False
-    """One safetensors file that `sora sample` reads, instead of a whole pipeline of diffusers; for any run."""
+    """Write one safetensors file that `sora sample` reads instead of a diffusers pipeline. Works for any run."""
     weights: Literal["ema", "raw"] | None = None
-    """The averaged weights (ema), or those that were trained (raw)."""
+    """Averaged weights (`ema`) or weights as trained (`raw`)."""
 
 
 @options
 class EvalOptions:
-    """What to measure, and against what."""
+    """What to measure, and with which data."""
 
     i3d: str | None = None
-    """I3D's weights (Kinetics-400), safetensors: with them the Fréchet video distance is measured; else only where the
-    run's own `validation.fvd` says so. It follows the original TensorFlow code and compares with clips decoded from
-    their latents: the values do not compare with those that StyleGAN-V or Latte published."""
+    """I3D weights (Kinetics-400, safetensors) for the Fréchet video distance. If not given, it is measured only if the
+    run's `validation.fvd` is set. I3D follows the original TensorFlow code, and the reference clips are decoded from
+    their latents: the values are not comparable with those that StyleGAN-V or Latte published."""
     clip: str | None = None
-    """CLIP for the similarity, a folder or a hub id; the run's own `validation.clip` if not given."""
+    """CLIP for the similarity, a folder or a hub id. The run's `validation.clip` if not given."""
     fvd_clips: Annotated[int, Field(ge=2)] | None = None
-    """Clips that FVD is of; the run's own `validation.fvd_clips` if not given."""
+    """Number of clips for FVD. The run's `validation.fvd_clips` if not given."""
     holdout_clips: NonNegativeInt | None = None
-    """Held-out clips whose loss is measured; the run's own `validation.holdout_clips` if not given."""
+    """Number of held-out clips for the loss. The run's `validation.holdout_clips` if not given."""
     shards: str | None = None
-    """Folder of the shards that the run was trained on, where it is no longer the recipe's `data.output`."""
+    """Folder of the shards that the run was trained on, if it is no longer the recipe's `data.output`."""
     json: bool = False
     """Print one JSON object instead of a table."""
     weights: Literal["ema", "raw"] | None = None
-    """The averaged weights (ema), or those that were trained (raw)."""
+    """Averaged weights (`ema`) or weights as trained (`raw`)."""
     out: str | None = None
-    """File for the JSON; `eval.json` in the run's folder if not given."""
+    """JSON file to write. `eval.json` in the run's folder if not given."""
 
 
 @options
 class ReportOptions:
-    """Where the page goes."""
+    """Where to write the page."""
 
     out: str | None = None
-    """File for the page; report.html in the run's folder if not given, or for several runs in the current one."""
+    """HTML file to write. If not given: report.html in the run's folder, or in the current folder for several runs."""
 
 
 @dataclass(frozen=True)
@@ -152,14 +156,14 @@ class Command:
     """One command of `sora`."""
 
     takes: str
-    """Its words besides flags, such as RECIPE."""
+    """Its arguments besides flags, such as RECIPE."""
     does: str
     """One sentence for the list of commands."""
     example: str
     options: type = object
     """Flags that are not keys of a recipe."""
     more: str = ""
-    """What its help says beyond the sentence."""
+    """Further text of its help."""
     reads: tuple[str, ...] = ()
     """Sections and keys of the recipe that its help shows; all if empty."""
 

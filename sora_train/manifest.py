@@ -1,4 +1,4 @@
-"""`manifest.json` next to the shards: how they were encoded, for their readers. Needs no torch."""
+"""`manifest.json` next to the shards: how they were encoded. No torch."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ SCHEMA_VERSION = 2
 def latent_shape(
     channels: int, factor: int, time_factor: int, frames: int, height: int, width: int
 ) -> tuple[int, int, int, int]:
-    """Latent shape `f c h w` of a clip of `frames` frames and `height` x `width` pixels."""
+    """Latent shape `f c h w` of a clip of `frames` x `height` x `width` pixels."""
     return 1 + (frames - 1) // time_factor, channels, height // factor, width // factor
 
 
 def commonest_shape(buckets: dict[str, int]) -> tuple[int, int, int] | None:
-    """Frames, height and width of the bucket with the most clips; None if all are empty.
+    """Frames, height and width of the bucket with the most clips, or None.
 
-    Buckets of videos come before those of images; of equal ones the largest is taken.
+    Buckets of videos come before those of images; among equal ones the largest is taken. None if all are empty.
     """
     shapes = [(*map(int, name.split("x")), rows) for name, rows in buckets.items() if rows]
     if not shapes:
@@ -35,21 +35,25 @@ def commonest_shape(buckets: dict[str, int]) -> tuple[int, int, int] | None:
 
 
 class VaeFacts(Section):
-    """The VAE that made the latents; `mean` and `std` per channel normalise them for the model."""
+    """The VAE that made the latents.
+
+    `mean` and `std` per channel normalise the latents for the model.
+    """
 
     name: str
     hash: str
     channels: int
     factor: int
-    """Spatial compression: pixels on a side of one latent."""
+    """Spatial compression: pixels per latent on a side."""
     time_factor: int = 1
-    """Temporal compression: frames of one latent, except the first, which has its own: `k time_factor + 1` frames."""
+    """Temporal compression: frames per latent. The first frame has its own latent, so clips have `k time_factor + 1`
+    frames."""
     precision: str = "fp32"
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """Latent shape `f c h w` of a clip of `frames` frames and `height` x `width` pixels."""
+        """Latent shape `f c h w` of a clip of `frames` x `height` x `width` pixels."""
         return latent_shape(self.channels, self.factor, self.time_factor, frames, height, width)
 
 
@@ -74,7 +78,10 @@ class LatentFormat(Section):
 
 
 class Counts(Section):
-    """Clips: `asked` for = `written` + `quarantined` + `filtered`; a source that can't be opened counts as one."""
+    """Numbers of clips: `asked` = `written` + `quarantined` + `filtered`.
+
+    A source that can't be opened counts as one clip.
+    """
 
     asked: int
     written: int
@@ -83,11 +90,11 @@ class Counts(Section):
 
 
 class Manifest(Section):
-    """Facts of a shard set: `manifest.json` next to the shards, and in runs trained on them."""
+    """Facts of a shard set, next to the shards and in runs trained on them."""
 
     schema_version: int = SCHEMA_VERSION
     encoding_hash: str
-    """Hash of transform, VAE, text encoder and code version: shards of two encodings never mix."""
+    """Hash of transform, VAE, text encoder and code version. Shards of two encodings never mix."""
     vae: VaeFacts
     text: TextFacts
     latents: LatentFormat
@@ -97,20 +104,20 @@ class Manifest(Section):
     width: int
     """Default shape of samples: `commonest_shape` of the buckets."""
     buckets: dict[str, int]
-    """Rows of each bucket of the recipe, also of empty ones."""
+    """Rows of each bucket of the recipe, including empty ones."""
     held_out: dict[str, int] = {}
     """In a run's copy: number of held-out clips by bucket."""
     settings: dict[str, Any] = {}
-    """The recipe's `data` and `selection`, from which a clip's frames can be decoded again."""
+    """The recipe's `data` and `selection`, with which a clip's frames can be decoded again."""
     empty_text: str
-    """The empty prompt's embedding, `[empty_tokens, width]`, base64 of float16: its `</s>`, and a token of padding."""
+    """The empty prompt's embedding, `[empty_tokens, width]` as base64 of float16: its `</s>` and one padding token."""
     empty_tokens: int
-    """2; 1 in shards made before padding was kept."""
+    """2, or 1 in shards of earlier versions, which did not save the padding."""
     counts: Counts
     reasons: dict[str, int]
     """Number of missing clips by reason."""
     remarks: dict[str, int] = {}
-    """Number of sources by remark, such as `hdr`; their clips were made all the same."""
+    """Number of sources by remark, such as `hdr`. Their clips were encoded nevertheless."""
 
     def save(self, folder: str) -> None:
         """Writes `folder/manifest.json` atomically."""
@@ -119,14 +126,17 @@ class Manifest(Section):
 
     @classmethod
     def load(cls, folder: str) -> Manifest:
-        """Reads `folder/manifest.json`. Raises UserError if it is missing or has another schema version."""
+        """Reads `folder/manifest.json`.
+
+        Raises UserError if it is missing or has another schema version.
+        """
         system, path = resolve(folder)
         content = read_bytes(system, f"{path}/manifest.json")
         if content is None:
             raise UserError(f"no manifest.json in {folder}: encode the clips first with `sora prep RECIPE`")
         try:
             found = cls.model_validate_json(content)
-            # Manifests of before named the largest shape.
+            # Older manifests named the largest shape.
             shape = commonest_shape(found.buckets) or (found.frames, found.height, found.width)
             return found.model_copy(update=dict(zip(("frames", "height", "width"), shape, strict=True)))
         except ValueError as error:
@@ -138,9 +148,11 @@ class Manifest(Section):
             ) from None
 
     def null_embedding(self, null_prompt: str) -> np.ndarray:
-        """The empty prompt's embedding, float16: `eos` `[1, width]`; `padded` `[max_tokens, width]`, to be cut.
+        """The empty prompt's embedding in float16.
 
-        All of its padding is alike: a token of padding sees nothing but the `</s>`. UserError where none was kept.
+        With `eos` it is `[1, width]`, with `padded` `[max_tokens, width]`, which the caller cuts. All padding tokens
+        have the same embedding, because each attends only to the `</s>`. Raises UserError if the shards have no
+        embedding of padding.
         """
         content = base64.b64decode(self.empty_text)
         tokens = np.frombuffer(content, np.float16).reshape(self.empty_tokens, self.text.width)

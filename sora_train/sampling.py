@@ -1,4 +1,4 @@
-"""The sampling config that validation, `sora sample` and the sampler share."""
+"""The sampling settings that validation, `sora sample` and the sampler share."""
 
 from typing import Literal
 
@@ -11,20 +11,21 @@ Sampler = Literal["auto", "ddim", "dpm++", "ddpm", "euler", "heun"]
 
 
 class Sampling(Section):
-    """How samples are drawn."""
+    """Sampler and guidance."""
 
     sampler: Sampler = "auto"
-    """Flow models take `euler` or `heun`, DDPM models `ddim`, `dpm++` or `ddpm`; `auto` is the first of them."""
+    """`euler` or `heun` for flow models; `ddim`, `dpm++` or `ddpm` for DDPM models. `auto` is the first for the
+    model."""
     steps: PositiveInt = 20
     """Sampler steps, at most 1000 for DDPM. Each step of `heun` except the last runs the model twice."""
     guidance: NonNegativeFloat = 4.0
-    """Classifier-free guidance scale; 1 is no guidance."""
+    """Classifier-free guidance scale; 1 turns guidance off."""
     guidance_interval: tuple[float, float] = (0.0, 1000.0)
-    """Diffusion times, 0 (data) to 1000 (noise), between which guidance is on; outside it costs nothing."""
+    """Interval of diffusion times with guidance, within 0 (data) to 1000 (noise). Outside it guidance costs nothing."""
     guidance_rescale: float = Field(default=0.0, ge=0, le=1)
     """Guidance rescale factor in [0, 1] (Lin et al. 2023, section 3.4). Reduces over-saturation at high guidance."""
     negative: str = ""
-    """Negative prompt: guidance leads away from it instead of from the empty prompt."""
+    """Negative prompt. Guidance leads away from it instead of from the empty prompt."""
 
     @field_validator("guidance_interval")
     @classmethod

@@ -1,7 +1,9 @@
-"""The contract of a shard: its columns, and a row in and out of it.
+"""The contract of a shard: its columns, and how a row is encoded and decoded.
 
-One row is one clip. Tensors are float16 bytes whose shapes follow from the bucket's name and the manifest, so that
-anything that reads Parquet reads them. Latents are raw, as the VAE gives them. No torch here.
+One row is one clip. Tensors are float16 bytes whose shapes follow from the bucket's name and the manifest, so any
+Parquet reader can read them. Latents are raw, as the VAE returns them. No torch.
+
+To add a column to the shards, see `data_prep/schemas.py`.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ from sora_train.manifest import Manifest
 from sora_train.storage import resolve, storage_errors
 
 ROW_GROUP = 32
-"""Rows of a row group: a reader must take a whole one."""
+"""Rows of a row group. A reader must read whole row groups."""
 ENCODING_KEY = b"encoding_hash"
-"""Under this key a Parquet file's own metadata says which encoding it is of."""
+"""Key in a Parquet file's metadata. Its value is the hash of the file's encoding."""
 
 SHARD_SCHEMA = pa.schema(
     [
@@ -56,7 +58,10 @@ QUARANTINE_SCHEMA = pa.schema(
 
 @dataclass
 class Clips:
-    """Decoded rows in float16: raw `latents` `[rows, moments, f, c, h, w]`, `text` `[tokens, width]` per caption."""
+    """Decoded rows in float16.
+
+    `latents` are raw, `[rows, moments, f, c, h, w]`. `text` has one `[tokens, width]` per caption.
+    """
 
     sample_ids: list[str]
     sources: list[str]
@@ -79,9 +84,10 @@ def encode_row(
     latents: np.ndarray,
     text: list[np.ndarray],
 ) -> dict[str, Any]:
-    """A row of SHARD_SCHEMA from latents `[moments, f, c, h, w]` and an embedding `[tokens, width]` per caption.
+    """A row of SHARD_SCHEMA from latents and one embedding per caption.
 
-    Raises ValueError if captions and embeddings differ in number, or a value is not finite in float16.
+    `latents` are `[moments, f, c, h, w]`, an embedding is `[tokens, width]`. Raises ValueError if captions and
+    embeddings differ in number, or if a value is not finite in float16.
     """
     if len(captions) != len(text) or not captions:
         raise ValueError(f"{source}: {len(captions)} captions and {len(text)} embeddings; need one embedding each")
@@ -105,7 +111,7 @@ def encode_row(
 
 
 def to_float16(array: np.ndarray, what: str) -> np.ndarray:
-    """The array in float16. Raises ValueError if it then has NaN or infinity."""
+    """The array in float16. Raises ValueError if the result has NaN or infinity."""
     with np.errstate(over="ignore"):
         half = np.asarray(array).astype(np.float16)
     if not np.isfinite(half).all():
@@ -114,7 +120,10 @@ def to_float16(array: np.ndarray, what: str) -> np.ndarray:
 
 
 def decode_rows(table: pa.Table, manifest: Manifest, bucket: str) -> Clips:
-    """Rows of SHARD_SCHEMA as arrays. Raises ValueError, with the sample, for a row of another shape."""
+    """Rows of SHARD_SCHEMA as arrays.
+
+    Raises ValueError, with the sample's id, for a row of another shape.
+    """
     frames, height, width = bucket_size(bucket)
     shape = (manifest.latents.moments, *manifest.vae.latent_shape(frames, height, width))
     latents = np.empty((len(table), *shape), np.float16)
@@ -129,7 +138,7 @@ def decode_rows(table: pa.Table, manifest: Manifest, bucket: str) -> Clips:
         latents[row] = content.reshape(shape)
         text.append(
             [
-                # Views of the table's memory: embeddings are most of its bytes.
+                # Views, not copies: embeddings are most of the table's bytes.
                 np.frombuffer(embedding.as_buffer(), np.float16).reshape(tokens, manifest.text.width)
                 for embedding, tokens in zip(embeddings.values, columns["tokens"][row], strict=True)
             ]
@@ -138,18 +147,21 @@ def decode_rows(table: pa.Table, manifest: Manifest, bucket: str) -> Clips:
 
 
 def bucket_name(frames: int, height: int, width: int) -> str:
-    """`16x256x256`: frames, height and width in pixels."""
+    """A bucket's name, such as `16x256x256`: frames, height and width in pixels."""
     return f"{frames}x{height}x{width}"
 
 
 def bucket_size(bucket: str) -> tuple[int, int, int]:
-    """Frames, height, width of a bucket by its name."""
+    """Frames, height and width from a bucket's name."""
     frames, height, width = (int(number) for number in bucket.split("x"))
     return frames, height, width
 
 
 def shard_files(folder: str) -> list[str]:
-    """Paths of the finished shards `bucket=*/*.parquet` on the folder's filesystem, sorted."""
+    """Paths of a folder's finished shards, sorted.
+
+    They match `bucket=*/*.parquet` and are paths on the folder's filesystem.
+    """
     system, path = resolve(folder)
     with storage_errors(folder, "listed"):
         found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
@@ -161,5 +173,5 @@ def shard_files(folder: str) -> list[str]:
 
 
 def bucket_of(shard: str) -> str:
-    """The bucket's name from a shard's path."""
+    """The bucket's name, from a shard's path."""
     return shard.split("/")[-2].removeprefix("bucket=")

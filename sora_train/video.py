@@ -1,4 +1,4 @@
-"""Writes frames as mp4 (which browsers play), gif and contact sheets, and reads mp4. No torch, no Ray."""
+"""Writes frames as mp4, gif and contact sheets, and reads mp4. No torch, no Ray."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ GROUND, INK, FAINT, BADGE = (38, 43, 52), (230, 237, 243), (150, 158, 168), (240
 
 
 def write_mp4(path: str | Path, frames: np.ndarray, fps: int | float, crf: int = 16) -> None:
-    """Writes uint8 RGB frames `F H W 3` as H.264, yuv420p, with the index at the front of the file.
+    """Writes uint8 RGB frames `F H W 3` as an mp4 that browsers play.
 
-    Odd sizes are padded by a row or a column, since yuv420p has half as many chroma samples as pixels.
-    Raises ValueError for anything but uint8 RGB frames.
+    The codec is H.264 with yuv420p, and the index is at the front of the file. Odd sizes are padded by a row or a
+    column, because yuv420p halves height and width of the chroma. Raises ValueError for anything but uint8 RGB frames.
     """
     check_frames(frames)
     height, width = frames.shape[1:3]
@@ -40,7 +40,10 @@ def write_mp4(path: str | Path, frames: np.ndarray, fps: int | float, crf: int =
 
 
 def read_mp4(path: str | Path) -> np.ndarray:
-    """All frames of an mp4 as uint8 RGB `F H W 3`. Raises ValueError if there are none; PyAV's errors pass through."""
+    """All frames of an mp4 as uint8 RGB `F H W 3`.
+
+    Raises ValueError if there are none, or PyAV's own errors.
+    """
     with av.open(str(path), format="mp4", options={"protocol_whitelist": "file", "enable_drefs": "0"}) as file:
         file.streams.video[0].codec_context.thread_count = 1
         frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
@@ -50,10 +53,11 @@ def read_mp4(path: str | Path) -> np.ndarray:
 
 
 def write_gif(path: str | Path, frames: np.ndarray, fps: int | float, longest_side: int = 480) -> None:
-    """Writes uint8 RGB frames `F H W 3` as a gif that loops, scaled down to `longest_side` pixels where larger.
+    """Writes uint8 RGB frames `F H W 3` as a gif that loops.
 
-    All frames share one palette of 256 colours, so a still background does not flicker. A gif counts hundredths of a
-    second: durations of frames may differ by one, so that the clip's duration is right.
+    Frames larger than `longest_side` pixels are scaled down. All frames share one palette of 256 colours, so a still
+    background does not flicker. A gif counts hundredths of a second: durations of frames may differ by one, so the
+    clip's duration is right.
     """
     check_frames(frames)
     height, width = frames.shape[1:3]
@@ -75,10 +79,11 @@ def contact_sheet(
     frames: int = 8,
     frame_height: int = 96,
 ) -> Image.Image:
-    """One cell per clip: up to `frames` of its frames side by side, evenly spread, its label beneath.
+    """One cell per clip: frames side by side, with the clip's label below.
 
-    A badge that is not empty is drawn at the right end of the label's line. Labels are reduced to one line without
-    control characters and cut with an ellipsis at the cell's end. Clips may differ in size and length.
+    A cell has up to `frames` frames, evenly spread over the clip. A badge that is not empty is drawn at the right end
+    of the label's line. Labels are reduced to one line without control characters and cut with an ellipsis at the
+    cell's end. Clips may differ in size and length.
     """
     badges = badges if badges is not None else [""] * len(videos)
     if not videos or not len(videos) == len(labels) == len(badges):
@@ -108,7 +113,10 @@ def contact_sheet(
 
 
 def frame_strip(video: np.ndarray, frames: int, frame_height: int) -> Image.Image:
-    """Up to `frames` frames of a clip `F H W 3` side by side, first and last among them, each `frame_height` high."""
+    """Up to `frames` frames of a clip `F H W 3` side by side.
+
+    They include the first and the last frame. Each is `frame_height` pixels high.
+    """
     check_frames(video)
     height, width = video.shape[1:3]
     frame_width, gap = max(1, round(width * frame_height / height)), max(1, frame_height // 32)
@@ -121,13 +129,16 @@ def frame_strip(video: np.ndarray, frames: int, frame_height: int) -> Image.Imag
 
 
 def check_frames(frames: np.ndarray) -> None:
-    """Raises ValueError for anything but uint8 RGB frames `F H W 3`, at least one."""
+    """Raises ValueError unless frames are uint8 RGB `F H W 3`, at least one."""
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
         raise ValueError(f"expected uint8 frames of shape F H W 3, got {frames.dtype} {frames.shape}")
 
 
 def psnr(made: np.ndarray, true: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of uint8 frames in dB, over all frames together; infinite if they are equal."""
+    """Peak signal-to-noise ratio of uint8 frames in dB, over all frames together.
+
+    Infinite if they are equal.
+    """
     error = np.mean((made.astype(np.float32) - true.astype(np.float32)) ** 2, dtype=np.float64)
     return float(10 * np.log10(255**2 / error)) if error else float("inf")
 
@@ -148,8 +159,11 @@ def fit(text: str, type_face: ImageFont.FreeTypeFont, width: int) -> str:
 
 
 def font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans from matplotlib's own files, which knows many scripts; Pillow's built-in face where it is missing."""
-    spec = importlib.util.find_spec("matplotlib")  # found, not imported: importing it takes a second
+    """DejaVu Sans from matplotlib, or Pillow's built-in font if it is missing.
+
+    DejaVu Sans covers many scripts.
+    """
+    spec = importlib.util.find_spec("matplotlib")  # not imported: that takes a second
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         path = Path(folder) / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
         if path.exists():
@@ -161,9 +175,10 @@ def font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def slug(prompt: str, longest: int = 60) -> str:
-    """A file name of lower-case ASCII letters, digits and dashes; prompts that lose something get a hash of themselves.
+    """A file name of lower-case ASCII letters, digits and dashes.
 
-    So two prompts share a name only if they differ in case, spaces or punctuation.
+    A name that is cut or loses other letters ends with a hash of the prompt. So two prompts share a name only if they
+    differ in case, spaces or punctuation.
     """
     letters = "".join(character if character.isalnum() else "-" for character in prompt.lower())
     readable = re.sub(r"-+", "-", re.sub(r"[^a-z0-9-]", "", letters)).strip("-")

@@ -1,4 +1,7 @@
-"""The recipe's `data`, `selection` and `prep` sections. Imports neither torch nor Ray, as decoder processes read it."""
+"""The recipe's `data`, `selection` and `prep` sections.
+
+Imports neither torch nor Ray, because decoder processes import it.
+"""
 
 from __future__ import annotations
 
@@ -11,58 +14,61 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from sora_train.section import Section
 
 LARGEST = 2**16
-"""Most frames, and pixels on a side, so that torch can count their product."""
+"""Largest number of frames, or of pixels on a side, so torch can count their product."""
 
 
 class DataConfig(Section):
     """Sources, clips and shards."""
 
     captions: str = ""
-    """CSV, JSONL or Parquet with a column of file names and one of captions; or a folder of media with `.txt` files."""
+    """CSV, JSONL or Parquet file with a column of file names and one of captions, or a folder of media with `.txt`
+    files."""
     file_column: str = "video_file_name"
     """Column of the file names."""
     caption_column: str = "prompt"
-    """Column of the captions; in JSONL and Parquet it may hold a list, of which every epoch draws one."""
+    """Column of the captions. In JSONL and Parquet it may hold a list, from which every epoch draws one."""
     root: str = ""
-    """Folder that the file names are relative to; empty: the folder of the captions file."""
+    """Folder that the file names are relative to. Empty: the folder of the captions file."""
     output: str = "shards"
-    """Folder of the Parquet shards: `sora prep` writes it, `sora train` reads it."""
+    """Folder of the Parquet shards, which `sora prep` writes and `sora train` reads."""
     frames: int = Field(default=16, ge=1, le=LARGEST)
     """Frames of a clip."""
     fps: PositiveFloat = 8.0
-    """Frames per second, by the timestamps of the source."""
+    """Frames per second, measured by the timestamps of the source."""
     height: int = Field(default=256, ge=1, le=LARGEST)
     """Height of a clip in pixels, after resizing and cropping."""
     width: int = Field(default=256, ge=1, le=LARGEST)
     """Width of a clip in pixels, after resizing and cropping."""
     buckets: tuple[str, ...] = ()
-    """Shapes FRAMESxHEIGHTxWIDTH instead of the one above; a clip goes to the nearest that it fills; images to 1x…"""
+    """Shapes FRAMESxHEIGHTxWIDTH that replace the one above. A clip goes to the nearest shape that it fills. Images go
+    to shapes of one frame."""
     max_enlarge: NonNegativeFloat = 0.0
-    """How many times larger a clip may be made to fill its bucket, else it is `too_small`; 0 is no bound."""
+    """Largest factor by which a clip may be enlarged to fill its bucket; 0 is no limit. Beyond it the clip is
+    `too_small`."""
     crop: Literal["centre", "random"] = "centre"
-    """Which part of a frame is kept if its shape is not the bucket's; random is fixed per clip."""
+    """Part of a frame to keep if its shape is not the bucket's. `random` is fixed per clip."""
     flip: bool = False
-    """Mirror half of the clips at random; wrong if captions say `left` or frames show writing."""
+    """Mirror half of the clips at random. Leave it off if captions say `left` or frames show writing."""
     start_s: NonNegativeFloat = 0.0
-    """Where in a video its first clip begins, in seconds."""
+    """Start of a video's first clip, in seconds."""
     stride_s: NonNegativeFloat = 0.0
     """Seconds between the starts of consecutive clips of a video; 0 takes one clip per video."""
     clips_per_video: NonNegativeInt = 0
-    """Most clips per video; 0 is no bound."""
+    """Most clips per video; 0 is no limit."""
     holdout_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the sources that training never sees (the held-out split), by a hash of the source."""
+    """Share of the sources in the held-out split, which training never sees. A hash of the source chooses them."""
     image_ratio: float | None = Field(default=None, ge=0, lt=1)
-    """Share of the steps that take images (buckets of one frame), with epochs of their own; 0 leaves images out,
-    unset lets all buckets take turns by their clips."""
+    """Share of the steps that take images (buckets of one frame), which then have their own epochs. 0 excludes images.
+    If unset, all buckets take turns in proportion to their clips."""
     max_bad_fraction: float = Field(default=0.1, ge=0, le=1)
-    """Largest share of sources that can't be read, decoded or encoded; judged after 200 sources and at the end."""
+    """Largest share of sources that can't be read, decoded or encoded. Checked after 200 sources and at the end."""
     timeout_s: PositiveFloat = 120.0
-    """Seconds that decoding one clip may take before it is given up as `timeout`."""
+    """Seconds that decoding one clip may take. A clip that takes longer is skipped as `timeout`."""
 
     @field_validator("buckets")
     @classmethod
     def are_shapes(cls, buckets: tuple[str, ...]) -> tuple[str, ...]:
-        """Each `FRAMESxHEIGHTxWIDTH`, none twice."""
+        """Checks that each is FRAMESxHEIGHTxWIDTH and that none is listed twice."""
         for name in buckets:
             if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", name):
                 raise ValueError(
@@ -76,14 +82,17 @@ class DataConfig(Section):
 
     @property
     def shapes(self) -> tuple[tuple[int, int, int], ...]:
-        """Frames, height and width of every bucket that is asked for."""
+        """Frames, height and width of every bucket in the recipe."""
         if not self.buckets:
             return ((self.frames, self.height, self.width),)
         return tuple((int(f), int(h), int(w)) for f, h, w in (name.split("x") for name in self.buckets))
 
 
 def image_ratio_error(image_ratio: float | None, shapes: Iterable[tuple[int, int, int]]) -> str:
-    """Which buckets data.image_ratio needs and these (frames, height, width) lack; empty if none."""
+    """An error message if data.image_ratio needs buckets that are missing.
+
+    A shape is (frames, height, width). The message is empty if none is missing.
+    """
     shapes = list(shapes)
     videos, images = any(shape[0] > 1 for shape in shapes), any(shape[0] == 1 for shape in shapes)
     if image_ratio is None or (videos and (images or not image_ratio)):
@@ -94,7 +103,7 @@ def image_ratio_error(image_ratio: float | None, shapes: Iterable[tuple[int, int
 
 
 def small_bucket_warnings(clips: Mapping[str, int], batch_size: int) -> list[str]:
-    """A warning for every bucket that has fewer training clips than a batch."""
+    """A warning for every bucket with fewer training clips than a batch."""
     return [
         f"the bucket {name} has {count} training clip{'s' * (count > 1)}, fewer than train.batch_size {batch_size}: "
         "its steps average over fewer clips, so each of these weighs more than a clip of another bucket. Add clips of "
@@ -105,49 +114,52 @@ def small_bucket_warnings(clips: Mapping[str, int], batch_size: int) -> list[str
 
 
 class SelectionConfig(Section):
-    """Filters for clips. All are off by default; each filter has a reason under which its clips are counted."""
+    """Filters for clips, all off by default. Each counts skipped clips by a reason."""
 
     min_seconds: NonNegativeFloat = 0.0
-    """Shortest source; shorter ones are `too_short`."""
+    """Shortest source, in seconds. Shorter ones are skipped as `too_short`."""
     max_seconds: NonNegativeFloat = 0.0
-    """Longest source, longer ones are `too_long`; 0 is no bound."""
+    """Longest source, in seconds; 0 is no limit. Longer ones are skipped as `too_long`."""
     min_side: NonNegativeInt = 0
-    """Smallest width or height of a source in pixels; below it is `too_small`."""
+    """Smallest width or height of a source, in pixels. Smaller ones are skipped as `too_small`."""
     black: bool = False
-    """Drop clips that are entirely black, as `black`."""
+    """Skip clips that are entirely black, as `black`."""
     frozen: bool = False
-    """Drop clips in which nothing changes, as `frozen`."""
+    """Skip clips in which nothing changes, as `frozen`."""
     min_motion: NonNegativeFloat = 0.0
-    """Least motion, else `too_still`: mean optical flow in percent of the frame width per second."""
+    """Least motion: mean optical flow in percent of the frame width per second. Clips below it are skipped as
+    `too_still`."""
     max_motion: NonNegativeFloat = 0.0
-    """Most motion, else `too_lively`, in the same unit; 0 is no bound."""
+    """Most motion, in the same unit; 0 is no limit. Clips above it are skipped as `too_lively`."""
     min_sharpness: NonNegativeFloat = 0.0
-    """Least sharpness, else `blurred`: variance of the Laplacian of grey frames, 0 to 255, at the bucket's size."""
+    """Least sharpness: variance of the Laplacian of grey frames (0 to 255) at the bucket's size. Clips below it are
+    skipped as `blurred`."""
     scene_cuts: bool = False
-    """Detect cuts (PySceneDetect), so no clip crosses one; scenes too short for a clip are `crosses_cut`."""
+    """Detect cuts (PySceneDetect), so no clip crosses one. Scenes too short for a clip are skipped as `crosses_cut`."""
     scene_threshold: PositiveFloat = 27.0
-    """How much a frame must differ from the one before to be a cut: PySceneDetect's content value, 0 to 255."""
+    """Least PySceneDetect content value, 0 to 255, that is a cut between two frames."""
     duplicates: bool = False
-    """Drop clips at the same time in a file with the same bytes as an earlier file, as `duplicate`."""
+    """Skip a clip, as `duplicate`, if an earlier file with the same bytes has a clip at the same time."""
     near_duplicates: int | None = Field(default=None, ge=0, le=64)
-    """Drop clips that look like an earlier one, as `near_duplicate`: most bits of 64 of a frame's perceptual hash that
-    may differ; 4 is strict, 10 is loose."""
+    """Skip clips that look like an earlier one, as `near_duplicate`. The value is the largest number of bits by
+    which the 64-bit perceptual hashes of two frames may differ: 4 is strict, 10 is loose."""
 
 
 class PrepConfig(Section):
-    """Resources that `sora prep` uses; 0 chooses by the size of the cluster."""
+    """Resources of `sora prep`; 0 chooses by the size of the cluster."""
 
     decode_workers: NonNegativeInt = 0
-    """Decoding actors, each with a process of its own."""
+    """Number of decoding actors. Each has its own process."""
     vae_workers: NonNegativeInt = 0
-    """VAE actors."""
+    """Number of VAE actors."""
     vae_gpus: NonNegativeFloat = 0.0
-    """GPUs per such actor, if the cluster has any."""
+    """GPUs per VAE actor, if the cluster has any."""
     vae_batch: NonNegativeInt = 0
-    """Clips that the VAE encodes at a time."""
+    """Clips that the VAE encodes in one batch."""
     text_workers: NonNegativeInt = 0
-    """Text encoder actors. Each embeds a caption once, so one actor embeds every distinct caption once."""
+    """Number of text encoder actors. Each embeds a caption only once, so with one actor no caption is embedded
+    twice."""
     text_gpus: NonNegativeFloat = 0.0
-    """GPUs per such actor, if the cluster has any."""
+    """GPUs per text encoder actor, if the cluster has any."""
     text_batch: PositiveInt = 32
-    """Captions that the text encoder embeds at a time."""
+    """Captions that the text encoder embeds in one batch."""

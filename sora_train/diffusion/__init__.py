@@ -1,6 +1,7 @@
-"""Diffusion: training objectives (`objective.py`) and sampling (`sampler.py`, `guidance.py`).
+"""Diffusion: training objectives and sampling.
 
-`flow.py`, `ddpm.py` and `variance.py` hold the equations.
+`objective.py` has the objectives, `sampler.py` and `guidance.py` the sampling. `flow.py`, `ddpm.py` and `variance.py`
+have the equations.
 """
 
 from sora_train.diffusion.objective import DiffusionConfig, Model, Objective, make_objective

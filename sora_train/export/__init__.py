@@ -1,6 +1,6 @@
-"""Export of a run as a `LattePipeline` of diffusers, or as one safetensors file. No Ray.
+"""Exports a run as a diffusers `LattePipeline` or one safetensors file. No Ray.
 
-`sora_train.sample.load_run` reads both back.
+`sora_train.sample.load_run` reads both.
 """
 
 from sora_train.export.folder import export

@@ -1,4 +1,4 @@
-"""The model card of an export: what it is, what it was trained on, and how to use it."""
+"""The model card of an export: what the model is, its data, and how to use it."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ PLACEHOLDER = "a short description of a video"
 
 
 def write_card(run: Run, folder: Path, note: ExportNote) -> None:
-    """README.md, with the front matter that model hubs read."""
+    """Writes README.md, with the front matter that model hubs read."""
     parts = [front_matter(note), about(run, note), pipeline_use(run) if note.kind == "pipeline" else weights_use()]
     (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")
 
 
 def front_matter(note: ExportNote) -> str:
-    """YAML between dashes."""
+    """The model card's YAML front matter."""
     library = ["library_name: diffusers"] if note.kind == "pipeline" else []
     return "\n".join(["---", "license: unknown", "pipeline_tag: text-to-video", *library, "tags: [latte]", "---", ""])
 
 
 def about(run: Run, note: ExportNote) -> str:
-    """What the model is, and what it learned from."""
+    """The model's size, objective, weights and training data, in words."""
     recipe, manifest = run.recipe, run.manifest
     count = sum(parameter.numel() for parameter in run.model.parameters())
     factorised = recipe.model.attention == "factorised"
@@ -51,28 +51,34 @@ These are the {which} weights of {step}.
 
 
 def trained_on(run: Run) -> dict[str, int]:
-    """Clips of each bucket that training took: not those held out, nor images that data.image_ratio 0 leaves out."""
+    """Number of training clips in each bucket.
+
+    Excludes held-out clips, and images if data.image_ratio is 0.
+    """
     manifest, ratio = run.manifest, run.recipe.data.image_ratio
     counts = {name: rows - manifest.held_out.get(name, 0) for name, rows in manifest.buckets.items()}
     return {name: rows for name, rows in counts.items() if rows and (ratio != 0 or bucket_size(name)[0] > 1)}
 
 
 def held_out(run: Run) -> str:
-    """How many clips training never saw, in words."""
+    """The number of held-out clips, in words."""
     if count := sum(run.manifest.held_out.values()):
         return f"; {count} more were held out"
-    share = run.recipe.data.holdout_fraction  # a run of before its manifest said how many
+    share = run.recipe.data.holdout_fraction  # the manifest of an older run has no counts
     return f"; of these about {share:.0%} were held out" if share else ""
 
 
 def prompt_of(run: Run) -> str:
-    """A prompt to show, as a literal of Python: on one line, so that it ends neither the string nor the code block."""
+    """An example prompt as a Python literal.
+
+    It is on one line, so it can't end the string or the code block.
+    """
     prompts = run.recipe.validation.prompts
     return repr(one_line(prompts[0])[:200] if prompts else PLACEHOLDER)
 
 
 def weights_use() -> str:
-    """How to use weights alone."""
+    """How to use an export of weights alone."""
     return f"""## Use
 
 `{EXPORTED}` goes with sora_train, which reads this folder as it would a run:
@@ -87,7 +93,7 @@ to where you have the same.
 
 
 def pipeline_use(run: Run) -> str:
-    """The lines that make a video with diffusers, and what they mind."""
+    """The code that makes a video with diffusers, and its limits."""
     manifest, sampling = run.manifest, run.recipe.validation
     still = "\n    enable_temporal_attentions=False," if manifest.frames == 1 else ""
     usable = usable_steps(run.objective)
@@ -127,14 +133,17 @@ pipe = LattePipeline.from_pretrained(".")  # this folder
 
 
 def call_by_prompt(run: Run) -> str:
-    """The pipeline's own way with a prompt, which is that of the training."""
+    """A pipeline call with a prompt, for `codec.caption_cleaning: lower`."""
     return f"""frames = pipe(
     {prompt_of(run)},
     clean_caption=False,"""
 
 
 def call_by_embeddings(run: Run) -> str:
-    """Prompts embedded as they are written, as captions were in training; the pipeline would make them lower case."""
+    """A pipeline call with embeddings, for captions that training did not clean.
+
+    The pipeline would change a prompt to lower case.
+    """
     return f"""
 
 @torch.no_grad()
@@ -152,7 +161,7 @@ frames = pipe(
 
 
 def about_prompts(run: Run) -> str:
-    """What decides whether the pipeline reads a prompt as the training read captions."""
+    """Differences between how the pipeline and the training read prompts."""
     codec, lines = run.recipe.codec, list[str]()
     if codec.caption_cleaning == "lower":
         lines.append(
@@ -179,7 +188,10 @@ def about_prompts(run: Run) -> str:
 
 
 def trailing_of_diffusers(usable: int, steps: int) -> list[int]:
-    """The times that diffusers' schedulers take, whose rounding at some counts makes one too many."""
+    """Time steps of diffusers' schedulers with trailing spacing.
+
+    At some step counts their rounding makes one too many.
+    """
     import numpy as np
 
     return (np.arange(usable, 0, -usable / steps).round().astype(np.int64) - 1).tolist()

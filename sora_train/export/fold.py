@@ -1,9 +1,13 @@
-"""Folds the normalisation of latents into a VAE, whose latents are then those that the model sees.
+"""Folds the normalisation of latents into a VAE's 1 x 1 convolutions.
 
-An `AutoencoderKL` ends in a 1 x 1 convolution to the posterior's moments and begins to decode with another. Latents
-(z - m) / s have the posterior's mean (mean - m) / s and log-variance logvar - 2 log s; decoding begins with z s + m.
-All of that is linear, so the two 1 x 1 convolutions absorb it. (A log-variance beyond diffusers' bounds, -30 and 20,
-is clamped before the fold in one VAE and after it in the other; real values are within.)
+After that the VAE's latents are those that the model sees.
+
+The encoder of an `AutoencoderKL` ends with a 1 x 1 convolution that returns the posterior's moments. Its decoder begins
+with another. Latents (z - m) / s have the posterior's mean (mean - m) / s and log-variance logvar - 2 log s; decoding
+begins with z s + m. All of that is linear, so the two 1 x 1 convolutions absorb it.
+
+A log-variance beyond diffusers' bounds, -30 and 20, is clamped before the fold in the original VAE and after it in the
+folded one. Real values are within the bounds.
 """
 
 from __future__ import annotations
@@ -17,9 +21,9 @@ from torch import nn
 
 @torch.no_grad()
 def fold_latent_norm(vae: Any, mean: Sequence[float], std: Sequence[float]) -> None:
-    """Changes an `AutoencoderKL` in place so that it makes and takes normalised latents; its scaling factor is 1.
+    """Folds mean and std into an `AutoencoderKL`, in place; scaling_factor becomes 1.
 
-    One that lacks a convolution gets it. Computed in float64, because decoding undoes what encoding does.
+    A VAE without the 1 x 1 convolutions gets them. Computed in float64, because decoding must invert encoding.
     """
     c = len(mean)
     m, s = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)

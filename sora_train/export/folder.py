@@ -1,4 +1,4 @@
-"""`sora export`: writes the folder completely or not at all."""
+"""`sora export`: writes the whole folder or nothing."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from sora_train.train.weights import save_weights
 
 
 def export(path: str | Path, out: str | Path, weights_only: bool = False, weights: Weights | None = None) -> Path:
-    """Writes the model of a run, a checkpoint or another export to the new folder `out`.
+    """Exports a run, a checkpoint or another export to the new folder `out`.
 
-    By default it is a `LattePipeline` of diffusers with VAE, text encoder and scheduler; UserError, with the reasons,
-    if a pipeline can't hold the run's model. With `weights_only` it is one safetensors file, for any run. Both have
-    recipe.yaml, manifest.json and a model card, and `load_run` reads them.
+    By default the folder is a diffusers `LattePipeline` with VAE, text encoder and scheduler. Raises UserError, with
+    the reasons, if a pipeline can't hold the run's model. With `weights_only` the folder has one safetensors file, for
+    any run. Both have recipe.yaml, manifest.json and a model card, and `load_run` reads them.
     """
     out = Path(out).expanduser()
     check_free(out)
@@ -53,7 +53,10 @@ def export(path: str | Path, out: str | Path, weights_only: bool = False, weight
 
 
 def check_free(out: Path) -> None:
-    """Raises UserError if `out` is not empty, since nothing is ever replaced, or is a file's name."""
+    """Raises UserError unless `out` is a new or an empty folder.
+
+    An export never replaces anything. A name that ends in .safetensors is refused too, because `out` is a folder.
+    """
     if out.suffix == ".safetensors":
         raise UserError(
             f"{out} is a file's name, and OUT is a folder that gets several files; name one without .safetensors"
@@ -67,14 +70,17 @@ def check_free(out: Path) -> None:
 
 
 def with_draft(out: Path, write: Callable[[Path], None]) -> None:
-    """Writes a folder under another name and renames it. Raises UserError, and leaves nothing, if that fails."""
+    """Writes a folder under a temporary name, then renames it.
+
+    If that fails, deletes the folder and raises UserError.
+    """
     draft = out.absolute().with_name(draft_name(out.absolute().name))
     try:
         draft.mkdir(parents=True)
         write(draft)
         follow_umask(draft)
         if out.is_dir():
-            out.rmdir()  # it is empty; a rename onto it would fail on some systems
+            out.rmdir()  # it is empty; renaming onto it fails on some systems
         draft.rename(out)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out} can't be written ({error}); make room there, or name another folder") from None
@@ -96,7 +102,7 @@ def write_whole_pipeline(run: Run, draft: Path) -> None:
 
 
 def finish(run: Run, draft: Path, note: ExportNote) -> None:
-    """What both kinds have beside the weights."""
+    """Writes the files that both kinds of export have."""
     save_recipe(run.recipe, draft / "recipe.yaml")
     run.manifest.save(str(draft))
     write_card(run, draft, note)
@@ -112,7 +118,7 @@ def codec_hashes(run: Run) -> tuple[str, str]:
 
 
 def step_of(run: Run) -> int:
-    """The step that the weights are of; -1 where the checkpoint's name doesn't say."""
+    """The step of the weights; -1 if the checkpoint's name doesn't say it."""
     if run.exported is not None:
         return run.exported.step
     digits = run.checkpoint.name.removeprefix("step_")

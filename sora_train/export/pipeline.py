@@ -1,4 +1,4 @@
-"""A run as a folder that diffusers' `LattePipeline.from_pretrained` reads: what it can hold, and the parts of it."""
+"""Writes a run as a folder for diffusers' `LattePipeline.from_pretrained`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json", "s
 
 
 def refusals(recipe: Recipe, manifest: Manifest) -> list[str]:
-    """All reasons why a LattePipeline can't hold a run, with the keys and the values it takes; [] if it can."""
+    """All reasons why a LattePipeline can't hold a run; [] if it can.
+
+    Each names the key, its value, and what the pipeline takes.
+    """
     found = [
         f"model.{key} is {have}, and diffusers' Latte has only {value}"
         for key, value in FULL_LATTE.items()
@@ -47,17 +50,20 @@ def refusals(recipe: Recipe, manifest: Manifest) -> list[str]:
 
 
 def latent_frames(manifest: Manifest) -> int:
-    """Latent frames of the clips that samples look like: those of the commonest shape."""
+    """Latent frames of the most common clip shape, which is the default of samples."""
     return manifest.vae.latent_shape(manifest.frames, manifest.height, manifest.width)[0]
 
 
 def is_scalar(files: VaeFiles) -> bool:
-    """Whether one factor, as `scaling_factor`, says how a VAE's latents are normalised."""
+    """Whether one factor (`scaling_factor`) normalises all of a VAE's latents."""
     return not any(files.mean) and len(set(files.std)) == 1
 
 
 def write_pipeline(run: Run, folder: Path) -> None:
-    """Transformer, VAE, text encoder, tokenizer, scheduler and model_index.json, of a run without `refusals`."""
+    """Writes all parts of the pipeline, for a run without `refusals`.
+
+    The parts are transformer, VAE, text encoder, tokenizer, scheduler and model_index.json.
+    """
     import diffusers
 
     to_diffusers(run.model, folder / "transformer", latent_frames(run.manifest), pad_variance=True)
@@ -77,7 +83,10 @@ def write_pipeline(run: Run, folder: Path) -> None:
 
 
 def write_vae(run: Run, folder: Path) -> str:
-    """The run's VAE in float32 with what normalises its latents folded in; returns its class."""
+    """Writes the run's VAE in float32 with its normalisation folded in.
+
+    Returns the name of its class.
+    """
     vae = load_vae(run.recipe.codec.vae, models=run.recipe.codec.models)
     run.check_vae(vae.hash)
     files, model = vae.files, vae.model.to(memory_format=torch.contiguous_format)
@@ -90,14 +99,14 @@ def write_vae(run: Run, folder: Path) -> str:
 
 
 def write_text_encoder(run: Run, folder: Path) -> str:
-    """The run's text encoder and tokenizer, file by file; returns the tokenizer's class.
+    """Copies the run's text encoder and tokenizer; returns the tokenizer's class.
 
-    LattePipeline pads "" for the pass without a prompt. A model that learned `codec.null_prompt: eos` gets a tokenizer
-    that pads with `</s>`: as padding attends to the `</s>` before it alone, every token of it is that token's embedding
-    again, and attention over equal tokens is attention over one.
+    For the pass without a prompt, LattePipeline pads "". If the model learned `codec.null_prompt: eos`, its tokenizer
+    is changed to pad with `</s>`. Padding attends only to the `</s>` before it, so every padding token has the
+    embedding of `</s>`, and attention over equal tokens equals attention over one.
 
-    Whatever the weights' number format, config.json says float32: what embeds prompts sets the pipeline's own format,
-    and T5 overflows in float16.
+    config.json says float32 whatever the weights' number format, because the text encoder's format becomes the
+    pipeline's and T5 overflows in float16.
     """
     files = find_text_encoder(run.recipe.codec.text, run.recipe.codec.models)
     run.check_text(files.hash)
@@ -119,11 +128,11 @@ def write_text_encoder(run: Run, folder: Path) -> str:
     if run.recipe.codec.null_prompt == "eos":
         pad_with_eos(tokenizer)
     name = type(load_tokenizer(tokenizer)).__name__
-    return "PreTrainedTokenizerFast" if name == "TokenizersBackend" else name  # its name of old, which 4 and 5 know
+    return "PreTrainedTokenizerFast" if name == "TokenizersBackend" else name  # transformers 4 and 5 know this name
 
 
 def pad_with_eos(tokenizer: Path) -> None:
-    """Has the tokenizer in a folder pad with its `</s>`."""
+    """Makes the tokenizer in a folder pad with its `</s>`."""
     eos = load_tokenizer(tokenizer).eos_token
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         place = tokenizer / name

@@ -1,14 +1,14 @@
-"""The model's configuration, and its presets.
+"""The model's configuration and its presets.
 
-S, B, L and XL are Latte's (Ma et al. 2024, arXiv 2401.03048, section 3: the sizes of DiT); `latte_t2v` is the released
-text-to-video model, `maxin-cn/Latte-1`.
+S, B, L and XL are Latte's presets (Ma et al. 2024, arXiv 2401.03048, section 3), with the sizes of DiT. `latte_t2v` is
+the released text-to-video model, `maxin-cn/Latte-1`.
 """
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 LARGEST = 2**16
-"""Most of any side of a weight, so that torch can count the product of two."""
+"""Largest side of a weight, so torch can count the product of two."""
 
 
 @dataclass(frozen=True)
@@ -18,43 +18,47 @@ class ModelConfig:
     __pydantic_config__: ClassVar = {"extra": "forbid", "use_attribute_docstrings": True}
 
     preset: Literal["", "S", "B", "L", "XL", "latte_t2v"] = ""
-    """Named shape that fills the keys of `model` not given here: Latte's S, B, L, XL, or `latte_t2v` as released. As
-    a flag it replaces the shape that the recipe's file gives."""
+    """Named shape that sets the keys of `model` not given here: Latte's S, B, L, XL, or `latte_t2v` as released. As a
+    flag it replaces the shape in the recipe's file."""
     width: int = 384
     """Width of the token vectors."""
     depth: int = 12
-    """Number of blocks; factorised, spatial and temporal ones together, so an even number."""
+    """Number of blocks, spatial and temporal ones together. It must be even if `attention` is `factorised`."""
     heads: int = 6
-    """Attention heads; they divide the width."""
+    """Number of attention heads. It must divide the width."""
     patch: int = 2
-    """Side of a patch in latents."""
+    """Side of a patch, in latents."""
     in_channels: int = 4
-    """Channels of the latents, as the VAE makes them."""
+    """Channels of the VAE's latents."""
     learned_variance: bool = False
-    """Twice as many output channels: the second half is the variance of DDPM's reverse step."""
+    """Doubles the output channels. The second half is the variance of DDPM's reverse step."""
     text_width: int = 4096
-    """Width of the text embeddings, as the text encoder makes them (4096 for T5-XXL)."""
+    """Width of the text encoder's embeddings (4096 for T5-XXL)."""
     attention: Literal["factorised", "joint"] = "factorised"
-    """Spatial and temporal blocks in turn, as Latte; or full attention over space and time in every block."""
+    """`factorised`: spatial and temporal blocks alternate, as in Latte. `joint`: every block attends over space and
+    time."""
     cross_attention_in: Literal["spatial", "every"] = "spatial"
-    """Which blocks attend to the caption when factorised: the spatial ones, as the released Latte, or every block."""
+    """With `factorised`: which blocks attend to the caption. The released Latte uses `spatial`."""
     positions: Literal["sinusoid", "rotary"] = "sinusoid"
-    """Position embedding: a sinusoid added to each token, as Latte, or RoPE in every attention, for any size."""
+    """Position embedding: a `sinusoid` added to each token, as in Latte, or `rotary` (RoPE) in every attention, for any
+    size."""
     temporal_positions: Literal["temporal", "input", "rotary"] = "temporal"
-    """Where a token learns its frame: at the first temporal block (joint: the input), the input, or by rotations."""
+    """Where the frame's position enters: at the first temporal block (`joint`: at the input), at the input, or as
+    RoPE."""
     pooled_text: bool = False
-    """Adds the mean of the caption's embeddings to the time embedding, which reaches every block."""
+    """Adds the mean of the caption's embeddings to the time embedding, which conditions every block."""
     sample_size: int = 32
-    """Latents on a side that positions are scaled for; other shapes interpolate (64 for 512 px and an 8x VAE)."""
+    """Latents on a side for which positions are scaled; other sizes interpolate. For 512 px and a VAE of factor 8 it is
+    64."""
     sample_frames: int = 0
-    """Latent frames that temporal positions are scaled for: clips of any length span these; 0 counts 0, 1, 2 …"""
+    """Latent frames that temporal positions span, whatever the clip's length. 0: positions are 0, 1, 2 …, unscaled."""
     attention_bias: bool = True
-    """Biases in the query, key and value maps."""
+    """Biases in the query, key and value projections."""
     norm_eps: float = 1e-6
-    """Added to the variance in layer norms."""
+    """Epsilon that layer norms add to the variance."""
     init_from: str = ""
     """Initial weights of a new run: a Latte or a PixArt-alpha (a folder in diffusers' format or a hub id), or a run, a
-    checkpoint or an export of this project (averaged weights, except for an export of raw ones)."""
+    checkpoint or an export of this project. Averaged weights are used, except from an export of raw ones."""
 
     def __post_init__(self) -> None:
         for key in ("width", "depth", "heads", "patch", "in_channels", "text_width", "sample_size"):
@@ -106,7 +110,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str) -> ModelConfig:
-    """The preset of that name, for code without a recipe. Raises KeyError if there is none."""
+    """The preset of that name, for code without a recipe. Raises KeyError if unknown."""
     return ModelConfig(preset=name, **PRESETS[name])  # pyright: ignore[reportArgumentType]
 
 

@@ -1,1 +1,1 @@
-"""The quickstart: captioned clips of moving shapes, and an oracle that reads them back from pixels."""
+"""The quickstart: captioned clips of moving shapes, and an oracle that reads them."""

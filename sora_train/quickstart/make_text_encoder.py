@@ -1,9 +1,11 @@
-"""Makes the embedded text encoder: `python -m sora_train.quickstart.make_text_encoder`.
+"""Makes the built-in text encoder, a small frozen T5 with random weights.
 
-A small frozen T5 encoder with random weights, in the same classes and files as the large one. Random weights do for
-the demo's captions: its words get orthogonal embeddings, so every caption is a point of its own that a model can learn
-from. Pieces are the demo's words, letters, and all 256 bytes, so that any other caption keeps its own tokens too.
-The weights are files in the repository, since a seed need not draw the same numbers in another version.
+Usage: `python -m sora_train.quickstart.make_text_encoder`.
+
+The encoder has the same classes and files as a large T5. Random weights suffice for the demo's captions: its words get
+orthogonal embeddings, so a model can tell every caption from every other. The vocabulary has the demo's words, letters,
+and all 256 bytes, so any other caption has its own tokens too. The weights are files in the repository, because another
+version may draw other numbers from the same seed.
 """
 
 from __future__ import annotations
@@ -28,7 +30,10 @@ def demo_words() -> list[str]:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A unigram tokenizer that prefers the demo's words, then letters, then bytes; every text ends in `</s>`."""
+    """A unigram tokenizer that prefers the demo's words, then letters, then bytes.
+
+    Every text ends in `</s>`.
+    """
     words = [("▁" + word, -1.0) for word in demo_words()]
     taken = {piece for piece, _ in words}
     letters = [(piece, -10.0) for c in ascii_lowercase for piece in ("▁" + c, c) if piece not in taken]
@@ -36,7 +41,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     byte_pieces = [(f"<0x{byte:02X}>", -100.0) for byte in range(256)]
     pieces = [*special, *words, *letters, ("▁", -10.0), *byte_pieces]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Replace("<0x", "＜0x")  # else a caption's own "<0x41>" would be the byte 0x41
+    tokenizer.normalizer = normalizers.Replace("<0x", "＜0x")  # else "<0x41>" in a caption would be the byte 0x41
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
     tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, 1)])
@@ -44,16 +49,19 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_encoder(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> T5EncoderModel:
-    """A random T5 encoder of width 64: a token keeps most of its own embedding and takes some of its neighbours'."""
+    """A T5 encoder of width 64 with random weights.
+
+    A token keeps most of its own embedding and takes some of its neighbours'.
+    """
     config = T5Config(
         vocab_size=len(tokenizer), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0,
-        pad_token_id=0, eos_token_id=1,  # where `special` stands
+        pad_token_id=0, eos_token_id=1,  # the indices in `special`
     )  # fmt: skip
     encoder = T5EncoderModel(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in encoder.named_parameters():
-            if weight.ndim == 1:  # norms stay at 1, so every token leaves with a root mean square of 1
+            if weight.ndim == 1:  # norms stay at 1, so every output token has a root mean square of 1
                 continue
             fan_in = weight.shape[1]
             scale = 1.0 if "shared" in name else 0.5 if "relative_attention_bias" in name else 0.5 * fan_in**-0.5
@@ -75,7 +83,7 @@ def main() -> None:
     tokenizer.save_pretrained(folder)
     encoder.save_pretrained(folder)
     for path in folder.iterdir():
-        path.chmod(0o644)  # safetensors makes its file for the owner alone
+        path.chmod(0o644)  # safetensors makes files that only the owner may read
     size = sum(path.stat().st_size for path in folder.iterdir())
     parameters = sum(p.numel() for p in encoder.parameters())
     print(f"{folder}: {len(tokenizer)} pieces, {parameters} parameters, {size / 1e3:.0f} kB")

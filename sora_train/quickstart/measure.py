@@ -1,4 +1,4 @@
-"""Prompt accuracy of the quickstart's samples: the oracle's own test, then its verdicts."""
+"""Prompt accuracy of the quickstart's samples, after a test of the oracle."""
 
 from __future__ import annotations
 
@@ -22,23 +22,29 @@ from sora_train.video import read_mp4, write_mp4
 SEEDS = (0, 1)
 ORACLE_BAR = 0.99
 VERDICTS = "verdicts.json"
-"""Next to the samples: what each shows, read from the sampled frames, in the order of `samples.json`."""
+"""File next to the samples: what the oracle reads from each, in the order of `samples.json`."""
 
 
 def scenes() -> list[Scene]:
-    """The sampled scenes: every held-out combination, and a seen one of the same colour and direction for each."""
+    """The sampled scenes: every held-out combination, and as many seen ones.
+
+    Each held-out combination has a seen one of the same colour and direction.
+    """
     held_out = [scene for scene in all_scenes() if scene.held_out]
     seen = [Scene(s.colour, SHAPES[(SHAPES.index(s.shape) + 1) % len(SHAPES)], s.direction) for s in held_out]
     return seen + held_out
 
 
 def scenes_by_caption() -> dict[str, Scene]:
-    """Every scene under its caption."""
+    """Every scene by its caption."""
     return {scene.caption: scene for scene in all_scenes()}
 
 
 def measure_samples(clips_folder: Path, run_folder: Path, final: Path) -> dict:
-    """Stage 5: tests the oracle on real clips, then writes its results on the samples to obedience.json."""
+    """Stage 5: tests the oracle on real clips, then measures the samples.
+
+    Writes the results to obedience.json.
+    """
     videos, truth = real_clips(clips_folder)
     own = accuracy(videos, truth)
     log.info(f"  the oracle reads {own:.1%} of {len(videos)} real clips correctly; at least {ORACLE_BAR:.0%} is needed")
@@ -55,18 +61,19 @@ def measure_samples(clips_folder: Path, run_folder: Path, final: Path) -> dict:
 
 
 def write_verdicts(final: Path, verdicts: Sequence[Verdict]) -> None:
-    """Verdicts on samples, into their folder."""
+    """Writes the verdicts on samples into their folder."""
     atomic_write_text(final / VERDICTS, json.dumps([asdict(verdict) for verdict in verdicts]))
 
 
 def read_verdicts(final: Path) -> list[Verdict]:
-    """The verdicts that `write_verdicts` wrote."""
+    """Reads the verdicts that `write_verdicts` wrote."""
     return [Verdict(**entry) for entry in json.loads((final / VERDICTS).read_text(encoding="utf-8"))]
 
 
 def measure_prompt_accuracy(run: Run, captions: Iterable[str], progress: Progress | None = None) -> dict | None:
-    """Prompt accuracy of new samples of every scene and seed. None if any caption is not the quickstart's, because the
-    oracle can't read other clips.
+    """Prompt accuracy of new samples of every scene and seed, or None.
+
+    None if any caption is not the quickstart's, because the oracle can't read other clips.
     """
     captions, shown = set(captions), scenes_by_caption()
     if not captions or captions - shown.keys():
@@ -78,7 +85,10 @@ def measure_prompt_accuracy(run: Run, captions: Iterable[str], progress: Progres
 
 
 def real_clips(folder: Path, count: int = 96) -> tuple[list[np.ndarray], list[Scene]]:
-    """The first `count` training clips, and new ones of every held-out combination, decoded from H.264."""
+    """The first `count` training clips, and new held-out ones, decoded from H.264.
+
+    There is one new clip of every held-out combination.
+    """
     shown = scenes_by_caption()
     with (folder / "captions.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))[:count]

@@ -1,9 +1,9 @@
-"""The quickstart's oracle: reads colour, shape and direction from a clip's pixels alone.
+"""The quickstart's oracle: reads colour, shape and direction from pixels alone.
 
-It shares no code with the drawing. The object is what differs from the background along the frame's border; its shape
-is the template of equal area and centroid that overlaps it best; its colour is the hue inside it; its direction is the
-path of its centroid. Anything unclear is None, which counts as wrong: no object, two objects, none of the six colours,
-no motion, or diagonal motion.
+It shares no code with the drawing. The background is the colour along the frame's border, and the object is what
+differs from it. The object's shape is the template of equal area and centroid that overlaps it best. Its colour is the
+hue inside it. Its direction is the path of its centroid. Anything unclear is None, which counts as wrong: no object,
+two objects, none of the six colours, no motion, or diagonal motion.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from scipy import ndimage
 
 from sora_train.quickstart.shapes import COLOURS, DIRECTIONS, SHAPES, Scene
 
-CONTRAST = 70.0  # an object differs from the ground by at least this, in the channel that differs most (0 to 255)
-AREA = (0.01, 0.4)  # an object's share of the frame
-CLEAR_FRAMES = 0.75  # share of the frames that must show one clear object
-OBJECT_OVERLAP = 0.6  # an object overlaps at least one template by this much, or it is a smear
-SHAPE_OVERLAP, SHAPE_MARGIN = 0.85, 0.02  # mean overlap of the winning template, and its lead over the second
+CONTRAST = 70.0  # least difference of an object from the background, in the channel that differs most (0 to 255)
+AREA = (0.01, 0.4)  # smallest and largest share of the frame that an object covers
+CLEAR_FRAMES = 0.75  # least share of the frames that show one clear object
+OBJECT_OVERLAP = 0.6  # least overlap of an object with its best template; below it is a smear
+SHAPE_OVERLAP, SHAPE_MARGIN = 0.85, 0.02  # least mean overlap of the best template, and its lead over the second
 HUE_MARGIN = 20.0  # degrees; the closest of the named hues are 50 apart
-COLOUR_SHARE = 0.7  # share of the object's inner pixels that must agree on a colour
-TRAVEL = 0.15  # least way over the whole clip, in frame sides
-STRAIGHT = 0.35  # most that the path may go sideways, as a share of the way forward
-STEPS = 0.75  # share of the steps that go forward
+COLOUR_SHARE = 0.7  # least share of the object's inner pixels that agree on a colour
+TRAVEL = 0.15  # least distance over the whole clip, in frame sides
+STRAIGHT = 0.35  # largest sideways motion, as a share of the distance forward
+STEPS = 0.75  # least share of the steps that go forward
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Object:
-    """One frame's object: its pixels, and the centre of them (x, y)."""
+    """The object in one frame: its pixels and their centre (x, y)."""
 
     frame: int
     mask: np.ndarray
@@ -57,15 +57,15 @@ def classify(video: np.ndarray) -> Verdict:
 
 
 def find_objects(video: np.ndarray) -> list[Object | None]:
-    """For every frame its one clear object, or None."""
+    """The one clear object of every frame, or None."""
     border = np.concatenate([video[:, 0], video[:, -1], video[:, :, 0], video[:, :, -1]], axis=1).reshape(-1, 3)
     ground = np.median(border, axis=0)
     return [find_object(i, np.abs(frame - ground).max(-1)) for i, frame in enumerate(video.astype(np.float64))]
 
 
 def find_object(index: int, distance: np.ndarray) -> Object | None:
-    """The one clear object of a frame, given each pixel's distance from the ground."""
-    distance = ndimage.gaussian_filter(distance, 0.6)  # against single noisy pixels
+    """The one clear object of a frame, from each pixel's distance to the background."""
+    distance = ndimage.gaussian_filter(distance, 0.6)  # suppresses single noisy pixels
     contrast = np.quantile(distance, 0.97)
     if contrast < CONTRAST:
         return None
@@ -99,7 +99,7 @@ def overlap(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def shape_of(found: Sequence[Object]) -> str | None:
-    """The template that overlaps best, on average and in most frames."""
+    """The template that overlaps best, on average and in most frames, or None."""
     overlaps = np.array([seen.overlaps for seen in found])
     means = overlaps.mean(0)
     best = int(means.argmax())
@@ -109,7 +109,7 @@ def shape_of(found: Sequence[Object]) -> str | None:
 
 
 def colour_of(video: np.ndarray, found: Sequence[Object]) -> str | None:
-    """The named colour of most pixels inside the object, over all frames."""
+    """The named colour of most pixels inside the object, over all frames, or None."""
     inner = [video[seen.frame][ndimage.binary_erosion(seen.mask, iterations=2)] for seen in found]
     pixels = np.concatenate(inner)
     if not len(pixels):
@@ -120,7 +120,10 @@ def colour_of(video: np.ndarray, found: Sequence[Object]) -> str | None:
 
 
 def name_colours(pixels: np.ndarray) -> np.ndarray:
-    """For uint8 pixels `n 3` the index of the named colour that each shows, or -1: white is bright without colour."""
+    """Index of the named colour of each uint8 pixel `n 3`, or -1 if there is none.
+
+    White means bright with low saturation.
+    """
     rgb = pixels.astype(np.float64) / 255
     value, low = rgb.max(1), rgb.min(1)
     saturation = (value - low) / np.maximum(value, 1e-6)
@@ -138,7 +141,10 @@ def name_colours(pixels: np.ndarray) -> np.ndarray:
 
 
 def direction_of(found: Sequence[Object], size: tuple[int, ...]) -> str | None:
-    """Where the centroid goes: along one axis, far enough, straight, and forward in most steps without jumps."""
+    """Direction of the centroid's path, or None if it is unclear.
+
+    The path must follow one axis, be long enough and straight, and go forward in most steps without jumps.
+    """
     path = np.array([seen.centre for seen in found]) / (size[1], size[0])
     way = path[-1] - path[0]
     axis = int(np.abs(way).argmax())
@@ -154,7 +160,7 @@ def direction_of(found: Sequence[Object], size: tuple[int, ...]) -> str | None:
 
 
 def right(verdict: Verdict, scene: Scene) -> dict[str, bool]:
-    """Whether colour, direction, shape, and all three are what the scene's caption says."""
+    """Whether colour, direction, shape, and all three match the scene's caption."""
     parts = {name: getattr(verdict, name) == getattr(scene, name) for name in ("colour", "direction", "shape")}
     return {**parts, "all": all(parts.values())}
 
@@ -165,7 +171,10 @@ def accuracy(videos: Sequence[np.ndarray], scenes: Sequence[Scene]) -> float:
 
 
 def prompt_accuracy(verdicts: Sequence[Verdict], scenes: Sequence[Scene]) -> dict:
-    """Share of clips that show their captions, and number of clips: of all, of seen and of held-out captions."""
+    """Share of clips that show their captions, and number of clips.
+
+    Given for all captions, for seen and for held-out ones.
+    """
     judged = [(scene, right(verdict, scene)) for verdict, scene in zip(verdicts, scenes, strict=True)]
     seen = shares([parts for scene, parts in judged if not scene.held_out])
     held_out = shares([parts for scene, parts in judged if scene.held_out])
@@ -173,7 +182,10 @@ def prompt_accuracy(verdicts: Sequence[Verdict], scenes: Sequence[Scene]) -> dic
 
 
 def shares(parts: Sequence[dict[str, bool]]) -> dict:
-    """Mean of each part, rounded to four digits (0 for no clips), and the number of clips."""
+    """Mean of each part, rounded to four digits, and the number of clips.
+
+    The mean over no clips is 0.
+    """
     names = ("colour", "direction", "shape", "all")
     means = {name: round(sum(part[name] for part in parts) / max(1, len(parts)), 4) for name in names}
     return {**means, "clips": len(parts)}

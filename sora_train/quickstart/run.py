@@ -1,7 +1,7 @@
-"""The quickstart, `sora demo`: clips of moving shapes to a trained model and its prompt accuracy, in six stages.
+"""The quickstart, `sora demo`: from drawn clips to measured samples in six stages.
 
-Every stage does only what is missing, so running it again resumes. `sora_train.quickstart.shapes` draws the clips,
-everything between is what anybody's own videos go through, and `sora_train.quickstart.oracle` reads the samples back.
+Every stage does only what is missing, so running it again resumes. `sora_train.quickstart.shapes` draws the clips, and
+`sora_train.quickstart.oracle` reads the samples. Everything between is the same code as for any other videos.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ STAGES = 6
 
 
 def demo(recipe_path: str | Path = "jobs/quickstart.yaml", overrides: Mapping[str, object] | None = None) -> Path:
-    """Runs all stages and returns the run's folder. Paths in the recipe are relative to the current directory."""
+    """Runs all stages and returns the run's folder.
+
+    Paths in the recipe are relative to the current directory.
+    """
     from sora_train.report import write_report
 
     started = time.monotonic()
@@ -53,7 +56,7 @@ def demo(recipe_path: str | Path = "jobs/quickstart.yaml", overrides: Mapping[st
 
 
 def find_recipe(path: str | Path) -> Path:
-    """The recipe as named from here, or else from the top of the checkout that this code lies in."""
+    """The recipe's path, relative to the current directory or else to this checkout."""
     places = [Path(path), Path(__file__).parents[2] / path]
     for place in places:
         if place.is_file():
@@ -63,7 +66,7 @@ def find_recipe(path: str | Path) -> Path:
 
 @contextmanager
 def stage(number: int, what: str, started: float) -> Iterator[None]:
-    """Prints a stage's heading and, at its end, how long it took."""
+    """Logs a stage's heading and, at its end, how long it took."""
     log.info(f"\n[{number}/{STAGES}] {what}")
     begun = time.monotonic()
     yield
@@ -72,7 +75,10 @@ def stage(number: int, what: str, started: float) -> Iterator[None]:
 
 
 def clips(recipe: Recipe, count: int = CLIPS) -> Path:
-    """Stage 1: makes the clips where the recipe's captions.csv is to be, if any is missing. Returns the folder."""
+    """Stage 1: makes the clips if any is missing. Returns their folder.
+
+    It is the folder of the recipe's captions.csv.
+    """
     captions = Path(recipe.data.captions)
     if captions.name != "captions.csv":
         raise UserError(
@@ -89,7 +95,10 @@ def clips(recipe: Recipe, count: int = CLIPS) -> Path:
 
 
 def are_whole(captions: Path, count: int) -> bool:
-    """Whether every clip is there: captions.csv is written last, so what it names was written in full."""
+    """Whether every clip exists.
+
+    captions.csv is written last, so all files that it names are complete.
+    """
     if not captions.is_file():
         return False
     with captions.open(newline="", encoding="utf-8") as file:
@@ -99,7 +108,7 @@ def are_whole(captions: Path, count: int) -> bool:
 
 @contextmanager
 def heartbeat(line: Callable[[], str], seconds: float = 5.0) -> Iterator[None]:
-    """Prints `line()` every so many seconds until the block ends."""
+    """Logs `line()` at this interval until the block ends."""
     over = threading.Event()
 
     def beat() -> None:
@@ -116,21 +125,24 @@ def heartbeat(line: Callable[[], str], seconds: float = 5.0) -> Iterator[None]:
 
 
 def prepare(recipe: Recipe) -> None:
-    """Stage 2."""
+    """Stage 2: encodes the clips into shards."""
     from data_prep.pipeline import prep
 
     prep(recipe)
 
 
 def train(recipe: Recipe) -> None:
-    """Stage 3; a run that is finished is left as it is."""
+    """Stage 3: trains, unless the run is finished."""
     from sora_train.launch.trainer import launch_training
 
     launch_training(recipe)
 
 
 def sample(run_folder: Path, seeds: Sequence[int] = SEEDS) -> Path:
-    """Stage 4: an mp4 of every scene and seed, what the oracle reads from each, and the sheet. Returns their folder."""
+    """Stage 4: writes samples, the oracle's verdicts and a contact sheet.
+
+    There is an mp4 of every scene and seed. Returns their folder.
+    """
     import torch
 
     from sora_train.sample import load_run, sample_to_folder
@@ -167,7 +179,10 @@ def sample(run_folder: Path, seeds: Sequence[int] = SEEDS) -> Path:
 
 
 def is_sampled(folder: Path, checkpoint: Path, seeds: Sequence[int]) -> bool:
-    """Whether the folder holds all samples of this checkpoint and their verdicts: both lists are written last."""
+    """Whether the folder has all samples of this checkpoint and their verdicts.
+
+    samples.json and the verdicts are written after the videos.
+    """
     listing = folder / "samples.json"
     if (
         not listing.is_file()
@@ -183,7 +198,10 @@ def is_sampled(folder: Path, checkpoint: Path, seeds: Sequence[int]) -> bool:
 
 
 def write_sheet(files: Sequence[Path], seeds: int, path: Path) -> None:
-    """The picture at the README's top: every colour once seen and once held out, chosen by place and not by looks."""
+    """The image at the README's top: every colour once seen and once held out.
+
+    Clips are chosen by their index, not by their looks.
+    """
     everything, directions = scenes(), list(DIRECTIONS)
     wanted = [
         (colour, directions[(i + 2 * held_out) % len(directions)], held_out)
@@ -198,7 +216,7 @@ def write_sheet(files: Sequence[Path], seeds: int, path: Path) -> None:
 
 
 def summary(run_folder: Path, shares: dict, seconds: float) -> str:
-    """The final screenful: what came out, where it is, what to try next."""
+    """The final message: results, where they are, and what to try next."""
     names = ("colour", "direction", "shape", "all")
     head = f"  {'':18}" + "".join(f"{name:>11}" for name in names) + f"{'clips':>9}"
     rows = [

@@ -1,7 +1,8 @@
-"""How much the quickstart's figures owe to chance: three training seeds, 192 clips each, on the shards that it made.
+"""How much the quickstart's results vary with the training seed.
 
-`python -m sora_train.quickstart.seeds` (`make bench-quickstart`), after `make quickstart`. Each run takes as long as
-the quickstart's training; a run that is finished is not repeated.
+Trains with three seeds on the quickstart's shards and measures 192 clips of each. Run `python -m
+sora_train.quickstart.seeds` (`make bench-quickstart`) after `make quickstart`. Each run takes as long as the
+quickstart's training. Finished runs are not repeated.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Clips of one coloured shape that moves, each with the caption that says so: the data of the quickstart.
+"""The quickstart's data: captioned clips of one coloured shape that moves.
 
-The clips are real H.264 files beside a `captions.csv`, so that the quickstart takes the same road as anybody's videos.
-A third of the colour x shape x direction combinations is held out and never drawn: every pair of attributes is still
-seen, the triple is not, so a model that draws a held-out caption has put words together that it never saw together.
+The clips are real H.264 files with a `captions.csv`, so the quickstart uses the same pipeline as any other videos.
+
+A third of the colour x shape x direction combinations is held out of training. Training sees every pair of attributes,
+but not these triples. So a model that draws a held-out caption has combined words that it never saw together.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """One shape of each (colour, direction) pair is never trained on: a Latin square over the three attributes."""
+        """Whether this combination is held out of training.
+
+        One shape of each (colour, direction) pair is held out: a Latin square over the three attributes.
+        """
         indices = (list(COLOURS).index(self.colour), list(DIRECTIONS).index(self.direction))
         return SHAPES.index(self.shape) == sum(indices) % len(SHAPES)
 
@@ -55,9 +59,10 @@ def all_scenes() -> list[Scene]:
 
 
 def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """How much of each pixel the shape covers, 0 to 1, from its signed distance at pixel offsets x, y from its centre.
+    """How much of each pixel the shape covers, 0 to 1.
 
-    All three shapes fill the same bounding box, 2 x radius on a side; the triangle points up.
+    Computed from the signed distance at pixel offsets x, y from the shape's centre. All three shapes fill the same
+    bounding box, 2 x radius on a side. The triangle points up.
     """
     if shape == "circle":
         distance = np.hypot(x, y) - radius
@@ -71,7 +76,10 @@ def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndar
 
 
 def draw(scene: Scene, rng: np.random.Generator, frames: int = FRAMES, size: int = SIZE) -> np.ndarray:
-    """One clip, uint8 `F H W 3`; where exactly the shape passes, how large and how fast is drawn from `rng`."""
+    """One clip, uint8 `F H W 3`.
+
+    The shape's path, size and speed are drawn from `rng`.
+    """
     step = np.array(DIRECTIONS[scene.direction], dtype=float)
     radius = rng.uniform(0.17, 0.2) * size
     travel = rng.uniform(0.36, 0.42) * size
@@ -87,7 +95,10 @@ def draw(scene: Scene, rng: np.random.Generator, frames: int = FRAMES, size: int
 
 
 def make_clips(folder: str | Path, count: int, seed: int = 0) -> Path:
-    """Writes `count` mp4 files of seen combinations, evenly spread, and returns the path of their `captions.csv`."""
+    """Writes `count` mp4 files of seen combinations, evenly spread.
+
+    Returns the path of their `captions.csv`.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     scenes = [scene for scene in all_scenes() if not scene.held_out]

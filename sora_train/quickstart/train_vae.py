@@ -1,9 +1,11 @@
-"""Trains the embedded VAE on frames of the demo's clips: `python -m sora_train.quickstart.train_vae`.
+"""Trains the built-in VAE on frames of the demo's clips.
 
-A diffusers `AutoencoderKL` of the usual layout (8 x 8 pixels to one latent of 4 channels), small enough for the
-repository. Most of a frame is dark ground, so the loss weighs the shape and its edge; the last quarter trains the
-decoder alone on latents with added noise, so that it turns a sampler's small errors into clean edges, not into
-smears. The latents' mean and spread per channel go into the VAE's own config (`latents_mean`, `latents_std`).
+Usage: `python -m sora_train.quickstart.train_vae`.
+
+The VAE is a diffusers `AutoencoderKL` of the usual layout (8 x 8 pixels to one latent of 4 channels), small enough for
+the repository. Most of a frame is dark background, so the loss gives the shape and its edge more weight. The last
+quarter trains only the decoder, on latents with added noise, so a sampler's small errors become clean edges instead of
+smears. The latents' mean and standard deviation per channel are in the VAE's config (`latents_mean`, `latents_std`).
 """
 
 # diffusers annotates its VAE wrongly (tuples of one, outputs that may be None):
@@ -30,13 +32,13 @@ from sora_train.codec import BUILTIN
 from sora_train.quickstart.shapes import GROUND, SIZE, make_clips
 from sora_train.video import psnr, read_mp4
 
-POSTERIOR_LOG_VARIANCE = -5.0  # where it starts: a spread of 0.08, so that latents must stand further apart than that
+POSTERIOR_LOG_VARIANCE = -5.0  # initial value: a standard deviation of 0.08, so latents must be further apart
 CLIPS, BATCH, SEED = 2400, 16, 0
-DECODER_NOISE = 0.15  # of a latent channel's own spread, in the decoder's last quarter
+DECODER_NOISE = 0.15  # share of a latent channel's standard deviation, in the last quarter
 
 
 def build() -> AutoencoderKL:
-    """An untrained VAE of the embedded shape, about 1 M parameters."""
+    """An untrained VAE of the built-in shape, about 1 M parameters."""
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -54,7 +56,7 @@ def build() -> AutoencoderKL:
 
 
 def decoded_frames(clips: int, seed: int) -> Tensor:
-    """Every frame of freshly made clips, as the decoder of videos returns it: uint8 `b 3 H W`."""
+    """Every frame of newly made clips, decoded from H.264: uint8 `b 3 H W`."""
     with tempfile.TemporaryDirectory() as folder:
         make_clips(folder, clips, seed)
         frames = np.concatenate([read_mp4(path) for path in sorted(Path(folder).glob("*.mp4"))])
@@ -66,7 +68,7 @@ def to_unit(frames: Tensor) -> Tensor:
 
 
 def weighted_error(made: Tensor, wanted: Tensor) -> Tensor:
-    """L1 + 4 L2, nine times as heavy on the shape and two pixels around it as on the ground."""
+    """L1 + 4 L2. The shape and two pixels around it weigh 9 times the background."""
     ground = torch.tensor(GROUND, dtype=wanted.dtype)[:, None, None] / 127.5 - 1
     shape = ((wanted - ground).abs().amax(1, keepdim=True) > 0.15).to(wanted.dtype)
     weight = 1 + 8 * F.max_pool2d(shape, 5, stride=1, padding=2)
@@ -75,7 +77,10 @@ def weighted_error(made: Tensor, wanted: Tensor) -> Tensor:
 
 
 def reconstruct(vae: AutoencoderKL, frames: Tensor) -> Tensor:
-    """Frames uint8 that went through the VAE, by the posterior's mean."""
+    """uint8 frames after the VAE has encoded and decoded them.
+
+    The latents are the posterior's mean.
+    """
     with torch.no_grad():
         made = [vae.decode(vae.encode(to_unit(part)).latent_dist.mean).sample for part in frames.split(256)]
     return ((torch.cat(made).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
@@ -89,7 +94,7 @@ def latent_statistics(vae: AutoencoderKL, frames: Tensor) -> tuple[Tensor, Tenso
 
 
 def train(steps: int) -> AutoencoderKL:
-    """Trains encoder and decoder, then in the last quarter the decoder alone."""
+    """Trains encoder and decoder, then in the last quarter only the decoder."""
     torch.manual_seed(SEED)
     vae = build()
     frames, held_out = decoded_frames(CLIPS, SEED), decoded_frames(96, SEED + 1)
