@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, wait
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -31,27 +32,44 @@ def with_watchdog(
 ) -> Iterator[T]:
     """Yields the items. Raises PipelineStalled if the next one takes too long.
 
-    Each is read by a daemon thread, and the caller must end what that is stuck in.
+    One thread reads all items and ends the pipeline that they come from, since Ray's process can crash if another
+    thread does so after `ray.shutdown`. The caller must end what a stalled thread is stuck in.
     """
-    iterator, end = iter(items), object()
+    ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=1)
+    given_up = threading.Event()
+
+    def put(kind: str, value: Any) -> None:
+        while not given_up.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put((kind, value), timeout=0.2)
+                return
+
+    def read() -> None:
+        try:
+            for item in items:
+                put("item", item)
+                if given_up.is_set():
+                    return
+            put("end", None)
+        except BaseException as error:
+            put("error", error)
+
+    threading.Thread(target=read, name="prep-pipeline", daemon=True).start()
     limit, longest = startup_timeout_s, 0.0
-    while True:
-        began = time.monotonic()
-        future: Future = Future()
-        threading.Thread(target=_read_next, args=(iterator, end, future), name="prep-pipeline", daemon=True).start()
-        wait([future], timeout=limit)
-        if not future.done():
-            raise PipelineStalled(f"the pipeline gave no output for {limit:.0f} s")
-        if (item := future.result()) is end:
-            return
-        if limit != startup_timeout_s:  # the first wait includes loading
-            longest = max(longest, time.monotonic() - began)
-        limit = max(stall_timeout_s, LONGEST_WAIT_FACTOR * longest)
-        yield item
-
-
-def _read_next(iterator: Iterator, end: object, future: Future) -> None:
     try:
-        future.set_result(next(iterator, end))
-    except BaseException as error:
-        future.set_exception(error)
+        while True:
+            began = time.monotonic()
+            try:
+                kind, value = ready.get(timeout=limit)
+            except queue.Empty:
+                raise PipelineStalled(f"the pipeline gave no output for {limit:.0f} s") from None
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            if limit != startup_timeout_s:  # the first wait includes loading
+                longest = max(longest, time.monotonic() - began)
+            limit = max(stall_timeout_s, LONGEST_WAIT_FACTOR * longest)
+            yield value
+    finally:
+        given_up.set()
