@@ -66,9 +66,11 @@ def sample(
     x, tell = noise.float(), progress if progress is not None else _quiet
     if name == "ddpm":
         return _ancestral(denoise, objective, x, how.steps, list(generators) if generators is not None else None, tell)
-    if name in SAMPLERS["ddpm"]:
+    if name in ("ddim", "dpm++"):
         return _solver(denoise, objective, x, how.steps, 2 if name == "dpm++" else 1, tell)
-    return _flow(denoise, objective, x, how.steps, name == "heun", tell)
+    if name in ("euler", "heun"):
+        return _flow(denoise, objective, x, how.steps, name == "heun", tell)
+    raise NotImplementedError(f"sampler {name}")
 
 
 def _quiet(done: int, steps: int) -> None:

@@ -1,7 +1,7 @@
 """Runs Ray Train: worker group, restarts of lost workers, checkpoints to keep, validations.
 
 A lost worker is noticed by Ray's controller (every `RAY_TRAIN_HEALTH_CHECK_INTERVAL_S`, set in `trainer.py`). It
-restarts the workers, which resume from the newest checkpoint (`worker.py`), and calls `EventCallback.after_exception`.
+calls `EventCallback.after_exception` and restarts all workers, which resume from the newest checkpoint (`worker.py`).
 
 Importing this module takes a second of CPU time, so `trainer.py` imports it while Ray starts.
 """

@@ -207,5 +207,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
         return config.learning_rate * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.learning_rate
-    progress = (step - config.warmup_steps) / max(1, config.steps - 1 - config.warmup_steps)
-    return config.learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
+    if config.schedule == "cosine":
+        progress = (step - config.warmup_steps) / max(1, config.steps - 1 - config.warmup_steps)
+        return config.learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
+    raise NotImplementedError(f"train.schedule {config.schedule}")
