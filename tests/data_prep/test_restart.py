@@ -50,7 +50,7 @@ def test_a_lost_device_is_known_through_ray(local_ray):
     assert str(error.value.cause).startswith("VAE: cuda:0 no longer works: CUDA error\n")
 
 
-@pytest.mark.slow  # leaving Ray while Ray Data's threads use it can crash or hang this process (2 of 8 runs)
+@pytest.mark.slow  # leaving Ray while Ray Data's threads use it crashes this process in one of four runs
 @pytest.mark.timeout(1900)
 def test_a_restart_frees_the_actors_of_a_ray_that_was_connected(recipe: Recipe, monkeypatch, capsys, local_ray):
     """It has two CPUs: no room for a second pipeline next to the first."""
