@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -143,8 +142,3 @@ def allocate_cpus(cpus: int, gpus: int, prep: PrepConfig) -> Allocation:
         StageResources(vaes, 0.5 * cpus / vaes, threads=-(-cpus // vaes)),
         StageResources(texts, 0.1 * cpus / texts / 2, threads=max(1, cpus // 4)),
     )
-
-
-def available_cpus() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         protect_streams()
         os.environ["PYTHONSAFEPATH"] = "1"  # no Python started from here looks for modules in the working folder
-    verbose, quiet = ({"-v", "--verbose"}, {"-q", "--quiet"})
+    verbose, quiet = {"-v", "--verbose"}, {"-q", "--quiet"}
     set_verbosity(bool(verbose & set(words)), bool(quiet & set(words)))
     words = [word for word in words if word not in verbose | quiet]
     verb, words = (words[0], words[1:]) if words else ("--help", [])

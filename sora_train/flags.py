@@ -12,7 +12,7 @@ import textwrap
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from functools import reduce
+from functools import cache, reduce
 from typing import Any, Union
 
 from pydantic import TypeAdapter
@@ -111,16 +111,13 @@ def help_text(usage: str, paragraphs: Sequence[str], sections: Sequence[object],
     groups = {"": parser.add_argument_group("options")}
     for section in sections:
         for key, hint in keys(type(section)):
-            shown = not only or section is not sections[-1] or any(f"{key}.".startswith(f"{name}.") for name in only)
-            if not shown:
+            if only and section is sections[-1] and not any(f"{key}.".startswith(f"{name}.") for name in only):
                 continue
             name = key.rpartition(".")[0]
             if name not in groups:
                 groups[name] = parser.add_argument_group(f"{name} options", _about(section, name))
-            flag, value = (
-                (f"--{key}.KEY", "VALUE") if typing.get_origin(hint) is dict else (f"--{key}", _type_word(hint))
-            )
-            groups[name].add_argument(flag, metavar=value, help=_sentence(section, key))
+            flag = f"--{key}.KEY" if typing.get_origin(hint) is dict else f"--{key}"
+            groups[name].add_argument(flag, metavar=_type_word(hint), help=_sentence(section, key))
     for short, long, says in (
         ("-h", "--help", "Show this help; after a recipe's name, with the values of that recipe."),
         ("-v", "--verbose", "Show debug messages, with time and module."),
@@ -139,12 +136,19 @@ def _sentence(section: object, key: str) -> str:
     """A key's sentence and its value."""
     *outer, name = key.split(".")
     owner = reduce(getattr, outer, section)
-    about = TypeAdapter(type(owner)).json_schema()["properties"][name].get("description", "")
+    about = _descriptions(type(owner)).get(name, "")
     value = getattr(owner, name)
     if isinstance(value, tuple):
         value = " ".join(map(str, value))
     default = f"(default: {value})" if value not in (None, "", {}) else ""
     return " ".join(f"{about} {default}".split()).replace("%", "%%")
+
+
+@cache
+def _descriptions(section: type) -> dict[str, str]:
+    """The sentence of each key of a section that has one."""
+    properties = TypeAdapter(section).json_schema()["properties"]
+    return {name: about["description"] for name, about in properties.items() if "description" in about}
 
 
 def _type_word(hint: Any) -> str:

@@ -1,7 +1,8 @@
-"""Provenance of a run or a benchmark: the git commit of the code and the versions of packages."""
+"""Provenance of a run or a benchmark: the git commit of the code, versions of packages, and cores."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -28,3 +29,8 @@ def package_versions(packages: Sequence[str]) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

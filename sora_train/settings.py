@@ -6,7 +6,6 @@ reads as a string, into numbers.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import difflib
 import functools
@@ -30,7 +29,7 @@ def build(section: type[S], settings: Mapping[str, Any], overrides: Mapping[str,
 
     Raises RecipeError with a line for each key that is unknown or has a wrong value.
     """
-    merged = _with_new_names(copy.deepcopy(dict(settings)), where)
+    merged = _with_new_names(settings, where)
     for key, value in overrides.items():
         _set(merged, key, value)
     try:
@@ -57,20 +56,20 @@ RENAMED = {
 """Keys of earlier versions and their names now. The old names will be refused from version 0.2 on."""
 
 
-def _with_new_names(settings: dict[str, Any], where: str) -> dict[str, Any]:
-    """The settings with the present names of their keys, and one warning that names those that were renamed."""
+def _with_new_names(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A copy of the settings with the present names of their keys, and one warning that names those renamed."""
     renamed: list[str] = []
 
-    def walk(section: dict[str, Any]) -> dict[str, Any]:
+    def walk(section: Mapping[str, Any]) -> dict[str, Any]:
         renamed.extend(f"{key} is now {RENAMED[key]}" for key in section if key in RENAMED)
         return {
             RENAMED.get(key, key): walk(value) if isinstance(value, dict) else value for key, value in section.items()
         }
 
-    settings = walk(settings)
+    present = walk(settings)
     if renamed:
         log.warning(f"{where}: {', '.join(renamed)}. Use the new names; version 0.2 will refuse the old ones")
-    return settings
+    return present
 
 
 def _largest(key: str) -> int:

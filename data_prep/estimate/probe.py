@@ -12,13 +12,13 @@ from typing import TypeVar
 
 from pyarrow import fs
 
-from data_prep.ray_pipeline import available_cpus
 from data_prep.reasons import ClipError
 from data_prep.sources import SourceRow, data_root
 from data_prep.stages import local_copy
 from data_prep.video.decode_process import Decoder
 from sora_train.data.config import DataConfig, SelectionConfig
 from sora_train.log import log
+from sora_train.provenance import usable_cores
 from sora_train.storage import resolve
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ def probe_files(rows: list[SourceRow], data: DataConfig, selection: SelectionCon
     system, _ = resolve(data_root(data))
     files = list(dict.fromkeys(row.path for row in rows if not row.reason))
     sample = pick_evenly(files, MAX_FILES if isinstance(system, fs.LocalFileSystem) else MAX_REMOTE_FILES)
-    decoders = [Decoder(data, selection) for _ in range(max(1, min(8, available_cpus(), len(sample) // 8)))]
+    decoders = [Decoder(data, selection) for _ in range(max(1, min(8, usable_cores(), len(sample) // 8)))]
     free: SimpleQueue[Decoder] = SimpleQueue()
     for decoder in decoders:
         free.put(decoder)

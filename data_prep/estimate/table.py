@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from data_prep.estimate.estimate import BucketEstimate, Dropped, PrepEstimate
-from data_prep.ray_pipeline import available_cpus
 from data_prep.reasons import BAD_SOURCE_REASONS
 from sora_train.data.config import DataConfig, SelectionConfig, small_bucket_warnings
 from sora_train.errors import RecipeError, UserError
+from sora_train.provenance import usable_cores
 from sora_train.recipe import Recipe
 from sora_train.schema import bucket_size
 from sora_train.storage import in_bytes
@@ -145,7 +145,7 @@ def _work_lines(estimate: PrepEstimate) -> list[str]:
             f"      {hours(vae + text)} of a GPU (VAE {hours(vae)}, text {hours(text)}) and {hours(decode)} of a core "
             f"for decoding: {decode / max(1e-9, vae + text):.2g} cores for every GPU keep it busy",
         ]
-    total, cpus = decode + vae + text, available_cpus()
+    total, cpus = decode + vae + text, usable_cores()
     return [
         line,
         f"      {hours(total)} of a core: decoding {hours(decode)}, VAE {hours(vae)}, text {hours(text)}; "

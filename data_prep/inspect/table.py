@@ -169,7 +169,7 @@ def bucket_order(bucket: str) -> tuple[int, ...]:
 
 
 def min_median_max(counter: Counter) -> dict[str, float] | None:
-    """Of values that occur so often; None if there are none."""
+    """Statistics of values, given with their counts; None if there are no values."""
     total, values = counter.total(), sorted(counter)
     if not total:
         return None

@@ -29,7 +29,7 @@ from sora_train.train.state import State
 ABOUT = """Trains a model on noise with DeepSpeed in one process and makes checkpoints as `sora train` does: training
 waits for the copy, and continues while it is written. Example: sora bench checkpoint --presets S --tmp /shared/disk"""
 NOTE = """stall: seconds that training waits; whole: until every byte is on disk; resume: reading it back with its
-checksums; engine: making the engine; beside: a step during writing, over one without"""
+checksums; engine: making the engine; beside: a step while it is written, divided by one without"""
 
 
 def bench(options: Namespace) -> Table:

@@ -20,7 +20,8 @@ from typing import Any, NoReturn, TypeVar
 
 from sora_train import __version__
 from sora_train.errors import RecipeError, UserError, error_line
-from sora_train.provenance import git_commit, package_versions
+from sora_train.log import progress
+from sora_train.provenance import git_commit, package_versions, usable_cores
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -147,8 +148,7 @@ def provenance(words: Sequence[str]) -> Row:
 
 def hardware() -> Row:
     """Processor, cores of this process, memory, and the GPUs that torch sees."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found: Row = {"cpu": cpu_name(), "cores": cores, "system": f"{platform.system()} {platform.machine()}"}
+    found: Row = {"cpu": cpu_name(), "cores": usable_cores(), "system": f"{platform.system()} {platform.machine()}"}
     if "SC_PHYS_PAGES" in os.sysconf_names:
         found["memory_gb"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)
     torch = sys.modules.get("torch")
@@ -217,4 +217,4 @@ def cell_text(value: Any) -> str:
 
 def log(line: str) -> None:
     """Prints progress to stderr; stdout holds the tables."""
-    print(f"bench: {line}", file=sys.stderr, flush=True)
+    progress(f"bench: {line}")

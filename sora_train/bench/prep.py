@@ -20,7 +20,7 @@ import numpy as np
 
 from data_prep.buckets import buckets_of
 from data_prep.pipeline import encoding_hash, find_codec, resolve_caption_cleaning, settings_hash
-from data_prep.ray_pipeline import allocate_cpus, available_cpus, run_stages, vae_batch_size
+from data_prep.ray_pipeline import allocate_cpus, run_stages, vae_batch_size
 from data_prep.reasons import ClipError
 from data_prep.resume import ResumeState
 from data_prep.sink import ShardSink
@@ -31,6 +31,7 @@ from data_prep.video.clips import plan_clips, read_clip
 from sora_train.bench.core import Flags, Row, Table, finish, interleave, log, spread
 from sora_train.bench.runs import recipe_in
 from sora_train.errors import UserError
+from sora_train.provenance import usable_cores
 from sora_train.recipe import Recipe
 from sora_train.storage import resolve
 
@@ -39,7 +40,7 @@ WARM_UP_S = 3.0
 
 def rates_table(options: Namespace, recipe: Recipe, sources: list[SourceRow], frames: np.ndarray) -> Table:
     """Clips per second of the bare loop, as one process or one per core, and of the pipeline."""
-    count, batch = available_cpus(), vae_batch_size(recipe, gpus=0)
+    count, batch = usable_cores(), vae_batch_size(recipe, gpus=0)
 
     def bare(processes: int) -> Callable[[], float]:
         return lambda: bare_rate(recipe, frames, batch, processes, count // processes, options.seconds)
@@ -109,7 +110,7 @@ def pipeline_rate(recipe: Recipe, sources: list[SourceRow]) -> float:
                 marks.append((time.monotonic(), stats.written))
         sink.close()
     # when each VAE worker has delivered one batch, all of them have just begun the next
-    workers = allocate_cpus(available_cpus(), 0, recipe.prep).vae.workers
+    workers = allocate_cpus(usable_cores(), 0, recipe.prep).vae.workers
     first = [mark for mark in marks if mark[1]][:workers][-1]
     return (marks[-1][1] - first[1]) / (marks[-1][0] - first[0])
 

@@ -43,17 +43,13 @@ REFERENCE = "fvd_reference.safetensors"
 All validations of a run share it, so the features are computed once."""
 
 
-def warn(remark: str) -> None:
-    log.warning(remark)
-
-
 def measure(
     run: Run,
     ask: ValidationConfig,
     shards_folder: str | Path,
     videos: Iterable[Video] | None = None,
     progress: Progress | None = None,
-    remark: Callable[[str], None] = warn,
+    remark: Callable[[str], None] = log.warning,
 ) -> Figures:
     """Measures the metrics that `ask` asks for.
 
@@ -247,5 +243,5 @@ def reference(
             with atomic_file(file) as draft:
                 save_file({"features": found}, draft, {"of": key})
         except (OSError, SafetensorError) as error:
-            warn(f"{file} can't be written ({error}): the features will be made again next time")
+            log.warning(f"{file} can't be written ({error}): the features will be made again next time")
     return found

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from sora_train.errors import UserError
 from sora_train.log import log
+from sora_train.provenance import usable_cores
 from sora_train.quickstart.measure import SEEDS, VERDICTS, measure_samples, scenes, write_verdicts
 from sora_train.quickstart.oracle import Verdict, classify
 from sora_train.quickstart.shapes import COLOURS, DIRECTIONS, make_clips
@@ -154,7 +154,7 @@ def sample(run_folder: Path, seeds: Sequence[int] = SEEDS) -> Path:
         return folder
     for stale in (*folder.glob("*.mp4"), folder / "samples.json", folder / VERDICTS):
         stale.unlink(missing_ok=True)
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    torch.set_num_threads(usable_cores())
     prompts = [scene.caption for scene in scenes()]
     state, verdicts = "loading the text encoder", list[Verdict]()
 

@@ -4,7 +4,7 @@ one per process, and nodes must come and go from its main thread.
     python elastic.py RECIPE.yaml              in this process alone, without Ray
     python elastic.py RECIPE.yaml lose:6 …     with Ray; at step 6 a node is killed
     python elastic.py RECIPE.yaml gain:9 …     at step 9 one comes
-    python elastic.py RECIPE.yaml warn:6 …     at step 6 Ray is told that a node will be taken away
+    python elastic.py RECIPE.yaml warn:6 …     at step 6 Ray announces the end of a node
 """
 
 import json

@@ -1,21 +1,16 @@
 """Shards and a checkpoint of format 2 as commit 1cef1c1 (2026-11-23) wrote them: both still open."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from reading import losses
 
 from data_prep.inspect.table import inspect
 from sora_train.data.shards import ShardSet
 from sora_train.recipe import load_recipe
 
 OLD = Path(__file__).parents[1] / "old_format"
-
-
-def losses(file: Path) -> dict[int, float]:
-    lines = map(json.loads, file.read_text().splitlines())
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 def test_old_shards_are_read():
@@ -33,6 +28,6 @@ def test_an_old_checkpoint_resumes_as_its_run_went_on(start, tmp_path: Path):
     }
     codes, logs = start(1, OLD / "shards", [task])()
     assert codes == [0], logs
-    before, now = losses(OLD / "run" / "metrics.jsonl"), losses(tmp_path / "run" / "metrics.jsonl")
+    before, now = losses(OLD / "run"), losses(tmp_path / "run")
     assert list(now) == [3, 4]
     assert now == pytest.approx({step: before[step] for step in now}, rel=1e-5)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from sora_train.launch.resume import check_resume
 from sora_train.launch.run_folder import check_writable
 from sora_train.log import log
 from sora_train.manifest import Manifest
+from sora_train.provenance import usable_cores
 from sora_train.ray_cluster.connection import connect
 from sora_train.recipe import Recipe
 from sora_train.storage import free_bytes
@@ -109,8 +109,7 @@ def check_files(recipe: Recipe, table: Table) -> tuple[Recipe, Manifest | None]:
     manifest = table.check("shards", lambda: checks.check_shards(recipe), describe_shards)
     table.check("run folder", lambda: check_writable(run), lambda _: str(run))
     if manifest is not None:
-        clips = lambda: read_clips(recipe)  # noqa: E731
-        step = table.check("resume", lambda: check_resume(run, recipe, manifest, clips()), describe_step)
+        step = table.check("resume", lambda: check_resume(run, recipe, manifest, read_clips(recipe)), describe_step)
         table.check("networks", lambda: checks.check_codec(recipe, manifest), lambda _: "those of the shards")
         prompt = f"null prompt: {recipe.codec.null_prompt}"
         table.check("captions", lambda: checks.check_text(recipe, manifest), lambda _: prompt)
@@ -193,11 +192,6 @@ def check_wandb() -> str:
             "(`wandb sync` uploads later)"
         ) from None
     return f"logged in as {viewer.username}"
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe_shards(manifest: Manifest) -> str:
