@@ -7,15 +7,15 @@ from pydantic_core import PydanticCustomError
 
 from sora_train.section import Section
 
-Sampler = Literal["auto", "ddim", "dpm++", "ddpm", "euler", "heun"]
+Sampler = Literal["auto", "ddim", "dpm++", "ddpm", "euler", "heun", "unipc"]
 
 
 class Sampling(Section):
     """Sampler and guidance."""
 
     sampler: Sampler = "auto"
-    """`euler` or `heun` for flow models; `ddim`, `dpm++` or `ddpm` for DDPM models. `auto` is the first for the
-    model."""
+    """`euler`, `heun` or `unipc` (as in WanPipeline) for flow models; `ddim`, `dpm++` or `ddpm` for DDPM models. `auto`
+    is the first for the model."""
     steps: PositiveInt = 20
     """Sampler steps, at most 1000 for DDPM. Each step of `heun` except the last runs the model twice."""
     guidance: NonNegativeFloat = 4.0

@@ -1,9 +1,10 @@
 """Samplers: from noise to latents, for any model, since a model is a callable.
 
-Flow models take Euler's or Heun's steps (Karras et al. 2022, arXiv 2206.00364, algorithm 1 without noise). DDPM's take
-those of diffusers' schedulers: DDIM (Song et al. 2020, arXiv 2010.02502), DPM-Solver++ of second order (Lu et al. 2022,
-arXiv 2211.01095), or DDPM's own, which draw noise (Ho et al. 2020, arXiv 2006.11239, algorithm 2); over steps spaced as
-"trailing" in Lin et al. 2023 (arXiv 2305.08891, table 2): from the last, which is noise, to the data.
+Flow models take Euler's or Heun's steps (Karras et al. 2022, arXiv 2206.00364, algorithm 1 without noise), or those of
+diffusers' UniPC (Zhao et al. 2023, arXiv 2302.04867), with which Wan is released. DDPM's take those of diffusers'
+schedulers: DDIM (Song et al. 2020, arXiv 2010.02502), DPM-Solver++ of second order (Lu et al. 2022, arXiv 2211.01095),
+or DDPM's own, which draw noise (Ho et al. 2020, arXiv 2006.11239, algorithm 2); over steps spaced as "trailing" in Lin
+et al. 2023 (arXiv 2305.08891, table 2): from the last, which is noise, to the data.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +25,10 @@ from sora_train.sampling import Sampler, Sampling
 Progress = Callable[[int, int], None]
 """Called with (steps done, all steps)."""
 
-SAMPLERS: dict[str, tuple[Sampler, ...]] = {"flow": ("euler", "heun"), "ddpm": ("ddim", "dpm++", "ddpm")}
+SAMPLERS: dict[str, tuple[Sampler, ...]] = {
+    "flow": ("euler", "heun", "unipc"),
+    "ddpm": ("ddim", "dpm++", "ddpm"),
+}
 """Samplers by `diffusion.kind`; the first is what `auto` takes."""
 LEAST_ALPHA = 4e-5  # just below what the linear schedule leaves of the data at its last step
 
@@ -68,6 +72,8 @@ def sample(
         return _ancestral(denoise, objective, x, how.steps, list(generators) if generators is not None else None, tell)
     if name in ("ddim", "dpm++"):
         return _solver(denoise, objective, x, how.steps, 2 if name == "dpm++" else 1, tell)
+    if name == "unipc":
+        return _unipc(denoise, objective, x, how.steps, tell)
     if name in ("euler", "heun"):
         return _flow(denoise, objective, x, how.steps, name == "heun", tell)
     raise NotImplementedError(f"sampler {name}")
@@ -85,6 +91,24 @@ def _flow(denoise: Denoiser, objective: Objective, x: Tensor, steps: int, heun: 
         guess = x + (after - t) * v
         # The last step is Euler's, since the model was never trained at time 0. This keeps the order of the error.
         x = x + (after - t) * (v + denoise(guess, 1000 * after)) / 2 if heun and after > 0 else guess
+        progress(i + 1, steps)
+    return x
+
+
+def make_unipc(shift: float) -> Any:
+    """UniPC of second order as a scheduler of diffusers, with the settings of the released Wan."""
+    from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+
+
+def _unipc(denoise: Denoiser, objective: Objective, x: Tensor, steps: int, progress: Progress) -> Tensor:
+    _, f, c, h, w = x.shape
+    scheduler = make_unipc(objective.shift((f, c, h, w)))
+    scheduler.set_timesteps(steps)
+    scheduler.set_begin_index(0)  # its times are whole numbers, and with many steps some are equal
+    for i, t in enumerate(scheduler.timesteps):
+        x = scheduler.step(denoise(x, float(t)), t, x).prev_sample
         progress(i + 1, steps)
     return x
 
