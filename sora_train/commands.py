@@ -249,7 +249,7 @@ COMMANDS = {
     "demo": Command("", "Runs everything on clips of moving shapes, in minutes: prep, train, sample, report.", ""),
     "bench": Command(
         "WHAT",
-        "Measures the speed of model, data, prep, train, checkpoint, validate or all.",
+        "Measures the speed of model, data, prep, train, checkpoint or validate.",
         "train jobs/quickstart.yaml --workers 1 2",
     ),
     "report": Command(

@@ -5,7 +5,6 @@ Uses training's engine, averaged weights and checkpoints in one plain process, w
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
@@ -16,8 +15,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from sora_train.bench.case import Case, add_case_flags, check_device, inputs, size_of
 from sora_train.bench.core import Flags, Row, Table, finish, log, seconds, spread
-from sora_train.bench.variant import Case, add_case_flags, check_device, inputs, size_of
 from sora_train.model import Latte
 from sora_train.train import checkpoint
 from sora_train.train.config import TrainConfig
@@ -28,8 +27,7 @@ from sora_train.train.state import State
 
 ABOUT = """Trains a model on noise with DeepSpeed in one process and makes checkpoints as `sora train` does: training
 waits for the copy, and continues while it is written. Example: sora bench checkpoint --presets S --tmp /shared/disk"""
-NOTE = """stall: seconds that training waits; whole: until every byte is on disk; resume: reading it back with its
-checksums; engine: making the engine; beside: a step while it is written, divided by one without"""
+NOTE = "stall: seconds that training waits; whole: until every byte is on disk; resume: reading it back with checksums"
 
 
 def bench(options: Namespace) -> Table:
@@ -42,21 +40,19 @@ def bench(options: Namespace) -> Table:
     for preset in options.presets:
         case = Case(
             preset, "factorised", size_of(options.shape), "fp32" if options.device == "cpu" else "bf16", "none",
-            options.batch, options.text_tokens, options.device, options.threads,
+            options.batch, options.text_tokens, options.device,
         )  # fmt: skip
         log(str(case))
         with tempfile.TemporaryDirectory(dir=options.tmp or None) as folder:
-            rows.append(measure(case, options, Path(folder)))
-    return Table("checkpoint", rows, [f"written to {options.tmp or tempfile.gettempdir()}", NOTE.replace("\n", " ")])
+            rows.append(measure(case, options.rounds, Path(folder)))
+    return Table("checkpoint", rows, [f"written to {options.tmp or tempfile.gettempdir()}", NOTE])
 
 
-def measure(case: Case, options: Namespace, folder: Path) -> Row:
-    """In turns a step alone, and a checkpoint with steps until it is written; then resumes from the last."""
+def measure(case: Case, rounds: int, folder: Path) -> Row:
+    """Times a step, the stall, the whole write, and the resume."""
     device = torch.device(case.device)
-    config = TrainConfig(
-        batch_size=case.batch, micro_batch_size=case.batch, zero_stage=int(options.zero_stage),  # pyright: ignore
-        precision="bf16" if case.dtype == "bf16" else "fp32",
-    )  # fmt: skip
+    precision = "bf16" if case.dtype == "bf16" else "fp32"
+    config = TrainConfig(batch_size=case.batch, micro_batch_size=case.batch, precision=precision)
     x, t, text, mask = (tensor.to(device) for tensor in inputs(case))
 
     def make() -> tuple[Engine, Ema]:
@@ -71,42 +67,22 @@ def measure(case: Case, options: Namespace, folder: Path) -> Row:
         engine.step(1e-5, lambda norm: "")
         ema.update(0)
 
-    step()
-    run_dir, state = RunDir(folder), State()
-    found: dict[str, list[float]] = {"step_s": [], "stall_s": [], "whole_s": [], "beside": []}
-    for turn in range(options.rounds + 1):  # the first is a warm-up
-        alone, state = seconds(step), replace(state, step=turn)
+    run_dir, newest = RunDir(folder), folder
+    times: dict[str, list[float]] = {"step_s": [], "stall_s": [], "whole_s": [], "resume_s": []}
+    for turn in range(rounds + 1):  # the first is a warm-up
+        alone, state = seconds(step), replace(State(), step=turn)
         stall = seconds(lambda: run_dir.save_async(partial(checkpoint.snapshot, engine, ema, state)))  # noqa: B023
-        beside: list[float] = []
-
-        def wait() -> None:
-            while run_dir.writing is not None and not run_dir.writing.done():
-                beside.append(seconds(step))  # noqa: B023
-            run_dir.wait()
-
-        whole = stall + seconds(wait)
+        whole = stall + seconds(run_dir.wait)
+        newest = folder / "checkpoints" / checkpoint.name_of(turn)
+        fresh = make()
+        resume = seconds(lambda: checkpoint.load(newest, *fresh))  # noqa: B023
         if turn:
-            for name, value in (("step_s", alone), ("stall_s", stall), ("whole_s", whole)):
-                found[name].append(value)
-            if len(beside) > 1:  # the last one may have run mostly after the writing
-                found["beside"].append(statistics.median(beside[:-1]) / alone)
-    newest = folder / "checkpoints" / checkpoint.name_of(state.step)
-    size = sum(path.stat().st_size for path in newest.iterdir())
-    loads: list[float] = []
-    makes: list[float] = []
-    for _ in range(min(options.rounds, 3)):
-        fresh: list[tuple[Engine, Ema]] = []
-        makes.append(seconds(lambda: fresh.append(make())))  # noqa: B023
-        loads.append(seconds(lambda: checkpoint.load(newest, *fresh[0])))  # noqa: B023
+            for name, value in zip(times, (alone, stall, whole, resume), strict=True):
+                times[name].append(value)
     run_dir.writer.shutdown()
-    return {
-        "model": case.preset, "shape": options.shape, "batch": case.batch, "dtype": case.dtype,
-        "zero": int(options.zero_stage), "gb": size / 1e9, "step_s": spread(found["step_s"]),
-        "stall_s": spread(found["stall_s"]),
-        "stall / step": statistics.median(found["stall_s"]) / statistics.median(found["step_s"]),
-        "whole_s": spread(found["whole_s"]), "beside": spread(found["beside"]) if found["beside"] else None,
-        "resume_s": spread(loads), "engine_s": spread(makes),
-    }  # fmt: skip
+    size = sum(path.stat().st_size for path in newest.iterdir())
+    about = {"model": case.preset, "batch": case.batch, "dtype": case.dtype, "gb": size / 1e9}
+    return {**about, **{name: spread(values) for name, values in times.items()}}
 
 
 def main(words: Sequence[str], prog: str = "sora bench checkpoint") -> int:
@@ -114,7 +90,6 @@ def main(words: Sequence[str], prog: str = "sora bench checkpoint") -> int:
     flags = Flags(prog, ABOUT)
     add_case_flags(flags)
     flags.flag("shape", "16x256x256", "frames, height and width of clips in pixels")
-    flags.flag("zero_stage", "1", "DeepSpeed's ZeRO stage", choices=["0", "1", "2", "3"])
     flags.flag("tmp", "", "folder on the disk to measure; empty: the system's temporary folder")
     options = flags.parse(words)
     return finish([bench(options)], ["checkpoint", *words], options.out)

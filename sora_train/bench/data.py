@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import base64
 import os
 import statistics
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
 from pyarrow import fs
 
-from data_prep.shards import ShardWriter
 from sora_train.bench.core import Flags, Row, Table, finish, interleave, log, seconds, spread
-from sora_train.bench.variant import size_of
 from sora_train.data.loader import batches
 from sora_train.data.order import batch
 from sora_train.data.shards import ShardSet
 from sora_train.diffusion import DiffusionConfig, make_objective
 from sora_train.errors import RecipeError, UserError
-from sora_train.manifest import Counts, LatentFormat, Manifest, TextFacts, VaeFacts, latent_shape
-from sora_train.schema import ROW_GROUP, SHARD_SCHEMA, bucket_name, encode_row, shard_files
+from sora_train.manifest import Manifest
+from sora_train.schema import shard_files
 from sora_train.storage import resolve
 
 ABOUT = """Reads all shards once per turn with the shard reader in training's shuffled order, with the training loader,
-and as raw bytes; from the page cache and from the disk. SHARDS is a folder of `sora prep` or its URI; without it, noise
-is written to a temporary folder. Example: sora bench data runs/quickstart/shards"""
+and as raw bytes; from the page cache and from the disk. SHARDS is a folder of `sora prep` or its URI. Example: sora
+bench data runs/quickstart/shards"""
 CHUNK = 2**23
-KEY = "bench"
 
 
 def read_raw(folder: str, batch_size: int) -> int:
@@ -67,7 +59,7 @@ READERS: dict[str, Callable[[str, int], int]] = {
 }  # fmt: skip
 
 
-def readers_table(folder: str, batch_size: int, rounds: int) -> Table:
+def bench(folder: str, batch_size: int, rounds: int) -> Table:
     """Rates of all readers from the page cache (or from remote storage), and from the disk."""
     Manifest.load(folder)
     system, _ = resolve(folder)
@@ -75,10 +67,9 @@ def readers_table(folder: str, batch_size: int, rounds: int) -> Table:
     if not files:
         raise UserError(f"{folder} has no shards. Make some with `sora prep RECIPE`")
     size = sum(info.size for info in system.get_file_info(files))
-    table = Table("data: readers", [], [f"{len(files)} files, {size / 1e6:,.1f} MB; batches of {batch_size}"])
+    table = Table("data", [], [f"{len(files)} files, {size / 1e6:,.1f} MB; batches of {batch_size}"])
     table.notes.append("of raw: raw seconds over the reader's, by turns; GB/s: bytes of the files, opening included")
-    local = isinstance(system, fs.LocalFileSystem)
-    places = ("warm", "cold") if local and hasattr(os, "posix_fadvise") else ("warm",) if local else ("remote",)
+    places = ("warm", "cold") if isinstance(system, fs.LocalFileSystem) else ("remote",)
     for place in places:
         log(f"reading, {place}")
         calls = {name: partial(time_reader, read, folder, batch_size, place == "cold")
@@ -116,51 +107,12 @@ def rows_of(times: dict[str, list[tuple[float, int]]], place: str, size: int, fa
     return rows
 
 
-def make_shards(
-    folder: str | Path, rows: int, shape: tuple[int, int, int], text_width: int = 4096, text_tokens: int = 120
-) -> str:
-    """Writes noise clips of a shape in pixels; captions have a quarter to all of the tokens (defaults: T5-XXL)."""
-    random, (frames, height, width), bucket = np.random.default_rng(0), shape, bucket_name(*shape)
-    latents = (1, *latent_shape(4, 8, 1, frames, height, width))
-    writer = ShardWriter(str(folder), bucket, KEY)
-
-    def row(number: int) -> dict:
-        tokens = int(random.integers(max(text_tokens // 4, 1), text_tokens + 1))
-        return encode_row(
-            sample_id=f"{number:032x}", source=f"{number}.mp4", source_size=1, source_version="", content_hash="",
-            start_s=0.0, end_s=1.0, captions=[f"clip {number}"],
-            latents=random.standard_normal(latents, dtype=np.float32),
-            text=[random.standard_normal((tokens, text_width), dtype=np.float32)],
-        )  # fmt: skip
-
-    for first in range(0, rows, ROW_GROUP):
-        group = [row(number) for number in range(first, min(first + ROW_GROUP, rows))]
-        writer.add(pa.Table.from_pylist(group, SHARD_SCHEMA))
-    writer.close()
-    Manifest(
-        encoding_hash=KEY,
-        vae=VaeFacts(name="noise", hash=KEY, channels=4, factor=8, mean=(0.0,) * 4, std=(1.0,) * 4),
-        text=TextFacts(name="noise", hash=KEY, width=text_width, max_tokens=text_tokens),
-        latents=LatentFormat(moments=1),
-        frames=frames, fps=8.0, height=height, width=width, buckets={bucket: rows},
-        empty_text=base64.b64encode(np.zeros((1, text_width), np.float16).tobytes()).decode(), empty_tokens=1,
-        counts=Counts(asked=rows, written=rows, quarantined=0, filtered=0), reasons={},
-    ).save(str(folder))  # fmt: skip
-    return str(folder)
-
-
 def main(words: Sequence[str], prog: str = "sora bench data") -> int:
     """The command; returns the exit status."""
-    flags = Flags(f"{prog} [SHARDS]", ABOUT)
-    flags.flag("rows", 512, "clips to make if SHARDS is not given")
-    flags.flag("shape", "16x256x256", "their frames, height and width in pixels; latents have 4 channels")
+    flags = Flags(f"{prog} SHARDS", ABOUT)
     flags.flag("batch", 16, "clips per batch")
     flags.flag("rounds", 5, "turns of each reader")
-    flags.flag("tmp", "", "folder for the temporary shards; empty: the system's")
     options, rest = flags.parse_with_rest(words)
-    if len(rest) > 1 or any(word.startswith("-") for word in rest):
-        raise RecipeError(f"takes one folder of shards and flags, got {' '.join(rest)}. See `{prog} --help`")
-    with tempfile.TemporaryDirectory(dir=options.tmp or None) as made:
-        folder = rest[0] if rest else make_shards(f"{made}/shards", options.rows, size_of(options.shape))
-        table = readers_table(folder, options.batch, options.rounds)
-    return finish([table], ["data", *words], options.out)
+    if len(rest) != 1 or rest[0].startswith("-"):
+        raise RecipeError(f"takes one folder of shards and flags, got {' '.join(rest) or 'none'}. See `{prog} --help`")
+    return finish([bench(rest[0], options.batch, options.rounds)], ["data", *words], options.out)

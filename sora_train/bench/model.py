@@ -9,31 +9,24 @@ from __future__ import annotations
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from sora_train.bench.core import Flags, Row, Table, finish, interleave, log, spread
-from sora_train.bench.variant import (
-    Case,
-    TrainingStep,
-    Variant,
-    add_case_flags,
-    check_device,
-    relative,
-    seeded,
-    size_of,
-)
+from sora_train.bench.case import Case, add_case_flags, check_device, inputs, relative, seeded, size_of
+from sora_train.bench.core import Flags, Row, Table, finish, interleave, log, seconds, spread
 from sora_train.errors import RecipeError, UserError
 from sora_train.model.flops import forward_flops, parameter_count
 from sora_train.train.hardware import peak_flops
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}
 """Largest difference of outputs, over the largest output, that rounding explains."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ABOUT = """Times forward, backward and AdamW of our model and of diffusers' LatteTransformer3DModel with the same
 weights and inputs, eager and compiled, in turns. Measures every combination of the flags that
 take several values. Example for a GPU: sora bench model --presets latte_t2v --batch 8 --compile no yes --checkpointing
@@ -52,8 +45,6 @@ def flags_of(prog: str) -> Flags:
     flags.flag("compile", ["no"], "torch.compile; takes minutes for each shape", choices=["no", "yes"])
     flags.flag("checkpointing", ["none"], "activation checkpointing; diffusers uses none for selective",
                choices=["none", "selective", "full"])  # fmt: skip
-    flags.flag("steps", 1, "steps of each measurement")
-    flags.flag("warm_up", 1, "measurements that don't count")
     flags.flag("alone", False, "leave diffusers out")
     return flags
 
@@ -67,12 +58,91 @@ def cases(options: Namespace) -> Iterator[Case]:
     ):
         yield Case(
             preset, attention, size_of(shape), dtype or default, checkpointing, options.batch, options.text_tokens,
-            options.device, options.threads, options.steps,
+            options.device,
         )  # fmt: skip
+
+
+class TrainingStep:
+    """A model, its AdamW and one batch. `weights` is a folder in diffusers' format; empty: from a seed."""
+
+    def __init__(self, case: Case, diffusers: bool, compiled: bool, weights: str = "") -> None:
+        device, self.dtype = torch.device(case.device), DTYPES[case.dtype]
+        model, self.run = (load_diffusers if diffusers else load_ours)(case, compiled, weights)
+        self.model = model.to(device, self.dtype).train()
+        self.adam = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
+        self.inputs = tuple(x.to(device) for x in inputs(case))
+
+    def forward(self) -> Tensor:
+        x, t, text, mask = self.inputs
+        return self.run(self.model, x.to(self.dtype), t, text.to(self.dtype), mask).float()
+
+    def output(self) -> Tensor:
+        """The model's output on the batch, float32 `b f c h w`."""
+        with torch.no_grad():
+            return self.forward().cpu()
+
+    def turn(self) -> dict[str, float]:
+        """Seconds of forward, backward, optimizer and all of a step."""
+        loss: list[Tensor] = []
+
+        def update() -> None:
+            self.adam.step()
+            self.adam.zero_grad(set_to_none=True)
+
+        took = {
+            "forward_s": seconds(lambda: loss.append(self.forward().square().mean())),
+            "backward_s": seconds(lambda: loss[0].backward()),
+            "optimizer_s": seconds(update),
+        }
+        return {**took, "step_s": sum(took.values())}
+
+    def memory(self) -> float:
+        """Peak memory of a step on the GPU in 10⁹ bytes, with weights and moments."""
+        moments = [value for state in self.adam.state.values() for value in state.values()]
+        held = sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers(), *moments))
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        self.turn()
+        return (held + torch.cuda.max_memory_allocated() - before) / 1e9
+
+
+Network = tuple[nn.Module, Callable[..., Tensor]]
+"""A model, and how to call it: `run(model, x, t, text, mask)` with our axes."""
+
+
+def load_ours(case: Case, compiled: bool, weights: str) -> Network:
+    """Our model, checkpointed and compiled as training does it."""
+    from sora_train.model.convert import from_diffusers
+    from sora_train.train.activation_checkpointing import apply_activation_checkpointing
+    from sora_train.train.compile import compile_blocks
+
+    model = from_diffusers(weights) if weights else seeded(case)
+    apply_activation_checkpointing(model, case.checkpointing)  # pyright: ignore[reportArgumentType]
+    if compiled:
+        compile_blocks(model, 2)  # with and without gradients
+    return model, lambda model, x, t, text, mask: model(x, t, text, mask)
+
+
+def load_diffusers(case: Case, compiled: bool, weights: str) -> Network:
+    """diffusers' model. Its axes are `b c f h w`, and its mask is an additive bias for every frame."""
+    from diffusers import LatteTransformer3DModel
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()
+
+    def call(model: Any, x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        bias = torch.where(mask, 0.0, -10000.0).to(text.dtype)[:, None].repeat_interleave(x.shape[1], dim=0)
+        return model(x.transpose(1, 2), t, text, bias, return_dict=False)[0].transpose(1, 2)
+
+    model = LatteTransformer3DModel.from_pretrained(weights, low_cpu_mem_usage=False)
+    if case.checkpointing == "full":
+        model.enable_gradient_checkpointing()
+    return model, partial(torch.compile(call, dynamic=False)) if compiled else call
 
 
 def bench(options: Namespace) -> list[Table]:
     """One row for each variant of each case."""
+    torch.set_num_threads(options.threads)
     rows: list[Row] = []
     failed: list[str] = []
     compare = find_spec("diffusers") is not None and not options.alone
@@ -84,7 +154,6 @@ def bench(options: Namespace) -> list[Table]:
     notes = [
         f"median (minimum – maximum) of {options.rounds} turns; `times diffusers`: eager diffusers' time over "
         "this one's; difference: the largest difference from diffusers' output, over its largest value",
-        "memory: weights, moments, gradients and activations as torch counts them",
     ]
     if not compare:
         notes.append("without diffusers' model" + ("" if options.alone else ": diffusers is not installed"))
@@ -93,16 +162,19 @@ def bench(options: Namespace) -> list[Table]:
 
 def measure(case: Case, options: Namespace, compare: bool) -> tuple[list[Row], list[str]]:
     """The rows of one case, and its errors: compares outputs, then times in turns, then measures memory."""
-    torch.set_num_threads(case.threads)
+    from sora_train.model.convert import to_diffusers
+
     with tempfile.TemporaryDirectory() as folder:
         if compare:
-            write_weights(case, folder)
-        variants = [
-            Variant(case, implementation, compiled == "yes", folder if compare else "")
-            for implementation in (("diffusers", "ours") if compare else ("ours",))
+            to_diffusers(seeded(case), folder, frames=case.shape[0])
+        making = {
+            name + (", compiled" if compiled == "yes" else ""): partial(
+                TrainingStep, case, name == "diffusers", compiled == "yes", folder if compare else ""
+            )
+            for name in (("diffusers", "ours") if compare else ("ours",))
             for compiled in sorted(set(options.compile))
-        ]
-        made, errors = interleave({one.name: partial(TrainingStep, one) for one in variants}, 1, warm_up=0)
+        }
+        made, errors = interleave(making, 1, warm_up=0)
     steps = {name: one for name, (one,) in made.items()}
     outputs, more = interleave({name: step.output for name, step in steps.items()}, 1, warm_up=0)
     errors |= more
@@ -111,25 +183,15 @@ def measure(case: Case, options: Namespace, compare: bool) -> tuple[list[Row], l
     for name, difference in differences.items():
         if difference > TOLERANCE[case.dtype]:
             errors[name] = f"its output differs from {reference}'s by {difference:.2g}, so it is not timed"
-    calls = {name: steps[name].turn for name in outputs if name not in errors}
-    times, more = interleave(calls, options.rounds, options.warm_up)
+    times, more = interleave({name: steps[name].turn for name in outputs if name not in errors}, options.rounds)
     errors |= more
-    memory, more = interleave({name: steps[name].memory for name in times}, 1, warm_up=0)
+    on_gpu = torch.device(case.device).type == "cuda"
+    memory, more = interleave({name: steps[name].memory for name in times if on_gpu}, 1, warm_up=0)
     errors |= more
     base = [turn["step_s"] for turn in times.get("diffusers", [])]
     rows = [row_of(case, name, each, base, differences[name], memory.get(name, [None])[0])
             for name, each in times.items()]  # fmt: skip
     return rows, [f"{name}: {error}" for name, error in errors.items()]
-
-
-def write_weights(case: Case, folder: str) -> None:
-    """Writes the weights that both implementations load."""
-    from sora_train.model import Latte
-    from sora_train.model.convert import to_diffusers
-
-    model = seeded(case)
-    assert isinstance(model, Latte)
-    to_diffusers(model, folder, frames=case.shape[0])
 
 
 def row_of(

@@ -1,127 +1,157 @@
-"""`sora bench train`: a step of `sora train` compared with a bare torch loop, by part and by number of workers."""
+"""`sora bench train`: a step of `sora train` compared with a bare torch loop, and by number of workers."""
 
 from __future__ import annotations
 
 import statistics
 import tempfile
 from argparse import Namespace
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Sequence
+from itertools import cycle
 
 import torch
+from torch import Tensor
 
-from sora_train.bench.core import Flags, Row, Table, finish, interleave, log, spread
-from sora_train.bench.overhead import PARTS, PartialLoop
-from sora_train.bench.runs import recipe_in, start_training
-from sora_train.errors import RecipeError, UserError, error_line
+from sora_train.bench.core import Flags, Row, Table, finish, log, seconds, spread
+from sora_train.bench.runs import recipe_in, train
+from sora_train.data.collate import MicroBatch, padded_lengths
+from sora_train.data.loader import micro_batches
+from sora_train.data.shards import ShardSet
+from sora_train.diffusion import make_objective
+from sora_train.errors import RecipeError
+from sora_train.model import Latte
 from sora_train.recipe import Recipe
+from sora_train.train.activation_checkpointing import apply_activation_checkpointing
+from sora_train.train.compile import compile_blocks
+from sora_train.train.engine import decay_groups
+from sora_train.train.skipped_blocks import add_zero_gradients
 
-ABOUT = """Times training steps of a recipe whose shards exist. With one worker: a bare torch loop, then the same with
-DeepSpeed, averaged weights and reading, in turns; then `sora train`, which adds the guard,
-metrics, logs and Ray. Then `sora train` with other numbers of workers. And the time from the command to the first step.
-Any key of the recipe is a flag too. Example: sora bench train jobs/quickstart.yaml --workers 1 2"""
-WHOLE = "sora train, with Ray"
-
-
-def bench(options: Namespace, recipe: Recipe, words: Sequence[str]) -> list[Table]:
-    """Three tables. UserError if the recipe can't be trained."""
-    from sora_train.data.shards import ShardSet
-
-    ShardSet(recipe.data.output, recipe.data.holdout_fraction, "train")
-    with tempfile.TemporaryDirectory() as folder:
-        times, failed = time_parts(options, recipe)
-        runs: list[Row] = []
-        for workers in [1] * options.rounds + sorted({*options.workers} - {1}):
-            log(f"sora train with {workers} workers")
-            try:
-                runs.append(time_run(options, words, workers, f"run-{len(runs)}-{len(failed)}", folder))
-            except UserError as error:
-                failed.append(f"{workers} workers: {error_line(error)}")
-    if whole := [step for run in runs if run["workers"] == 1 for step in run["step_s"]]:
-        times[WHOLE] = whole
-    return [parts_table(recipe, times, failed), workers_table(runs), start_table(runs)]
+ABOUT = """Times training steps of a recipe whose shards exist: a bare torch loop with four batches in memory, and `sora
+train`, which adds DeepSpeed, averaged weights, reading, the guard, metrics, logs and Ray, in turns. Then `sora train`
+with other numbers of workers. Any key of the recipe is a flag too. Example: sora bench train jobs/quickstart.yaml
+--workers 1 2"""
+KEYS = ("step_s", "samples_per_s", "data_wait_share", "mfu")
 
 
-def time_parts(options: Namespace, recipe: Recipe) -> tuple[dict[str, list[float]], list[str]]:
-    """Seconds per step of the loops of `PARTS`, taken in turns, and what failed."""
+def bench(options: Namespace, recipe: Recipe, words: Sequence[str]) -> Table:
+    """A row for the bare loop, and one for each number of workers. UserError if the recipe can't be trained."""
     torch.set_num_threads(recipe.cluster.cpus_per_worker)
-    loops = {part: PartialLoop(recipe, part, max(options.steps // 10, 1)) for part in PARTS}
-    times, errors = interleave({part: loop.turn for part, loop in loops.items()}, 10 * options.rounds, warm_up=2)
-    return times, [f"{part}: {error}" for part, error in errors.items()]
+    run, alone = make_bare(recipe), max(options.steps // 4, 1)
+    run(alone)  # a warm-up
+    bare: list[float] = []
+    runs: dict[int, list[dict[str, list[float]]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for turn, workers in enumerate([1] * options.rounds + sorted({*options.workers} - {1})):
+            if workers == 1:
+                log("the bare loop")
+                bare += [seconds(lambda: run(1)) for _ in range(alone)]
+            log(f"sora train, {workers} workers")
+            runs.setdefault(workers, []).append(time_run(options, words, workers, f"run-{turn}", folder))
+    rows: list[Row] = [
+        {"what": "bare torch", "step_s": spread(bare), "clips_per_s": recipe.train.batch_size / statistics.median(bare)}
+    ]
+    for workers, each in runs.items():
+        values = {key: [value for one in each for value in one[key]] for key in (*KEYS, "first_step_s")}
+        step = statistics.median(values["step_s"])
+        rows.append(
+            {
+                "what": f"sora train, {workers} worker{'s' if workers > 1 else ''}",
+                "step_s": spread(values["step_s"]),
+                "clips_per_s": statistics.median(values["samples_per_s"]),
+                "of bare": step / statistics.median(bare),
+                "of bare, at best": min(values["step_s"]) / min(bare),
+                "data_wait": statistics.fmean(values["data_wait_share"]),
+                "mfu": statistics.median(values["mfu"]) if values["mfu"] else None,
+                "first_step_s": spread(values["first_step_s"]),
+            }
+        )
+    config = recipe.train
+    note = (
+        f"workers of {recipe.cluster.cpus_per_worker} threads, batch {config.batch_size} in micro-batches of "
+        f"{config.micro_batch_size}, ZeRO {config.zero_stage}, {config.precision}; the same batch for any number of "
+        "workers; at best: minimum over minimum; first_step: from the command to the first step"
+    )
+    return Table("train", rows, [note])
 
 
-def time_run(options: Namespace, words: Sequence[str], workers: int, name: str, folder: str) -> Row:
-    """One `sora train`: its start, and the metrics of its steps without the first quarter. UserError if it fails."""
+def time_run(options: Namespace, words: Sequence[str], workers: int, name: str, folder: str) -> dict[str, list[float]]:
+    """One `sora train`: the metrics of its steps without the first quarter, and its start. UserError if it fails."""
     flags = {
         "cluster.workers": workers, "train.steps": options.steps, "train.checkpoint_every": options.steps,
         "validation.every": 0,
     }  # fmt: skip
-    run = start_training(words, name, folder, flags)
-    ready, first = run.wait_for("events.jsonl"), run.wait_for("metrics.jsonl")
-    measured = run.finish()[options.steps // 4 :]
-    keys = ("step_s", "samples_per_s", "data_wait_share", "mfu")
-    values = {key: [line[key] for line in measured if line[key] is not None] for key in keys}
-    return {"workers": workers, "ready": ready, "first": first, **values}
+    lines, first = train(words, name, folder, flags)
+    values = {key: [line[key] for line in lines[options.steps // 4 :] if line[key] is not None] for key in KEYS}
+    return {**values, "first_step_s": [first]}
 
 
-def parts_table(recipe: Recipe, times: dict[str, list[float]], failed: list[str]) -> Table:
-    """The step time with each part, compared with the bare loop and with the part before."""
-    bare = times.get(PARTS[0])
-    previous = {b: a for a, b in pairwise(times)}
-    rows: list[Row] = []
-    for name, values in times.items():
-        median = statistics.median(values)
-        added = median - statistics.median(times[previous[name]]) if name in previous else None
-        rows.append(
-            {
-                "step": name,
-                "step_s": spread(values),
-                "clips_per_s": recipe.train.batch_size / median,
-                "of bare": median / statistics.median(bare) if bare else None,
-                "of bare, at best": min(values) / min(bare) if bare else None,
-                "adds_ms": None if added is None else 1000 * added,
-            }
-        )
-    train = recipe.train
-    note = (
-        f"one worker of {recipe.cluster.cpus_per_worker} threads, batch {train.batch_size} in micro-batches of "
-        f"{train.micro_batch_size}, ZeRO {train.zero_stage}, {train.precision}; each line adds one part; adds: "
-        "difference of medians; at best: minimum over minimum, which other programs on the machine affect least"
-    )
-    return Table("train: parts of a step", rows, [note], failed)
+def make_bare(recipe: Recipe) -> Callable[[int], None]:
+    """The bare loop on four batches of the recipe's shards; returns the function that does so many steps."""
+    config, data = recipe.train, recipe.data
+    device = torch.device("cuda" if torch.cuda.is_available() and recipe.cluster.gpu != "no" else "cpu")
+    shards = ShardSet(data.output, data.holdout_fraction, "train")
+    order = shards.sample_order(config.batch_size, config.seed, data.image_ratio)
+    objective = make_objective(recipe.diffusion, recipe.model.learned_variance)
+    how = {"micro_batch_size": config.micro_batch_size, "caption_dropout": config.caption_dropout}
+    held = [micro_batches(shards, order, objective, number, **how) for number in range(4)]
+    torch.manual_seed(config.seed)
+    model = Latte(recipe.model)
+    add_zero_gradients(model)
+    apply_activation_checkpointing(model, config.activation_checkpointing)
+    if config.compile:
+        compile_blocks(model, len(shards.rows) * len(padded_lengths(shards.manifest.text.max_tokens)))
+    return bare_loop(model.to(device), recipe, cycle(held))
 
 
-def workers_table(runs: list[Row]) -> Table:
-    """Rates of `sora train` by number of workers."""
-    rows: list[Row] = []
-    for workers in sorted({run["workers"] for run in runs}):
-        together = {key: [value for run in runs if run["workers"] == workers for value in run[key]]
-                    for key in ("step_s", "samples_per_s", "data_wait_share", "mfu")}  # fmt: skip
-        rate = statistics.median(together["samples_per_s"])
-        one = rows[0]["clips_per_s"] if rows and rows[0]["workers"] == 1 else rate if workers == 1 else None
-        rows.append(
-            {
-                "workers": workers,
-                "step_s": spread(together["step_s"]),
-                "clips_per_s": rate,
-                "of so many times 1 worker": rate / (one * workers) if one else None,
-                "data_wait": statistics.fmean(together["data_wait_share"]),
-                "mfu": statistics.median(together["mfu"]) if together["mfu"] else None,
-            }
-        )
-    return Table("train: workers", rows, ["the same batch for any number of workers; data_wait: share of the time"])
+def bare_loop(model: Latte, recipe: Recipe, data: Iterable[Sequence[MicroBatch]]) -> Callable[[int], None]:
+    """The engine's arithmetic in plain torch; returns the function that does so many steps.
 
+    In bf16, stage 0 uses autocast. The other stages compute with bfloat16 weights, accumulate gradients in float32 and
+    let AdamW update float32 master weights.
+    """
+    config, device, batches = recipe.train, model.patch_in.weight.device, iter(data)
+    objective = make_objective(recipe.diffusion, recipe.model.learned_variance)
+    half = config.precision == "bf16"
+    masters: list[Tensor] = list(model.parameters())
+    groups = decay_groups(model, config.weight_decay)
+    copied = half and config.zero_stage > 0
+    if copied:
+        model.bfloat16()  # before the copy: DeepSpeed's masters also start from the bfloat16 weights
+        float32 = {p: p.detach().float().requires_grad_() for p in masters}
+        groups = [{**group, "params": [float32[p] for p in group["params"]]} for group in groups]
+        masters = list(float32.values())
+    weights: list[Tensor] = list(model.parameters())
+    adam = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 
-def start_table(runs: list[Row]) -> Table:
-    """Seconds from the command to the first step of one worker."""
-    alone = [run for run in runs if run["workers"] == 1]
-    parts = {
-        "imports, checks, Ray and its workers": [run["ready"] for run in alone],
-        "model, DeepSpeed, first step": [run["first"] - run["ready"] for run in alone],
-        "command to first step": [run["first"] for run in alone],
-    }
-    rows: list[Row] = [{"part": part, "seconds": spread(values)} for part, values in parts.items() if values]
-    return Table("train: start", rows, ["one worker, shards ready, no running cluster"])
+    def predict(x: Tensor, t: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        if copied:
+            return model(x.bfloat16(), t, text.bfloat16(), text_mask).float()
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            return model(x, t, text, text_mask).float()
+
+    def accumulate() -> None:
+        """Adds the gradients of a micro-batch to those of the masters."""
+        for master, weight in zip(masters, weights, strict=True):
+            if weight.grad is not None:
+                master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
+                weight.grad = None
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            for micro in next(batches):
+                micro = micro.to(device)
+                losses = objective.loss(predict, micro.latents, micro.noise, micro.t, micro.text, micro.text_mask)
+                ((losses * micro.weight).sum() / config.batch_size).backward()
+                if copied:
+                    accumulate()
+            if config.gradient_clip:
+                torch.nn.utils.clip_grad_norm_(masters, config.gradient_clip)
+            adam.step()
+            adam.zero_grad(set_to_none=True)
+            if copied:
+                with torch.no_grad():
+                    torch._foreach_copy_(weights, masters)
+
+    return run
 
 
 def main(words: Sequence[str], prog: str = "sora bench train") -> int:
@@ -134,4 +164,4 @@ def main(words: Sequence[str], prog: str = "sora bench train") -> int:
     recipe = recipe_in(rest, "train")
     if options.steps < 8:
         raise RecipeError(f"--steps {options.steps} is too few. Use 8 or more")
-    return finish(bench(options, recipe, rest), ["train", *words], options.out)
+    return finish([bench(options, recipe, rest)], ["train", *words], options.out)

@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from sora_train.bench import data
-from sora_train.bench.data import READERS, make_shards, readers_table
-from sora_train.bench.validate import count_steps, last_step
-from sora_train.bench.variant import Case, TrainingStep, Variant, inputs, relative, seeded
-from sora_train.data.shards import ShardSet
+from sora_train.bench.case import Case, inputs, relative, seeded
+from sora_train.bench.model import TrainingStep
+from sora_train.bench.validate import split_steps
 
 BARE = {"torch", "numpy", "einops", "safetensors", "jaxtyping"}
 OF_TORCH = {"typing_extensions", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "filelock", "fsspec",
@@ -34,7 +33,7 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = OnlyThese
 
 
 def case(checkpointing: str = "none", attention: str = "factorised") -> Case:
-    return Case("tiny", attention, (4, 32, 32), "fp32", checkpointing, 2, 7, "cpu", 1)
+    return Case("tiny", attention, (4, 32, 32), "fp32", checkpointing, 2, 7, "cpu")
 
 
 def run_model(folder: Path, *flags: str, path: Path | None = None) -> tuple[dict, str]:
@@ -65,7 +64,6 @@ def test_our_output_is_that_of_diffusers_on_the_same_weights(tmp_path: Path) -> 
     assert (ours["contender"], diffusers["contender"]) == ("ours", "diffusers")
     assert 0 < ours["difference"] < 1e-5
     assert ours["step_s"]["n"] == diffusers["step_s"]["n"] == 2
-    assert ours["memory_gb"] > 0
     assert ours["mfu"] is None
     assert not record["failed"]
     assert "| ours " in said
@@ -82,42 +80,36 @@ def test_other_weights_would_be_noticed() -> None:
 
 
 @pytest.mark.parametrize("attention", ["factorised", "joint"])
-def test_checkpointing_changes_memory_but_not_the_output(attention: str) -> None:
-    plain, full = (TrainingStep(Variant(case(how, attention), "ours", False)) for how in ("none", "full"))
+def test_checkpointing_does_not_change_the_output(attention: str) -> None:
+    plain, full = (TrainingStep(case(how, attention), False, False) for how in ("none", "full"))
     assert relative(full.output(), plain.output()) == 0
-    for one in (plain, full):
-        one.turn()
-    assert full.memory() < plain.memory()
 
 
 def test_a_turn_is_a_whole_training_step() -> None:
-    step = TrainingStep(Variant(case(), "ours", False))
+    step = TrainingStep(case(), False, False)
     before = [p.detach().clone() for p in step.model.parameters()]
     took = step.turn()
     assert took["step_s"] == sum(took[name] for name in ("forward_s", "backward_s", "optimizer_s"))
     assert all(not torch.equal(a, b) for a, b in zip(before, step.model.parameters(), strict=True))
 
 
-def test_every_reader_reads_every_clip_warm_and_cold(tmp_path: Path) -> None:
-    folder = make_shards(tmp_path / "shards", 70, (2, 32, 32), text_width=8, text_tokens=6)
-    assert ShardSet(folder).rows == {"2x32x32": 70}
-    assert {name: read(folder, 8) for name, read in READERS.items()} == {
-        "raw": 0, "ours: reader": 70, "ours: loader": 70,
+def test_every_reader_reads_every_clip_warm_and_cold(tiny_shards: Path) -> None:
+    assert {name: read(str(tiny_shards), 3) for name, read in data.READERS.items()} == {
+        "raw": 0, "ours: reader": 21, "ours: loader": 21,
     }  # fmt: skip
-    table = readers_table(folder, 8, rounds=2)
+    table = data.bench(str(tiny_shards), 3, rounds=2)
     assert [(row["from"], row["reader"]) for row in table.rows] == [
-        (place, name) for place in ("warm", "cold") for name in READERS
+        (place, name) for place in ("warm", "cold") for name in data.READERS
     ]
     assert all(row["of raw"]["median"] == 1 for row in table.rows if row["reader"] == "raw")
     assert not table.failed
 
 
-def test_times_of_a_reader_that_loses_clips_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = make_shards(tmp_path / "shards", 40, (2, 32, 32), text_width=8, text_tokens=6)
-    monkeypatch.setitem(data.READERS, "lossy", lambda folder, batch_size: 39)
-    table = readers_table(folder, 8, rounds=1)
+def test_times_of_a_reader_that_loses_clips_do_not_count(tiny_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(data.READERS, "lossy", lambda folder, batch_size: 20)
+    table = data.bench(str(tiny_shards), 3, rounds=1)
     assert "lossy" not in {row["reader"] for row in table.rows}
-    assert "warm: lossy read 39 of 40 clips, so its times don't count" in table.failed
+    assert "warm: lossy read 20 of 21 clips, so its times don't count" in table.failed
 
 
 def test_a_checkpoint_is_timed_from_the_stall_to_the_resume(tmp_path: Path) -> None:
@@ -141,10 +133,13 @@ def test_a_checkpoint_is_timed_from_the_stall_to_the_resume(tmp_path: Path) -> N
     assert not list(tmp_path.glob("tmp*"))
 
 
-def test_steps_are_counted_from_training_lines_only(tmp_path: Path) -> None:
-    lines = [{"step": 1, "step_s": 0.1}, {"step": 9, "step_s": 0.1}, {"step": 4, "holdout_loss": 1.0}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    assert last_step(tmp_path) == 9
-    assert count_steps(process, tmp_path, steps=400) == {True: [], False: []}
+def test_steps_are_split_by_the_validations_that_ran() -> None:
+    steps = [{"step": step, "step_s": float(step)} for step in range(1, 61)]
+    validations = [{"step": 30, "validation": True, "holdout_loss": 1.0}, {"step": 40, "validation": True}]
+    lines = [*steps[:45], validations[0], *steps[45:50], validations[1], *steps[50:]]
+    found = split_steps(lines, every=10)
+    # those of steps 10, 20 and 50 never ended: dropped, or still running
+    assert found == {False: [], True: [float(step) for step in range(21, 61)]}
+    found = split_steps([*steps[:45], *validations, *steps[45:]], every=40)
+    assert found[True] == [41.0, 42.0, 43.0, 44.0, 45.0]
+    assert found[False] == [float(step) for step in (*range(21, 41), *range(46, 61))]

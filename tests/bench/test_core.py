@@ -8,9 +8,9 @@ import pytest
 
 from sora_train import cli
 from sora_train.bench import command
+from sora_train.bench.case import size_of
 from sora_train.bench.core import Flags, Table, append, finish, interleave, markdown, provenance, spread
 from sora_train.bench.model import cases, flags_of
-from sora_train.bench.variant import size_of
 from sora_train.errors import RecipeError, UserError, error_line
 
 
@@ -87,10 +87,10 @@ def test_markdown_tables_line_up_and_omit_columns_without_values() -> None:
         (["model", "--speed", "9"], "unknown: --speed 9"),
         (["model", "--device", "tpu"], "--device tpu is not available"),
         (["data", "a", "b"], "takes one folder of shards and flags, got a b"),
+        (["data"], "takes one folder of shards and flags, got none"),
         (["train"], "takes one RECIPE, got none: sora bench train jobs/quickstart.yaml"),
         (["train", "jobs/quickstart.yaml", "--steps", "2"], "--steps 2 is too few"),
         (["validate", "jobs/quickstart.yaml", "--every", "300"], "--steps 400 is less than twice --every 300"),
-        (["all", "--only", "speed"], "invalid choice: 'speed'"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import psutil
 
-from sora_train.bench.validate import count_steps
+from sora_train.bench.validate import split_steps
+from sora_train.train.metrics import JsonLines
 from tests.drills.commands import Command, end, family, start, title, wait_for, wait_for_step
 from tests.drills.history import events, losses
 from tests.drills.stage import EVERY, ONE_THREAD, STEPS, Row, Stage, compare_runs, say, verdict
@@ -95,12 +96,12 @@ def throughput(stage: Stage) -> Row:
              "cluster.workers": "1", "cluster.address": "local", "tracking.wandb": "off"}  # fmt: skip
     words = ["train", str(recipe), *(word for key, value in flags.items() for word in (f"--{key}", value))]
     command = start(words, stage.runs / "throughput", stage.logs, ONE_THREAD)
-    rates = count_steps(command.process, command.run, steps=400)
     code = end(command, timeout_s=600)
-    with_it, without = (statistics.median(rates[busy]) if rates[busy] else float("nan") for busy in (True, False))
+    found = split_steps(JsonLines(command.run / "metrics.jsonl").read(), every=100)
+    with_it, without = (1 / statistics.fmean(found[busy]) if found[busy] else float("nan") for busy in (True, False))
     remark = (
-        f"{with_it / without:.2f} of the steps a second without one ({with_it:.2f} against {without:.2f}, medians of "
-        f"{len(rates[True])} and {len(rates[False])} spans of 2 s; one worker, two cores)"
+        f"{with_it / without:.2f} of the steps a second without one ({with_it:.2f} against {without:.2f}, means of "
+        f"{len(found[True])} and {len(found[False])} steps; one worker, two cores)"
     )
     return Row("none: throughput while a validation samples", exits=str(code), again=0,
                verdict=verdict([] if code == 0 else [f"exit {code}"], remark)[0], holds=code == 0)  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sora_train.bench.overhead import bare
+from sora_train.bench.train import bare_loop
 from sora_train.data.loader import micro_batches
 from sora_train.data.shards import ShardSet
 from sora_train.diffusion import make_objective
@@ -35,7 +35,7 @@ def test_the_bare_loop_in_bf16_learns_what_the_engine_does(stage: int, tiny_shar
         return Latte(replace(shape))
 
     plain, begun = made(), made()
-    bare(plain, recipe, cycle(data))(STEPS)
+    bare_loop(plain, recipe, cycle(data))(STEPS)
     engine = Engine(made(), recipe.train, accumulation=2, device=torch.device("cpu"))
     for micros in data:
         for micro in micros:

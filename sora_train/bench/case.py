@@ -1,0 +1,108 @@
+"""What `bench model` and `bench checkpoint` measure on: a model size, a clip shape, a batch of noise."""
+
+from __future__ import annotations
+
+import math
+import re
+from argparse import Namespace
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sora_train.bench.core import Flags
+from sora_train.errors import RecipeError
+from sora_train.model import Latte
+from sora_train.model.config import PRESETS, ModelConfig
+
+TINY: dict[str, Any] = {"depth": 2, "width": 32, "heads": 2, "patch": 2, "text_width": 16, "sample_size": 8}
+"""A preset for tests of the bench itself."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Model, clips and device of a measurement."""
+
+    preset: str
+    attention: str
+    shape: tuple[int, int, int]
+    """Frames, height and width in pixels; latents are an eighth of the sides."""
+    dtype: str
+    checkpointing: str
+    batch: int
+    text_tokens: int
+    device: str
+
+    @property
+    def model(self) -> ModelConfig:
+        keys: dict[str, Any] = TINY if self.preset == "tiny" else {"preset": self.preset, **PRESETS[self.preset]}
+        # sample_size may stay: positions are interpolated from it
+        return replace(ModelConfig(**keys), attention=self.attention)  # pyright: ignore[reportArgumentType]
+
+    @property
+    def latents(self) -> tuple[int, int, int]:
+        """Latent frames, height, width."""
+        frames, height, width = self.shape
+        return frames, height // 8, width // 8
+
+    def __str__(self) -> str:
+        checkpointing = "" if self.checkpointing == "none" else f", {self.checkpointing} checkpointing"
+        shape = "x".join(map(str, self.shape))
+        return f"{self.preset} {self.attention} {shape} batch {self.batch} {self.dtype} on {self.device}{checkpointing}"
+
+
+def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Latents `b f c h w`, times, text `b l e` and its mask; captions fill a quarter to all of the tokens."""
+    g = torch.Generator().manual_seed(1)
+    (f, h, w), config, b, l = case.latents, case.model, case.batch, case.text_tokens  # noqa: E741
+    x = torch.randn(b, f, config.in_channels, h, w, generator=g)
+    text = torch.randn(b, l, config.text_width, generator=g)
+    lengths = torch.linspace(max(l / 4, 1), l, b + 2)[1:-1].long()
+    t = 1000 * torch.rand(b, generator=g)
+    return x, t, text, torch.arange(l) < lengths[:, None]
+
+
+def seeded(case: Case) -> Latte:
+    """Our model with random weights. None is zero, which would hide differences."""
+    torch.manual_seed(0)
+    model = Latte(case.model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    return model
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """Largest difference of two tensors over the largest value of `b`; infinite if a value is not finite."""
+    largest = float(b.abs().max())
+    found = float((a - b).abs().max()) / largest if largest else math.inf
+    return found if math.isfinite(found) else math.inf
+
+
+def add_case_flags(flags: Flags) -> None:
+    """Adds the flags that `bench model` and `bench checkpoint` share."""
+    flags.flag("presets", ["S"], "model sizes; tiny only tests the bench", choices=[*PRESETS, "tiny"])
+    flags.flag("batch", 1, "clips per step")
+    flags.flag("text_tokens", 120, "tokens that captions are padded to; a quarter to all of them are real")
+    flags.flag("rounds", 5, "measurements of each variant")
+    flags.flag("device", "cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
+    flags.flag("threads", torch.get_num_threads(), "threads on the CPU")
+
+
+def check_device(options: Namespace) -> None:
+    """RecipeError if torch doesn't have the device of the flags."""
+    kind = options.device.split(":")[0]
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        raise RecipeError(f"--device {options.device} is not available. Use cpu, or cuda if torch sees a GPU")
+
+
+def size_of(shape: str) -> tuple[int, int, int]:
+    """Frames, height and width of a word such as `16x256x256`. RecipeError if it isn't such a word."""
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", shape)
+    if not found:
+        raise RecipeError(f"{shape} is not a shape. Write frames, height and width, such as 16x256x256")
+    frames, height, width = map(int, found.groups())
+    if height % 16 or width % 16:
+        raise RecipeError(f"shape {shape}: height and width must be multiples of 16 (VAE 8 x patch 2)")
+    return frames, height, width
