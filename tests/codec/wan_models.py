@@ -30,7 +30,7 @@ def wan_vae(kind: Kind, seed: int = 0, **options: Any) -> AutoencoderKLWan:
         size: dict[str, Any] = {"base_dim": 4, "z_dim": channels, "num_res_blocks": 1}
         kinds = {**residual, "scale_factor_spatial": 16} if kind == "2.2" else {}
         statistics = {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
-        return varied(AutoencoderKLWan(**size | kinds | statistics | options).eval())
+        return varied(of_class(AutoencoderKLWan, size | kinds | statistics | options))
 
 
 def umt5(vocabulary: int, seed: int = 0, **options: Any) -> UMT5EncoderModel:
@@ -61,7 +61,11 @@ def wan_transformer(kind: Kind, seed: int = 0, **options: Any) -> WanTransformer
     ends = {"in_channels": channels, "out_channels": channels, "text_dim": TEXT_WIDTH}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return varied(WanTransformer3DModel(**size | ends | options).eval())
+        return varied(of_class(WanTransformer3DModel, size | ends | options))
+
+
+def of_class(kind: Any, config: dict[str, Any]) -> Any:
+    return kind(**config).eval()
 
 
 def varied(model: Any) -> Any:
