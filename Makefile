@@ -31,7 +31,7 @@ quickstart: .venv/installed
 	$(BIN)/sora demo
 
 bench-quickstart: .venv/installed
-	$(BIN)/python -m sora_train.quickstart.seeds
+	$(BIN)/python -m tools.quickstart_seeds
 
 # tests/drills/README.md describes the drills.
 # Some of it: make drill-train ARGS='--only worker-killed node-lost'; --out FILE.md writes the table for docs/benchmarks.

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import csv
 import json
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from sora_train.errors import UserError
-from sora_train.log import log
+from sora_train.log import every_few_seconds, log
 from sora_train.provenance import usable_cores
 from sora_train.quickstart.measure import SEEDS, VERDICTS, measure_samples, scenes, write_verdicts
-from sora_train.quickstart.oracle import Verdict, classify
+from sora_train.quickstart.oracle import classify
 from sora_train.quickstart.shapes import COLOURS, DIRECTIONS, make_clips
 from sora_train.recipe import Recipe, load_recipe
 from sora_train.video import contact_sheet, read_mp4
@@ -32,6 +31,8 @@ def demo(recipe_path: str | Path = "jobs/quickstart.yaml", overrides: Mapping[st
 
     Paths in the recipe are relative to the current directory.
     """
+    from data_prep.pipeline import prep
+    from sora_train.launch.trainer import launch_training
     from sora_train.report import write_report
 
     started = time.monotonic()
@@ -41,9 +42,9 @@ def demo(recipe_path: str | Path = "jobs/quickstart.yaml", overrides: Mapping[st
     with stage(1, "clips: coloured shapes that move, as mp4 files with captions", started):
         clips_folder = clips(recipe)
     with stage(2, "prep: videos and captions to latents and embeddings", started):
-        prepare(recipe)
+        prep(recipe)
     with stage(3, f"train: {recipe.train.steps} steps on {recipe.cluster.workers} workers", started):
-        train(recipe)
+        launch_training(recipe)
     with stage(4, f"sample: {len(scenes())} captions, half of them held out of training, {len(SEEDS)} seeds", started):
         final = sample(run_folder)
     with stage(5, "measure: what the samples show, read from their pixels", started):
@@ -88,8 +89,7 @@ def clips(recipe: Recipe, count: int = CLIPS) -> Path:
     if are_whole(captions, count):
         log.info(f"  {count} clips are in {folder} already")
         return folder
-    with heartbeat(lambda: f"  {len(list(folder.glob('*.mp4')))} of {count} clips"):
-        make_clips(folder, count)
+    make_clips(folder, count, progress=every_few_seconds(lambda done: log.info(f"  {done} of {count} clips")))
     log.info(f"  {count} clips in {folder}")
     return folder
 
@@ -104,38 +104,6 @@ def are_whole(captions: Path, count: int) -> bool:
     with captions.open(newline="", encoding="utf-8") as file:
         names = [row["video_file_name"] for row in csv.DictReader(file)]
     return len(names) == count and all((captions.parent / name).is_file() for name in names)
-
-
-@contextmanager
-def heartbeat(line: Callable[[], str], seconds: float = 5.0) -> Iterator[None]:
-    """Logs `line()` at this interval until the block ends."""
-    over = threading.Event()
-
-    def beat() -> None:
-        while not over.wait(seconds):
-            log.info(line())
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
-def prepare(recipe: Recipe) -> None:
-    """Stage 2: encodes the clips into shards."""
-    from data_prep.pipeline import prep
-
-    prep(recipe)
-
-
-def train(recipe: Recipe) -> None:
-    """Stage 3: trains, unless the run is finished."""
-    from sora_train.launch.trainer import launch_training
-
-    launch_training(recipe)
 
 
 def sample(run_folder: Path, seeds: Sequence[int] = SEEDS) -> Path:
@@ -156,22 +124,11 @@ def sample(run_folder: Path, seeds: Sequence[int] = SEEDS) -> Path:
         stale.unlink(missing_ok=True)
     torch.set_num_threads(usable_cores())
     prompts = [scene.caption for scene in scenes()]
-    state, verdicts = "loading the text encoder", list[Verdict]()
-
-    def progress(done: int, of: int) -> None:
-        nonlocal state
-        state = f"{done} of {of} sampler steps"
-
-    with heartbeat(lambda: f"  {state}, {len(list(folder.glob('*.mp4')))} of {len(prompts) * len(seeds)} videos"):
-        files = sample_to_folder(
-            run,
-            prompts,
-            None,
-            folder,
-            seeds,
-            progress=progress,
-            on_video=lambda video: verdicts.append(classify(video)),
-        )
+    verdicts = []
+    progress = every_few_seconds(lambda done, of: log.info(f"  {done} of {of} sampler steps"))
+    files = sample_to_folder(
+        run, prompts, None, folder, seeds, progress=progress, on_video=lambda video: verdicts.append(classify(video))
+    )
     write_verdicts(folder, verdicts)
     write_sheet(files, len(seeds), folder / "sheet.png")
     log.info(f"  {len(files)} videos and sheet.png in {folder}")
@@ -202,17 +159,15 @@ def write_sheet(files: Sequence[Path], seeds: int, path: Path) -> None:
 
     Clips are chosen by their index, not by their looks.
     """
-    everything, directions = scenes(), list(DIRECTIONS)
-    wanted = [
-        (colour, directions[(i + 2 * held_out) % len(directions)], held_out)
-        for i, colour in enumerate(COLOURS)
-        for held_out in (False, True)
+    colours, directions = list(COLOURS), list(DIRECTIONS)
+    chosen = [
+        (colours.index(scene.colour), scene.held_out, scene.caption, index)
+        for index, scene in enumerate(scenes())
+        if scene.direction == directions[(colours.index(scene.colour) + 2 * scene.held_out) % len(directions)]
     ]
-    at = {(scene.colour, scene.direction, scene.held_out): index for index, scene in enumerate(everything)}
-    chosen = [at[what] for what in wanted]
-    videos = [read_mp4(files[index * seeds]) for index in chosen]
-    badges = ["held out" if everything[index].held_out else "seen" for index in chosen]
-    contact_sheet(videos, [everything[index].caption for index in chosen], badges).save(path, optimize=True)
+    _, held_out, captions, indices = zip(*sorted(chosen), strict=True)
+    videos = [read_mp4(files[index * seeds]) for index in indices]
+    contact_sheet(videos, captions, ["held out" if one else "seen" for one in held_out]).save(path, optimize=True)
 
 
 def summary(run_folder: Path, shares: dict, seconds: float) -> str:

@@ -9,6 +9,7 @@ but not these triples. So a model that draws a held-out caption has combined wor
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -94,7 +95,9 @@ def draw(scene: Scene, rng: np.random.Generator, frames: int = FRAMES, size: int
     return clip
 
 
-def make_clips(folder: str | Path, count: int, seed: int = 0) -> Path:
+def make_clips(
+    folder: str | Path, count: int, seed: int = 0, progress: Callable[[int], object] = lambda done: None
+) -> Path:
     """Writes `count` mp4 files of seen combinations, evenly spread.
 
     Returns the path of their `captions.csv`.
@@ -108,6 +111,7 @@ def make_clips(folder: str | Path, count: int, seed: int = 0) -> Path:
         name = f"clip_{i:05d}.mp4"
         write_mp4(folder / name, draw(scene, np.random.default_rng((seed, i))), fps=FPS, crf=10)
         rows.append((name, scene.caption))
+        progress(len(rows))
     captions = folder / "captions.csv"
     with captions.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

@@ -9,8 +9,8 @@ import torch
 from sora_train.codec import BUILTIN
 from sora_train.codec.text import TextEncoder, load_text_encoder, load_tokenizer
 from sora_train.errors import UserError
-from sora_train.quickstart.make_text_encoder import make_tokenizer
 from sora_train.quickstart.shapes import all_scenes
+from tools.make_text_encoder import make_tokenizer
 
 ODD = [
     "a", "A", "red", "Red", "réd", "a fox", "a 🦊", "a 🦋", "猫", "犬", "100 % blue",

@@ -14,7 +14,7 @@ from sora_train.quickstart import measure as measuring
 from sora_train.quickstart import run as demo_run
 from sora_train.quickstart.measure import SEEDS, VERDICTS, measure_samples, scenes, write_verdicts
 from sora_train.quickstart.oracle import classify
-from sora_train.quickstart.run import clips, find_recipe, heartbeat, is_sampled, summary, write_sheet
+from sora_train.quickstart.run import clips, find_recipe, is_sampled, summary, write_sheet
 from sora_train.quickstart.shapes import draw, make_clips
 from sora_train.recipe import Recipe
 from sora_train.video import read_mp4, write_mp4
@@ -153,14 +153,3 @@ def test_the_recipe_is_found_from_any_folder(tmp_path, monkeypatch):
     assert find_recipe("jobs/quickstart.yaml").resolve() == tmp_path / "jobs" / "quickstart.yaml"
     with pytest.raises(UserError, match="checkout"):
         find_recipe("jobs/none.yaml")
-
-
-def test_a_heartbeat_speaks_until_the_work_is_done(capsys):
-    import time
-
-    with heartbeat(lambda: "alive", seconds=0.01):
-        time.sleep(0.1)
-    beats = capsys.readouterr().out.count("alive")
-    time.sleep(0.05)
-    assert beats >= 2
-    assert capsys.readouterr().out == ""

@@ -1,6 +1,6 @@
 """Makes the built-in text encoder, a small frozen T5 with random weights.
 
-Usage: `python -m sora_train.quickstart.make_text_encoder`.
+Usage: `python -m tools.make_text_encoder`.
 
 The encoder has the same classes and files as a large T5. Random weights suffice for the demo's captions: its words get
 orthogonal embeddings, so a model can tell every caption from every other. The vocabulary has the demo's words, letters,

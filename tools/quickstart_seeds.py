@@ -1,7 +1,7 @@
 """How much the quickstart's results vary with the training seed.
 
 Trains with three seeds on the quickstart's shards and measures 192 clips of each. Run `python -m
-sora_train.quickstart.seeds` (`make bench-quickstart`) after `make quickstart`. Each run takes as long as the
+tools.quickstart_seeds` (`make bench-quickstart`) after `make quickstart`. Each run takes as long as the
 quickstart's training. Finished runs are not repeated.
 """
 

@@ -1,6 +1,6 @@
 """Trains the built-in VAE on frames of the demo's clips.
 
-Usage: `python -m sora_train.quickstart.train_vae`.
+Usage: `python -m tools.train_vae`.
 
 The VAE is a diffusers `AutoencoderKL` of the usual layout (8 x 8 pixels to one latent of 4 channels), small enough for
 the repository. Most of a frame is dark background, so the loss gives the shape and its edge more weight. The last
