@@ -1,18 +1,11 @@
-"""Broken set-ups are caught before training starts, with the remedy in the message.
+"""Broken set-ups are caught before training starts, with the remedy in the message."""
 
-What one machine can't stage, such as another version on another node, is given as the `NodeInfo` of such a node.
-"""
-
-import base64
-import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,32 +17,16 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from sora_train.errors import RecipeError, UserError
 from sora_train.launch.checks import check_shards, count_workers
 from sora_train.launch.preflight import node_info, table, verdicts
-from sora_train.launch.preflight.allreduce import bandwidth, check_allreduce, run_ranks, time_sums
-from sora_train.launch.preflight.node_info import NodeInfo, ask, collect, parse_gpus, probe_folder, write_file
+from sora_train.launch.preflight.allreduce import check_allreduce, run_ranks, time_sum
+from sora_train.launch.preflight.node_info import NodeInfo, ask, collect, describe_node, parse_gpus, versions
 from sora_train.launch.preflight.table import Table, check_files, check_quickly, preflight
 from sora_train.launch.preflight.verdicts import Skip
 from sora_train.launch.trainer import launch_training
+from sora_train.manifest import Manifest
 from sora_train.recipe import check, save_recipe
 
-HERE = {"python": "3.11.7", "sora_train": "abc", "torch": "2.13.0", "ray": "2.60.0", "deepspeed": "0.19.8"}
-ON_GPU = HERE | {"CUDA": "12.8", "NCCL": "2.27.3"}
 VALIDATED = {"validation__every": 4, "validation__prompts": ["a"]}
-GOOD_KEY = "9" * 40
 H100 = ("NVIDIA H100 80GB HBM3", 81559 * 2**20)
-
-
-def node(number: int, **changes: object) -> NodeInfo:
-    """A sound node of two GPUs, except for `changes`."""
-    sound = NodeInfo(
-        id=f"id{number}",
-        address=f"10.0.0.{number}",
-        resources={"CPU": 16.0, "GPU": 2.0},
-        versions=ON_GPU,
-        gpus=(H100, H100),
-        memory=256 * 2**30,
-        encoding="e",
-    )
-    return replace(sound, **changes)
 
 
 def fails(act: Callable[[], object], *words: str) -> None:
@@ -59,57 +36,39 @@ def fails(act: Callable[[], object], *words: str) -> None:
 
 
 def test_sound_nodes_pass():
-    nodes = [node(1), node(2), node(3)]
+    nodes = [NodeInfo(f"10.0.0.{n}", {"CPU": 16.0, "GPU": 2.0}, (H100, H100)) for n in range(3)]
     assert verdicts.check_nodes(nodes) == "3 nodes, 48 CPUs, 6 GPUs (NVIDIA H100 80GB HBM3)"
-    verdicts.check_versions(nodes, HERE)
-    verdicts.check_clocks(nodes)
-    verdicts.check_storage(nodes, "/shared")
-    verdicts.check_shards_match(nodes, "e", "/shards")
 
 
-@pytest.mark.parametrize(
-    ("name", "version"),
-    [("torch", "2.12.0"), ("python", "3.12.1"), ("deepspeed", "missing"), ("sora_train", "def"), ("NCCL", "2.21.5")],
-)
-def test_another_version_on_a_node_is_named_with_both(name: str, version: str):
-    nodes = [node(1), node(2, versions=ON_GPU | {name: version})]
-    words = f"10.0.0.2 has {name} {version}, others have {ON_GPU[name]}", "constraints.txt", "--working-dir"
-    fails(lambda: verdicts.check_versions(nodes, HERE), *words)
+def test_a_problem_of_several_nodes_is_said_once():
+    nodes = [NodeInfo("10.0.0.1", problems=("a", "b")), NodeInfo("10.0.0.2", problems=("b",))]
+    fails(lambda: verdicts.check_nodes(nodes), "10.0.0.1: a; 10.0.0.1, 10.0.0.2: b")
 
 
-def test_a_node_without_gpus_needs_no_cuda():
-    decoding = node(3, gpus=(), resources={"CPU": 64.0}, versions=HERE)
-    verdicts.check_versions([node(1), decoding], ON_GPU)
+@pytest.mark.parametrize("name", ["torch", "python", "deepspeed", "sora_train"])
+def test_another_version_on_a_node_is_named_with_both(name: str, tmp_path: Path):
+    here = versions()
+    (problem,) = describe_node(tmp_path / "id1", here | {name: "another"}, "", "").problems
+    assert problem.startswith(f"{name} is {here[name]} there and another here. Install the same")
 
 
-def test_a_gpu_that_the_driver_does_not_see_is_named():
-    nodes = [node(1), node(2, gpus=(H100,))]
-    fails(lambda: verdicts.check_nodes(nodes), "10.0.0.2: Ray counts 2 GPUs, the driver sees 1")
-
-
-def test_a_node_that_does_not_answer_is_named():
-    fails(lambda: verdicts.check_nodes([node(1), node(2, error="no answer in 40 s")]), "10.0.0.2: no answer")
-
-
-def test_a_clock_that_is_off_is_named():
-    fails(lambda: verdicts.check_clocks([node(1), node(2, clock_s=-7.25)]), "10.0.0.2 by -7.2 s", "chrony")
-
-
-def test_other_shards_on_a_node_are_named():
-    nodes = [node(1), node(2, encoding="other"), node(3, encoding="!no manifest.json in /shards")]
-    words = "10.0.0.2: other shards", "10.0.0.3: no manifest.json in /shards"
-    fails(lambda: verdicts.check_shards_match(nodes, "e", "/shards"), *words)
+def test_other_shards_on_a_node_are_named(builtin_shards: Path, tmp_path: Path):
+    encoding = Manifest.load(str(builtin_shards)).encoding_hash
+    assert describe_node(tmp_path / "id1", versions(), str(builtin_shards), encoding).problems == ()
+    (other,) = describe_node(tmp_path / "id2", versions(), str(builtin_shards), "another").problems
+    assert f"{encoding} there and another here" in other
+    (none,) = describe_node(tmp_path / "id3", versions(), str(tmp_path), encoding).problems
+    assert "no manifest.json" in none
 
 
 def test_a_folder_that_a_node_lacks_or_can_not_write_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(node_info, "FILE_DELAY_S", 0.3)
-    lacks = node(1, write_error=write_file(tmp_path / "none" / ".preflight", "id1"))
-    other = node(2, write_error=write_file(tmp_path / ".preflight", "id2"))
-    (tmp_path / ".there" / "id3").mkdir(parents=True)  # where the node's file would be
-    full = node(3, write_error=write_file(tmp_path / ".there", "id3"))
-    words = "10.0.0.1: no folder", "10.0.0.2: ", "another folder there", "10.0.0.3: ", "can't be written", "Mount"
-    fails(lambda: verdicts.check_storage([lacks, other, full], str(tmp_path)), *words)
-    assert write_file(tmp_path / ".there", "id4") == ""
+    (lacks,) = describe_node(tmp_path / "none" / ".preflight" / "id1", versions(), "", "").problems
+    assert f"{tmp_path / 'none'} is missing" in lacks
+    (tmp_path / ".there").write_text("")  # where the driver's folder would be
+    (full,) = describe_node(tmp_path / ".there" / "id2", versions(), "", "").problems
+    assert "can't be written" in full
+    assert "Mount" in full
 
 
 def test_a_batch_that_does_not_divide_is_told_which_would(recipe_of, tmp_path: Path):
@@ -142,18 +101,11 @@ def test_a_gpu_too_small_for_the_recipe_is_told_what_would_fit(recipe_of, tmp_pa
         tmp_path, tmp_path, data__height=256, data__width=256, data__frames=16, model__width=1152, model__depth=28,
         model__heads=16, train__batch_size=64, train__micro_batch_size=16,
     )  # fmt: skip
-    small = node(2, gpus=(H100, ("NVIDIA A10", 24 * 2**30)))
+    small = NodeInfo(gpus=(H100, ("NVIDIA A10", 24 * 2**30)))
     words = "24 GB are usable", "lower train.micro_batch_size to"
-    fails(lambda: verdicts.check_memory(recipe, True, [node(1), small]), *words)
-    for nodes in ([], [node(1, gpus=())]):
-        with pytest.raises(Skip):
-            verdicts.check_memory(recipe, True, nodes)
-
-
-def test_a_node_with_too_little_memory_is_named(recipe_of, tmp_path: Path):
-    nodes = [node(1, gpus=(), memory=2**30, resources={"CPU": 4.0})]
-    words = "of a node by the plan; 999 MB are usable"
-    fails(lambda: verdicts.check_memory(recipe_of(tmp_path, tmp_path), False, nodes), words)
+    fails(lambda: verdicts.check_memory(recipe, [NodeInfo(gpus=(H100,)), small]), *words)
+    with pytest.raises(Skip):
+        verdicts.check_memory(recipe, [NodeInfo()])
 
 
 def test_a_sum_of_cpus_is_no_room_for_a_worker(recipe_of, tmp_path: Path):
@@ -177,14 +129,12 @@ def test_a_validation_takes_the_room_of_as_few_workers_as_it_can(recipe_of, tmp_
     assert count_workers(recipe, True, [{"CPU": 1.0, "GPU": 4.0}, {"CPU": 8.0, "GPU": 8.0}]) == 9
 
 
-def test_an_all_reduce_is_exact_and_a_ring_moves_twice_its_bytes():
+def test_an_all_reduce_is_exact():
     if not dist.is_initialized():  # all tests of a process share one: DeepSpeed keeps the first
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    exact, seconds = time_sums(1, 0, 5000, torch.device("cpu"))
-    assert exact
-    assert seconds > 0
-    assert bandwidth(2, 10**9, 1.0) == 1.0
-    assert bandwidth(64, 10**9, 1.0) == pytest.approx(2, rel=0.02)
+    assert time_sum(0, 1, 5000, torch.device("cpu")) > 0
+    with pytest.raises(ArithmeticError):
+        time_sum(1, 1, 5000, torch.device("cpu"))  # a rank that this group does not have
 
 
 def test_nvidia_smi_is_read():
@@ -200,44 +150,6 @@ def test_a_check_that_hangs_or_breaks_fails_its_row_alone(capsys: pytest.Capture
     assert rows.failures["hangs"].startswith("no answer in 0.1 s")
     assert rows.failures["breaks"].startswith("ZeroDivisionError")
     assert "passed  passes        7" in capsys.readouterr().out
-
-
-class Wandb(BaseHTTPRequestHandler):
-    """Knows one key."""
-
-    def do_POST(self) -> None:
-        key = base64.b64decode(self.headers.get("Authorization", "Basic ").split()[1]).decode().partition(":")[2]
-        self.rfile.read(int(self.headers["Content-Length"]))
-        self.send_response(200)
-        self.end_headers()
-        user = {"id": "1", "username": "somebody", "name": "s", "email": "e", "flags": "{}", "admin": False}
-        nothing = {"entity": "e", "teams": {"edges": []}, "apiKeys": {"edges": []}, "userEntity": None}
-        viewer = user | nothing | {"deletedAt": None} if key == GOOD_KEY else None
-        self.wfile.write(json.dumps({"data": {"viewer": viewer}}).encode())
-
-    def log_message(self, *_: object) -> None:
-        """Nothing on the terminal."""
-
-
-@pytest.fixture
-def wandb_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    monkeypatch.setenv("HOME", str(tmp_path))  # where a key of the machine's own may lie
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    with HTTPServer(("127.0.0.1", 0), Wandb) as server:
-        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield os.environ["WANDB_BASE_URL"]
-        server.shutdown()
-
-
-def test_a_wandb_key_that_lacks_or_is_unknown_is_told(wandb_host: str, monkeypatch: pytest.MonkeyPatch):
-    fails(table.check_wandb, "No API key", "WANDB_API_KEY", "offline")
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    fails(table.check_wandb, "invalid credentials", wandb_host)
-    monkeypatch.setenv("WANDB_API_KEY", GOOD_KEY)
-    assert table.check_wandb() == "logged in as somebody"
 
 
 def file_checks(recipe) -> Table:
@@ -283,8 +195,7 @@ class TestWithRay:
         preflight(recipe_of(builtin_shards, tmp_path / "runs", **VALIDATED))
         rows = [line.split() for line in capsys.readouterr().out.splitlines()]
         assert {row[1] for row in rows if row[0] == "passed"} >= {
-            *("shards", "networks", "batch", "cluster", "nodes", "versions", "clocks"),
-            *("storage", "disk", "memory", "network"),
+            *("shards", "networks", "batch", "cluster", "nodes", "disk", "network"),
         }
         assert not [row for row in rows if row[0] in ("failed", "skipped")]
         assert not list(tmp_path.iterdir())
@@ -313,18 +224,20 @@ class TestWithRay:
             launch_training(recipe)
         assert not (tmp_path / "tiny" / "metrics.jsonl").exists()
 
-    def test_the_info_of_this_node_is_its_own(self, builtin_shards: Path, tmp_path: Path, recipe_of):
-        (found,) = collect(recipe_of(builtin_shards, tmp_path), ray.nodes())
-        assert (found.error, found.write_error) == ("", "")
-        assert found.versions == node_info.versions()
-        assert abs(found.clock_s) < 1
+    def test_this_node_has_no_problem(self, builtin_shards: Path, tmp_path: Path, recipe_of):
+        (found,) = collect(recipe_of(builtin_shards, tmp_path), Manifest.load(str(builtin_shards)).encoding_hash)
+        assert (found.problems, found.resources["CPU"]) == ((), 4)
 
-    def test_a_node_that_fails_gives_an_exception_as_its_answer(self, tmp_path: Path):
-        (here,) = [one["NodeID"] for one in ray.nodes()]
-        nobody = "e" * len(here)
-        answers = ask(shutil.copyfile, {here: (f"{tmp_path}/no/such", f"{tmp_path}/none"), nobody: ("a", "b")}, 5.0)
-        assert "No such file" in str(answers[here])
-        assert isinstance(answers[nobody], Exception)
+    def test_a_node_with_gpus_that_nobody_sees_is_named(self, tmp_path: Path):
+        (here,) = [node for node in ray.nodes() if node["Alive"]]
+        claims = here | {"Resources": {"GPU": 1000.0}}
+        (found,) = ask([claims], tmp_path, versions(), "", "")
+        assert "Ray counts 1000 GPUs" in found.problems[0]
+
+    def test_a_node_that_fails_says_why(self, tmp_path: Path):
+        (here,) = [node for node in ray.nodes() if node["Alive"]]
+        (found,) = ask([here], tmp_path, "no versions", "", "")
+        assert "A worker there can't run this sora_train" in found.problems[0]
 
     def test_one_worker_leaves_the_network_unmeasured(self, builtin_shards, tmp_path, recipe_of):
         with pytest.raises(Skip, match="one worker"):
@@ -381,19 +294,19 @@ def test_the_quick_checks_ask_no_node_if_there_is_only_one(
 
 
 def test_a_node_that_left_while_it_was_asked_fails_nothing(
-    builtin_shards: Path, tmp_path: Path, recipe_of, local_ray, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, local_ray, capsys: pytest.CaptureFixture[str]
 ):
     (here,) = [node for node in ray.nodes() if node["Alive"]]
     gone = here | {"NodeID": here["NodeID"][::-1], "NodeManagerAddress": "192.0.2.1"}
-    (found,) = collect(recipe_of(builtin_shards, tmp_path), [here, gone])
-    assert (found.id, found.error) == (here["NodeID"], "")
+    (found,) = ask([here, gone], tmp_path, versions(), "", "")
+    assert (found.address, found.problems) == (here["NodeManagerAddress"], ())
     assert "192.0.2.1 left the cluster" in capsys.readouterr().err
 
 
-def test_a_folder_in_which_another_run_has_begun_meanwhile_stays(tmp_path: Path):
-    with probe_folder(tmp_path / "runs"):
-        (tmp_path / "runs" / "other").mkdir()
+@pytest.mark.ray
+def test_a_folder_in_which_another_run_has_begun_stays(builtin_shards: Path, tmp_path: Path, recipe_of, local_ray):
+    (tmp_path / "runs" / "other").mkdir(parents=True)
+    collect(recipe_of(builtin_shards, tmp_path / "runs"))
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["other"]
-    with probe_folder(tmp_path / "new"):
-        pass
+    collect(recipe_of(builtin_shards, tmp_path / "new"))
     assert not (tmp_path / "new").exists()

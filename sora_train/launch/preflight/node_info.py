@@ -1,6 +1,6 @@
 """What each node of the cluster has and sees, collected by one Ray task a node.
 
-The tasks' functions are pickled by name, so a node imports the sora_train that a training worker there would import.
+The task's function is pickled by name, so a node imports the sora_train that a training worker there would import.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ import secrets
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -29,128 +27,114 @@ from sora_train.provenance import package_versions
 from sora_train.ray_cluster.connection import root_cause
 from sora_train.recipe import Recipe
 
-T = TypeVar("T")
 PACKAGES = ("torch", "ray", "deepspeed")
 ANSWER_S = 40.0
 """How long a node's answer may take; it may have to import torch."""
-FILE_DELAY_S = 5.0  # network file systems cache that a file does not exist
+FILE_DELAY_S = 5.0
+"""How long a network file system may hide a new file from other nodes."""
+
+
+INSTALL = (
+    ". Install the same versions there (pip install -c constraints.txt) and restart Ray; `ray job submit --working-dir "
+    ".` brings this sora_train to all nodes"
+)
+MOUNT = ". Mount the same shared folder (NFS, Lustre, a volume) at this path on every node, or set another one"
 
 
 @dataclass(frozen=True)
 class NodeInfo:
-    """One node's versions, hardware and view of the storage."""
+    """One node's hardware, and what is wrong with it."""
 
-    id: str
-    """Ray's id of the node."""
-    address: str
+    address: str = ""
     resources: dict[str, float] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-    """Of Python, packages, CUDA and NCCL by name; of `sora_train` a hash of the imported source."""
     gpus: tuple[tuple[str, int], ...] = ()
     """Name and bytes of each GPU that the node's driver lists."""
-    memory: int = 0
-    """Bytes of the node's RAM."""
-    encoding: str = ""
-    """Encoding hash of the shards as read there; "!" and the reason if they can't be read."""
-    write_error: str = ""
-    """Why the node does not share `train.output` with this machine, if so."""
-    clock_s: float = 0.0
-    """Its clock; from `collect` the least difference to this machine's clock in seconds."""
-    error: str = ""
-    """Why nothing is known of the node, if so."""
+    problems: tuple[str, ...] = ()
+    """What differs from this machine or is missing, each with what to do."""
 
 
-def collect(recipe: Recipe, alive: list[dict[str, Any]]) -> list[NodeInfo]:
-    """Asks all nodes at once. A node that leaves the cluster meanwhile is reported on stderr and ignored."""
-    began, found = time.time(), list[NodeInfo]()
-    with probe_folder(Path(recipe.train.output)) as folder:
-        given = {node["NodeID"]: (str(folder), node["NodeID"], recipe.data.output) for node in alive}
-        answers = ask(describe_node, given, ANSWER_S)
-        ended, there = time.time(), {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        for node in alive:
-            key, address, answer = node["NodeID"], node["NodeManagerAddress"], answers[node["NodeID"]]
-            if key not in there:
-                log.warning(f"{address} left the cluster during preflight")
-            elif not isinstance(answer, NodeInfo):
-                found.append(NodeInfo(key, address, node["Resources"], error=str(answer)))
-            else:
-                error = answer.write_error
-                if not error and not wait_for(folder / key):
-                    error = "files that it writes there are not visible here"
-                offset = min(0.0, answer.clock_s - began) + max(0.0, answer.clock_s - ended)
-                about = {"address": address, "resources": node["Resources"]}
-                found.append(replace(answer, **about, write_error=error, clock_s=offset))
-    return found
+def collect(recipe: Recipe, encoding: str = "") -> list[NodeInfo]:
+    """Asks all nodes at once. They must read the shards of `encoding`, if given, and share `train.output`.
 
-
-@contextmanager
-def probe_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder in `train.output`, for files of each node."""
-    created = not output.exists()
-    folder = output / f".preflight-{secrets.token_hex(4)}"
+    A node that leaves the cluster meanwhile is only a warning.
+    """
+    output = Path(recipe.train.output)
+    created, folder = not output.exists(), output / f".preflight-{secrets.token_hex(4)}"
     folder.mkdir(parents=True)
     try:
-        yield folder
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        return ask(alive, folder, versions(), recipe.data.output, encoding)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if created:
             with suppress(OSError):  # another run has started in it meanwhile
-                os.rmdir(output)
+                output.rmdir()
 
 
-def ask(function: Callable[..., T], arguments: dict[str, tuple], timeout_s: float) -> dict[str, T | Exception]:
-    """Runs a function on nodes, given by id with its arguments. A node that fails has an exception that says why."""
-    tasks = {
-        key: ray.remote(function)
-        .options(num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(key, soft=False))
-        .remote(*given)
-        for key, given in arguments.items()
-    }
-    done, _ = ray.wait(list(tasks.values()), num_returns=len(tasks), timeout=timeout_s) if tasks else ([], [])
-    answers: dict[str, T | Exception] = {}
-    for key, task in tasks.items():
-        if task not in done:
-            ray.cancel(task, force=True)
-            answers[key] = TimeoutError(f"no answer in {timeout_s:g} s. Restart Ray there, or remove the node")
+def ask(nodes: list[dict[str, Any]], folder: Path, *expected: Any) -> list[NodeInfo]:
+    """Runs `describe_node` on nodes, as `ray.nodes()` gives them, with what it expects."""
+    tasks = [
+        ray.remote(describe_node)
+        .options(num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(id_, soft=False))
+        .remote(folder / id_, *expected)
+        for id_ in (node["NodeID"] for node in nodes)
+    ]
+    done, _ = ray.wait(tasks, num_returns=len(tasks), timeout=ANSWER_S)
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    found: list[NodeInfo] = []
+    for node, task in zip(nodes, tasks, strict=True):
+        answer, address, resources = NodeInfo(), node["NodeManagerAddress"], node["Resources"]
+        if node["NodeID"] not in alive:
+            log.warning(f"{address} left the cluster during preflight")
             continue
         try:
-            answers[key] = ray.get(task)
+            if task not in done:
+                raise TimeoutError(f"no answer in {ANSWER_S:g} s; restart Ray there, or remove the node")
+            answer, problem = ray.get(task), ""
+            if not appears(folder / node["NodeID"]):
+                problem = f"files that it writes into {folder.parent} are not visible here{MOUNT}"
+            elif (counted := int(resources.get("GPU", 0))) > len(answer.gpus):
+                problem = (
+                    f"Ray counts {counted} GPUs, the driver sees {len(answer.gpus)} (nvidia-smi). Fix the driver or "
+                    "the container there, or set --num-gpus of `ray start`"
+                )
         except Exception as error:
-            answers[key] = RuntimeError(
-                f"{root_cause(error)}. A worker there can't run this sora_train: install it there, or submit with `ray "
-                "job submit --working-dir .`"
-            )
-    return answers
+            problem = f"{root_cause(error)}. A worker there can't run this sora_train{INSTALL}"
+        problems = (*answer.problems, problem) if problem and not answer.problems else answer.problems
+        found.append(replace(answer, address=address, resources=resources, problems=problems))
+    return found
 
 
-def describe_node(folder: str, node: str, shards: str) -> NodeInfo:
-    """Describes the machine that this runs on, and writes a file named `node` into `folder`."""
-    return NodeInfo(
-        id=node,
-        address="",
-        versions=versions(),
-        gpus=list_gpus(),
-        memory=psutil.virtual_memory().total,
-        encoding=read_encoding(shards),
-        write_error=write_file(Path(folder), node),
-        clock_s=time.time(),
-    )
+def describe_node(file: Path, expected: dict[str, str], shards: str, encoding: str) -> NodeInfo:
+    """Describes the machine that this runs on, and writes `file` into the folder that the driver made."""
+    there = versions()
+    problems = [
+        f"{name} is {there[name]} there and {value} here{INSTALL}"
+        for name, value in expected.items()
+        if there[name] != value and not (name == "CUDA" and "none" in (there[name], value))
+    ]
+    try:
+        if not appears(file.parent):
+            raise FileNotFoundError(f"{file.parent.parent} is missing, or is another folder")
+        file.touch()
+    except OSError as error:
+        problems.append(f"train.output {file.parent.parent} can't be written there: {error}{MOUNT}")
+    try:
+        if encoding and (found := Manifest.load(shards).encoding_hash) != encoding:
+            raise UserError(f"their encoding is {found} there and {encoding} here")
+    except (UserError, OSError) as error:
+        problems.append(f"data.output {shards} does not hold the same shards: {error}{MOUNT}")
+    return NodeInfo(gpus=list_gpus(), problems=tuple(problems))
 
 
 def versions() -> dict[str, str]:
     """Everything that must be the same on all ranks."""
     import torch
 
-    found, installed = {"python": platform.python_version(), "sora_train": source_hash()}, package_versions(PACKAGES)
-    for name in PACKAGES:
-        found[name] = installed.get(name, "missing").partition("+")[0]  # without `+cpu` or `+cu128`
-    if torch.version.cuda:
-        found["CUDA"] = torch.version.cuda
-        if torch.distributed.is_nccl_available():
-            from torch.cuda import nccl
-
-            found["NCCL"] = ".".join(map(str, nccl.version()))
-    return found
+    installed = package_versions(PACKAGES)
+    found = {name: installed.get(name, "missing").partition("+")[0] for name in PACKAGES}  # without `+cpu`
+    cuda = torch.version.cuda or "none"
+    return {"python": platform.python_version(), "sora_train": source_hash(), **found, "CUDA": cuda}
 
 
 def source_hash() -> str:
@@ -173,36 +157,15 @@ def list_gpus() -> tuple[tuple[str, int], ...]:
 
 def parse_gpus(output: str) -> tuple[tuple[str, int], ...]:
     """Name and bytes from lines such as `NVIDIA H100 80GB HBM3, 81559`."""
-    rows = [line.rpartition(",") for line in output.splitlines() if "," in line]
+    rows = [line.rpartition(",") for line in output.splitlines()]
     return tuple((name.strip(), int(mib) * 2**20) for name, _, mib in rows if mib.strip().isdigit())
 
 
-def read_encoding(shards: str) -> str:
-    """The encoding hash of the shards' manifest; "!" and the reason if it can't be read."""
-    try:
-        return Manifest.load(shards).encoding_hash
-    except (UserError, OSError) as error:
-        return f"!{error}"
-
-
-def write_file(folder: Path, node: str) -> str:
-    """Writes a node's file into the folder that the driver made. Returns why it can't, or an empty string."""
-    if not wait_for(folder):
-        return f"{folder.parent} is another folder there" if folder.parent.is_dir() else f"no folder {folder.parent}"
-    try:
-        (folder / node).write_text(node, encoding="utf-8")
-    except OSError as error:
-        return f"{folder.parent} can't be written: {error.strerror or error}"
-    return ""
-
-
-def wait_for(path: Path) -> bool:
+def appears(path: Path) -> bool:
     """Whether a path exists, or does within `FILE_DELAY_S`."""
     ends = time.monotonic() + FILE_DELAY_S
-    while not path.exists():
-        if time.monotonic() > ends:
-            return False
-        if path.parent.is_dir():
+    while not path.exists() and time.monotonic() < ends:
+        with suppress(OSError):
             os.listdir(path.parent)  # has NFS ask the server again
         time.sleep(0.2)
-    return True
+    return path.exists()

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeVar
+from threading import Thread
+from typing import TypeVar
 
 import ray
 
@@ -42,36 +43,32 @@ class Table:
         self.print_rows, self.states, self.failures = print_rows, dict[str, str](), dict[str, str]()
 
     def check(
-        self,
-        name: str,
-        act: Callable[[], T],
-        describe: Callable[[T], str] = str,
-        timeout_s: float = FILES_S,
+        self, name: str, act: Callable[[], T], describe: Callable[[T], str] = str, timeout_s: float = FILES_S
     ) -> T | None:
         """Runs a check. Returns its result, or None if it failed, was skipped or took too long."""
-        results: list[T] = []
-        errors: list[BaseException] = []
+        future: Future[T] = Future()
 
         def run() -> None:
             try:
-                results.append(act())
+                future.set_result(act())
             except BaseException as error:
-                errors.append(error)
+                future.set_exception(error)
 
         # A daemon thread: a check that hangs in a dead file system can't be interrupted, and must not block the exit.
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        thread.join(timeout_s)
-        if results:
-            self.add(name, "passed", describe(results[0]))
-            return results[0]
-        if not errors:
-            self.add(name, "failed", f"no answer in {timeout_s:g} s. Check the storage, and the network to it")
-        elif isinstance(errors[0], verdicts.Skip):
-            self.add(name, "skipped", str(errors[0]))
+        Thread(target=run, daemon=True).start()
+        try:
+            result = future.result(timeout_s)
+        except verdicts.Skip as why:
+            self.add(name, "skipped", str(why))
+        except Exception as error:
+            if not future.done():
+                self.add(name, "failed", f"no answer in {timeout_s:g} s. Check the storage, and the network to it")
+            else:
+                kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+                self.add(name, "failed", f"{kind}{' '.join(str(error).split())}")
         else:
-            kind = "" if isinstance(errors[0], UserError) else f"{type(errors[0]).__name__}: "
-            self.add(name, "failed", f"{kind}{' '.join(str(errors[0]).split())}")
+            self.add(name, "passed", describe(result))
+            return result
         return None
 
     def add(self, name: str, state: str, message: str) -> None:
@@ -87,8 +84,6 @@ def preflight(recipe: Recipe) -> None:
     began, table = time.monotonic(), Table()
     recipe, manifest = check_files(recipe, table)
     table.check("batch", lambda: verdicts.check_batch(recipe))
-    if recipe.tracking.wandb == "online":
-        table.check("wandb", check_wandb)
     try:
         cpus = checks.run_resources(recipe, gpu=False, most=True).get("CPU", 0)
         with connect(recipe.cluster.address, min_cpus=math.ceil(cpus), log_to_driver=False) as own:
@@ -106,10 +101,12 @@ def check_files(recipe: Recipe, table: Table) -> tuple[Recipe, Manifest | None]:
     """Checks that need no cluster. Returns the recipe with resolved paths, and the shards' manifest if it fits."""
     recipe = table.check("paths", lambda: checks.resolve_recipe(recipe), lambda it: it.train.output) or recipe
     run, step = Path(recipe.train.output) / recipe.name, None
-    manifest = table.check("shards", lambda: checks.check_shards(recipe), describe_shards)
+    manifest = table.check("shards", lambda: checks.check_shards(recipe), lambda it: f"clips: {it.buckets}")
     table.check("run folder", lambda: check_writable(run), lambda _: str(run))
     if manifest is not None:
-        step = table.check("resume", lambda: check_resume(run, recipe, manifest, read_clips(recipe)), describe_step)
+        step = table.check(
+            "resume", lambda: check_resume(run, recipe, manifest, read_clips(recipe)), lambda it: f"from step {it or 0}"
+        )
         table.check("networks", lambda: checks.check_codec(recipe, manifest), lambda _: "those of the shards")
         prompt = f"null prompt: {recipe.codec.null_prompt}"
         table.check("captions", lambda: checks.check_text(recipe, manifest), lambda _: prompt)
@@ -122,27 +119,19 @@ def check_cluster(recipe: Recipe, manifest: Manifest | None, table: Table, own: 
     """Checks of the cluster that this process is connected to; `own`: it was started by this command."""
     if own:
         table.check("cores", lambda: verdicts.check_cores(recipe, usable_cores()))
-    found = table.check("cluster", lambda: checks.check_cluster(recipe), lambda it: "with GPUs" if it else "on CPUs")
-    gpu = bool(found)
+    gpu = table.check("cluster", lambda: checks.check_cluster(recipe), lambda it: "with GPUs" if it else "on CPUs")
     nodes = check_nodes(recipe, manifest, table)
     table.check("disk", lambda: check_disk(recipe))
-    table.check("memory", lambda: verdicts.check_memory(recipe, gpu, nodes))
-    if found is not None:
+    if gpu:
+        table.check("memory", lambda: verdicts.check_memory(recipe, nodes))
+    if gpu is not None:
         table.check("network", lambda: check_allreduce(recipe, gpu), timeout_s=NETWORK_S)
 
 
 def check_nodes(recipe: Recipe, manifest: Manifest | None, table: Table) -> list[NodeInfo]:
-    """Asks all nodes what they have, and compares them with each other."""
-    alive: list[dict[str, Any]] = [node for node in ray.nodes() if node["Alive"]]
-    nodes = node_info.collect(recipe, alive)
-    answering = [node for node in nodes if not node.error]
+    """Compares all nodes with this machine and with each other. Returns them."""
+    nodes = node_info.collect(recipe, manifest.encoding_hash if manifest else "")
     table.check("nodes", lambda: verdicts.check_nodes(nodes))
-    table.check("versions", lambda: verdicts.check_versions(answering, node_info.versions()))
-    table.check("clocks", lambda: verdicts.check_clocks(answering))
-    table.check("storage", lambda: verdicts.check_storage(answering, recipe.train.output))
-    if manifest is not None:
-        key, shards = manifest.encoding_hash, recipe.data.output
-        table.check("shards there", lambda: verdicts.check_shards_match(answering, key, shards))
     return nodes
 
 
@@ -159,12 +148,10 @@ def check_quickly(recipe: Recipe, manifest: Manifest, gpu: bool, own: bool) -> N
     for message in warnings.failures.values():
         log.warning(message)
     table.check("disk", lambda: check_disk(recipe))
-    if sum(node["Alive"] for node in ray.nodes()) > 1:
-        nodes = check_nodes(recipe, manifest, table)
-    else:
-        nodes = [NodeInfo("", "", gpus=node_info.list_gpus())] if gpu else []
+    several = sum(node["Alive"] for node in ray.nodes()) > 1
+    nodes = check_nodes(recipe, manifest, table) if several else [NodeInfo(gpus=node_info.list_gpus())]
     if gpu:
-        table.check("memory", lambda: verdicts.check_memory(recipe, gpu, nodes))
+        table.check("memory", lambda: verdicts.check_memory(recipe, nodes))
     if table.failures:
         lines = "\n".join(f"{name}: {message}" for name, message in table.failures.items())
         raise UserError(
@@ -178,25 +165,3 @@ def check_disk(recipe: Recipe) -> str:
     checkpoints = (Path(recipe.train.output) / recipe.name).glob("checkpoints/step_*/*")
     existing = sum(path.stat().st_size for path in checkpoints if path.is_file())
     return verdicts.check_disk(recipe, free_bytes(recipe.train.output), existing)
-
-
-def check_wandb() -> str:
-    """Weights & Biases can be reached and knows the API key."""
-    import wandb
-
-    try:
-        viewer = wandb.Api(timeout=int(FILES_S) // 2).viewer
-    except Exception as error:
-        raise UserError(
-            f"{' '.join(str(error).split())} Run `wandb login`, set WANDB_API_KEY, or set tracking.wandb to offline "
-            "(`wandb sync` uploads later)"
-        ) from None
-    return f"logged in as {viewer.username}"
-
-
-def describe_shards(manifest: Manifest) -> str:
-    return f"{sum(manifest.buckets.values()):,} clips in {', '.join(manifest.buckets)}"
-
-
-def describe_step(step: int | None) -> str:
-    return "starts at step 0" if step is None else f"resumes at step {step}"

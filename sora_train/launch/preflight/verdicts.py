@@ -14,10 +14,6 @@ from sora_train.storage import in_bytes
 
 USABLE = 0.93
 """Share of a GPU's memory that tensors can use; the rest is CUDA, NCCL and fragmentation."""
-PROCESS_BYTES = 600 * 2**20
-"""RAM of a training process on the CPU without its tensors."""
-MAX_CLOCK_S = 2.0
-GPU_LIBRARIES = ("CUDA", "NCCL")
 
 
 class Skip(Exception):  # noqa: N818  not an error
@@ -52,73 +48,16 @@ def check_cores(recipe: Recipe, cores: int) -> str:
 
 
 def check_nodes(nodes: list[NodeInfo]) -> str:
-    """Every node answers and has the GPUs that Ray counts there."""
-    wrong = [f"{node.address}: {node.error}" for node in nodes if node.error]
+    """Every node answers, has its GPUs, the same versions, and the same folders."""
+    wrong: dict[str, list[str]] = {}
     for node in nodes:
-        counted = int(node.resources.get("GPU", 0))
-        if not node.error and counted > len(node.gpus):
-            wrong.append(
-                f"{node.address}: Ray counts {counted} GPUs, the driver sees {len(node.gpus)} (nvidia-smi). Fix the "
-                "driver or the container there, or set --num-gpus of `ray start`"
-            )
+        for problem in node.problems:
+            wrong.setdefault(problem, []).append(node.address)
     if wrong:
-        raise UserError("; ".join(wrong))
+        raise UserError("; ".join(f"{', '.join(addresses)}: {problem}" for problem, addresses in wrong.items()))
     kinds = ", ".join(sorted({name for node in nodes for name, _ in node.gpus}))
     cpus, gpus = (sum(node.resources.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
     return f"{len(nodes)} nodes, {cpus:g} CPUs" + (f", {gpus:g} GPUs ({kinds})" if gpus else "")
-
-
-def check_versions(nodes: list[NodeInfo], here: dict[str, str]) -> str:
-    """All nodes have the versions and the source of this process; CUDA and NCCL are the same on all GPU nodes."""
-    on_gpus = next((node.versions for node in nodes if node.gpus), {})
-    common = {name: value for name, value in here.items() if name not in GPU_LIBRARIES}
-    cuda = {name: value for name, value in on_gpus.items() if name in GPU_LIBRARIES}
-    wrong = [
-        f"{node.address} has {name} {node.versions.get(name, 'none')}, others have {value}"
-        for node in nodes
-        for name, value in (common | cuda if node.gpus else common).items()
-        if node.versions.get(name) != value
-    ]
-    if wrong:
-        raise UserError(
-            f"{'; '.join(wrong)}. Install the same versions there (pip install -c constraints.txt) and restart Ray; "
-            "for another sora_train, `ray job submit --working-dir .` brings this one to all nodes"
-        )
-    return ", ".join(f"{name} {value}" for name, value in here.items())
-
-
-def check_clocks(nodes: list[NodeInfo]) -> str:
-    """Clocks agree: events and checkpoints are ordered by them, and S3 rejects requests from a wrong one."""
-    wrong = [f"{node.address} by {node.clock_s:.1f} s" for node in nodes if abs(node.clock_s) > MAX_CLOCK_S]
-    if wrong:
-        raise UserError(f"clocks differ from this machine's: {', '.join(wrong)}. Start chrony or ntpd there")
-    return f"within {MAX_CLOCK_S:g} s"
-
-
-def check_storage(nodes: list[NodeInfo], output: str) -> str:
-    """All nodes and this machine share `train.output`."""
-    wrong = [f"{node.address}: {node.write_error}" for node in nodes if node.write_error]
-    if wrong:
-        raise UserError(
-            f"train.output {output} is not one folder on all nodes: {'; '.join(wrong)}. Mount the same shared folder "
-            "(NFS, Lustre, a volume) at this path on every node, or set --train.output to one that is"
-        )
-    return f"{output} is shared by {len(nodes)} nodes"
-
-
-def check_shards_match(nodes: list[NodeInfo], encoding: str, shards: str) -> str:
-    """Every node reads the same shards as this process."""
-    wrong = [
-        f"{node.address}: {node.encoding[1:] if node.encoding.startswith('!') else 'other shards'}"
-        for node in nodes
-        if not node.error and node.encoding != encoding
-    ]
-    if wrong:
-        raise UserError(
-            f"data.output {shards} is not the same on all nodes: {'; '.join(wrong)}. Put the shards on storage that "
-            "all nodes mount under this name"
-        )
-    return f"all nodes read {shards}"
 
 
 def check_disk(recipe: Recipe, free: int, existing: int) -> str:
@@ -133,22 +72,16 @@ def check_disk(recipe: Recipe, free: int, existing: int) -> str:
     )
 
 
-def check_memory(recipe: Recipe, gpu: bool, nodes: list[NodeInfo]) -> str:
-    """A training step, by the memory plan, fits the smallest GPU, or without GPUs the smallest node."""
-    nodes = [node for node in nodes if not node.error]
+def check_memory(recipe: Recipe, nodes: list[NodeInfo]) -> str:
+    """A training step, by the memory plan, fits the smallest GPU."""
     gpus = [memory for node in nodes for _, memory in node.gpus]
-    if not nodes or (gpu and not gpus):
-        raise Skip("nvidia-smi lists no GPU" if nodes else "no node answered")
+    if not gpus:
+        raise Skip("nvidia-smi lists no GPU")
     sizes = replace(largest_bucket(recipe, plan_inputs(recipe))[1], b=recipe.train.micro_batch_size)
-    plan = estimate(recipe.model, recipe.train, sizes, recipe.cluster.fewest)
-    if gpu:
-        room, need, where = int(USABLE * min(gpus)), plan.total, "a GPU"
-    else:  # a bucket that is never filled takes no RAM
-        processes = max(int(node.resources.get("CPU", 1)) // recipe.cluster.cpus_per_worker for node in nodes)
-        need = (plan.total - plan.states.bucket + PROCESS_BYTES) * max(1, min(processes, recipe.cluster.fewest))
-        room, where = int(USABLE * min(node.memory for node in nodes)), "a node"
-    message = f"a step takes {in_bytes(need)} of {where} by the plan; {in_bytes(room)} are usable"
+    need = estimate(recipe.model, recipe.train, sizes, recipe.cluster.fewest).total
+    room = int(USABLE * min(gpus))
+    message = f"a step takes {in_bytes(need)} of a GPU by the plan; {in_bytes(room)} are usable"
     if need <= room:
         return message
-    remedies = remedies_for(recipe, sizes, room) if gpu else []
+    remedies = remedies_for(recipe, sizes, room)
     raise UserError(f"{message}. To fit: {'; or '.join(remedies) or 'see `sora preflight --plan`'}")
