@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sora_train.bench.core import Flags
 from sora_train.errors import RecipeError
-from sora_train.model import Latte
+from sora_train.model import Transformer, build
 from sora_train.model.config import PRESETS, ModelConfig
 
 TINY: dict[str, Any] = {"depth": 2, "width": 32, "heads": 2, "patch": 2, "text_width": 16, "sample_size": 8}
@@ -63,10 +63,10 @@ def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x, t, text, torch.arange(l) < lengths[:, None]
 
 
-def seeded(case: Case) -> Latte:
+def seeded(case: Case) -> Transformer:
     """Our model with random weights. None is zero, which would hide differences."""
     torch.manual_seed(0)
-    model = Latte(case.model)
+    model = build(case.model)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.02 * torch.randn_like(p))

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from sora_train.bench.case import Case, add_case_flags, check_device, inputs, size_of
 from sora_train.bench.core import Flags, Row, Table, finish, log, seconds, spread
-from sora_train.model import Latte
+from sora_train.model import build
 from sora_train.train import checkpoint
 from sora_train.train.config import TrainConfig
 from sora_train.train.ema import Ema
@@ -57,7 +57,7 @@ def measure(case: Case, rounds: int, folder: Path) -> Row:
 
     def make() -> tuple[Engine, Ema]:
         torch.manual_seed(0)
-        engine = Engine(Latte(case.model), config, accumulation=1, device=device)
+        engine = Engine(build(case.model), config, accumulation=1, device=device)
         return engine, Ema(engine, config.ema_decay)
 
     engine, ema = make()

@@ -18,7 +18,7 @@ from sora_train.data.loader import micro_batches
 from sora_train.data.shards import ShardSet
 from sora_train.diffusion import make_objective
 from sora_train.errors import RecipeError
-from sora_train.model import Latte
+from sora_train.model import Transformer, build
 from sora_train.recipe import Recipe
 from sora_train.train.activation_checkpointing import apply_activation_checkpointing
 from sora_train.train.compile import compile_blocks
@@ -94,7 +94,7 @@ def make_bare(recipe: Recipe) -> Callable[[int], None]:
     how = {"micro_batch_size": config.micro_batch_size, "caption_dropout": config.caption_dropout}
     held = [micro_batches(shards, order, objective, number, **how) for number in range(4)]
     torch.manual_seed(config.seed)
-    model = Latte(recipe.model)
+    model = build(recipe.model)
     add_zero_gradients(model)
     apply_activation_checkpointing(model, config.activation_checkpointing)
     if config.compile:
@@ -102,7 +102,7 @@ def make_bare(recipe: Recipe) -> Callable[[int], None]:
     return bare_loop(model.to(device), recipe, cycle(held))
 
 
-def bare_loop(model: Latte, recipe: Recipe, data: Iterable[Sequence[MicroBatch]]) -> Callable[[int], None]:
+def bare_loop(model: Transformer, recipe: Recipe, data: Iterable[Sequence[MicroBatch]]) -> Callable[[int], None]:
     """The engine's arithmetic in plain torch; returns the function that does so many steps.
 
     In bf16, stage 0 uses autocast. The other stages compute with bfloat16 weights, accumulate gradients in float32 and

@@ -1,10 +1,11 @@
 """The model's configuration and its presets.
 
 S, B, L and XL are Latte's presets (Ma et al. 2024, arXiv 2401.03048, section 3), with the sizes of DiT. `latte_t2v` is
-the released text-to-video model, `maxin-cn/Latte-1`.
+the released text-to-video model, `maxin-cn/Latte-1`. The presets of Wan are the released `Wan-AI/Wan2.1-T2V-1.3B`,
+`Wan2.1-T2V-14B` and `Wan2.2-TI2V-5B`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 LARGEST = 2**16
@@ -17,15 +18,19 @@ class ModelConfig:
 
     __pydantic_config__: ClassVar = {"extra": "forbid", "use_attribute_docstrings": True}
 
-    preset: Literal["", "S", "B", "L", "XL", "latte_t2v"] = ""
-    """Named shape that sets the keys of `model` not given here: Latte's S, B, L, XL, or `latte_t2v` as released. As a
-    flag it replaces the shape in the recipe's file."""
+    preset: Literal["", "S", "B", "L", "XL", "latte_t2v", "wan2.1_t2v_1.3b", "wan2.1_t2v_14b", "wan2.2_ti2v_5b"] = ""
+    """Named shape that sets the keys of `model` not given here: Latte's S, B, L, XL, or a released model. As a flag it
+    replaces the shape in the recipe's file."""
+    family: Literal["latte", "wan"] = "latte"
+    """Architecture: `latte` (Latte and PixArt-alpha's block), or `wan` (Wan 2.1 and 2.2)."""
     width: int = 384
     """Width of the token vectors."""
     depth: int = 12
     """Number of blocks, spatial and temporal ones together. It must be even if `attention` is `factorised`."""
     heads: int = 6
     """Number of attention heads. It must divide the width."""
+    feed_forward: int = 0
+    """With `family: wan`: width inside the feed-forward layers. 0: four times the width, as always in Latte."""
     patch: int = 2
     """Side of a patch, in latents."""
     in_channels: int = 4
@@ -57,8 +62,8 @@ class ModelConfig:
     norm_eps: float = 1e-6
     """Epsilon that layer norms add to the variance."""
     init_from: str = ""
-    """Initial weights of a new run: a Latte or a PixArt-alpha (a folder in diffusers' format or a hub id), or a run, a
-    checkpoint or an export of this project. Averaged weights are used, except from an export of raw ones."""
+    """Initial weights of a new run: a Latte, a PixArt-alpha or a Wan (a folder in diffusers' format or a hub id), or a
+    run, a checkpoint or an export of this project. Averaged weights are used, except from an export of raw ones."""
 
     def __post_init__(self) -> None:
         for key in ("width", "depth", "heads", "patch", "in_channels", "text_width", "sample_size"):
@@ -66,10 +71,26 @@ class ModelConfig:
                 raise ValueError(f"model.{key} is {getattr(self, key)}; it must be at least 1")
             if getattr(self, key) > LARGEST:
                 raise ValueError(f"model.{key} is {getattr(self, key)}; it must be at most {LARGEST}")
-        if self.sample_frames < 0:
-            raise ValueError(f"model.sample_frames is {self.sample_frames}; it must be 0 or more")
+        for key in ("sample_frames", "feed_forward"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"model.{key} is {getattr(self, key)}; it must be 0 or more")
+        if self.feed_forward > LARGEST:
+            raise ValueError(f"model.feed_forward is {self.feed_forward}; it must be at most {LARGEST}")
         if self.width % self.heads:
             raise ValueError(f"model.width {self.width} is not a multiple of model.heads {self.heads}")
+        other = LATTE_ONLY if self.family == "wan" else WAN_ONLY
+        if wrong := [f.name for f in fields(self) if f.name in other and getattr(self, f.name) != f.default]:
+            given = ", ".join(f"model.{key} {getattr(self, key)!r}" for key in wrong)
+            raise ValueError(f"model.family {self.family} does not take {given}. Leave out these keys")
+        head = self.width // self.heads
+        rotary = self.family == "wan" or "rotary" in (self.positions, self.temporal_positions)
+        if rotary and (head % 2 or head < 6):
+            raise ValueError(
+                f"model.width {self.width} over model.heads {self.heads} is {head} a head; rotary positions rotate "
+                "pairs on three axes, so it must be even and at least 6"
+            )
+        if self.family == "wan":
+            return
         if self.width % 4:
             raise ValueError(
                 f"model.width {self.width} must be a multiple of 4: positions take sines and cosines of two axes"
@@ -78,34 +99,56 @@ class ModelConfig:
             raise ValueError(f"model.depth {self.depth} must be even: spatial and temporal blocks alternate")
         if self.sample_size % self.patch:
             raise ValueError(f"model.sample_size {self.sample_size} must be a multiple of model.patch {self.patch}")
-        head = self.width // self.heads
-        if "rotary" in (self.positions, self.temporal_positions) and (head % 2 or head < 6):
-            raise ValueError(
-                f"model.width {self.width} over model.heads {self.heads} is {head} a head; rotary positions rotate "
-                "pairs on three axes, so it must be even and at least 6"
-            )
+
+    @property
+    def factorised(self) -> bool:
+        """Whether odd blocks are temporal. A single frame skips them."""
+        return self.family == "latte" and self.attention == "factorised"
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens that captions are zero-padded to, without a mask (Wan). 0: any number, with a mask (Latte)."""
+        return 512 if self.family == "wan" else 0
 
     @property
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.learned_variance else 1)
 
 
+WAN_ONLY = {"feed_forward"}
+LATTE_ONLY = {
+    "learned_variance",
+    "attention",
+    "cross_attention_in",
+    "positions",
+    "temporal_positions",
+    "pooled_text",
+    "sample_size",
+    "sample_frames",
+    "attention_bias",
+}
+
+LATTE: dict[str, Any] = {"family": "latte", "patch": 2}
+WAN: dict[str, Any] = {"family": "wan", "patch": 2, "text_width": 4096, "norm_eps": 1e-6}
 PRESETS: dict[str, dict[str, Any]] = {
-    "S": {"depth": 12, "width": 384, "heads": 6, "patch": 2},
-    "B": {"depth": 12, "width": 768, "heads": 12, "patch": 2},
-    "L": {"depth": 24, "width": 1024, "heads": 16, "patch": 2},
-    "XL": {"depth": 28, "width": 1152, "heads": 16, "patch": 2},
-    "latte_t2v": {
+    "S": LATTE | {"depth": 12, "width": 384, "heads": 6},
+    "B": LATTE | {"depth": 12, "width": 768, "heads": 12},
+    "L": LATTE | {"depth": 24, "width": 1024, "heads": 16},
+    "XL": LATTE | {"depth": 28, "width": 1152, "heads": 16},
+    "latte_t2v": LATTE
+    | {
         "depth": 56,
         "width": 1152,
         "heads": 16,
-        "patch": 2,
         "learned_variance": True,
         "text_width": 4096,
         "sample_size": 64,
         "attention_bias": True,
         "norm_eps": 1e-6,
     },
+    "wan2.1_t2v_1.3b": WAN | {"depth": 30, "width": 1536, "heads": 12, "feed_forward": 8960, "in_channels": 16},
+    "wan2.1_t2v_14b": WAN | {"depth": 40, "width": 5120, "heads": 40, "feed_forward": 13824, "in_channels": 16},
+    "wan2.2_ti2v_5b": WAN | {"depth": 30, "width": 3072, "heads": 24, "feed_forward": 14336, "in_channels": 48},
 }
 
 

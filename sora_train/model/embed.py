@@ -72,6 +72,12 @@ def apply_rope(x: Float[Tensor, "*b s k"], rope: Float[Tensor, "2 s r"]) -> Floa
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
+def apply_rope_pairs(x: Float[Tensor, "*b s k"], rope: Float[Tensor, "2 s r"]) -> Float[Tensor, "*b s k"]:
+    """The same with element 2i rotated with element 2i + 1, as Wan pairs them."""
+    (cos, sin), (a, b) = rope, rearrange(x.float(), "... (r two) -> two ... r", two=2)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
+
+
 class TimeEmbedding(nn.Module):
     """Diffusion time, 0 (data) to 1000 (noise), as a vector of the model's width."""
 
@@ -80,11 +86,11 @@ class TimeEmbedding(nn.Module):
         self.fc1 = nn.Linear(TIME_CHANNELS, d)
         self.fc2 = nn.Linear(d, d)
 
-    def forward(self, t: Float[Tensor, "b"]) -> Float[Tensor, "b d"]:
+    def forward(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b d"]:
         half = TIME_CHANNELS // 2
         frequency = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-        angle = t[:, None].float() * frequency
-        waves = torch.cat([angle.cos(), angle.sin()], dim=1)
+        angle = t[..., None].float() * frequency
+        waves = torch.cat([angle.cos(), angle.sin()], dim=-1)
         return self.fc2(nn.functional.silu(self.fc1(waves.to(self.fc1.weight.dtype))))
 
 

@@ -6,15 +6,14 @@ a few in a thousand, are ignored. A training step is three forward passes: the b
 
 import torch
 
-from sora_train.model.config import ModelConfig
+from sora_train.model import ModelConfig, build
 from sora_train.model.embed import TIME_CHANNELS
-from sora_train.model.latte import Latte
 
 
 def parameter_count(config: ModelConfig) -> int:
     """Parameters of a model of this shape; nothing is allocated."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in Latte(config).parameters())
+        return sum(parameter.numel() for parameter in build(config).parameters())
 
 
 def forward_flops(config: ModelConfig, f: int, h: int, w: int, l: int | float) -> int:  # noqa: E741
@@ -23,13 +22,14 @@ def forward_flops(config: ModelConfig, f: int, h: int, w: int, l: int | float) -
     A single frame skips the temporal blocks of a factorised model, as in the model.
     """
     d, e, p = config.width, config.text_width, config.patch
-    n = h * w // p**2
-    tokens, joint = f * n, config.attention == "joint"
+    n, inner = h * w // p**2, config.feed_forward or 4 * config.width
+    tokens, joint = f * n, not config.factorised
+    l = config.text_tokens or l  # noqa: E741
 
     def embedding(channels: int) -> int:
         return channels * d + d * d
 
-    # A token in a block: maps of d x d, four for attention and eight for feed-forward; then scores and their sums.
+    # A token in a block: four maps of d x d for attention and two of feed-forward; then scores and their sums.
     products: float = embedding(TIME_CHANNELS) + 6 * d * d + l * embedding(e)
     if config.pooled_text:
         products += embedding(e)
@@ -38,7 +38,7 @@ def forward_flops(config: ModelConfig, f: int, h: int, w: int, l: int | float) -
         if temporal and f == 1:
             continue
         seen = tokens if joint else f if temporal else n
-        products += tokens * (12 * d * d + 2 * seen * d)
+        products += tokens * (4 * d * d + 2 * d * inner + 2 * seen * d)
         if joint or not temporal or config.cross_attention_in == "every":
             products += tokens * (2 * d * d + 2 * l * d) + l * 2 * d * d
     products += tokens * d * p**2 * (config.in_channels + config.out_channels)

@@ -1,4 +1,4 @@
-"""The transformer block that every variant is built of: self-attention, cross-attention to the text, feed-forward.
+"""The transformer block of every Latte: self-attention, cross-attention to the text, feed-forward.
 
 PixArt-alpha's block (arXiv 2310.00426, figure 4) as Latte uses it (arXiv 2401.03048, section 3): scale, shift and gate
 come from the diffusion time through adaLN-single, plus a learned scale-shift table of the block's own.
@@ -71,19 +71,19 @@ class TextAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear maps around a GELU, four times as wide inside."""
+    """Two linear maps around a GELU."""
 
-    def __init__(self, d: int) -> None:
+    def __init__(self, d: int, inner: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(d, 4 * d)
-        self.fc2 = nn.Linear(4 * d, d)
+        self.fc1 = nn.Linear(d, inner)
+        self.fc2 = nn.Linear(inner, d)
 
     def forward(self, x: Float[Tensor, "b g s d"]) -> Float[Tensor, "b g s d"]:
         return self.fc2(nn.functional.gelu(self.fc1(x), approximate="tanh"))
 
 
 def modulate(
-    x: Float[Tensor, "b g s d"], shift: Float[Tensor, "b 1 1 d"], scale: Float[Tensor, "b 1 1 d"]
+    x: Float[Tensor, "b g s d"], shift: Float[Tensor, "b #g 1 d"], scale: Float[Tensor, "b #g 1 d"]
 ) -> Float[Tensor, "b g s d"]:
     """x (1 + scale) + shift, in one pass over x."""
     return torch.addcmul(shift, x, 1 + scale)
@@ -99,7 +99,7 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.text_attention = TextAttention(config) if text else None
         self.norm2 = nn.LayerNorm(d, eps=config.norm_eps, elementwise_affine=False)
-        self.feed_forward = FeedForward(d)
+        self.feed_forward = FeedForward(d, 4 * d)
         self.table = nn.Parameter(torch.randn(6, d) / d**0.5)  # diffusers' `scale_shift_table`
 
     def forward(

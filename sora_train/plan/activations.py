@@ -16,8 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from sora_train.model.config import ModelConfig
-from sora_train.model.latte import Latte
+from sora_train.model import ModelConfig, build
 from sora_train.train.activation_checkpointing import Mode, apply_activation_checkpointing
 from sora_train.train.config import TrainConfig
 
@@ -73,18 +72,18 @@ def trace(model: ModelConfig, mode: Mode, half: bool, autocast: bool, sizes: Siz
     torch.set_default_dtype(dtype)
     try:
         with FakeTensorMode():
-            latte = Latte(model)
-            apply_activation_checkpointing(latte, mode)
+            made = build(model)
+            apply_activation_checkpointing(made, mode)
             x = torch.empty(sizes.b, sizes.f, model.in_channels, sizes.h, sizes.w)
             text, mask = torch.empty(sizes.b, sizes.l, model.text_width), torch.ones(sizes.b, sizes.l).bool()
             # without autocast's cache, which holds bfloat16 weights until the forward pass ends
             cast = torch.autocast("cpu", torch.bfloat16, autocast, cache_enabled=False)
-            with LiveStorages(latte.parameters()) as live, cast:
-                blocks = [0] * len(latte.blocks)
-                for i, block in enumerate(latte.blocks):
+            with LiveStorages(made.parameters()) as live, cast:
+                blocks = [0] * len(made.blocks)
+                for i, block in enumerate(made.blocks):
                     count_block(block, i, blocks, live)
                 # copies, so that of the inputs only what autograd saves is counted
-                y = latte(x.clone(), torch.full((sizes.b,), 500.0), text.clone(), mask.clone())
+                y = made(x.clone(), torch.full((sizes.b,), 500.0), text.clone(), mask.clone())
             total = live.bytes() - y.untyped_storage().nbytes()
     finally:
         torch.set_default_dtype(default)

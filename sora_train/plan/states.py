@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from sora_train.model.config import ModelConfig
-from sora_train.model.latte import Latte
+from sora_train.model import ModelConfig, build
 from sora_train.plan.activations import FLOAT, HALF
 from sora_train.train.config import TrainConfig
 from sora_train.train.deepspeed_config import deepspeed_config
@@ -64,16 +63,16 @@ class States:
 def parameter_counts(model: ModelConfig) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
     """Elements of every parameter, in the model's order and by AdamW's two groups. Allocates nothing."""
     with torch.device("meta"):
-        latte = Latte(model)
-    groups = [group["params"] for group in decay_groups(latte, 0.0)]
-    return tuple(p.numel() for p in latte.parameters()), tuple(tuple(p.numel() for p in group) for group in groups)
+        made = build(model)
+    groups = [group["params"] for group in decay_groups(made, 0.0)]
+    return tuple(p.numel() for p in made.parameters()), tuple(tuple(p.numel() for p in group) for group in groups)
 
 
 @lru_cache(maxsize=16)
 def block_elements(model: ModelConfig) -> int:
     """Elements of the largest block."""
     with torch.device("meta"):
-        blocks = Latte(replace(model, depth=2)).blocks
+        blocks = build(replace(model, depth=2)).blocks
     return max(sum(p.numel() for p in block.parameters()) for block in blocks)
 
 

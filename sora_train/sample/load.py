@@ -21,7 +21,7 @@ from sora_train.diffusion import Objective, make_objective
 from sora_train.errors import UserError
 from sora_train.log import log
 from sora_train.manifest import Manifest
-from sora_train.model import Latte
+from sora_train.model import Transformer, build
 from sora_train.model.convert import check_fit, from_diffusers
 from sora_train.recipe import Recipe, load_recipe
 from sora_train.train.checkpoint import check_complete, step_folders
@@ -58,7 +58,7 @@ class Run:
     checkpoint: Path
     recipe: Recipe
     manifest: Manifest
-    model: Latte
+    model: Transformer
     objective: Objective
     device: torch.device
     exported: ExportNote | None = None
@@ -144,7 +144,7 @@ def load_run(
         codec = codec.model_copy(update={"vae": str(folder), "text": str(folder), "models": ""})
     recipe = recipe.model_copy(update={"codec": codec})
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = Latte(recipe.model)
+    model = build(recipe.model)
     place, tensors = _read(model, checkpoint, note, weights)
     try:
         model.load_state_dict(tensors)
@@ -167,7 +167,7 @@ def as_trained(codec: CodecConfig, manifest: Manifest) -> CodecConfig:
 
 
 def _read(
-    model: Latte, folder: Path, note: ExportNote | None, weights: Weights | None
+    model: Transformer, folder: Path, note: ExportNote | None, weights: Weights | None
 ) -> tuple[Path, dict[str, Tensor]]:
     """The tensors of a checkpoint or an export, and the path that they are from."""
     if note is None and weights == "raw":

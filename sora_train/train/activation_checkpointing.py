@@ -16,7 +16,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,  # pyright: ignore[reportUnknownVariableType]
 )
 
-from sora_train.model import Latte
+from sora_train.model import Transformer
 
 Mode = Literal["none", "selective", "full"]
 
@@ -45,7 +45,7 @@ def save_matmuls_policy(context: Any, operation: Any, *args: Any, **kwargs: Any)
     return CheckpointPolicy.MUST_SAVE if operation in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def apply_activation_checkpointing(model: Latte, mode: Mode) -> None:
+def apply_activation_checkpointing(model: Transformer, mode: Mode) -> None:
     """`full` recomputes every block, `selective` all of it except matmuls and attention, `none` nothing."""
     if mode == "none":
         return

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-from sora_train.model import Latte
+from sora_train.model import Transformer
 
 
-def compile_blocks(model: Latte, shapes: int) -> None:
+def compile_blocks(model: Transformer, shapes: int) -> None:
     """Compiles each kind of block when it first sees a shape; blocks of one kind share the graph.
 
     `shapes` is how many inputs there are that differ in the clip's shape, the caption's padded length or whether
@@ -21,9 +21,9 @@ def compile_blocks(model: Latte, shapes: int) -> None:
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
 
 
-def max_graphs(model: Latte, shapes: int) -> int:
+def max_graphs(model: Transformer, shapes: int) -> int:
     """Most graphs of `compile_blocks`: one for each kind of block and shape, and one for `skipped_blocks.py`."""
-    return shapes if model.config.attention == "joint" else 2 * shapes + 1
+    return 2 * shapes + 1 if model.config.factorised else shapes
 
 
 class ShapeLog:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from sora_train.errors import UserError
 from sora_train.model.layers import Block
+from sora_train.model.wan import WanBlock
 from sora_train.train.config import TrainConfig
 from sora_train.train.deepspeed_config import deepspeed_config, rejection
 from sora_train.train.zero_layout import Slice, bucketed, find_slices
@@ -60,7 +61,7 @@ class Engine:
         self._norm_and_reason = (0.0, "")
         if self.stage == 3:
             # A block's parameters are gathered together, so recomputation and compiled code find them whole.
-            deepspeed.utils.set_z3_leaf_modules(model, [Block])
+            deepspeed.utils.set_z3_leaf_modules(model, [Block, WanBlock])
         deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
         self.inner: Any
         try:

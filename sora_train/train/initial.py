@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from sora_train.errors import RecipeError, UserError
-from sora_train.model import Latte, ModelConfig
+from sora_train.model import ModelConfig, Transformer
 from sora_train.model.config import with_preset
 from sora_train.model.convert import check_fit, check_readable, config_differences, from_diffusers
 from sora_train.settings import build, read_yaml
@@ -63,7 +63,7 @@ def check_initial(config: ModelConfig, folder: Path) -> None:
         raise ValueError(f"{weights} is damaged: {error}") from None
 
 
-def load_initial(model: Latte, folder: Path) -> None:
+def load_initial(model: Transformer, folder: Path) -> None:
     """Loads the weights into the model. Raises UserError if they are damaged or do not fit."""
     weights = own_weights_file(folder)
     try:

@@ -19,7 +19,7 @@ from sora_train.data.loader import batches
 from sora_train.data.order import SampleOrder, batch, batch_number
 from sora_train.data.shards import ShardSet
 from sora_train.diffusion import DiffusionConfig, make_objective
-from sora_train.model import Latte, ModelConfig
+from sora_train.model import ModelConfig, build
 from sora_train.model.flops import forward_flops
 from sora_train.train import checkpoint, guard
 from sora_train.train.activation_checkpointing import apply_activation_checkpointing
@@ -59,7 +59,7 @@ def train(
     rank, world = dist.get_rank(), dist.get_world_size()
 
     torch.manual_seed(config.seed)  # the same initial weights on every rank
-    model = Latte(model_config)
+    model = build(model_config)
     if model_config.init_from and resume is None:
         load_initial(model, Path(model_config.init_from))
     shapes = len(shards.rows) * len(padded_lengths(shards.manifest.text.max_tokens))

@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sora_train.model import Latte
+from sora_train.model import Transformer
 
 
-def add_zero_gradients(model: Latte) -> None:
+def add_zero_gradients(model: Transformer) -> None:
     """Makes images, when training, add zero times each temporal block to the tokens in its place."""
-    if model.config.attention == "joint":
+    if not model.config.factorised:
         return
     blocks = list(model.blocks)
     for block, following in zip(blocks[1::2], [*blocks[2::2], model.norm_out], strict=True):
