@@ -10,7 +10,7 @@ from functools import partial
 from pyarrow import fs
 
 from sora_train.bench.core import Flags, Row, Table, finish, interleave, log, seconds, spread
-from sora_train.data.loader import batches
+from sora_train.data.loader import batches, micro_batches
 from sora_train.data.order import batch
 from sora_train.data.shards import ShardSet
 from sora_train.diffusion import DiffusionConfig, make_objective
@@ -47,10 +47,9 @@ def load_batches(folder: str, batch_size: int) -> int:
     """The same with the training loader: read-ahead thread, normalisation, noise and times."""
     shards = ShardSet(folder)
     order = shards.sample_order(batch_size, seed=0)
-    loaded = batches(
-        shards, order, make_objective(DiffusionConfig(), False), range(order.steps_per_epoch),
-        micro_batch_size=batch_size, caption_dropout=0.1,
-    )  # fmt: skip
+    objective = make_objective(DiffusionConfig(), False)
+    make = partial(micro_batches, shards, order, objective, micro_batch_size=batch_size, caption_dropout=0.1)
+    loaded = batches(make, range(order.steps_per_epoch))
     return sum(int(micro.weight.sum()) for _, micros in loaded for micro in micros)
 
 

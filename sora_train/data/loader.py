@@ -1,7 +1,7 @@
 """The data loader: one thread reads and collates micro-batches ahead of the loop."""
 
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -51,37 +51,20 @@ def micro_batches(
 
 
 def batches(
-    shards: ShardSet,
-    order: SampleOrder,
-    objective: Objective,
+    make: Callable[[int], list[MicroBatch]],
     numbers: Iterable[int],
     *,
-    rank: int = 0,
-    world: int = 1,
-    micro_batch_size: int,
-    caption_dropout: float,
-    null_prompt: str = "eos",
     ahead: int = 2,
     device: torch.device | None = None,
 ) -> Generator[tuple[int, list[MicroBatch]], None, None]:
-    """Yields (number, micro-batches) for each batch of `numbers`, made up to `ahead` batches in advance.
+    """Yields (number, make(number)) for each batch of `numbers`, made in a thread up to `ahead` batches in advance.
 
     They are in pinned memory if `device` is a GPU. An error of the thread is raised at the batch it belongs to. The
     time spent in `next` is the wait for data. `close()` returns at once; the thread ends after its current batch.
     """
 
-    def make(number: int) -> tuple[int, list[MicroBatch]]:
-        made = micro_batches(
-            shards,
-            order,
-            objective,
-            number,
-            rank=rank,
-            world=world,
-            micro_batch_size=micro_batch_size,
-            caption_dropout=caption_dropout,
-            null_prompt=null_prompt,
-        )
+    def make_pinned(number: int) -> tuple[int, list[MicroBatch]]:
+        made = make(number)
         if device is None or device.type != "cuda":
             return number, made
         with torch.cuda.device(device):  # a thread starts with GPU 0, which would get a context of every process
@@ -91,7 +74,7 @@ def batches(
     pending: deque[Future[tuple[int, list[MicroBatch]]]] = deque()
     try:
         for number in numbers:
-            pending.append(pool.submit(make, number))
+            pending.append(pool.submit(make_pinned, number))
             if len(pending) > ahead:
                 yield pending.popleft().result()
         while pending:

@@ -32,7 +32,7 @@ WINDOW_GROUPS = 64
 
 @dataclass(frozen=True)
 class Bucket:
-    """Clips of one shape: `rows` in the split, in groups of `group_rows` neighbours; the last group may be short.
+    """Clips of one shape: `rows` >= 1 in the split, in groups of `group_rows` neighbours; the last may be short.
 
     `images`: they have one frame; it matters only with an `image_ratio`.
     """
@@ -42,20 +42,14 @@ class Bucket:
     group_rows: int = 32
     images: bool = False
 
-    def __post_init__(self):
-        if self.rows < 1 or self.group_rows < 1:
-            raise ValueError(
-                f"bucket {self.name}: rows {self.rows} and group_rows {self.group_rows} must be at least 1"
-            )
-
 
 @dataclass(frozen=True)
 class SampleOrder:
     """The order of samples: equal orders give the same batches on any machine.
 
     `window` is a number of groups: it bounds how much is read at a time, and a batch has about batch_size / window
-    clips of a group. `image_ratio` is the share of the steps that take images, 0 <= ratio < 1; None: all buckets take
-    turns.
+    clips of a group. `image_ratio` is the share of the steps that take images, 0 <= ratio < 1, which needs buckets of
+    both (`image_ratio_error`); None: all buckets take turns.
     """
 
     buckets: tuple[Bucket, ...]
@@ -67,18 +61,6 @@ class SampleOrder:
     """The batch number at which the first epoch of these clips begins; above 0 if a run continued with new data."""
     epochs: int = 0
     """The number of that epoch. Epochs of earlier clips are counted too, so no order comes twice."""
-
-    def __post_init__(self):
-        if not self.buckets or self.batch_size < 1 or self.window < 1:
-            raise ValueError(
-                f"an order needs a bucket, got {len(self.buckets)}; batch_size {self.batch_size}, window {self.window}"
-            )
-        kinds, ratio = {bucket.images for bucket in self.buckets}, self.image_ratio
-        if ratio is not None and (not 0 <= ratio < 1 or False not in kinds or (ratio and True not in kinds)):
-            names = ", ".join(bucket.name for bucket in self.buckets)
-            raise ValueError(
-                f"image_ratio {ratio} must be at least 0 and below 1, with videos and images as buckets, not {names}"
-            )
 
     @property
     def steps_per_epoch(self) -> int:

@@ -64,27 +64,19 @@ class ShardSet:
         folder: str,
         holdout_fraction: float = 0.0,
         split: Split = "train",
-        manifest: Manifest | None = None,
         cache_bytes: int = 4 * 10**9,
     ):
-        """Opens a folder. Its encoding must be that of `manifest`, if given, such as a resumed run's.
+        """Opens a folder.
 
         Row groups are cached while training's order may return to them. `cache_bytes` bounds the cache: a window of
         16 x 256 x 256 with long T5-XXL captions has 2.6 GB. Raises UserError if the folder has no manifest, no clips
-        for this split, a broken shard, or another encoding than `manifest`.
+        for this split, or a broken shard.
         """
         self.folder, self.split, self.holdout_fraction = folder, split, holdout_fraction
         self.manifest = Manifest.load(folder)
-        if manifest is not None and manifest.encoding_hash != self.manifest.encoding_hash:
-            raise UserError(
-                f"the shards in {folder} have the encoding {self.manifest.encoding_hash}, this run was trained on "
-                f"{manifest.encoding_hash}. Give the run another name (--name), or train it on the shards it began with"
-            )
         self._filesystem, _ = resolve(folder)
         if isinstance(self._filesystem, fs.LocalFileSystem):
-            self._filesystem = fs.LocalFileSystem(
-                use_mmap=True
-            )  # `memory_map` does nothing where a filesystem is given
+            self._filesystem = fs.LocalFileSystem(use_mmap=True)  # ParquetFile's memory_map does nothing with one given
         with ThreadPoolExecutor(OPENERS) as pool:
             shards = list(pool.map(self._open_shard, shard_files(folder)))
         self._shards = {
@@ -238,17 +230,13 @@ class ShardSet:
         return pq.ParquetFile(path, filesystem=self._filesystem, pre_buffer=remote, page_checksum_verification=True)
 
     def _no_clips(self, rows: int) -> str:
-        if self.split == "holdout":
-            return (
-                f"0 clips: data.holdout_fraction {self.holdout_fraction} holds out none of the {rows} clips in "
-                f"{self.folder}. Raise it"
-            )
-        if rows:
-            return (
-                f"0 clips: data.holdout_fraction {self.holdout_fraction} holds out all {rows} clips in {self.folder}. "
-                "Lower it, or prepare more sources"
-            )
-        return f"0 clips: the shards in {self.folder} are empty. `sora inspect {self.folder}` shows why"
+        if not rows:
+            return f"0 clips: the shards in {self.folder} are empty. `sora inspect {self.folder}` shows why"
+        which, remedy = ("none", "Raise") if self.split == "holdout" else ("all", "Lower")
+        return (
+            f"0 clips: data.holdout_fraction {self.holdout_fraction} holds out {which} of the {rows} clips in "
+            f"{self.folder}. {remedy} it, or prepare more sources"
+        )
 
 
 def is_held_out(source: str, fraction: float) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import time
-from array import array
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -146,10 +145,9 @@ class Tail:
     """New lines of a file that grows, and that a resume may truncate. Lines older than this object are skipped."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.offset, self.last = 0, b""
-        self.lines = array("q")
-        """A hash of each line, which recognises old lines after the file was truncated."""
+        self.path, self.offset, self.last = path, 0, b""
+        self.seen = set[int]()
+        """Hashes of all lines, which recognise old lines after the file was truncated."""
         self.new_records()
 
     def new_records(self) -> list[dict[str, Any]]:
@@ -157,19 +155,14 @@ class Tail:
             return []
         with self.path.open("rb") as file:
             file.seek(max(0, self.offset - len(self.last)))
-            cut_back = file.read(len(self.last)) != self.last  # and perhaps grown since
-            if cut_back:
-                self.offset = 0
+            if truncated := file.read(len(self.last)) != self.last:  # and perhaps grown since
+                self.offset, self.last = 0, b""
                 file.seek(0)
             lines = file.read().splitlines(keepends=True)
         if lines and not lines[-1].endswith(b"\n"):
             lines.pop()  # being written
-        hashes = array("q", map(hash, lines))
-        seen = 0
-        if cut_back:  # the remaining old lines come first, in their order; new lines follow
-            before, self.lines = iter(self.lines), array("q")
-            seen = next((i for i, line in enumerate(hashes) if line not in before), len(lines))
-        self.lines.extend(hashes)
         self.offset += sum(map(len, lines))
-        self.last = lines[-1] if lines else b"" if cut_back else self.last
-        return [record for line in lines[seen:] if (record := parse(line)) is not None]
+        self.last = lines[-1] if lines else self.last
+        new = [line for line in lines if not truncated or hash(line) not in self.seen]
+        self.seen.update(map(hash, lines))
+        return [record for line in new if (record := parse(line)) is not None]

@@ -13,49 +13,24 @@ from sora_train.train import checkpoint
 from sora_train.train.config import TrainConfig
 from sora_train.train.loop import learning_rate
 
-RESUMABLE_KEYS = (
-    "name",
-    "data.captions",
-    "data.root",
-    "data.output",  # the shards' manifest is compared
-    "data.max_bad_fraction",
-    "data.timeout_s",
-    "data.file_column",
-    "data.caption_column",
-    "prep.",
-    "codec.",  # likewise; `null_prompt` is compared by itself
-    "model.init_from",
-    "model.preset",  # the keys that it stands for are compared
-    "train.output",
-    "train.steps",
-    "train.micro_batch_size",
-    "train.zero_stage",
-    "train.log_every",
-    "train.log_samples",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.keep_by",
-    "train.offload",
-    "train.shard_cache_gb",
-    "train.activation_checkpointing",
-    "train.compile",
-    "train.guard_",
-    "train.deepspeed",
-    "validation.",
-    "cluster.",
-    "tracking.",
+FIXED_KEYS = (
+    "model.",
+    "diffusion.",
+    "data.fps",
+    "data.crop",
+    "data.flip",
+    "data.holdout_fraction",
+    "data.image_ratio",
+    "train.batch_size",
+    "train.betas",
+    "train.ema_decay",
+    "train.caption_dropout",
+    "train.precision",
+    "train.seed",
 )
-"""Keys that may change on resume, because they affect results only through rounding."""
-
-TUNABLE_KEYS = (
-    "train.learning_rate",
-    "train.warmup_steps",
-    "train.schedule",
-    "train.gradient_clip",
-    "train.weight_decay",
-    "train.reduce_dtype",
-)
-"""Keys that may also change on resume, for tuning; they take effect from the resumed step on."""
+"""Keys that must not change on resume, because they decide what is learned. Others affect results only through
+rounding, may be tuned (learning rate, clipping), or are compared by the shards' encoding. `tests/launch/test_checks.py`
+lists those that are free."""
 
 CLIP_KEYS = (
     "data.frames",
@@ -70,22 +45,10 @@ CLIP_KEYS = (
 )
 """Keys that decide which clips exist, not how they are encoded. They may change with `--new-data`."""
 
-UNREPORTED_KEYS = (
-    "name",
-    "data.captions",
-    "data.root",
-    "data.output",
-    "data.file_column",
-    "data.caption_column",
-    "prep.",
-    "codec.",
-    "model.init_from",
-    "model.preset",
-    "train.output",
-    "cluster.address",
-    "tracking.",
-)
-"""Keys of paths and display. A change of any other key is written as an event of the run."""
+FREE_KEYS = ("model.init_from", "model.preset")
+"""Exceptions: the keys that the preset stands for are compared."""
+UNREPORTED_KEYS = ("name", "data.", "prep.", "codec.", "tracking.", "train.output", "cluster.address", *FREE_KEYS)
+"""Keys of paths and display. A change of any other key, and of `CLIP_KEYS`, is written as an event of the run."""
 
 
 def check_resume(
@@ -98,18 +61,13 @@ def check_resume(
     found = checkpoint.complete_checkpoints(run / "checkpoints")
     if not found:
         return None
-    if not (run / "recipe.yaml").is_file():
-        raise UserError(
-            f"{run / 'recipe.yaml'} is missing. Copy recipe.yaml from the newest checkpoint to it", code="resume"
-        )
-    free = RESUMABLE_KEYS + TUNABLE_KEYS + (CLIP_KEYS if new_data else ())
-    changed = [change for change in changed_keys(run, recipe) if not change.startswith(free)]
+    for name in ("recipe.yaml", "manifest.json"):
+        if not (run / name).is_file():
+            raise UserError(f"{run / name} is missing. Copy {name} from the newest checkpoint to it", code="resume")
+    fixed = FIXED_KEYS if new_data else FIXED_KEYS + CLIP_KEYS
+    changed = [change for change in changed_keys(run, recipe, fixed) if not change.startswith(FREE_KEYS)]
     changed += changed_arithmetic(run, recipe)
     cuts_only = bool(changed) and all(change.startswith(CLIP_KEYS) for change in changed)
-    if not (run / "manifest.json").is_file():
-        raise UserError(
-            f"{run / 'manifest.json'} is missing. Copy manifest.json from the newest checkpoint to it", code="resume"
-        )
     trained = Manifest.load(str(run))
     if recipe.codec.null_prompt not in ("auto", before := saved_null_prompt(run)):
         changed.append(f"codec.null_prompt was {before} and is {recipe.codec.null_prompt}")
@@ -166,7 +124,8 @@ def changed_keys(run: Path, recipe: Recipe, of: tuple[str, ...] = ("",)) -> list
 
 def describe_changes(run: Path, recipe: Recipe, step: int) -> str:
     """The keys that changed since the run last started, and any jump of the learning rate at `step`; "" if none."""
-    found = [change for change in changed_keys(run, recipe) if not change.startswith(UNREPORTED_KEYS)]
+    changed = changed_keys(run, recipe)
+    found = [change for change in changed if change.startswith(CLIP_KEYS) or not change.startswith(UNREPORTED_KEYS)]
     if found and (jump := learning_rate_jump(saved_recipe(run).train, recipe.train, step)):
         found.append(jump)
     return "; ".join(found)

@@ -1,46 +1,11 @@
 """DeepSpeed's configuration for a recipe, and which of its keys a recipe may set in `train.deepspeed`."""
 
-import difflib
 from typing import Any
 
 from pydantic import ValidationError
 
 from sora_train.settings import flatten
 from sora_train.train.config import TrainConfig
-
-RECIPE_KEYS = {
-    "train_batch_size": "train.batch_size",
-    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.batch_size and train.micro_batch_size",
-    "gradient_clipping": "train.gradient_clip",
-    "bf16": "train.precision",
-    "fp16": "train.precision (float16 is not offered: bf16 needs no loss scaling)",
-    "torch_autocast": "train.precision",
-    "amp": "train.precision",
-    "data_types": "train.precision (gradients accumulate in float32)",
-    "communication_data_type": "train.reduce_dtype",
-    "optimizer": "train.learning_rate, train.betas and train.weight_decay",
-    "scheduler": "train.schedule and train.warmup_steps",
-    "activation_checkpointing": "train.activation_checkpointing",
-    "compile": "train.compile",
-    "checkpoint": "train.checkpoint_every (checkpoints have a format of their own)",
-    "zero_force_ds_cpu_optimizer": "train.offload",
-    "zero_optimization.stage": "train.zero_stage",
-    "zero_optimization.offload_optimizer.device": "train.offload",
-    "zero_optimization.offload_param.device": "train.offload",
-    "zero_optimization.cpu_offload": "train.offload",
-    "wandb": "tracking.wandb",
-}
-"""Keys of DeepSpeed that a recipe sets by keys of its own."""
-
-UNSUPPORTED = {
-    "zero_optimization.compute_grad_norm": "the guard checks that norm at every step",
-    "zero_optimization.round_robin_gradients": "DeepSpeed then reports wrongly which weights are where",
-    "zero_optimization.zenflow": "it updates weights before the guard has checked the step",
-    "zero_optimization.offload_optimizer.super_offload": "it needs an optimizer that DeepSpeed compiles",
-    "zero_optimization.offload_optimizer.ratio": "it needs an optimizer that DeepSpeed compiles",
-}
-"""Keys of `zero_optimization` that training does not support, and why."""
 
 PASSED_ON = (
     "zero_optimization",
@@ -60,9 +25,22 @@ PASSED_ON = (
     "comet",
     "dump_state",
 )
-"""Other keys that are passed on. DeepSpeed ignores unknown keys such as typing errors, and has more keys that would
-change the model or its batches.
+"""Keys that are passed on. Others are set by keys of the recipe, or change the model or its batches; DeepSpeed ignores
+unknown keys, such as typing errors.
 """
+
+REFUSED = {
+    "stage": "train.zero_stage sets it",
+    "offload_optimizer.device": "train.offload sets it",
+    "offload_param.device": "train.offload sets it",
+    "cpu_offload": "train.offload sets it",
+    "compute_grad_norm": "the guard checks that norm at every step",
+    "round_robin_gradients": "DeepSpeed then reports wrongly which weights are where",
+    "zenflow": "it updates weights before the guard has checked the step",
+    "offload_optimizer.super_offload": "it needs an optimizer that DeepSpeed compiles",
+    "offload_optimizer.ratio": "it needs an optimizer that DeepSpeed compiles",
+}
+"""Keys of `zero_optimization` that a recipe may not set, and why."""
 
 
 def deepspeed_config(config: TrainConfig, *, accumulation: int, world: int) -> dict[str, Any]:
@@ -106,20 +84,17 @@ def contradictions(config: TrainConfig) -> list[str]:
 
 def why_not_allowed(key: str) -> str:
     """Why `train.deepspeed` may not set a dotted key, or an empty string."""
-    for table, sentence in (
-        (RECIPE_KEYS, "train.deepspeed sets {key}, which is {why} in a recipe. Set that instead"),
-        (UNSUPPORTED, "train.deepspeed sets {key}, which is not supported: {why}. Remove it"),
-    ):
-        for known, why in table.items():
-            if key == known or key.startswith(f"{known}."):
-                return sentence.format(key=key, why=why)
-            if known.startswith(f"{key}."):
-                return f"train.deepspeed sets {key} to a value, but it is a section and takes keys of its own"
-    top = key.split(".", 1)[0]
-    if top not in PASSED_ON:
-        meant = difflib.get_close_matches(top, PASSED_ON, n=1)
-        hint = f"did you mean {meant[0]}?" if meant else f"those that are: {', '.join(PASSED_ON)}"
-        return f"train.deepspeed sets {top}, which is not passed on; {hint}"
+    if (top := key.split(".", 1)[0]) not in PASSED_ON:
+        return (
+            f"train.deepspeed sets {top}, which is not passed on. Precision, batch sizes, optimizer and schedule are "
+            f"keys of train; those that are passed on: {', '.join(PASSED_ON)}"
+        )
+    for name, why in REFUSED.items():
+        refused = f"zero_optimization.{name}"
+        if key == refused or key.startswith(f"{refused}."):
+            return f"train.deepspeed sets {key}, which is not allowed: {why}. Remove it"
+        if refused.startswith(f"{key}."):
+            return f"train.deepspeed sets {key} to a value, but it is a section and takes keys of its own"
     return ""
 
 

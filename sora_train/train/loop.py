@@ -14,8 +14,8 @@ import torch.distributed as dist
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from sora_train.data import loader
 from sora_train.data.collate import MicroBatch, padded_lengths
-from sora_train.data.loader import batches
 from sora_train.data.order import SampleOrder, batch, batch_number
 from sora_train.data.shards import ShardSet
 from sora_train.diffusion import DiffusionConfig, make_objective
@@ -79,18 +79,18 @@ def train(
         order = shards.sample_order(config.batch_size, config.seed, image_ratio)
         order, skipped = replace(order, origin=state.data_from, epochs=state.data_epoch), state.skipped
         numbers = (batch_number(step, skipped) for step in range(state.step, config.steps))
-        return order, batches(
+        make = partial(
+            loader.micro_batches,
             shards,
             order,
             objective,
-            numbers,
             rank=rank,
             world=world,
             micro_batch_size=config.micro_batch_size,
             caption_dropout=config.caption_dropout,
             null_prompt=null_prompt,
-            device=device,
         )
+        return order, loader.batches(make, numbers, device=device)
 
     order, data = start_loader()
     peak, shape_log = peak_flops(device, config.precision == "bf16"), ShapeLog(run_dir.log_event, shapes)

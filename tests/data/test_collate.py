@@ -3,6 +3,7 @@
 import base64
 import math
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -183,11 +184,11 @@ def test_no_caption_or_every_caption_is_dropped_at_the_ends(make_shards):
 def test_the_loaders_thread_equals_the_plain_function(make_shards):
     shards = ShardSet(make_shards(20))
     order = shards.sample_order(8, seed=0)
-    found = list(batches(shards, order, FLOW, range(2, 9), rank=1, world=2, micro_batch_size=2, caption_dropout=0.1))
+    make = partial(micro_batches, shards, order, FLOW, rank=1, world=2, micro_batch_size=2, caption_dropout=0.1)
+    found = list(batches(make, range(2, 9)))
     assert [step for step, _ in found] == list(range(2, 9))
     for step, made in found:
-        expected = micro_batches(shards, order, FLOW, step, rank=1, world=2, micro_batch_size=2, caption_dropout=0.1)
-        for a, b in zip(made, expected, strict=True):
+        for a, b in zip(made, make(step), strict=True):
             assert a.sample_ids == b.sample_ids
             assert torch.equal(a.latents, b.latents)
             assert torch.equal(a.noise, b.noise)
@@ -199,7 +200,7 @@ def test_an_error_of_the_thread_reaches_the_loop_at_its_step(make_shards, tmp_pa
     first_bad = next(k for k in range(16) if max(batch(order, k).rows) >= 60)
     (tmp_path / "shards" / f"bucket={BUCKET}" / "0001.parquet").unlink()
     shards._open_file.cache_clear()
-    made = batches(shards, order, FLOW, range(16), micro_batch_size=4, caption_dropout=0.1)
+    made = batches(partial(micro_batches, shards, order, FLOW, micro_batch_size=4, caption_dropout=0.1), range(16))
     assert first_bad > 0
     assert [next(made)[0] for _ in range(first_bad)] == list(range(first_bad))
     with pytest.raises(UserError, match=r"0001\.parquet"):
@@ -211,7 +212,8 @@ def test_an_error_of_the_thread_reaches_the_loop_at_its_step(make_shards, tmp_pa
 
 def test_a_loop_that_stops_early_ends_the_thread(make_shards):
     shards = ShardSet(make_shards(20))
-    made = batches(shards, shards.sample_order(4, seed=0), FLOW, iter(int, 1), micro_batch_size=4, caption_dropout=0.1)
+    order = shards.sample_order(4, seed=0)
+    made = batches(partial(micro_batches, shards, order, FLOW, micro_batch_size=4, caption_dropout=0.1), iter(int, 1))
     assert next(made)[0] == 0  # of endless steps
     thread, *others = data_threads()
     assert not others
@@ -224,7 +226,8 @@ def test_a_loop_that_stops_early_ends_the_thread(make_shards):
 def test_batches_that_are_not_begun_are_given_up_when_the_loop_stops(make_shards):
     shards = ShardSet(make_shards(20))
     numbers, order = range(20_000), shards.sample_order(20, seed=0)  # a minute of work
-    made = batches(shards, order, FLOW, numbers, micro_batch_size=20, caption_dropout=0.1, ahead=len(numbers) - 1)
+    make = partial(micro_batches, shards, order, FLOW, micro_batch_size=20, caption_dropout=0.1)
+    made = batches(make, numbers, ahead=len(numbers) - 1)
     assert next(made)[0] == 0
     (thread,) = data_threads()
     made.close()

@@ -94,13 +94,6 @@ def test_a_ratio_of_zero_leaves_out_pictures(mix: Mix):
     assert all(batch(order, k) == batch(videos, k) == batch(alone, k) for k in range(20))
 
 
-def test_a_ratio_that_its_buckets_can_not_serve_is_refused():
-    images, videos = Bucket("1x64x64", 9, images=True), Bucket("8x64x64", 9)
-    for buckets, ratio in (((videos,), "0.1"), ((images,), "0.1"), ((images,), "0"), ((images, videos), "1")):
-        with pytest.raises(ValueError, match=f"image_ratio {ratio.replace('0.1', '1/10')} .*not {buckets[0].name}"):
-            SampleOrder(buckets, 8, 0, image_ratio=Fraction(ratio))
-
-
 def test_shards_follow_the_image_ratio_exactly_as_written(make_shards):
     make_shards(30)
     shards = ShardSet(make_shards(20, start=30, bucket=(1, 16, 24)))

@@ -241,13 +241,6 @@ def test_a_batch_of_a_billion_rows_is_fast_and_takes_little_memory():
         assert seconds < 1e-3
 
 
-def test_a_plan_without_rows_is_refused():
-    with pytest.raises(ValueError, match="rows 0"):
-        Bucket("empty", 0)
-    with pytest.raises(ValueError, match="needs a bucket"):
-        SampleOrder((), 8, 0)
-
-
 @quick
 @given(specs, st.integers(1, 500), st.integers(0, 9))
 def test_with_new_data_every_epoch_takes_every_clip_once(spec: Spec, origin: int, epochs: int):

@@ -116,7 +116,7 @@ def test_a_folder_without_clips_for_the_split_is_refused(make_shards):
     folder = make_shards(6)
     with pytest.raises(UserError, match=r"0 clips: data.holdout_fraction 0.0 holds out none of the 6 clips"):
         ShardSet(folder, split="holdout")
-    with pytest.raises(UserError, match=r"holds out all 6 clips.* Lower it"):
+    with pytest.raises(UserError, match=r"holds out all of the 6 clips.* Lower it"):
         ShardSet(folder, 0.999999)
     with pytest.raises(UserError, match=r"0 clips: the shards in .* are empty"):
         ShardSet(make_shards(0, folder="empty"))
@@ -130,8 +130,6 @@ def test_a_folder_without_manifest_is_refused(tmp_path: Path):
 def test_shards_of_another_encoding_are_refused_by_name(make_shards):
     folder = make_shards(6)
     other = make_shards(6, folder="other", encoding_hash="e2")
-    with pytest.raises(UserError, match=r"other have the encoding e2, .* e1"):
-        ShardSet(other, manifest=Manifest.load(folder))
     Manifest.load(other).save(folder)
     with pytest.raises(UserError, match=r"0000.parquet has the encoding e1, .* e2"):
         ShardSet(folder)
