@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from markupsafe import Markup
 
 from sora_train.errors import one_line
-from sora_train.report.charts import MARKERS, RUNS, SMOOTH_FROM, Line, draw, ramp, short
+from sora_train.report.charts import RAMP, RUNS, SMOOTH_FROM, Line, draw, short
 from sora_train.report.read import RunRecord, is_number
 
 PARTS = {
@@ -56,19 +55,18 @@ EVENTS = {
     "skipped": ("steps skipped", ("skipped",)),
     "changed": ("settings or clips changed", ("changed", "new_data")),
 }
-"""Marks in the curves: text in the legend, and the events that they stand for."""
+"""Marks in the curves by CSS variable: text in the legend, and the events that they stand for."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart of the page. `legend` has labels and colours; `wide` is a second drawing for wide windows."""
+    """A chart of the page. `legend` has labels and colours."""
 
     title: str
     note: str
     value: str
     legend: list[tuple[str, str]]
     drawing: Markup
-    wide: Markup | None = None
 
 
 def chart_groups(runs: Sequence[RunRecord]) -> list[tuple[str, list[Chart]]]:
@@ -82,58 +80,33 @@ def chart_groups(runs: Sequence[RunRecord]) -> list[tuple[str, list[Chart]]]:
 
 
 def make_chart(runs: Sequence[RunRecord], key: str, title: str, note: str) -> Chart | None:
-    """The chart of a metric or of `PARTS`; None if no run has it."""
+    """The chart of a metric, or of `PARTS` for one run; None if no run has it."""
+    alone, percent = len(runs) == 1, key in SHARES
     if key in PARTS:
-        return parts_chart(runs, key, title, note)
-    lines = [run_line(runs, i, run.curves[key]) for i, run in enumerate(runs) if key in run.curves]
+        parts, curves = PARTS[key] if alone else {}, runs[0].curves
+        lines = [Line(curves[name], label, RAMP[9 * i // (len(parts) - 1)])
+                 for i, (name, label) in enumerate(parts.items()) if name in curves]  # fmt: skip
+    else:
+        lines = [Line(run.curves[key], run.name, RUNS[i % len(RUNS)], i >= len(RUNS))
+                 for i, run in enumerate(runs) if key in run.curves]  # fmt: skip
     if not lines:
         return None
-    last, percent, alone = lines[0].points[-1, 1], key in SHARES, len(runs) == 1
-    value = f"{100 * last:.3g} %" if percent else f"{last:.4g}" if last < 1e4 else short(last)
-    marks = marks_of(runs[0]) if alone and key in GROUPS["Learning"] else {}
-    legend = [] if alone else legend_of(lines)
+    value, legend, marks = "", [(line.label + (" (dashed)" if line.dashed else ""), line.colour) for line in lines], {}
+    if alone and key not in PARTS:
+        last, legend = lines[0].points[-1, 1], []
+        value = f"{100 * last:.3g} %" if percent else f"{last:.4g}" if last < 1e4 else short(last)
+        marks = marks_of(runs[0]) if key in GROUPS["Learning"] else {}
     if key == "loss":
-        legend += [(f"{MARKERS[kind]} {EVENTS[kind][0]}, {len(steps)}×", f"var(--{kind})")
-                   for kind, steps in marks.items() if steps]  # fmt: skip
+        legend += [(f"{EVENTS[kind][0]}, {len(steps)}×", f"var(--{kind})") for kind, steps in marks.items() if steps]
         if max(len(line.points) for line in lines) >= SMOOTH_FROM:
             note = "mean over a twentieth of the run" + ("; faint: as logged" if alone else "")
-
-    def drawn(wide: bool) -> Markup:
-        return Markup(draw(lines, marks, wide, key not in NOT_SMOOTHED, percent, last_step(runs)))
-
-    return Chart(title, note, value if alone else "", legend, drawn(False), drawn(True) if key == "loss" else None)
-
-
-def parts_chart(runs: Sequence[RunRecord], name: str, title: str, note: str) -> Chart | None:
-    """One line for each part of the diffusion time; of several runs the newest held-out losses over the parts."""
-    parts, alone = PARTS[name], len(runs) == 1
-    if alone:
-        colours = zip(parts.items(), ramp(len(parts)), strict=True)
-        curves = runs[0].curves
-        lines = [Line(curves[key], label, colour) for (key, label), colour in colours if key in curves]
-    else:
-        note = "at each run's newest validation"
-        newest = [[run.curves[key][-1, 1] for key in parts if key in run.curves] for run in runs]
-        lines = [run_line(runs, i, np.stack([np.arange(10), values], 1))
-                 for i, values in enumerate(newest) if len(values) == 10]  # fmt: skip
-    if not lines:
-        return None
-    return Chart(title, note, "", legend_of(lines), Markup(draw(lines, until=last_step(runs), profile=not alone)))
+    drawing = draw(lines, marks, key not in NOT_SMOOTHED, percent, last_step(runs))
+    return Chart(title, note, value, legend, Markup(drawing))
 
 
 def last_step(runs: Sequence[RunRecord]) -> float:
     """The last step of any curve."""
     return max((float(points[-1, 0]) for run in runs for points in run.curves.values()), default=0.0)
-
-
-def run_line(runs: Sequence[RunRecord], i: int, points: np.ndarray) -> Line:
-    """A line of run `i`, in its colour; a run alone needs no name."""
-    return Line(points, runs[i].name if len(runs) > 1 else "", RUNS[i % len(RUNS)], i >= len(RUNS))
-
-
-def legend_of(lines: Sequence[Line]) -> list[tuple[str, str]]:
-    """Label and colour of each line."""
-    return [(line.label + (" (dashed)" if line.dashed else ""), line.colour) for line in lines]
 
 
 def marks_of(run: RunRecord) -> dict[str, list[float]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ from markupsafe import Markup
 from sora_train.report.read import Clip, RunRecord, Samples
 
 MAX_EMBEDDED = 200_000_000  # bytes of videos in one page, which a browser still opens in seconds
-SHEET_BYTES = 250_000  # larger sheets are compressed again
+MAX_SHEET = 5_000_000  # bytes of a contact sheet; larger ones stay in their folders
 MAX_CLIPS = 200  # of a folder that is not a validation's
 
 Key = tuple[str, int | None, int]
@@ -115,17 +114,9 @@ def fill(steps: list[int | None]) -> list[int | None]:
 
 
 def sheet_address(sheet: Path | None) -> str:
-    """A contact sheet as a `data:` address, compressed if large; empty if it can't be read."""
-    from PIL import Image
-
+    """A contact sheet as a `data:` address; empty if there is none, or if it is too large or can't be read."""
     try:
-        content, kind = sheet.read_bytes() if sheet else b"", "png"
-        if len(content) > SHEET_BYTES:
-            with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
-                image.thumbnail((1700, 2400))
-                buffer = io.BytesIO()
-                image.convert("RGB").save(buffer, "WEBP", quality=80)
-            content, kind = buffer.getvalue(), "webp"
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # a damaged image
-        return ""
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}" if content else ""
+        content = sheet.read_bytes() if sheet and sheet.stat().st_size <= MAX_SHEET else b""
+    except OSError:
+        content = b""
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}" if content else ""

@@ -93,7 +93,6 @@ def contents(records: Sequence[RunRecord], media: MediaIndex) -> dict:
             for samples in found
             if (address := sheet_address(samples.sheet))
         ],
-        "shape": aspect_ratio(records[0]),
         "obedience": [(run.name, obedience_rows(run.obedience)) for run in records if run.obedience],
         "groups": chart_groups(records),
         "recipe_differs": [] if only else differences([run.settings for run in records]),
@@ -146,13 +145,6 @@ def unreadable(run: RunRecord, root: Path) -> list[str]:
     lines = [f"not readable: {root / path.relative_to(run.folder)} ({why})" for path, why in sorted(run.flaws.items())]
     more = [f"not readable: {len(lines) - MAX_FLAWS:,} more files"] if len(lines) > MAX_FLAWS else []
     return [*map(one_line, lines[:MAX_FLAWS]), *more]
-
-
-def aspect_ratio(run: RunRecord) -> str:
-    """The CSS `aspect-ratio` of a run's videos, so that the page reserves space for them."""
-    height, width = run.setting("data", "height"), run.setting("data", "width")
-    known = is_number(height) and is_number(width) and 0.1 < width / max(height, 1e-9) < 10
-    return f"{width:.0f} / {height:.0f}" if known else "1 / 1"
 
 
 def obedience_rows(obedience: dict) -> list[tuple[str, list[str]]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from array import array
 from collections.abc import Iterator
@@ -18,7 +17,6 @@ from sora_train.errors import UserError, one_line
 
 NOT_CURVES = {"step", "time", "epoch", "samples_seen", "validation", "holdout_clips", "fvd_clips"}
 MAX_METRICS = 200  # a file with more is garbage
-MAX_BOXES = 10_000  # our mp4 files have four
 EXPORT = ("sora_export.json", "model_index.json", "model.safetensors")  # only in the folder of an export
 NOT_XML = r"[^\x09\x0a\x0d\x20-\x7e\x85\xa0-\ufffd\U00010000-\U0010ffff]"
 Flaws = dict[Path, str]
@@ -147,9 +145,9 @@ def read_sample_folder(place: Path, flaws: Flaws) -> Samples | None:
             if path.name in listed:
                 flaws[path] = "a link" if path.is_symlink() else "missing"
             continue
-        if not is_whole_mp4(path):
-            flaws[path] = "truncated or not an mp4"
-        if size := path.stat().st_size:
+        if not (size := path.stat().st_size):
+            flaws[path] = "empty"
+        else:
             entry = listed.get(path.name, {})
             prompt = one_line(str(entry.get("prompt", re.sub(r"^\d+-", "", path.stem)))[:2000])
             seed = entry.get("seed")
@@ -159,8 +157,8 @@ def read_sample_folder(place: Path, flaws: Flaws) -> Samples | None:
         flaws[place / "samples.json"] = "missing"
     match = re.fullmatch(r"step_(\d{1,15})", place.name)
     sheet = place / "sheet.png" if is_own_file(place / "sheet.png") else None
-    if sheet and not is_whole_png(sheet):
-        flaws[sheet] = "truncated or not a PNG"
+    if sheet and not sheet.read_bytes().endswith(b"IEND\xaeB`\x82"):
+        flaws[sheet], sheet = "truncated or not a PNG", None
     return Samples(place.name, int(match[1]) if match else None, sheet, clips) if clips or sheet else None
 
 
@@ -220,25 +218,3 @@ def read_text(path: Path, flaws: Flaws) -> str | None:
 def is_own_file(path: Path) -> bool:
     """Whether a path is a file and not a link, which could put any file into the page."""
     return path.is_file() and not path.is_symlink()
-
-
-def is_whole_mp4(path: Path) -> bool:
-    """Whether a file consists of complete boxes with `moov` among them (ISO/IEC 14496-12, 4.2); decodes nothing."""
-    at, kinds = 0, []
-    with path.open("rb") as file:
-        end = file.seek(0, os.SEEK_END)
-        while at < end and len(kinds) < MAX_BOXES:
-            file.seek(at)
-            head = file.read(16)
-            size = int.from_bytes(head[:4], "big")
-            size = int.from_bytes(head[8:], "big") if size == 1 else size or end - at
-            if size < 8:
-                return False
-            kinds.append(head[4:8])
-            at += size
-    return at == end and b"moov" in kinds
-
-
-def is_whole_png(path: Path) -> bool:
-    """Whether a file ends as a PNG does."""
-    return path.read_bytes().endswith(b"IEND\xaeB`\x82")

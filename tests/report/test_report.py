@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import synthetic
+from PIL import Image
 
 from sora_train import cli
 from sora_train.errors import UserError
 from sora_train.recipe import Recipe, save_recipe
 from sora_train.report import media, write_report
-from sora_train.report.charts import Line, draw, ramp, smooth, thin, ticks
+from sora_train.report.charts import Line, draw, smooth, thin, ticks
 from sora_train.report.curves import Chart, chart_groups
 from sora_train.report.events import all_rows, problems, state_of
 from sora_train.report.media import MediaIndex, make_grid
@@ -105,7 +106,7 @@ def test_a_report_has_curves_samples_accuracy_events_and_recipe(tmp_path):
     assert report == tmp_path / "trial" / "report.html"
     assert not seen.open
     assert seen.shown == [["1", "0"], ["2"]]
-    assert seen.tags.count("svg") == 8  # an outer and an inner one each; the loss in two widths
+    assert seen.tags.count("svg") == 6  # an outer and an inner one each
     for words in (
         "trial",
         "Training loss",
@@ -193,7 +194,6 @@ def test_unreadable_files_are_named_on_the_page_and_on_stderr(tmp_path, capsys):
     (first / "samples.json").write_bytes((first / "samples.json").read_bytes()[:90])
     (second / "000-clip.mp4").unlink()
     (second / "001-clip.mp4").write_bytes(b"")
-    (third / "002-clip.mp4").write_bytes((third / "002-clip.mp4").read_bytes()[:-1])
     (third / "sheet.png").write_bytes((third / "sheet.png").read_bytes()[:-1])
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('nonsense\n\n{"step": 5, "lo')
@@ -208,8 +208,7 @@ def test_unreadable_files_are_named_on_the_page_and_on_stderr(tmp_path, capsys):
         "recipe.yaml (not a recipe in YAML)",
         f"samples/{first.name}/samples.json (truncated or not a JSON object)",
         f"samples/{second.name}/000-clip.mp4 (missing)",
-        f"samples/{second.name}/001-clip.mp4 (truncated or not an mp4)",
-        f"samples/{third.name}/002-clip.mp4 (truncated or not an mp4)",
+        f"samples/{second.name}/001-clip.mp4 (empty)",
         f"samples/{third.name}/sheet.png (truncated or not a PNG)",
     ]
     seen = Page(write_report(folder))
@@ -333,7 +332,7 @@ def test_lines_of_validations_join_those_of_training(tmp_path):
 def test_steps_are_in_numeric_order_whatever_their_digits(tmp_path):
     for name in ("step_900", "step_1000", "prompts"):
         (tmp_path / "samples" / name).mkdir(parents=True)
-        (tmp_path / "samples" / name / "sheet.png").write_bytes(b"")
+        Image.new("RGB", (4, 4)).save(tmp_path / "samples" / name / "sheet.png")
     save_recipe(Recipe(), tmp_path / "recipe.yaml")
     assert [one.name for one in read_run(tmp_path).samples] == ["step_900", "step_1000", "prompts"]
 
@@ -347,12 +346,12 @@ def test_parts_of_diffusion_time_are_one_chart(tmp_path):
     alone, both = titled(chart_groups(runs[:1])), titled(chart_groups(runs))
     assert len(alone["Training loss by diffusion time"].legend) == 4
     assert len(alone["Held-out loss by diffusion time"].legend) == 10
-    assert [label for label, _ in both["Held-out loss by diffusion time"].legend] == ["a", "b"]
-    assert "noise" in both["Held-out loss by diffusion time"].drawing
+    assert [label for label, _ in both["Held-out loss"].legend] == ["a", "b"]
+    assert "Held-out loss by diffusion time" not in both
     assert [label for label, _ in alone["Training loss"].legend] == [
-        "▼ resumed, 1×",
-        "✖ rolled back, 1×",
-        "❘ steps skipped, 5×",
+        "resumed, 1×",
+        "rolled back, 1×",
+        "steps skipped, 5×",
     ]
 
 
@@ -388,7 +387,7 @@ def test_changed_settings_and_new_clips_are_marked(tmp_path):
         for kind, step in (("changed", 40), ("new_data", 50)):
             file.write(json.dumps({"event": kind, "step": step, "reason": "train.learning_rate was 1 and is 2"}) + "\n")
     text = Page(write_report(folder)).text
-    assert "◆ settings or clips changed, 2×" in text
+    assert "settings or clips changed, 2×" in text
     assert "clips were added or removed" in text
 
 
@@ -437,7 +436,7 @@ def test_trouble_comes_first_and_a_long_streak_of_it_is_counted():
 
 def test_a_chart_is_well_formed_and_uses_css_variables():
     points = np.stack([np.arange(5000.0), np.arange(5000.0) ** 2], 1)
-    svg = draw([Line(points)], {"resumed": [7], "rolled-back": [9], "skipped": range(3000)}, wide=True)
+    svg = draw([Line(points)], {"resumed": [7], "rolled-back": [9], "skipped": range(3000)})
     ElementTree.fromstring(svg)
     assert 'stroke="var(--rolled-back)"' in svg
     assert len(svg) < 200_000
@@ -445,7 +444,7 @@ def test_a_chart_is_well_formed_and_uses_css_variables():
     assert re.search(r">0\.00\d+<", draw([Line(np.array([[0, 0.0], [1, 0.0024]]))]))
 
 
-def test_a_curve_is_true_to_scale_linear_and_logarithmic():
+def test_a_curve_is_true_to_scale():
     def heights(*curves: list[float]) -> list[list[float]]:
         lines = [Line(np.stack([np.arange(len(values)), values], 1)) for values in curves]
         found = re.findall(r'<polyline points="([^"]*)"', draw(lines))
@@ -454,29 +453,22 @@ def test_a_curve_is_true_to_scale_linear_and_logarithmic():
     ((low, middle, high),) = heights([1.0, 2.0, 3.0])
     assert low > middle > high
     assert np.isclose(middle, (low + high) / 2, atol=0.02)
-    (a, b), (c, d), _ = heights([1.0, 10.0], [10.0, 100.0], [2.0, 3.0])
+    (a, b), (c, d) = heights([1.0, 3.0], [3.0, 5.0])
     assert np.isclose(b, c)
     assert np.isclose(a - b, c - d, atol=0.02)
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.15, 0.16), (-3.0, 1e6), (1e-9, 2e-9), (0.0, 60.0)])
 def test_ticks_are_a_few_round_numbers_in_the_range(low: float, high: float):
-    found = ticks(low, high, 4, False)
+    found = ticks(low, high, 4)
     assert 2 <= len(found) <= 5
     assert low <= found[0] < found[-1] <= high * (1 + 1e-9)
     assert np.allclose(np.diff(found), found[1] - found[0])
 
 
-def test_thinning_keeps_mean_and_extremes_smoothing_keeps_lines():
+def test_thinning_keeps_the_mean_and_smoothing_keeps_lines():
     points = np.stack([np.arange(6000.0), np.random.default_rng(0).normal(size=6000)], 1)
-    steps, values, low, high = thin(points)
+    steps, values = thin(points)
     assert len(values) == 600
     assert np.isclose(values.mean(), points[:, 1].mean())
-    assert (low.min(), high.max()) == (points[:, 1].min(), points[:, 1].max())
     assert np.allclose(smooth(steps), steps)
-
-
-def test_a_ramp_begins_and_ends_with_its_ends():
-    assert ramp(10)[0] == "#2f81d6"
-    assert ramp(10)[-1] == "#d97a3f"
-    assert len(set(ramp(10))) == 10
