@@ -94,17 +94,16 @@ def with_restarts(run: Callable[[], ShardSink]) -> ShardSink:
 
 def encode_missing(recipe: Recipe, rows: list[SourceRow], vae: VaeFiles, text: TextFiles, key: str) -> ShardSink:
     """Encodes the clips of the rows that the shards don't hold. Raises UserError as `prep`, and PipelineStalled."""
-    data, settings = recipe.data, settings_hash(recipe, key)
-    stored, repeated = read_stored_clips(data.output, key, encoding_differences(recipe, vae, text))
-    stats = PrepStats(len({row.source for row in rows}), data.max_bad_fraction, data.output)
-    state = reconcile(data, rows, stored, repeated, SavedProgress.load(data.output, settings), stats)
+    data = recipe.data
+    state = resume_state(recipe, rows, vae, text)
+    stats = state.stats
     state.remove_stale(data.output)
     shapes = ", ".join(bucket.name for bucket in buckets_of(data))
     log.info(
         f"prep: {len(rows)} sources, {stats.written} clips already encoded, {len(state.todo)} sources to process; "
         f"{shapes} at {data.fps:g} fps"
     )
-    sink = ShardSink(recipe, key, settings, state)
+    sink = ShardSink(recipe, key, settings_hash(recipe, key), state)
     try:
         stats.check_limits()
         if state.todo:
@@ -113,6 +112,17 @@ def encode_missing(recipe: Recipe, rows: list[SourceRow], vae: VaeFiles, text: T
     finally:
         sink.close()
     return sink
+
+
+def resume_state(
+    recipe: Recipe, rows: list[SourceRow], vae: VaeFiles, text: TextFiles, quiet: bool = False
+) -> ResumeState:
+    """What the shards hold of the rows, and what is to do. `quiet`: known failures are counted, but not logged."""
+    data, key = recipe.data, encoding_hash(recipe, vae, text)
+    stored, repeated = read_stored_clips(data.output, key, encoding_differences(recipe, vae, text))
+    saved = SavedProgress.load(data.output, settings_hash(recipe, key))
+    stats = PrepStats(len({row.source for row in rows}), data.max_bad_fraction, data.output, quiet)
+    return reconcile(data, rows, stored, repeated, saved, stats)
 
 
 def resolve_caption_cleaning(recipe: Recipe) -> Recipe:

@@ -17,7 +17,7 @@ MAX_REMARKS = 20  # printed lines about single files
 class PrepStats:
     """Counts clips. `failures` are the rows of `quarantine.parquet`, `reasons` how many there are of each reason."""
 
-    def __init__(self, sources: int, max_bad_fraction: float, folder: str):
+    def __init__(self, sources: int, max_bad_fraction: float, folder: str, quiet: bool = False):
         self.sources, self.max_bad_fraction, self.folder = sources, max_bad_fraction, folder
         self.asked = self.written = 0
         self.failures: list[dict] = []
@@ -25,7 +25,7 @@ class PrepStats:
         self.opened: set[str] = set()  # sources that this run opened
         self.good_sources: set[str] = set()  # sources with a clip in the shards
         self.bad_sources: dict[str, str] = {}  # source without a clip -> reason
-        self._remarks = 0
+        self._remarks = MAX_REMARKS + 1 if quiet else 0  # printed
 
     def count_written(self, source: str) -> None:
         """Counts a clip that is in the shards."""

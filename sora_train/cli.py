@@ -72,7 +72,7 @@ def run(verb: str, words: Sequence[str]) -> None:
         case "prep":
             recipe, options = recipe_of(verb, words)
             if options.plan:
-                from data_prep.estimate.command import show_plan
+                from data_prep.estimate.table import show_plan
 
                 show_plan(recipe)
             else:

@@ -1,72 +1,70 @@
-"""Estimates what a recipe's shards will hold and cost, from the headers of a sample of its sources."""
+"""Estimates what a recipe's shards will hold and cost, from a sample of its sources and the clips encoded already."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from pyarrow import fs
 
 from data_prep.buckets import buckets_of
-from data_prep.estimate.measure import Measurement
-from data_prep.estimate.probe import ProbeResult, pick_evenly
+from data_prep.estimate.measure import CAPTIONS, CLIPS, Measurement, measure
+from data_prep.estimate.probe import ProbeResult, pick_evenly, probe_files
+from data_prep.pipeline import check_shapes, find_codec, resolve_caption_cleaning, resume_state
 from data_prep.reasons import BAD_SOURCE_REASONS
-from data_prep.sources import SourceRow
-from sora_train.codec.files import VaeFiles
+from data_prep.resume import ResumeState
+from data_prep.sources import SourceRow, read_rows
+from sora_train.codec import CodecConfig
+from sora_train.codec.conventions import clean
+from sora_train.codec.files import TextFiles, VaeFiles
 from sora_train.data.shards import is_held_out
+from sora_train.log import log
 from sora_train.recipe import Recipe
-from sora_train.schema import bucket_size, shard_files
+from sora_train.schema import bucket_of, bucket_size, shard_files
 from sora_train.storage import free_bytes, resolve, storage_errors
 
-TOKENIZED = 2000  # captions at most
+TOKENIZED = 500  # rows at most whose captions are counted in tokens
 BYTES = 2  # of a float16
+RowClips = tuple[SourceRow, Counter[str], float]
+"""A row, its clips per bucket, and how many such rows it stands for."""
 
 
 @dataclass(frozen=True)
 class BucketEstimate:
-    """One bucket. `tokens` and `clip_bytes` are per clip; `steps` per epoch, without the clips that are held out."""
+    """One bucket: its clips, those encoded already among them; and per clip `seconds`, `tokens` and `clip_bytes`."""
 
     name: str
     clips: int
+    encoded: int
     held_out: int
     seconds: float
     tokens: int
     clip_bytes: int
     steps: int
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """Rows that give no clip for one reason, and one of them as an example."""
-
-    reason: str
-    rows: int
-    example: str
+    """Per epoch, without the clips that are held out."""
 
 
 @dataclass(frozen=True)
 class PrepEstimate:
-    """The whole estimate. `probed` of `files` were opened; counts of clips are scaled up from these."""
+    """The whole estimate. `probed` of the `files` still to process were opened; counts are scaled up from these."""
 
     rows: int
     sources: int
     files: int
     probed: int
-    undecodable: int
+    bad_sources: int
     """Sources that can't be read."""
-    video_s: float
-    """Length of all videos that give clips."""
-    longest_s: float
     largest: tuple[int, int]
-    """Width and height of the largest source."""
-    images: int
+    """Width and height of the largest source that was opened."""
+    longest_s: float
     buckets: tuple[BucketEstimate, ...]
-    dropped: tuple[Dropped, ...]
+    dropped: dict[str, tuple[int, str]]
+    """Rows without a clip and an example, by reason, the most frequent first."""
+    todo: int
+    """Rows to open that give clips."""
     captions: int
-    """Distinct ones: each is embedded once."""
-    latent_bytes: int
+    """Distinct captions to embed."""
     text_bytes: int
     stored_bytes: int
     """Of shards that exist already."""
@@ -80,95 +78,130 @@ class PrepEstimate:
         return sum(bucket.clips for bucket in self.buckets)
 
     @property
-    def steps(self) -> int:
-        """Per epoch."""
-        return sum(bucket.steps for bucket in self.buckets)
+    def encoded(self) -> int:
+        """Clips that are in the shards and stay."""
+        return sum(bucket.encoded for bucket in self.buckets)
+
+    @property
+    def latent_bytes(self) -> int:
+        """Of all clips."""
+        return sum(bucket.clips * bucket.clip_bytes for bucket in self.buckets)
 
     def hours(self, measured: Measurement) -> tuple[float, float, float]:
-        """Hours of one core for decoding, and of the measured device for the VAE and for the text encoder."""
-        opened = self.rows - sum(drop.rows for drop in self.dropped)
-        pixels = sum(bucket.clips * prod(bucket_size(bucket.name)) for bucket in self.buckets)
-        decode = opened * measured.open_s + self.clips * measured.decode_s
+        """Hours left on one core for decoding, and on the measured device for the VAE and for the text encoder."""
+        left = {bucket.name: bucket.clips - bucket.encoded for bucket in self.buckets}
+        pixels = sum(count * prod(bucket_size(name)) for name, count in left.items())
+        decode = self.todo * measured.open_s + sum(left.values()) * measured.decode_s
         return decode / 3600, pixels / 1e6 * measured.vae_s / 3600, self.captions * measured.text_s / 3600
 
 
-def usable_rows(rows: list[SourceRow], probes: dict[str, ProbeResult]) -> list[SourceRow]:
-    """Probed rows that give clips."""
-    return [row for row in rows if not row.reason and row.path in probes and not probes[row.path].reason]
+def estimate_prep(recipe: Recipe) -> PrepEstimate:
+    """Opens the headers of a sample of the sources to process, and decodes and encodes a few clips.
+
+    Raises UserError as `prep` does if captions, networks or the shards in `data.output` are unusable.
+    """
+    recipe = resolve_caption_cleaning(recipe)
+    vae, text = find_codec(recipe)
+    check_shapes(recipe.data, vae)
+    rows = read_rows(recipe.data)
+    state = resume_state(recipe, rows, vae, text, quiet=True)
+    probes = probe_files([row for row, _ in state.todo], recipe.data, recipe.selection)
+    found = estimate(recipe, rows, state, probes, vae, text)
+    good = [row for row, _ in state.todo if row.path in probes and probes[row.path].clips]
+    if not good:
+        return found
+    log.info(f"plan: {len(probes)} files opened; now a few clips are encoded, to see how long they take")
+    good.sort(key=lambda row: sorted(probes[row.path].clips))  # bucket by bucket
+    captions = pick_evenly(sorted({caption for row in good for caption in row.captions}), CAPTIONS)
+    return replace(found, measured=measure(recipe, pick_evenly(good, CLIPS), captions))
+
+
+def tokens_per_clip(rows: list[SourceRow], text: TextFiles, codec: CodecConfig) -> float:
+    """Mean number of tokens of all captions of a clip, as the text encoder gets them, from TOKENIZED rows at most."""
+    from sora_train.codec.text import load_tokenizer
+
+    some = pick_evenly(rows, TOKENIZED)
+    captions = [clean(caption, codec.caption_cleaning) for row in some for caption in row.captions]
+    if not captions:
+        return 0.0
+    ids = load_tokenizer(text.tokenizer)(captions, truncation=True, max_length=codec.max_tokens)["input_ids"]
+    return sum(len(tokens) for tokens in ids) / len(some)  # pyright: ignore[reportArgumentType]
 
 
 def estimate(
     recipe: Recipe,
     rows: list[SourceRow],
+    state: ResumeState,
     probes: dict[str, ProbeResult],
     vae: VaeFiles,
-    text_width: int,
-    count_tokens: Callable[[list[str]], list[int]],
+    text: TextFiles,
 ) -> PrepEstimate:
-    """Scales the probed files up to all of them. Seconds are measured elsewhere."""
-    data, good = recipe.data, usable_rows(rows, probes)
-    files = {row.path for row in rows if not row.reason}
+    """Counts the clips of finished sources, and scales the probed files up to all that are to process."""
+    todo = {row.row_id for row, _ in state.todo}
+    files = {row.path for row, _ in state.todo}
     scale = len(files) / max(1, len(probes))
-    dropped = count_dropped(rows, probes, scale)
-    buckets = estimate_buckets(recipe, good, probes, vae, scale)
-    weights = [(caption, sum(probes[row.path].clips.values())) for row in good for caption in row.captions]
-    some = pick_evenly(weights, TOKENIZED)
-    tokens = sum(n * copies for n, (_, copies) in zip(count_tokens([c for c, _ in some]), some, strict=True))
-    share = scale * sum(copies for _, copies in weights) / max(1, sum(copies for _, copies in some))
-    found = [probes[path] for path in {row.path for row in good}]
-    videos = [probe for probe in found if not probe.is_image]
-    largest = max(found, key=lambda probe: probe.width * probe.height, default=ProbeResult())
-    stored, free = disk_space(data.output)
-    bad = {row.source for row in rows if row.reason in BAD_SOURCE_REASONS}
+    clips: list[RowClips] = []
+    for row in rows:
+        if row.row_id not in todo:
+            shards = [state.stored[sample].shard for sample in state.stored_of_row.get(row.row_id, [])]
+            clips.append((row, Counter(map(bucket_of, shards)), 1.0))
+        elif row.path in probes:
+            clips.append((row, Counter(probes[row.path].clips), scale))
+    with_clips = [row for row, found, _ in clips if found]
+    good = [row for row in with_clips if row.row_id in todo]
+    buckets = estimate_buckets(recipe, state, clips, vae)
+    tokens = tokens_per_clip(with_clips, text, recipe.codec) * sum(bucket.clips for bucket in buckets)
+    opened = [probe for probe in probes.values() if probe.clips]
+    largest = max(opened, key=lambda probe: probe.width * probe.height, default=ProbeResult())
+    stored_bytes, free = disk_space(recipe.data.output)
+    bad = sum(probe.reason in BAD_SOURCE_REASONS for probe in probes.values())
     return PrepEstimate(
         rows=len(rows),
         sources=len({row.source for row in rows}),
         files=len(files),
         probed=len(probes),
-        undecodable=len(bad) + round(scale * sum(probe.reason in BAD_SOURCE_REASONS for probe in probes.values())),
-        video_s=scale * sum(probe.seconds for probe in videos),
-        longest_s=max((probe.seconds for probe in videos), default=0.0),
+        bad_sources=len(state.stats.bad_sources) + round(scale * bad),
         largest=(largest.width, largest.height),
-        images=round(scale * (len(found) - len(videos))),
+        longest_s=max((probe.seconds for probe in opened), default=0.0),
         buckets=buckets,
-        dropped=dropped,
-        captions=round(scale * len({caption for caption, _ in weights})),
-        latent_bytes=sum(bucket.clips * bucket.clip_bytes for bucket in buckets),
-        text_bytes=round(BYTES * text_width * tokens * share),
-        stored_bytes=stored,
+        dropped=count_dropped(state, probes, scale),
+        todo=round(scale * len(good)),
+        captions=round(scale * len({caption for row in good for caption in row.captions})),
+        text_bytes=round(BYTES * text.width * tokens),
+        stored_bytes=stored_bytes,
         free_bytes=free,
     )
 
 
 def estimate_buckets(
-    recipe: Recipe, rows: list[SourceRow], probes: dict[str, ProbeResult], vae: VaeFiles, scale: float
+    recipe: Recipe, state: ResumeState, clips: list[RowClips], vae: VaeFiles
 ) -> tuple[BucketEstimate, ...]:
     """Clips of each bucket, and what one of them takes."""
-    clips, held_out = Counter[str](), Counter[str]()
-    for row in rows:
-        clips.update(probes[row.path].clips)
-        if is_held_out(row.source, recipe.data.holdout_fraction):
-            held_out.update(probes[row.path].clips)
+    encoded = Counter(bucket_of(clip.shard) for clip in state.stored.values())
     buckets: list[BucketEstimate] = []
     for bucket in buckets_of(recipe.data):
         f, c, h, w = vae.latent_shape(bucket.frames, bucket.height, bucket.width)
-        count, held = round(scale * clips[bucket.name]), round(scale * held_out[bucket.name])
+        counts = [(row, weight * found[bucket.name]) for row, found, weight in clips]
+        held = round(sum(n for row, n in counts if is_held_out(row.source, recipe.data.holdout_fraction)))
+        count = max(round(sum(n for _, n in counts)), encoded[bucket.name])
         size, tokens = BYTES * vae.moments * f * c * h * w, f * (h // recipe.model.patch) * (w // recipe.model.patch)
         steps = -(-(count - held) // recipe.train.batch_size)
-        buckets.append(BucketEstimate(bucket.name, count, held, bucket.seconds, tokens, size, steps))
+        row = count, encoded[bucket.name], held, bucket.seconds, tokens, size, steps
+        buckets.append(BucketEstimate(bucket.name, *row))
     return tuple(buckets)
 
 
-def count_dropped(rows: list[SourceRow], probes: dict[str, ProbeResult], scale: float) -> tuple[Dropped, ...]:
-    """Rows without clips by reason, the most frequent first."""
-    counts, examples = dict[str, float](), dict[str, str]()
-    for row in rows:
-        found = row if row.reason else probes.get(row.path)
-        if found and found.reason:
-            counts[found.reason] = counts.get(found.reason, 0.0) + (1 if row.reason else scale)
-            examples.setdefault(found.reason, f"{row.source}: {found.message}")
-    by_count = sorted(counts.items(), key=lambda item: -item[1])
-    return tuple(Dropped(reason, round(n), examples[reason]) for reason, n in by_count)
+def count_dropped(state: ResumeState, probes: dict[str, ProbeResult], scale: float) -> dict[str, tuple[int, str]]:
+    """What gives no clip: known failures, and rows whose file was opened; with an example of each reason."""
+    counts, examples = Counter[str](state.stats.reasons), dict[str, str]()
+    for failure in state.stats.failures:
+        examples.setdefault(failure["reason"], f"{failure['source']}: {failure['message']}")
+    found = [(row, probes[row.path]) for row, _ in state.todo if row.path in probes and probes[row.path].reason]
+    for reason, rows in Counter(probe.reason for _, probe in found).items():
+        counts[reason] += round(scale * rows)
+    for row, probe in found:
+        examples.setdefault(probe.reason, f"{row.source}: {probe.message}")
+    return {reason: (count, examples[reason]) for reason, count in counts.most_common()}
 
 
 def disk_space(output: str) -> tuple[int, int | None]:

@@ -52,16 +52,15 @@ def measure(recipe: Recipe, rows: list[SourceRow], captions: list[str]) -> Measu
     device, name = ("cuda", torch.cuda.get_device_name()) if has_gpu else ("cpu", "cpu")
     clock = time.monotonic if has_gpu else time.process_time  # on a busy CPU only this process's share counts
     batch = vae_batch_size(recipe, gpus=1) if has_gpu else 1
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    decoder = Decoder(recipe.data, recipe.selection)
     system, _ = resolve(data_root(recipe.data))
-    clips: list[tuple[float, float, float]] = []
+    times: list[tuple[float, float, float]] = []
+    threads, decoder = torch.get_num_threads(), Decoder(recipe.data, recipe.selection)
+    torch.set_num_threads(1)
     try:
         vae, text = vae_of(recipe.codec, device), text_encoder_of(recipe.codec, device, recipe.prep.text_batch)
         began = time.monotonic()
         for row in [rows[0], *rows]:  # the first clip is a warm-up
-            if clips and time.monotonic() - began > SECONDS:
+            if times and time.monotonic() - began > SECONDS:
                 break
             try:
                 with local_copy(system, row.path) as path:
@@ -70,11 +69,10 @@ def measure(recipe: Recipe, rows: list[SourceRow], captions: list[str]) -> Measu
                     clip, decode_s = _timed(time.monotonic, decoder.read, path, span, row.row_id)
                 frames = torch.from_numpy(np.repeat(clip.frames[None], batch, axis=0))
                 _, vae_s = _timed(clock, vae.encode, frames)
+                times.append((open_s, decode_s, vae_s / (frames.numel() / 3e6)))
             except (ClipError, RuntimeError) as error:
                 log.info(f"plan: {row.source} is not measured: {error}")
-            else:
-                clips.append((open_s, decode_s, vae_s / (frames.numel() / 3e6)))
-        if not clips:
+        if not times:
             return None
         _, text_s = _timed(clock, text.encode, captions[:1])
         if text_s < SECONDS / 4:
@@ -82,9 +80,8 @@ def measure(recipe: Recipe, rows: list[SourceRow], captions: list[str]) -> Measu
     finally:
         decoder.close()
         torch.set_num_threads(threads)
-    clips = clips[1:] or clips
-    open_s, decode_s, _ = np.mean(clips, axis=0).tolist()
-    return Measurement(len(clips), name, open_s, decode_s, float(np.median(clips, axis=0)[2]), text_s)
+    open_s, decode_s, vae_s = np.median(times[1:] or times, axis=0).tolist()
+    return Measurement(len(times[1:] or times), name, open_s, decode_s, vae_s, text_s)
 
 
 def _timed(clock: Callable[[], float], work: Callable, *arguments: Any) -> tuple[Any, float]:

@@ -33,7 +33,6 @@ class ProbeResult:
     width: int = 0
     height: int = 0
     seconds: float = 0.0
-    is_image: bool = False
     reason: str = ""
     message: str = ""
 
@@ -46,7 +45,7 @@ def pick_evenly(items: Sequence[T], most: int) -> list[T]:
 def probe_files(rows: list[SourceRow], data: DataConfig, selection: SelectionConfig) -> dict[str, ProbeResult]:
     """Opens an even sample of the rows' files, by path. Logs its progress every 5 s."""
     system, _ = resolve(data_root(data))
-    files = list(dict.fromkeys(row.path for row in rows if not row.reason))
+    files = list(dict.fromkeys(row.path for row in rows))
     sample = pick_evenly(files, MAX_FILES if isinstance(system, fs.LocalFileSystem) else MAX_REMOTE_FILES)
     decoders = [Decoder(data, selection) for _ in range(max(1, min(8, usable_cores(), len(sample) // 8)))]
     free: SimpleQueue[Decoder] = SimpleQueue()
@@ -56,7 +55,12 @@ def probe_files(rows: list[SourceRow], data: DataConfig, selection: SelectionCon
     def probe(path: str) -> ProbeResult:
         decoder = free.get()
         try:
-            return probe_file(system, decoder, path)
+            with local_copy(system, path) as local:
+                plan = decoder.plan_clips(local, headers_only=True)
+            clips = Counter(span.bucket.name for span in plan.spans)
+            return ProbeResult(dict(clips), plan.width, plan.height, plan.seconds)
+        except ClipError as error:
+            return ProbeResult(reason=error.reason, message=error.message)
         finally:
             free.put(decoder)
 
@@ -74,14 +78,3 @@ def probe_files(rows: list[SourceRow], data: DataConfig, selection: SelectionCon
         for decoder in decoders:
             decoder.close()
     return results
-
-
-def probe_file(system: fs.FileSystem, decoder: Decoder, path: str) -> ProbeResult:
-    """Opens one file."""
-    try:
-        with local_copy(system, path) as local:
-            plan = decoder.plan_clips(local, headers_only=True)
-    except ClipError as error:
-        return ProbeResult(reason=error.reason, message=error.message)
-    clips = Counter(span.bucket.name for span in plan.spans)
-    return ProbeResult(dict(clips), plan.width, plan.height, plan.seconds, plan.still)

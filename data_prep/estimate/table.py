@@ -1,75 +1,69 @@
-"""Formats an estimate as text, and checks it for what would make prep or training fail."""
+"""`sora prep RECIPE --plan`: formats an estimate, and refuses what would make prep or training fail."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
-from data_prep.estimate.estimate import BucketEstimate, Dropped, PrepEstimate
-from data_prep.reasons import BAD_SOURCE_REASONS
-from sora_train.data.config import DataConfig, SelectionConfig, small_bucket_warnings
+from data_prep.estimate.estimate import BucketEstimate, PrepEstimate, estimate_prep
+from data_prep.reasons import BAD_SOURCE_REASONS, FILTERED, QUARANTINED
+from sora_train.data.config import DataConfig, small_bucket_warnings
 from sora_train.errors import RecipeError, UserError
-from sora_train.provenance import usable_cores
 from sora_train.recipe import Recipe
-from sora_train.schema import bucket_size
 from sora_train.storage import in_bytes
+from sora_train.terminal import print_result
+
+
+def show_plan(recipe: Recipe) -> None:
+    """Prints the estimate; no cluster is started. Raises UserError if prep or training could only fail."""
+    found = estimate_prep(recipe)
+    print_result(format_estimate(found, recipe))
+    check_estimate(found, recipe.data)
 
 
 def check_estimate(estimate: PrepEstimate, data: DataConfig) -> None:
     """Raises UserError or RecipeError, with the remedy, if prep or training could only fail."""
-    if estimate.undecodable > data.max_bad_fraction * estimate.sources:
-        bad = _examples([drop for drop in estimate.dropped if drop.reason in BAD_SOURCE_REASONS])
+    if estimate.bad_sources > data.max_bad_fraction * estimate.sources:
         raise UserError(
-            f"{estimate.undecodable} of {estimate.sources} sources can't be read, more than data.max_bad_fraction "
-            f"{data.max_bad_fraction:g} allows: {bad}. Repair or remove them, check data.root, or raise "
-            "data.max_bad_fraction"
+            f"{estimate.bad_sources} of {estimate.sources} sources can't be read, more than data.max_bad_fraction "
+            f"{data.max_bad_fraction:g} allows: {_examples(estimate, BAD_SOURCE_REASONS)}. Repair or remove them, "
+            "check data.root, or raise data.max_bad_fraction"
         )
     if not estimate.clips:
         raise UserError(
-            f"no clip in {estimate.rows} rows: {_examples(list(estimate.dropped))}. Check data.root, data.buckets and "
-            "selection"
+            f"no clip in {estimate.rows} rows: {_examples(estimate, {*QUARANTINED, *FILTERED})}. Check data.root, "
+            "data.buckets and selection"
         )
-    empty = [bucket.name for bucket in estimate.buckets if not bucket.clips]
-    if empty:
-        raise RecipeError("\n".join(explain_empty_bucket(name, estimate, data) for name in empty))
-    if not estimate.steps:
+    (width, height), fps = estimate.largest, data.fps
+    if empty := [bucket for bucket in estimate.buckets if not bucket.clips]:
+        raise RecipeError(
+            "\n".join(
+                f"data.buckets: no clip fills {bucket.name}, which takes {bucket.seconds:.2f} s at {fps:g} fps (opened "
+                f"sources: up to {width}x{height} and {estimate.longest_s:.1f} s). Remove it, give it fewer frames or "
+                "pixels, raise data.max_enlarge if it is set, or add sources of its shape; images fill only 1x…"
+                for bucket in empty
+            )
+        )
+    if not sum(bucket.steps for bucket in estimate.buckets):
         raise RecipeError(
             f"data.holdout_fraction {data.holdout_fraction:g} holds out all {estimate.clips} clips. Lower it, or add "
             "sources"
         )
 
 
-def _examples(dropped: list[Dropped]) -> str:
-    return "; ".join(f"{drop.rows} {drop.reason} ({drop.example})" for drop in dropped[:3])
-
-
-def explain_empty_bucket(name: str, estimate: PrepEstimate, data: DataConfig) -> str:
-    """`data.buckets: no clip fills 49x480x832 (…). Remove it, …`."""
-    frames, height, width = bucket_size(name)
-    largest_width, largest_height = estimate.largest
-    facts = f"largest source: {largest_width}x{largest_height}, longest {estimate.longest_s:.1f} s"
-    if frames == 1 and not estimate.images and max(data.shapes)[0] > 1:
-        facts, remedy = "no source is an image, and videos take buckets of more frames", "or add images"
-    elif frames > 1 and not estimate.longest_s:
-        facts, remedy = "all sources are images", "or add videos"
-    elif frames > 1 and frames / data.fps > estimate.longest_s + 0.01:
-        facts += f"; it takes {frames / data.fps:.2f} s at {data.fps:g} fps"
-        remedy = "give it fewer frames, or raise data.fps"
-    elif 0 < data.max_enlarge < max(height / largest_height, width / largest_width):
-        remedy = "lower it, or raise data.max_enlarge"
-    else:
-        facts, remedy = f"{facts}; every clip is nearer to another bucket", "or add sources of its shape and size"
-    return f"data.buckets: no clip fills {name} ({facts}). Remove it, {remedy}"
+def _examples(estimate: PrepEstimate, reasons: Container[str]) -> str:
+    some = [(reason, *found) for reason, found in estimate.dropped.items() if reason in reasons]
+    return "; ".join(f"{count} {reason} ({example})" for reason, count, example in some[:3])
 
 
 def format_estimate(estimate: PrepEstimate, recipe: Recipe) -> str:
     """A table of the buckets, and a few lines."""
-    images = f", {estimate.images:,} images" if estimate.images else ""
-    sampled = f" (scaled up from {estimate.probed:,} of {estimate.files:,} files)"
+    sampled = f" (scaled up from {estimate.probed:,} of {estimate.files:,} files to process)"
     lines = [
-        f"{estimate.rows:,} rows of {estimate.sources:,} sources: {estimate.clips:,} clips from "
-        f"{hours(estimate.video_s / 3600)} of video{images}{sampled if estimate.probed < estimate.files else ''}",
+        f"{estimate.rows:,} rows of {estimate.sources:,} sources: {estimate.clips:,} clips, {estimate.encoded:,} of "
+        f"them encoded already, {estimate.clips - estimate.encoded:,} to encode"
+        f"{sampled if estimate.probed < estimate.files else ''}",
         "",
-        f"{'bucket':<16}{'clips':>10}{'held out':>10}{'hours':>10}{'tokens/clip':>13}{'tokens':>16}{'latents':>10}"
+        f"{'bucket':<16}{'clips':>10}{'encoded':>10}{'held out':>10}{'hours':>10}{'tokens/clip':>13}{'latents':>10}"
         f"{'steps/epoch':>13}",
         *(_table_row(bucket.name, [bucket], f"{bucket.tokens:,}") for bucket in estimate.buckets),
     ]
@@ -77,90 +71,51 @@ def format_estimate(estimate: PrepEstimate, recipe: Recipe) -> str:
         lines.append(_table_row("all", estimate.buckets, ""))
     if estimate.dropped:
         lines += ["", "dropped (rows, reason, an example)"]
-        lines += [f"{drop.rows:>8,}  {drop.reason:<16}{drop.example}" for drop in estimate.dropped]
-    unknown = ["damaged frames", *filters_needing_pixels(recipe.selection)]
-    lines += ["", f"not known from headers: {', '.join(unknown)}"]
-    if estimate.steps:
-        lines += _epoch_lines(estimate, recipe)
+        lines += [f"{rows:>8,}  {reason:<16}{example}" for reason, (rows, example) in estimate.dropped.items()]
+    lines += ["", "not known from headers: damaged frames, holes, scene cuts, duplicates, filters of pixels"]
+    if (steps := sum(bucket.steps for bucket in estimate.buckets)) and recipe.data.image_ratio is None:
+        lines.append(f"training: {steps:,} steps per epoch; train.steps is {recipe.train.steps / steps:,.1f} epochs")
     train = {bucket.name: bucket.clips - bucket.held_out for bucket in estimate.buckets}
     lines += [f"WARNING: {warning}" for warning in small_bucket_warnings(train, recipe.train.batch_size)]
     return "\n".join([*lines, *_disk_lines(estimate, recipe.data.output), *_work_lines(estimate)])
 
 
 def _table_row(name: str, buckets: Sequence[BucketEstimate], tokens: str) -> str:
-    seconds, total = sum(b.clips * b.seconds for b in buckets), sum(b.clips * b.tokens for b in buckets)
-    return (
-        f"{name:<16}{sum(b.clips for b in buckets):>10,}{sum(b.held_out for b in buckets):>10,}{seconds / 3600:>10.2f}"
-        f"{tokens:>13}{total:>16,}{in_bytes(sum(b.clips * b.clip_bytes for b in buckets)):>10}"
-        f"{sum(b.steps for b in buckets):>13,}"
+    clips, encoded, held, steps = (
+        f"{sum(getattr(bucket, key) for bucket in buckets):,}" for key in ("clips", "encoded", "held_out", "steps")
     )
-
-
-def _epoch_lines(estimate: PrepEstimate, recipe: Recipe) -> list[str]:
-    """Epochs of train.steps; with data.image_ratio images and videos have epochs of their own."""
-    images = sum(bucket.steps for bucket in estimate.buckets if bucket_size(bucket.name)[0] == 1)
-    train, ratio = recipe.train, recipe.data.image_ratio
-    kinds = [("", estimate.steps, 1.0)]
-    if ratio is not None:
-        kinds = [(" of videos", estimate.steps - images, 1 - ratio), (" of images", images, ratio)]
-    lines: list[str] = []
-    for kind, steps, share in kinds:
-        epochs, taken = share * train.steps / max(1, steps), "" if share == 1 else f"{share:.3g} of "
-        lines.append(
-            f"training: {steps:,} steps per epoch{kind} at train.batch_size {train.batch_size}; {taken}train.steps "
-            f"{train.steps:,} is {epochs:,.{1 if epochs < 100 else 0}f} epochs"
-        )
-    return lines
+    hours, size = sum(b.clips * b.seconds for b in buckets) / 3600, sum(b.clips * b.clip_bytes for b in buckets)
+    return f"{name:<16}{clips:>10}{encoded:>10}{held:>10}{hours:>10.2f}{tokens:>13}{in_bytes(size):>10}{steps:>13}"
 
 
 def _disk_lines(estimate: PrepEstimate, output: str) -> list[str]:
     """Bytes of the shards, and a warning if the disk is too small."""
-    total = estimate.latent_bytes + estimate.text_bytes
+    total, free = estimate.latent_bytes + estimate.text_bytes, estimate.free_bytes
     parts = f"latents {in_bytes(estimate.latent_bytes)}, text {in_bytes(estimate.text_bytes)}"
-    line = f"disk: {in_bytes(total)} in {output} ({parts})"
-    if estimate.stored_bytes:
-        line += f", of which {in_bytes(estimate.stored_bytes)} exist"
-    if estimate.free_bytes is None:
+    line = f"disk: {in_bytes(total)} in {output} ({parts}), of which {in_bytes(estimate.stored_bytes)} exist"
+    if free is None:
         return [line]
-    lacking = total - estimate.stored_bytes - estimate.free_bytes
+    lacking = total - estimate.stored_bytes - free
     warning = [f"WARNING: that disk lacks {in_bytes(lacking)}; set data.output to a larger one"] if lacking > 0 else []
-    return [f"{line}; {in_bytes(estimate.free_bytes)} free", *warning]
+    return [f"{line}; {in_bytes(free)} free", *warning]
 
 
 def _work_lines(estimate: PrepEstimate) -> list[str]:
     """Hours, and the seconds that they are computed from."""
     measured = estimate.measured
     if measured is None:
-        return ["work: not measured" + (": no clip could be encoded" if estimate.clips else "")]
-    decode, vae, text = estimate.hours(measured)
-    has_gpu = measured.device != "cpu"
-    line = (
-        f"work, {measured.clips} clips measured: opening {measured.open_s:.2g} s a source and decoding "
-        f"{measured.decode_s:.2g} s a clip on one core; VAE {measured.vae_s:.2g} s a million pixels and "
-        f"text {measured.text_s:.2g} s a caption on {measured.device if has_gpu else 'one core'}"
-    )
-    if has_gpu:
-        return [
-            line,
-            f"      {hours(vae + text)} of a GPU (VAE {hours(vae)}, text {hours(text)}) and {hours(decode)} of a core "
-            f"for decoding: {decode / max(1e-9, vae + text):.2g} cores for every GPU keep it busy",
-        ]
-    total, cpus = decode + vae + text, usable_cores()
+        return ["work: not measured" + (": no clip could be encoded" if estimate.todo else "")]
+    decode, vae, text = map(in_hours, estimate.hours(measured))
+    device = "one core" if measured.device == "cpu" else measured.device
     return [
-        line,
-        f"      {hours(total)} of a core: decoding {hours(decode)}, VAE {hours(vae)}, text {hours(text)}; "
-        f"{hours(total / cpus)} on this machine's {cpus} cores",
+        f"work, {measured.clips} clips measured: opening {measured.open_s:.2g} s a source and decoding "
+        f"{measured.decode_s:.2g} s a clip on one core; VAE {measured.vae_s:.2g} s a million pixels and text "
+        f"{measured.text_s:.2g} s a caption on {device}",
+        f"      decoding {decode} of one core; VAE {vae} and text {text} of {device}",
     ]
 
 
-def filters_needing_pixels(selection: SelectionConfig) -> tuple[str, ...]:
-    """The active filters that need decoded frames or whole files."""
-    keys = ("black", "frozen", "min_motion", "max_motion", "min_sharpness", "scene_cuts", "duplicates")
-    on = [key for key in keys if getattr(selection, key)]
-    return tuple(f"selection.{key}" for key in [*on, *["near_duplicates"] * (selection.near_duplicates is not None)])
-
-
-def hours(count: float) -> str:
+def in_hours(count: float) -> str:
     """Hours as `1.2 h`; less than one as minutes or seconds."""
     if count >= 1:
         return f"{count:,.1f} h"

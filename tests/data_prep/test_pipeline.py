@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from data_prep.estimate.estimate import estimate_prep
 from data_prep.inspect.table import inspect
 from data_prep.pipeline import prep
 from data_prep.ray_pipeline import allocate_cpus
@@ -165,6 +166,8 @@ def test_clips_become_shards_once_and_only_changes_again(
     write(tmp_path / "new.mp4", np.arange(36) / 30)
     changed = {name: caption for name, caption in names.items() if name != "5.mp4"} | {"2.mp4": "another caption"}
     save_captions(tmp_path, [*changed.items(), ("bad.mp4", "good now"), ("new.mp4", "new")])
+    found = estimate_prep(made)
+    assert (found.clips, found.encoded, found.probed) == (7, 3, 4)
     assert prep(made).counts.model_dump() == {"asked": 7, "written": 7, "quarantined": 0, "filtered": 0}
     assert not unfinished.exists()
     new = clips_of(tmp_path)
