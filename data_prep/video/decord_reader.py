@@ -17,7 +17,6 @@ import numpy as np
 from data_prep.buckets import TIMESTAMP_ERROR_S
 from data_prep.video.colours import HD_HEIGHT, HD_WIDTH, UNKNOWN
 from data_prep.video.damage import captured_stderr, zero_run
-from data_prep.video.orientation import DISPLAY_ORIENTATION, sei_types
 from data_prep.video.probe import Header
 from data_prep.video.readers import DECODE_AHEAD_S, Transform
 
@@ -50,8 +49,8 @@ CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 FORMATS = ("yuv420p", "yuvj420p")
 PLAIN_COLOURS = {1, UNKNOWN, 5, 6}  # BT.709, not named, BT.601: matrix, primaries and transfer (ISO/IEC 23091-2)
 PROGRESSIVE = 1  # AVFieldOrder
-SLICES, SEI = (1, 5), 6
-UNITS = {*SLICES, SEI, 9, 12}  # types of NAL units; 9 delimits pictures, 12 fills up
+SLICES, SEI, DISPLAY_ORIENTATION = (1, 5), 6, 47  # types of NAL units, and of an SEI message: ITU-T H.264, 7.3
+UNITS = {*SLICES, SEI, 9, 12}  # 9 delimits pictures, 12 fills up
 CONVERSION = ("[in @ ", "[swscaler @ ")  # they print messages on undamaged frames too
 
 
@@ -141,7 +140,7 @@ class PacketCheck:
         if packet.pts is None or (packet.dts is not None and packet.dts <= self.decoded):
             return "timestamps that are absent or do not rise"
         content = bytes(packet)
-        if not is_one_picture(content, context.extradata[4] % 4 + 1) or zero_run(content, "h264"):
+        if not is_one_picture(content, context.extradata[4] % 4 + 1, not self.stamps) or zero_run(content, "h264"):
             return "a packet that is not one picture"
         if len(self.stamps) == self.max_frames or not (self.stamps or packet.is_keyframe):
             return f"more than {self.max_frames} frames, or no keyframe at the beginning"
@@ -170,8 +169,8 @@ def stream_objection(context: Any, header: Header) -> str:
     return ""
 
 
-def is_one_picture(content: bytes, lengths: int) -> bool:
-    """Whether a packet is the slices of one picture, without an orientation message: ITU-T H.264, 7.3."""
+def is_one_picture(content: bytes, lengths: int, is_first: bool) -> bool:
+    """Whether a packet is the slices of one picture, and no later one may have an orientation message."""
     place = begins = 0
     while place + lengths < len(content):
         size = int.from_bytes(content[place : place + lengths], "big")
@@ -179,7 +178,7 @@ def is_one_picture(content: bytes, lengths: int) -> bool:
         place += lengths + size
         if len(unit) < 2 or unit[0] & 31 not in UNITS:
             return False
-        if unit[0] & 31 == SEI and DISPLAY_ORIENTATION in sei_types(unit[1:]):
+        if unit[0] & 31 == SEI and DISPLAY_ORIENTATION in unit and not is_first:  # the header knows the first's
             return False
         begins += unit[0] & 31 in SLICES and unit[1] >> 7  # its first macroblock is the picture's
     return begins == 1 and place == len(content)

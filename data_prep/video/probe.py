@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import re
+import struct
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import av
@@ -13,12 +15,14 @@ from av.stream import Disposition
 
 from data_prep.reasons import ClipError
 from data_prep.video.colours import Colours, colour_remarks, colours_of
-from data_prep.video.mp4_boxes import read_mp4_facts
-from data_prep.video.orientation import UPRIGHT, Orientation, orientation_of, orientation_sei
+from data_prep.video.orientation import UPRIGHT, Orientation, orientation_of
 
 MAX_SIDE = 8192
 MAX_PIXELS = 64 * 10**6  # pixels; 8192x8192 is 67 million
-EBML, CLUSTER, PROJECTION = b"\x1a\x45\xdf\xa3", b"\x1f\x43\xb6\x75", b"\x76\x70"  # RFC 9559, 5.1
+MP4_BOXES = {b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"}  # that an mp4 may begin with
+MAX_MOOV = 1 << 26  # bytes
+VISUAL_ENTRY = re.compile(rb"hdlr.{8}vide.*?stsd.{8}(.{4}.{28}.{4})", re.DOTALL)
+"""The first sample entry of a video track, up to width and height: ISO/IEC 14496-12, 8.5.2 and 12.1.3."""
 FORMATS = (
     "mov matroska avi mpegts mpeg flv asf ogg gif apng mxf nut dv yuv4mpegpipe ivf rm wtv gxf obu av1 h264 hevc vvc "
     "vc1 m4v mpegvideo mjpeg h263 cavsvideo dirac dnxhd"
@@ -31,16 +35,15 @@ FORMATS_HINT = "convert it to mp4, or an image to png or jpg"
 MAX_FRAME_RATE = 1000  # frames per second; containers without a frame rate may give their clock's
 MAX_PIXEL_ASPECT = 8.0  # width / height of a pixel; a tag beyond it (or below its inverse) is ignored
 LEADING_PACKETS = 16  # packets that are read before anything is decoded
-EXIF_CODECS = {"mjpeg", "png", "apng", "webp", "tiff"}
 
 
 @dataclass(frozen=True)
 class Header:
     """A video as its container describes it. `container_duration_s` is 0 if unknown.
 
-    `orientation` is that of the first frame, and `may_rotate` says that frames may carry one; `aspect_in_stream` says
-    that no container overrides the pixel aspect that the stream itself names, and may change; `still`, that the file
-    holds one picture; `colours` and `remarks` are of what it signals.
+    `orientation` is that of the first frame, and `may_rotate` says that frames may have one; `aspect_in_stream`, that
+    the stream itself names its pixel aspect and may change it; `still`, that the file holds one picture. `colours` and
+    `remarks` are about what it signals.
     """
 
     container: str
@@ -63,24 +66,16 @@ class Header:
         return 1 / self.frames_per_second
 
     @property
-    def is_rotated(self) -> bool:
-        """Whether rows and columns are exchanged for display."""
-        return self.orientation.transposed
-
-    @property
     def display_size(self) -> tuple[float, float]:
         """Width and height in square pixels, upright."""
         width, height = self.width * self.pixel_aspect, float(self.height)
-        return (height, width) if self.is_rotated else (width, height)
+        return (height, width) if self.orientation.transposed else (width, height)
 
 
 def read_header(path: str) -> Header:
-    """Opens a video. One frame is decoded if the file may have a display matrix.
-
-    Raises ClipError `unreadable`, `no_video_stream`, or `too_large`.
-    """
-    mp4 = read_mp4_facts(path)
-    check_size(mp4.sizes)
+    """Opens a video and decodes its first frame. Raises ClipError `unreadable`, `no_video_stream`, or `too_large`."""
+    entries = mp4_sample_entries(path)
+    check_size([struct.unpack(">HH", entry[32:36]) for entry in entries])
     with open_video(path) as file:
         stream = video_stream(file)
         context = stream.codec_context
@@ -94,8 +89,9 @@ def read_header(path: str) -> Header:
         start = 0.0 if stream.start_time is None else float(stream.start_time * stream.time_base)
         aspect = stream.sample_aspect_ratio
         packets = leading_packets(file, stream)  # before container_duration, which may seek to the end
-        may_rotate = mp4.has_matrix or has_matroska_projection(path) or stream_may_rotate(packets, context)
         container_duration_s = container_duration(file, stream, start)
+        frame = first_frame(context, packets)
+        orientation = orientation_of(frame) if frame else None
         return Header(
             container=file.format.name,
             width=context.width,
@@ -103,14 +99,49 @@ def read_header(path: str) -> Header:
             pixel_aspect=plausible_pixel_aspect(aspect),
             container_duration_s=container_duration_s,
             frames_per_second=float(rate),
-            orientation=first_orientation(path) if may_rotate else UPRIGHT,
-            may_rotate=may_rotate,
+            orientation=orientation or UPRIGHT,
+            may_rotate=not frame or orientation is not None,
             alpha=stream.metadata.get("alpha_mode") == "1" or has_alpha(context.format),
             aspect_in_stream=(aspect or 0) == (context.sample_aspect_ratio or 0),
             still=is_single_image(packets, stream, container_duration_s, float(rate)),
             colours=colours_of(context),
-            remarks=(*colour_remarks(context), *mp4.remarks),
+            remarks=(*colour_remarks(context), *aperture_remarks(entries)),
         )
+
+
+def mp4_sample_entries(path: str) -> list[bytes]:
+    """The sample entries of the video tracks of an mp4; none for other files.
+
+    FFmpeg overwrites their sizes with those of the stream, but a decoder may have allocated memory for them by then.
+    """
+    with open(path, "rb") as file:
+        while len(head := file.read(8)) == 8 and (head[4:] in MP4_BOXES or file.tell() > 8):
+            size, kind = struct.unpack(">I4s", head)
+            if kind == b"moov":
+                moov = file.read(min(size - 8, MAX_MOOV)) if size >= 8 else file.read(MAX_MOOV)
+                found = VISUAL_ENTRY.finditer(moov)
+                return [moov[m.start(1) : m.start(1) + max(36, *struct.unpack_from(">I", m[1]))] for m in found]
+            size = struct.unpack(">Q", file.read(8))[0] - 8 if size == 1 else size
+            if size < 8:
+                break
+            file.seek(size - 8, os.SEEK_CUR)
+    return []
+
+
+def aperture_remarks(entries: list[bytes]) -> list[str]:
+    """A remark for each sample entry that says that only a part of each frame is to be shown: 12.1.4."""
+    remarks: list[str] = []
+    for entry in entries:
+        place = entry.find(b"clap")
+        if 36 <= place <= len(entry) - 20:
+            width_n, width_d, height_n, height_d = struct.unpack_from(">4I", entry, place + 4)
+            width, height = struct.unpack(">HH", entry[32:36])
+            if width_d and height_d and (width_n / width_d, height_n / height_d) < (width, height):
+                part = f"{width_n / width_d:g}x{height_n / height_d:g}"
+                remarks.append(
+                    f"clean_aperture: of its {width}x{height} pixels {part} are to be shown, and all are taken"
+                )
+    return remarks
 
 
 def open_video(path: str, largest: int = MAX_PIXELS) -> Any:
@@ -151,14 +182,12 @@ def has_alpha(form: Any) -> bool:
 def leading_packets(file: Any, stream: Any) -> list[Any]:
     """The first packets of a stream that are not empty."""
     packets: list[Any] = []
-    try:
+    with suppress(av.FFmpegError, ValueError):
         for packet in file.demux(stream):
             if packet.size:
                 packets.append(packet)
             if len(packets) == LEADING_PACKETS:
                 break
-    except (av.FFmpegError, ValueError):
-        pass
     return packets
 
 
@@ -188,25 +217,15 @@ def container_duration(file: Any, stream: Any, start: float) -> float:
         return whole
     # This is the duration of the longest stream. If the end of the file exists, its packets say when the video ends.
     ends: dict[int, float] = {}
-    for index, _, end in packet_times(file, file.streams, from_s=whole):
-        ends[index] = max(end, ends.get(index, 0.0))
+    with suppress(av.FFmpegError, ValueError):
+        file.seek(file.duration, backward=True)
+        for packet in file.demux():
+            stamp = packet.dts if packet.pts is None else packet.pts
+            if packet.size and not packet.is_discard and stamp is not None:
+                end = float((stamp + (packet.duration or 0)) * packet.time_base)
+                ends[packet.stream_index] = max(end, ends.get(packet.stream_index, 0.0))
     video = ends.get(stream.index, 0.0)
     return video - start if video > start and max(ends.values()) >= whole - 0.1 else whole
-
-
-def packet_times(file: Any, streams: Any, from_s: float | None = None) -> Iterator[tuple[int, float | None, float]]:
-    """Stream, start and end in seconds of each shown packet, as far as the file can be read."""
-    ticks = {stream.index: float(stream.time_base) for stream in streams}
-    try:
-        if from_s is not None:
-            file.seek(int(from_s * av.time_base), backward=True)
-        for packet in file.demux(*streams):
-            if packet.size and not packet.is_discard:
-                tick, stamp = ticks[packet.stream_index], packet.dts if packet.pts is None else packet.pts
-                start = None if stamp is None else stamp * tick
-                yield packet.stream_index, start, (start or 0.0) + (packet.duration or 0) * tick
-    except (av.FFmpegError, ValueError):
-        return
 
 
 def check_size(sizes: list[tuple[int, int]]) -> None:
@@ -217,32 +236,14 @@ def check_size(sizes: list[tuple[int, int]]) -> None:
             raise ClipError("too_large", f"declares frames of {width}x{height}; the limit is {limit}")
 
 
-def has_matroska_projection(path: str) -> bool:
-    """Whether a Matroska file has a projection, which may rotate or mirror it."""
-    with Path(path).open("rb") as file:
-        head = file.read(1 << 16)
-    return head.startswith(EBML) and PROJECTION in head.partition(CLUSTER)[0]
-
-
-def stream_may_rotate(packets: list[Any], context: Any) -> bool:
-    """Whether the stream itself may have an orientation: an SEI message, or EXIF as images have."""
-    if context.name not in ("h264", "hevc"):
-        return context.name in EXIF_CODECS
-    for packet in packets:
-        if orientation_sei(bytes(packet), context.name, context.extradata or b""):
-            return True
-        if packet.is_keyframe:
-            return False
-    return False
-
-
-def first_orientation(path: str) -> Orientation:
-    """The first frame's orientation; upright if no frame decodes."""
-    try:
-        with open_video(path) as file:
-            return orientation_of(next(file.decode(video_stream(file)))) or UPRIGHT
-    except (av.FFmpegError, StopIteration, ValueError):
-        return UPRIGHT
+def first_frame(context: Any, packets: list[Any]) -> Any:
+    """The first frame that decodes; None if there is none in these packets."""
+    context.thread_count = 1
+    for packet in (*packets, None):
+        with suppress(av.FFmpegError, ValueError):
+            if frames := context.decode(packet):
+                return frames[0]
+    return None
 
 
 def plausible_pixel_aspect(pixel_aspect: Fraction | None) -> float:

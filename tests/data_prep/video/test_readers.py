@@ -99,7 +99,7 @@ def test_what_an_edit_list_cuts_off_is_not_shown(tmp_path: Path, write, number_o
 @pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv"])
 def test_a_rotation_tag_is_honoured(tmp_path: Path, write, name: str, rotation: int):
     path = write(tmp_path / name, STEADY, rotation=rotation, pictures=lambda i: arrow(i))
-    assert read_header(str(path)).is_rotated == (rotation in (90, 270))
+    assert read_header(str(path)).orientation.transposed == (rotation in (90, 270))
     frame = by(PyAvReader, path).frames(np.array([1.0]), same)[0]
     upright = np.rot90(arrow(30), rotation // 90)
     assert frame.shape == upright.shape
