@@ -1,4 +1,4 @@
-"""ImageHeader images as clips of one frame: JPEG, PNG, WebP, AVIF, BMP, TIFF, recognised by their first bytes.
+"""Images as clips of one frame: JPEG, PNG, WebP, AVIF, BMP, TIFF, recognised by their first bytes.
 
 Animated files are videos, or refused by name. A video container with one frame is an image too: see probe.py.
 """
@@ -6,7 +6,6 @@ Animated files are videos, or refused by name. A video container with one frame 
 from __future__ import annotations
 
 import io
-import os
 import struct
 import warnings
 from collections.abc import Callable, Iterator
@@ -55,7 +54,7 @@ def image_format(path: str) -> str:
 
 
 def read_image_header(path: str) -> ImageHeader:
-    """Opens an image without decoding it. Raises ClipError `too_large`, `truncated` or `corrupt`."""
+    """Opens an image without decoding it. Raises ClipError `too_large` or `corrupt`."""
     with open_image(path) as image:
         exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}  # else it decodes
         size = image.size[::-1] if exif.get(ORIENTATION, 1) >= 5 else image.size
@@ -72,7 +71,7 @@ def read_image(path: str, at_least: int = 0) -> np.ndarray:
     """An image uint8 `H W 3`: upright by its EXIF, in sRGB, transparency on black, 16 bits truncated to 8.
 
     A JPEG whose sides are many times `at_least` is decoded at a half, a quarter or an eighth of its size. Raises
-    ClipError `too_large`, `truncated` or `corrupt`.
+    ClipError `too_large` or `corrupt`.
     """
     with open_image(path) as image:
         if image.format == "PNG":
@@ -86,16 +85,12 @@ def read_image(path: str, at_least: int = 0) -> np.ndarray:
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I;16"):
             return (np.asarray(upright) >> 8).astype(np.uint8)[..., None].repeat(3, 2)
-        if upright.mode in ("I", "F"):  # no fixed range: scaled from the minimum to the maximum
-            values = np.asarray(upright, np.float64)
-            low, high = float(values.min()), float(values.max())
-            return ((values - low) * (255 / max(high - low, 1e-9))).round().astype(np.uint8)[..., None].repeat(3, 2)
+        colours = convert(upright) if convert else upright
         if upright.has_transparency_data:
-            rgba = upright.convert("RGBA")
-            if convert:
-                rgba = Image.merge("RGBA", (*convert(rgba.convert("RGB")).split(), rgba.getchannel("A")))
+            rgba = colours.convert("RGBA")
+            rgba.putalpha(upright.convert("RGBA").getchannel("A"))
             return on_black(np.asarray(rgba))
-        return np.asarray(convert(upright) if convert else upright.convert("RGB"))
+        return np.asarray(colours.convert("RGB"))
 
 
 def srgb_converter(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
@@ -106,32 +101,21 @@ def srgb_converter(image: Image.Image) -> Callable[[Image.Image], Image.Image] |
         profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
         if "srgb" in ImageCms.getProfileDescription(profile).lower():
             return lambda picture: picture.convert("RGB")
-        space = image.info["icc_profile"][16:20]  # ICC.1:2022, 7.2
-        mode = {b"GRAY": "L", b"RGB ": "RGB", b"CMYK": "CMYK"}[space]
+        mode = {b"GRAY": "L", b"RGB ": "RGB", b"CMYK": "CMYK"}[image.info["icc_profile"][16:20]]  # ICC.1:2022, 7.2
         if (mode == "L") != (image.mode in ("L", "LA")) or (mode == "CMYK") != (image.mode == "CMYK"):
             return None
         transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
+        return lambda picture: ImageCms.applyTransform(picture.convert(mode), transform) or picture
     except (ImageCms.PyCMSError, OSError, KeyError):
         return None
 
-    def convert(picture: Image.Image) -> Image.Image:
-        converted = ImageCms.applyTransform(picture.convert(mode), transform)
-        assert converted is not None
-        return converted
-
-    return convert
-
 
 def check_damage(path: str, kind: str | None) -> None:
-    """Raises ClipError `corrupt` or `truncated` for a damaged JPEG or WebP, which Pillow accepts."""
-    if kind not in ("JPEG", "WEBP"):
-        return
+    """Raises ClipError `corrupt` for a damaged JPEG or WebP, which Pillow accepts."""
+    checks = {"JPEG": jpeg_damage, "WEBP": webp_damage}
     with open(path, "rb") as file:
-        content = file.read()
-    damage = jpeg_damage(content) if kind == "JPEG" else webp_damage(content)
-    if damage:
-        reason = "truncated" if "premature end" in damage.lower() else "corrupt"
-        raise ClipError(reason, f"the {kind} is damaged: {damage}")
+        if kind in checks and (damage := checks[kind](file.read())):
+            raise ClipError("corrupt", f"the {kind} is damaged: {damage}")
 
 
 def webp_damage(content: bytes) -> str:
@@ -160,19 +144,4 @@ def open_image(path: str) -> Iterator[Image.Image]:
     except ClipError:
         raise
     except (OSError, SyntaxError, ValueError, EOFError, UnidentifiedImageError) as error:
-        if "truncated" in str(error) or is_truncated(path, kind):
-            raise ClipError("truncated", f"the {kind} breaks off: {error}") from None
-        raise ClipError("corrupt", f"the {kind} can't be decoded: {error}") from None
-
-
-def is_truncated(path: str, kind: str) -> bool:
-    """Whether the end of an image is missing from its file."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        head = file.read(8)
-        file.seek(max(0, size - 4096))
-        tail = file.read()
-    if kind in ("WEBP", "BMP"):  # both declare the file's size
-        declared = int.from_bytes(head[4:8], "little") + 8 if kind == "WEBP" else int.from_bytes(head[2:6], "little")
-        return size < declared
-    return {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(kind, b"") not in tail
+        raise ClipError("corrupt", f"the {kind} is damaged or breaks off: {error}") from None
