@@ -10,7 +10,6 @@ from sora_train.manifest import Manifest
 from sora_train.recipe import Recipe
 from sora_train.settings import build, flatten, read_yaml
 from sora_train.train import checkpoint
-from sora_train.train.config import TrainConfig
 from sora_train.train.loop import learning_rate
 
 FIXED_KEYS = (
@@ -126,18 +125,7 @@ def describe_changes(run: Path, recipe: Recipe, step: int) -> str:
     """The keys that changed since the run last started, and any jump of the learning rate at `step`; "" if none."""
     changed = changed_keys(run, recipe)
     found = [change for change in changed if change.startswith(CLIP_KEYS) or not change.startswith(UNREPORTED_KEYS)]
-    if found and (jump := learning_rate_jump(saved_recipe(run).train, recipe.train, step)):
-        found.append(jump)
+    before, after = learning_rate(saved_recipe(run).train, step - 1), learning_rate(recipe.train, step)
+    if found and abs(after - before) > 0.2 * before:
+        found.append(f"the learning rate is {before:.3g} at step {step} and {after:.3g} at step {step + 1}")
     return "; ".join(found)
-
-
-def learning_rate_jump(then: TrainConfig, now: TrainConfig, step: int) -> str:
-    """Both learning rates if step `step` + 1 does not continue the schedule, and how to avoid a rise; else ""."""
-    before, after = learning_rate(then, step - 1), learning_rate(now, step)
-    expected = learning_rate(then, step) if step < then.steps else before
-    if abs(after - expected) <= 1e-6 * expected:
-        return ""
-    jump = f"the learning rate is {before:.3g} at step {step} and {after:.3g} at step {step + 1}"
-    if after > 1.5 * before and step >= now.warmup_steps:
-        jump += f" (--train.learning_rate {now.learning_rate * before / after:.3g} would avoid the jump)"
-    return jump

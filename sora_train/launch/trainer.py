@@ -6,11 +6,11 @@ The same command resumes a run from the newest complete checkpoint in its folder
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -52,20 +52,6 @@ from sora_train.train import checkpoint
 from sora_train.train.metrics import STOP_FILE, Events
 
 
-@dataclass(frozen=True)
-class CheckedRun:
-    """A run that passed all checks that need no cluster."""
-
-    recipe: Recipe
-    folder: Path
-    manifest: Manifest
-    clips: Clips
-    step: int
-    """The step to resume from; 0 for a new run."""
-    changes: list[tuple[str, str]]
-    """Kinds and reasons of events: what differs from the run's last start."""
-
-
 def launch_training(
     recipe: Recipe, fresh: bool = False, overwrite: bool = False, preflight: bool = True, new_data: bool = False
 ) -> Path:
@@ -81,10 +67,11 @@ def launch_training(
             for a reason that a retry can't fix, or more often than `cluster.max_failures`.
         Stopped: if a signal or the file `leave` in the run's folder ended the run before its last step.
     """
-    run = check_run(resolve_recipe(recipe, fresh), fresh, overwrite, new_data)
-    recipe, folder = run.recipe, run.folder
-    if run.step >= recipe.train.steps:
-        log.info(f"{folder} is finished: {run.step} steps are done. Raise train.steps to train on")
+    recipe = resolve_recipe(recipe, fresh)
+    folder = Path(recipe.train.output) / recipe.name
+    manifest, clips, step, changes = check_run(recipe, folder, fresh, overwrite, new_data)
+    if step >= recipe.train.steps:
+        log.info(f"{folder} is finished: {step} steps are done. Raise train.steps to train on")
         rerun_missed_validations(folder, recipe)
         return folder
     warn_if_stop_wait_short()
@@ -95,16 +82,16 @@ def launch_training(
         signals.reinstall()
         gpu = check_cluster(recipe)
         if preflight:
-            check_quickly(recipe, run.manifest, gpu, own)
+            check_quickly(recipe, manifest, gpu, own)
         set_ray_train_env(recipe, own)
         with run_lock(str(folder), "sora train"):
             signals.owns_run = True
             with os_errors_as_user_errors(folder):
                 if fresh:
                     remove_run(folder)
-                for event, reason in run.changes:  # first: the record of new clips never lacks its event
-                    Events(folder).write(event, run.step, reason)
-                prepare_run_folder(folder, recipe, run.manifest, run.clips)
+                for event, reason in changes.items():  # first: the record of new clips never lacks its event
+                    Events(folder).write(event, step, reason)
+                prepare_run_folder(folder, recipe, manifest, clips)
             with start_monitor(recipe, folder) as monitor:
                 signals.can_wait = lambda: monitor.training
                 monitor.wait_reason = lambda: ray_trainer.result().resource_wait_reason(recipe, gpu)
@@ -114,28 +101,41 @@ def launch_training(
     return folder
 
 
-def check_run(recipe: Recipe, fresh: bool, overwrite: bool, new_data: bool) -> CheckedRun:
-    """Checks everything that needs no cluster; says what a resumed run changes. UserError if something is wrong."""
-    folder = Path(recipe.train.output) / recipe.name
+def check_run(
+    recipe: Recipe, folder: Path, fresh: bool, overwrite: bool, new_data: bool
+) -> tuple[Manifest, Clips, int, dict[str, str]]:
+    """Checks everything that needs no cluster. UserError if something is wrong.
+
+    Returns the shards' manifest and clips, the step to resume from (0 for a new run), and what differs from the run's
+    last start, as reasons by event.
+    """
     check_writable(folder)
     manifest = check_shards(recipe)
-    clips, step, changes = read_clips(recipe), 0, list[tuple[str, str]]()
+    clips, step, changes = read_clips(recipe), 0, dict[str, str]()
     with os_errors_as_user_errors(folder):
         if fresh:
             check_fresh(folder, overwrite)
         elif step := check_resume(folder, recipe, manifest, new_data=new_data) or 0:
             clip_changes = check_clips(folder, recipe.data.output, clips, new_data)
-            if step < recipe.train.steps:
-                changes = describe_resume(folder, recipe, step, clip_changes, new_data)
+            if changed := describe_changes(folder, recipe, step):
+                changes["changed"] = changed
+            if clip_changes:
+                changes["new_data"] = f"{clip_changes}; an epoch of these begins here"
+            elif new_data:
+                log.info(f"--new-data changes nothing: the clips are those that {folder} was trained on")
         else:
             check_some_complete(folder)
     if step < recipe.train.steps:
+        for event, reason in changes.items():
+            log.info(f"{event.replace('_', ' ')} at step {step}: {reason}")
         check_models(recipe, manifest, clips, step)
-    return CheckedRun(recipe, folder, manifest, clips, step, changes)
+    return manifest, clips, step, changes
 
 
 def check_models(recipe: Recipe, manifest: Manifest, clips: Clips, step: int) -> None:
     """Checks the models that a run needs, and warns of what may surprise."""
+    from sora_train.export.pipeline import refusals
+
     check_codec(recipe, manifest)
     check_text(recipe, manifest)
     if not step:
@@ -145,7 +145,9 @@ def check_models(recipe: Recipe, manifest: Manifest, clips: Clips, step: int) ->
     check_metric_models(recipe)
     for warning in small_bucket_warnings(clips.counts(held_out=False), recipe.train.batch_size):
         log.warning(warning)
-    log.info(describe_export(recipe, manifest))
+    with contextlib.suppress(UserError):  # the VAE is out of reach
+        if reasons := refusals(recipe, manifest):
+            log.info(f"`sora export` will need --weights_only, no LattePipeline is possible: {'; '.join(reasons)}")
 
 
 def run_until_end(recipe: Recipe, folder: Path, gpu: bool, signals: SignalHandler, ray_trainer: ModuleType) -> None:
@@ -177,35 +179,6 @@ def import_in_background(module: str) -> Future[ModuleType]:
     return future
 
 
-def describe_resume(
-    folder: Path, recipe: Recipe, step: int, clip_changes: str, new_data: bool
-) -> list[tuple[str, str]]:
-    """What changes from step `step` on, as kinds and reasons of events; also logs it."""
-    changes: list[tuple[str, str]] = []
-    if changed := describe_changes(folder, recipe, step):
-        changes.append(("changed", changed))
-    if clip_changes:
-        changes.append(("new_data", f"{clip_changes}; an epoch of these begins here"))
-    elif new_data:
-        log.info(f"--new-data changes nothing: the clips are those that {folder} was trained on")
-    for event, reason in changes:
-        log.info(f"{event.replace('_', ' ')} at step {step}: {reason}")
-    return changes
-
-
-def describe_export(recipe: Recipe, manifest: Manifest) -> str:
-    """Whether `sora export` can write this run as a pipeline, with the reasons if not."""
-    from sora_train.export.pipeline import refusals
-
-    try:
-        reasons = refusals(recipe, manifest)
-    except UserError as error:  # the VAE is out of reach
-        reasons = [str(error)]
-    if not reasons:
-        return "`sora export` will be able to write this run as a LattePipeline of diffusers"
-    return f"`sora export` will write this run with --weights_only, not as a LattePipeline: {'; '.join(reasons)}"
-
-
 def set_ray_train_env(recipe: Recipe, own: bool) -> None:
     """Sets Ray Train's environment variables, unless the user has set them.
 
@@ -233,7 +206,7 @@ def rerun_missed_validations(folder: Path, recipe: Recipe) -> None:
     ]
     if not missed or not recipe.validation.every:
         return
-    need = recipe.validation.resources
+    need, steps = recipe.validation.resources, ", ".join(str(step) for step, _ in missed)
     with connect(recipe.cluster.address, min_cpus=math.ceil(need.get("CPU", 0)), log_to_driver=False):
         import ray
 
@@ -241,28 +214,24 @@ def rerun_missed_validations(folder: Path, recipe: Recipe) -> None:
         from sora_train.launch.worker import checkpoint_at
 
         have = ray.cluster_resources()
-        if short := [f"{count:g} {kind}" for kind, count in need.items() if count > have.get(kind, 0)]:
-            steps = ", ".join(str(step) for step, _ in missed)
-            log.info(
-                f"the validations of steps {steps} were cut off and can't run here: the cluster lacks "
-                f"{' and '.join(short)} (validation.resources). Run the same command where it has them"
-            )
+        if any(count > have.get(kind, 0) for kind, count in need.items()):
+            log.info(f"the validations of steps {steps} were cut off. Run this where there are {need} to rerun them")
             return
+        log.info(f"rerunning the validations of steps {steps}, which were cut off")
         with run_lock(str(folder), "sora train"), start_monitor(recipe, folder):
             then = saved_recipe(folder)
             save_recipe(then.model_copy(update={"validation": recipe.validation}), folder / "recipe.yaml")
             (folder / STOP_FILE).unlink(missing_ok=True)
             options = {**remote_options(need), "name": f"validation of {recipe.name}"}
+            task = ray.remote(supervise).options(**options)  # pyright: ignore
             for step, path in missed:
-                log.info(f"rerunning the validation of step {step}, which was cut off")
-                task = ray.remote(supervise).options(**options)  # pyright: ignore
                 with explain_wait(f"the validation of step {step} runs, or waits for {need} of the cluster"):
                     ray.get(task.remote(checkpoint_at(path), **supervise_arguments(recipe.validation, folder)))
 
 
 def start_monitor(recipe: Recipe, folder: Path) -> Monitor:
     """The run's monitor, as a context manager."""
-    tracking = {"mode": recipe.tracking.wandb, "project": recipe.tracking.project}
     if recipe.tracking.wandb != "off":
         detach_wandb()
+    tracking = {"mode": recipe.tracking.wandb, "project": recipe.tracking.project}
     return Monitor(folder, recipe.train.steps, tracking, recipe.model_dump(mode="json"))

@@ -26,7 +26,6 @@ from sora_train.launch.run_folder import read_fatal_error, record_fatal_error
 from sora_train.launch.validation import ValidationStatus, stop_requested
 from sora_train.recipe import Recipe, save_recipe
 from sora_train.train import checkpoint
-from sora_train.train.initial import describe_initial
 from sora_train.train.known_errors import known_errors
 from sora_train.train.loop import train
 from sora_train.train.metrics import Events
@@ -89,7 +88,7 @@ def run_training(recipe: Recipe, run: Path) -> str:
         run_dir.truncate(step)
         workers = f"{world} worker{'s' if world > 1 else ''} on {get_device()}"
         where = f"{workers}, ZeRO {recipe.train.zero_stage}, {recipe.train.precision}"
-        start = describe_initial(Path(recipe.model.init_from)) if recipe.model.init_from else "scratch"
+        start = f"the weights in {recipe.model.init_from}" if recipe.model.init_from else "scratch"
         run_dir.log_event("resume" if resume else "start", step, f"from {resume.name if resume else start}; {where}")
     with known_errors(recipe.train, get_device()):
         return train(

@@ -3,7 +3,6 @@
 Of a run or a checkpoint they are the averaged weights, as for sampling; optimizer, EMA and step start from zero.
 """
 
-import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -14,7 +13,7 @@ from sora_train.model.config import with_preset
 from sora_train.model.convert import check_fit, check_readable, config_differences, from_diffusers
 from sora_train.settings import build, read_yaml
 from sora_train.train.checkpoint import EMA_FILE, complete_checkpoints
-from sora_train.train.weights import EXPORT_INFO, EXPORTED, read_weights
+from sora_train.train.weights import EXPORTED, read_weights
 
 
 def resolve_initial(folder: Path) -> Path:
@@ -71,14 +70,3 @@ def load_initial(model: Transformer, folder: Path) -> None:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         said = str(error).splitlines()[-1].strip()
         raise UserError(f"model.init_from: training can't start from {folder}: {said}") from None
-
-
-def describe_initial(folder: Path) -> str:
-    """The initial weights in words, for the log."""
-    if (weights := own_weights_file(folder)) is not None and weights.name == EMA_FILE:
-        return f"the averaged (EMA) weights of {folder}"
-    try:
-        which = json.loads((folder / EXPORT_INFO).read_text(encoding="utf-8"))["weights"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"the weights in {folder}"
-    return f"the {'averaged (EMA)' if which == 'ema' else which} weights in the export {folder}"

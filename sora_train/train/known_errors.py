@@ -17,31 +17,22 @@ def known_errors(config: TrainConfig, device: torch.device) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
+        said = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         if is_out_of_memory(error):
-            raise UserError(out_of_memory(error, config, device)) from error
+            raise UserError(
+                f"training runs out of memory on {device} with micro-batches of {config.micro_batch_size} clips: "
+                f"{said[0]} Lower train.micro_batch_size, set train.activation_checkpointing to full, or raise "
+                "train.zero_stage; `sora preflight RECIPE --plan` says what fits",
+                code="memory",
+            ) from error
         if config.compile and type(error).__name__ == "BackendCompilerFailed":
-            raise UserError(not_compiled(error)) from error
+            from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+            why = said[min(1, len(said) - 1)][:500]  # the first line names the backend
+            raise UserError(
+                f"train.compile failed on {socket.gethostname()}: {why}. A compilation that was killed leaves "
+                f"incomplete files in torch's cache. Remove the folder {cache_dir()} there and run the same command "
+                "again. If that does not help, set train.compile to false",
+                code="compile",
+            ) from error
         raise
-
-
-def out_of_memory(error: BaseException, config: TrainConfig, device: torch.device) -> str:
-    """A message with the keys that lower what a step takes."""
-    why = (str(error).strip().splitlines() or ["not enough memory"])[0]
-    return (
-        f"training runs out of memory on {device} with micro-batches of {config.micro_batch_size} clips: {why} "
-        "Lower train.micro_batch_size, set train.activation_checkpointing to full, or raise train.zero_stage; "
-        "`sora preflight RECIPE --plan` says what fits"
-    )
-
-
-def not_compiled(error: BaseException) -> str:
-    """A message with the cache of torch.compile, where a compilation that was killed leaves incomplete libraries."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    said = [line for line in str(error).splitlines() if line.strip()]  # the first names the backend
-    why = (said[1:] or said or [type(error).__name__])[0][:500]
-    return (
-        f"train.compile failed on {socket.gethostname()}: {why}. A compilation that was killed leaves incomplete files "
-        f"in torch's cache. Remove the folder {cache_dir()} there and run the same command again. If that does not "
-        "help, set train.compile to false"
-    )

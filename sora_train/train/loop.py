@@ -23,7 +23,7 @@ from sora_train.model import ModelConfig, build
 from sora_train.model.flops import forward_flops
 from sora_train.train import checkpoint, guard
 from sora_train.train.activation_checkpointing import apply_activation_checkpointing
-from sora_train.train.compile import ShapeLog, compile_blocks
+from sora_train.train.compile import compile_blocks
 from sora_train.train.config import TrainConfig
 from sora_train.train.ema import Ema
 from sora_train.train.engine import Engine
@@ -93,7 +93,7 @@ def train(
         return order, loader.batches(make, numbers, device=device)
 
     order, data = start_loader()
-    peak, shape_log = peak_flops(device, config.precision == "bf16"), ShapeLog(run_dir.log_event, shapes)
+    peak, compiled = peak_flops(device, config.precision == "bf16"), set[tuple[str, int]]()
     tally, losses_since_save = Tally(), list[float]()
     save_requested = False
     try:
@@ -106,8 +106,11 @@ def train(
             # forward and backward: DeepSpeed averages over the ranks, so world / clips makes it the mean over all clips
             sums = torch.zeros(4, 2, dtype=torch.float64, device=device)  # loss and clips by quarter of diffusion time
             for micro in micro_batches:
-                if config.compile and rank == 0:
-                    shape_log.see(step, taken.bucket, micro.text.shape[1])
+                shape = taken.bucket, micro.text.shape[1]
+                if config.compile and rank == 0 and shape not in compiled:  # compiling takes long
+                    compiled.add(shape)
+                    of = f"{shape[0]}, captions of up to {shape[1]} tokens"
+                    run_dir.log_event("compiling", step, f"{of} (shape {len(compiled)} of at most {shapes})")
                 micro = micro.to(device)
                 losses = objective.loss(engine, micro.latents, micro.noise, micro.t, micro.text, micro.text_mask)
                 engine.backward((losses * micro.weight).sum() * (world / clips))

@@ -16,8 +16,7 @@ from sora_train.launch.checks import (
 from sora_train.launch.init_from import check_initial_weights
 from sora_train.launch.resume import CLIP_KEYS, FIXED_KEYS, saved_null_prompt
 from sora_train.launch.run_folder import check_writable, remove_run
-from sora_train.launch.trainer import describe_export, launch_training
-from sora_train.manifest import Manifest
+from sora_train.launch.trainer import launch_training
 from sora_train.model import Latte, ModelConfig
 from sora_train.model.convert import to_diffusers
 from sora_train.recipe import Recipe, save_recipe
@@ -104,16 +103,6 @@ def test_a_run_folder_that_cannot_be_written_is_refused(place: str, builtin_shar
 def test_a_check_of_the_run_folder_leaves_nothing_behind(tmp_path: Path):
     check_writable(tmp_path / "runs/new")
     assert not list(tmp_path.iterdir())
-
-
-def test_what_keeps_a_run_from_becoming_a_pipeline_is_listed(builtin_shards: Path, tmp_path: Path, recipe_of):
-    manifest = Manifest.load(str(builtin_shards))
-    said = describe_export(recipe_of(builtin_shards, tmp_path, model__pooled_text=True), manifest)
-    assert "--weights_only" in said
-    assert "model.pooled_text is True" in said
-    assert "diffusion.kind is flow" in said
-    ddpm = recipe_of(builtin_shards, tmp_path, diffusion__kind="ddpm")
-    assert "as a LattePipeline of diffusers" in describe_export(ddpm, manifest)
 
 
 def test_clearing_a_run_removes_what_it_wrote_and_nothing_else(tmp_path: Path):
