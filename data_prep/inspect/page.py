@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import statistics
-from collections import Counter
 from importlib import resources
 
 import numpy as np
@@ -13,11 +12,10 @@ from jinja2 import Environment, StrictUndefined
 from pyarrow import fs
 
 from data_prep.inspect.previews import previews
-from data_prep.inspect.table import KINDS, MAX_EXAMPLES, Inventory, counts_of, read_inventory
+from data_prep.inspect.table import KINDS, Inventory, counts_of, read_inventory
 from sora_train.errors import UserError, one_line
 from sora_train.manifest import Manifest
 from sora_train.report import style_sheet
-from sora_train.schema import bucket_size
 from sora_train.storage import atomic_write, in_bytes, resolve, storage_errors
 
 BARS = 40
@@ -60,82 +58,36 @@ def template_variables(inventory: Inventory, manifest: Manifest | None, shown: l
     if measured:
         facts.append((decibels(statistics.median(measured)), f"median PSNR of {len(measured)} clips"))
     notes = {"caption_tokens": f"{limit:.1%} are at the limit of {counts['max_tokens']}"} if limit else {}
-    charts = [histogram(title, inventory.lengths[name], notes.get(name, "")) for name, title in CHARTS.items()]
-    dropped = dropped_examples(inventory)
+    charts = [
+        histogram(title, inventory.lengths.get(name, np.zeros(0)), notes.get(name, ""))
+        for name, title in CHARTS.items()
+    ]
+    dropped = [row for _, rows in sorted(inventory.examples.items(), reverse=True) for row in rows]
+    made_by = manifest.model_dump(mode="json", exclude={"empty_text", "buckets", "counts"}) if manifest else {}
     return {
         "name": one_line(inventory.folder),
         "written": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "style": style_sheet(),
         "counts": counts,
         "facts": facts,
-        "made_by": provenance(manifest) if manifest else [],
-        "settings": yaml.safe_dump(manifest.settings, sort_keys=False, allow_unicode=True) if manifest else "",
-        "buckets": bucket_rows(counts["buckets"], manifest) if manifest else [],
-        "charts": [chart for chart in charts if chart and (chart["note"] or chart["low"] < chart["high"])],
+        "made_by": yaml.safe_dump(made_by, sort_keys=False, allow_unicode=True),
+        "charts": [chart for chart in charts if chart],
         "sheets": shown,
-        "lost": dropped,
+        "lost": [{key: one_line(str(value)[:400]) for key, value in row.items()} for row in dropped],
         "more_lost": inventory.reasons.total() - len(dropped),
     }
 
 
-def dropped_examples(inventory: Inventory) -> list[dict]:
-    """Up to MAX_EXAMPLES quarantine rows, some of every reason."""
-    ranked = [(rank, row) for rows in inventory.examples.values() for rank, row in enumerate(rows)]
-    rows = [row for _, row in sorted(ranked, key=lambda item: item[0])[:MAX_EXAMPLES]]
-    rows.sort(key=lambda row: (row["kind"] != KINDS[0], row["reason"]))
-    return [{key: one_line(str(value)[:400]) for key, value in row.items()} for row in rows]
-
-
-def provenance(manifest: Manifest) -> list[tuple[str, str]]:
-    """The VAE, text encoder and formats of a shard set, in words."""
-    vae, text, moments = manifest.vae, manifest.text, manifest.latents.moments
-    patch = f"{vae.factor} x {vae.factor} pixels" + (f" x {vae.time_factor} frames" if vae.time_factor > 1 else "")
-    stored = "mean and log-variance of the posterior" if moments == 2 else "one value each, no posterior"
-    return [
-        ("VAE", f"{vae.name}, {vae.precision}, {vae.channels} channels for {patch}"),
-        ("VAE hash", vae.hash),
-        ("latents", f"{manifest.latents.dtype}, {stored}"),
-        ("text encoder", f"{text.name}, {text.precision}, width {text.width}, at most {text.max_tokens} tokens"),
-        ("text encoder hash", text.hash),
-        ("encoding hash", manifest.encoding_hash),
-        ("frames per second", f"{manifest.fps:g}"),
-    ]
-
-
-def bucket_rows(buckets: dict[str, int], manifest: Manifest) -> list[dict]:
-    """Each bucket's shape, and its clips as a percentage of the largest bucket's."""
-    rows = []
-    for name, count in buckets.items():
-        frames, height, width = bucket_size(name)
-        side = 26 / max(height, width)
-        rows.append(
-            {
-                "name": name,
-                "clips": count,
-                "share": 100 * count / max(1, *buckets.values()),
-                "seconds": f"{frames / manifest.fps:.3g} s" if frames > 1 else "still",
-                "box": (round(width * side), round(height * side)),
-            }
-        )
-    return rows
-
-
-def histogram(title: str, counter: Counter, note: str = "") -> dict | None:
-    """Bars of equal width; of integers, each bar covers the same number of them."""
-    if not counter:
+def histogram(title: str, values: np.ndarray, note: str = "") -> dict | None:
+    """Bars of equal width; None if all values are the same."""
+    if not len(values) or values.min() == values.max():
         return None
-    low, high = min(counter), max(counter)
-    whole = all(isinstance(value, int) for value in counter)
-    step = -(-(high - low + 1) // BARS) if whole else (high - low) / BARS or 1.0
-    bars = int((high - low) / step) + 1 if whole else BARS
-    places = [min(int((value - low) / step), bars - 1) for value in counter]
-    counts = np.bincount(places, weights=list(counter.values()), minlength=bars).astype(int)
-    drawn = []
-    for i, count in enumerate(counts):
-        start, end = low + i * step, low + (i + 1) * step - whole
-        label = f"{start:.4g}" if start == end else f"{start:.4g} to {end:.4g}"
-        drawn.append({"label": f"{label}: {count:,}", "height": 100 * count / counts.max()})
-    return {"title": title, "low": low, "high": high, "note": note, "bars": drawn, "most": counts.max()}
+    counts, edges = np.histogram(values, min(BARS, len(np.unique(values))))
+    bars = [
+        {"label": f"{low:.4g} to {high:.4g}: {count:,}", "height": 100 * count / counts.max()}
+        for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True)
+    ]
+    return {"title": title, "low": values.min(), "high": values.max(), "note": note, "bars": bars, "most": counts.max()}
 
 
 def decibels(psnr: float) -> str:

@@ -9,16 +9,13 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 from pyarrow import fs
-from pydantic import ValidationError
 
 from data_prep.buckets import Bucket
 from data_prep.estimate.probe import pick_evenly
 from data_prep.files import find_files, relative_name
-from data_prep.inspect.table import Inventory, bucket_order, unreadable
+from data_prep.inspect.table import Inventory, opened_parquet
 from data_prep.reasons import ClipError
 from data_prep.sources import data_root
 from data_prep.stages import local_copy
@@ -38,13 +35,14 @@ if TYPE_CHECKING:
 
 COLUMNS = ["sample_id", "source", "content_hash", "start_s", "end_s", "captions", "tokens", "latents"]
 WIDTH, MAX_HEIGHT = 1000, 180  # pixels: of all images of a clip side by side, and of one frame
+COLUMNS_SHOWN = 5  # frames of the strip
 MAX_FRAMES = 32  # of the animation: a longer clip shows every second frame, or every third
 MAX_CAPTIONS, MAX_LETTERS = 6, 600
 
 
 def previews(inventory: Inventory, manifest: Manifest, clips: int, root: str, models: str) -> Iterator[dict]:
     """Per bucket that has clips, up to `clips` of them for the template."""
-    buckets = [bucket for bucket in sorted(inventory.buckets, key=bucket_order) if inventory.buckets[bucket]]
+    buckets = [bucket for bucket in sorted(inventory.buckets, key=bucket_size) if inventory.buckets[bucket]]
     if not buckets or not clips:
         return
     vae, sources = load_manifest_vae(manifest, models), SourceFrames(manifest, root)
@@ -90,16 +88,12 @@ def read_rows_at(inventory: Inventory, bucket: str, indices: list[int]) -> Itera
         if not any(start <= index < start + inventory.rows[file] for index in indices):
             start += inventory.rows[file]
             continue
-        try:
-            with system.open_input_file(file) as opened:
-                parquet = pq.ParquetFile(opened)
-                for group in range(parquet.num_row_groups):
-                    end = start + parquet.metadata.row_group(group).num_rows
-                    if inside := [index - start for index in indices if start <= index < end]:
-                        yield from parquet.read_row_group(group, columns=COLUMNS).take(inside).to_pylist()
-                    start = end
-        except (pa.ArrowException, OSError, KeyError) as error:
-            raise unreadable(file, error) from None
+        with opened_parquet(system, file) as (parquet, _):
+            for group in range(parquet.num_row_groups):
+                end = start + parquet.metadata.row_group(group).num_rows
+                if inside := [index - start for index in indices if start <= index < end]:
+                    yield from parquet.read_row_group(group, columns=COLUMNS).take(inside).to_pylist()
+                start = end
 
 
 def preview(row: dict, bucket: str, manifest: Manifest, vae: Vae, sources: SourceFrames) -> dict:
@@ -120,7 +114,6 @@ def preview(row: dict, bucket: str, manifest: Manifest, vae: Vae, sources: Sourc
         "more_captions": max(0, len(row["captions"]) - MAX_CAPTIONS),
         "psnr": None if original is None else psnr(decoded, original),
         "remark": one_line(remark),
-        "labels": ["from latents", "source"][: len(clips)],
         "images": clip_images(clips, manifest.fps),
     }
 
@@ -143,44 +136,33 @@ def decode_latents(row: dict, bucket: str, manifest: Manifest, vae: Vae) -> np.n
 class SourceFrames:
     """Cuts clips from their sources again, as the manifest says, with sources under `root` if given.
 
-    Raises UserError if `root` can't be reached. Holds a decoder's process until it is closed.
+    Raises UserError if `root` is not a folder. Holds a decoder's process until it is closed.
     """
 
     def __init__(self, manifest: Manifest, root: str = ""):
-        self.fps = manifest.fps
-        self.decoder: Decoder | None = None
-        self.remark = ""  # why no source can be read at all
-        try:
-            data = DataConfig.model_validate(manifest.settings["data"])
-            self.system, self.root = resolve(root or data_root(data))
-            if root and self.system.get_file_info(self.root).type != fs.FileType.Directory:
-                raise UserError(f"--root: there is no folder {root}. Name the folder of the sources")
-        except (KeyError, ValidationError):
-            self.remark = "the manifest does not say how clips were cut from their sources"
-        except (UserError, OSError) as error:
-            if root:
-                raise UserError(str(error)) from None
-            self.remark = f"source not found: {error}"
-        else:
-            self.decoder = Decoder(data, SelectionConfig())  # no filters: the clip has passed them
+        self.fps, self.root, self.decoder = manifest.fps, root, None
+        if root and fs_type(root) != fs.FileType.Directory:
+            raise UserError(f"--root: there is no folder {root}. Name the folder of the sources")
+        if "data" in manifest.settings:
+            self.data = DataConfig.model_validate(manifest.settings["data"])
+            self.decoder = Decoder(self.data, SelectionConfig())  # no filters: the clip has passed them
 
     def read(self, row: dict, bucket: str) -> tuple[np.ndarray | None, str]:
         """The frames `F H W 3` of a row's clip, None if its source can't be read; and a remark or an empty string."""
         name = relative_name(row["source"], ())
         if self.decoder is None or name is None:
-            return None, self.remark or f"source not found: {row['source']}"
-        path = f"{self.root}/{name}"
+            return None, "the manifest does not say how clips were cut from their sources"
         try:
-            file = find_files(self.system, self.root, [path])[path]
+            system, root = resolve(self.root or data_root(self.data))
+            path = f"{root}/{name}"
+            file = find_files(system, root, [path])[path]
             if file.missing:
                 return None, f"source not found: {path}"
             span = ClipSpan(row["start_s"], row["end_s"], Bucket(*bucket_size(bucket), self.fps))
-            with local_copy(self.system, file.path) as local:
+            with local_copy(system, file.path) as local:
                 clip = self.decoder.read(local, span, row["sample_id"])
-        except ClipError as error:
-            return None, f"the source can't be cut again: {error.reason}: {error.message}"
-        except OSError as error:
-            return None, f"the source can't be read: {error}"
+        except (ClipError, UserError, OSError) as error:
+            return None, f"source not found or not readable: {error}"
         changed = row["content_hash"] not in ("", clip.content_hash)
         return clip.frames, "the source has changed since it was encoded" if changed else ""
 
@@ -190,29 +172,20 @@ class SourceFrames:
             self.decoder.close()
 
 
-def clip_images(clips: Sequence[np.ndarray], fps: float) -> list[dict]:
+def fs_type(place: str) -> fs.FileType:
+    """Whether a path or URI is a file, a folder or nothing."""
+    system, path = resolve(place)
+    return system.get_file_info(path).type
+
+
+def clip_images(clips: Sequence[np.ndarray], fps: float) -> list[str]:
     """Clips of one shape above each other: an animation if they have several frames, and a strip of frames."""
     frames, height, width = clips[0].shape[:3]
-    aspect = width / height
-    columns = min(frames, 6 if aspect <= 1.4 else 5 if aspect <= 2 else 4)
-    side_by_side = columns + (frames > 1)
-    display_height = max(32, round(min(MAX_HEIGHT, WIDTH / (aspect * side_by_side), 2 * height)))
-    pixels = min(height, display_height)
-    strip = [stack([frame_strip(clip, columns, pixels) for clip in clips])]
-    made = [("Frames, the first and the last among them", strip)]
+    pixels = max(32, round(min(height, MAX_HEIGHT, WIDTH * height / width / (COLUMNS_SHOWN + 1))))
     every = -(-frames // MAX_FRAMES)
-    if frames > 1:
-        moving = [stack([frame_strip(clip[i : i + 1], 1, pixels) for clip in clips]) for i in range(0, frames, every)]
-        made.insert(0, ("The clip, moving", moving))
-    return [
-        {
-            "what": what,
-            "address": webp_address(images, round(1000 * every / fps)),
-            "share": round(images[0].width / images[0].height, 4),
-            "width": round(images[0].width * display_height / pixels),
-        }
-        for what, images in made
-    ]
+    moving = [stack([frame_strip(clip[i : i + 1], 1, pixels) for clip in clips]) for i in range(0, frames, every)]
+    strip = [stack([frame_strip(clip, COLUMNS_SHOWN, pixels) for clip in clips])]
+    return [webp_address(images, round(1000 * every / fps)) for images in ([moving] if frames > 1 else []) + [strip]]
 
 
 def stack(images: Sequence[Image.Image]) -> Image.Image:

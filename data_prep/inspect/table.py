@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import accumulate
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -19,20 +19,20 @@ from data_prep.reasons import REMARKS
 from data_prep.shards import manifest_or_none
 from sora_train.errors import UserError, one_line
 from sora_train.manifest import Manifest
-from sora_train.schema import bucket_of, shard_files
+from sora_train.schema import bucket_of, bucket_size, shard_files
 from sora_train.storage import in_bytes, resolve, storage_errors
 
 COLUMNS = ["captions", "tokens", "start_s", "end_s"]
 QUARANTINE_COLUMNS = ["source", "start_s", "end_s", "stage", "kind", "reason", "message"]
 LENGTHS = ("clip_seconds", "captions_of_a_clip", "caption_words", "caption_tokens")
 READ_AT_ONCE = 8  # shards: on remote storage each is a wait
-MAX_EXAMPLES = 200  # rows of the quarantine that are saved for each reason
+MAX_EXAMPLES = 20  # rows of the quarantine for each reason
 KINDS = ("quarantined", "filtered")
 
 
 @dataclass
 class Inventory:
-    """All counts of a shard folder. `lengths` counts how often each value of LENGTHS occurs."""
+    """All counts of a shard folder. `lengths` has the values of LENGTHS."""
 
     folder: str
     manifest: Manifest | None
@@ -41,7 +41,7 @@ class Inventory:
     size: int = 0
     """Bytes of all shards."""
     buckets: Counter[str] = field(default_factory=Counter)
-    lengths: defaultdict[str, Counter] = field(default_factory=lambda: defaultdict(Counter))
+    lengths: dict[str, np.ndarray] = field(default_factory=dict)
     reasons: Counter[tuple[str, str]] = field(default_factory=Counter)
     """By (kind, reason)."""
     examples: defaultdict[tuple[str, str], list[dict]] = field(default_factory=lambda: defaultdict(list))
@@ -66,13 +66,13 @@ def read_inventory(folder: str) -> Inventory:
     inventory = Inventory(folder, manifest)
     inventory.buckets.update(dict.fromkeys(manifest.buckets if manifest else (), 0))
     with ThreadPoolExecutor(READ_AT_ONCE) as pool:
-        read = pool.map(lambda file: _read_lengths(system, file), files)
-        for file, (rows, size, lengths) in zip(files, read, strict=True):
-            inventory.rows[file] = rows
-            inventory.size += size
-            inventory.buckets[bucket_of(file)] += rows
-            for name, counter in lengths.items():
-                inventory.lengths[name].update(counter)
+        read = list(pool.map(lambda file: _read_lengths(system, file), files))
+    for file, (rows, size, _) in zip(files, read, strict=True):
+        inventory.rows[file] = rows
+        inventory.size += size
+        inventory.buckets[bucket_of(file)] += rows
+    for name, arrays in zip(LENGTHS, zip(*(lengths for _, _, lengths in read), strict=True), strict=bool(read)):
+        inventory.lengths[name] = np.concatenate(arrays)
     has_quarantine = _read_quarantine(inventory, system, f"{path}/quarantine.parquet")
     if not files and not has_quarantine:
         inner = f". Its shards are in {folder}/shards" if shard_files(f"{folder}/shards") else ""
@@ -83,48 +83,42 @@ def read_inventory(folder: str) -> Inventory:
     return inventory
 
 
-def _read_lengths(system: fs.FileSystem, file: str) -> tuple[int, int, dict[str, Counter]]:
-    """Rows of a shard, its bytes, and its lengths."""
-    lengths: dict[str, Counter] = {name: Counter() for name in LENGTHS}
+def _read_lengths(system: fs.FileSystem, file: str) -> tuple[int, int, list[np.ndarray]]:
+    """Rows of a shard, its bytes, and the values of LENGTHS."""
+    with opened_parquet(system, file) as (parquet, size):
+        table = parquet.read(columns=COLUMNS, use_threads=False)
+        captions = table.column("captions")
+        words = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(pc.list_flatten(captions)))
+        lengths = (
+            pc.round(pc.subtract(table.column("end_s"), table.column("start_s")), 6),  # 4.5 - 3.5 is 2.1 - 1.1
+            pc.list_value_length(captions),
+            pc.list_value_length(words),
+            pc.list_flatten(table.column("tokens")),
+        )
+        return len(table), size, [column.drop_null().to_numpy() for column in lengths]
+
+
+@contextmanager
+def opened_parquet(system: fs.FileSystem, file: str) -> Iterator[tuple[pq.ParquetFile, int]]:
+    """An opened Parquet file and its bytes. Raises UserError if it can't be read, also inside the block."""
     try:
         with system.open_input_file(file) as opened:
-            parquet = pq.ParquetFile(opened)
-            for batch in parquet.iter_batches(columns=COLUMNS, use_threads=False):
-                captions, tokens = batch.column("captions"), batch.column("tokens")
-                words = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(pc.list_flatten(captions)))
-                seconds = pc.subtract(batch.column("end_s"), batch.column("start_s"))
-                columns = (
-                    pc.round(seconds, 6),  # 4.5 - 3.5 and 2.1 - 1.1 are one length
-                    pc.list_value_length(captions),
-                    pc.list_value_length(words),
-                    pc.list_flatten(tokens),
-                )
-                for name, column in zip(LENGTHS, columns, strict=True):
-                    lengths[name].update(column.drop_null().to_pylist())
-            return parquet.metadata.num_rows, opened.size(), lengths
+            yield pq.ParquetFile(opened), opened.size()
     except (pa.ArrowException, OSError, KeyError) as error:
-        raise unreadable(file, error) from None
-
-
-def unreadable(file: str, error: Exception) -> UserError:
-    """The error for a file that is damaged or not Parquet."""
-    return UserError(f"{file} can't be read ({error}). Delete it and run `sora prep` again")
+        raise UserError(f"{file} can't be read ({error}). Delete it and run `sora prep` again") from None
 
 
 def _read_quarantine(inventory: Inventory, system: fs.FileSystem, file: str) -> bool:
     """Counts the rows of the quarantine; False if there is none."""
     if system.get_file_info(file).type != fs.FileType.File:
         return False
-    try:
-        with system.open_input_file(file) as opened:
-            for batch in pq.ParquetFile(opened).iter_batches(columns=QUARANTINE_COLUMNS):
-                for row in batch.to_pylist():
-                    key = (row["kind"], row["reason"])
-                    inventory.reasons[key] += 1
-                    if inventory.reasons[key] <= MAX_EXAMPLES:
-                        inventory.examples[key].append(row)
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise unreadable(file, error) from None
+    with opened_parquet(system, file) as (parquet, _):
+        for batch in parquet.iter_batches(columns=QUARANTINE_COLUMNS):
+            for row in batch.to_pylist():
+                key = (row["kind"], row["reason"])
+                inventory.reasons[key] += 1
+                if inventory.reasons[key] <= MAX_EXAMPLES:
+                    inventory.examples[key].append(row)
     return True
 
 
@@ -134,18 +128,19 @@ def counts_of(inventory: Inventory) -> dict:
     `asked` = `written` + `quarantined` + `filtered`. `settled` is false if no run has finished over these shards.
     `captions_at_limit` is the share of captions with as many tokens as the text encoder takes; most are truncated.
     """
-    lengths, manifest, written = inventory.lengths, inventory.manifest, sum(inventory.rows.values())
+    lengths = {name: inventory.lengths.get(name, np.zeros(0)) for name in LENGTHS}
+    manifest, tokens, written = inventory.manifest, lengths["caption_tokens"], sum(inventory.rows.values())
     dropped = {kind: sum(n for (which, _), n in inventory.reasons.items() if which == kind) for kind in KINDS}
-    captions, max_tokens = lengths["caption_tokens"].total(), manifest.text.max_tokens if manifest else 0
-    at_limit = sum(n for tokens, n in lengths["caption_tokens"].items() if tokens >= max_tokens) / max(1, captions)
+    max_tokens = manifest.text.max_tokens if manifest else 0
+    at_limit = float((tokens >= max_tokens).mean()) if len(tokens) else 0.0
     return {
         "asked": written + sum(dropped.values()),
         "written": written,
         **dropped,
-        "buckets": {name: inventory.buckets[name] for name in sorted(inventory.buckets, key=bucket_order)},
-        "seconds": round(sum(value * n for value, n in lengths["clip_seconds"].items()), 3),
-        "captions": captions,
-        **{name: min_median_max(lengths[name]) for name in LENGTHS},
+        "buckets": {name: inventory.buckets[name] for name in sorted(inventory.buckets, key=bucket_size)},
+        "seconds": round(float(lengths["clip_seconds"].sum()), 3),
+        "captions": len(tokens),
+        **{name: min_median_max(values) for name, values in lengths.items()},
         "max_tokens": max_tokens or None,
         "captions_at_limit": round(at_limit, 6) if max_tokens else None,
         "bytes": inventory.size,
@@ -163,19 +158,11 @@ def counts_of(inventory: Inventory) -> dict:
     }
 
 
-def bucket_order(bucket: str) -> tuple[int, ...]:
-    """Sorts 8x64x64 before 16x64x64."""
-    return tuple(int(number) for number in bucket.split("x"))
-
-
-def min_median_max(counter: Counter) -> dict[str, float] | None:
-    """Statistics of values, given with their counts; None if there are no values."""
-    total, values = counter.total(), sorted(counter)
-    if not total:
+def min_median_max(values: np.ndarray) -> dict[str, float] | None:
+    """Statistics of values; None if there are no values."""
+    if not len(values):
         return None
-    ends = list(accumulate(counter[value] for value in values))
-    low, high = (values[bisect_right(ends, place)] for place in ((total - 1) // 2, total // 2))
-    return {"min": values[0], "median": (low + high) / 2, "max": values[-1]}
+    return {"min": values.min().item(), "median": float(np.median(values)), "max": values.max().item()}
 
 
 def _example(row: dict) -> str:

@@ -230,9 +230,9 @@ def test_a_source_that_is_gone_or_changed_is_a_remark(page: Page):
     assert page.text.count(" dB") == 5 + 1  # each source that is there, and their median
 
 
-def test_at_most_200_rows_of_the_quarantine_are_shown(page: Page):
-    assert "and 50 more in quarantine.parquet" in page.text
-    assert page.text.count("open, too_short") == 200
+def test_at_most_20_rows_of_each_reason_are_shown(page: Page):
+    assert "and 230 more in quarantine.parquet" in page.text
+    assert page.text.count("open, too_short") == 20
 
 
 def test_sources_are_found_under_another_root(changed, sources: Path, tmp_path: Path):

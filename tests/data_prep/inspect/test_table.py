@@ -3,9 +3,9 @@
 import json
 import shutil
 import statistics
-from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -48,8 +48,8 @@ def test_counts_and_lengths_are_those_of_the_rows(shards: Path):
 
 
 @given(st.lists(st.integers(-50, 50), min_size=1))
-def test_the_median_of_counts_is_the_median_of_the_values(values: list[int]):
-    assert min_median_max(Counter(values)) == {
+def test_the_median_is_that_of_the_standard_library(values: list[int]):
+    assert min_median_max(np.array(values)) == {
         "min": min(values),
         "median": statistics.median(values),
         "max": max(values),
