@@ -50,7 +50,10 @@ def resolve_recipe(recipe: Recipe, fresh: bool = False) -> Recipe:
     run = Path(place(recipe.train.output)) / recipe.name
     has_recipe = not fresh and (run / "recipe.yaml").is_file()
     resumed = run if has_recipe and checkpoint.complete_checkpoints(run / "checkpoints") else None
-    start = _initial_weights(recipe, resumed)
+    if resumed is not None:
+        start = str((read_yaml(resumed / "recipe.yaml").get("model") or {}).get("init_from", ""))
+    else:
+        start = find_initial_weights(recipe)
     return recipe.model_copy(
         update={
             "data": recipe.data.model_copy(update={"output": place(recipe.data.output)}),
@@ -70,12 +73,6 @@ def resolve_recipe(recipe: Recipe, fresh: bool = False) -> Recipe:
     )
 
 
-def _initial_weights(recipe: Recipe, resumed: Path | None) -> str:
-    if resumed is not None:
-        return str((read_yaml(resumed / "recipe.yaml").get("model") or {}).get("init_from", ""))
-    return find_initial_weights(recipe)
-
-
 def _text_settings(codec: CodecConfig, start: str, resumed: Path | None) -> dict[str, str]:
     """Values for `auto`. Captions are cleaned as for the shards, unless initial weights need otherwise."""
     if resumed is not None:
@@ -89,26 +86,18 @@ def check_shards(recipe: Recipe) -> Manifest:
     """The shards' manifest. UserError if the shards are missing or do not fit the recipe."""
     shards = ShardSet(recipe.data.output, recipe.data.holdout_fraction, "train")
     manifest, model = shards.manifest, recipe.model
-    wrong = []
-    if manifest.vae.channels != model.in_channels:
-        wrong.append(
-            f"model.in_channels is {model.in_channels} and the shards have {manifest.vae.channels} latent channels: "
-            f"set model.in_channels to {manifest.vae.channels}"
-        )
-    if manifest.text.width != model.text_width:
-        wrong.append(
-            f"model.text_width is {model.text_width} and the shards' embeddings are {manifest.text.width} wide: set "
-            f"model.text_width to {manifest.text.width}"
-        )
+    facts = {"in_channels": manifest.vae.channels, "text_width": manifest.text.width}
+    wrong = [
+        f"model.{key} is {getattr(model, key)} and the shards have {count}: set model.{key} to {count}"
+        for key, count in facts.items()
+        if getattr(model, key) != count
+    ]
     asked = [bucket_name(*shape) for shape in recipe.data.shapes]
     there = [name for name, count in manifest.buckets.items() if count or name in asked]
     if set(asked) != set(there):
-        remedy = f"data.buckets to [{', '.join(there)}]"
-        if not recipe.data.buckets and len(there) == 1:
-            remedy = "data.frames to {}, data.height to {} and data.width to {}".format(*bucket_size(there[0]))
         wrong.append(
-            f"the recipe asks for clips of {', '.join(asked)} and the shards hold {', '.join(there)}: set {remedy}; or "
-            "set data.output to another folder and run `sora prep` to make the clips"
+            f"the recipe asks for clips of {', '.join(asked)} and the shards hold {', '.join(there)}: set data.buckets "
+            f"to [{', '.join(there)}], or data.output to another folder and run `sora prep` to make the clips"
         )
     for name in there:
         _, _, h, w = manifest.vae.latent_shape(*bucket_size(name))
@@ -175,13 +164,11 @@ def check_cluster(recipe: Recipe) -> bool:
     room = count_workers(recipe, gpu, nodes)
     if room < recipe.cluster.fewest:
         validation = f" next to validation's {recipe.validation.resources}" if recipe.validation.every else ""
-        cpus = 0.0 if gpu else run_resources(recipe, gpu)["CPU"]
-        counted = f", or restart a node's Ray with more CPUs than it has cores (`ray start --num-cpus {cpus:g}`)"
+        have = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes)
         raise UserError(
             f"the cluster has room for {room} workers of {worker_resources(recipe, gpu)}{validation}, and "
-            f"{recipe.cluster.fewest} are needed. Its nodes have {', '.join(map(describe_node, nodes))}. Lower "
-            "cluster.workers or cluster.cpus_per_worker, set validation.every to 0, or add nodes"
-            + (counted if cpus else ""),
+            f"{recipe.cluster.fewest} are needed. Its nodes have {have}. Lower cluster.workers or "
+            "cluster.cpus_per_worker, set validation.every to 0, or add nodes (or CPUs: `ray start --num-cpus`)",
             code="cluster",
         )
     if recipe.validation.every and room < recipe.cluster.most:
@@ -205,12 +192,6 @@ def count_workers(recipe: Recipe, gpu: bool, nodes: list[dict[str, float]]) -> i
 
     hosts = [node for node in nodes if all(node.get(kind, 0) >= count for kind, count in validation.items())]
     return sum(map(fit, nodes)) - min(map(loss, hosts)) if hosts else 0
-
-
-def describe_node(resources: dict[str, float]) -> str:
-    return (
-        " and ".join(f"{resources.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU") if resources.get(kind)) or "none"
-    )
 
 
 def run_resources(recipe: Recipe, gpu: bool, most: bool = False) -> dict[str, float]:

@@ -90,21 +90,17 @@ def describe_difference(before: Clips, now: Clips) -> str:
     was, are = before.sources(held_out=False), now.sources(held_out=False)
     added = [source for sample, source in are.items() if sample not in was]
     removed = [source for sample, source in was.items() if sample not in are]
-    if not added and not removed:
+    parts = [f"{what}: {name_clips(of)}" for what, of in (("added", added), ("removed", removed)) if of]
+    if not parts:
         return "the shards hold the same clips in another order"
-    parts = [
-        f"{clip_count(of)} {what} ({first_names(of)})" for what, of in (("added", added), ("removed", removed)) if of
-    ]
-    return f"{', '.join(parts)}: {len(was)} training clips before, {len(are)} now"
+    return f"{', '.join(parts)}; {len(was)} training clips before, {len(are)} now"
 
 
-def clip_count(sources: list[str]) -> str:
-    return f"{len(sources)} clip{'s' if len(sources) > 1 else ''}"
-
-
-def first_names(sources: list[str]) -> str:
+def name_clips(sources: list[str]) -> str:
+    """`3 clips (a.mp4, b.mp4)`."""
     distinct = list(dict.fromkeys(sources))
-    return ", ".join(distinct[:MAX_NAMES]) + (", …" if len(distinct) > MAX_NAMES else "")
+    names = ", ".join(distinct[:MAX_NAMES]) + (", …" if len(distinct) > MAX_NAMES else "")
+    return f"{len(sources)} clip{'s' if len(sources) > 1 else ''} ({names})"
 
 
 def check_holdout_moves(before: Clips, now: Clips) -> None:
@@ -112,12 +108,10 @@ def check_holdout_moves(before: Clips, now: Clips) -> None:
     for held_out, then, here in ((False, "trained on", "held out"), (True, "held out", "trained on")):
         was, there = before.contents(held_out), before.contents(not held_out)
         here_now = now.contents(not held_out).items()
-        moved = [source for content, source in here_now if content in was and content not in there]
-        if moved:
+        if moved := [source for content, source in here_now if content in was and content not in there]:
             raise UserError(
-                f"{clip_count(moved)} that the run has {then} would be {here} now ({first_names(moved)}): the file "
-                "name decides, and it changed. Give the files their former names, or remove them, and run `sora prep` "
-                "again",
+                f"{name_clips(moved)} that the run has {then} would be {here} now: the file name decides, and it "
+                "changed. Give the files their former names, or remove them, and run `sora prep` again",
                 code="clips",
             )
 

@@ -54,22 +54,20 @@ PACKAGES = ("sora_train", "torch", "ray", "deepspeed", "diffusers", "transformer
 
 def check_writable(run: Path) -> None:
     """UserError if the run's folder can't be created or written. Leaves nothing behind."""
-    if broken := broken_link(run):
-        raise UserError(
-            f"the run's folder {run} can't be written: {broken}. Create that folder, or remove the link",
-            code="not_writable",
-        )
     above = next(place for place in (run, *run.parents) if place.exists())
+    why = broken_link(run)
     try:
         with tempfile.TemporaryFile(dir=above) as file:
             file.write(b"\0" * 4096)
             file.flush()
     except OSError as error:
+        why = f"{error.strerror or error} ({above})"
+    if why:
         raise UserError(
-            f"the run's folder {run} can't be written: {error.strerror or error} ({above}). Set another folder with "
-            "--train.output, or free space there",
+            f"the run's folder {run} can't be written: {why}. Set another folder with --train.output, or free space "
+            "there",
             code="not_writable",
-        ) from None
+        )
 
 
 def check_fresh(run: Path, overwrite: bool) -> None:
@@ -203,14 +201,8 @@ def last_step(run: Path) -> int:
     return max((record["step"] for record in JsonLines(run / "metrics.jsonl").read()), default=0)
 
 
-def newest_checkpoint(run: Path) -> tuple[int, Path] | None:
-    """Step and folder of the newest complete checkpoint."""
-    found = checkpoint.complete_checkpoints(run / "checkpoints")
-    return found[-1] if found else None
-
-
 def resume_hint(run: Path) -> str:
     """The newest complete checkpoint and what the same command does next, as sentences."""
-    if found := newest_checkpoint(run):
-        return f"The last checkpoint is {found[1]}. Run the same command to resume from it"
+    if found := checkpoint.complete_checkpoints(run / "checkpoints"):
+        return f"The last checkpoint is {found[-1][1]}. Run the same command to resume from it"
     return "There is no checkpoint yet. The same command starts at step 0"

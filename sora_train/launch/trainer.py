@@ -35,7 +35,6 @@ from sora_train.launch.run_folder import (
     check_some_complete,
     check_writable,
     last_step,
-    newest_checkpoint,
     os_errors_as_user_errors,
     prepare_run_folder,
     remove_run,
@@ -166,7 +165,7 @@ def run_until_end(recipe: Recipe, folder: Path, gpu: bool, signals: SignalHandle
     update_report(folder, last_step(folder))
     if why:
         asked = signals.name or f"a request by the file {folder / STOP_FILE}"
-        step, _ = newest_checkpoint(folder) or (0, None)
+        step = max((step for step, _ in checkpoint.complete_checkpoints(folder / "checkpoints")), default=0)
         Events(folder).write("stopped", step, f"{asked}; run the same command to resume")
         raise Stopped(f"stopped at step {step} after {asked}. {resume_hint(folder)}")
 

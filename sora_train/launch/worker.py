@@ -55,9 +55,7 @@ def train_worker(config: dict[str, Any]) -> str:
 
 def run_training(recipe: Recipe, run: Path) -> str:
     """Sets up this rank and runs the training loop."""
-    world, rank = ray.train.get_context().get_world_size(), dist.get_rank()
-    if (dist.get_world_size(), rank) != (world, ray.train.get_context().get_world_rank()):
-        raise RuntimeError(f"torch.distributed has rank {rank} of {dist.get_world_size()}; Ray has another of {world}")
+    world, rank = dist.get_world_size(), dist.get_rank()
     torch.set_num_threads(recipe.cluster.cpus_per_worker)
     gc.collect()
     gc.freeze()  # objects of imports are never garbage; without them collections, which stop every rank, are short
@@ -69,7 +67,8 @@ def run_training(recipe: Recipe, run: Path) -> str:
     if any(hosts):
         raise UserError(
             f"{run} is not there on {', '.join(sorted({*hosts} - {''}))}: train.output must be a folder that every "
-            "node sees, such as one on NFS"
+            "node sees, such as one on NFS",
+            code="paths",
         )
     # Rank 0 decides, so all ranks resume from the same checkpoint.
     decided: list[Any] = [read_start_state(run) if rank == 0 else None]
@@ -84,7 +83,9 @@ def run_training(recipe: Recipe, run: Path) -> str:
     if rank == 0:
         before = saved_clips(run)
         if before is not None and before.fingerprint != shards.fingerprint:
-            raise UserError(f"the clips in {recipe.data.output} changed during training. Start the run again")
+            raise UserError(
+                f"the clips in {recipe.data.output} changed during training. Start the run again", code="clips"
+            )
         run_dir.truncate(step)
         workers = f"{world} worker{'s' if world > 1 else ''} on {get_device()}"
         where = f"{workers}, ZeRO {recipe.train.zero_stage}, {recipe.train.precision}"

@@ -10,8 +10,6 @@ from typing import Annotated
 from pydantic import Field, PositiveFloat
 
 from sora_train.codec.files import find_vae
-from sora_train.data.config import small_bucket_warnings
-from sora_train.data.shards import ShardSet
 from sora_train.errors import RecipeError, UserError
 from sora_train.manifest import Manifest, latent_shape
 from sora_train.model.flops import forward_flops
@@ -89,15 +87,6 @@ def latent_shapes(recipe: Recipe) -> tuple[Callable[[int, int, int], tuple[int, 
     return usual, f"a VAE with factor {PIXELS_PER_LATENT} that keeps frames, since {name} is not available here"
 
 
-def too_few_clips(recipe: Recipe) -> list[str]:
-    """Warnings about buckets that do not fill a batch; empty if there are no shards."""
-    try:
-        shards = ShardSet(recipe.data.output, recipe.data.holdout_fraction)
-    except UserError:  # training reports what is wrong with them
-        return []
-    return small_bucket_warnings(shards.rows, recipe.train.batch_size)
-
-
 def format_plan(recipe: Recipe, options: PlanOptions) -> str:
     """The whole text."""
     inputs, memory = plan_inputs(recipe), usable_memory(options)
@@ -118,7 +107,6 @@ def format_plan(recipe: Recipe, options: PlanOptions) -> str:
         "",
         verdict(recipe, own, sizes, room, memory),
         *cost(recipe, inputs, options),
-        *(f"WARNING: {warning}" for warning in too_few_clips(recipe)),
     ]
     return "\n".join(lines)
 

@@ -27,7 +27,7 @@ def test_shards_that_do_not_fit_are_refused_with_both_numbers(builtin_shards: Pa
     recipe = recipe_of(builtin_shards, tmp_path, data__frames=9, model__text_width=7)
     with pytest.raises(
         UserError,
-        match=r"set model.text_width to 64; .* 9x32x32 and the shards hold 2x32x32: set data.frames to 2, data.height",
+        match=r"set model.text_width to 64; .* 9x32x32 and the shards hold 2x32x32: set data.buckets to",
     ):
         check_shards(recipe)
 

@@ -205,7 +205,7 @@ class TestWithRay:
         [
             ({"cluster__gpu": "yes"}, "room for 0 workers of {'CPU': 1.0, 'GPU': 1.0}, and 2 are needed"),
             (VALIDATED | {"cluster__workers": 4}, "set validation.every to 0"),
-            ({"cluster__cpus_per_worker": 5}, "nodes have 4 CPU. Lower"),
+            ({"cluster__cpus_per_worker": 5}, "nodes have 4 CPU, 0 GPU. Lower"),
         ],
         ids=["gpu", "validation", "cpus"],
     )

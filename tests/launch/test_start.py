@@ -135,10 +135,10 @@ def test_other_clips_are_refused_with_both_ways_on(run: Path, recipe: Recipe, ti
     assert check_resume(run, recipe, manifest, read_clips(recipe)) == 2
     fewer = reading(recipe, without(tiny_shards, 3, tmp_path / "fewer"))
     clips = read_clips(fewer)
-    with pytest.raises(UserError, match=rf"2 clips removed \(1.mp4, 2.mp4\).*--new-data.*--model.init_from {run}"):
+    with pytest.raises(UserError, match=rf"removed: 2 clips \(1.mp4, 2.mp4\).*--new-data.*--model.init_from {run}"):
         check_resume(run, fewer, manifest, clips)
     assert check_resume(run, fewer, manifest, clips, new_data=True) == 2
-    assert "2 clips removed" in check_clips(run, fewer.data.output, clips, new_data=True)
+    assert "removed: 2 clips" in check_clips(run, fewer.data.output, clips, new_data=True)
     save_run_description(run, fewer, manifest, clips)
     assert check_resume(run, fewer, manifest, clips) == 2
     assert check_clips(run, fewer.data.output, clips, new_data=True) == ""
@@ -165,7 +165,7 @@ def test_a_clip_never_changes_sides_by_another_name(run: Path, recipe: Recipe, t
     assert row["source"] not in held_out
     row["source"] = held_out[0]
     pq.write_table(table.from_pylist(rows, schema=table.schema), file, row_group_size=8)
-    with pytest.raises(UserError, match=r"1 clip that the run has trained on would be held out now"):
+    with pytest.raises(UserError, match=r"1 clip \(.*\) that the run has trained on would be held out now"):
         check_clips(run, str(renamed), read_clips(reading(recipe, renamed)), new_data=True)
 
 

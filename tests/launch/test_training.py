@@ -275,7 +275,7 @@ def test_new_data_keeps_step_and_optimizer_and_starts_an_epoch(
 
     (event,) = events(finished, "new_data")
     assert event["step"] == 12
-    assert f"{len(added)} clips added" in event["reason"]
+    assert f"added: {len(added)} clips" in event["reason"]
     assert f"new data at step 12: {event['reason']}" in capsys.readouterr().out
     assert [event["step"] for event in events(finished, "resume")] == [12]
     assert [step for step, _ in losses(finished)] == list(range(1, 13 + steps))
