@@ -18,7 +18,7 @@ from data_prep.sink import ShardSink
 from data_prep.sources import SourceRow, read_rows
 from data_prep.stats import PrepStats
 from data_prep.watchdog import PipelineStalled
-from sora_train.codec.conventions import cleaning_of
+from sora_train.codec.conventions import HAS_FTFY, cleaning_of
 from sora_train.codec.files import TextFiles, VaeFiles, find_text_encoder, find_vae
 from sora_train.data.config import DataConfig, small_bucket_warnings
 from sora_train.data.shards import ShardSet
@@ -127,7 +127,7 @@ def resume_state(
 
 def resolve_caption_cleaning(recipe: Recipe) -> Recipe:
     """The recipe with the value that `codec.caption_cleaning: auto` stands for."""
-    cleaning = cleaning_of(recipe.codec, recipe.model.init_from)
+    cleaning = cleaning_of(recipe.codec, recipe.model.init_from, recipe.model.family)
     return recipe.model_copy(update={"codec": recipe.codec.model_copy(update={"caption_cleaning": cleaning})})
 
 
@@ -157,6 +157,8 @@ def encoding_hash(recipe: Recipe, vae: VaeFiles, text: TextFiles) -> str:
     text_settings = [text.hash, codec.text_precision, codec.max_tokens]
     if codec.caption_cleaning != "none":  # shards made before this key existed have none
         text_settings.append(codec.caption_cleaning)
+    if codec.caption_cleaning == "wan":
+        text_settings.append(f"ftfy {HAS_FTFY}")
     return _hash([SCHEMA_VERSION, *frames, vae.hash, codec.precision, *text_settings])
 
 
@@ -189,7 +191,8 @@ def encoding_differences(recipe: Recipe, vae: VaeFiles, text: TextFiles) -> str:
         "codec.caption_cleaning": (old.text.caption_cleaning, codec.caption_cleaning),
     }
     changed = [f"{key} was {was}, is {now}" for key, (was, now) in pairs.items() if was != now]
-    return "; ".join(changed) or "this version of sora_train cuts or encodes differently"
+    ftfy = ", or ftfy was installed or removed" if codec.caption_cleaning == "wan" else ""
+    return "; ".join(changed) or f"this version of sora_train cuts or encodes differently{ftfy}"
 
 
 def empty_prompt(recipe: Recipe, key: str) -> bytes:

@@ -47,6 +47,7 @@ REMARKS = {
     "icc_profile": "an image's ICC profile that can't be applied",
     "pages": "the first of an image's pages is taken",
     "holes": "no clips of holes in its timestamps",
+    "long_caption": "its caption has more tokens than codec.max_tokens, and its end is cut off",
     "breaks_off": "the file ends before its header says, but after its clips",
 }
 """What is odd about a source that gives clips. A remark is such a name, a colon and text; `; ` joins them."""

@@ -200,6 +200,8 @@ class EmbedText:
     def encode(self, row: dict, embeddings: dict[str, np.ndarray | str]) -> dict:
         """The row with all columns of the shard, or with the reason why it has none."""
         latents = row.pop("latents")
+        if row["reason"] == END_OF_SOURCE and any(map(self.encoder.cut_off, row["captions"])):
+            row["remark"] = "; ".join(filter(None, (row["remark"], "long_caption: has more than codec.max_tokens")))
         if row["reason"]:
             return row
         text = [embeddings[caption] for caption in row["captions"]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 from pyarrow import fs
 
@@ -65,6 +66,8 @@ class PrepEstimate:
     """Rows to open that give clips."""
     captions: int
     """Distinct captions to embed."""
+    cut_share: float
+    """Share of all captions with more tokens than codec.max_tokens."""
     text_bytes: int
     stored_bytes: int
     """Of shards that exist already."""
@@ -116,16 +119,18 @@ def estimate_prep(recipe: Recipe) -> PrepEstimate:
     return replace(found, measured=measure(recipe, pick_evenly(good, CLIPS), captions))
 
 
-def tokens_per_clip(rows: list[SourceRow], text: TextFiles, codec: CodecConfig) -> float:
-    """Mean number of tokens of all captions of a clip, as the text encoder gets them, from TOKENIZED rows at most."""
+def count_tokens(rows: list[SourceRow], text: TextFiles, codec: CodecConfig) -> tuple[float, float]:
+    """Mean number of tokens of all captions of a clip, as the text encoder gets them, and the share of captions that it
+    cuts, from TOKENIZED rows at most."""
     from sora_train.codec.text import load_tokenizer
 
     some = pick_evenly(rows, TOKENIZED)
     captions = [clean(caption, codec.caption_cleaning) for row in some for caption in row.captions]
     if not captions:
-        return 0.0
-    ids = load_tokenizer(text.tokenizer)(captions, truncation=True, max_length=codec.max_tokens)["input_ids"]
-    return sum(len(tokens) for tokens in ids) / len(some)  # pyright: ignore[reportArgumentType]
+        return 0.0, 0.0
+    ids: Any = load_tokenizer(text.tokenizer)(captions, truncation=False, verbose=False)["input_ids"]
+    lengths, most = [len(tokens) for tokens in ids], codec.max_tokens
+    return sum(min(n, most) for n in lengths) / len(some), sum(n > most for n in lengths) / len(lengths)
 
 
 def estimate(
@@ -150,7 +155,7 @@ def estimate(
     with_clips = [row for row, found, _ in clips if found]
     good = [row for row in with_clips if row.row_id in todo]
     buckets = estimate_buckets(recipe, state, clips, vae)
-    tokens = tokens_per_clip(with_clips, text, recipe.codec) * sum(bucket.clips for bucket in buckets)
+    per_clip, cut_share = count_tokens(with_clips, text, recipe.codec)
     opened = [probe for probe in probes.values() if probe.clips]
     largest = max(opened, key=lambda probe: probe.width * probe.height, default=ProbeResult())
     stored_bytes, free = disk_space(recipe.data.output)
@@ -167,7 +172,8 @@ def estimate(
         dropped=count_dropped(state, probes, scale),
         todo=round(scale * len(good)),
         captions=round(scale * len({caption for row in good for caption in row.captions})),
-        text_bytes=round(BYTES * text.width * tokens),
+        cut_share=cut_share,
+        text_bytes=round(BYTES * text.width * per_clip * sum(bucket.clips for bucket in buckets)),
         stored_bytes=stored_bytes,
         free_bytes=free,
     )

@@ -75,6 +75,11 @@ def format_estimate(estimate: PrepEstimate, recipe: Recipe) -> str:
     lines += ["", "not known from headers: damaged frames, holes, scene cuts, duplicates, filters of pixels"]
     if (steps := sum(bucket.steps for bucket in estimate.buckets)) and recipe.data.image_ratio is None:
         lines.append(f"training: {steps:,} steps per epoch; train.steps is {recipe.train.steps / steps:,.1f} epochs")
+    if estimate.cut_share:
+        lines.append(
+            f"WARNING: {estimate.cut_share:.2g} of the captions have more than codec.max_tokens "
+            f"{recipe.codec.max_tokens} tokens, and their end is cut off"
+        )
     train = {bucket.name: bucket.clips - bucket.held_out for bucket in estimate.buckets}
     lines += [f"WARNING: {warning}" for warning in small_bucket_warnings(train, recipe.train.batch_size)]
     return "\n".join([*lines, *_disk_lines(estimate, recipe.data.output), *_work_lines(estimate)])

@@ -26,7 +26,7 @@ class CodecConfig(Section):
     """VAE: `builtin`, a folder in diffusers' format, or a hub id.
     A hub id is `owner/name` or `owner/name@revision`."""
     text: str = "builtin"
-    """T5 text encoder and its tokenizer: `builtin`, a folder or a hub id.
+    """Text encoder (T5 or UMT5) and its tokenizer: `builtin`, a folder or a hub id.
     A hub id is `owner/name` or `owner/name@revision`."""
     models: str = ""
     """Folder that `sora download` filled. Hub ids are looked up there first."""
@@ -36,15 +36,16 @@ class CodecConfig(Section):
     text_precision: Literal["bf16", "fp32"] = "bf16"
     """Number format of the text encoder."""
     max_tokens: PositiveInt = 120
-    """Maximum number of text tokens of a caption; longer ones are cut."""
-    caption_cleaning: Literal["auto", "none", "lower"] = "auto"
+    """Maximum number of text tokens of a caption; longer ones are cut. Wan takes 512."""
+    caption_cleaning: Literal["auto", "none", "lower", "wan"] = "auto"
     """Cleaning of captions and prompts before they are embedded.
-    `lower` converts to lower case and strips spaces, as LattePipeline and PixArt-α do. `auto` follows the weights in
-    model.init_from (`lower` for released ones); it is `none` if init_from is empty."""
+    `lower` converts to lower case and strips spaces, as LattePipeline and PixArt-α do. `wan` resolves HTML entities and
+    joins white space, as WanPipeline does; like it, it repairs text with ftfy if that is installed. `auto` follows the
+    weights in model.init_from (`wan` or `lower` for released ones); it is `none` if init_from is empty."""
     null_prompt: Literal["auto", "eos", "padded"] = "auto"
     """Null prompt, for dropped captions and for the unconditional pass.
     `eos` is "" alone, one token. `padded` is "" with padding, cut to the caption's number of tokens, as in
-    LattePipeline. `auto` follows the weights in model.init_from; it is `eos` if init_from is empty."""
+    LattePipeline; Wan's is `eos`. `auto` follows the weights in model.init_from; it is `eos` if init_from is empty."""
 
     def absolute(self) -> "CodecConfig":
         """A copy with absolute paths of local folders.

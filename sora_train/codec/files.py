@@ -27,6 +27,8 @@ SCALING_FACTORS = {  # the classes' defaults, if a config has none
     "AutoencoderKLCogVideoX": 1.15258426,
     "AutoencoderKLWan": 1.0,
 }
+TEXT_ENCODERS = {"t5": "T5EncoderModel", "umt5": "UMT5EncoderModel"}
+"""Classes in transformers by the `model_type` of a text encoder's config."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,12 @@ class VaeFiles:
 
 @dataclass(frozen=True)
 class TextFiles:
-    """A text encoder and its tokenizer on disk."""
+    """A text encoder and its tokenizer on disk. `kind` is the class in transformers."""
 
     place: Path
     tokenizer: Path
     files: tuple[Path, ...]
+    kind: str
     width: int
 
     @cached_property
@@ -124,12 +127,12 @@ def find_text_encoder(name: str, models: str = "") -> TextFiles:
     if place is None:
         raise UserError(f"codec.text: {folder} has no text encoder: no config.json, no text_encoder/config.json")
     config = read_config(place)
-    if (kind := config.get("model_type")) != "t5":
-        raise UserError(f"codec.text: {place} holds a {kind!r} model. A T5 encoder is needed")
+    if (kind := config.get("model_type")) not in TEXT_ENCODERS:
+        raise UserError(f"codec.text: {place} holds a {kind!r} model. Supported: {', '.join(TEXT_ENCODERS)}")
     for file in ("tokenizer.json", "spiece.model"):
         if tokenizer := part_of(folder, ("tokenizer",), file):
             files = (*weight_files(place, "codec.text"), place / "config.json", tokenizer / file)
-            return TextFiles(place, tokenizer, files, config["d_model"])
+            return TextFiles(place, tokenizer, files, TEXT_ENCODERS[kind], config["d_model"])
     raise UserError(
         f"codec.text: no tokenizer in {folder}: no tokenizer.json or spiece.model, also not in tokenizer/. Copy the "
         "tokenizer's files next to the encoder's"

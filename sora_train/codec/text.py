@@ -1,4 +1,4 @@
-"""Embeds captions with a frozen T5 encoder (arXiv 1910.10683), one vector a token.
+"""Embeds captions with a frozen T5 (arXiv 1910.10683) or UMT5 (arXiv 2304.09151) encoder, one vector a token.
 
 Padding is not stored: T5-XXL's embeddings padded to 120 tokens would take 0.98 MB a caption. T5 v1.1 overflows in
 float16, so the encoder runs in float32 or bfloat16.
@@ -17,13 +17,19 @@ from sora_train.codec import DTYPES, CodecConfig
 from sora_train.codec.conventions import clean
 from sora_train.codec.files import TextFiles, damaged_file_errors, find_text_encoder
 from sora_train.codec.memory import give_back, is_out_of_memory
+from sora_train.errors import one_line
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, T5EncoderModel
+    from transformers import PreTrainedTokenizerBase, T5EncoderModel, UMT5EncoderModel
+
+CUTS_SHOWN = 3
+"""Captions that an encoder shows in `remarks` because their end is cut off."""
+TAIL_SHOWN = 200
+"""Characters that are shown of such an end."""
 
 
 class TextEncoder:
-    """A frozen T5 encoder and its tokenizer.
+    """A frozen T5 or UMT5 encoder and its tokenizer.
 
     On the CPU captions are encoded one by one (`one_by_one`), because float32 embeddings from a batch differ in their
     last bits from those of single captions. On other devices at most `batch` captions share a forward pass. If memory
@@ -32,7 +38,7 @@ class TextEncoder:
 
     def __init__(
         self,
-        model: T5EncoderModel,
+        model: T5EncoderModel | UMT5EncoderModel,
         tokenizer: PreTrainedTokenizerBase,
         max_tokens: int,
         files: TextFiles,
@@ -48,6 +54,7 @@ class TextEncoder:
         self.cleaning = cleaning
         self.one_by_one = model.device.type == "cpu"
         self.remarks: list[str] = []
+        self.cuts = 0
 
     @property
     def hash(self) -> str:
@@ -58,12 +65,11 @@ class TextEncoder:
     def encode(self, captions: list[str]) -> list[Float[Tensor, "l e"]]:
         """Embeddings of each caption's own tokens, without padding.
 
-        They are float32 on the CPU and cut at `max_tokens`. The empty caption has one token, `</s>`. Raises
-        torch.OutOfMemoryError (RuntimeError on the CPU) if not even one caption fits in memory.
+        They are float32 on the CPU and cut at `max_tokens`; the first cuts are shown in `remarks`. The empty caption
+        has one token, `</s>`. Raises torch.OutOfMemoryError (RuntimeError on the CPU) if not even one caption fits in
+        memory.
         """
-        if not captions:
-            return []
-        ids = self.tokenizer([clean(caption, self.cleaning) for caption in captions], **self._limit)["input_ids"]
+        ids = [self._tokens(caption) for caption in captions]
         order = sorted(range(len(captions)), key=lambda i: len(ids[i]))  # similar lengths together: less padding
         embeddings: dict[int, Tensor] = {}
         while left := order[len(embeddings) :]:
@@ -87,8 +93,7 @@ class TextEncoder:
         Padding attends only to the caption's tokens. So all padding tokens of "" have the same embedding, and two
         tokens are enough to store it.
         """
-        ids: list[int] = self.tokenizer(clean(caption, self.cleaning), **self._limit)["input_ids"]  # pyright: ignore
-        return self._forward([ids], length or self.max_tokens)[0]
+        return self._forward([self._tokens(caption)], length or self.max_tokens)[0]
 
     def encode_null(self, caption: str, null_prompt: str) -> Float[Tensor, "l e"]:
         """Embeddings of the prompt that guidance leads away from.
@@ -97,9 +102,32 @@ class TextEncoder:
         """
         return self.encode_padded(caption) if null_prompt == "padded" else self.encode([caption])[0]
 
-    @property
-    def _limit(self) -> dict[str, Any]:
-        return {"truncation": True, "max_length": self.max_tokens}
+    def cut_off(self, caption: str) -> str:
+        """The end of a caption that doesn't fit into `max_tokens`, the last of which is `</s>`; for messages."""
+        return self._shown(self._all_tokens(caption))
+
+    def _all_tokens(self, caption: str) -> list[int]:
+        found: Any = self.tokenizer(clean(caption, self.cleaning), truncation=False, verbose=False)["input_ids"]
+        return found
+
+    def _tokens(self, caption: str) -> list[int]:
+        """A caption's tokens, at most `max_tokens`; adds a remark if there are more."""
+        ids = self._all_tokens(caption)
+        if len(ids) <= self.max_tokens:
+            return ids
+        self.cuts += 1
+        if self.cuts <= CUTS_SHOWN:
+            more = "; later captions that are cut are not shown" if self.cuts == CUTS_SHOWN else ""
+            self.remarks.append(
+                f"text: a caption has {len(ids)} tokens, more than codec.max_tokens {self.max_tokens}; not used: "
+                f"{self._shown(ids)!r}{more}"
+            )
+        return [*ids[: self.max_tokens - 1], ids[-1]]
+
+    def _shown(self, ids: list[int]) -> str:
+        lost = ids[self.max_tokens - 1 :] if len(ids) > self.max_tokens else []
+        text = one_line(str(self.tokenizer.decode(lost, skip_special_tokens=True)))
+        return text if len(text) <= TAIL_SHOWN else f"{text[:TAIL_SHOWN].rstrip()}… ({len(text)} characters)"
 
     def _forward(self, ids: list[list[int]], length: int = 0) -> Float[Tensor, "b l e"]:
         longest = max(length, *map(len, ids))
@@ -134,13 +162,13 @@ def load_text_encoder(
     transformers.utils.logging.disable_progress_bar()
     try:
         with damaged_file_errors(f"codec.text: {files.place}", files.place):
-            model = transformers.T5EncoderModel.from_pretrained(
+            model = getattr(transformers, files.kind).from_pretrained(
                 str(files.place), local_files_only=True, use_safetensors=True, dtype=dtype
             )
     finally:
         if bars:
             transformers.utils.logging.enable_progress_bar()
-    model.to(device)  # pyright: ignore[reportArgumentType]
+    model.to(device)
     return TextEncoder(model, load_tokenizer(files.tokenizer), max_tokens, files, batch, cleaning)
 
 

@@ -13,9 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sora_train.codec.conventions import clean
 from sora_train.codec.memory import is_out_of_memory
-from sora_train.codec.text import TextEncoder, cut_null
+from sora_train.codec.text import cut_null
 from sora_train.data.collate import pad_text
 from sora_train.diffusion import Sampling, resolve_sampler, sample
 from sora_train.errors import RecipeError, UserError, one_line
@@ -157,15 +156,6 @@ def check_prompt(run: Run, prompt: str) -> None:
     """
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise RecipeError(f"the prompt {ascii(prompt)[:200]} has bytes that are no UTF-8; write it in UTF-8")
-    if lost := cut_off(run.text_encoder, prompt):
-        shown = lost if len(lost) <= 200 else f"{lost[:200].rstrip()}… ({len(lost)} characters)"
+    if lost := run.text_encoder.cut_off(prompt):
         limit = f"codec.max_tokens {run.text_encoder.max_tokens}"
-        log.warning(f"the prompt is longer than {limit}; not used: {shown!r}")
-
-
-def cut_off(encoder: TextEncoder, prompt: str) -> str:
-    """The end of a prompt that does not fit into the encoder's `max_tokens`, of which the last is `</s>`."""
-    ids = encoder.tokenizer(clean(prompt, encoder.cleaning), truncation=False, verbose=False)["input_ids"]
-    if len(ids) <= encoder.max_tokens:
-        return ""
-    return one_line(str(encoder.tokenizer.decode(ids[encoder.max_tokens - 1 :], skip_special_tokens=True)))
+        log.warning(f"the prompt is longer than {limit}; not used: {lost!r}")

@@ -7,7 +7,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from data_prep.schemas import DECODED, WITH_LATENTS
+from data_prep.reasons import remark_kinds
+from data_prep.schemas import DECODED, END_OF_SOURCE, WITH_LATENTS
 from data_prep.stages import EmbedText, EncodeVideo, run_batch
 from data_prep.watchdog import DeviceLost
 from sora_train.codec import CodecConfig
@@ -48,6 +49,18 @@ def test_a_caption_that_needs_too_much_memory_costs_one_clip():
     assert made[1]["message"].startswith("text encoder: CUDA out of memory")
     expected = load_text_encoder("builtin").encode(["a dog"])[0].numpy().astype(np.float16)
     np.testing.assert_allclose(np.frombuffer(made[3]["text"][0], np.float16).reshape(expected.shape), expected)
+
+
+def test_a_source_ends_with_a_remark_on_its_long_caption():
+    codec = CODEC.model_copy(update={"max_tokens": 5})
+    stage = EmbedText(codec, {"4x16x16": (1, 4, 4, 2, 2)}, 32, 1, "cpu")
+    short, long = "a red circle", "a red circle moving left and up"
+    latents = np.zeros((1, 4, 4, 2, 2), np.float32).tobytes()
+    ends = [row(name, [name], reason=END_OF_SOURCE, remark=remark) for name, remark in ((short, ""), (long, "hdr: x"))]
+    made = stage(pa.Table.from_pylist([row("b", [long], latents=latents), *ends], WITH_LATENTS)).to_pylist()
+    assert [remark_kinds(each["remark"] or "") for each in made] == [[], [], ["hdr", "long_caption"]]
+    assert "codec.max_tokens 5; not used: 'left and up'" in made[0]["note"]
+    assert made[0]["tokens"] == [5]
 
 
 def test_a_clip_that_the_vae_fails_on_costs_only_itself():

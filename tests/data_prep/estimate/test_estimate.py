@@ -91,7 +91,18 @@ def test_the_texts_bytes_are_those_of_the_encoder(tmp_path: Path):
     found = estimated(recipe(tmp_path, buckets=["16x256x448"]), asked, {row.path: landscape(3) for row in asked})
     embeddings = load_text_encoder("builtin").encode([caption for row in asked for caption in row.captions])
     assert found.text_bytes == 3 * 2 * sum(embedding.numel() for embedding in embeddings)
-    assert found.captions == 10
+    assert (found.captions, found.cut_share) == (10, 0)
+
+
+def test_captions_that_are_too_long_are_counted_as_they_are_cut(tmp_path: Path):
+    wanted = Recipe.model_validate({"data": {"output": str(tmp_path), "fps": 8.0}, "codec": {"max_tokens": 7}})
+    asked = [replace(row, captions=("a red circle" + " and up" * i, "short")) for i, row in enumerate(rows(5))]
+    found = estimated(wanted, asked, {row.path: ProbeResult({"16x256x256": 1}, 640, 360, 12.0) for row in asked})
+    captions = [caption for row in asked for caption in row.captions]
+    cut, whole = (load_text_encoder("builtin", most).encode(captions) for most in (7, 99))
+    assert found.text_bytes == 2 * sum(embedding.numel() for embedding in cut)
+    assert found.cut_share == sum(len(a) < len(b) for a, b in zip(cut, whole, strict=True)) / len(captions) == 0.4
+    assert "WARNING: 0.4 of the captions have more than codec.max_tokens 7 tokens" in format_estimate(found, wanted)
 
 
 def test_held_out_clips_are_no_steps(tmp_path: Path):
