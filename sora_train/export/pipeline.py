@@ -14,7 +14,8 @@ from sora_train.codec.vae import load_vae
 from sora_train.diffusion.sampler import make_solver
 from sora_train.export.fold import fold_latent_norm
 from sora_train.manifest import Manifest
-from sora_train.model.convert import FULL_LATTE, to_diffusers
+from sora_train.model.convert import to_diffusers
+from sora_train.model.convert_latte import FULL_LATTE
 from sora_train.recipe import Recipe
 from sora_train.sample.load import Run
 

@@ -106,6 +106,11 @@ class ModelConfig:
         return self.family == "latte" and self.attention == "factorised"
 
     @property
+    def inner_width(self) -> int:
+        """Width inside the feed-forward layers."""
+        return self.feed_forward or 4 * self.width
+
+    @property
     def text_tokens(self) -> int:
         """Tokens that captions are zero-padded to, without a mask (Wan). 0: any number, with a mask (Latte)."""
         return 512 if self.family == "wan" else 0

@@ -1,127 +1,63 @@
-"""Weights to and from diffusers: `LatteTransformer3DModel` both ways, PixArt-alpha's `PixArtTransformer2DModel` in.
+"""Weights to and from diffusers: Latte and Wan both ways, PixArt-alpha in.
 
-Released weights may name their class as the authors' own code did: `LatteT2V`, `Transformer2DModel`.
-
-The conversion renames tensors: query, key and value maps are one matrix here and three there, and the patch map is a
-convolution there. An image model (PixArt-alpha, arXiv 2310.00426) has the same blocks. They become the spatial ones,
-and the temporal ones start as the identity, so at first each frame is what the image model makes.
+The conversion renames, stacks and reshapes tensors; `convert_latte.py` and `convert_wan.py` have the names and settings
+of each class.
 """
 
 import json
-from collections.abc import Collection, Iterator
-from dataclasses import fields
+from collections.abc import Collection
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
-from torch import Tensor, nn
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
+from torch import Tensor
 
-from sora_train.model.config import ModelConfig
-from sora_train.model.latte import Latte
-from sora_train.model.layers import Block
+from sora_train.model import Latte, ModelConfig, Transformer, build
+from sora_train.model.convert_latte import (
+    BUFFERS,
+    IMAGE,
+    PADDED,
+    VIDEO,
+    is_image_model,
+    latte_config,
+    latte_names,
+    latte_settings,
+    start_as_identity,
+    with_variance,
+    without_variance,
+)
+from sora_train.model.convert_wan import CLASS, wan_config, wan_names, wan_settings
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-EXPECTED = {"norm_type": "ada_norm_single", "activation_fn": "gelu-approximate", "norm_elementwise_affine": False}
-FULL_LATTE = {
-    "attention": "factorised",
-    "cross_attention_in": "spatial",
-    "positions": "sinusoid",
-    "temporal_positions": "temporal",
-    "pooled_text": False,
-}
-VIDEO, IMAGE = ("LatteTransformer3DModel", "LatteT2V"), ("PixArtTransformer2DModel", "Transformer2DModel")
-PADDED = "_padded_variance"
-"""A key of config.json that diffusers ignores: the variance half of the output is zeros."""
-BUFFERS = {"pos_embed.pos_embed", "temp_pos_embed", "caption_projection.y_embedding"}
-"""Tensors of released weights that are ignored: positions, which are computed here, and the null caption of the
-original training code; diffusers' pipelines embed "" instead."""
+SHARD_BYTES = 10 * 10**9
+"""Largest weight file that is written, as in diffusers."""
 
 
-def module_names(depth: int, image: bool = False) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Pairs of a module here and its counterparts in diffusers, stacked in this order.
-
-    An `image` model has only the spatial blocks, which are the even ones.
-    """
-    yield "patch_in", ("pos_embed.proj",)
-    yield "time.fc1", ("adaln_single.emb.timestep_embedder.linear_1",)
-    yield "time.fc2", ("adaln_single.emb.timestep_embedder.linear_2",)
-    yield "time_to_blocks", ("adaln_single.linear",)
-    yield "text.fc1", ("caption_projection.linear_1",)
-    yield "text.fc2", ("caption_projection.linear_2",)
-    yield "patch_out", ("proj_out",)
-    for i in range(0, depth, 2 if image else 1):
-        here = f"blocks.{i}"
-        there = f"{'temporal_' if i % 2 else ''}transformer_blocks.{i // 2}"
-        yield f"{here}.attention.qkv", tuple(f"{there}.attn1.to_{letter}" for letter in "qkv")
-        yield f"{here}.attention.out", (f"{there}.attn1.to_out.0",)
-        if i % 2 == 0:
-            yield f"{here}.text_attention.q", (f"{there}.attn2.to_q",)
-            yield f"{here}.text_attention.kv", (f"{there}.attn2.to_k", f"{there}.attn2.to_v")
-            yield f"{here}.text_attention.out", (f"{there}.attn2.to_out.0",)
-        yield f"{here}.feed_forward.fc1", (f"{there}.ff.net.0.proj",)
-        yield f"{here}.feed_forward.fc2", (f"{there}.ff.net.2",)
-
-
-def table_names(depth: int, image: bool = False) -> Iterator[tuple[str, str]]:
-    """Names of the scale-shift tables of adaLN, here and in diffusers."""
-    yield "table_out", "scale_shift_table"
-    for i in range(0, depth, 2 if image else 1):
-        yield f"blocks.{i}.table", f"{'temporal_' if i % 2 else ''}transformer_blocks.{i // 2}.scale_shift_table"
-
-
-def is_image_model(config: dict[str, Any]) -> bool:
-    """Whether diffusers' config is an image model's. Raises ValueError for a class that can't be read."""
-    name = config.get("_class_name")
-    if name not in VIDEO + IMAGE:
-        raise ValueError(f"_class_name is {name!r}; {', '.join(VIDEO + IMAGE)} can be read")
-    return name in IMAGE
-
-
-def config_from_diffusers(config: dict[str, Any]) -> ModelConfig:
-    """The model config of a Latte or a PixArt-alpha. Raises ValueError for settings without a counterpart."""
-    image = is_image_model(config)
-    for key, value in EXPECTED.items():
-        if config.get(key) != value:
-            raise ValueError(f"{key} is {config.get(key)!r}; only the released Latte's {value!r} can be read")
-    heads, head_width, channels = config["num_attention_heads"], config["attention_head_dim"], config["in_channels"]
-    width = heads * head_width
-    out = config.get("out_channels") or channels
-    if out not in (channels, 2 * channels):
-        raise ValueError(f"out_channels is {out}; expected {channels}, or {2 * channels} with a learned variance")
-    if config.get("cross_attention_dim") != width:
-        raise ValueError(f"cross_attention_dim is {config.get('cross_attention_dim')}; expected the width, {width}")
-    if not config.get("caption_channels"):
-        raise ValueError("caption_channels is not given; expected the width of the text embeddings")
-    size = config.get("sample_size", 64)
-    conditions = config.get("use_additional_conditions")
-    if image and (size == 128 if conditions is None else conditions):
-        raise ValueError(
-            f"use_additional_conditions is {conditions} with sample_size {size}: a PixArt-alpha for 1024 px, which "
-            "takes resolution and aspect ratio, unlike Latte. Start from its 512 px weights"
-        )
-    scale = config.get("interpolation_scale")
-    if scale not in (None, max(size // 64, 1)):
-        raise ValueError(f"interpolation_scale is {scale}; expected {max(size // 64, 1)} for sample_size {size}")
-    return ModelConfig(
-        width=width,
-        depth=2 * config["num_layers"],
-        heads=heads,
-        patch=config["patch_size"],
-        in_channels=channels,
-        learned_variance=out == 2 * channels and not config.get(PADDED, False),
-        text_width=config["caption_channels"],
-        temporal_positions="rotary" if image else "temporal",
-        sample_size=size,
-        attention_bias=config.get("attention_bias", False),
-        norm_eps=config.get("norm_eps", 1e-5),
-    )
+def config_from_diffusers(settings: dict[str, Any]) -> ModelConfig:
+    """The model config of a class of diffusers. Raises ValueError for a class or settings without a counterpart."""
+    name = settings.get("_class_name")
+    if name not in (*VIDEO, *IMAGE, CLASS):
+        raise ValueError(f"_class_name is {name!r}; {', '.join((*VIDEO, *IMAGE, CLASS))} can be read")
+    try:
+        return wan_config(settings) if name == CLASS else latte_config(settings)
+    except KeyError as error:
+        raise ValueError(f"{error.args[0]} is not given, which a {name} has") from None
 
 
 def transformer_folder(folder: Path) -> Path:
-    """The folder itself, or `transformer` in a pipeline's. Raises FileNotFoundError if neither has a config.json."""
+    """The folder itself, or `transformer` in a pipeline's. Raises FileNotFoundError if neither has a config.json.
+
+    Raises ValueError for a pipeline of two transformers.
+    """
+    if (folder / "transformer_2" / "config.json").is_file():
+        raise ValueError(
+            f"{folder} has two experts, transformer and transformer_2, each for a part of the diffusion times; only "
+            "pipelines of one can be read. Name the folder of one of the two to train it for all times"
+        )
     for place in (folder / "transformer", folder):
         if (place / "config.json").is_file():
             return place
@@ -144,11 +80,9 @@ def check_fit(config: ModelConfig, folder: Path) -> None:
 def config_differences(config: ModelConfig, found: ModelConfig) -> list[str]:
     """A phrase for every key in which weights of the config `found` do not fit a model of `config`."""
     free = ("preset", "sample_frames", "init_from")  # a Latte may be made for other lengths than it was trained on
-    return [
-        f"model.{field.name} is {getattr(config, field.name)!r}, there it is {getattr(found, field.name)!r}"
-        for field in fields(ModelConfig)
-        if field.name not in free and getattr(config, field.name) != getattr(found, field.name)
-    ]
+    wanted, there = (asdict(each) | {"feed_forward": each.inner_width} for each in (config, found))
+    keys = ["family"] if config.family != found.family else [key for key in wanted if key not in free]
+    return [f"model.{key} is {wanted[key]!r}, there it is {there[key]!r}" for key in keys if wanted[key] != there[key]]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -171,44 +105,70 @@ def check_readable(folder: Path) -> None:
             raise ValueError(f"{path} is damaged: {error}") from None
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a diffusers folder."""
-    weights: dict[str, Tensor] = {}
-    for path in weight_files(folder):
-        weights |= load_file(path)
-    return weights
-
-
-def from_diffusers(folder: str | Path) -> Latte:
-    """Loads a Latte, or a PixArt-alpha as a Latte's spatial blocks, from its own folder or a pipeline's.
+def from_diffusers(folder: str | Path) -> Transformer:
+    """A model with the weights of a folder in diffusers' format, a transformer's own or a pipeline's.
 
     Raises FileNotFoundError without a model, and ValueError for unexpected or missing tensors and settings.
     """
+    settings = json.loads((transformer_folder(Path(folder)) / "config.json").read_text())
+    config = config_from_diffusers(settings)
+    if is_image_model(settings):
+        model = build(config)
+    else:  # without the initialisation, which takes longer than reading
+        with torch.device("meta"):
+            model = build(config)
+        model.to_empty(device="cpu")
+    load_diffusers(model, folder)
+    return model
+
+
+@torch.no_grad()
+def load_diffusers(model: Transformer, folder: str | Path) -> None:
+    """Copies weights in diffusers' format into a model of their config, one tensor at a time. Raises as above."""
     folder = transformer_folder(Path(folder))
     settings = json.loads((folder / "config.json").read_text())
-    model, image = Latte(config_from_diffusers(settings)), is_image_model(settings)
-    depth, wanted = model.config.depth, model.state_dict()
-    there = {name: tensor for name, tensor in read_weights(folder).items() if name not in BUFFERS}
-    sources = {
-        f"{ours}.{part}": [f"{name}.{part}" for name in theirs]
-        for ours, theirs in module_names(depth, image)
-        for part in ("weight", "bias")
-        if f"{ours}.{part}" in wanted
-    }
-    sources |= {ours: [name] for ours, name in table_names(depth, image)}
-    known = [name for theirs in sources.values() for name in theirs]
-    if missing := [name for name in known if name not in there]:
-        raise ValueError(f"{folder} lacks {first_five(missing)}")
-    if unexpected := there.keys() - set(known):
-        raise ValueError(f"{folder} has tensors that Latte does not have: {first_five(sorted(unexpected))}")
-    if settings.get(PADDED, False):
-        for name in ("proj_out.weight", "proj_out.bias"):
-            there[name] = without_variance(there[name], model.config)
-    here = {ours: torch.cat([there[name] for name in theirs]) for ours, theirs in sources.items()}
-    if image:
+    image, padded, config = is_image_model(settings), settings.get(PADDED, False), model.config
+    if image and isinstance(model, Latte):
         start_as_identity(model)
-    model.load_state_dict({ours: here[ours].reshape(w.shape) if ours in here else w for ours, w in wanted.items()})
-    return model
+    wanted = model.state_dict()
+    names = tensor_names(config, wanted, image)
+    known = [name for theirs in names.values() for name in theirs]
+    with ExitStack() as stack:
+        files: list[Any] = [stack.enter_context(safe_open(path, "pt")) for path in weight_files(folder)]
+        there: dict[str, Any] = {name: file for file in files for name in file.keys() if name not in BUFFERS}  # noqa: SIM118
+        missing, unexpected = [name for name in known if name not in there], sorted(there.keys() - set(known))
+        wrong = [f"lacks {first_five(missing)}"] if missing else []
+        wrong += [f"has {first_five(unexpected)}, which the model does not have"] if unexpected else []
+        if wrong:
+            raise ValueError(f"{folder} {' and '.join(wrong)}")
+        for ours, theirs in names.items():
+            tensor = torch.cat([there[name].get_tensor(name) for name in theirs])
+            if padded and ours.startswith("patch_out."):
+                tensor = without_variance(tensor, config)
+            if tensor.numel() != wanted[ours].numel():
+                shape = list(diffusers_shape(config, ours, wanted[ours]))
+                raise ValueError(f"{folder}: {', '.join(theirs)} should have the shape {shape}, stacked")
+            wanted[ours].copy_(tensor.reshape(wanted[ours].shape))
+
+
+def tensor_names(config: ModelConfig, wanted: Collection[str], image: bool = False) -> dict[str, tuple[str, ...]]:
+    """Our tensors, and the names of those in diffusers that are stacked to each."""
+    pairs = wan_names(config.depth) if config.family == "wan" else latte_names(config.depth, image)
+    return {
+        ours + part: tuple(name + part for name in theirs)
+        for ours, theirs in pairs
+        for part in ("", ".weight", ".bias")
+        if ours + part in wanted
+    }
+
+
+def diffusers_shape(config: ModelConfig, ours: str, tensor: Tensor) -> tuple[int, ...]:
+    """The shape of one of our tensors in diffusers, before stacks are cut."""
+    wan = config.family == "wan"
+    if ours == "patch_in.weight":  # a convolution, of Wan in three dimensions
+        return (config.width, config.in_channels, *((1,) if wan else ()), config.patch, config.patch)
+    is_table = ours.split(".")[-1].startswith("table")
+    return (*((1,) if wan and is_table else ()), *tensor.shape)
 
 
 def first_five(tensors: Collection[str]) -> str:
@@ -217,77 +177,44 @@ def first_five(tensors: Collection[str]) -> str:
     return f"{len(tensors)} tensors: {', '.join(list(tensors)[:5])}{more}"
 
 
-@torch.no_grad()
-def start_as_identity(model: Latte) -> None:
-    """Makes temporal blocks the identity: the outputs of attention and feed-forward are zero.
+def to_diffusers(model: Transformer, folder: str | Path, frames: int = 16, pad_variance: bool = False) -> None:
+    """Writes a folder that diffusers' class reads, a Latte for clips of `frames` frames.
 
-    The gates stay open, so the maps set to zero get gradients at the first step, and all others from the second.
-    """
-    for block in list(model.blocks)[1::2]:
-        assert isinstance(block, Block)
-        for linear in (block.attention.out, block.feed_forward.fc2):
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
-
-
-def without_variance(out: Float[Tensor, "ppo *d"], config: ModelConfig) -> Float[Tensor, "_ *d"]:
-    """Weight or bias of the output layer without the second half of the channels."""
-    pixels = config.patch**2
-    return out.view(pixels, 2, config.in_channels, -1)[:, 0].reshape(pixels * config.in_channels, *out.shape[1:])
-
-
-def with_variance(out: Float[Tensor, "ppc *d"], config: ModelConfig) -> Float[Tensor, "_ *d"]:
-    """Weight or bias of the output layer with a second half of the channels of zeros; inverts `without_variance`."""
-    halves = out.view(config.patch**2, 1, config.in_channels, -1)
-    padded = torch.cat([halves, torch.zeros_like(halves)], dim=1)
-    return padded.reshape(2 * out.shape[0], *out.shape[1:])
-
-
-def to_diffusers(model: Latte, folder: str | Path, frames: int = 16, pad_variance: bool = False) -> None:
-    """Writes a folder that `LatteTransformer3DModel.from_pretrained` reads, for clips of `frames` frames.
-
-    With `pad_variance`, a model without a learned variance gets one of zeros, because LattePipeline drops half of the
+    With `pad_variance`, a Latte without a learned variance gets one of zeros, because LattePipeline drops half of the
     output; `from_diffusers` removes it again. Raises ValueError for a setting that diffusers' class can't express.
     """
     config, folder = model.config, Path(folder)
-    for key, value in FULL_LATTE.items():
-        if getattr(config, key) != value:
-            raise ValueError(f"model.{key} is {getattr(config, key)!r}; diffusers' Latte can only express {value!r}")
-    if config.sample_frames not in (0, frames):
-        raise ValueError(
-            f"model.sample_frames is {config.sample_frames}; for clips of {frames} frames diffusers' Latte can only "
-            f"express {frames}, or 0"
-        )
-    weights = model.state_dict()
-    there: dict[str, Tensor] = {}
-    for ours, theirs in module_names(config.depth):
-        for part in ("weight", "bias"):
-            if (key := f"{ours}.{part}") in weights:
-                for name, tensor in zip(theirs, weights[key].chunk(len(theirs)), strict=True):
-                    there[f"{name}.{part}"] = tensor.contiguous()
-    patch = there["pos_embed.proj.weight"]
-    there["pos_embed.proj.weight"] = patch.reshape(config.width, config.in_channels, config.patch, config.patch)
-    there |= {name: weights[ours].contiguous() for ours, name in table_names(config.depth)}
-    padded = pad_variance and not config.learned_variance
-    if padded:
-        there |= {name: with_variance(there[name], config) for name in ("proj_out.weight", "proj_out.bias")}
+    padded = pad_variance and config.family == "latte" and not config.learned_variance
+    settings = wan_settings(config) if config.family == "wan" else latte_settings(config, frames, padded)
+    weights, there = model.state_dict(), dict[str, Tensor]()
+    for ours, theirs in tensor_names(config, weights).items():
+        tensor = weights[ours].reshape(diffusers_shape(config, ours, weights[ours]))
+        if padded and ours.startswith("patch_out."):
+            tensor = with_variance(tensor, config)
+        there |= {name: part.contiguous() for name, part in zip(theirs, tensor.chunk(len(theirs)), strict=True)}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(there, folder / WEIGHTS, metadata={"format": "pt"})
-    settings = {
-        "_class_name": "LatteTransformer3DModel",
-        **EXPECTED,
-        "num_attention_heads": config.heads,
-        "attention_head_dim": config.width // config.heads,
-        "in_channels": config.in_channels,
-        "out_channels": 2 * config.in_channels if padded else config.out_channels,
-        "num_layers": config.depth // 2,
-        "cross_attention_dim": config.width,
-        "attention_bias": config.attention_bias,
-        "sample_size": config.sample_size,
-        "patch_size": config.patch,
-        "norm_eps": config.norm_eps,
-        "caption_channels": config.text_width,
-        "video_length": frames,
-        **({PADDED: True} if padded else {}),
-    }
+    save_shards(there, folder)
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def save_shards(weights: dict[str, Tensor], folder: Path, most: int = SHARD_BYTES) -> None:
+    """Writes one file, or several of at most `most` bytes with an index, as diffusers does."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in weights.items():
+        if shards[-1] and size + tensor.nbytes > most:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    stem, suffix = Path(WEIGHTS).stem, Path(WEIGHTS).suffix
+    places = [f"{stem}-{i:05}-of-{len(shards):05}{suffix}" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        places = [WEIGHTS]
+    for place, shard in zip(places, shards, strict=True):
+        save_file(shard, folder / place, metadata={"format": "pt"})
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in weights.values())
+        where = {name: place for place, shard in zip(places, shards, strict=True) for name in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -22,7 +22,7 @@ def forward_flops(config: ModelConfig, f: int, h: int, w: int, l: int | float) -
     A single frame skips the temporal blocks of a factorised model, as in the model.
     """
     d, e, p = config.width, config.text_width, config.patch
-    n, inner = h * w // p**2, config.feed_forward or 4 * config.width
+    n, inner = h * w // p**2, config.inner_width
     tokens, joint = f * n, not config.factorised
     l = config.text_tokens or l  # noqa: E741
 

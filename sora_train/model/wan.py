@@ -101,7 +101,7 @@ class WanBlock(nn.Module):
         self.text_norm = Norm(d, eps=config.norm_eps)
         self.text_attention = WanTextAttention(config)
         self.norm2 = Norm(d, eps=config.norm_eps, elementwise_affine=False)
-        self.feed_forward = FeedForward(d, config.feed_forward or 4 * d)
+        self.feed_forward = FeedForward(d, config.inner_width)
         self.table = nn.Parameter(torch.randn(6, d) / d**0.5)  # diffusers' `scale_shift_table`
 
     def forward(

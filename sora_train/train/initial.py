@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from sora_train.errors import RecipeError, UserError
 from sora_train.model import ModelConfig, Transformer
 from sora_train.model.config import with_preset
-from sora_train.model.convert import check_fit, check_readable, config_differences, from_diffusers
+from sora_train.model.convert import check_fit, check_readable, config_differences, load_diffusers
 from sora_train.settings import build, read_yaml
 from sora_train.train.checkpoint import EMA_FILE, complete_checkpoints
 from sora_train.train.weights import EXPORTED, read_weights
@@ -66,7 +66,10 @@ def load_initial(model: Transformer, folder: Path) -> None:
     """Loads the weights into the model. Raises UserError if they are damaged or do not fit."""
     weights = own_weights_file(folder)
     try:
-        model.load_state_dict(from_diffusers(folder).state_dict() if weights is None else read_weights(weights))
+        if weights is None:
+            load_diffusers(model, folder)
+        else:
+            model.load_state_dict(read_weights(weights))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         said = str(error).splitlines()[-1].strip()
         raise UserError(f"model.init_from: training can't start from {folder}: {said}") from None

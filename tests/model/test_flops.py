@@ -8,7 +8,7 @@ from diffusers import LatteTransformer3DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sora_train.model import Latte, ModelConfig, preset
+from sora_train.model import Latte, ModelConfig, build, preset
 from sora_train.model.config import PRESETS
 from sora_train.model.flops import forward_flops, parameter_count
 
@@ -25,11 +25,12 @@ SMALL = ModelConfig(width=32, depth=4, heads=4, text_width=12, sample_size=8)
         {"positions": "rotary"},
         {"positions": "rotary", "attention": "joint"},
         {"learned_variance": True, "cross_attention_in": "every"},
+        {"family": "wan", "sample_size": 32, "depth": 3, "feed_forward": 72},
     ],
 )
 def test_flops_are_those_that_torch_counts(change, frames):
     config = replace(SMALL, **change)
-    model = Latte(config).eval()
+    model = build(config).eval()
     x, text, mask = torch.randn(1, frames, 4, 8, 12), torch.randn(1, 7, 12), torch.ones(1, 7, dtype=torch.bool)
     # The plain kernel is two matmuls, which the counter knows; it does not know the CPU's fused one.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
