@@ -38,8 +38,7 @@ def prep(recipe: Recipe) -> Manifest:
     """Encodes every clip that the recipe names and its shards don't hold yet. Returns the shards' manifest.
 
     Clips that fail are listed in `quarantine.parquet` and don't stop the run. Raises UserError if captions, codec or
-    shards are invalid, too many sources are bad, or there is no clip. If Ray hangs, this process disconnects and
-    connects again by `cluster.address`, even if the caller had connected.
+    shards are invalid, too many sources are bad, or there is no clip.
     """
     started, recipe = time.monotonic(), resolve_caption_cleaning(recipe)
     data = recipe.data

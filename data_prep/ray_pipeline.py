@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -27,10 +28,9 @@ def run_pipeline(recipe: Recipe, vae: VaeFiles, sink: ShardSink) -> None:
     """Sends the sources still to do through the stages and into the sink.
 
     Raises UserError if too many sources are bad. Raises PipelineStalled if Ray waits for something that is lost, or a
-    GPU fails; this process has then disconnected from Ray.
+    GPU fails. The stages' actors have ended then.
     """
-    import ray
-
+    from data_prep.executor import end_execution
     from sora_train.ray_cluster.connection import connect, resources_in_use
 
     todo = sink.state.todo
@@ -38,11 +38,11 @@ def run_pipeline(recipe: Recipe, vae: VaeFiles, sink: ShardSink) -> None:
         if not own and (held := resources_in_use()):
             log.info(f"prep: other jobs of this cluster hold {held}; prep waits for what it lacks")
         try:
-            for table in with_watchdog(run_stages(recipe, vae, todo)):
-                progress.add(*sink.consume(table), sink.stats.reasons)
+            with closing(with_watchdog(run_stages(recipe, vae, todo), end_execution)) as tables:
+                for table in tables:
+                    progress.add(*sink.consume(table), sink.stats.reasons)
         except PipelineStalled as error:
             error.made_progress = progress.written > 0
-            ray.shutdown()  # only this frees actors that hang, also in a Ray that the caller had connected to
             raise
 
 
@@ -51,9 +51,11 @@ def run_stages(recipe: Recipe, vae: VaeFiles, todo: list[PendingSource]) -> Iter
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
+    from data_prep.executor import record_executor
     from data_prep.stages import Decode, EmbedText, EncodeVideo
 
     quiet_ray_data()
+    record_executor()
     DataContext.get_current().execution_options.preserve_order = True  # the same captions give the same shards
     total = ray.cluster_resources()
     allocation = allocate_cpus(int(total.get("CPU", 1)), int(total.get("GPU", 0)), recipe.prep)

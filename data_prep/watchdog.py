@@ -6,7 +6,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -15,6 +15,8 @@ STARTUP_TIMEOUT_S = 1800.0
 """For the first item: the VAE and the text encoder are loaded before it."""
 STALL_TIMEOUT_S, LONGEST_WAIT_FACTOR = 120.0, 10
 """For a later item: this many seconds, or this many times the longest wait so far, if that is more."""
+ENDING_TIMEOUT_S = 60.0
+"""For the pipeline to end once it was told to."""
 
 
 class PipelineStalled(Exception):  # noqa: N818
@@ -28,12 +30,15 @@ class DeviceLost(PipelineStalled):
 
 
 def with_watchdog(
-    items: Iterable[T], stall_timeout_s: float = STALL_TIMEOUT_S, startup_timeout_s: float = STARTUP_TIMEOUT_S
-) -> Iterator[T]:
-    """Yields the items. Raises PipelineStalled if the next one takes too long.
+    items: Iterable[T],
+    end: Callable[[], object],
+    stall_timeout_s: float = STALL_TIMEOUT_S,
+    startup_timeout_s: float = STARTUP_TIMEOUT_S,
+) -> Generator[T, None, None]:
+    """Yields the items, which one thread reads. Raises PipelineStalled if the next one takes too long.
 
-    One thread reads all items and ends the pipeline that they come from, since Ray's process can crash if another
-    thread does so after `ray.shutdown`. The caller must end what a stalled thread is stuck in.
+    Close this generator before `ray.shutdown`, after which a thread that still uses Ray would crash the process. It
+    then calls `end`, which must end what the items come from, and waits for the thread.
     """
     ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=1)
     given_up = threading.Event()
@@ -54,7 +59,8 @@ def with_watchdog(
         except BaseException as error:
             put("error", error)
 
-    threading.Thread(target=read, name="prep-pipeline", daemon=True).start()
+    thread = threading.Thread(target=read, name="prep-pipeline", daemon=True)
+    thread.start()
     limit, longest = startup_timeout_s, 0.0
     try:
         while True:
@@ -73,3 +79,5 @@ def with_watchdog(
             yield value
     finally:
         given_up.set()
+        end()
+        thread.join(ENDING_TIMEOUT_S)

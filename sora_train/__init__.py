@@ -19,7 +19,7 @@ as `six`, splits an axis into parts.
 import os
 
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
-"""Ray must not start by itself. Threads of Ray Data outlive `ray.shutdown`, and their next call would start a new Ray
-in the middle of our own `ray.init` ("called ray.init twice", or a deadlock). Ray reads this when it is imported."""
+"""Ray must not start by itself. A thread that outlives `ray.shutdown` would start a new Ray with its next call, in
+the middle of our own `ray.init` ("called ray.init twice", or a deadlock). Ray reads this when it is imported."""
 
 __version__ = "0.1.0"
