@@ -1,5 +1,5 @@
 """`sora bench`: speed and memory of the model, data, prep, training, checkpoints and validation.
 
-`model.py` and what it imports need only torch, einops, safetensors and jaxtyping, so it runs on a bare GPU machine as
-`python -m sora_train.bench.model`. `data.py` and `checkpoint.py` don't need Ray.
+Each module is a bench: its `Options`, and a function `bench(options, …)` that returns tables. `command.py` runs them.
+`model.py`, `data.py` and `checkpoint.py` don't need Ray.
 """

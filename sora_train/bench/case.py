@@ -4,20 +4,47 @@ from __future__ import annotations
 
 import math
 import re
-from argparse import Namespace
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
-from sora_train.bench.core import Flags
+from sora_train.bench.core import BenchOptions
 from sora_train.errors import RecipeError
 from sora_train.model import Transformer, build
 from sora_train.model.config import PRESETS, ModelConfig
 
 TINY: dict[str, Any] = {"depth": 2, "width": 32, "heads": 2, "patch": 2, "text_width": 16, "sample_size": 8}
 """A preset for tests of the bench itself."""
+
+
+Preset = Literal[
+    "S", "B", "L", "XL", "latte_t2v", "wan2.1_t2v_1.3b", "wan2.1_t2v_14b", "wan2.2_ti2v_5b", "tiny"
+]  # fmt: skip
+
+
+class CaseOptions(BenchOptions):
+    """The keys that `bench model` and `bench checkpoint` share."""
+
+    presets: tuple[Preset, ...] = ("S",)
+    """Model sizes; tiny only tests the bench."""
+    batch: PositiveInt = 1
+    """Clips per step."""
+    text_tokens: PositiveInt = 120
+    """Tokens that captions are padded to; a quarter to all of them are real."""
+    rounds: PositiveInt = 5
+    """Measurements of each variant."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """cpu or cuda."""
+    threads: PositiveInt = torch.get_num_threads()
+    """Threads on the CPU."""
+
+    @property
+    def dtype(self) -> str:
+        """fp32 on the CPU, bf16 on a GPU."""
+        return "fp32" if self.device == "cpu" else "bf16"
 
 
 @dataclass(frozen=True)
@@ -34,11 +61,22 @@ class Case:
     text_tokens: int
     device: str
 
+    def __post_init__(self) -> None:
+        """RecipeError if torch doesn't have the device."""
+        kind = self.device.split(":")[0]
+        if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+            raise RecipeError(f"--device {self.device} is not available. Use cpu, or cuda if torch sees a GPU")
+
     @property
     def model(self) -> ModelConfig:
         keys: dict[str, Any] = TINY if self.preset == "tiny" else {"preset": self.preset, **PRESETS[self.preset]}
         # sample_size may stay: positions are interpolated from it
         return replace(ModelConfig(**keys), attention=self.attention)  # pyright: ignore[reportArgumentType]
+
+    @property
+    def is_diffusers_latte(self) -> bool:
+        """Whether diffusers' Latte can compute the same."""
+        return self.model.family == "latte" and self.attention == "factorised"
 
     @property
     def latents(self) -> tuple[int, int, int]:
@@ -78,23 +116,6 @@ def relative(a: Tensor, b: Tensor) -> float:
     largest = float(b.abs().max())
     found = float((a - b).abs().max()) / largest if largest else math.inf
     return found if math.isfinite(found) else math.inf
-
-
-def add_case_flags(flags: Flags) -> None:
-    """Adds the flags that `bench model` and `bench checkpoint` share."""
-    flags.flag("presets", ["S"], "model sizes; tiny only tests the bench", choices=[*PRESETS, "tiny"])
-    flags.flag("batch", 1, "clips per step")
-    flags.flag("text_tokens", 120, "tokens that captions are padded to; a quarter to all of them are real")
-    flags.flag("rounds", 5, "measurements of each variant")
-    flags.flag("device", "cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
-    flags.flag("threads", torch.get_num_threads(), "threads on the CPU")
-
-
-def check_device(options: Namespace) -> None:
-    """RecipeError if torch doesn't have the device of the flags."""
-    kind = options.device.split(":")[0]
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-        raise RecipeError(f"--device {options.device} is not available. Use cpu, or cuda if torch sees a GPU")
 
 
 def size_of(shape: str) -> tuple[int, int, int]:

@@ -1,13 +1,12 @@
 """`sora bench checkpoint`: how long a checkpoint blocks training, and how long writing and resuming take.
 
-Uses training's engine, averaged weights and checkpoints in one plain process, without Ray.
+Trains a model on noise with DeepSpeed in one plain process and makes checkpoints as `sora train` does: training waits
+for the copy, and continues while it is written.
 """
 
 from __future__ import annotations
 
 import tempfile
-from argparse import Namespace
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,8 +14,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from sora_train.bench.case import Case, add_case_flags, check_device, inputs, size_of
-from sora_train.bench.core import Flags, Row, Table, finish, log, seconds, spread
+from sora_train.bench.case import Case, CaseOptions, inputs, size_of
+from sora_train.bench.core import Row, Table, log, seconds, spread
 from sora_train.model import build
 from sora_train.train import checkpoint
 from sora_train.train.config import TrainConfig
@@ -25,27 +24,31 @@ from sora_train.train.engine import Engine
 from sora_train.train.run_dir import RunDir
 from sora_train.train.state import State
 
-ABOUT = """Trains a model on noise with DeepSpeed in one process and makes checkpoints as `sora train` does: training
-waits for the copy, and continues while it is written. Example: sora bench checkpoint --presets S --tmp /shared/disk"""
 NOTE = "stall: seconds that training waits; whole: until every byte is on disk; resume: reading it back with checksums"
 
 
-def bench(options: Namespace) -> Table:
+class Options(CaseOptions):
+    """The flags."""
+
+    shape: str = "16x256x256"
+    """Frames, height and width of clips in pixels."""
+    tmp: str = ""
+    """Folder on the disk to measure; empty: the system's temporary folder."""
+
+
+def bench(options: Options) -> list[Table]:
     """One row for each preset."""
-    check_device(options)
     torch.set_num_threads(options.threads)
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     rows: list[Row] = []
     for preset in options.presets:
-        case = Case(
-            preset, "factorised", size_of(options.shape), "fp32" if options.device == "cpu" else "bf16", "none",
-            options.batch, options.text_tokens, options.device,
-        )  # fmt: skip
+        shape, tokens = size_of(options.shape), options.text_tokens
+        case = Case(preset, "factorised", shape, options.dtype, "none", options.batch, tokens, options.device)
         log(str(case))
         with tempfile.TemporaryDirectory(dir=options.tmp or None) as folder:
             rows.append(measure(case, options.rounds, Path(folder)))
-    return Table("checkpoint", rows, [f"written to {options.tmp or tempfile.gettempdir()}", NOTE])
+    return [Table("checkpoint", rows, [f"written to {options.tmp or tempfile.gettempdir()}", NOTE])]
 
 
 def measure(case: Case, rounds: int, folder: Path) -> Row:
@@ -83,13 +86,3 @@ def measure(case: Case, rounds: int, folder: Path) -> Row:
     size = sum(path.stat().st_size for path in newest.iterdir())
     about = {"model": case.preset, "batch": case.batch, "dtype": case.dtype, "gb": size / 1e9}
     return {**about, **{name: spread(values) for name, values in times.items()}}
-
-
-def main(words: Sequence[str], prog: str = "sora bench checkpoint") -> int:
-    """The command; returns the exit status."""
-    flags = Flags(prog, ABOUT)
-    add_case_flags(flags)
-    flags.flag("shape", "16x256x256", "frames, height and width of clips in pixels")
-    flags.flag("tmp", "", "folder on the disk to measure; empty: the system's temporary folder")
-    options = flags.parse(words)
-    return finish([bench(options)], ["checkpoint", *words], options.out)

@@ -1,27 +1,26 @@
-"""What all benches share: alternating measurements, statistics, flags, tables and records.
-
-Standard library only, so that `bench.model` runs on a bare machine; torch is used only if it is already imported.
-"""
+"""What all benches share: alternating measurements, statistics, tables and records."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
+import re
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
+
+import torch
 
 from sora_train import __version__
-from sora_train.errors import RecipeError, UserError, error_line
+from sora_train.errors import UserError, error_line
 from sora_train.log import progress
 from sora_train.provenance import git_commit, package_versions, usable_cores
+from sora_train.section import Section
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -75,8 +74,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 def synchronize() -> None:
     """Waits for the GPU if this process uses one."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
@@ -85,54 +83,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "low": min(values), "high": max(values), "n": len(values)}
 
 
-class Flags(argparse.ArgumentParser):
-    """The flags of a bench. `--a-b` and `--a_b` are the same flag; an error is a RecipeError of one line."""
+class BenchOptions(Section):
+    """What and how long to measure."""
 
-    def __init__(self, prog: str, about: str) -> None:
-        super().__init__(prog=prog, description=about, allow_abbrev=False)
-        self.flag("out", "runs/bench.jsonl", "file to append the results to, one JSON object per line")
-
-    def flag(self, name: str, default: Any, about: str, **how: Any) -> None:
-        """Adds a flag. Its type is that of the default; integers are at least 1 unless the default is 0."""
-        first = default[0] if isinstance(default, list) else default
-        shown = " ".join(map(str, default)) if isinstance(default, list) else default
-        if default is False:
-            how["action"] = "store_true"
-        else:
-            how.setdefault("type", whole_number(min(first, 1)) if isinstance(first, int) else type(first))
-            how |= {"nargs": "+"} if isinstance(default, list) else {}
-            if "choices" not in how:
-                how["metavar"] = name.upper()
-        tail = f" (default: {shown})" if shown not in ("", False) else ""
-        names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-        self.add_argument(*names, dest=name, default=default, help=(about + tail).replace("%", "%%"), **how)
-
-    def error(self, message: str) -> NoReturn:
-        raise RecipeError(f"{message.replace('argument ', '')}. `{self.prog} --help` explains the flags")
-
-    def parse(self, words: Sequence[str]) -> argparse.Namespace:
-        """The values of the flags. RecipeError for any other word, UserError if --out can't be written."""
-        values, rest = self.parse_with_rest(words)
-        if rest:
-            self.error(f"unknown: {' '.join(rest)}")
-        return values
-
-    def parse_with_rest(self, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-        """The values of the flags, and the other words."""
-        values, rest = self.parse_known_args(list(words))
-        append([], {}, values.out)  # an error here costs less than one after the measurement
-        return values, rest
-
-
-def whole_number(least: int) -> Callable[[str], int]:
-    """The type of a flag that takes a whole number of at least `least`."""
-
-    def parse(word: str) -> int:
-        if not word.isdigit() or int(word) < least:
-            raise argparse.ArgumentTypeError(f"{word!r} is not a whole number of {least} or more")
-        return int(word)
-
-    return parse
+    out: str = "runs/bench.jsonl"
+    """File to append the results to, one JSON object per line."""
 
 
 def provenance(words: Sequence[str]) -> Row:
@@ -148,23 +103,14 @@ def provenance(words: Sequence[str]) -> Row:
 
 def hardware() -> Row:
     """Processor, cores of this process, memory, and the GPUs that torch sees."""
-    found: Row = {"cpu": cpu_name(), "cores": usable_cores(), "system": f"{platform.system()} {platform.machine()}"}
-    if "SC_PHYS_PAGES" in os.sysconf_names:
-        found["memory_gb"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        found["cuda"] = torch.version.cuda
-    return found
-
-
-def cpu_name() -> str:
-    """The processor's model name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    cpu = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return {
+        "cpu": cpu[1] if cpu else platform.machine(),
+        "cores": usable_cores(),
+        "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
+    }
 
 
 def append(tables: Sequence[Table], about: Row, out: str | Path) -> None:
@@ -184,9 +130,10 @@ def finish(tables: Sequence[Table], words: Sequence[str], out: str | Path) -> in
     """Prints the tables as Markdown and appends them to `out`. Returns the exit status: 1 if anything failed."""
     about = provenance(words)
     machine, packages = about["hardware"], ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-    gpus = ", ".join(machine.get("gpus", [])) or "no GPU"
-    memory = machine.get("memory_gb", "?")
-    origin = f"commit {about['commit'] or 'unknown'}, {machine['cores']} cores of {machine['cpu']}, {memory} GB, {gpus}"
+    origin = (
+        f"commit {about['commit'] or 'unknown'}, {machine['cores']} cores of {machine['cpu']}, "
+        f"{machine['memory_gb']} GB, {', '.join(machine['gpus']) or 'no GPU'}"
+    )
     print("\n\n".join([*map(markdown, tables), f"`{about['command']}`, {origin}; {packages}"]), flush=True)
     append(tables, about, out)
     return int(any(table.failed for table in tables))

@@ -1,28 +1,39 @@
-"""`sora bench data`: our reader of shards compared with raw reads of the same bytes."""
+"""`sora bench data`: our reader of shards compared with raw reads of the same bytes.
+
+All shards are read once per turn, in training's shuffled order with the shard reader and with the training loader, and
+as raw bytes; from the page cache and from the disk. SHARDS is a folder of `sora prep` or its URI.
+"""
 
 from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 from pyarrow import fs
+from pydantic import PositiveInt
 
-from sora_train.bench.core import Flags, Row, Table, finish, interleave, log, seconds, spread
+from sora_train.bench.core import BenchOptions, Row, Table, interleave, log, seconds, spread
 from sora_train.data.loader import batches, micro_batches
 from sora_train.data.order import batch
 from sora_train.data.shards import ShardSet
 from sora_train.diffusion import DiffusionConfig, make_objective
-from sora_train.errors import RecipeError, UserError
+from sora_train.errors import UserError
 from sora_train.manifest import Manifest
 from sora_train.schema import shard_files
 from sora_train.storage import resolve
 
-ABOUT = """Reads all shards once per turn with the shard reader in training's shuffled order, with the training loader,
-and as raw bytes; from the page cache and from the disk. SHARDS is a folder of `sora prep` or its URI. Example: sora
-bench data runs/quickstart/shards"""
 CHUNK = 2**23
+
+
+class Options(BenchOptions):
+    """The flags."""
+
+    batch: PositiveInt = 16
+    """Clips per batch."""
+    rounds: PositiveInt = 5
+    """Turns of each reader."""
 
 
 def read_raw(folder: str, batch_size: int) -> int:
@@ -58,14 +69,14 @@ READERS: dict[str, Callable[[str, int], int]] = {
 }  # fmt: skip
 
 
-def bench(folder: str, batch_size: int, rounds: int) -> Table:
+def bench(options: Options, folder: str) -> list[Table]:
     """Rates of all readers from the page cache (or from remote storage), and from the disk."""
     Manifest.load(folder)
     system, _ = resolve(folder)
     files = shard_files(folder)
     if not files:
         raise UserError(f"{folder} has no shards. Make some with `sora prep RECIPE`")
-    size = sum(info.size for info in system.get_file_info(files))
+    batch_size, size = options.batch, sum(info.size for info in system.get_file_info(files))
     table = Table("data", [], [f"{len(files)} files, {size / 1e6:,.1f} MB; batches of {batch_size}"])
     table.notes.append("of raw: raw seconds over the reader's, by turns; GB/s: bytes of the files, opening included")
     places = ("warm", "cold") if isinstance(system, fs.LocalFileSystem) else ("remote",)
@@ -73,10 +84,10 @@ def bench(folder: str, batch_size: int, rounds: int) -> Table:
         log(f"reading, {place}")
         calls = {name: partial(time_reader, read, folder, batch_size, place == "cold")
                  for name, read in READERS.items()}  # fmt: skip
-        times, errors = interleave(calls, rounds)
+        times, errors = interleave(calls, options.rounds)
         table.failed.extend(f"{place}: {name}: {error}" for name, error in errors.items())
         table.rows.extend(rows_of(times, place, size, table.failed))
-    return table
+    return [table]
 
 
 def time_reader(read: Callable[[str, int], int], folder: str, batch_size: int, cold: bool) -> tuple[float, int]:
@@ -104,14 +115,3 @@ def rows_of(times: dict[str, list[tuple[float, int]]], place: str, size: int, fa
         rows.append({"from": place, "reader": name, "seconds": spread(took), "clips_per_s": clips / median,
                      "gb_per_s": size / median / 1e9, "of raw": ratio})  # fmt: skip
     return rows
-
-
-def main(words: Sequence[str], prog: str = "sora bench data") -> int:
-    """The command; returns the exit status."""
-    flags = Flags(f"{prog} SHARDS", ABOUT)
-    flags.flag("batch", 16, "clips per batch")
-    flags.flag("rounds", 5, "turns of each reader")
-    options, rest = flags.parse_with_rest(words)
-    if len(rest) != 1 or rest[0].startswith("-"):
-        raise RecipeError(f"takes one folder of shards and flags, got {' '.join(rest) or 'none'}. See `{prog} --help`")
-    return finish([bench(rest[0], options.batch, options.rounds)], ["data", *words], options.out)

@@ -1,65 +1,56 @@
 """`sora bench model`: training steps of our model and of diffusers' `LatteTransformer3DModel` on the same weights.
 
-A step is forward, backward and AdamW. `python -m sora_train.bench.model` needs only torch, einops, safetensors and
-jaxtyping. Outputs are compared first: times of a variant whose output differs are not reported.
+A step is forward, backward and AdamW, eager and compiled. Every combination of the flags that take several values is
+measured. Outputs are compared first: times of a variant whose output differs are not reported.
 """
 
 from __future__ import annotations
 
-import sys
 import tempfile
-from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.util import find_spec
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from sora_train.bench.case import Case, add_case_flags, check_device, inputs, relative, seeded, size_of
-from sora_train.bench.core import Flags, Row, Table, finish, interleave, log, seconds, spread
-from sora_train.errors import RecipeError, UserError
+from sora_train.bench.case import Case, CaseOptions, inputs, relative, seeded, size_of
+from sora_train.bench.core import Row, Table, interleave, log, seconds, spread
+from sora_train.model import Latte
 from sora_train.model.flops import forward_flops, parameter_count
 from sora_train.train.hardware import peak_flops
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}
 """Largest difference of outputs, over the largest output, that rounding explains."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-ABOUT = """Times forward, backward and AdamW of our model and of diffusers' LatteTransformer3DModel with the same
-weights and inputs, eager and compiled, in turns. Measures every combination of the flags that
-take several values. Example for a GPU: sora bench model --presets latte_t2v --batch 8 --compile no yes --checkpointing
-none selective"""
 
 
-def flags_of(prog: str) -> Flags:
-    """The flags of the command."""
-    flags = Flags(prog, ABOUT)
-    add_case_flags(flags)
-    flags.flag("attention", ["factorised"], "diffusers has factorised only", choices=["factorised", "joint"])
-    flags.flag("shapes", ["16x256x256"], "frames, height and width of clips in pixels")
-    flags.flag(
-        "dtypes", [""], "of weights and arithmetic; by default bf16 on a GPU, else fp32", choices=["fp32", "bf16"]
-    )
-    flags.flag("compile", ["no"], "torch.compile; takes minutes for each shape", choices=["no", "yes"])
-    flags.flag("checkpointing", ["none"], "activation checkpointing; diffusers uses none for selective",
-               choices=["none", "selective", "full"])  # fmt: skip
-    flags.flag("alone", False, "leave diffusers out")
-    return flags
+class Options(CaseOptions):
+    """The flags."""
+
+    attention: tuple[Literal["factorised", "joint"], ...] = ("factorised",)
+    """Attention of our model; diffusers has factorised only."""
+    shapes: tuple[str, ...] = ("16x256x256",)
+    """Frames, height and width of clips in pixels."""
+    dtypes: tuple[Literal["fp32", "bf16"], ...] = ()
+    """Of weights and arithmetic; if not given, bf16 on a GPU, else fp32."""
+    compile: tuple[Literal["no", "yes"], ...] = ("no",)
+    """torch.compile; takes minutes for each shape."""
+    checkpointing: tuple[Literal["none", "selective", "full"], ...] = ("none",)
+    """Activation checkpointing; diffusers uses none for selective."""
+    alone: bool = False
+    """Leave diffusers out."""
 
 
-def cases(options: Namespace) -> Iterator[Case]:
+def cases(options: Options) -> Iterator[Case]:
     """Every combination of the flags."""
-    check_device(options)
-    default = "fp32" if options.device == "cpu" else "bf16"
     for preset, attention, shape, dtype, checkpointing in product(
-        options.presets, options.attention, options.shapes, options.dtypes, options.checkpointing
+        options.presets, options.attention, options.shapes, options.dtypes or [options.dtype], options.checkpointing
     ):
         yield Case(
-            preset, attention, size_of(shape), dtype or default, checkpointing, options.batch, options.text_tokens,
-            options.device,
-        )  # fmt: skip
+            preset, attention, size_of(shape), dtype, checkpointing, options.batch, options.text_tokens, options.device
+        )
 
 
 class TrainingStep:
@@ -140,33 +131,30 @@ def load_diffusers(case: Case, compiled: bool, weights: str) -> Network:
     return model, partial(torch.compile(call, dynamic=False)) if compiled else call
 
 
-def bench(options: Namespace) -> list[Table]:
+def bench(options: Options) -> list[Table]:
     """One row for each variant of each case."""
     torch.set_num_threads(options.threads)
     rows: list[Row] = []
     failed: list[str] = []
-    compare = find_spec("diffusers") is not None and not options.alone
     for case in list(cases(options)):
         log(str(case))
-        found, errors = measure(case, options, compare and case.attention == "factorised")
+        found, errors = measure(case, options, not options.alone and case.is_diffusers_latte)
         rows += found
         failed += [f"{case}: {line}" for line in errors]
-    notes = [
+    note = (
         f"median (minimum – maximum) of {options.rounds} turns; `times diffusers`: eager diffusers' time over "
-        "this one's; difference: the largest difference from diffusers' output, over its largest value",
-    ]
-    if not compare:
-        notes.append("without diffusers' model" + ("" if options.alone else ": diffusers is not installed"))
-    return [Table("model", rows, notes, failed)]
+        "this one's; difference: the largest difference from diffusers' output, over its largest value"
+    )
+    return [Table("model", rows, [note], failed)]
 
 
-def measure(case: Case, options: Namespace, compare: bool) -> tuple[list[Row], list[str]]:
+def measure(case: Case, options: Options, compare: bool) -> tuple[list[Row], list[str]]:
     """The rows of one case, and its errors: compares outputs, then times in turns, then measures memory."""
     from sora_train.model.convert import to_diffusers
 
     with tempfile.TemporaryDirectory() as folder:
-        if compare:
-            to_diffusers(seeded(case), folder, frames=case.shape[0])
+        if compare and isinstance(model := seeded(case), Latte):
+            to_diffusers(model, folder, frames=case.shape[0])
         making = {
             name + (", compiled" if compiled == "yes" else ""): partial(
                 TrainingStep, case, name == "diffusers", compiled == "yes", folder if compare else ""
@@ -221,17 +209,3 @@ def row_of(
         "difference": difference,
         "parameters_m": parameter_count(model) / 1e6,
     }
-
-
-def main(words: Sequence[str], prog: str = "sora bench model") -> int:
-    """The command; returns the exit status."""
-    options = flags_of(prog).parse(words)
-    return finish(bench(options), ["model", *words], options.out)
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:], "python -m sora_train.bench.model"))
-    except UserError as error:
-        print(f"sora bench model: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, RecipeError) else 1)

@@ -11,11 +11,11 @@ import multiprocessing as mp
 import statistics
 import tempfile
 import time
-from argparse import Namespace
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from multiprocessing.synchronize import Barrier
+
+from pydantic import PositiveFloat, PositiveInt
 
 from data_prep.buckets import buckets_of
 from data_prep.pipeline import encoding_hash, find_codec, resolve_caption_cleaning, settings_hash
@@ -25,8 +25,7 @@ from data_prep.sink import ShardSink
 from data_prep.sources import SourceRow, read_rows, row_id
 from data_prep.stages import EncodeVideo
 from data_prep.stats import PrepStats
-from sora_train.bench.core import Flags, Row, Table, finish, interleave, log, spread
-from sora_train.bench.runs import recipe_in
+from sora_train.bench.core import BenchOptions, Row, Table, interleave, spread
 from sora_train.errors import UserError
 from sora_train.provenance import usable_cores
 from sora_train.recipe import Recipe
@@ -34,8 +33,20 @@ from sora_train.recipe import Recipe
 WARM_UP_S = 3.0
 
 
-def bench(options: Namespace, recipe: Recipe) -> Table:
+class Options(BenchOptions):
+    """The flags."""
+
+    clips: PositiveInt = 64
+    """Clips for the pipeline per turn; sources are repeated if there are fewer."""
+    rounds: PositiveInt = 2
+    """Turns of each."""
+    seconds: PositiveFloat = 30.0
+    """How long the bare loop runs per turn."""
+
+
+def bench(options: Options, recipe: Recipe) -> list[Table]:
     """Clips per second of the bare loop and of the pipeline, in turns."""
+    recipe = resolve_caption_cleaning(recipe)
     sources = sample(recipe, options.clips)
     calls = {"bare VAE": lambda: bare_rate(recipe, options.seconds), "pipeline": lambda: pipeline_rate(recipe, sources)}
     rates, errors = interleave(calls, options.rounds, warm_up=0)
@@ -46,7 +57,7 @@ def bench(options: Namespace, recipe: Recipe) -> Table:
     ]
     note = f"{len(sources)} clips, batches of {vae_batch_size(recipe, gpus=0)}, {usable_cores()} cores, "
     failed = [f"{name}: {error}" for name, error in errors.items()]
-    return Table("prep", rows, [f"{note}VAE in {recipe.codec.precision}"], failed)
+    return [Table("prep", rows, [f"{note}VAE in {recipe.codec.precision}"], failed)]
 
 
 def bare_rate(recipe: Recipe, limit_s: float) -> float:
@@ -112,15 +123,3 @@ def sample(recipe: Recipe, clips: int) -> list[SourceRow]:
         return SourceRow(row_id(row.source, captions), row.source, captions, row.path, row.size, row.version)
 
     return [copy(good[i % len(good)], i) for i in range(clips)]
-
-
-def main(words: Sequence[str], prog: str = "sora bench prep") -> int:
-    """The command; returns the exit status."""
-    flags = Flags(f"{prog} RECIPE", (__doc__ or "").replace("\n", " "))
-    flags.flag("clips", 64, "clips for the pipeline per turn; sources are repeated if there are fewer")
-    flags.flag("rounds", 2, "turns of each")
-    flags.flag("seconds", 30.0, "how long the bare loop runs per turn")
-    options, rest = flags.parse_with_rest(words)
-    recipe = resolve_caption_cleaning(recipe_in(rest, "prep"))
-    log(f"{options.clips} clips")
-    return finish([bench(options, recipe)], ["prep", *words], options.out)

@@ -1,23 +1,25 @@
-"""`sora bench train`: a step of `sora train` compared with a bare torch loop, and by number of workers."""
+"""`sora bench train`: a step of `sora train` compared with a bare torch loop, and by number of workers.
+
+The recipe's shards must exist. The bare loop has four batches in memory; `sora train` adds DeepSpeed, averaged weights,
+reading, the guard, metrics, logs and Ray. Both take turns.
+"""
 
 from __future__ import annotations
 
 import statistics
-import tempfile
-from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle
 
 import torch
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from sora_train.bench.core import Flags, Row, Table, finish, log, seconds, spread
-from sora_train.bench.runs import recipe_in, train
+from sora_train.bench.core import BenchOptions, Row, Table, log, seconds, spread
+from sora_train.bench.runs import train
 from sora_train.data.collate import MicroBatch, padded_lengths
 from sora_train.data.loader import micro_batches
 from sora_train.data.shards import ShardSet
 from sora_train.diffusion import make_objective
-from sora_train.errors import RecipeError
 from sora_train.model import Transformer, build
 from sora_train.recipe import Recipe
 from sora_train.train.activation_checkpointing import apply_activation_checkpointing
@@ -25,27 +27,33 @@ from sora_train.train.compile import compile_blocks
 from sora_train.train.engine import decay_groups
 from sora_train.train.skipped_blocks import add_zero_gradients
 
-ABOUT = """Times training steps of a recipe whose shards exist: a bare torch loop with four batches in memory, and `sora
-train`, which adds DeepSpeed, averaged weights, reading, the guard, metrics, logs and Ray, in turns. Then `sora train`
-with other numbers of workers. Any key of the recipe is a flag too. Example: sora bench train jobs/quickstart.yaml
---workers 1 2"""
 KEYS = ("step_s", "samples_per_s", "data_wait_share", "mfu")
 
 
-def bench(options: Namespace, recipe: Recipe, words: Sequence[str]) -> Table:
+class Options(BenchOptions):
+    """The flags."""
+
+    steps: int = Field(default=40, ge=8)
+    """Steps of each `sora train`, the first quarter of which does not count."""
+    rounds: PositiveInt = 2
+    """Times that `sora train` is started with one worker."""
+    workers: tuple[PositiveInt, ...] = (1, 2)
+    """Numbers of workers; each takes cluster.cpus_per_worker cores."""
+
+
+def bench(options: Options, recipe: Recipe) -> list[Table]:
     """A row for the bare loop, and one for each number of workers. UserError if the recipe can't be trained."""
     torch.set_num_threads(recipe.cluster.cpus_per_worker)
     run, alone = make_bare(recipe), max(options.steps // 4, 1)
     run(alone)  # a warm-up
     bare: list[float] = []
     runs: dict[int, list[dict[str, list[float]]]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for turn, workers in enumerate([1] * options.rounds + sorted({*options.workers} - {1})):
-            if workers == 1:
-                log("the bare loop")
-                bare += [seconds(lambda: run(1)) for _ in range(alone)]
-            log(f"sora train, {workers} workers")
-            runs.setdefault(workers, []).append(time_run(options, words, workers, f"run-{turn}", folder))
+    for workers in [1] * options.rounds + sorted({*options.workers} - {1}):
+        if workers == 1:
+            log("the bare loop")
+            bare += [seconds(lambda: run(1)) for _ in range(alone)]
+        log(f"sora train, {workers} workers")
+        runs.setdefault(workers, []).append(time_run(recipe, options.steps, workers))
     rows: list[Row] = [
         {"what": "bare torch", "step_s": spread(bare), "clips_per_s": recipe.train.batch_size / statistics.median(bare)}
     ]
@@ -70,17 +78,19 @@ def bench(options: Namespace, recipe: Recipe, words: Sequence[str]) -> Table:
         f"{config.micro_batch_size}, ZeRO {config.zero_stage}, {config.precision}; the same batch for any number of "
         "workers; at best: minimum over minimum; first_step: from the command to the first step"
     )
-    return Table("train", rows, [note])
+    return [Table("train", rows, [note])]
 
 
-def time_run(options: Namespace, words: Sequence[str], workers: int, name: str, folder: str) -> dict[str, list[float]]:
+def time_run(recipe: Recipe, steps: int, workers: int) -> dict[str, list[float]]:
     """One `sora train`: the metrics of its steps without the first quarter, and its start. UserError if it fails."""
-    flags = {
-        "cluster.workers": workers, "train.steps": options.steps, "train.checkpoint_every": options.steps,
+    counts: dict[str, object] = {
+        "cluster.workers": workers,
+        "train.steps": steps,
+        "train.checkpoint_every": steps,
         "validation.every": 0,
-    }  # fmt: skip
-    lines, first = train(words, name, folder, flags)
-    values = {key: [line[key] for line in lines[options.steps // 4 :] if line[key] is not None] for key in KEYS}
+    }
+    lines, first = train(recipe, counts)
+    values = {key: [line[key] for line in lines[steps // 4 :] if line[key] is not None] for key in KEYS}
     return {**values, "first_step_s": [first]}
 
 
@@ -152,16 +162,3 @@ def bare_loop(model: Transformer, recipe: Recipe, data: Iterable[Sequence[MicroB
                     torch._foreach_copy_(weights, masters)
 
     return run
-
-
-def main(words: Sequence[str], prog: str = "sora bench train") -> int:
-    """The command; returns the exit status."""
-    flags = Flags(f"{prog} RECIPE", ABOUT)
-    flags.flag("steps", 40, "steps of each `sora train`, the first quarter of which does not count; at least 8")
-    flags.flag("rounds", 2, "times that `sora train` is started with one worker")
-    flags.flag("workers", [1, 2], "numbers of workers; each takes cluster.cpus_per_worker cores")
-    options, rest = flags.parse_with_rest(words)
-    recipe = recipe_in(rest, "train")
-    if options.steps < 8:
-        raise RecipeError(f"--steps {options.steps} is too few. Use 8 or more")
-    return finish([bench(options, recipe, rest)], ["train", *words], options.out)

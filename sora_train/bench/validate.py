@@ -1,20 +1,48 @@
-"""`sora bench validate`: seconds of a step with and without a validation running next to training."""
+"""`sora bench validate`: seconds of a step with and without a validation running next to training.
+
+Trains one run of a recipe whose shards exist, with a validation every so many steps, and compares the steps during
+which a validation ran with the others.
+"""
 
 from __future__ import annotations
 
 import statistics
-import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
-from sora_train.bench.core import Flags, Row, Table, finish, log, spread
-from sora_train.bench.runs import recipe_in, train
-from sora_train.errors import RecipeError, UserError
+from pydantic import PositiveInt
 
-ABOUT = """Trains one run of a recipe whose shards exist, with a validation every so many steps, and compares the steps
-during which a validation ran with the others. Any key of the recipe is a flag too. Example: sora bench validate
-jobs/quickstart.yaml --cluster.workers 1"""
+from sora_train.bench.core import BenchOptions, Row, Table, log, spread
+from sora_train.bench.runs import train
+from sora_train.errors import RecipeError, UserError
+from sora_train.recipe import Recipe
+
 WARM_UP_STEPS = 20
+
+
+class Options(BenchOptions):
+    """The flags."""
+
+    steps: PositiveInt = 400
+    """Steps of the run; at least twice --every."""
+    every: PositiveInt = 100
+    """Steps between two validations."""
+    sampler_steps: PositiveInt = 100
+    """Sampler steps: how long a validation takes."""
+
+
+def bench(options: Options, recipe: Recipe) -> list[Table]:
+    """One row for each kind of steps."""
+    if options.steps < 2 * options.every:
+        raise RecipeError(f"--steps {options.steps} is less than twice --every {options.every}. Use more steps")
+    if not recipe.validation.prompts:
+        raise UserError("validation.prompts is empty. Add prompts, such as --validation.prompts 'a red circle'")
+    log(f"training {options.steps} steps")
+    metrics, _ = train(recipe, {
+        "train.steps": options.steps, "train.checkpoint_every": options.every,
+        "validation.every": options.every, "validation.steps": options.sampler_steps,
+    })  # fmt: skip
+    return [table_of(split_steps(metrics, options.every))]
 
 
 def split_steps(metrics: Iterable[dict[str, Any]], every: int) -> dict[bool, list[float]]:
@@ -47,24 +75,3 @@ def table_of(found: dict[bool, list[float]]) -> Table:
         rows[1]["rate, of without"] = statistics.fmean(found[False]) / statistics.fmean(found[True])
     failed = [f"no step with {names[kind]}. Use more --steps" for kind, values in found.items() if not values]
     return Table("validate", rows, ["one run; the rate compares means"], failed)
-
-
-def main(words: Sequence[str], prog: str = "sora bench validate") -> int:
-    """The command; returns the exit status."""
-    flags = Flags(f"{prog} RECIPE", ABOUT)
-    flags.flag("steps", 400, "steps of the run; at least twice --every")
-    flags.flag("every", 100, "steps between two validations")
-    flags.flag("sampler_steps", 100, "sampler steps: how long a validation takes")
-    options, rest = flags.parse_with_rest(words)
-    recipe = recipe_in(rest, "validate")
-    if options.steps < 2 * options.every:
-        raise RecipeError(f"--steps {options.steps} is less than twice --every {options.every}. Use more steps")
-    if not recipe.validation.prompts:
-        raise UserError("validation.prompts is empty. Add prompts, such as --validation.prompts 'a red circle'")
-    with tempfile.TemporaryDirectory() as folder:
-        log(f"training {options.steps} steps")
-        metrics, _ = train(rest, "validated", folder, {
-            "train.steps": options.steps, "train.checkpoint_every": options.every,
-            "validation.every": options.every, "validation.steps": options.sampler_steps,
-        })  # fmt: skip
-    return finish([table_of(split_steps(metrics, options.every))], ["validate", *words], options.out)

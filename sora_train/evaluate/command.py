@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from sora_train.storage import atomic_write_text
 Oracle = Callable[[Run, Iterable[str], Callable[[int, int], None]], dict[str, Any] | None]
 """Measures the prompt accuracy of a run's samples.
 None if it does not support clips with these captions."""
-NAMES = {"ema": "averaged", "raw": "trained"}
+NAMES = {"holdout_loss": "held-out loss", "fvd": "FVD", "similarity": "similarity"}
 PROBED = 64  # clips whose captions show whether the data is the quickstart's
 
 
@@ -44,31 +45,32 @@ def evaluate(path: str | Path, how: EvalOptions, oracle: Oracle | None = None) -
     remarks: list[str] = []
     tell = every_few_seconds(lambda what, done, of: progress(f"{what}: {done} of {of}"))
     figures = measure(run, ask, shards, None, tell, remarks.append)
-    if not ask.holdout_clips:
-        remarks.append("held-out loss: not asked for (--holdout_clips 0)")
-    if not ask.fvd:
-        remarks.append("FVD: not asked for; name I3D's weights with --i3d FILE")
-    if not ask.clip:
-        remarks.append("similarity: not asked for; name a CLIP with --clip FOLDER")
+    not_asked = {
+        "held-out loss: not asked for (--holdout_clips 0)": not ask.holdout_clips,
+        "FVD: not asked for; name I3D's weights with --i3d FILE": not ask.fvd,
+        "similarity: not asked for; name a CLIP with --clip FOLDER": not ask.clip,
+    }
+    remarks += [remark for remark, holds in not_asked.items() if holds]
     record: dict[str, Any] = {"run": str(run.folder), "checkpoint": run.checkpoint.name, "weights": run.weights}
     record |= {"shards": str(shards), **figures}
     try:
-        obedience = (
-            oracle(run, some_captions(shards), lambda done, of: tell("samples for prompt accuracy, step", done, of))
-            if oracle
-            else None
-        )
-        record |= {"obedience": obedience} if obedience else {}
+        progress_of_oracle = partial(tell, "samples for prompt accuracy, step")
+        if oracle and (obedience := oracle(run, some_captions(shards), progress_of_oracle)):
+            record["obedience"] = obedience
     except UserError as error:
         remarks.append(f"obedience: {error}")
     if not figures and "obedience" not in record:
         raise UserError("\n".join(["nothing could be measured, and nothing was written:", *remarks]))
     record["remarks"] = remarks
     print(json.dumps(record) if how.json else table(record), flush=True)
-    if lost := [name for name, key, wanted in wished(how) if wanted and key not in figures]:
+    wanted = {"holdout_loss": how.holdout_clips, "fvd": how.i3d or how.fvd_clips, "similarity": how.clip}
+    if lost := [NAMES[key] for key, value in wanted.items() if value and key not in figures]:
         reasons = [remark for remark in remarks if remark.split(":")[0] in lost]
         raise UserError("\n".join([*reasons, f"{file} was not written"]))
-    write(file, record)
+    try:
+        atomic_write_text(file, json.dumps(record, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"{file} can't be written ({error.strerror}); name another file with --out") from None
     return record
 
 
@@ -97,15 +99,6 @@ def check_flags(run: Run, how: EvalOptions, file: Path) -> None:
         load_clip(how.clip, models=run.recipe.codec.models, key="--clip")
 
 
-def wished(how: EvalOptions) -> list[tuple[str, str, bool]]:
-    """Name and key of each metric, and whether the command line asks for it."""
-    return [
-        ("held-out loss", "holdout_loss", bool(how.holdout_clips)),
-        ("FVD", "fvd", bool(how.i3d or how.fvd_clips)),
-        ("similarity", "similarity", bool(how.clip)),
-    ]
-
-
 def some_captions(folder: str | Path) -> list[str]:
     """Captions of the first clips in a shard folder, held out or not."""
     shards = ShardSet(str(folder))
@@ -113,17 +106,9 @@ def some_captions(folder: str | Path) -> list[str]:
     return [caption for captions in shards.read(bucket, range(min(rows, PROBED))).captions for caption in captions]
 
 
-def write(file: Path, record: dict[str, Any]) -> None:
-    """Writes the JSON atomically."""
-    try:
-        atomic_write_text(file, json.dumps(record, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"{file} can't be written ({error.strerror}); name another file with --out") from None
-
-
 def table(record: dict[str, Any]) -> str:
     """Formats the metrics as a table, then the remarks."""
-    lines = [f"{record['run']}, {record['checkpoint']}, {NAMES[record['weights']]} weights"]
+    lines = [f"{record['run']}, {record['checkpoint']}, {record['weights']} weights"]
     if "holdout_loss" in record:
         about = f"mean squared error over {record['holdout_clips']} clips; by diffusion time, from the data to noise:"
         lines.append(row("held-out loss", f"{record['holdout_loss']:.4f}", about))

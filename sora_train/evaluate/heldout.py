@@ -9,6 +9,7 @@ min-SNR weights or L_vlb. Times are spread evenly, not drawn as in training. So 
 It is comparable only between runs with the same objective and the same VAE.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -41,14 +42,6 @@ class ClipRef(NamedTuple):
     sample_id: str
 
 
-def choose(shards: ShardSet, count: int, buckets: tuple[str, ...] | None = None) -> list[ClipRef]:
-    """The first `count` clips of a split by `ranked`, in shard order.
-
-    In shard order, neighbours are read together.
-    """
-    return sorted(ranked(shards, buckets)[:count], key=lambda place: (place.bucket, place.row))
-
-
 def ranked(shards: ShardSet, buckets: tuple[str, ...] | None = None) -> list[ClipRef]:
     """All clips of a split (of these buckets), sorted by a hash of their ids.
 
@@ -62,12 +55,7 @@ def ranked(shards: ShardSet, buckets: tuple[str, ...] | None = None) -> list[Cli
 
 
 def choose_clips(
-    run: Run,
-    shards: ShardSet,
-    count: int,
-    buckets: tuple[str, ...] | None,
-    figure: str,
-    remark: Callable[[str], None],
+    run: Run, shards: ShardSet, count: int, buckets: tuple[str, ...] | None, figure: str, remark: Callable[[str], None]
 ) -> list[ClipRef]:
     """Chooses at most `count` held-out clips for the metric named `figure`.
 
@@ -84,18 +72,15 @@ def choose_clips(
             f"{figure}: {gone} of the {len(before[:count])} clips that it was measured on are no longer held out in "
             f"{shards.folder}. Others take their place: values from before and after don't compare"
         )
-    others = [name for name in there if name not in set(kept)]
-    names = [*kept, *others][: max(count, len(kept))]
-    if names != before:
-        write_chosen(run, stored | {figure: names})
+    names = list(dict.fromkeys([*kept, *there]))[: max(count, len(kept))]
+    if names != before and (run.folder / "checkpoints").is_dir():  # a run's folder, not an export
+        with contextlib.suppress(OSError):  # of a read-only run the choice stays the same until clips are added
+            atomic_write_text(run.folder / CHOSEN, json.dumps(stored | {figure: names}, indent=1))
     return sorted((there[name] for name in names[:count]), key=lambda place: (place.bucket, place.row))
 
 
 def read_chosen(run: Run) -> dict[str, list[str]]:
-    """Reads the chosen ids by metric.
-
-    Empty if the file is missing or unreadable; clips are then chosen again.
-    """
+    """The chosen ids by metric. Empty if the file is missing or unreadable; clips are then chosen again."""
     try:
         stored = json.loads((run.folder / CHOSEN).read_text(encoding="utf-8"))
         return {str(figure): [str(name) for name in names] for figure, names in stored.items()}
@@ -103,15 +88,7 @@ def read_chosen(run: Run) -> dict[str, list[str]]:
         return {}
 
 
-def write_chosen(run: Run, chosen: dict[str, list[str]]) -> None:
-    """Saves the chosen ids in a run's folder. Exports are not written to."""
-    if (run.folder / "checkpoints").is_dir():
-        try:
-            atomic_write_text(run.folder / CHOSEN, json.dumps(chosen, indent=1))
-        except OSError:  # such as a read-only run: the choice stays the same until clips are added
-            return
-
-
+@torch.inference_mode()
 def held_out_loss(
     model: Model,
     objective: Objective,
@@ -135,8 +112,10 @@ def held_out_loss(
         within = torch.tensor([stable_hash(SEED, place.sample_id, "time") / 2**64 for place in batch])
         for number in range(BINS):
             t = time_in(objective, number, within).to(device)
-            errors = squared_error(model, objective, made.latents, made.noise, t, made.text, made.text_mask)
-            sums[number] += errors.double().sum().cpu()
+            x_t, target = objective.add_noise(made.latents, made.noise, t)
+            predicted = model(x_t, objective.model_time(t), made.text, made.text_mask).float()
+            errors = (predicted[:, :, : target.shape[2]] - target).square()  # without a learned variance
+            sums[number] += errors.mean(dim=(1, 2, 3, 4)).double().sum().cpu()
         done += len(batch)
         if progress is not None:
             progress(done, len(places))
@@ -164,22 +143,3 @@ def time_in(objective: Objective, number: int, within: Float[Tensor, "b"]) -> Fl
     """
     t = (number + within.clamp(max=1 - 2**-20)) / BINS
     return torch.floor(t * ddpm.STEPS) if objective.config.kind == "ddpm" else t
-
-
-@torch.inference_mode()
-def squared_error(
-    model: Model,
-    objective: Objective,
-    x: Float[Tensor, "b f c h w"],
-    noise: Float[Tensor, "b f c h w"],
-    t: Float[Tensor, "b"],
-    text: Tensor,
-    text_mask: Tensor,
-) -> Float[Tensor, "b"]:
-    """Unweighted mean squared error of the prediction for each clip.
-
-    A learned variance is ignored.
-    """
-    x_t, target = objective.add_noise(x, noise, t)
-    predicted = model(x_t, objective.model_time(t), text, text_mask).float()[:, :, : x.shape[2]]
-    return (predicted - target).square().mean(dim=(1, 2, 3, 4))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -57,22 +57,16 @@ def measure(
     Similarity is measured on `videos` if given, otherwise on new samples of `ask.prompts`. `remark` receives a message
     with the reason for each metric that can't be measured.
     """
-    tell = progress or (lambda what, done, of: None)
-    parts: list[tuple[str, Callable[[], Figures]]] = []
-
-    def held_out() -> Figures:
-        return _held_out(run, ask, str(shards_folder), partial(tell, "held-out loss"), remark)
-
-    if ask.holdout_clips:
-        parts.append(("held-out loss", held_out))
-    if ask.clip:
-        parts.append(("similarity", lambda: _similarity(run, ask, videos, tell)))
-    if ask.fvd:
-        parts.append(("FVD", lambda: _fvd(run, ask, str(shards_folder), tell, remark)))
+    tell, folder = progress or (lambda what, done, of: None), str(shards_folder)
+    parts: list[tuple[str, object, Callable[[], Figures]]] = [
+        ("held-out loss", ask.holdout_clips, lambda: _held_out(run, ask, folder, tell, remark)),
+        ("similarity", ask.clip, lambda: _similarity(run, ask, videos, tell)),
+        ("FVD", ask.fvd, lambda: _fvd(run, ask, folder, tell, remark)),
+    ]
     found: Figures = {}
-    for name, part in parts:
+    for name, wanted, part in parts:
         try:
-            found |= part()
+            found |= part() if wanted else {}
         except UserError as error:
             remark(f"{name}: {error}")
     return found
@@ -99,15 +93,14 @@ def open_held_out(run: Run, folder: str) -> ShardSet:
     return ShardSet(folder, run.recipe.data.holdout_fraction, "holdout")
 
 
-def _held_out(
-    run: Run, ask: ValidationConfig, folder: str, progress: Callable[[int, int], None], remark: Callable[[str], None]
-) -> Figures:
+def _held_out(run: Run, ask: ValidationConfig, folder: str, tell: Progress, remark: Callable[[str], None]) -> Figures:
     shards = open_held_out(run, folder)
     # Images are skipped if training did not use them.
     names = tuple(name for name in shards.rows if bucket_size(name)[0] > 1 or run.recipe.data.image_ratio != 0)
     places = choose_clips(run, shards, ask.holdout_clips, names, "held-out loss", remark)
     if not places:
         raise UserError("only pictures were held out, and data.image_ratio 0 leaves them out of training")
+    progress = partial(tell, "held-out loss")
     loss = held_out_loss(run.predict, run.objective, shards, places, run.device, progress=progress)
     return {**loss, "holdout_clips": len(places)}
 
@@ -117,10 +110,8 @@ def _similarity(run: Run, ask: ValidationConfig, videos: Iterable[Video] | None,
         raise UserError("validation.prompts is empty, so that there is nothing to make samples of")
     clip = load_clip(ask.clip, run.device, run.recipe.codec.models)
     if videos is None:
-        made = make(
-            run, ask, ask.prompts, [ask.seed] * len(ask.prompts), None, partial(tell, "samples of the prompts, step")
-        )
-        videos = zip(ask.prompts, made, strict=True)
+        seeds, progress = [ask.seed] * len(ask.prompts), partial(tell, "samples of the prompts, step")
+        videos = zip(ask.prompts, generate_each(run, ask.prompts, seeds, ask, progress=progress), strict=True)
     scores = [similarity(clip, prompt, video) for prompt, video in videos]
     if not scores:
         raise UserError("there are no samples to score")
@@ -142,14 +133,9 @@ def _fvd(run: Run, ask: ValidationConfig, folder: str, tell: Progress, remark: C
     i3d = load_i3d(ask.i3d, run.device)
     real = reference(run, i3d, shards, places, partial(tell, "I3D of held-out clips"))
     prompts, embeddings = captions_of(run, shards, places)
-    made = make(
-        run,
-        ask,
-        prompts,
-        range(ask.seed, ask.seed + len(prompts)),
-        embeddings,
-        partial(tell, "samples of held-out captions, step"),
-    )
+    seeds = range(ask.seed, ask.seed + len(prompts))
+    progress = partial(tell, "samples of held-out captions, step")
+    made = generate_each(run, prompts, seeds, ask, embeddings, progress=progress)
     if len(places) < ENOUGH_CLIPS:
         remark(
             f"FVD is of {len(places)} clips: with fewer than {ENOUGH_CLIPS} it says more of their number than of the "
@@ -165,25 +151,6 @@ def check_frames(run: Run) -> None:
             f"the run's clips have {run.manifest.frames} frames and I3D needs {I3D_FRAMES}; train one with data.frames "
             f"{I3D_FRAMES} or more"
         )
-
-
-def make(
-    run: Run,
-    ask: ValidationConfig,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    embeddings: Sequence[Float[Tensor, "_ e"]] | None,
-    progress: Callable[[int, int], None],
-) -> Iterator[np.ndarray]:
-    """Samples videos of the prompts with the sampling config of `ask`."""
-    return generate_each(
-        run,
-        prompts,
-        seeds,
-        ask,
-        embeddings=embeddings,
-        progress=progress,
-    )
 
 
 def captions_of(run: Run, shards: ShardSet, places: list[ClipRef]) -> tuple[list[str], list[Float[Tensor, "_ e"]]]:

@@ -1,65 +1,29 @@
 """Each bench at a tiny size. Its rows are checked, not its times."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from sora_train import cli
 from sora_train.bench import data
 from sora_train.bench.case import Case, inputs, relative, seeded
 from sora_train.bench.model import TrainingStep
 from sora_train.bench.validate import split_steps
 
-BARE = {"torch", "numpy", "einops", "safetensors", "jaxtyping"}
-OF_TORCH = {"typing_extensions", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "filelock", "fsspec",
-            "setuptools", "torchgen", "functorch", "wadler_lindig", "_distutils_hack", "pkg_resources"}  # fmt: skip
-TINY = ("--presets", "tiny", "--shapes", "4x32x32", "--rounds", "2", "--batch", "2", "--text_tokens", "7",
-        "--threads", "1")  # fmt: skip
-BLOCK = """
-import sys
-from importlib.machinery import PathFinder
-class OnlyThese(PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        found = super().find_spec(name, path, target)
-        installed = found and found.origin and "site-packages" in found.origin
-        return None if path is None and installed and name not in {allowed} else found
-sys.meta_path[sys.meta_path.index(PathFinder)] = OnlyThese
-"""
+TINY = ("--presets", "tiny", "--batch", "2", "--text_tokens", "7", "--rounds", "2", "--threads", "1")
 
 
 def case(checkpointing: str = "none", attention: str = "factorised") -> Case:
     return Case("tiny", attention, (4, 32, 32), "fp32", checkpointing, 2, 7, "cpu")
 
 
-def run_model(folder: Path, *flags: str, path: Path | None = None) -> tuple[dict, str]:
-    """The record and the output of `python -m sora_train.bench.model`."""
-    here = os.pathsep.join(map(str, [*([path] if path else []), Path(__file__).parents[2]]))
-    done = subprocess.run(
-        [sys.executable, "-m", "sora_train.bench.model", *TINY, *flags, "--out", str(folder / "b.jsonl")],
-        env={**os.environ, "PYTHONPATH": here}, capture_output=True, text=True, check=False, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads((folder / "b.jsonl").read_text()), done.stdout
-
-
-def test_the_model_bench_runs_on_a_bare_machine(tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(BLOCK.format(allowed=sorted(BARE | OF_TORCH)))
-    for name, code in (("diffusers", 1), ("pydantic", 1), ("pyarrow", 1), ("einops", 0)):
-        bare = {**os.environ, "PYTHONPATH": str(tmp_path)}
-        there = subprocess.run([sys.executable, "-c", f"import {name}"], env=bare, capture_output=True, check=False)
-        assert there.returncode == code, f"the block itself does not work for {name}"
-    record, said = run_model(tmp_path, path=tmp_path)
-    assert [row["contender"] for row in record["rows"]] == ["ours"]
-    assert "diffusers is not installed" in said
-
-
-def test_our_output_is_that_of_diffusers_on_the_same_weights(tmp_path: Path) -> None:
-    record, said = run_model(tmp_path)
+def test_our_output_is_that_of_diffusers_on_the_same_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["bench", "model", *TINY, "--shapes", "4x32x32", "--out", str(tmp_path / "b.jsonl")]) == 0
+    record, said = json.loads((tmp_path / "b.jsonl").read_text()), capsys.readouterr().out
     diffusers, ours = record["rows"]
     assert (ours["contender"], diffusers["contender"]) == ("ours", "diffusers")
     assert 0 < ours["difference"] < 1e-5
@@ -97,7 +61,7 @@ def test_every_reader_reads_every_clip_warm_and_cold(tiny_shards: Path) -> None:
     assert {name: read(str(tiny_shards), 3) for name, read in data.READERS.items()} == {
         "raw": 0, "ours: reader": 21, "ours: loader": 21,
     }  # fmt: skip
-    table = data.bench(str(tiny_shards), 3, rounds=2)
+    table = data.bench(data.Options(batch=3, rounds=2), str(tiny_shards))[0]
     assert [(row["from"], row["reader"]) for row in table.rows] == [
         (place, name) for place in ("warm", "cold") for name in data.READERS
     ]
@@ -107,24 +71,14 @@ def test_every_reader_reads_every_clip_warm_and_cold(tiny_shards: Path) -> None:
 
 def test_times_of_a_reader_that_loses_clips_do_not_count(tiny_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(data.READERS, "lossy", lambda folder, batch_size: 20)
-    table = data.bench(str(tiny_shards), 3, rounds=1)
+    table = data.bench(data.Options(batch=3, rounds=1), str(tiny_shards))[0]
     assert "lossy" not in {row["reader"] for row in table.rows}
     assert "warm: lossy read 20 of 21 clips, so its times don't count" in table.failed
 
 
 def test_a_checkpoint_is_timed_from_the_stall_to_the_resume(tmp_path: Path) -> None:
-    program = (
-        "import sys; from sora_train.bench.checkpoint import main; "
-        "sys.modules['ray'] = None; "
-        "sys.exit(main(sys.argv[1:]))"
-    )
-    words = ["--presets", "tiny", "--shape", "4x32x32", "--text_tokens", "7", "--rounds", "2", "--threads", "1"]
-    done = subprocess.run(
-        [sys.executable, "-c", program, *words, "--out", str(tmp_path / "b.jsonl"), "--tmp", str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True, text=True, check=False, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    words = [*TINY, "--shape", "4x32x32", "--out", str(tmp_path / "b.jsonl"), "--tmp", str(tmp_path)]
+    assert cli.main(["bench", "checkpoint", *words]) == 0
     (row,) = json.loads((tmp_path / "b.jsonl").read_text())["rows"]
     parameters = sum(p.numel() for p in seeded(case()).parameters())
     assert 5 * 4 * parameters < 1e9 * row["gb"] < 1.3 * 5 * 4 * parameters  # weights, two moments, average twice

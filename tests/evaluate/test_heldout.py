@@ -10,7 +10,7 @@ import torch
 from sora_train.data.order import batch
 from sora_train.data.shards import ShardSet
 from sora_train.diffusion import DiffusionConfig, make_objective
-from sora_train.evaluate.heldout import BINS, choose, choose_clips, held_out_loss, ranked, time_in
+from sora_train.evaluate.heldout import BINS, choose_clips, held_out_loss, ranked, time_in
 from sora_train.evaluate.metrics import open_held_out
 from sora_train.sample import Run, load_run
 
@@ -21,7 +21,7 @@ def shards(run: Run) -> ShardSet:
 
 
 def losses(run: Run, shards: ShardSet, batch_size: int | None, count: int = 100) -> list[float]:
-    found = held_out_loss(run.predict, run.objective, shards, choose(shards, count), batch_size=batch_size)
+    found = held_out_loss(run.predict, run.objective, shards, ranked(shards)[:count], batch_size=batch_size)
     assert list(found) == ["holdout_loss", *(f"holdout_loss_{i}" for i in range(BINS))]
     return list(found.values())
 
@@ -36,7 +36,7 @@ def test_the_loss_is_the_same_for_batches_of_one_and_of_seven(run: Run, shards: 
 
 def test_the_loss_in_bf16_is_that_in_float32_within_a_hundredth(run: Run, run_folder: Path, shards: ShardSet):
     half = load_run(run_folder, device="cpu", dtype=torch.bfloat16)
-    places = choose(shards, 100)
+    places = ranked(shards)[:100]
     exact, found = (held_out_loss(each.predict, run.objective, shards, places) for each in (run, half))
     assert found == pytest.approx(exact, rel=1e-2)
     assert found != exact
@@ -49,7 +49,7 @@ def test_the_loss_equals_one_computed_by_hand_of_what_the_model_was_given(run: R
         given.append((x, t, text, mask))
         return torch.zeros_like(x)
 
-    places = choose(shards, 100)
+    places = sorted(ranked(shards))
     found = held_out_loss(model, run.objective, shards, places, batch_size=1)
     assert len(given) == BINS * len(places)
     hand, mean, std = np.zeros(BINS), *(values.numpy()[:, None, None] for values in (run.vae.mean, run.vae.std))
@@ -93,7 +93,7 @@ def test_a_model_that_predicts_exactly_has_no_loss_and_no_weights_count(shards: 
         return x_t, target
 
     objective.add_noise = remembered  # an oracle: the model is handed what it has to predict
-    places = choose(shards, 5)
+    places = ranked(shards)[:5]
     exact = held_out_loss(lambda x, t, text, mask: targets[-1], objective, shards, places)
     assert set(exact.values()) == {0.0}
     wrong = held_out_loss(lambda x, t, text, mask: targets[-1] + 0.5, objective, shards, places)
@@ -102,7 +102,7 @@ def test_a_model_that_predicts_exactly_has_no_loss_and_no_weights_count(shards: 
 
 def test_a_learned_variance_is_left_aside(run: Run, shards: ShardSet):
     objective = make_objective(DiffusionConfig(kind="ddpm"), learned_variance=True)
-    places = choose(shards, 4)
+    places = ranked(shards)[:4]
     plain = held_out_loss(lambda x, t, text, mask: x, objective, shards, places)
     both = held_out_loss(lambda x, t, text, mask: torch.cat([x, 7 * x], dim=2), objective, shards, places)
     assert both == plain
@@ -124,19 +124,19 @@ def test_no_clip_is_of_the_split_that_training_takes(run: Run, shards: ShardSet)
     order = train.sample_order(4, seed=0)
     taken = [batch(order, k) for k in range(order.steps_per_epoch)]
     trained = {clip for b in taken for clip in train.read(b.bucket, b.rows).sample_ids}
-    held_out = {place.sample_id for place in choose(shards, 100)}
+    held_out = {place.sample_id for place in ranked(shards)[:100]}
     assert len(trained | held_out) == 48
     assert held_out
     assert not trained & held_out
 
 
 def test_fewer_clips_are_a_part_of_more_and_each_is_where_its_id_says(shards: ShardSet):
-    everything = choose(shards, 100)
+    everything = ranked(shards)[:100]
     assert len(everything) == sum(shards.rows.values())
-    few = choose(shards, 5)
+    few = ranked(shards)[:5]
     assert len(few) == 5
-    assert set(few) <= set(choose(shards, 9)) <= set(everything)
-    assert all(place.bucket == "1x16x16" for place in choose(shards, 100, ("1x16x16",)))
+    assert set(few) <= set(ranked(shards)[:9]) <= set(everything)
+    assert all(place.bucket == "1x16x16" for place in ranked(shards, ("1x16x16",)))
     for place in everything:
         assert shards.read(place.bucket, [place.row]).sample_ids == [place.sample_id]
 

@@ -15,7 +15,7 @@ from sora_train.commands import EvalOptions
 from sora_train.diffusion import DiffusionConfig
 from sora_train.errors import UserError
 from sora_train.evaluate import evaluate, measure
-from sora_train.evaluate.heldout import BINS, choose
+from sora_train.evaluate.heldout import BINS, ranked
 from sora_train.evaluate.i3d import I3D, load_i3d, shapes
 from sora_train.evaluate.metrics import REFERENCE, captions_of, open_held_out, real_videos, reference
 from sora_train.export import export
@@ -119,7 +119,7 @@ def test_pictures_that_training_leaves_out_are_left_out_of_the_loss(run: Run):
 
 def test_the_reference_is_of_the_vaes_own_frames_and_is_made_once(run: Run, i3d: I3D):
     shards = open_held_out(run, run.recipe.data.output)
-    places = choose(shards, 2, (BUCKET,))
+    places = ranked(shards, (BUCKET,))[:2]
     (run.folder / REFERENCE).unlink(missing_ok=True)
     decoded = list(real_videos(run, shards, places, lambda done, of: None))
     for place, video in zip(places, decoded, strict=True):
@@ -138,7 +138,7 @@ def test_the_reference_is_of_the_vaes_own_frames_and_is_made_once(run: Run, i3d:
 
 def test_captions_come_with_the_embeddings_that_their_shards_have(run: Run):
     shards = open_held_out(run, run.recipe.data.output)
-    prompts, embeddings = captions_of(run, shards, choose(shards, 100, (BUCKET,)))
+    prompts, embeddings = captions_of(run, shards, ranked(shards, (BUCKET,))[:100])
     assert len(set(prompts)) == len(prompts) == shards.rows[BUCKET]
     assert {prompt.split()[0] for prompt in prompts} == {"clip", "number"}
     for prompt, embedding in zip(prompts[:4], embeddings[:4], strict=True):
@@ -242,6 +242,6 @@ def test_an_export_has_the_figures_of_its_run(run_folder: Path, tmp_path: Path):
     found = measure(exported, ask, recipe.data.output)
     assert list(found.values()) == pytest.approx(list(measure(mine, ask, recipe.data.output).values()), rel=1e-5)
     shards = open_held_out(mine, recipe.data.output)
-    places = choose(shards, 2, (BUCKET,))
+    places = ranked(shards, (BUCKET,))[:2]
     videos = [list(real_videos(made, shards, places, lambda done, of: None)) for made in (mine, exported)]
     assert np.abs(np.stack(videos[0]).astype(int) - np.stack(videos[1])).max() <= 1
