@@ -34,7 +34,7 @@ def run_pipeline(recipe: Recipe, vae: VaeFiles, sink: ShardSink) -> None:
     from sora_train.ray_cluster.connection import connect, resources_in_use
 
     todo = sink.state.todo
-    with connect(recipe.cluster.address, log_to_driver=False) as own, Progress(len(todo), run=recipe.name) as progress:
+    with connect(recipe.cluster.address) as own, Progress(len(todo), run=recipe.name) as progress:
         if not own and (held := resources_in_use()):
             log.info(f"prep: other jobs of this cluster hold {held}; prep waits for what it lacks")
         try:

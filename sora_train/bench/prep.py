@@ -99,7 +99,7 @@ def pipeline_rate(recipe: Recipe, sources: list[SourceRow]) -> float:
         stats = PrepStats(len(sources), 1.0, folder)
         state = ResumeState(stats, todo=[(row, []) for row in sources])
         sink = ShardSink(there, key, settings_hash(there, key), state)
-        with connect(recipe.cluster.address, log_to_driver=False):
+        with connect(recipe.cluster.address):
             for table in run_stages(there, vae, state.todo):
                 sink.consume(table)
                 marks.append((time.monotonic(), stats.written))

@@ -77,7 +77,7 @@ def launch_training(
     ray_trainer = import_in_background("sora_train.launch.ray_trainer")
     cpus = math.ceil(run_resources(recipe, gpu=False, most=True).get("CPU", 0))
     log.info("starting Ray")
-    with SignalHandler(folder) as signals, connect(recipe.cluster.address, min_cpus=cpus, log_to_driver=False) as own:
+    with SignalHandler(folder) as signals, connect(recipe.cluster.address, min_cpus=cpus) as own:
         signals.reinstall()
         gpu = check_cluster(recipe)
         if preflight:
@@ -206,7 +206,7 @@ def rerun_missed_validations(folder: Path, recipe: Recipe) -> None:
     if not missed or not recipe.validation.every:
         return
     need, steps = recipe.validation.resources, ", ".join(str(step) for step, _ in missed)
-    with connect(recipe.cluster.address, min_cpus=math.ceil(need.get("CPU", 0)), log_to_driver=False):
+    with connect(recipe.cluster.address, min_cpus=math.ceil(need.get("CPU", 0))):
         import ray
 
         from sora_train.launch.ray_trainer import remote_options, supervise_arguments

@@ -30,9 +30,7 @@ WAIT_S, AGAIN_S = 30.0, 60.0
 
 
 @contextmanager
-def connect(
-    address: str = "auto", min_cpus: int = 1, dashboard: bool = True, log_to_driver: bool = True
-) -> Iterator[bool]:
+def connect(address: str = "auto", min_cpus: int = 1) -> Iterator[bool]:
     """Connects this process to Ray for the length of a `with` block. Yields whether it started a Ray of its own.
 
     Args:
@@ -40,7 +38,6 @@ def connect(
             if there is none; `local` always starts one; anything else is the address to join.
         min_cpus: a cluster started here has one logical CPU per core, but at least these. It ends with the block; a
             joined one is left running. A process that is already connected stays so.
-        log_to_driver: show here what workers print.
 
     Raises:
         UserError: the address can't be joined.
@@ -60,21 +57,12 @@ def connect(
                 # With `local` Ray never joins a cluster that another process left running; `num_cpus` would raise then.
                 for setting in (short_temp_dir, private_token, fixed_address, block_sighup):
                     stack.enter_context(setting())
-                cpus = max(os.cpu_count() or 1, min_cpus)
-                stack.enter_context(explain_wait("Ray is still starting on this machine"))
-                ray.init(
-                    "local",
-                    num_cpus=cpus,
-                    include_dashboard=dashboard,
-                    logging_level=logging.WARNING,
-                    log_to_driver=log_to_driver,
-                )
+                cpus, wait = max(os.cpu_count() or 1, min_cpus), "Ray is still starting on this machine"
             else:
                 wait_until_reachable(address, key)
-                stack.enter_context(
-                    explain_wait(f"Ray at {address} ({key}) answers, but has not accepted this process yet")
-                )
-                ray.init(address, logging_level=logging.WARNING, log_to_driver=log_to_driver)
+                cpus, wait = None, f"Ray at {address} ({key}) answers, but has not accepted this process yet"
+            stack.enter_context(explain_wait(wait))
+            ray.init(address, num_cpus=cpus, logging_level=logging.WARNING, log_to_driver=False)
     except UserError:
         raise
     except Exception as error:  # Ray raises plain exceptions, for instance for a node that starts too slowly

@@ -71,7 +71,8 @@ def rollback(
         raise UserError(
             f"at step {state.step} {len(state.streak)} steps in a row had to be skipped, after {state.rollbacks} "
             "rollbacks; events.jsonl of the run names the clips. Lower train.learning_rate, look at those clips with "
-            "`sora inspect`, or raise train.guard_max_rollbacks"
+            "`sora inspect`, or raise train.guard_max_rollbacks",
+            code="guard",
         )
     folder = run_dir.newest_checkpoint(first_bad)
     if folder is not None and folder.name == checkpoint.name_of(state.back_at):
@@ -84,7 +85,7 @@ def rollback(
         skipped = batches_to_skip(batch_number(back.step, skipped), state.streak, skipped)
     if dist.get_rank() == 0:
         to = "no checkpoint is there yet: goes on with what comes next" if folder is None else f"back to {folder.name}"
-        run_dir.log_event_later("rollback", state.step, lambda: f"{len(state.streak)} bad steps in a row; {to}")
+        run_dir.log_event_later("rollback", state.step, lambda: [f"{len(state.streak)} bad steps in a row; {to}"])
         newly_skipped = sorted(set(skipped) - set(state.skipped))
         run_dir.log_event_later("left_out", back.step, lambda: describe_batches(shards, order, newly_skipped))
         run_dir.truncate(back.step)

@@ -110,7 +110,7 @@ def train(
                 if config.compile and rank == 0 and shape not in compiled:  # compiling takes long
                     compiled.add(shape)
                     of = f"{shape[0]}, captions of up to {shape[1]} tokens"
-                    run_dir.log_event("compiling", step, f"{of} (shape {len(compiled)} of at most {shapes})")
+                    run_dir.events.write("compiling", step, f"{of} (shape {len(compiled)} of at most {shapes})")
                 micro = micro.to(device)
                 losses = objective.loss(engine, micro.latents, micro.noise, micro.t, micro.text, micro.text_mask)
                 engine.backward((losses * micro.weight).sum() * (world / clips))

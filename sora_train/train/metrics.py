@@ -54,11 +54,9 @@ class JsonLines:
             before = self.path.read_bytes()
             lines = before.splitlines(keepends=True)
             after = b"".join(line for line in lines if (record := parse(line)) is not None and record["step"] <= step)
-            if before.startswith(after):
-                os.truncate(self.path, len(after))
-                return
-            with atomic_file(self.path) as draft:
-                draft.write_bytes(after)
+            if after != before:
+                with atomic_file(self.path) as draft:
+                    draft.write_bytes(after)
 
     @contextmanager
     def _write_errors(self) -> Iterator[None]:

@@ -44,19 +44,14 @@ class RunDir:
         timings, self.timings = self.timings, {}
         self.metrics.write(record | timings)
 
-    def log_event(self, event: str, step: int, reason: str) -> None:
-        """Writes an event. For rank 0."""
-        self.events.write(event, step, reason)
-
-    def log_event_later(self, event: str, step: int, reasons: Callable[[], str | list[str]]) -> None:
+    def log_event_later(self, event: str, step: int, reasons: Callable[[], list[str]]) -> None:
         """Writes events in the background, before any later checkpoint. For rank 0.
 
         For reasons that take long to find, such as names in remote shards.
         """
 
         def write() -> None:
-            found = reasons()
-            for reason in [found] if isinstance(found, str) else found:
+            for reason in reasons():
                 self.events.write(event, step, reason)
 
         self.writing_events.append(self.writer.submit(write))

@@ -10,33 +10,26 @@ import contextlib
 import json
 import os
 import secrets
+import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from sora_train.errors import UserError
 from sora_train.storage import atomic_write_text
-from sora_train.train.wandb_files import rows
 
 STEP = "train_step"
 """The x axis of every key. wandb drops rows whose own step decreases, so it counts its own and we log ours too."""
 NOTE = "wandb.json"
 FREE_AFTER_S = 30
-ALERTS = {
-    "failed": "ERROR",
-    "damaged": "ERROR",
-    "rollback": "ERROR",
-    "worker_lost": "WARN",
-    "driver_lost": "WARN",
-    "skipped": "WARN",
-    "stopped": "WARN",
-    "preempted": "WARN",
-    "validation_failed": "WARN",
-    "report_failed": "WARN",
-}
-"""Events that become wandb alerts, with their levels."""
+ERRORS = ("failed", "damaged", "rollback")
+WARNINGS = ("worker_lost", "driver_lost", "skipped", "stopped", "preempted", "validation_failed", "report_failed")
+"""Events that become wandb alerts, by level."""
+BLOCK, HEADER, OWN = 32768, 7, 7
+WHOLE, LAST = 1, 4
+"""Sizes and kinds of parts in wandb's offline files: see `offline_records`."""
 
 
 class Tracker:
@@ -71,7 +64,7 @@ class Tracker:
     def finish(self) -> None:
         """Waits until everything is on disk or sent."""
         if self.writer is not None:
-            self._guarded(self._end)
+            self._guarded(self._finish)
             self.writer = None
 
     def _start(self, mode: Literal["online", "offline"], project: str, config: dict[str, Any]) -> None:
@@ -86,7 +79,7 @@ class Tracker:
         path = self.run / NOTE
         self.note |= json.loads(path.read_text()) if path.exists() else {"events": 0}
         self._write_note()
-        for row in rows(self.run):
+        for row in offline_rows(self.run):
             for section, steps in self.logged.items():
                 if any(key.startswith(f"{section}/") for key in row):
                     steps.add(row[STEP])
@@ -107,7 +100,7 @@ class Tracker:
         self.writer.define_metric(STEP, hidden=True)
         self.writer.define_metric("*", step_metric=STEP)
 
-    def _end(self) -> None:
+    def _finish(self) -> None:
         import wandb
 
         self.writer.finish()
@@ -115,10 +108,10 @@ class Tracker:
 
     def _alert(self, events: list[dict[str, Any]]) -> None:
         for event in events[self.note.get("events", len(events)) :]:  # notes of older versions have no number
-            if (kind := str(event.get("event"))) in ALERTS:
+            if (kind := str(event.get("event"))) in ERRORS + WARNINGS:
                 title = f"{self.run.name[:40]}: {kind.replace('_', ' ')}"  # wandb sends a title once a minute
                 text = f"step {event['step']}: {event.get('reason', '')}"[:1000]
-                self.writer.alert(title, text, ALERTS[kind])
+                self.writer.alert(title, text, "ERROR" if kind in ERRORS else "WARN")
         self.note["events"] = len(events)
         self._write_note()  # last: a kill before this repeats an alert instead of losing it
 
@@ -137,10 +130,8 @@ class Tracker:
             self.writer.log({**values, STEP: step})
             self.logged[section].add(step)
         if not self.writer.offline:
-            self.note |= {
-                "train": max(self.logged["train"], default=0),
-                "validation": sorted(self.logged["validation"]),
-            }
+            self.note["train"] = max(self.logged["train"], default=0)
+            self.note["validation"] = sorted(self.logged["validation"])
             self._write_note()  # last: a kill before this repeats a row, which does no harm
 
     def _write_note(self) -> None:
@@ -181,3 +172,38 @@ def media(folder: Path) -> dict[str, Any]:
     if (folder / "sheet.png").is_file():
         found["samples/sheet"] = wandb.Image(str(folder / "sheet.png"))
     return found
+
+
+def offline_rows(run: Path) -> Iterator[dict[str, Any]]:
+    """Rows of history of all of a run's offline files, in order of time; nested keys are joined by a dot.
+
+    Read with wandb's own protobufs; wandb's own reader exists only in Go.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
+
+    for path in sorted(run.glob("wandb/offline-run-*/*.wandb")):
+        for data in offline_records(path.read_bytes()):
+            record = Record()
+            record.ParseFromString(data)
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                yield {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+def offline_records(data: bytes) -> Iterator[bytes]:
+    """The complete records of an offline file; one that was cut short is ignored.
+
+    A log in LevelDB's format (https://github.com/google/leveldb/blob/main/doc/log_format.md) behind 7 bytes of wandb's
+    own, written in blocks of 32 KB, so a killed process loses its last rows.
+    """
+    at, parts = OWN, b""
+    while at + HEADER <= len(data):
+        if (room := BLOCK - at % BLOCK) < HEADER:  # a block's last bytes that hold no header are empty
+            at += room
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + HEADER])
+        at += HEADER
+        parts, at = parts + data[at : at + length], at + length
+        if kind in (WHOLE, LAST) and at <= len(data):
+            yield parts
+            parts = b""

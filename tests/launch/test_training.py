@@ -22,7 +22,7 @@ from sora_train.launch.trainer import launch_training
 from sora_train.launch.validation import ValidationStatus
 from sora_train.ray_cluster.metrics import METRICS
 from sora_train.train.checkpoint import complete_checkpoints, read_state
-from sora_train.train.wandb_files import rows
+from sora_train.train.tracking import offline_rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
@@ -121,7 +121,7 @@ def test_a_validation_measures_and_writes_the_report(unbroken: Path):
 
 
 def test_wandb_holds_what_metrics_hold_and_the_videos(unbroken: Path):
-    told = list(rows(unbroken))
+    told = list(offline_rows(unbroken))
     (folder,) = (unbroken / "wandb").glob("offline-run-*")
     for section, key in (("train", "loss"), ("validation", "holdout_loss")):
         ours = [(line["step"], line[key]) for line in lines(unbroken / "metrics.jsonl") if key in line]

@@ -116,7 +116,7 @@ def inside():
     blocked = int(next(l for l in open("/proc/self/status") if l.startswith("SigBlk")).split()[1], 16)
     deaf = bool(blocked & 1 << (signal.SIGHUP - 1))
     return sys.path, os.getenv("RAY_ADDRESS"), deaf, cv2.__file__, random.__file__
-with connect("local", dashboard=False):
+with connect("local"):
     paths, told, deaf, *files = ray.get(ray.remote(inside).remote())
     assert told == ray.get_runtime_context().gcs_address
 assert "RAY_ADDRESS" not in os.environ

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sora_train.train.tracking import Tracker
-from sora_train.train.wandb_files import records, rows
+from sora_train.train.tracking import Tracker, offline_records, offline_rows
 from sora_train.video import contact_sheet, write_mp4
 
 
@@ -38,7 +37,7 @@ def validation(run: Path, step: int) -> dict:
 def held(run: Path) -> dict[str, dict[int, int]]:
     """How often wandb has each key at each train_step."""
     count: dict[str, Counter] = {}
-    for row in rows(run):
+    for row in offline_rows(run):
         for key in {key.split(".")[0] for key in row if "/" in key}:
             count.setdefault(key, Counter())[row["train_step"]] += 1
     return {key: dict(sorted(found.items())) for key, found in count.items()}
@@ -74,7 +73,7 @@ def test_wandb_has_every_key_and_video_once_also_after_resumes(tmp_path: Path):
     folders = list((tmp_path / "wandb").glob("offline-run-*"))
     assert len(folders) == 4
     assert len({path.name for path in (tmp_path / "wandb").glob("offline-run-*/*.wandb")}) == 1  # run-ID.wandb
-    for row in rows(tmp_path):
+    for row in offline_rows(tmp_path):
         for key, value in row.items():
             if key.startswith("samples/") and key.endswith("path"):
                 assert any((folder / "files" / value).is_file() for folder in folders), value
@@ -86,7 +85,7 @@ def alerts(run: Path) -> list[tuple[str, str, str]]:
 
     found = []
     for path in sorted(run.glob("wandb/offline-run-*/*.wandb")):
-        for data in records(path.read_bytes()):
+        for data in offline_records(path.read_bytes()):
             record = Record()
             record.ParseFromString(data)
             if record.WhichOneof("record_type") == "alert":

@@ -86,7 +86,7 @@ def preflight(recipe: Recipe) -> None:
     table.check("batch", lambda: verdicts.check_batch(recipe))
     try:
         cpus = checks.run_resources(recipe, gpu=False, most=True).get("CPU", 0)
-        with connect(recipe.cluster.address, min_cpus=math.ceil(cpus), log_to_driver=False) as own:
+        with connect(recipe.cluster.address, min_cpus=math.ceil(cpus)) as own:
             check_cluster(recipe, manifest, table, own)
     except UserError as error:
         table.add("cluster", "failed", str(error))
