@@ -132,10 +132,9 @@ def run(verb: str, words: Sequence[str]) -> None:
 
             evaluate(run_folder, options, measure_prompt_accuracy)
         case "demo":
-            overrides = demo_overrides(words)
             from sora_train.quickstart.run import demo
 
-            demo(overrides=overrides)
+            demo(demo_overrides(words))
         case "report":
             runs, options = folders_of(verb, words, 0)
             from sora_train.report import write_report
@@ -161,47 +160,42 @@ def recipe_of(verb: str, words: Sequence[str]) -> tuple[Recipe, Any]:
     from sora_train.recipe import Recipe, load_recipe
 
     options = COMMANDS[verb].options
-    words, wants_help = without_help(words)
-    flags, files = parse_flags(words, Recipe, options)
-    own = {name for name, _ in keys(options)}
-    overrides = {key: value for key, value in flags.items() if key not in own}
-    chosen = build(options, {}, {key: value for key, value in flags.items() if key in own}, f"sora {verb}")
+    flags, files, wants_help = split(words, Recipe, options)
+    own = {name: flags.pop(name) for name, _ in keys(options) if name in flags}
+    chosen = build(options, {}, own, f"sora {verb}")
     if wants_help:
-        show_help(verb, chosen, load_recipe(files[0], overrides) if files else Recipe())
+        show_help(verb, chosen, load_recipe(files[0], flags) if files else Recipe())
     check_words(verb, files, 1)
-    return load_recipe(files[0], overrides), chosen
+    return load_recipe(files[0], flags), chosen
 
 
 def folders_of(verb: str, words: Sequence[str], count: int = 1) -> tuple[list[str], Any]:
     """The folders that a command's words name, `count` of them (0: one or more), and its options; or its help."""
     options = COMMANDS[verb].options
-    words, wants_help = without_help(words)
-    overrides, folders = parse_flags(words, options)
+    flags, folders, wants_help = split(words, options)
     if wants_help:
         show_help(verb, options())
     check_words(verb, folders, count)
-    return folders, build(options, {}, overrides, f"sora {verb}")
+    return folders, build(options, {}, flags, f"sora {verb}")
 
 
 def demo_overrides(words: Sequence[str]) -> dict[str, object]:
     """The flags of `sora demo`, which has its own recipe."""
+    from sora_train.quickstart.run import find_recipe
     from sora_train.recipe import Recipe, load_recipe
 
-    words, wants_help = without_help(words)
-    overrides, rest = parse_flags(words, Recipe)
+    flags, rest, wants_help = split(words, Recipe)
     if wants_help:
-        from sora_train.quickstart.run import find_recipe
-
-        show_help("demo", load_recipe(find_recipe("jobs/quickstart.yaml"), overrides))
+        show_help("demo", load_recipe(find_recipe("jobs/quickstart.yaml"), flags))
     if rest:
         raise RecipeError(f"the demo has its own recipe and takes only flags, but got {' '.join(rest)}")
-    return overrides
+    return flags
 
 
-def without_help(words: Sequence[str]) -> tuple[list[str], bool]:
-    """The words without -h and --help, and whether these were among them."""
+def split(words: Sequence[str], *sections: type) -> tuple[dict[str, object], list[str], bool]:
+    """A command's flags, its other words, and whether -h or --help is among them."""
     rest = [word for word in words if word not in ("-h", "--help")]
-    return rest, len(rest) < len(words)
+    return *parse_flags(rest, *sections), len(rest) < len(words)
 
 
 def check_words(verb: str, words: Sequence[str], count: int) -> None:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from sora_train.errors import RecipeError
+from sora_train.errors import RecipeError, one_line
 from sora_train.log import log
 
 S = TypeVar("S")
@@ -139,52 +139,38 @@ def suggest(key: str, known: Sequence[str]) -> str:
     return f"known are {', '.join(inside or dict.fromkeys(name.partition('.')[0] for name in known))}"
 
 
-SYNONYMS = {
-    "lr": ("train.learning_rate",),
-    "epochs": ("train.steps",),
-    "num_epochs": ("train.steps",),
-    "iterations": ("train.steps",),
-    "max_steps": ("train.steps",),
-    "max_train_steps": ("train.steps",),
-    "train_batch_size": ("train.batch_size",),
-    "gradient_accumulation": ("train.micro_batch_size", "train.batch_size"),
-    "gradient_accumulation_steps": ("train.micro_batch_size", "train.batch_size"),
-    "max_grad_norm": ("train.gradient_clip",),
-    "grad_clip": ("train.gradient_clip",),
-    "lr_scheduler": ("train.schedule",),
-    "lr_warmup_steps": ("train.warmup_steps",),
-    "mixed_precision": ("train.precision", "codec.precision"),
-    "dtype": ("train.precision", "codec.precision"),
-    "fp16": ("train.precision",),
-    "bf16": ("train.precision",),
-    "gradient_checkpointing": ("train.activation_checkpointing",),
-    "checkpointing_steps": ("train.checkpoint_every",),
-    "save_every": ("train.checkpoint_every",),
-    "save_steps": ("train.checkpoint_every",),
-    "output_dir": ("train.output", "data.output", "out"),
-    "num_frames": ("data.frames",),
-    "resolution": ("data.height", "data.width"),
-    "size": ("data.height", "data.width"),
-    "csv": ("data.captions",),
-    "caption_file": ("data.captions",),
-    "videos": ("data.root",),
-    "cfg": ("validation.guidance",),
-    "cfg_scale": ("validation.guidance",),
-    "guidance_scale": ("validation.guidance",),
-    "negative_prompt": ("validation.negative",),
-    "num_inference_steps": ("validation.steps",),
-    "validation_prompts": ("validation.prompts",),
-    "gpus": ("cluster.workers", "cluster.gpu"),
-    "num_gpus": ("cluster.workers", "cluster.gpu"),
-    "num_workers": ("cluster.workers",),
-    "report_to": ("tracking.wandb",),
-    "wandb_project": ("tracking.project",),
-    "pretrained": ("model.init_from",),
-    "hidden_size": ("model.width",),
-    "num_layers": ("model.depth",),
-    "num_heads": ("model.heads",),
+_OTHER_NAMES = {
+    "train.learning_rate": "lr",
+    "train.steps": "epochs num_epochs iterations max_steps max_train_steps",
+    "train.batch_size": "train_batch_size",
+    "train.micro_batch_size train.batch_size": "gradient_accumulation gradient_accumulation_steps",
+    "train.gradient_clip": "max_grad_norm grad_clip",
+    "train.schedule": "lr_scheduler",
+    "train.warmup_steps": "lr_warmup_steps",
+    "train.precision codec.precision": "mixed_precision dtype",
+    "train.precision": "fp16 bf16",
+    "train.activation_checkpointing": "gradient_checkpointing",
+    "train.checkpoint_every": "checkpointing_steps save_every save_steps",
+    "train.output data.output out": "output_dir",
+    "data.frames": "num_frames",
+    "data.height data.width": "resolution size",
+    "data.captions": "csv caption_file",
+    "data.root": "videos",
+    "validation.guidance": "cfg cfg_scale guidance_scale",
+    "validation.negative": "negative_prompt",
+    "validation.steps": "num_inference_steps",
+    "validation.prompts": "validation_prompts",
+    "cluster.workers cluster.gpu": "gpus num_gpus",
+    "cluster.workers": "num_workers",
+    "tracking.wandb": "report_to",
+    "tracking.project": "wandb_project",
+    "model.init_from": "pretrained",
+    "model.width": "hidden_size",
+    "model.depth": "num_layers",
+    "model.heads": "num_heads",
 }
-"""Other trainers' names for a key, and ours. An option that is not a key of the recipe has the key's last part."""
+"""Our keys, and other trainers' names for them. An option that is not a key of the recipe has the key's last part."""
+SYNONYMS = {name: tuple(ours.split()) for ours, names in _OTHER_NAMES.items() for name in names.split()}
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -199,7 +185,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise RecipeError(f"{path} is no text file; a recipe is YAML in UTF-8") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: such as the 31st of February, read as a date
-        raise RecipeError(f"{path} can't be read as YAML: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"{path} can't be read as YAML: {one_line(str(error))}") from None
     except RecursionError:
         raise RecipeError(f"{path} can't be read as YAML: it is nested too deeply") from None
     if settings is None:

@@ -21,7 +21,7 @@ from urllib.parse import quote, urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
-from sora_train.errors import UserError
+from sora_train.errors import UserError, one_line
 
 OBJECT_STORES = ("s3", "gcs", "abfs")
 """Filesystems, by pyarrow's names, where an upload is atomic and a rename is a copy."""
@@ -75,7 +75,7 @@ def storage_errors(place: str, what: str, system: fs.FileSystem | None = None) -
     except (OSError, pa.ArrowException) as error:
         if system and "://" not in place and not isinstance(system, fs.LocalFileSystem):
             place = f"{system.type_name}://{place}"
-        said = " ".join(str(error).split()).replace(place, hide_password(place))
+        said = one_line(str(error)).replace(place, hide_password(place))
         raise UserError(f"{hide_password(place)} can't be {what}: {said}{hint(place)}") from None
 
 

@@ -15,30 +15,19 @@ import sys
 from sora_train.errors import UserError
 
 
-class LenientOutput(io.RawIOBase):
-    """Writes to a file descriptor; drops what can't be written."""
+class LenientOutput(io.FileIO):
+    """Writes to a file descriptor; drops what can't be written. `lost` is the first error of a write."""
 
     def __init__(self, descriptor: int, lost: OSError | None) -> None:
-        self.descriptor, self.lost = descriptor, lost
-        """`lost` is the first error of a write."""
+        super().__init__(descriptor, "w", closefd=False)
+        self.lost = lost
 
     def write(self, data) -> int:
-        data, done = memoryview(data).cast("B"), 0
         try:
-            while done < len(data):
-                done += os.write(self.descriptor, data[done:])
+            written = super().write(data)
         except OSError as error:
-            self.lost = self.lost or error
-        return len(data)
-
-    def writable(self) -> bool:
-        return True
-
-    def fileno(self) -> int:
-        return self.descriptor
-
-    def isatty(self) -> bool:
-        return os.isatty(self.descriptor)
+            self.lost, written = self.lost or error, None
+        return len(data) if written is None else written
 
 
 def protect_streams() -> None:

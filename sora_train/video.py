@@ -7,6 +7,7 @@ import importlib.util
 import re
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 
 import av
@@ -145,33 +146,20 @@ def psnr(made: np.ndarray, true: np.ndarray) -> float:
 
 def fit(text: str, type_face: ImageFont.FreeTypeFont, width: int) -> str:
     """The text on one line, cut with an ellipsis to at most `width` pixels."""
-    text = one_line(text[:2000])
-    if len(text) < 500 and type_face.getlength(text) <= width:
-        return text
-    low, high = 0, min(len(text), 500)  # the longest prefix that fits, by bisection
-    while low < high:
-        middle = (low + high + 1) // 2
-        if type_face.getlength(text[:middle].rstrip() + "…") <= width:
-            low = middle
-        else:
-            high = middle - 1
-    return text[:low].rstrip() + "…"
+    whole = one_line(text[:2000])
+    text = whole[:500]
+    while text and type_face.getlength(text if text == whole else text + "…") > width:
+        text = text[:-1].rstrip()
+    return text if text == whole else text + "…"
 
 
+@cache
 def font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans from matplotlib, or Pillow's built-in font if it is missing.
-
-    DejaVu Sans covers many scripts.
-    """
+    """DejaVu Sans, which covers many scripts, from matplotlib."""
     spec = importlib.util.find_spec("matplotlib")  # not imported: that takes a second
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        path = Path(folder) / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
-        if path.exists():
-            return ImageFont.truetype(str(path), size)
-    face = ImageFont.load_default(size)
-    if not isinstance(face, ImageFont.FreeTypeFont):
-        raise RuntimeError("this Pillow was built without FreeType; install the one from the package index")
-    return face
+    assert spec is not None
+    assert spec.origin is not None
+    return ImageFont.truetype(str(Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
 
 
 def slug(prompt: str, longest: int = 60) -> str:

@@ -117,3 +117,32 @@ def write_noise_shards() -> Callable[..., Path]:
 def tiny_shards(write_noise_shards: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of 21 clips of noise: 2 latent frames of 4 x 4 x 4, captions of 1 to 4 tokens, 64 wide."""
     return write_noise_shards(tmp_path_factory.mktemp("shards"), [1 + i % 4 for i in range(21)], 64)
+
+
+@pytest.fixture(scope="session")
+def make_manifest() -> Callable[..., Any]:
+    """make_manifest(vae, encoder, size, buckets): the manifest of shards that these two made, of at most 20 tokens."""
+    import base64
+
+    from sora_train.manifest import Counts, LatentFormat, Manifest, TextFacts, VaeFacts
+
+    def make(vae: Any, encoder: Any, size: tuple[int, int, int], buckets: dict[str, int]) -> Manifest:
+        empty, clips = encoder.encode([""])[0].half().numpy(), sum(buckets.values())
+        mean, std = tuple(vae.mean.tolist()), tuple(vae.std.tolist())
+        return Manifest(
+            encoding_hash="tiny",
+            vae=VaeFacts(name="vae", hash=vae.hash, channels=vae.channels, factor=vae.factor, mean=mean, std=std),
+            text=TextFacts(name="builtin", hash=encoder.hash, width=encoder.width, max_tokens=20),
+            latents=LatentFormat(moments=2),
+            frames=size[0],
+            fps=8.0,
+            height=size[1],
+            width=size[2],
+            buckets=buckets,
+            empty_text=base64.b64encode(empty.tobytes()).decode(),
+            empty_tokens=len(empty),
+            counts=Counts(asked=clips, written=clips, quarantined=0, filtered=0),
+            reasons={},
+        )
+
+    return make

@@ -181,7 +181,7 @@ def check_shards(folder: str) -> None:
                 for group in range(parquet.num_row_groups):
                     parquet.read_row_group(group, use_threads=False)
         except (pa.ArrowException, OSError) as error:
-            damaged.append(f"{file} ({' '.join(str(error).split())})")
+            damaged.append(f"{file} ({one_line(str(error))})")
     if damaged:
         raise UserError(f"damaged: {'; '.join(damaged)}. Delete these files and run `sora prep` again")
 

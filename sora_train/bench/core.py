@@ -123,7 +123,8 @@ def append(tables: Sequence[Table], about: Row, out: str | Path) -> None:
                 record = {"what": table.what, "rows": table.rows, "notes": table.notes, "failed": table.failed, **about}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}. Choose another file with --out") from None
+        why = f"{error.strerror or error}. Choose another file with --out"
+        raise UserError(f"cannot write {path}: {why}", code="not_writable") from None
 
 
 def finish(tables: Sequence[Table], words: Sequence[str], out: str | Path) -> int:

@@ -80,10 +80,11 @@ def check_flags(run: Run, how: EvalOptions, file: Path) -> None:
     Raises UserError if one is not as expected.
     """
     if file.is_dir():
-        raise UserError(f"{file} is a folder; name a file with --out")
+        raise UserError(f"{file} is a folder; name a file with --out", code="not_writable")
     if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
         why = "can't be written to" if file.parent.is_dir() else "is no folder"
-        raise UserError(f"{file} can't be written ({file.parent} {why}); name another file with --out")
+        what = f"{file} can't be written ({file.parent} {why})"
+        raise UserError(f"{what}; name another file with --out", code="not_writable")
     if how.shards:
         try:
             check_shards(run, how.shards)

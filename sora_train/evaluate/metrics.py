@@ -78,7 +78,8 @@ def check_shards(run: Run, folder: str) -> None:
     if found != run.manifest.encoding_hash:
         raise UserError(
             f"the shards in {folder} have the encoding {found}, {run.checkpoint} was trained on "
-            f"{run.manifest.encoding_hash}: name the shards that it was trained on"
+            f"{run.manifest.encoding_hash}. Name the shards that it was trained on",
+            code="shards",
         )
 
 
@@ -89,7 +90,8 @@ def open_held_out(run: Run, folder: str) -> ShardSet:
     """
     check_shards(run, folder)
     if not run.recipe.data.holdout_fraction:
-        raise UserError("data.holdout_fraction is 0, so that no clip was held out; train a run with 0.02, for instance")
+        what = "data.holdout_fraction is 0, so no clip was held out. Train a run with another value, such as 0.02"
+        raise UserError(what, code="no_holdout")
     return ShardSet(folder, run.recipe.data.holdout_fraction, "holdout")
 
 

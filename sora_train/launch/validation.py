@@ -18,7 +18,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from sora_train.errors import UserError, error_line
+from sora_train.errors import UserError, error_line, one_line
 from sora_train.log import log
 from sora_train.storage import atomic_file, atomic_write_text
 from sora_train.train.metrics import STOP_FILE, Events, JsonLines, duration
@@ -222,7 +222,7 @@ def main(checkpoint: Path, run: Path) -> int:
         validate(checkpoint, run)
     except Exception as error:
         traceback.print_exc()
-        log.info(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        log.info(f"{type(error).__name__}: {one_line(str(error))}")
         return 1
     return 0
 

@@ -26,17 +26,14 @@ CLIPS = 1500
 STAGES = 6
 
 
-def demo(recipe_path: str | Path = "jobs/quickstart.yaml", overrides: Mapping[str, object] | None = None) -> Path:
-    """Runs all stages and returns the run's folder.
-
-    Paths in the recipe are relative to the current directory.
-    """
+def demo(overrides: Mapping[str, object]) -> None:
+    """Runs all stages. Paths in the recipe are relative to the current directory."""
     from data_prep.pipeline import prep
     from sora_train.launch.trainer import launch_training
     from sora_train.report import write_report
 
     started = time.monotonic()
-    recipe = load_recipe(find_recipe(recipe_path), overrides)
+    recipe = load_recipe(find_recipe("jobs/quickstart.yaml"), overrides)
     run_folder = Path(recipe.train.output) / recipe.name
 
     with stage(1, "clips: coloured shapes that move, as mp4 files with captions", started):
@@ -50,10 +47,8 @@ def demo(recipe_path: str | Path = "jobs/quickstart.yaml", overrides: Mapping[st
     with stage(5, "measure: what the samples show, read from their pixels", started):
         shares = measure_samples(clips_folder, run_folder, final)
     with stage(6, "report", started):
-        report = write_report(run_folder)
-        log.info(f"  {report}")
+        log.info(f"  {write_report(run_folder)}")
     log.info(summary(run_folder, shares, time.monotonic() - started))
-    return run_folder
 
 
 def find_recipe(path: str | Path) -> Path:
@@ -86,7 +81,7 @@ def clips(recipe: Recipe, count: int = CLIPS) -> Path:
             f"data.captions is {captions}, but the demo writes its own: name a path that ends in captions.csv"
         )
     folder = captions.parent
-    if are_whole(captions, count):
+    if captions.is_file() and are_whole(captions, count):
         log.info(f"  {count} clips are in {folder} already")
         return folder
     make_clips(folder, count, progress=every_few_seconds(lambda done: log.info(f"  {done} of {count} clips")))
@@ -99,8 +94,6 @@ def are_whole(captions: Path, count: int) -> bool:
 
     captions.csv is written last, so all files that it names are complete.
     """
-    if not captions.is_file():
-        return False
     with captions.open(newline="", encoding="utf-8") as file:
         names = [row["video_file_name"] for row in csv.DictReader(file)]
     return len(names) == count and all((captions.parent / name).is_file() for name in names)

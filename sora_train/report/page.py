@@ -51,7 +51,8 @@ def write_report(*runs: str | Path, out: str | Path | None = None) -> Path:
     beside = records[0].folder if len(records) == 1 else Path()
     page = Path(out).expanduser() if out is not None else beside / "report.html"
     if page.is_dir():
-        raise UserError(f"{page} is a folder. Name a file for the page, such as {page / 'report.html'}")
+        where = f"such as {page / 'report.html'}"
+        raise UserError(f"{page} is a folder. Name a file for the page, {where}", code="not_writable")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     media = MediaIndex(page)
     parts = environment.from_string(asset("page.html")).generate(**contents(records, media))
@@ -59,9 +60,8 @@ def write_report(*runs: str | Path, out: str | Path | None = None) -> Path:
         with atomic_file(page) as draft, draft.open("w", encoding="utf-8", errors="replace") as file:
             file.writelines(parts)
     except OSError as error:
-        raise UserError(
-            f"{page} can't be written ({error.strerror or error}). Choose another file with --out"
-        ) from error
+        why = f"({error.strerror or error}). Choose another file with --out"
+        raise UserError(f"{page} can't be written {why}", code="not_writable") from error
     return page
 
 

@@ -72,10 +72,11 @@ def read_run(folder: str | Path) -> RunRecord:
     """Reads a run's folder, of which only the recipe is required. UserError for other folders, and for an export."""
     folder = Path(folder).expanduser()
     if any((folder / name).is_file() for name in EXPORT):
-        raise UserError(f"{folder} is an export, which has no history to report on; name the run that it was made of")
+        why = "is an export, which has no history to report on. Name the run that it was made of"
+        raise UserError(f"{folder} {why}", code="export")
     if not (folder / "recipe.yaml").is_file():
         what = "is not a run: it has no recipe.yaml" if folder.is_dir() else "does not exist"
-        raise UserError(f"{folder} {what}. Name the folder that `sora train` made (train.output/name)")
+        raise UserError(f"{folder} {what}. Name the folder that `sora train` made (train.output/name)", code="no_run")
     flaws: Flaws = {}
     recipe = read_text(folder / "recipe.yaml", flaws) or ""
     if not (settings := parse_recipe(recipe)):

@@ -1,7 +1,7 @@
 """A tiny run of a random model with its shards: clips of 16 frames and pictures, half of the sources held out."""
 
-import base64
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTo
 
 from sora_train.codec.text import load_text_encoder
 from sora_train.codec.vae import load_vae
-from sora_train.manifest import Counts, LatentFormat, Manifest, TextFacts, VaeFacts
+from sora_train.manifest import Manifest
 from sora_train.model import Latte, ModelConfig
 from sora_train.recipe import Recipe, save_recipe
 from sora_train.sample import Run, load_run
@@ -28,7 +28,7 @@ WORDS = ["<end>", "<start>", "a", "red", "blue", "circle", "moving", "left"]
 
 
 @pytest.fixture(scope="session")
-def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_folder(tmp_path_factory: pytest.TempPathFactory, make_manifest: Callable[..., Manifest]) -> Path:
     root = tmp_path_factory.mktemp("evaluate")
     torch.manual_seed(0)
     AutoencoderKL(
@@ -64,24 +64,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for part in (0, 1):
             table = pa.Table.from_pylist(rows[part * count // 2 : (part + 1) * count // 2], schema)
             pq.write_table(table, place / f"{part}.parquet", row_group_size=6)
-    empty = encoder.encode([""])[0].half().numpy()
-    manifest = Manifest(
-        encoding_hash="tiny",
-        vae=VaeFacts(
-            name="vae", hash=vae.hash, channels=4, factor=2, mean=tuple(vae.mean.tolist()), std=tuple(vae.std.tolist())
-        ),
-        text=TextFacts(name="builtin", hash=encoder.hash, width=encoder.width, max_tokens=20),
-        latents=LatentFormat(moments=2),
-        frames=16,
-        fps=8.0,
-        height=16,
-        width=24,
-        buckets={"16x16x24": CLIPS, "1x16x16": PICTURES},
-        empty_text=base64.b64encode(empty.tobytes()).decode(),
-        empty_tokens=len(empty),
-        counts=Counts(asked=48, written=48, quarantined=0, filtered=0),
-        reasons={},
-    )
+    manifest = make_manifest(vae, encoder, (16, 16, 24), {"16x16x24": CLIPS, "1x16x16": PICTURES})
     folder = root / "runs" / "tiny"
     checkpoint = folder / "checkpoints" / "step_00000020"
     checkpoint.mkdir(parents=True)

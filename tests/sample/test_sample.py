@@ -1,6 +1,5 @@
 """A run's folder becomes videos: the same seed the same video, and a plain word where something is missing."""
 
-import base64
 import dataclasses
 import json
 import shutil
@@ -19,7 +18,7 @@ from sora_train.codec.vae import load_vae
 from sora_train.commands import SampleOptions
 from sora_train.diffusion import Sampling
 from sora_train.errors import UserError
-from sora_train.manifest import Counts, LatentFormat, Manifest, TextFacts, VaeFacts
+from sora_train.manifest import Manifest
 from sora_train.model import Latte, ModelConfig
 from sora_train.recipe import Recipe, save_recipe
 from sora_train.sample import embed, find_checkpoint, generate, load_run, sample_prompts, sample_to_folder
@@ -29,7 +28,7 @@ MODEL = ModelConfig(width=16, depth=2, heads=2, text_width=64, sample_size=8)
 
 
 @pytest.fixture(scope="module")
-def made_run(tmp_path_factory):
+def made_run(tmp_path_factory, make_manifest):
     """A run of a tiny random model: 3 frames of 16 x 32 pixels, a VAE of factor 2, the builtin text encoder."""
     root = tmp_path_factory.mktemp("generate")
     torch.manual_seed(0)
@@ -41,7 +40,6 @@ def made_run(tmp_path_factory):
         scaling_factor=0.5,
     ).save_pretrained(root / "vae")
     vae, encoder = load_vae(str(root / "vae")), load_text_encoder("builtin", max_tokens=20)
-    empty = encoder.encode([""])[0].half().numpy()
     folder = root / "runs" / "tiny"
     checkpoint = folder / "checkpoints" / "step_00000020"
     checkpoint.mkdir(parents=True)
@@ -53,23 +51,7 @@ def made_run(tmp_path_factory):
             "validation": {"steps": 2, "guidance": 3.0},
         }
     )
-    manifest = Manifest(
-        encoding_hash="",
-        vae=VaeFacts(
-            name="vae", hash=vae.hash, channels=4, factor=2, mean=tuple(vae.mean.tolist()), std=tuple(vae.std.tolist())
-        ),
-        text=TextFacts(name="builtin", hash=encoder.hash, width=encoder.width, max_tokens=20),
-        latents=LatentFormat(moments=2),
-        frames=3,
-        fps=8.0,
-        height=16,
-        width=32,
-        buckets={},
-        empty_text=base64.b64encode(empty.tobytes()).decode(),
-        empty_tokens=len(empty),
-        counts=Counts(asked=0, written=0, quarantined=0, filtered=0),
-        reasons={},
-    )
+    manifest = make_manifest(vae, encoder, (3, 16, 32), {})
     save_recipe(recipe, folder / "recipe.yaml")
     manifest.save(str(folder))
     weights = {name: torch.randn_like(weight) * 0.2 for name, weight in Latte(recipe.model).state_dict().items()}

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import ray
 
-from sora_train.errors import UserError
+from sora_train.errors import UserError, one_line
 from sora_train.launch import checks
 from sora_train.launch.clips import read_clips
 from sora_train.launch.init_from import check_initial_weights
@@ -65,7 +65,7 @@ class Table:
                 self.add(name, "failed", f"no answer in {timeout_s:g} s. Check the storage, and the network to it")
             else:
                 kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-                self.add(name, "failed", f"{kind}{' '.join(str(error).split())}")
+                self.add(name, "failed", f"{kind}{one_line(str(error))}")
         else:
             self.add(name, "passed", describe(result))
             return result
