@@ -51,18 +51,18 @@ def initial_weights_warnings(recipe: Recipe, manifest: Manifest) -> list[str]:
         then, facts = load_recipe(place), Manifest.load(str(place.parent))
     except UserError:
         return []
+    pairs = {
+        "diffusion.kind": (then.diffusion.kind, recipe.diffusion.kind),
+        "diffusion.prediction": (then.diffusion.prediction, recipe.diffusion.prediction),
+        "VAE": (facts.vae.hash[:8], manifest.vae.hash[:8]),
+        "text encoder": (facts.text.hash[:8], manifest.text.hash[:8]),
+    }
     found: list[str] = []
-    pairs = (
-        ("diffusion.kind", then.diffusion.kind, recipe.diffusion.kind),
-        ("diffusion.prediction", then.diffusion.prediction, recipe.diffusion.prediction),
-        ("VAE", facts.vae.hash[:8], manifest.vae.hash[:8]),
-        ("text encoder", facts.text.hash[:8], manifest.text.hash[:8]),
-    )
-    if changed := [f"{what} {was} there, {now} here" for what, was, now in pairs if was != now]:
+    if changed := [f"{what} {was} there, {now} here" for what, (was, now) in pairs.items() if was != now]:
         found.append(f"its weights were trained differently ({'; '.join(changed)}), so training must adapt them")
     if recipe.data.holdout_fraction > then.data.holdout_fraction:
         found.append(
             f"data.holdout_fraction was {then.data.holdout_fraction:g} there and is {recipe.data.holdout_fraction:g}: "
-            "if it was trained on these clips, it has seen some that are held out here; held-out metrics look too good"
+            "it may have seen clips that are held out here, and held-out metrics look too good"
         )
     return found

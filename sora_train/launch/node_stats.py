@@ -43,8 +43,7 @@ class NodeStats:
             return {}
         self.read_at = time.monotonic()
         with contextlib.suppress(Exception):  # must never cost a training
-            if ray.is_initialized():
-                return read_nodes()
+            return read_nodes() if ray.is_initialized() else {}
         return {}
 
 
@@ -54,12 +53,8 @@ def read_nodes() -> dict[str, float]:
     if len(set(names)) < len(names):  # several Ray nodes on one machine
         names = [f"{name}-{node['NodeManagerPort']}" for name, node in zip(names, nodes, strict=True)]
     with ThreadPoolExecutor(max_workers=len(nodes) or 1) as pool:
-        texts = pool.map(fetch_metrics, nodes)
-        return {
-            f"node/{name}/{key}": value
-            for name, text in zip(names, texts, strict=True)
-            for key, value in parse_metrics(text).items()
-        }
+        found = dict(zip(names, pool.map(fetch_metrics, nodes), strict=True))
+    return {f"node/{name}/{key}": value for name, text in found.items() for key, value in parse_metrics(text).items()}
 
 
 def node_name(node: dict) -> str:

@@ -37,7 +37,6 @@ from sora_train.launch.validation import supervise
 from sora_train.launch.worker import train_worker
 from sora_train.ray_cluster.connection import root_cause
 from sora_train.recipe import Recipe
-from sora_train.recipe import ValidationConfig as ValidationRecipe
 from sora_train.train.metrics import Events
 
 
@@ -67,7 +66,7 @@ def run_trainer(recipe: Recipe, run: Path, gpu: bool) -> str:
             callbacks=[EventCallback(str(run))],
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
-        validation_config=validation_tasks(recipe.validation, recipe.name, run) if recipe.validation.every else None,
+        validation_config=validation_tasks(recipe, run) if recipe.validation.every else None,
     )
     details = ""
     try:
@@ -81,25 +80,16 @@ def run_trainer(recipe: Recipe, run: Path, gpu: bool) -> str:
     return why
 
 
-def validation_tasks(validation: ValidationRecipe, name: str, run: Path) -> ValidationConfig:
+def validation_tasks(recipe: Recipe, run: Path) -> ValidationConfig:
     """Has Ray run `supervise` for each checkpoint that is reported with `validation=True`."""
+    need, timeout_s = dict(recipe.validation.resources), recipe.validation.timeout_s
+    cpus, gpus = need.pop("CPU", 0), need.pop("GPU", 0)
+    options = {"num_cpus": cpus, "num_gpus": gpus, "resources": need, "max_retries": 3}
     return ValidationConfig(
         fn=supervise,  # type: ignore[arg-type]  # it names its keywords; Ray's protocol has **kwargs
-        task_config=ValidationTaskConfig(fn_kwargs=supervise_arguments(validation, run)),
-        ray_remote_kwargs={**remote_options(validation.resources), "name": f"validation of {name}"},
+        task_config=ValidationTaskConfig(fn_kwargs={"run": str(run), "timeout_s": timeout_s, "gpu": gpus > 0}),
+        ray_remote_kwargs={**options, "name": f"validation of {recipe.name}"},
     )
-
-
-def supervise_arguments(validation: ValidationRecipe, run: Path) -> dict[str, Any]:
-    on_gpu = validation.resources.get("GPU", 0) > 0
-    return {"run": str(run), "timeout_s": validation.timeout_s, "gpu": on_gpu}
-
-
-def remote_options(resources: dict[str, float]) -> dict[str, Any]:
-    """Options of `ray.remote` for resources by name."""
-    rest = {kind: count for kind, count in resources.items() if kind not in ("CPU", "GPU")}
-    cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
-    return {"num_cpus": cpus, "num_gpus": gpus, "resources": rest, "max_retries": 3}
 
 
 def resource_wait_reason(recipe: Recipe, gpu: bool) -> str:

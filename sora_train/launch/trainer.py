@@ -10,9 +10,9 @@ import contextlib
 import importlib
 import math
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from threading import Thread
 
 from sora_train.data.config import small_bucket_warnings
 from sora_train.errors import Stopped, UserError
@@ -29,7 +29,7 @@ from sora_train.launch.clips import Clips, check_clips, read_clips
 from sora_train.launch.init_from import check_initial_weights, initial_weights_warnings
 from sora_train.launch.monitor import Monitor
 from sora_train.launch.preflight.table import check_quickly
-from sora_train.launch.resume import check_resume, describe_changes, saved_recipe
+from sora_train.launch.resume import check_resume, describe_changes
 from sora_train.launch.run_folder import (
     check_fresh,
     check_some_complete,
@@ -41,12 +41,12 @@ from sora_train.launch.run_folder import (
     resume_hint,
 )
 from sora_train.launch.signals import SignalHandler, detach_wandb, warn_if_stop_wait_short
-from sora_train.launch.validation import ValidationStatus, supervise, update_report
+from sora_train.launch.validation import ValidationStatus, update_report
 from sora_train.locks import run_lock
 from sora_train.log import log
 from sora_train.manifest import Manifest
-from sora_train.ray_cluster.connection import connect, explain_wait
-from sora_train.recipe import Recipe, save_recipe
+from sora_train.ray_cluster.connection import connect
+from sora_train.recipe import Recipe
 from sora_train.train import checkpoint
 from sora_train.train.metrics import STOP_FILE, Events
 
@@ -70,11 +70,14 @@ def launch_training(
     folder = Path(recipe.train.output) / recipe.name
     manifest, clips, step, changes = check_run(recipe, folder, fresh, overwrite, new_data)
     if step >= recipe.train.steps:
+        missed = [] if step > recipe.train.steps or not recipe.validation.every else missed_validations(folder)
         log.info(f"{folder} is finished: {step} steps are done. Raise train.steps to train on")
-        rerun_missed_validations(folder, recipe)
-        return folder
+        if not missed:
+            return folder
+        log.info(f"the validations of steps {missed} were cut off: the run resumes at its last step to rerun them")
     warn_if_stop_wait_short()
-    ray_trainer = import_in_background("sora_train.launch.ray_trainer")
+    # A slow module, imported while Ray starts, which leaves a core idle.
+    Thread(target=importlib.import_module, args=("sora_train.launch.ray_trainer",), daemon=True).start()
     cpus = math.ceil(run_resources(recipe, gpu=False, most=True).get("CPU", 0))
     log.info("starting Ray")
     with SignalHandler(folder) as signals, connect(recipe.cluster.address, min_cpus=cpus) as own:
@@ -93,9 +96,11 @@ def launch_training(
                 prepare_run_folder(folder, recipe, manifest, clips)
             with start_monitor(recipe, folder) as monitor:
                 signals.can_wait = lambda: monitor.training
-                monitor.wait_reason = lambda: ray_trainer.result().resource_wait_reason(recipe, gpu)
+                from sora_train.launch import ray_trainer
+
+                monitor.wait_reason = lambda: ray_trainer.resource_wait_reason(recipe, gpu)
                 signals.check()
-                run_until_end(recipe, folder, gpu, signals, ray_trainer.result())
+                run_until_end(folder, signals, lambda: ray_trainer.run_trainer(recipe, folder, gpu))
     log.info(f"done: {recipe.train.steps} steps. See {folder / 'report.html'} and {folder / 'checkpoints'}")
     return folder
 
@@ -149,10 +154,10 @@ def check_models(recipe: Recipe, manifest: Manifest, clips: Clips, step: int) ->
             log.info(f"`sora export` will need --weights_only, no LattePipeline is possible: {'; '.join(reasons)}")
 
 
-def run_until_end(recipe: Recipe, folder: Path, gpu: bool, signals: SignalHandler, ray_trainer: ModuleType) -> None:
+def run_until_end(folder: Path, signals: SignalHandler, train: Callable[[], str]) -> None:
     """Trains, then writes the report. Stopped if the run was asked to end."""
     try:
-        why = ray_trainer.run_trainer(recipe, folder, gpu)
+        why = train()
     except KeyboardInterrupt:
         why = f"{signals.name or 'by hand'}; run the same command to resume from the last checkpoint"
         Events(folder).write("interrupted", last_step(folder), why)
@@ -168,14 +173,6 @@ def run_until_end(recipe: Recipe, folder: Path, gpu: bool, signals: SignalHandle
         step = max((step for step, _ in checkpoint.complete_checkpoints(folder / "checkpoints")), default=0)
         Events(folder).write("stopped", step, f"{asked}; run the same command to resume")
         raise Stopped(f"stopped at step {step} after {asked}. {resume_hint(folder)}")
-
-
-def import_in_background(module: str) -> Future[ModuleType]:
-    """Imports a slow module while Ray starts, which leaves a core idle."""
-    background = ThreadPoolExecutor(1)
-    future = background.submit(importlib.import_module, module)
-    background.shutdown(wait=False)
-    return future
 
 
 def set_ray_train_env(recipe: Recipe, own: bool) -> None:
@@ -196,36 +193,10 @@ def set_ray_train_env(recipe: Recipe, own: bool) -> None:
         os.environ.setdefault(name, value)
 
 
-def rerun_missed_validations(folder: Path, recipe: Recipe) -> None:
-    """Runs the validations of a finished run that were cut off with its command, with `validation.resources`."""
-    missed = [
-        (step, path)
-        for step, path in checkpoint.complete_checkpoints(folder / "checkpoints")
-        if ValidationStatus(folder).get(step) in ("asked", "running", "lost")
-    ]
-    if not missed or not recipe.validation.every:
-        return
-    need, steps = recipe.validation.resources, ", ".join(str(step) for step, _ in missed)
-    with connect(recipe.cluster.address, min_cpus=math.ceil(need.get("CPU", 0))):
-        import ray
-
-        from sora_train.launch.ray_trainer import remote_options, supervise_arguments
-        from sora_train.launch.worker import checkpoint_at
-
-        have = ray.cluster_resources()
-        if any(count > have.get(kind, 0) for kind, count in need.items()):
-            log.info(f"the validations of steps {steps} were cut off. Run this where there are {need} to rerun them")
-            return
-        log.info(f"rerunning the validations of steps {steps}, which were cut off")
-        with run_lock(str(folder), "sora train"), start_monitor(recipe, folder):
-            then = saved_recipe(folder)
-            save_recipe(then.model_copy(update={"validation": recipe.validation}), folder / "recipe.yaml")
-            (folder / STOP_FILE).unlink(missing_ok=True)
-            options = {**remote_options(need), "name": f"validation of {recipe.name}"}
-            task = ray.remote(supervise).options(**options)  # pyright: ignore
-            for step, path in missed:
-                with explain_wait(f"the validation of step {step} runs, or waits for {need} of the cluster"):
-                    ray.get(task.remote(checkpoint_at(path), **supervise_arguments(recipe.validation, folder)))
+def missed_validations(folder: Path) -> list[int]:
+    """Steps of checkpoints whose validation was cut off with its command."""
+    steps = [step for step, _ in checkpoint.complete_checkpoints(folder / "checkpoints")]
+    return [step for step in steps if ValidationStatus(folder).get(step) in ("asked", "running", "lost")]
 
 
 def start_monitor(recipe: Recipe, folder: Path) -> Monitor:

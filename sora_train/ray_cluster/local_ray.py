@@ -96,23 +96,17 @@ def short_temp_dir() -> Iterator[None]:
 @contextmanager
 def private_token() -> Iterator[None]:
     """Gives Ray a token for this run if it can't be stored in the home folder."""
-    keeps = Path(os.path.expanduser("~/.ray"))
-    asked = any(name.startswith("RAY_AUTH_") for name in os.environ)
-    if asked or (keeps / "auth_token").is_file() or is_writable(keeps):
-        yield
-        return
-    with env_vars(RAY_AUTH_TOKEN=secrets.token_hex(32)):  # Ray uses a token if one is set
-        yield
-
-
-def is_writable(folder: Path) -> bool:
-    """Whether a file can be created in a folder, which is created if missing."""
+    home = Path(os.path.expanduser("~/.ray"))
+    asked = any(name.startswith("RAY_AUTH_") for name in os.environ) or (home / "auth_token").is_file()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        home.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=home).close()
     except OSError:
-        return False
-    return True
+        if not asked:
+            with env_vars(RAY_AUTH_TOKEN=secrets.token_hex(32)):  # Ray uses a token if one is set
+                yield
+            return
+    yield
 
 
 @contextmanager

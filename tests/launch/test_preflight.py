@@ -20,7 +20,6 @@ from sora_train.launch.preflight import node_info, table, verdicts
 from sora_train.launch.preflight.allreduce import check_allreduce, run_ranks, time_sum
 from sora_train.launch.preflight.node_info import NodeInfo, ask, collect, describe_node, parse_gpus, versions
 from sora_train.launch.preflight.table import Table, check_files, check_quickly, preflight
-from sora_train.launch.preflight.verdicts import Skip
 from sora_train.launch.trainer import launch_training
 from sora_train.manifest import Manifest
 from sora_train.recipe import check, save_recipe
@@ -104,8 +103,7 @@ def test_a_gpu_too_small_for_the_recipe_is_told_what_would_fit(recipe_of, tmp_pa
     small = NodeInfo(gpus=(H100, ("NVIDIA A10", 24 * 2**30)))
     words = "24 GB are usable", "lower train.micro_batch_size to"
     fails(lambda: verdicts.check_memory(recipe, [NodeInfo(gpus=(H100,)), small]), *words)
-    with pytest.raises(Skip):
-        verdicts.check_memory(recipe, [NodeInfo()])
+    assert "not compared" in verdicts.check_memory(recipe, [NodeInfo()])
 
 
 def test_a_sum_of_cpus_is_no_room_for_a_worker(recipe_of, tmp_path: Path):
@@ -197,7 +195,7 @@ class TestWithRay:
         assert {row[1] for row in rows if row[0] == "passed"} >= {
             *("shards", "networks", "batch", "cluster", "nodes", "disk", "network"),
         }
-        assert not [row for row in rows if row[0] in ("failed", "skipped")]
+        assert not [row for row in rows if row[0] == "failed"]
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize(
@@ -240,8 +238,7 @@ class TestWithRay:
         assert "A worker there can't run this sora_train" in found.problems[0]
 
     def test_one_worker_leaves_the_network_unmeasured(self, builtin_shards, tmp_path, recipe_of):
-        with pytest.raises(Skip, match="one worker"):
-            check_allreduce(recipe_of(builtin_shards, tmp_path, cluster__workers=1), False)
+        assert "one worker" in check_allreduce(recipe_of(builtin_shards, tmp_path, cluster__workers=1), False)
 
     def test_an_all_reduce_that_fails_names_rank_and_node(self):
         if dist.is_nccl_available() and torch.cuda.device_count() > 1:

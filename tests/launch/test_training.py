@@ -236,8 +236,10 @@ def test_a_finished_run_reruns_a_validation_that_was_cut_off(finished: Path, bui
         validation__steps=2,
     )
     wanted = recipe.validation.model_copy(update={"resources": {"CPU": 1.0, "GPU": 1.0}})
-    launch_training(recipe.model_copy(update={"validation": wanted}))  # no GPU here: none is taken, nothing runs
-    assert "the cluster lacks 1 GPU (validation.resources)" in capsys.readouterr().out
+    with pytest.raises(UserError) as raised:  # no GPU here: none is taken, nothing runs
+        launch_training(recipe.model_copy(update={"validation": wanted}))
+    assert raised.value.code == "cluster"
+    assert "the validations of steps [12] were cut off" in capsys.readouterr().out
     assert ValidationStatus(finished).get(12) == "running"
     launch_training(recipe)
     assert ValidationStatus(finished).get(12) == "done"

@@ -45,7 +45,7 @@ class Table:
     def check(
         self, name: str, act: Callable[[], T], describe: Callable[[T], str] = str, timeout_s: float = FILES_S
     ) -> T | None:
-        """Runs a check. Returns its result, or None if it failed, was skipped or took too long."""
+        """Runs a check. Returns its result, or None if it failed or took too long."""
         future: Future[T] = Future()
 
         def run() -> None:
@@ -58,8 +58,6 @@ class Table:
         Thread(target=run, daemon=True).start()
         try:
             result = future.result(timeout_s)
-        except verdicts.Skip as why:
-            self.add(name, "skipped", str(why))
         except Exception as error:
             if not future.done():
                 self.add(name, "failed", f"no answer in {timeout_s:g} s. Check the storage, and the network to it")

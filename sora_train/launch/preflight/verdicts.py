@@ -1,4 +1,4 @@
-"""Checks of a recipe against the nodes. Each returns a message, or raises UserError (failed) or Skip."""
+"""Checks of a recipe against the nodes. Each returns a message, or raises UserError."""
 
 from __future__ import annotations
 
@@ -14,10 +14,6 @@ from sora_train.storage import in_bytes
 
 USABLE = 0.93
 """Share of a GPU's memory that tensors can use; the rest is CUDA, NCCL and fragmentation."""
-
-
-class Skip(Exception):  # noqa: N818  not an error
-    """The check does not apply, or has nothing to look at. The message says why."""
 
 
 def check_batch(recipe: Recipe) -> str:
@@ -76,7 +72,7 @@ def check_memory(recipe: Recipe, nodes: list[NodeInfo]) -> str:
     """A training step, by the memory plan, fits the smallest GPU."""
     gpus = [memory for node in nodes for _, memory in node.gpus]
     if not gpus:
-        raise Skip("nvidia-smi lists no GPU")
+        return "not compared: nvidia-smi lists no GPU"
     sizes = replace(largest_bucket(recipe, plan_inputs(recipe))[1], b=recipe.train.micro_batch_size)
     need = estimate(recipe.model, recipe.train, sizes, recipe.cluster.fewest).total
     room = int(USABLE * min(gpus))
