@@ -84,7 +84,9 @@ class ShardSet:
             for name in sorted({shard.bucket for shard in shards if shard.rows})
         }
         if not self._shards:
-            raise UserError(self._no_clips(sum(int(shard.ends[-1]) for shard in shards if len(shard.ends))))
+            raise UserError(
+                self._no_clips(sum(int(shard.ends[-1]) for shard in shards if len(shard.ends))), code="shards"
+            )
         # A window's groups, and those of the next that a batch may reach into.
         self._cache_groups = len(self._shards) * (WINDOW_GROUPS + WINDOW_GROUPS // 4)
         self._ends = {name: np.cumsum([shard.rows for shard in held]) for name, held in self._shards.items()}
@@ -104,7 +106,7 @@ class ShardSet:
         Raises UserError if the split lacks the images or the videos that `image_ratio` (data.image_ratio) needs.
         """
         if wrong := image_ratio_error(image_ratio, map(bucket_size, self.rows)):
-            raise UserError(f"{wrong} (the {self.split} split of {self.folder})")
+            raise UserError(f"{wrong} (the {self.split} split of {self.folder})", code="shards")
         buckets: list[Bucket] = []
         for name, rows in self.rows.items():
             sizes = Counter[int]()
@@ -129,7 +131,8 @@ class ShardSet:
         except ValueError as error:
             raise UserError(
                 f"clips of {self.folder}/bucket={bucket} do not match its manifest.json ({error}). Remove the "
-                "files of another encoding, or encode into another data.output"
+                "files of another encoding, or encode into another data.output",
+                code="shards",
             ) from error
 
     def sample_ids(self, bucket: str, rows: Sequence[int]) -> list[str]:
@@ -215,13 +218,15 @@ class ShardSet:
             wanted = SHARD_SCHEMA.field(column).type
             if (place := schema.get_field_index(column)) < 0 or schema.field(place).type != wanted:
                 raise UserError(
-                    f"{path} is not a shard: it has no column {column} of type {wanted}. Move it out of the folder"
+                    f"{path} is not a shard: it has no column {column} of type {wanted}. Move it out of the folder",
+                    code="shards",
                 )
         encoding = metadata.get(ENCODING_KEY, self.manifest.encoding_hash.encode()).decode()
         if encoding != self.manifest.encoding_hash:
             raise UserError(
                 f"{path} has the encoding {encoding}, {self.folder}/manifest.json has {self.manifest.encoding_hash}. "
-                "A folder holds one encoding: encode into another data.output"
+                "A folder holds one encoding: encode into another data.output",
+                code="shards",
             )
 
     def _parquet(self, path: str) -> pq.ParquetFile:
@@ -251,5 +256,6 @@ def _shard_errors(path: str) -> Iterator[None]:
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path} can't be read as a shard ({error}). To repair it, delete this file and run `sora prep` again: it "
-            "encodes only what is missing"
+            "encodes only what is missing",
+            code="shards",
         ) from error

@@ -84,7 +84,7 @@ def launch_training(
         signals.reinstall()
         gpu = check_cluster(recipe)
         if preflight:
-            check_quickly(recipe, manifest, gpu, own)
+            check_quickly(recipe, manifest, gpu)
         set_ray_train_env(recipe, own)
         with run_lock(str(folder), "sora train"):
             signals.owns_run = True

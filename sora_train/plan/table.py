@@ -42,20 +42,11 @@ class PlanOptions:
     """Share of the GPU's FLOP/s that training is assumed to reach."""
 
 
-@dataclass(frozen=True)
-class PlanInputs:
-    """Shapes of latents and captions by bucket."""
+def plan_inputs(recipe: Recipe) -> tuple[dict[str, Sizes], list[int], str]:
+    """Sizes of a clip with the longest caption by bucket, clips of each (equal if unknown), and the source of both.
 
-    buckets: tuple[tuple[str, Sizes], ...]
-    """Name of each bucket and the sizes of one clip, with the longest captions."""
-    clips: tuple[int, ...]
-    """Clips of each; equal if unknown."""
-    source: str
-    """Where the shapes are known from."""
-
-
-def plan_inputs(recipe: Recipe) -> PlanInputs:
-    """From the recipe's shards if they exist with its shapes, else from its VAE if available, else as for most VAEs."""
+    From the recipe's shards if they exist with its shapes, else from its VAE if available, else as for most VAEs.
+    """
     names = [bucket_name(*shape) for shape in recipe.data.shapes]
     try:
         manifest = Manifest.load(recipe.data.output)
@@ -63,13 +54,12 @@ def plan_inputs(recipe: Recipe) -> PlanInputs:
         manifest = None
     if manifest is not None and set(names) <= manifest.buckets.keys():
         shape_of, tokens = manifest.vae.latent_shape, manifest.text.max_tokens
-        clips, source = tuple(manifest.buckets[name] for name in names), f"the shards in {recipe.data.output}"
+        clips, source = [manifest.buckets[name] for name in names], f"the shards in {recipe.data.output}"
     else:
         shape_of, source = latent_shapes(recipe)
-        tokens, clips = recipe.codec.max_tokens, (1,) * len(names)
-    sizes = [shape_of(*shape) for shape in recipe.data.shapes]
-    buckets = tuple((name, Sizes(1, f, h, w, tokens)) for name, (f, _, h, w) in zip(names, sizes, strict=True))
-    return PlanInputs(buckets, clips, source)
+        tokens, clips = recipe.codec.max_tokens, [1] * len(names)
+    shapes = [shape_of(*shape) for shape in recipe.data.shapes]
+    return {name: Sizes(1, f, h, w, tokens) for name, (f, _, h, w) in zip(names, shapes, strict=True)}, clips, source
 
 
 def latent_shapes(recipe: Recipe) -> tuple[Callable[[int, int, int], tuple[int, int, int, int]], str]:
@@ -89,8 +79,8 @@ def latent_shapes(recipe: Recipe) -> tuple[Callable[[int, int, int], tuple[int, 
 
 def format_plan(recipe: Recipe, options: PlanOptions) -> str:
     """The whole text."""
-    inputs, memory = plan_inputs(recipe), usable_memory(options)
-    name, sizes = largest_bucket(recipe, inputs)
+    memory, (buckets, clips, source) = usable_memory(options), plan_inputs(recipe)
+    name, sizes = largest_bucket(recipe, buckets)
     train, world, room = recipe.train, recipe.cluster.fewest, int(memory * 1e9)
     sizes = replace(sizes, b=train.micro_batch_size)
     own = estimate(recipe.model, train, sizes, world)
@@ -99,14 +89,14 @@ def format_plan(recipe: Recipe, options: PlanOptions) -> str:
         f"ZeRO {train.zero_stage}, {world} workers, micro-batches of {train.micro_batch_size} clips, "
         f"activation_checkpointing {train.activation_checkpointing}, offload {train.offload}",
         f"clips of {name}: latents {sizes.f}x{sizes.h}x{sizes.w}, {sizes.tokens(recipe.model) // sizes.b:,} tokens, "
-        f"captions of up to {sizes.l} tokens (from {inputs.source})",
+        f"captions of up to {sizes.l} tokens (from {source})",
         "",
         *grid(recipe, sizes, room, memory),
         "",
         *breakdown(recipe, own, sizes),
         "",
         verdict(recipe, own, sizes, room, memory),
-        *cost(recipe, inputs, options),
+        *cost(recipe, buckets, clips, options),
     ]
     return "\n".join(lines)
 
@@ -121,9 +111,9 @@ def usable_memory(options: PlanOptions) -> float:
     return options.memory or 80.0
 
 
-def largest_bucket(recipe: Recipe, inputs: PlanInputs) -> tuple[str, Sizes]:
+def largest_bucket(recipe: Recipe, buckets: dict[str, Sizes]) -> tuple[str, Sizes]:
     """The bucket whose clips take the most memory."""
-    return max(inputs.buckets, key=lambda bucket: estimate(recipe.model, recipe.train, bucket[1], 1).total)
+    return max(buckets.items(), key=lambda bucket: estimate(recipe.model, recipe.train, bucket[1], 1).total)
 
 
 def grid(recipe: Recipe, sizes: Sizes, room: int, memory: float) -> list[str]:
@@ -209,25 +199,18 @@ def remedies_for(recipe: Recipe, sizes: Sizes, room: int) -> list[str]:
     return found
 
 
-def cost(recipe: Recipe, inputs: PlanInputs, options: PlanOptions) -> list[str]:
+def cost(recipe: Recipe, buckets: dict[str, Sizes], clips: list[int], options: PlanOptions) -> list[str]:
     """FLOPs, hours and disk."""
     model, train, world = recipe.model, recipe.train, recipe.cluster.most
     peak = peak_of(options.gpu, train.precision == "bf16")
     if peak is None:
         raise RecipeError(f"--gpu {options.gpu}: its FLOP/s are not known; those of {', '.join(PEAKS)} are")
-    weighted = [
-        (count / max(1, sum(inputs.clips)), s) for count, (_, s) in zip(inputs.clips, inputs.buckets, strict=True)
-    ]
+    weighted = [(count / max(1, sum(clips)), s) for count, s in zip(clips, buckets.values(), strict=True)]
     clip = 3 * sum(weight * forward_flops(model, s.f, s.h, s.w, s.l) for weight, s in weighted)
     step = sum(weight * step_flops(model, train, s, world) for weight, s in weighted)
     hours = train.steps * step / (world * peak * options.mfu) / 3600
-    computed = accumulation(train, world) * train.micro_batch_size * world
-    padding = (
-        f"; {computed - train.batch_size} of the {computed} clips in a step's micro-batches are padding: let "
-        "train.micro_batch_size x workers divide train.batch_size"
-        if computed > train.batch_size
-        else ""
-    )
+    added = accumulation(train, world) * train.micro_batch_size * world - train.batch_size
+    padding = f"; {added} clips of a step's micro-batches are padding" if added else ""
     size = checkpoint_bytes(model)
     return [
         f"compute: {clip:.3g} FLOPs per clip, forward and backward; {train.steps:,} steps of {train.batch_size} clips "

@@ -79,7 +79,8 @@ class Snapshot:
             raise UserError(
                 f"the checkpoint of step {self.state.step} can't be written to {folder}: {error}. Make room there "
                 "(train.keep_checkpoints says how many are kept) or make it writable. Then run the same command again: "
-                "it resumes from the last complete checkpoint"
+                "it resumes from the last complete checkpoint",
+                code="not_writable",
             ) from error
 
 
@@ -98,7 +99,8 @@ def snapshot(engine: Engine, ema: Ema, state: State) -> Snapshot:
     dist.all_reduce(finite, op=dist.ReduceOp.MIN)
     if not finite.item():
         raise UserError(
-            f"at step {state.step} weights are no longer finite, so no checkpoint was made. Lower train.learning_rate"
+            f"at step {state.step} weights are no longer finite, so no checkpoint was made. Lower train.learning_rate",
+            code="checkpoint",
         )
     owned = {name: part for name, part in engine.slices().items() if part.owned}
     tensors = {f"{kind}/{name}": source for name in owned for kind, source in rank_tensors(engine, ema, name)}
@@ -123,7 +125,7 @@ def load(folder: Path, engine: Engine, ema: Ema) -> State:
     problems = [problem] * engine.world
     dist.all_gather_object(problems, problem)  # otherwise the others would wait for this rank forever
     if found := [problem for problem in problems if problem]:
-        raise UserError(found[0])
+        raise UserError(found[0], code="checkpoint")
     engine.set_adam_step(state.updates)
     engine.sync()
     return state
@@ -133,7 +135,9 @@ def load(folder: Path, engine: Engine, ema: Ema) -> State:
 def _load(folder: Path, engine: Engine, ema: Ema) -> State:
     about = read_state(folder)
     if about is None:
-        raise UserError(f"{folder} is no complete checkpoint. Remove it to resume from the one before")
+        raise UserError(
+            f"{folder} is no complete checkpoint. Remove it to resume from the one before", code="checkpoint"
+        )
     slices, found = engine.slices(), Counter[str]()
 
     def is_wanted(name: str, begin: int, count: int) -> bool:
@@ -151,7 +155,8 @@ def _load(folder: Path, engine: Engine, ema: Ema) -> State:
         raise UserError(
             f"{folder} is of another model: it holds {found[wrong[0]]} numbers of {wrong[0]}, this model has "
             f"{wanted.get(wrong[0], 0)}, and {len(wrong) - 1} more differ. Give the run the model it began with, or "
-            "another name (--name)"
+            "another name (--name)",
+            code="checkpoint",
         )
     known = {field.name for field in fields(State)}
     values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in about.items() if key in known}
@@ -182,7 +187,8 @@ def read_parts(
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{part} can't be read ({error}). Use another checkpoint, or remove {folder} to resume from the one "
-                "before"
+                "before",
+                code="checkpoint",
             ) from None
 
 
@@ -228,13 +234,16 @@ def check_complete(folder: Path) -> dict[str, Any] | str:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return "it has no state.json"
     except OSError as error:
-        raise UserError(f"{folder / 'state.json'} can't be read: {error}; try again when it can") from None
+        raise UserError(
+            f"{folder / 'state.json'} can't be read: {error}; try again when it can", code="checkpoint"
+        ) from None
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return "its state.json is damaged"
     if written != FORMAT:
         raise UserError(
             f"{folder} has checkpoint format {written}, this version reads {FORMAT}. Use the version of sora_train "
-            "that wrote it (environment.json of the run names it)"
+            "that wrote it (environment.json of the run names it)",
+            code="checkpoint",
         )
     try:
         if about.pop("crc32") != state_crc32(about):
@@ -249,7 +258,7 @@ def check_complete(folder: Path) -> dict[str, Any] | str:
     except SafetensorError:
         return f"its {name} is cut short or damaged"
     except OSError as error:
-        raise UserError(f"{folder} can't be read: {error}; try again when it can") from None
+        raise UserError(f"{folder} can't be read: {error}; try again when it can", code="checkpoint") from None
     except (KeyError, TypeError):
         return "its state.json or a part lacks what it should say"
     return about

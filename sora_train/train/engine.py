@@ -75,7 +75,7 @@ class Engine:
         except (ValueError, TypeError, AttributeError, AssertionError, DeepSpeedConfigError) as error:
             if not config.deepspeed:
                 raise
-            raise UserError(rejection(error)) from error
+            raise UserError(rejection(error), code="deepspeed") from error
         if self.inner.world_size != self.world or self.inner.global_rank != self.rank:
             raise RuntimeError(
                 f"DeepSpeed took rank {self.inner.global_rank} of {self.inner.world_size}, "

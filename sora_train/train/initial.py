@@ -21,7 +21,10 @@ def resolve_initial(folder: Path) -> Path:
     if not (folder / "checkpoints").is_dir():
         return folder
     if not (found := complete_checkpoints(folder / "checkpoints")):
-        raise UserError(f"model.init_from: the run {folder} has no whole checkpoint yet; wait for one, or name another")
+        raise UserError(
+            f"model.init_from: the run {folder} has no whole checkpoint yet; wait for one, or name another",
+            code="init_from",
+        )
     return found[-1][1]
 
 
@@ -72,4 +75,4 @@ def load_initial(model: Transformer, folder: Path) -> None:
             model.load_state_dict(read_weights(weights))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         said = str(error).splitlines()[-1].strip()
-        raise UserError(f"model.init_from: training can't start from {folder}: {said}") from None
+        raise UserError(f"model.init_from: training can't start from {folder}: {said}", code="init_from") from None

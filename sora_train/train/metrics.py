@@ -65,7 +65,8 @@ class JsonLines:
         except OSError as error:
             raise UserError(
                 f"{self.path} can't be written: {error.strerror or error}. Make room there or make it writable. "
-                "Then run the same command again: it resumes from the last complete checkpoint"
+                "Then run the same command again: it resumes from the last complete checkpoint",
+                code="not_writable",
             ) from error
 
 

@@ -28,7 +28,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         sums = json.loads((file.metadata() or {}).get("crc32", "{}"))
     damaged = [name for name, tensor in weights.items() if name in sums and crc32(name, tensor) != sums[name]]
     if damaged:
-        raise UserError(f"{path} is damaged: {damaged[0]} has another checksum than was written. Use another file")
+        raise UserError(
+            f"{path} is damaged: {damaged[0]} has another checksum than was written. Use another file",
+            code="checkpoint",
+        )
     return weights
 
 
@@ -45,7 +48,10 @@ def read_trained_weights(checkpoint: Path, shapes: dict[str, torch.Size]) -> dic
     """
     about = check_complete(checkpoint)
     if isinstance(about, str):
-        raise UserError(f"{checkpoint} has no whole trained weights: {about}; use the averaged ones (--weights ema)")
+        raise UserError(
+            f"{checkpoint} has no whole trained weights: {about}; use the averaged ones (--weights ema)",
+            code="checkpoint",
+        )
     weights = {name: torch.empty(math.prod(shape)) for name, shape in shapes.items()}
     missing = {name: len(tensor) for name, tensor in weights.items()}
 
@@ -57,5 +63,8 @@ def read_trained_weights(checkpoint: Path, shapes: dict[str, torch.Size]) -> dic
         weights[name][begin : begin + len(source)] = source
         missing[name] -= len(source)
     if wrong := [name for name, count in missing.items() if count]:
-        raise UserError(f"{checkpoint} does not fit the model in its recipe.yaml: {wrong[0]} has another size there")
+        raise UserError(
+            f"{checkpoint} does not fit the model in its recipe.yaml: {wrong[0]} has another size there",
+            code="checkpoint",
+        )
     return {name: tensor.view(shapes[name]) for name, tensor in weights.items()}

@@ -56,7 +56,8 @@ def find_slices(inner: Any, stage: int, rank: int, world: int) -> dict[str, Slic
             if not torch.equal(part[0].to(held), held):
                 raise UserError(
                     f"DeepSpeed stores {name} elsewhere than it says, so no checkpoint could be made. Remove keys from "
-                    "train.deepspeed that change the layout of parameters, such as round_robin_gradients"
+                    "train.deepspeed that change the layout of parameters, such as round_robin_gradients",
+                    code="deepspeed",
                 )
             found[name] = Slice(offset, owned, *part)
     return found

@@ -26,7 +26,6 @@ from sora_train.launch.resume import check_resume
 from sora_train.launch.run_folder import check_writable
 from sora_train.log import log
 from sora_train.manifest import Manifest
-from sora_train.provenance import usable_cores
 from sora_train.ray_cluster.connection import connect
 from sora_train.recipe import Recipe
 from sora_train.storage import free_bytes
@@ -84,8 +83,8 @@ def preflight(recipe: Recipe) -> None:
     table.check("batch", lambda: verdicts.check_batch(recipe))
     try:
         cpus = checks.run_resources(recipe, gpu=False, most=True).get("CPU", 0)
-        with connect(recipe.cluster.address, min_cpus=math.ceil(cpus)) as own:
-            check_cluster(recipe, manifest, table, own)
+        with connect(recipe.cluster.address, min_cpus=math.ceil(cpus)):
+            check_cluster(recipe, manifest, table)
     except UserError as error:
         table.add("cluster", "failed", str(error))
     print(f"{len(table.states)} checks in {time.monotonic() - began:.0f} s", flush=True)
@@ -113,10 +112,8 @@ def check_files(recipe: Recipe, table: Table) -> tuple[Recipe, Manifest | None]:
     return recipe, manifest
 
 
-def check_cluster(recipe: Recipe, manifest: Manifest | None, table: Table, own: bool) -> None:
-    """Checks of the cluster that this process is connected to; `own`: it was started by this command."""
-    if own:
-        table.check("cores", lambda: verdicts.check_cores(recipe, usable_cores()))
+def check_cluster(recipe: Recipe, manifest: Manifest | None, table: Table) -> None:
+    """Checks of the cluster that this process is connected to."""
     gpu = table.check("cluster", lambda: checks.check_cluster(recipe), lambda it: "with GPUs" if it else "on CPUs")
     nodes = check_nodes(recipe, manifest, table)
     table.check("disk", lambda: check_disk(recipe))
@@ -133,18 +130,16 @@ def check_nodes(recipe: Recipe, manifest: Manifest | None, table: Table) -> list
     return nodes
 
 
-def check_quickly(recipe: Recipe, manifest: Manifest, gpu: bool, own: bool) -> None:
+def check_quickly(recipe: Recipe, manifest: Manifest, gpu: bool) -> None:
     """The checks of `sora train`: disk, GPU memory, and with several nodes what must be the same on them.
 
-    Warns if micro-batches hold padding, and, if Ray was started here (`own`), of more workers than cores. UserError if
-    a check fails.
+    Warns if micro-batches hold padding. UserError if a check fails.
     """
-    warnings, table = Table(print_rows=False), Table(print_rows=False)
-    warnings.check("batch", lambda: verdicts.check_batch(recipe))
-    if own:
-        warnings.check("cores", lambda: verdicts.check_cores(recipe, usable_cores()))
-    for message in warnings.failures.values():
-        log.warning(message)
+    try:
+        verdicts.check_batch(recipe)
+    except UserError as error:
+        log.warning(str(error))
+    table = Table(print_rows=False)
     table.check("disk", lambda: check_disk(recipe))
     several = sum(node["Alive"] for node in ray.nodes()) > 1
     nodes = check_nodes(recipe, manifest, table) if several else [NodeInfo(gpus=node_info.list_gpus())]

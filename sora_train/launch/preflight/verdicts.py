@@ -33,16 +33,6 @@ def check_batch(recipe: Recipe) -> str:
     )
 
 
-def check_cores(recipe: Recipe, cores: int) -> str:
-    """A Ray started on this machine has a core for each CPU that its workers take."""
-    cluster = recipe.cluster
-    message = f"{cluster.most} workers of {cluster.cpus_per_worker} CPUs on the {cores} cores of this machine"
-    if cluster.most * cluster.cpus_per_worker <= cores:
-        return message
-    fits = max(1, cores // cluster.cpus_per_worker)
-    raise UserError(f"{message} wait for each other. Set cluster.workers to {fits}, or join a cluster")
-
-
 def check_nodes(nodes: list[NodeInfo]) -> str:
     """Every node answers, has its GPUs, the same versions, and the same folders."""
     wrong: dict[str, list[str]] = {}
@@ -73,7 +63,7 @@ def check_memory(recipe: Recipe, nodes: list[NodeInfo]) -> str:
     gpus = [memory for node in nodes for _, memory in node.gpus]
     if not gpus:
         return "not compared: nvidia-smi lists no GPU"
-    sizes = replace(largest_bucket(recipe, plan_inputs(recipe))[1], b=recipe.train.micro_batch_size)
+    sizes = replace(largest_bucket(recipe, plan_inputs(recipe)[0])[1], b=recipe.train.micro_batch_size)
     need = estimate(recipe.model, recipe.train, sizes, recipe.cluster.fewest).total
     room = int(USABLE * min(gpus))
     message = f"a step takes {in_bytes(need)} of a GPU by the plan; {in_bytes(room)} are usable"
