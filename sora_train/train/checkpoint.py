@@ -77,9 +77,8 @@ class Snapshot:
                 atomic_write_text(folder / "state.json", json.dumps(about | {"crc32": state_crc32(about)}, indent=1))
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"the checkpoint of step {self.state.step} can't be written to {folder}: {error}. Make room there "
-                "(train.keep_checkpoints says how many are kept) or make it writable. Then run the same command again: "
-                "it resumes from the last complete checkpoint",
+                f"the checkpoint of step {self.state.step} can't be written to {folder}: {error}. Make room there or "
+                "make it writable, and run the same command again: it resumes from the last complete checkpoint",
                 code="not_writable",
             ) from error
 
@@ -154,8 +153,7 @@ def _load(folder: Path, engine: Engine, ema: Ema) -> State:
     if wrong := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name, 0) != found[name]):
         raise UserError(
             f"{folder} is of another model: it holds {found[wrong[0]]} numbers of {wrong[0]}, this model has "
-            f"{wanted.get(wrong[0], 0)}, and {len(wrong) - 1} more differ. Give the run the model it began with, or "
-            "another name (--name)",
+            f"{wanted.get(wrong[0], 0)}. Give the run the model it began with, or another name (--name)",
             code="checkpoint",
         )
     known = {field.name for field in fields(State)}
@@ -228,39 +226,29 @@ def check_complete(folder: Path) -> dict[str, Any] | str:
 
     Raises UserError for another format, and for files that exist but can't be read, which may be temporary.
     """
+    name = "state.json"
     try:
-        about = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        written = int(about["format"])
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        return "it has no state.json"
-    except OSError as error:
-        raise UserError(
-            f"{folder / 'state.json'} can't be read: {error}; try again when it can", code="checkpoint"
-        ) from None
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return "its state.json is damaged"
-    if written != FORMAT:
-        raise UserError(
-            f"{folder} has checkpoint format {written}, this version reads {FORMAT}. Use the version of sora_train "
-            "that wrote it (environment.json of the run names it)",
-            code="checkpoint",
-        )
-    try:
+        about = json.loads((folder / name).read_text(encoding="utf-8"))
+        if int(about["format"]) != FORMAT:
+            raise UserError(
+                f"{folder} has checkpoint format {about['format']}, this version reads {FORMAT}. Use the version of "
+                "sora_train in the run's environment.json",
+                code="checkpoint",
+            )
         if about.pop("crc32") != state_crc32(about):
             return "its state.json was changed"
-        names = [EMA_FILE, *(part_name(rank, about["world_size"]) for rank in range(about["world_size"]))]
-        for name in names:
-            if not (folder / name).is_file():
-                return f"it has no {name}"
+        for name in (EMA_FILE, *(part_name(rank, about["world_size"]) for rank in range(about["world_size"]))):
             with safe_open(folder / name, "pt") as file:  # compares the file's length with its header
                 if file.metadata()["token"] != about["token"]:
                     return f"its {name} is of another attempt"
-    except SafetensorError:
-        return f"its {name} is cut short or damaged"
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return f"it has no {name}"
     except OSError as error:
-        raise UserError(f"{folder} can't be read: {error}; try again when it can", code="checkpoint") from None
-    except (KeyError, TypeError):
-        return "its state.json or a part lacks what it should say"
+        raise UserError(f"{folder / name} can't be read: {error}; try again when it can", code="checkpoint") from None
+    except UserError:
+        raise
+    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return f"its {name} is cut short or damaged"
     return about
 
 

@@ -66,7 +66,7 @@ def test_damaged_checkpoints_are_renamed_and_copies_left_alone(run: Path):
         "step_note.txt",
     ]
     (event,) = [line for line in map(json.loads, (run / "events.jsonl").open()) if line["event"] == "damaged"]
-    assert "its state.json is damaged" in event["reason"]
+    assert "its state.json is cut short or damaged" in event["reason"]
     assert [step for step, _ in checkpoint.complete_checkpoints(folder)] == [1]
 
 
