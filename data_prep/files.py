@@ -10,13 +10,13 @@ import os
 import posixpath
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 from unicodedata import normalize
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
 from pyarrow import fs
 
@@ -66,11 +66,9 @@ def relative_name(name: str, prefixes: Iterable[str]) -> str | None:
 
 def find_files(system: fs.FileSystem, root: str, paths: Iterable[str]) -> dict[str, File]:
     """The file of each path below the root. Raises OSError if remote storage does not answer."""
-    paths = sorted(set(paths))
-    if not isinstance(system, fs.LocalFileSystem):
-        return dict(_find_remote(system, paths))
-    files = {path: _local_file(path) for path in paths}
-    return files | _find_similar(root, [path for path in paths if files[path].missing == NO_FILE])
+    paths, is_local = sorted(set(paths)), isinstance(system, fs.LocalFileSystem)
+    files = {path: _local_file(path) for path in paths} if is_local else _find_remote(system, paths)
+    return files | _find_similar(system, root, [path for path in paths if files[path].missing == NO_FILE])
 
 
 def _local_file(path: str) -> File:
@@ -88,36 +86,38 @@ def _local_file(path: str) -> File:
     return File(path, found.st_size, version, identity if found.st_ino else path)
 
 
-def _find_similar(root: str, missing: list[str]) -> dict[str, File]:
-    """Local files whose names differ from the missing ones in normal form only; hints for other differences."""
+def _find_similar(system: fs.FileSystem, root: str, missing: list[str]) -> dict[str, File]:
+    """Files whose names differ from the missing ones in normal form only; hints for other differences."""
+    is_local = isinstance(system, fs.LocalFileSystem)
 
     @lru_cache(maxsize=4)
     def names_in(folder: str) -> dict[str, list[str]]:
         try:
-            with os.scandir(folder) as entries:
-                return _by_folded_name(entry.name for entry in entries)
+            names = (
+                os.listdir(folder) if is_local else [i.base_name for i in system.get_file_info(fs.FileSelector(folder))]
+            )
         except OSError:
             return {}
+        found: dict[str, list[str]] = {}
+        for name in names:
+            found.setdefault(_folded(name), []).append(name)
+        return found
 
     @lru_cache(maxsize=1024)
     def spelling_on_disk(path: str) -> tuple[str | None, str]:
-        if os.path.lexists(path) or not path.startswith(f"{root.rstrip('/')}/"):
+        if is_local and (os.path.lexists(path) or not path.startswith(f"{root.rstrip('/')}/")):
             return path, ""
-        folder, hint = spelling_on_disk(posixpath.dirname(path))
+        folder, hint = spelling_on_disk(posixpath.dirname(path)) if is_local else (posixpath.dirname(path), "")
         return _choose(folder, posixpath.basename(path), names_in(folder)) if folder else (None, hint)
 
     files: dict[str, File] = {}
     for path in missing:
         found, hint = spelling_on_disk(path)
-        files[path] = _local_file(found) if found else File(path, missing=NO_FILE + hint)
+        if found:
+            files[path] = _local_file(found) if is_local else _remote_file(system.get_file_info(found))
+        else:
+            files[path] = File(path, missing=NO_FILE + hint)
     return files
-
-
-def _by_folded_name(names: Iterable[str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for name in names:
-        found.setdefault(_folded(name), []).append(name)
-    return found
 
 
 def _folded(name: str) -> str:
@@ -134,34 +134,20 @@ def _choose(folder: str, name: str, names: dict[str, list[str]]) -> tuple[str | 
     return None, f" (there is {' and '.join(map(repr, similar))})" if similar else ""
 
 
-def _find_remote(system: fs.FileSystem, paths: list[str]) -> Iterator[tuple[str, File]]:
+def _find_remote(system: fs.FileSystem, paths: list[str]) -> dict[str, File]:
     single: list[str] = []
+    files: dict[str, File] = {}
     for folder, group in groupby(sorted(paths, key=posixpath.dirname), key=posixpath.dirname):
         wanted = list(group)
         if len(wanted) <= LIST_ABOVE:
             single += wanted
             continue
-        listed = {info.path: info for info in system.get_file_info(fs.FileSelector(folder, allow_not_found=True))}
-        names = _by_folded_name(map(posixpath.basename, listed))
-        for path in wanted:
-            found, hint = (path, "") if path in listed else _choose(folder, posixpath.basename(path), names)
-            yield path, _remote_file(listed[found]) if found else File(path, missing=NO_FILE + hint)
+        infos = system.get_file_info(fs.FileSelector(folder, allow_not_found=True))
+        listed = {info.path: _remote_file(info) for info in infos}
+        files |= {path: listed.get(path) or File(path, missing=NO_FILE) for path in wanted}
     with ThreadPoolExecutor(REQUESTS) as pool:
-        yield from zip(single, pool.map(lambda path: _request(system, path), single), strict=True)
-
-
-def _request(system: fs.FileSystem, path: str) -> File:
-    """A remote file by its own request. If it is missing, other spellings are requested."""
-    file = _remote_file(system.get_file_info(path))
-    if file.missing != NO_FILE:
-        return file
-    for other in {normalize("NFC", path), normalize("NFD", path)} - {path}:
-        if not (found := _remote_file(system.get_file_info(other))).missing:
-            return found
-    for other in {unquote(path), quote(path)} - {path}:
-        if not _remote_file(system.get_file_info(other)).missing:
-            return File(path, missing=f"{NO_FILE} (there is {posixpath.basename(other)!r})")
-    return file
+        found = pool.map(lambda path: _remote_file(system.get_file_info(path)), single)
+        return files | dict(zip(single, found, strict=True))
 
 
 def _remote_file(info: fs.FileInfo) -> File:

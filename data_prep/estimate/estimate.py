@@ -56,9 +56,8 @@ class PrepEstimate:
     probed: int
     bad_sources: int
     """Sources that can't be read."""
-    largest: tuple[int, int]
-    """Width and height of the largest source that was opened."""
     longest_s: float
+    """Of the sources that were opened."""
     buckets: tuple[BucketEstimate, ...]
     dropped: dict[str, tuple[int, str]]
     """Rows without a clip and an example, by reason, the most frequent first."""
@@ -156,8 +155,6 @@ def estimate(
     good = [row for row in with_clips if row.row_id in todo]
     buckets = estimate_buckets(recipe, state, clips, vae)
     per_clip, cut_share = count_tokens(with_clips, text, recipe.codec)
-    opened = [probe for probe in probes.values() if probe.clips]
-    largest = max(opened, key=lambda probe: probe.width * probe.height, default=ProbeResult())
     stored_bytes, free = disk_space(recipe.data.output)
     bad = sum(probe.reason in BAD_SOURCE_REASONS for probe in probes.values())
     return PrepEstimate(
@@ -166,8 +163,7 @@ def estimate(
         files=len(files),
         probed=len(probes),
         bad_sources=len(state.stats.bad_sources) + round(scale * bad),
-        largest=(largest.width, largest.height),
-        longest_s=max((probe.seconds for probe in opened), default=0.0),
+        longest_s=max((probe.seconds for probe in probes.values()), default=0.0),
         buckets=buckets,
         dropped=count_dropped(state, probes, scale),
         todo=round(scale * len(good)),

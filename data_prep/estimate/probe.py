@@ -1,4 +1,4 @@
-"""Opens the headers of a sample of the sources: clips per bucket, size and length, or the reason for none."""
+"""Opens the headers of a sample of the sources: clips per bucket and length, or the reason for none."""
 
 from __future__ import annotations
 
@@ -27,11 +27,9 @@ MAX_FILES, MAX_REMOTE_FILES = 2000, 100  # opened; remote ones are fetched whole
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """One file: clips per bucket, display size and length; or the reason for no clip."""
+    """One file: clips per bucket and length; or the reason for no clip."""
 
     clips: dict[str, int] = field(default_factory=dict)
-    width: int = 0
-    height: int = 0
     seconds: float = 0.0
     reason: str = ""
     message: str = ""
@@ -58,7 +56,7 @@ def probe_files(rows: list[SourceRow], data: DataConfig, selection: SelectionCon
             with local_copy(system, path) as local:
                 plan = decoder.plan_clips(local, headers_only=True)
             clips = Counter(span.bucket.name for span in plan.spans)
-            return ProbeResult(dict(clips), plan.width, plan.height, plan.seconds)
+            return ProbeResult(dict(clips), plan.seconds)
         except ClipError as error:
             return ProbeResult(reason=error.reason, message=error.message)
         finally:

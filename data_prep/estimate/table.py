@@ -33,15 +33,12 @@ def check_estimate(estimate: PrepEstimate, data: DataConfig) -> None:
             f"no clip in {estimate.rows} rows: {_examples(estimate, {*QUARANTINED, *FILTERED})}. Check data.root, "
             "data.buckets and selection"
         )
-    (width, height), fps = estimate.largest, data.fps
     if empty := [bucket for bucket in estimate.buckets if not bucket.clips]:
+        names = ", ".join(f"{bucket.name} ({bucket.seconds:.2f} s at {data.fps:g} fps)" for bucket in empty)
         raise RecipeError(
-            "\n".join(
-                f"data.buckets: no clip fills {bucket.name}, which takes {bucket.seconds:.2f} s at {fps:g} fps (opened "
-                f"sources: up to {width}x{height} and {estimate.longest_s:.1f} s). Remove it, give it fewer frames or "
-                "pixels, raise data.max_enlarge if it is set, or add sources of its shape; images fill only 1x…"
-                for bucket in empty
-            )
+            f"data.buckets: no clip fills {names}; the longest opened source lasts {estimate.longest_s:.1f} s. Remove "
+            "it, give it fewer frames or pixels, raise data.max_enlarge if it is set, or add sources of its shape; "
+            "images fill only 1x…"
         )
     if not sum(bucket.steps for bucket in estimate.buckets):
         raise RecipeError(

@@ -6,7 +6,6 @@ import datetime
 import statistics
 from importlib import resources
 
-import numpy as np
 import yaml
 from jinja2 import Environment, StrictUndefined
 from pyarrow import fs
@@ -17,13 +16,6 @@ from sora_train.errors import UserError, one_line
 from sora_train.manifest import Manifest
 from sora_train.report import style_sheet
 from sora_train.storage import atomic_write, in_bytes, resolve, storage_errors
-
-BARS = 40
-CHARTS = {
-    "caption_tokens": "Tokens of a caption",
-    "clip_seconds": "Seconds of a clip",
-    "captions_of_a_clip": "Captions of a clip",
-}
 
 
 def write_page(folder: str, out: str, clips: int = 12, root: str = "", models: str = "") -> str:
@@ -40,7 +32,6 @@ def write_page(folder: str, out: str, clips: int = 12, root: str = "", models: s
     manifest = inventory.manifest or (Manifest.load(folder) if inventory.rows else None)  # load raises UserError
     shown = list(previews(inventory, manifest, clips, root, models)) if manifest else []
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters["decibels"] = decibels
     template = resources.files("data_prep.inspect").joinpath("page.html").read_text(encoding="utf-8")
     html = environment.from_string(template).render(**template_variables(inventory, manifest, shown))
     atomic_write(system, path, html.encode("utf-8", "replace"))
@@ -50,18 +41,13 @@ def write_page(folder: str, out: str, clips: int = 12, root: str = "", models: s
 def template_variables(inventory: Inventory, manifest: Manifest | None, shown: list[dict]) -> dict:
     """All that page.html shows."""
     counts = counts_of(inventory)
-    seconds, limit = counts["seconds"], counts["captions_at_limit"]
+    seconds = counts["seconds"]
     facts = [(f"{counts[name]:,}", name) for name in ("asked", "written", *KINDS)]
     facts.append((f"{seconds / 3600:,.1f} h" if seconds >= 3600 else f"{seconds:,.1f} s", "of video"))
     facts.append((in_bytes(counts["bytes"]), f"in {counts['shards']:,} shards"))
     measured = [clip["psnr"] for bucket in shown for clip in bucket["clips"] if clip["psnr"] is not None]
     if measured:
-        facts.append((decibels(statistics.median(measured)), f"median PSNR of {len(measured)} clips"))
-    notes = {"caption_tokens": f"{limit:.1%} are at the limit of {counts['max_tokens']}"} if limit else {}
-    charts = [
-        histogram(title, inventory.lengths.get(name, np.zeros(0)), notes.get(name, ""))
-        for name, title in CHARTS.items()
-    ]
+        facts.append((f"{statistics.median(measured):.1f} dB", f"median PSNR of {len(measured)} clips"))
     dropped = [row for _, rows in sorted(inventory.examples.items(), reverse=True) for row in rows]
     made_by = manifest.model_dump(mode="json", exclude={"empty_text", "buckets", "counts"}) if manifest else {}
     return {
@@ -71,25 +57,7 @@ def template_variables(inventory: Inventory, manifest: Manifest | None, shown: l
         "counts": counts,
         "facts": facts,
         "made_by": yaml.safe_dump(made_by, sort_keys=False, allow_unicode=True),
-        "charts": [chart for chart in charts if chart],
         "sheets": shown,
         "lost": [{key: one_line(str(value)[:400]) for key, value in row.items()} for row in dropped],
         "more_lost": inventory.reasons.total() - len(dropped),
     }
-
-
-def histogram(title: str, values: np.ndarray, note: str = "") -> dict | None:
-    """Bars of equal width; None if all values are the same."""
-    if not len(values) or values.min() == values.max():
-        return None
-    counts, edges = np.histogram(values, min(BARS, len(np.unique(values))))
-    bars = [
-        {"label": f"{low:.4g} to {high:.4g}: {count:,}", "height": 100 * count / counts.max()}
-        for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True)
-    ]
-    return {"title": title, "low": values.min(), "high": values.max(), "note": note, "bars": bars, "most": counts.max()}
-
-
-def decibels(psnr: float) -> str:
-    """PSNR as text."""
-    return "identical" if psnr == float("inf") else f"{psnr:.1f} dB"

@@ -102,7 +102,7 @@ def preview(row: dict, bucket: str, manifest: Manifest, vae: Vae, sources: Sourc
     original, remark = sources.read(row, bucket)
     clips = [decoded] if original is None else [decoded, original]
     captions = [
-        {"text": _shorten(caption), "tokens": tokens, "cut": tokens >= manifest.text.max_tokens}
+        {"text": one_line(caption)[:MAX_LETTERS], "tokens": tokens, "cut": tokens >= manifest.text.max_tokens}
         for caption, tokens in zip(row["captions"][:MAX_CAPTIONS], row["tokens"], strict=False)
     ]
     is_image = row["end_s"] <= row["start_s"]
@@ -111,7 +111,6 @@ def preview(row: dict, bucket: str, manifest: Manifest, vae: Vae, sources: Sourc
         "sample_id": one_line(row["sample_id"]),
         "span": "still" if is_image else f"{row['start_s']:.2f} to {row['end_s']:.2f} s",
         "captions": captions,
-        "more_captions": max(0, len(row["captions"]) - MAX_CAPTIONS),
         "psnr": None if original is None else psnr(decoded, original),
         "remark": one_line(remark),
         "images": clip_images(clips, manifest.fps),
@@ -203,9 +202,3 @@ def webp_address(images: Sequence[Image.Image], duration: int) -> str:
     moving = {"save_all": True, "append_images": images[1:], "duration": duration, "loop": 0} if images[1:] else {}
     images[0].save(content, "WEBP", quality=75, method=2 if moving else 4, **moving)
     return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
-
-
-def _shorten(caption: str) -> str:
-    """A caption on one line, truncated to MAX_LETTERS."""
-    line = one_line(caption[: 4 * MAX_LETTERS])
-    return line if len(line) <= MAX_LETTERS else line[:MAX_LETTERS].rstrip() + "…"

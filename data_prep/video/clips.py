@@ -81,7 +81,10 @@ class Source:
     def plan_clips(self, headers_only: bool = False) -> ClipPlan:
         """Its spans. Raises ClipError `too_short`, `too_long`, `too_small` or `crosses_cut`."""
         width, height = (self.image.width, self.image.height) if self.image else self.header.display_size
-        check_side(width, height, self.selection)
+        if min(width, height) < (least := self.selection.min_side):
+            raise ClipError(
+                "too_small", f"is {width:.0f}x{height:.0f}; each side at least {least} (selection.min_side)"
+            )
         size = round(width), round(height)
         if self.image or self.header.still:
             bucket = choose_bucket(buckets_of(self.data), width, height, 0.0, self.data.max_enlarge, still=True)
@@ -140,9 +143,7 @@ class Source:
     def holes(self) -> tuple[tuple[float, float], ...]:
         """The holes in a video's timestamps, in seconds since the first frame that can be decoded."""
         timeline = self.timeline()
-        if not timeline.holes:
-            return ()
-        start = self.reader().first_timestamp()
+        start = self.reader().first_timestamp() if timeline.holes else None
         late = 0.0 if start is None else start - timeline.start_s
         return tuple((begin - late, end - late) for begin, end in timeline.holes)
 
@@ -191,7 +192,10 @@ class Source:
             return ""
         self._remark_given = True
         end = (self._reader.end if self._reader else 0.0) or self.timeline().end
-        return "; ".join(filter(None, (*self.header.remarks, early_end_remark(end, self.header))))
+        promised, remarks = self.header.container_duration_s, [*self.header.remarks]
+        if end and promised - end > max(MISSING_S, MISSING_SHARE * promised):
+            remarks.append(f"breaks_off: breaks off at {end:.1f} s of {promised:.1f} s, and clips before it are kept")
+        return "; ".join(remarks)
 
     def content_hash(self) -> str:
         """sha256 of the file's bytes, computed once."""
@@ -203,16 +207,6 @@ class Source:
                     self.alive()
             self._hash = digest.hexdigest()
         return self._hash
-
-
-def plan_clips(path: str, data: DataConfig, selection: SelectionConfig, headers_only: bool = False) -> ClipPlan:
-    """The clips of a file; `headers_only` finds no scene cuts and no holes. Raises ClipError."""
-    return Source(path, data, selection).plan_clips(headers_only)
-
-
-def read_clip(path: str, span: ClipSpan, data: DataConfig, selection: SelectionConfig, seed: str) -> Clip:
-    """One clip of a file; `seed` fixes its random crop and flip. Raises ClipError."""
-    return Source(path, data, selection).read(span, seed)
 
 
 def subtract(scenes: list[tuple[float, float]], holes: tuple[tuple[float, float], ...]) -> list[tuple[float, float]]:
@@ -254,21 +248,13 @@ def clip_spans(
     if spans:
         return tuple(spans)
     assert refusal is not None
-    if data.start_s >= seconds:
-        raise ClipError("too_short", f"lasts {seconds:.2f} s, and data.start_s {data.start_s:g} is not before its end")
-    if refusal.reason == "too_short" and len(scenes) > 1:
+    if refusal.reason == "too_short" and len(scenes) > 1 and data.start_s < seconds:
         longest = max(end - begin for begin, end in scenes)
         raise ClipError(apart[0], f"has {len(scenes)} {apart[1]}, the longest of {longest:.2f} s; {refusal.message}")
-    late = f" after data.start_s ({data.start_s:g}) of {seconds:.2f} s" if data.start_s else ""
-    raise ClipError(refusal.reason, f"{refusal.message}{late}")
-
-
-def check_side(width: float, height: float, selection: SelectionConfig) -> None:
-    """Raises ClipError `too_small`."""
-    if min(width, height) < selection.min_side:
-        raise ClipError(
-            "too_small", f"is {width:.0f}x{height:.0f}; each side at least {selection.min_side} (selection.min_side)"
-        )
+    if data.start_s:
+        where = f"data.start_s is {data.start_s:g}, of {seconds:.2f} s; after it, the video"
+        raise ClipError(refusal.reason, f"{where} {refusal.message}")
+    raise refusal
 
 
 def check_length(end: float, header: Header, span: ClipSpan) -> None:
@@ -281,12 +267,3 @@ def check_length(end: float, header: Header, span: ClipSpan) -> None:
             "truncated", f"{end:.2f} s of the {header.container_duration_s:.2f} s that it promises decode; {wanted}"
         )
     raise ClipError("too_short", f"lasts {end:.2f} s; {clip_length(span.bucket)}, and {wanted}")
-
-
-def early_end_remark(end: float, header: Header) -> str:
-    """A remark if a video whose end is known (not 0) is much shorter than its header says."""
-    container_duration_s = header.container_duration_s
-    missing = container_duration_s - end if end else 0.0
-    if missing <= max(MISSING_S, MISSING_SHARE * container_duration_s):
-        return ""
-    return f"breaks_off: breaks off at {end:.1f} s of {container_duration_s:.1f} s, and clips before the break are kept"

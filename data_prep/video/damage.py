@@ -97,15 +97,11 @@ def packet_damage(packet: Any, codec: str) -> str:
 
 def zero_run(content: bytes, codec: str) -> str:
     """A message if a compressed frame has a run of zeros that is not data; empty if not."""
-    if codec in ("h264", "hevc"):
-        if bytes(16) in content and ZEROS.search(content):
-            return "a run of zeros in the compressed picture"
-        content = content[-ZERO_RUN_BYTES["hevc"] :] if codec == "hevc" else b""
-    return (
-        "a run of zeros in the compressed picture"
-        if codec in ZERO_RUN_BYTES and bytes(ZERO_RUN_BYTES[codec]) in content
-        else ""
-    )
+    found = codec in ("h264", "hevc") and bytes(16) in content and bool(ZEROS.search(content))
+    if codec in ZERO_RUN_BYTES:
+        length = ZERO_RUN_BYTES[codec]
+        found = found or bytes(length) in (content[-length:] if codec == "hevc" else content)
+    return "a run of zeros in the compressed picture" if found else ""
 
 
 def jpeg_damage(content: bytes) -> str:
@@ -118,9 +114,7 @@ def jpeg_damage(content: bytes) -> str:
         cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8)
     for line in lines:
         padding = EXTRA.search(line)
-        if any(word in line for word in ("Corrupt JPEG", "Premature end")) and not (
-            padding and int(padding.group(1)) <= PADDING
-        ):
+        if ("Corrupt JPEG" in line or "Premature end" in line) and not (padding and int(padding[1]) <= PADDING):
             return line.strip()
     return ""
 

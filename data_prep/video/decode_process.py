@@ -17,7 +17,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from dataclasses import asdict, dataclass
@@ -55,7 +54,9 @@ class Decoder:
     def __init__(self, data: DataConfig, selection: SelectionConfig):
         self.data, self.selection = data, selection
         self._size = max(bucket.clip_bytes for bucket in buckets_of(data))
-        self._memory, self._shared = shared_memory(self._size)
+        self._memory = os.memfd_create("sora-clip")
+        os.ftruncate(self._memory, self._size)
+        self._shared = mmap.mmap(self._memory, self._size)
         self.process: subprocess.Popen | None = None
         """The child, while it runs."""
         self._line: Connection | None = None
@@ -144,17 +145,6 @@ def parse_answer(answer: bytes, kind: TypeAdapter) -> Any:
     return kind.validate_python(said)
 
 
-def shared_memory(size: int) -> tuple[int, mmap.mmap]:
-    """An anonymous file of `size` bytes in memory (on disk if the system has no memfd), and its mapping."""
-    if hasattr(os, "memfd_create"):
-        memory = os.memfd_create("sora-clip")
-    else:
-        with tempfile.TemporaryFile() as file:
-            memory = os.dup(file.fileno())
-    os.ftruncate(memory, size)
-    return memory, mmap.mmap(memory, size)
-
-
 class DecodeServer:
     """The child's side: answers requests, and keeps the last file open."""
 
@@ -176,25 +166,20 @@ class DecodeServer:
 
     def found(self, request: DecodeRequest) -> dict[str, Any]:
         """A ClipPlan, or the facts of a Clip. Raises ClipError."""
-        source = self.opened(request.path)
-        if request.span is None:
-            return asdict(source.plan_clips(request.headers_only))
-        clip = source.read(request.span, request.seed)
-        np.frombuffer(self.shared, np.uint8, clip.frames.size)[:] = clip.frames.ravel()
-        return {name: value for name, value in vars(clip).items() if name != "frames"}
-
-    def opened(self, path: str) -> Source:
-        """The file; the last one is still open."""
         try:
-            status = os.stat(path)
+            status = os.stat(request.path)
         except OSError as error:
             raise ClipError("missing_file", f"can't be opened: {error.strerror}") from None
-        identity = path, status.st_ino, status.st_size, status.st_mtime_ns
+        identity = request.path, status.st_ino, status.st_size, status.st_mtime_ns
         if self.source is None or identity != self.identity:
             self.source = None  # before the next one is opened: two files open are twice the memory
-            self.source = Source(path, self.data, self.selection, self.alive)
+            self.source = Source(request.path, self.data, self.selection, self.alive)
             self.identity = identity
-        return self.source
+        if request.span is None:
+            return asdict(self.source.plan_clips(request.headers_only))
+        clip = self.source.read(request.span, request.seed)
+        np.frombuffer(self.shared, np.uint8, clip.frames.size)[:] = clip.frames.ravel()
+        return {name: value for name, value in vars(clip).items() if name != "frames"}
 
     def alive(self) -> None:
         """Reports progress at most every ALIVE_S."""
@@ -220,7 +205,7 @@ def serve(line: Connection) -> None:
 def exit_with_parent(line: int) -> None:
     """Ends the process, even while decoding, once the other end of its connection is closed."""
     watch = select.poll()
-    watch.register(line, select.POLLRDHUP if hasattr(select, "POLLRDHUP") else select.POLLHUP)
+    watch.register(line, select.POLLRDHUP)
     watch.poll()
     os._exit(0)
 

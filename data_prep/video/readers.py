@@ -28,9 +28,7 @@ Transform = Callable[[np.ndarray], np.ndarray]
 DECODE_AHEAD_S = 10.0  # decoding on is about as quick as a seek that lands at the keyframe before
 SEEK_MARGIN_S = {"mov,mp4,m4a,3gp,3g2,mj2": 0.0, "matroska,webm": 0.0, "mpegts": 5.0}
 """Containers in which a seek is sound, and how many seconds early it has to aim: MPEG-TS has no index of keyframes."""
-COLLECT_EVERY = (
-    8  # frames whose side data is looked at: PyAV ties each into a cycle, which keeps it until it is collected
-)
+COLLECT_EVERY = 8  # frames with side data, each of which PyAV ties into a cycle
 REORDERED = 64  # more frames than a decoder holds back
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own drop the transparency of WebM
 DECODERS = {"vp9": "libvpx-vp9"}  # FFmpeg's own does not notice damage
@@ -74,22 +72,20 @@ class PyAvReader:
             return []
         for seeking in (False, True):
             try:
-                if seeking and not self.seek_to(due[0]):
-                    break
-                if not seeking:
-                    self.go_to(due[0])
+                # Continue, seek or rewind, whichever is fastest and safe. After damage before the clip: seek past it.
+                if seeking or not self.can_continue_to(due[0]):
+                    arrived = (seeking or due[0] > DECODE_AHEAD_S) and self.seek_to(due[0])
+                    if seeking and not arrived:
+                        break
+                    if not arrived:
+                        self.rewind()
                 return self.collect(due, transform)
             except (av.FFmpegError, ValueError) as error:
                 refusal = ClipError("corrupt", decode_failure(self.before and self.before.time, error_text(error)))
-                if self.before and self.before.time >= due[0]:  # otherwise the damage is before the clip: seek past it
+                if self.before and self.before.time >= due[0]:
                     break
         self.close()
         raise refusal
-
-    def go_to(self, moment: float) -> None:
-        """Continues, seeks or rewinds, whichever is fastest and safe."""
-        if not self.can_continue_to(moment) and not (moment > DECODE_AHEAD_S and self.seek_to(moment)):
-            self.rewind()
 
     def first_timestamp(self) -> float | None:
         """The timestamp of the first frame that can be decoded, in seconds, if any."""
@@ -230,9 +226,8 @@ class PyAvReader:
 
     def to_rgb(self, frame: Any) -> np.ndarray:
         """A frame uint8 `H W 3`, transparency on black."""
-        if self.header.alpha:
-            return on_black(colours.to_rgb(frame, self.header.colours, "rgba"))
-        return colours.to_rgb(frame, self.header.colours, "rgb24")
+        image = colours.to_rgb(frame, self.header.colours, "rgba" if self.header.alpha else "rgb24")
+        return on_black(image) if self.header.alpha else image
 
     def pixel_aspect_of(self, frame: Any) -> float:
         """Width / height of a frame's pixels; a stream may change it."""

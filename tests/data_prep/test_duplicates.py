@@ -7,8 +7,8 @@ import pytest
 
 from data_prep import filters
 from data_prep.filters import Duplicates
-from data_prep.video.clips import plan_clips, read_clip
 from sora_train.data.config import DataConfig, SelectionConfig
+from tests.data_prep.clip_files import plan_clips, read_clip
 
 
 def hexed(*numbers: int) -> str:

@@ -18,7 +18,6 @@ from data_prep.estimate.estimate import estimate_prep
 from data_prep.inspect.table import inspect
 from data_prep.pipeline import prep
 from data_prep.ray_pipeline import allocate_cpus
-from data_prep.video.clips import plan_clips, read_clip
 from sora_train.codec import CodecConfig
 from sora_train.codec.text import load_text_encoder
 from sora_train.codec.vae import load_vae
@@ -27,6 +26,7 @@ from sora_train.errors import RecipeError, UserError
 from sora_train.manifest import Manifest
 from sora_train.recipe import ClusterConfig, Recipe
 from sora_train.schema import decode_rows, shard_files
+from tests.data_prep.clip_files import plan_clips, read_clip
 
 
 @pytest.fixture(scope="module")

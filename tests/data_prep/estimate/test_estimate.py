@@ -37,7 +37,7 @@ def recipe(tmp_path: Path, **data: object) -> Recipe:
 
 
 def landscape(clips: int = 1) -> ProbeResult:
-    return ProbeResult({"16x256x448": clips}, 640, 360, 12.0)
+    return ProbeResult({"16x256x448": clips}, 12.0)
 
 
 def estimated(
@@ -57,7 +57,7 @@ def test_tokens_bytes_and_steps_are_those_of_the_clips(tmp_path: Path):
     wanted = recipe(tmp_path, buckets=["16x256x448", "16x256x256"])
     asked = rows(33)
     probes = {row.path: landscape(2) for row in asked[:20]} | {
-        row.path: ProbeResult({"16x256x256": 1}, 300, 300, 3.0) for row in asked[20:]
+        row.path: ProbeResult({"16x256x256": 1}, 3.0) for row in asked[20:]
     }
     found = estimated(wanted, asked, probes)
     wide, square = found.buckets
@@ -72,13 +72,13 @@ def test_tokens_bytes_and_steps_are_those_of_the_clips(tmp_path: Path):
     )  # fmt: skip
     assert wide.clip_bytes == len(row["latents"])
     assert found.latent_bytes == 40 * wide.clip_bytes + 13 * square.clip_bytes
-    assert (found.largest, found.longest_s) == ((640, 360), 12.0)
+    assert found.longest_s == 12.0
 
 
 def test_a_vae_that_shrinks_time_gives_fewer_tokens_and_bytes(tmp_path: Path):
     wanted = recipe(tmp_path, frames=49, height=64, width=64)
     asked = rows(1)
-    probes = {asked[0].path: ProbeResult({"49x64x64": 1}, 64, 64, 9.0)}
+    probes = {asked[0].path: ProbeResult({"49x64x64": 1}, 9.0)}
     still, causal = (estimated(wanted, asked, probes, vae=vae).buckets[0] for vae in (VAE, replace(VAE, time_factor=4)))
     assert (still.tokens * 13, still.clip_bytes * 13) == (causal.tokens * 49, causal.clip_bytes * 49)
 
@@ -97,7 +97,7 @@ def test_the_texts_bytes_are_those_of_the_encoder(tmp_path: Path):
 def test_captions_that_are_too_long_are_counted_as_they_are_cut(tmp_path: Path):
     wanted = Recipe.model_validate({"data": {"output": str(tmp_path), "fps": 8.0}, "codec": {"max_tokens": 7}})
     asked = [replace(row, captions=("a red circle" + " and up" * i, "short")) for i, row in enumerate(rows(5))]
-    found = estimated(wanted, asked, {row.path: ProbeResult({"16x256x256": 1}, 640, 360, 12.0) for row in asked})
+    found = estimated(wanted, asked, {row.path: ProbeResult({"16x256x256": 1}, 12.0) for row in asked})
     captions = [caption for row in asked for caption in row.captions]
     cut, whole = (load_text_encoder("builtin", most).encode(captions) for most in (7, 99))
     assert found.text_bytes == 2 * sum(embedding.numel() for embedding in cut)
@@ -155,8 +155,8 @@ def test_dropped_rows_are_counted_by_reason_with_an_example(tmp_path: Path):
 def test_an_empty_bucket_is_an_error_that_says_why(tmp_path: Path):
     wanted = recipe(tmp_path, buckets=["12x256x448", "49x256x448"], fps=1.0)
     asked = rows(2)
-    found = estimated(wanted, asked, {row.path: ProbeResult({"12x256x448": 1}, 640, 360, 12.0) for row in asked})
-    says = r"49x256x448, which takes 49.00 s at 1 fps .*up to 640x360 and 12.0 s.*fewer frames"
+    found = estimated(wanted, asked, {row.path: ProbeResult({"12x256x448": 1}, 12.0) for row in asked})
+    says = r"no clip fills 49x256x448 \(49.00 s at 1 fps\); the longest opened source lasts 12.0 s.*fewer frames"
     with pytest.raises(RecipeError, match=says):
         check_estimate(found, wanted.data)
     assert "12x256x448" in format_estimate(found, wanted)

@@ -5,10 +5,8 @@ import io
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
-from data_prep.inspect.page import histogram
 from data_prep.inspect.previews import clip_images, read_rows_at
 from data_prep.inspect.table import read_inventory
 
@@ -32,13 +30,3 @@ def test_an_animation_keeps_time():
         durations.append(image.info["duration"])
     assert np.isclose(sum(durations), 80 / 16 * 1000, rtol=0.05)
     assert len(clip_images([clip[:1]], fps=16.0)) == 1
-
-
-@pytest.mark.parametrize("values", [[1, 2, 2, 9], list(range(500)), [0.5, 1.0, 1.0, 2.25]])
-def test_the_bars_of_a_histogram_hold_every_value(values: list):
-    drawn = histogram("title", np.array(values))
-    assert drawn is not None
-    assert sum(int(bar["label"].rpartition(": ")[2].replace(",", "")) for bar in drawn["bars"]) == len(values)
-    assert max(bar["height"] for bar in drawn["bars"]) == 100
-    assert len(drawn["bars"]) <= 40
-    assert (drawn["low"], drawn["high"]) == (min(values), max(values))

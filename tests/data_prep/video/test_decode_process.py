@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from data_prep.reasons import ClipError
-from data_prep.video.clips import plan_clips, read_clip
 from data_prep.video.decode_process import Decoder
 from sora_train.data.config import DataConfig, SelectionConfig
+from tests.data_prep.clip_files import plan_clips, read_clip
 
 DATA = DataConfig(buckets=("8x32x64", "1x16x16"), fps=8.0, stride_s=0.5, timeout_s=30.0)
 ALL = SelectionConfig()
