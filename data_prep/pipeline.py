@@ -20,7 +20,7 @@ from data_prep.stats import PrepStats
 from data_prep.watchdog import PipelineStalled
 from sora_train.codec.conventions import HAS_FTFY, cleaning_of
 from sora_train.codec.files import TextFiles, VaeFiles, find_text_encoder, find_vae
-from sora_train.data.config import DataConfig, small_bucket_warnings
+from sora_train.data.config import small_bucket_warnings, undividable_shapes
 from sora_train.data.shards import ShardSet
 from sora_train.errors import RecipeError, UserError
 from sora_train.locks import run_lock
@@ -44,7 +44,7 @@ def prep(recipe: Recipe) -> Manifest:
     data = recipe.data
     reject_job_dir("data.output", data.output)
     vae, text = find_codec(recipe)
-    check_shapes(data, vae)
+    check_shapes(recipe, vae)
     key = encoding_hash(recipe, vae, text)
     rows = read_rows(data)
     with run_lock(data.output, "sora prep"):
@@ -136,17 +136,10 @@ def find_codec(recipe: Recipe) -> tuple[VaeFiles, TextFiles]:
     return find_vae(codec.vae, codec.models), find_text_encoder(codec.text, codec.models)
 
 
-def check_shapes(data: DataConfig, vae: VaeFiles) -> None:
-    """Raises RecipeError if a bucket is not divisible by the VAE's factors."""
-    for frames, height, width in data.shapes:
-        name = bucket_name(frames, height, width)
-        if height % vae.factor or width % vae.factor:
-            raise RecipeError(f"{name}: height and width must be multiples of the VAE's {vae.factor}")
-        if extra := (frames - 1) % vae.time_factor:
-            raise RecipeError(
-                f"{name}: this VAE takes {vae.time_factor} k + 1 frames, not {frames}; use {frames - extra} or "
-                f"{frames - extra + vae.time_factor} (data.frames or data.buckets)"
-            )
+def check_shapes(recipe: Recipe, vae: VaeFiles) -> None:
+    """Raises RecipeError if a bucket does not give whole latents of the VAE and patches of the model."""
+    if wrong := undividable_shapes(recipe.data, vae.factor, vae.time_factor, recipe.model.patch):
+        raise RecipeError("\n".join(wrong))
 
 
 def encoding_hash(recipe: Recipe, vae: VaeFiles, text: TextFiles) -> str:

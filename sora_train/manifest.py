@@ -9,17 +9,11 @@ from typing import Any
 import numpy as np
 
 from sora_train.errors import UserError
+from sora_train.latent_shape import latent_shape
 from sora_train.section import Section
 from sora_train.storage import atomic_write, read_bytes, resolve
 
 SCHEMA_VERSION = 2
-
-
-def latent_shape(
-    channels: int, factor: int, time_factor: int, frames: int, height: int, width: int
-) -> tuple[int, int, int, int]:
-    """Latent shape `f c h w` of a clip of `frames` x `height` x `width` pixels."""
-    return 1 + (frames - 1) // time_factor, channels, height // factor, width // factor
 
 
 def commonest_shape(buckets: dict[str, int]) -> tuple[int, int, int] | None:

@@ -33,8 +33,6 @@ from sora_train.storage import atomic_write_text
 from sora_train.train.config import TrainConfig
 from sora_train.train.deepspeed_config import contradictions
 
-PIXELS_PER_LATENT = 8
-"""Height and width in pixels of one latent, for the supported VAEs."""
 I3D_FRAMES = 16
 """Minimum number of frames of a clip for the Fréchet video distance."""
 
@@ -209,16 +207,6 @@ def check(recipe: Recipe) -> list[str]:
     if validation.fvd:
         wrong += fvd_lacks(recipe)
 
-    grid = PIXELS_PER_LATENT * recipe.model.patch
-    for frames, height, width in data.shapes:
-        for side, size in (("height", height), ("width", width)):
-            if size % grid:
-                key = f"data.buckets: {side} of {frames}x{height}x{width}" if data.buckets else f"data.{side} {size}"
-                choices = " or ".join(str(n) for n in (size // grid * grid, (size // grid + 1) * grid) if n)
-                wrong.append(
-                    f"{key} does not divide by {grid} (VAE {PIXELS_PER_LATENT} x model.patch {recipe.model.patch}); "
-                    f"use {choices}"
-                )
     if recipe.model.learned_variance and recipe.diffusion.kind == "flow":
         wrong.append(
             "model.learned_variance is true, but with diffusion.kind flow there is no variance to learn; "

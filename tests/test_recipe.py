@@ -137,8 +137,6 @@ def test_a_wrong_recipe_is_told_which_key_and_what_fits(tmp_path: Path, text: st
         ("validation: {guidance_interval: [900, 100]}", "validation.guidance_interval is [900, 100]; it must rise"),
         ("validation: {guidance_rescale: 2}", "validation.guidance_rescale is 2; it should be less than or equal to 1"),
         ("validation: {every: 500}", "validation.prompts is empty but validation.every is not 0"),
-        ("data: {height: 100}", "data.height 100 does not divide by 16 (VAE 8 x model.patch 2); use 96 or 112"),
-        ("data: {width: 8}", "data.width 8 does not divide by 16 (VAE 8 x model.patch 2); use 16"),
         ("cluster: {workers: 20}", "cluster.workers 20 is more than train.batch_size 16"),
         ("train: {betas: [0.9, 1.0]}", "train.betas are (0.9, 1.0)"),
         ("model: {learned_variance: true}", "with diffusion.kind flow there is no variance to learn; use"),

@@ -104,7 +104,7 @@ def estimate_prep(recipe: Recipe) -> PrepEstimate:
     """
     recipe = resolve_caption_cleaning(recipe)
     vae, text = find_codec(recipe)
-    check_shapes(recipe.data, vae)
+    check_shapes(recipe, vae)
     rows = read_rows(recipe.data)
     state = resume_state(recipe, rows, vae, text, quiet=True)
     probes = probe_files([row for row, _ in state.todo], recipe.data, recipe.selection)

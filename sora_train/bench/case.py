@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sora_train.bench.core import BenchOptions
 from sora_train.errors import RecipeError
+from sora_train.latent_shape import latent_shape, shape_errors
 from sora_train.model import Transformer, build
 from sora_train.model.config import PRESETS, ModelConfig
 
@@ -54,7 +55,7 @@ class Case:
     preset: str
     attention: str
     shape: tuple[int, int, int]
-    """Frames, height and width in pixels; latents are an eighth of the sides."""
+    """Frames, height and width in pixels, of a released model's VAE."""
     dtype: str
     checkpointing: str
     batch: int
@@ -62,10 +63,12 @@ class Case:
     device: str
 
     def __post_init__(self) -> None:
-        """RecipeError if torch doesn't have the device."""
+        """RecipeError if torch doesn't have the device, or the shape does not divide."""
         kind = self.device.split(":")[0]
         if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
             raise RecipeError(f"--device {self.device} is not available. Use cpu, or cuda if torch sees a GPU")
+        if wrong := shape_errors(self.shape, *self.model.vae_factors, self.model.patch):
+            raise RecipeError(f"shape {'x'.join(map(str, self.shape))} of {self.preset}: {'; '.join(wrong)}")
 
     @property
     def model(self) -> ModelConfig:
@@ -81,8 +84,8 @@ class Case:
     @property
     def latents(self) -> tuple[int, int, int]:
         """Latent frames, height, width."""
-        frames, height, width = self.shape
-        return frames, height // 8, width // 8
+        f, _, h, w = latent_shape(self.model.in_channels, *self.model.vae_factors, *self.shape)
+        return f, h, w
 
     def __str__(self) -> str:
         checkpointing = "" if self.checkpointing == "none" else f", {self.checkpointing} checkpointing"
@@ -124,6 +127,4 @@ def size_of(shape: str) -> tuple[int, int, int]:
     if not found:
         raise RecipeError(f"{shape} is not a shape. Write frames, height and width, such as 16x256x256")
     frames, height, width = map(int, found.groups())
-    if height % 16 or width % 16:
-        raise RecipeError(f"shape {shape}: height and width must be multiples of 16 (VAE 8 x patch 2)")
     return frames, height, width

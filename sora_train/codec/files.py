@@ -18,7 +18,7 @@ from pathlib import Path
 from sora_train.codec.folders import find_folder
 from sora_train.codec.hub import PARTS, is_wanted
 from sora_train.errors import UserError
-from sora_train.manifest import latent_shape
+from sora_train.latent_shape import latent_shape
 
 SCALING_FACTORS = {  # the classes' defaults, if a config has none
     "AutoencoderKL": 0.18215,

@@ -23,6 +23,7 @@ from sora_train.codec import DTYPES, CodecConfig
 from sora_train.codec.files import VaeFiles, damaged_file_errors, find_vae
 from sora_train.codec.memory import give_back, is_out_of_memory
 from sora_train.errors import UserError
+from sora_train.latent_shape import shape_errors
 
 PIXELS_AT_ONCE = 2**20  # 4 frames of 512 x 512: about 2 GB of activations with the Stable Diffusion VAE in float32
 PIXELS_AT_ONCE_CPU = 2**17  # activations of the small VAEs then stay in the cache: 1.7 times as fast as 2**19
@@ -66,13 +67,8 @@ class Vae:
         even one frame fits in memory, or one clip with a video VAE.
         """
         _, count, height, width, _ = frames.shape
-        if height % self.factor or width % self.factor:
-            raise ValueError(f"frames of {height}x{width} don't divide by the VAE's factor {self.factor}")
-        if over := (count - 1) % self.time_factor:
-            raise ValueError(
-                f"the VAE takes {self.time_factor}k+1 frames, not {count}; use {count - over} or "
-                f"{count - over + self.time_factor}"
-            )
+        if wrong := shape_errors((count, height, width), self.factor, self.time_factor):
+            raise ValueError("; ".join(wrong))
         together = self._together("encode", count * height * width)
         return torch.cat([self._encode_clips(clips) for clips in frames.split(together)])
 

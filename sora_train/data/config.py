@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
+from sora_train.latent_shape import shape_errors
 from sora_train.section import Section
 
 LARGEST = 2**16
@@ -100,6 +101,15 @@ def image_ratio_error(image_ratio: float | None, shapes: Iterable[tuple[int, int
     wanted = "of videos and of images (one frame)" if image_ratio else "of videos"
     names = ", ".join(f"{frames}x{height}x{width}" for frames, height, width in shapes)
     return f"data.image_ratio {image_ratio:g} needs buckets {wanted}; there is only {names}. Add some, or remove it"
+
+
+def undividable_shapes(data: DataConfig, factor: int, time_factor: int, patch: int) -> list[str]:
+    """An error message for each number of the clips' shapes that gives no whole latents and patches."""
+    wrong: list[str] = []
+    for shape in data.shapes:
+        key = f"data.buckets: {'x'.join(map(str, shape))}: " if data.buckets else "data."
+        wrong += [key + sentence for sentence in shape_errors(shape, factor, time_factor, patch)]
+    return wrong
 
 
 def small_bucket_warnings(clips: Mapping[str, int], batch_size: int) -> list[str]:

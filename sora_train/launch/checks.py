@@ -15,6 +15,7 @@ from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
 from sora_train.evaluate.i3d import load_i3d
 from sora_train.evaluate.similarity import find_clip
+from sora_train.latent_shape import shape_errors
 from sora_train.launch.init_from import find_initial_weights
 from sora_train.launch.resume import saved_null_prompt
 from sora_train.log import log
@@ -100,12 +101,8 @@ def check_shards(recipe: Recipe) -> Manifest:
             f"to [{', '.join(there)}], or data.output to another folder and run `sora prep` to make the clips"
         )
     for name in there:
-        _, _, h, w = manifest.vae.latent_shape(*bucket_size(name))
-        if h % model.patch or w % model.patch:
-            wrong.append(
-                f"model.patch {model.patch} does not divide the {h}x{w} latents of the bucket {name}: set model.patch "
-                "to 1, or change the bucket's height and width"
-            )
+        odd = shape_errors(bucket_size(name), manifest.vae.factor, manifest.vae.time_factor, model.patch)
+        wrong += [f"bucket {name}: {sentence}, or set model.patch to 1" for sentence in odd]
     if wrong:
         raise UserError(f"{recipe.data.output} does not fit the recipe: {'; '.join(wrong)}", code="shards")
     if empty := [name for name in there if not manifest.buckets[name]]:

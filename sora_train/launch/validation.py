@@ -205,6 +205,8 @@ def embed_prompts(run: Path, trained: Any) -> list:
                 return [file.get_tensor(f"{i:03d}") for i in range(len(prompts))]
     encoder = trained.text_encoder
     made = [*encoder.encode(prompts[:-1]), encoder.encode_null(prompts[-1], codec.null_prompt)]
+    for remark in encoder.remarks:
+        log.warning(f"validation: {remark}")
     embeddings = [embedding.float().cpu().contiguous() for embedding in made]
     with atomic_file(path) as draft:
         save_file({f"{i:03d}": embedding for i, embedding in enumerate(embeddings)}, draft, {"of": key})

@@ -116,6 +116,11 @@ class ModelConfig:
         return 512 if self.family == "wan" else 0
 
     @property
+    def vae_factors(self) -> tuple[int, int]:
+        """Pixels on a side, and frames, of a latent of the VAE that released models like this one use."""
+        return (16 if self.in_channels == 48 else 8, 4) if self.family == "wan" else (8, 1)
+
+    @property
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.learned_variance else 1)
 

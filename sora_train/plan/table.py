@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Annotated
 
 from pydantic import Field, PositiveFloat
 
 from sora_train.codec.files import find_vae
+from sora_train.codec.hub import downloaded_folder
+from sora_train.data.config import undividable_shapes
 from sora_train.errors import RecipeError, UserError
-from sora_train.manifest import Manifest, latent_shape
+from sora_train.latent_shape import latent_shape
+from sora_train.manifest import Manifest
 from sora_train.model.flops import forward_flops
 from sora_train.plan.activations import Sizes, activations
 from sora_train.plan.estimate import Estimate, estimate, largest_micro_batch, step_flops
 from sora_train.plan.states import checkpoint_bytes, parameter_counts
-from sora_train.recipe import PIXELS_PER_LATENT, Recipe
+from sora_train.recipe import Recipe
 from sora_train.schema import bucket_name
 from sora_train.storage import in_bytes
 from sora_train.train.config import TrainConfig
@@ -53,28 +55,30 @@ def plan_inputs(recipe: Recipe) -> tuple[dict[str, Sizes], list[int], str]:
     except UserError:
         manifest = None
     if manifest is not None and set(names) <= manifest.buckets.keys():
-        shape_of, tokens = manifest.vae.latent_shape, manifest.text.max_tokens
+        factors, tokens = (manifest.vae.factor, manifest.vae.time_factor), manifest.text.max_tokens
         clips, source = [manifest.buckets[name] for name in names], f"the shards in {recipe.data.output}"
     else:
-        shape_of, source = latent_shapes(recipe)
+        factors, source = vae_factors(recipe)
         tokens, clips = recipe.codec.max_tokens, [1] * len(names)
-    shapes = [shape_of(*shape) for shape in recipe.data.shapes]
+    if wrong := undividable_shapes(recipe.data, *factors, recipe.model.patch):
+        raise RecipeError("\n".join(wrong))
+    shapes = [latent_shape(recipe.model.in_channels, *factors, *shape) for shape in recipe.data.shapes]
     return {name: Sizes(1, f, h, w, tokens) for name, (f, _, h, w) in zip(names, shapes, strict=True)}, clips, source
 
 
-def latent_shapes(recipe: Recipe) -> tuple[Callable[[int, int, int], tuple[int, int, int, int]], str]:
-    """The latents' shape by frames, height and width of a clip, and where it is known from. Downloads nothing."""
-    name, channels = recipe.codec.vae, recipe.model.in_channels
+def vae_factors(recipe: Recipe) -> tuple[tuple[int, int], str]:
+    """Pixels on a side and frames of a latent, and where they are known from. Downloads nothing."""
+    name, models = recipe.codec.vae, recipe.codec.models
+    hub = name.partition("@")[0]
     try:
-        if name == "builtin" or os.path.isdir(name):
-            return find_vae(name, recipe.codec.models).latent_shape, f"codec.vae {name}"
+        if name == "builtin" or os.path.isdir(name) or (models and downloaded_folder(models, hub).is_dir()):
+            vae = find_vae(name, models)
+            return (vae.factor, vae.time_factor), f"codec.vae {name}"
     except UserError:
         pass  # training reports what is wrong with it
-
-    def usual(frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        return latent_shape(channels, PIXELS_PER_LATENT, 1, frames, height, width)
-
-    return usual, f"a VAE with factor {PIXELS_PER_LATENT} that keeps frames, since {name} is not available here"
+    space, time = recipe.model.vae_factors
+    kind = f"compresses time by {time}" if time > 1 else "keeps frames"
+    return (space, time), f"a VAE with factor {space} that {kind}, since {name} is not available here"
 
 
 def format_plan(recipe: Recipe, options: PlanOptions) -> str:

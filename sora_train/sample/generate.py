@@ -18,6 +18,7 @@ from sora_train.codec.text import cut_null
 from sora_train.data.collate import pad_text
 from sora_train.diffusion import Sampling, resolve_sampler, sample
 from sora_train.errors import RecipeError, UserError, one_line
+from sora_train.latent_shape import shape_errors
 from sora_train.log import log
 from sora_train.sample.load import Run
 
@@ -123,21 +124,11 @@ def sample_shape(run: Run, shape: tuple[int, int, int] | None = None) -> tuple[i
     Positions in space and time interpolate or go on counting, so that the model takes any shape that divides into
     frames of the VAE and patches of the model. RecipeError, with the nearest that do, for others.
     """
-    manifest = run.manifest
-    frames, height, width = shape or (manifest.frames, manifest.height, manifest.width)
-    grid = manifest.vae.factor * run.recipe.model.patch
-    for side, size in (("height", height), ("width", width)):
-        if size % grid or size < 1:
-            below = size // grid * grid
-            choices = " or ".join(str(n) for n in (below, below + grid) if n > 0)
-            raise RecipeError(
-                f"{side} {size} does not divide by {grid} (VAE {manifest.vae.factor} x model.patch "
-                f"{run.recipe.model.patch}); use {choices}"
-            )
-    if over := (frames - 1) % manifest.vae.time_factor:
-        below, above = frames - over, frames - over + manifest.vae.time_factor
-        raise RecipeError(f"frames is {frames}; the VAE takes {manifest.vae.time_factor}k+1, so use {below} or {above}")
-    return manifest.vae.latent_shape(frames, height, width)
+    manifest, vae = run.manifest, run.manifest.vae
+    shape = shape or (manifest.frames, manifest.height, manifest.width)
+    if wrong := shape_errors(shape, vae.factor, vae.time_factor, run.recipe.model.patch):
+        raise RecipeError("; ".join(wrong))
+    return vae.latent_shape(*shape)
 
 
 def embed(run: Run, prompts: Sequence[str]) -> list[Float[Tensor, "_ e"]]:

@@ -4,8 +4,8 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -107,6 +107,11 @@ def serve(files: dict[str, bytes]) -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@pytest.fixture(name="serve")
+def _serve() -> Callable[[dict[str, bytes]], AbstractContextManager[Hub]]:
+    return serve
 
 
 @pytest.fixture

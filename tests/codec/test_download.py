@@ -2,14 +2,17 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from wan_models import make_wan_pipeline, wan_transformer
 
-from sora_train.codec import BUILTIN
+from sora_train.codec import BUILTIN, CodecConfig
+from sora_train.codec.conventions import cleaning_of
 from sora_train.codec.files import find_text_encoder, find_vae
 from sora_train.errors import UserError
 
@@ -78,6 +81,26 @@ def test_what_the_recipe_names_comes_whole_and_is_found_afterwards(hub: Any, tmp
     hub.gets.clear()
     assert "already there" in run(hub, to)[0]
     assert hub.gets == []  # a second time nothing is fetched
+
+
+def test_a_wan_pipeline_comes_with_what_its_recipe_needs_and_no_more(serve: Any, tmp_path: Path):
+    pipeline = make_wan_pipeline(tmp_path / "made", "2.2")
+    shutil.rmtree(pipeline / "transformer")
+    wan_transformer("2.2").save_pretrained(pipeline / "transformer", max_shard_size="60KB")
+    files = {str(path.relative_to(pipeline)): path.read_bytes() for path in pipeline.rglob("*") if path.is_file()}
+    files |= {"assets/logo.png": b"png", "README.md": b"readme", "transformer/diffusion_pytorch_model.bin": b"pickle"}
+    wan = {"vae": "acme/pipe", "text": "acme/pipe", "extra": {"model.init_from": "acme/pipe"}}
+    with serve(files) as hub:
+        assert run(hub, tmp_path / "m", **wan)[1] == ""
+    folder = tmp_path / "m" / "acme--pipe"
+    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    wanted = {path for path in files if path.split("/")[0] in ("transformer", "vae", "text_encoder", "tokenizer")}
+    schedule = {"model_index.json", "scheduler/scheduler_config.json"}
+    assert there - schedule == wanted - {"transformer/diffusion_pytorch_model.bin"} | {"sora_download.json"}
+    assert sum(path.startswith("transformer/") and path.endswith(".safetensors") for path in there) > 1
+    codec = CodecConfig(vae="acme/pipe", text="acme/pipe", models=str(tmp_path / "m"))
+    assert (find_vae(codec.vae, codec.models).factor, cleaning_of(codec, "acme/pipe")) == (16, "wan")
+    assert find_text_encoder(codec.text, codec.models).kind == "UMT5EncoderModel"
 
 
 @pytest.fixture

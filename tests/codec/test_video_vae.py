@@ -141,7 +141,7 @@ def test_bfloat16_is_near_float32(kind: tuple[Any, Path]):
 @pytest.mark.parametrize("count", [2, 16])
 def test_a_video_vae_refuses_frames_that_are_not_4k_plus_1(kind: tuple[Any, Path], count: int):
     low = (count - 1) // 4 * 4 + 1
-    with pytest.raises(ValueError, match=rf"4k\+1 frames, not {count}; use {low} or {low + 4}"):
+    with pytest.raises(ValueError, match=rf"frames {count} is not 4k\+1, as the VAE needs; use {low} or {low + 4}"):
         load_vae(str(kind[1])).encode(clips(1, count, 32, 32))
 
 

@@ -8,7 +8,10 @@ from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers.video_processor import VideoProcessor
+from einops import rearrange
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
 from sora_train.codec import BUILTIN
@@ -124,3 +127,22 @@ def open_wan_pipeline(folder: Path) -> WanPipeline:
     return WanPipeline.from_pretrained(
         str(folder), transformer=transformer.eval(), local_files_only=True, low_cpu_mem_usage=False
     )
+
+
+def latents_by_diffusers(model: Any, clip: Tensor) -> Tensor:
+    """Normalised latents `f c h w` of a clip `F H W 3`: the mode, as WanImageToVideoPipeline's `prepare_latents`."""
+    video = VideoProcessor(model.config.scale_factor_spatial).preprocess_video(clip.numpy()[None] / 255)
+    with torch.no_grad():
+        latents = model.encode(video.float()).latent_dist.mode()
+    mean, std = (torch.tensor(model.config[key]).view(1, -1, 1, 1, 1) for key in ("latents_mean", "latents_std"))
+    return rearrange((latents - mean) * (1.0 / std), "1 c f h w -> f c h w")
+
+
+def frames_by_diffusers(model: Any, latents: Tensor) -> Tensor:
+    """Frames `F H W 3` from 0 to 255 of normalised latents `f c h w`, as WanPipeline ends."""
+    mean, std = (torch.tensor(model.config[key]).view(1, -1, 1, 1, 1) for key in ("latents_mean", "latents_std"))
+    z = rearrange(latents, "f c h w -> 1 c f h w") / (1.0 / std) + mean
+    with torch.no_grad():
+        video = model.decode(z, return_dict=False)[0]
+    made: Any = VideoProcessor().postprocess_video(video, output_type="np")
+    return torch.from_numpy(made[0]) * 255

@@ -245,7 +245,9 @@ def test_missing_files_are_found_out_before_ray_starts(tmp_path: Path, vae_folde
 
 
 def test_a_size_not_divisible_by_the_vaes_factor_is_refused(tmp_path: Path, vae_folder: Path):
-    with pytest.raises(RecipeError, match="4x15x32: height and width must be multiples of the VAE's 2"):
+    with pytest.raises(
+        RecipeError, match=r"data.height 15 does not divide by 4 \(VAE 2 x model.patch 2\); use 12 or 16"
+    ):
         prep(recipe(tmp_path, vae_folder, height=15))
 
 

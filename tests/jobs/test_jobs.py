@@ -9,7 +9,7 @@ import torch
 
 from sora_train.flags import parse_flags
 from sora_train.model.latte import Latte
-from sora_train.recipe import PIXELS_PER_LATENT, Recipe, load_recipe
+from sora_train.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
 JOBS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "jobs").glob("*.yaml"))
@@ -51,7 +51,7 @@ def test_a_job_has_the_papers_size_and_its_shapes_divide(job: str):
     name, model, train = Path(job).stem, recipe.model, recipe.train
     assert recipe.name == name
     assert (model.depth, model.width, model.heads, model.patch) == (*PAPER[name], 2)
-    assert recipe.data.height == recipe.data.width == model.sample_size * PIXELS_PER_LATENT
+    assert recipe.data.height == recipe.data.width == model.sample_size * model.vae_factors[0]
     assert train.batch_size % (recipe.cluster.fewest * train.micro_batch_size) == 0
     assert train.betas == (0.9, 0.999)
     assert train.weight_decay == 0
