@@ -81,7 +81,7 @@ def test_markdown_tables_line_up_and_omit_columns_without_values() -> None:
         ([], "what to measure is missing; choices: model, data"),
         (["speed"], "speed is not a bench"),
         (["model", "--rounds", "-3"], "--rounds is '-3'; it should be greater than 0"),
-        (["model", "--shapes", "16x250x256"], "multiples of 16"),
+        (["model", "--shapes", "16x250x256"], "height 250 does not divide by 16"),
         (["model", "--shapes", "256"], "256 is not a shape"),
         (["model", "--presets", "M"], "--presets.0 is 'M'; choices: 'S', 'B'"),
         (["model", "--attention", "both"], "is 'both'; choices: 'factorised' or 'joint'"),
