@@ -222,20 +222,23 @@ COMMANDS = {
     ),
     "sample": Command(
         "RUN",
-        "Makes videos of prompts with a run's newest checkpoint, a checkpoint, or an export.",
+        "Makes videos of prompts with a run's newest checkpoint, a checkpoint, an export, or a released pipeline.",
         'runs/quickstart --prompt "a blue square moving up"',
         SampleOptions,
         "A file is named after its prompt and seed. The same settings replace it; other settings, or a prompt that "
-        "differs only in case or punctuation, get another name (-2, -3, …). samples.json says what made each file.",
+        "differs only in case or punctuation, get another name (-2, -3, …). samples.json says what made each file. RUN "
+        "may also be the folder of a released WanPipeline or LattePipeline, to see what a base model makes: steps, "
+        "guidance, scheduler and size are then those of the pipeline.",
     ),
     "export": Command(
         "RUN OUT",
-        "Writes a run's model as a LattePipeline of diffusers, or --weights_only.",
+        "Writes a run's model as a diffusers pipeline (LattePipeline, WanPipeline), or --weights_only.",
         "runs/my_run my_model",
         ExportOptions,
-        "OUT is a new folder. `LattePipeline.from_pretrained(OUT)` reads it, as its README.md shows, and so do "
-        "`sora sample OUT` and `model.init_from: OUT`. A pipeline holds factorised DDPM models that predict epsilon "
-        "and use nothing that diffusers' Latte lacks; every obstacle is named at once. --weights_only works for any.",
+        "OUT is a new folder. `LattePipeline.from_pretrained(OUT)` or WanPipeline's reads it, as its README.md shows, "
+        "and so do `sora sample OUT` and `model.init_from: OUT`. A LattePipeline holds factorised DDPM models that "
+        "predict epsilon and use nothing that diffusers' Latte lacks; a WanPipeline holds Wan's with flow and its VAE. "
+        "Every obstacle is named at once. --weights_only works for any.",
     ),
     "eval": Command(
         "RUN",

@@ -11,8 +11,12 @@ from typing import Any
 
 from sora_train.errors import UserError
 
-PARTS = {"codec.vae": ("vae",), "codec.text": ("text_encoder", "tokenizer")}
-"""Subfolders of a whole pipeline that hold what a recipe's key names."""
+PARTS = {
+    "codec.vae": ("vae",),
+    "codec.text": ("text_encoder", "tokenizer"),
+    "model.init_from": ("transformer", "scheduler", "model_index.json"),
+}
+"""Parts of a whole pipeline that hold what a recipe's key names. `sora sample` of the pipeline needs the scheduler."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ def list_files(siblings: list[Any], keys: tuple[str, ...], where: str) -> tuple[
     by_name = {sibling.rfilename: sibling for sibling in siblings}
     wanted: set[str] = set()
     for key in keys:
-        files = wanted_files(list(by_name), PARTS.get(key, ("transformer",)))
+        files = wanted_files(list(by_name), PARTS[key])
         if not any(file.endswith(".safetensors") for file in files):
             raise UserError(
                 f"{where} has no safetensors for {key}: pickled weights are never loaded. Name another repository, or "
@@ -133,7 +137,7 @@ def by_hand(asked: dict[str, tuple[str, tuple[str, ...]]], to: str, endpoint: st
     for name, (revision, keys) in asked.items():
         folder = downloaded_folder(to, name)
         for key in keys:
-            parts = " and ".join(f"{part}/" for part in PARTS.get(key, ("transformer",)))
+            parts = " and ".join(part if "." in part else f"{part}/" for part in PARTS[key])
             lines.append(
                 f"  {key}: {folder}{' (exists)' if folder.is_dir() else ''}: *.json, *.safetensors, spiece.model of "
                 f"{parts} (or, without subfolders, of the top level) in {endpoint}/{name}/tree/{revision or 'main'}"

@@ -1,4 +1,4 @@
-"""Exports a run as a diffusers `LattePipeline` or one safetensors file. No Ray.
+"""Exports a run as a diffusers pipeline (`LattePipeline`, `WanPipeline`) or one safetensors file. No Ray.
 
 `sora_train.sample.load_run` reads both.
 """

@@ -14,38 +14,32 @@ from safetensors import SafetensorError
 from sora_train.codec.files import find_text_encoder, find_vae
 from sora_train.errors import UserError
 from sora_train.export.card import write_card
-from sora_train.export.pipeline import refusals, write_pipeline
+from sora_train.export.pipeline import PIPELINES, refusals, write_pipeline
 from sora_train.log import log
 from sora_train.recipe import save_recipe
-from sora_train.sample.load import (
-    EXPORT_FORMAT,
-    EXPORT_INFO,
-    EXPORTED,
-    ExportNote,
-    Run,
-    Weights,
-    load_run,
-    read_note,
-    transformer_hash,
-)
+from sora_train.sample.export_note import EXPORT_FORMAT, ExportNote, Weights, read_note, transformer_hash
+from sora_train.sample.load import Run, load_run
+from sora_train.sample.released import is_released
 from sora_train.storage import draft_name, follow_umask
-from sora_train.train.weights import save_weights
+from sora_train.train.weights import EXPORT_INFO, EXPORTED, save_weights
 
 
 def export(path: str | Path, out: str | Path, weights_only: bool = False, weights: Weights | None = None) -> Path:
     """Exports a run, a checkpoint or another export to the new folder `out`.
 
-    By default the folder is a diffusers `LattePipeline` with VAE, text encoder and scheduler. Raises UserError, with
-    the reasons, if a pipeline can't hold the run's model. With `weights_only` the folder has one safetensors file, for
-    any run. Both have recipe.yaml, manifest.json and a model card, and `load_run` reads them.
+    By default the folder is a diffusers `LattePipeline` or `WanPipeline` with VAE, text encoder and scheduler. Raises
+    UserError, with the reasons, if a pipeline can't hold the run's model. With `weights_only` the folder has one
+    safetensors file, for any run. Both have recipe.yaml, manifest.json and a model card, and `load_run` reads them.
     """
     out = Path(out).expanduser()
     check_free(out)
+    if is_released(Path(path).expanduser()):
+        raise UserError(f"{path} is a released pipeline, not a run: there is nothing to export")
     run = load_run(path, device="cpu", weights=weights, dtype=torch.float32)
     if not weights_only and (reasons := refusals(run.recipe, run.manifest)):
         raise UserError(
-            f"{run.folder} can't become a LattePipeline: {'; '.join(reasons)}. --weights_only writes "
-            "its weights and recipe, which `sora sample` reads"
+            f"{run.folder} can't become a {PIPELINES[run.recipe.model.family]}: {'; '.join(reasons)}. --weights_only "
+            "writes its weights and recipe, which `sora sample` reads"
         )
     with_draft(out, lambda draft: write_weights(run, draft) if weights_only else write_whole_pipeline(run, draft))
     log.info(f"{out}: the {run.weights} weights of {run.checkpoint}; its README.md says how to use it")

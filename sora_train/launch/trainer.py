@@ -138,7 +138,7 @@ def check_run(
 
 def check_models(recipe: Recipe, manifest: Manifest, clips: Clips, step: int) -> None:
     """Checks the models that a run needs, and warns of what may surprise."""
-    from sora_train.export.pipeline import refusals
+    from sora_train.export.pipeline import PIPELINES, refusals
 
     check_codec(recipe, manifest)
     check_text(recipe, manifest)
@@ -151,7 +151,8 @@ def check_models(recipe: Recipe, manifest: Manifest, clips: Clips, step: int) ->
         log.warning(warning)
     with contextlib.suppress(UserError):  # the VAE is out of reach
         if reasons := refusals(recipe, manifest):
-            log.info(f"`sora export` will need --weights_only, no LattePipeline is possible: {'; '.join(reasons)}")
+            name = PIPELINES[recipe.model.family]
+            log.info(f"`sora export` will need --weights_only, no {name} is possible: {'; '.join(reasons)}")
 
 
 def run_until_end(folder: Path, signals: SignalHandler, train: Callable[[], str]) -> None:

@@ -1,12 +1,10 @@
-"""Loads a run for sampling: the weights of its newest complete checkpoint, or of an export."""
+"""Loads a run for sampling: the weights of its newest complete checkpoint, of an export, or of a released model."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,7 +12,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sora_train.codec import CodecConfig
-from sora_train.codec.files import content_hash
 from sora_train.codec.text import TextEncoder, text_encoder_of
 from sora_train.codec.vae import Vae, load_vae
 from sora_train.diffusion import Objective, make_objective
@@ -24,30 +21,12 @@ from sora_train.manifest import Manifest
 from sora_train.model import Transformer, build
 from sora_train.model.convert import check_fit, from_diffusers
 from sora_train.recipe import Recipe, load_recipe
+from sora_train.sample.export_note import ExportNote, Weights, read_note, transformer_hash
+from sora_train.sample.released import is_released, read_released
 from sora_train.train.checkpoint import check_complete, step_folders
 from sora_train.train.weights import EXPORT_INFO, EXPORTED, read_trained_weights, read_weights
 
 WEIGHTS = "ema.safetensors"
-EXPORT_FORMAT = 1
-
-Weights = Literal["ema", "raw"]
-
-
-@dataclass(frozen=True)
-class ExportNote:
-    """The content of an exported folder."""
-
-    kind: Literal["pipeline", "weights"]
-    """A LattePipeline with its own VAE and text encoder, or weights alone."""
-    weights: Weights
-    step: int
-    vae: str
-    """Hash of the VAE that goes with the weights. A pipeline's VAE is not that of the shards, because the normalisation
-    of latents is folded into it."""
-    text: str
-    """Hash of the text encoder."""
-    transformer: str = ""
-    """sha256 over a pipeline's transformer; empty for weights alone, which have checksums in their file."""
 
 
 @dataclass
@@ -67,13 +46,15 @@ class Run:
     @cached_property
     def vae(self) -> Vae:
         vae = load_vae(self.recipe.codec.vae, device=self.device, models=self.recipe.codec.models)
-        self.check_vae(vae.hash)
+        if self.manifest.vae.hash:  # a released pipeline has none to compare
+            self.check_vae(vae.hash)
         return vae
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
         encoder = text_encoder_of(self.recipe.codec, device=self.device)
-        self.check_text(encoder.hash)
+        if self.manifest.text.hash:
+            self.check_text(encoder.hash)
         return encoder
 
     def predict(
@@ -115,19 +96,42 @@ def load_run(
     weights: Weights | None = None,
     dtype: torch.dtype | None = None,
 ) -> Run:
-    """Loads a run's folder, one of its checkpoints, or an export of `sora export`, by default on the GPU if any.
+    """Loads a run's folder, one of its checkpoints, an export of `sora export`, or a released diffusers pipeline.
 
-    The weights get the dtype of the recipe's `train.precision`, or `dtype`. `weights` is `ema` (averaged) or `raw` (as
-    trained); None is `ema` for a run, and whatever an export holds. Raises UserError, with what to do, if there is no
-    run, no complete checkpoint, or none that can be read.
+    It is loaded on the GPU if any, unless `device` says otherwise. The weights get the dtype of the recipe's
+    `train.precision`, or `dtype`. `weights` is `ema` (averaged) or `raw` (as trained); None is `ema` for a run, and
+    whatever an export holds. Raises UserError, with what to do, if there is no run, no complete checkpoint, or none
+    that can be read.
     """
-    note = read_note(Path(path).expanduser())
-    if note is None:
-        folder, checkpoint = find_checkpoint(path, weights or "ema")
-    else:
-        folder = checkpoint = Path(path).expanduser()
-        if weights not in (None, note.weights):
-            raise UserError(f"{folder} holds the {note.weights} weights alone; for the {weights} ones name the run")
+    at = Path(path).expanduser()
+    note, released = read_note(at), is_released(at)
+    if released and weights is not None:
+        raise UserError(f"{at} is a released pipeline with one kind of weights; leave out --weights")
+    folder, checkpoint = (at, at) if note or released else find_checkpoint(path, weights or "ema")
+    recipe, manifest = read_released(at) if released else _read_recipe(folder, checkpoint, note, weights)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with torch.device("meta"):  # random weights would take longer than reading the real ones
+        model = build(recipe.model)
+    place, tensors = _read(model, checkpoint, note, weights, released)
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        first = str(error).splitlines()[-1].strip()
+        raise UserError(f"{place} does not fit the model in its recipe.yaml: {first}") from None
+    if dtype is None:
+        dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+    model.requires_grad_(False).eval().to(device, dtype)
+    objective = make_objective(recipe.diffusion, recipe.model.learned_variance)
+    held = note.weights if note is not None else weights or "ema"
+    return Run(folder, checkpoint, recipe, manifest, model, objective, device, note, held)
+
+
+def _read_recipe(
+    folder: Path, checkpoint: Path, note: ExportNote | None, weights: Weights | None
+) -> tuple[Recipe, Manifest]:
+    """Recipe and manifest of a checkpoint or an export, with the codec as it was in training."""
+    if note is not None and weights not in (None, note.weights):
+        raise UserError(f"{folder} holds the {note.weights} weights alone; for the {weights} ones name the run")
     remedy = (
         "export the run again"
         if note is not None
@@ -142,21 +146,7 @@ def load_run(
     codec = as_trained(recipe.codec, manifest)
     if note is not None and note.kind == "pipeline":  # it is self-contained and may have been moved
         codec = codec.model_copy(update={"vae": str(folder), "text": str(folder), "models": ""})
-    recipe = recipe.model_copy(update={"codec": codec})
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = build(recipe.model)
-    place, tensors = _read(model, checkpoint, note, weights)
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        first = str(error).splitlines()[-1].strip()
-        raise UserError(f"{place} does not fit the model in its recipe.yaml: {first}") from None
-    if dtype is None:
-        dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-    model.requires_grad_(False).eval().to(device, dtype)
-    objective = make_objective(recipe.diffusion, recipe.model.learned_variance)
-    held = note.weights if note is not None else weights or "ema"
-    return Run(folder, checkpoint, recipe, manifest, model, objective, device, note, held)
+    return recipe.model_copy(update={"codec": codec}), manifest
 
 
 def as_trained(codec: CodecConfig, manifest: Manifest) -> CodecConfig:
@@ -167,49 +157,28 @@ def as_trained(codec: CodecConfig, manifest: Manifest) -> CodecConfig:
 
 
 def _read(
-    model: Transformer, folder: Path, note: ExportNote | None, weights: Weights | None
+    model: Transformer, folder: Path, note: ExportNote | None, weights: Weights | None, released: bool
 ) -> tuple[Path, dict[str, Tensor]]:
-    """The tensors of a checkpoint or an export, and the path that they are from."""
-    if note is None and weights == "raw":
-        return folder, read_trained_weights(folder, {name: tensor.shape for name, tensor in model.state_dict().items()})
-    if note is None:
+    """The tensors of a checkpoint, an export or a released pipeline, and the path that they are from."""
+    remedy = "fetch it again" if released else "export the run again"
+    if note is None and not released:
+        if weights == "raw":
+            shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+            return folder, read_trained_weights(folder, shapes)
         return folder / WEIGHTS, read_weights(folder / WEIGHTS)
-    if note.kind == "weights":
+    if note is not None and note.kind == "weights":
         if not _is_whole(folder / EXPORTED):
-            raise UserError(f"{folder / EXPORTED} is missing, cut short or no safetensors; export the run again")
+            raise UserError(f"{folder / EXPORTED} is missing, cut short or no safetensors; {remedy}")
         return folder / EXPORTED, read_weights(folder / EXPORTED)
     try:
-        if note.transformer and transformer_hash(folder) != note.transformer:
-            raise UserError(f"{folder / 'transformer'} is damaged or was changed since; export the run again")
+        if note is not None and note.transformer and transformer_hash(folder) != note.transformer:
+            raise UserError(f"{folder / 'transformer'} is damaged or was changed since; {remedy}")
         check_fit(model.config, folder)
         return folder / "transformer", from_diffusers(folder).state_dict()
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"{folder / 'transformer'} can't be read: {error}; export the run again") from None
-
-
-def transformer_hash(folder: Path) -> str:
-    """sha256 over weights and config of a pipeline's transformer."""
-    files = (folder / "transformer").iterdir()
-    return content_hash(tuple(path for path in files if path.suffix in (".safetensors", ".json")))
-
-
-def read_note(folder: Path) -> ExportNote | None:
-    """The note that `sora export` left in a folder, or None. Raises UserError if it can't be read."""
-    place = folder / EXPORT_INFO
-    if not place.is_file():
-        return None
-    try:
-        about = json.loads(place.read_text(encoding="utf-8"))
-        if about.pop("format") != EXPORT_FORMAT:
-            raise ValueError("another format")
-        note = ExportNote(**about)
-        if note.kind not in ("pipeline", "weights") or note.weights not in ("ema", "raw"):
-            raise ValueError("an unknown kind")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{place} can't be read ({error!r}); export the run again with this version") from None
-    return note
+        raise UserError(f"{folder / 'transformer'} can't be read: {error}; {remedy}") from None
 
 
 def find_checkpoint(path: str | Path, weights: Weights = "ema") -> tuple[Path, Path]:

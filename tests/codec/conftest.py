@@ -122,6 +122,7 @@ def hub() -> Iterator[Hub]:
         part = "tokenizer" if "tokenizer" in path.name else "text_encoder"
         files[f"{part}/{path.name}"] = path.read_bytes()
     files |= {"transformer/config.json": b"{}", "transformer/x.safetensors": b"x" * 999, "README.md": b"readme"}
+    files |= {"scheduler/scheduler_config.json": b"{}", "model_index.json": b"{}"}
     files |= {"vae/diffusion_pytorch_model.fp16.safetensors": b"half", "vae/diffusion_pytorch_model.bin": b"pickle"}
     with serve(files) as server:
         yield server

@@ -222,5 +222,9 @@ def test_what_is_not_on_the_hub_is_left_out_and_said(hub: Any, tmp_path: Path):
     assert "codec.vae: " in out
     assert "is a folder, nothing to fetch" in out
     assert "codec.text: builtin comes with sora_train, nothing to fetch" in out
-    assert (tmp_path / "m" / "acme--pipe" / "transformer" / "x.safetensors").read_bytes() == b"x" * 999
+    folder = tmp_path / "m" / "acme--pipe"
+    assert (folder / "transformer" / "x.safetensors").read_bytes() == b"x" * 999
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix == ".json"}
+    # What `sora sample` of the folder needs besides the parts that the codec names.
+    assert {"transformer/config.json", "scheduler/scheduler_config.json", "model_index.json"} <= there
     assert "Nothing to download" in run("http://127.0.0.1:9", tmp_path / "m", vae="builtin")[0]

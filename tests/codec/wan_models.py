@@ -59,7 +59,6 @@ def wan_transformer(kind: Kind, seed: int = 0, **options: Any) -> WanTransformer
         "attention_head_dim": 16,
         "num_layers": 2,
         "ffn_dim": 48,
-        "freq_dim": 16,
     }
     ends = {"in_channels": channels, "out_channels": channels, "text_dim": TEXT_WIDTH}
     with torch.random.fork_rng(devices=[]):

@@ -12,7 +12,7 @@ from sora_train.codec.text import load_text_encoder, null_tokens
 from sora_train.codec.vae import load_vae
 from sora_train.diffusion import DiffusionConfig
 from sora_train.manifest import Counts, LatentFormat, Manifest, TextFacts, VaeFacts
-from sora_train.model import Latte, ModelConfig
+from sora_train.model import ModelConfig, build
 from sora_train.recipe import Recipe, save_recipe
 from sora_train.train.checkpoint import Snapshot, State
 
@@ -21,7 +21,8 @@ DDPM = DiffusionConfig(kind="ddpm")
 
 @pytest.fixture(scope="session")
 def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """run_of(model, diffusion, vae, text, frames, **codec): a run's folder of clips of 32 x 48 pixels, at step 20."""
+    """run_of(model, diffusion, vae, text, frames, width, validation, **codec): a run's folder at step 20, of clips of
+    32 x 48 pixels or another width."""
 
     def make(
         model: ModelConfig,
@@ -29,6 +30,8 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         vae: str = "builtin",
         text: str = "builtin",
         frames: int = 3,
+        width: int = 48,
+        validation: dict[str, object] | None = None,
         **codec: object,
     ) -> Path:
         folder = tmp_path_factory.mktemp("runs") / "tiny"
@@ -39,7 +42,12 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
                 "codec": {"vae": vae, "text": text, "max_tokens": 20, "text_precision": "fp32", **codec},
                 "model": dataclasses.asdict(model),
                 "diffusion": dataclasses.asdict(diffusion),
-                "validation": {"steps": 4, "guidance": 3.0, "prompts": ['a "red" circle\n```\n<script>']},
+                "validation": {
+                    "steps": 4,
+                    "guidance": 3.0,
+                    "prompts": ['a "red" circle\n```\n<script>'],
+                    **(validation or {}),
+                },
             }
         )
         max_tokens, cleaning = recipe.codec.max_tokens, str(codec.get("caption_cleaning", "none"))
@@ -48,7 +56,15 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         save_recipe(recipe, folder / "recipe.yaml")
         Manifest(
             encoding_hash="",
-            vae=VaeFacts(name=vae, hash=made.hash, channels=made.channels, factor=made.factor, mean=mean, std=std),
+            vae=VaeFacts(
+                name=vae,
+                hash=made.hash,
+                channels=made.channels,
+                factor=made.factor,
+                time_factor=made.time_factor,
+                mean=mean,
+                std=std,
+            ),
             text=TextFacts(
                 name=text, hash=encoder.hash, width=encoder.width, max_tokens=max_tokens, caption_cleaning=cleaning
             ),
@@ -56,15 +72,15 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             frames=frames,
             fps=8.0,
             height=32,
-            width=48,
-            buckets={f"{frames}x32x48": 7, "1x32x48": 0},
+            width=width,
+            buckets={f"{frames}x32x{width}": 7, f"1x32x{width}": 0},
             empty_text=base64.b64encode(null_tokens(encoder)).decode(),
             empty_tokens=2,
             counts=Counts(asked=7, written=7, quarantined=0, filtered=0),
             reasons={},
         ).save(str(folder))
         torch.manual_seed(0)
-        shapes = {name: weight.shape for name, weight in Latte(model).state_dict().items()}
+        shapes = {name: weight.shape for name, weight in build(model).state_dict().items()}
         averaged, trained = ({name: 0.2 * torch.randn(shape) for name, shape in shapes.items()} for _ in range(2))
         write_checkpoint(folder / "checkpoints" / "step_00000020", averaged, trained)
         return folder
