@@ -63,11 +63,15 @@ class Case:
     device: str
 
     def __post_init__(self) -> None:
-        """RecipeError if torch doesn't have the device, or the shape does not divide."""
+        """RecipeError if torch doesn't have the device, the preset takes no such attention, or the shape doesn't fit."""
         kind = self.device.split(":")[0]
         if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
             raise RecipeError(f"--device {self.device} is not available. Use cpu, or cuda if torch sees a GPU")
-        if wrong := shape_errors(self.shape, *self.model.vae_factors, self.model.patch):
+        try:
+            model = self.model
+        except ValueError as error:
+            raise RecipeError(str(error)) from None
+        if wrong := shape_errors(self.shape, *model.vae_factors, model.patch):
             raise RecipeError(f"shape {'x'.join(map(str, self.shape))} of {self.preset}: {'; '.join(wrong)}")
 
     @property

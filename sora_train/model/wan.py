@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, scaled_dot_product_attention
+from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attention
 
 from sora_train.model.config import ModelConfig
 from sora_train.model.embed import TextEmbedding, TimeEmbedding, apply_rope_pairs, from_patches, rope_freqs, to_patches
@@ -129,6 +129,13 @@ class Norm(nn.LayerNorm):
         return layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps)
 
 
+class RmsNorm(nn.RMSNorm):
+    """RMS norm in the tokens' dtype. torch's fused kernel takes no float32 weight with bf16 tokens, as autocast has."""
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        return rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class WanAttention(nn.Module):
     """Multi-head self-attention of all tokens of a clip; the RMS norm of queries and keys is across heads."""
 
@@ -136,7 +143,7 @@ class WanAttention(nn.Module):
         super().__init__()
         d, self.heads = config.width, config.heads
         self.qkv = nn.Linear(d, 3 * d)
-        self.norm_q, self.norm_k = (nn.RMSNorm(d, eps=config.norm_eps) for _ in range(2))
+        self.norm_q, self.norm_k = (RmsNorm(d, eps=config.norm_eps) for _ in range(2))
         self.out = nn.Linear(d, d)
 
     def forward(self, x: Float[Tensor, "b f n d"], rope: Float[Tensor, "2 s r"]) -> Float[Tensor, "b f n d"]:
@@ -154,7 +161,7 @@ class WanTextAttention(nn.Module):
         d, self.heads = config.width, config.heads
         self.q = nn.Linear(d, d)
         self.kv = nn.Linear(d, 2 * d)
-        self.norm_q, self.norm_k = (nn.RMSNorm(d, eps=config.norm_eps) for _ in range(2))
+        self.norm_q, self.norm_k = (RmsNorm(d, eps=config.norm_eps) for _ in range(2))
         self.out = nn.Linear(d, d)
 
     def forward(self, x: Float[Tensor, "b f n d"], text: Float[Tensor, "b l d"]) -> Float[Tensor, "b f n d"]:

@@ -6,13 +6,14 @@ second. What operations made and autograd still refers to after the forward pass
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.functional import layer_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -73,6 +74,7 @@ def trace(model: ModelConfig, mode: Mode, half: bool, autocast: bool, sizes: Siz
     try:
         with FakeTensorMode():
             made = build(model)
+            use_fused_norms(made)
             apply_activation_checkpointing(made, mode)
             x = torch.empty(sizes.b, sizes.f, model.in_channels, sizes.h, sizes.w)
             text, mask = torch.empty(sizes.b, sizes.l, model.text_width), torch.ones(sizes.b, sizes.l).bool()
@@ -88,6 +90,21 @@ def trace(model: ModelConfig, mode: Mode, half: bool, autocast: bool, sizes: Siz
     finally:
         torch.set_default_dtype(default)
     return *blocks, total - sum(blocks)
+
+
+def use_fused_norms(model: nn.Module) -> None:
+    """Replaces RMS norms by layer norms, which save as little on a CPU as RMS norms do on a GPU.
+
+    torch has a fused RMS norm for GPUs alone. On a CPU it saves four times as much.
+    """
+    for norm in model.modules():
+        if isinstance(norm, nn.RMSNorm):
+            norm.forward = partial(fused_norm, norm)
+
+
+def fused_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """A layer norm with the weight of an RMS norm."""
+    return layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype))
 
 
 def count_block(block: nn.Module, i: int, blocks: list[int], live: "LiveStorages") -> None:

@@ -50,7 +50,7 @@ def estimate(model: ModelConfig, train: TrainConfig, sizes: Sizes, world: int) -
         plain = activations(model, train.model_copy(update={"activation_checkpointing": "none"}), sizes)
         recomputed = max(whole - part for whole, part in zip(plain.blocks, made.blocks, strict=True))
     number = HALF if train.precision == "bf16" else FLOAT
-    workspace = 8 * sizes.tokens(model) * model.width * number + recomputed  # gradients of a block's activations
+    workspace = 2 * sizes.tokens(model) * model.inner_width * number + recomputed  # gradients within a feed-forward
     batch = batch_bytes(model, train, sizes)
     before = held.gradients if accumulation(train, world) > 1 else held.lasting
     return Estimate(

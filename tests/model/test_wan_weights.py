@@ -8,6 +8,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
+from sora_train.errors import UserError
 from sora_train.model import ModelConfig, build, preset
 from sora_train.model.convert import (
     check_fit,
@@ -18,6 +19,7 @@ from sora_train.model.convert import (
     to_diffusers,
 )
 from sora_train.model.flops import parameter_count
+from sora_train.train.initial import check_initial, load_initial
 from tests.model.wan_reference import opened, reference
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -136,3 +138,19 @@ def test_a_feed_forward_width_of_four_times_the_width_fits_in_either_form(tmp_pa
     to_diffusers(build(config), tmp_path)
     check_fit(config, tmp_path)
     check_fit(replace(config, feed_forward=192), tmp_path)
+
+
+@pytest.mark.parametrize("place", ["", "transformer"])
+def test_a_run_starts_from_a_pipeline_or_its_transformer(tmp_path, place):
+    reference().save_pretrained(tmp_path / "transformer")
+    expected = from_diffusers(tmp_path)
+    check_initial(expected.config, tmp_path / place)
+    model = build(expected.config)
+    load_initial(model, tmp_path / place)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in expected.state_dict().items())
+    file = tmp_path / "transformer" / WEIGHTS
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=f"{WEIGHTS} is damaged"):
+        check_initial(expected.config, tmp_path / place)
+    with pytest.raises(UserError, match="training can't start from"):
+        load_initial(model, tmp_path / place)

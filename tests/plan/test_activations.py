@@ -8,8 +8,8 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import profile
 
-from sora_train.model import Latte, ModelConfig
-from sora_train.plan.activations import Sizes, activations, trace
+from sora_train.model import ModelConfig, Transformer, build
+from sora_train.plan.activations import Sizes, activations, trace, use_fused_norms
 from sora_train.train.activation_checkpointing import apply_activation_checkpointing
 from sora_train.train.config import TrainConfig
 
@@ -19,13 +19,14 @@ MODELS = {
     "text in every block": replace(SMALL, cross_attention_in="every", temporal_positions="rotary", pooled_text=True),
     "joint": replace(SMALL, attention="joint", depth=3, learned_variance=True),
     "joint, turned": replace(SMALL, attention="joint", positions="rotary", depth=2),
+    "wan": ModelConfig(family="wan", width=64, depth=3, heads=4, text_width=48, feed_forward=144),
     "wide": replace(SMALL, width=192, depth=2, text_width=512),
 }
 CLIPS = [Sizes(2, 4, 8, 8, 7), Sizes(3, 1, 16, 8, 3), Sizes(1, 6, 4, 8, 60)]
 WAYS = [(1, "fp32"), (2, "bf16"), (0, "bf16")]
 
 
-def forward(model: Latte, train: TrainConfig, sizes: Sizes) -> torch.Tensor:
+def forward(model: Transformer, train: TrainConfig, sizes: Sizes) -> torch.Tensor:
     """One pass in training's number formats: autocast at stage 0, else all in one."""
     autocast = train.zero_stage == 0 and train.precision == "bf16"
     dtype = next(model.parameters()).dtype
@@ -36,9 +37,10 @@ def forward(model: Latte, train: TrainConfig, sizes: Sizes) -> torch.Tensor:
         return model(x, torch.full((sizes.b,), 500.0), text, mask)
 
 
-def built(config: ModelConfig, train: TrainConfig) -> Latte:
+def built(config: ModelConfig, train: TrainConfig) -> Transformer:
     torch.manual_seed(0)
-    model = Latte(config)
+    model = build(config)
+    use_fused_norms(model)
     apply_activation_checkpointing(model, train.activation_checkpointing)
     return model.bfloat16() if train.precision == "bf16" and train.zero_stage else model
 
@@ -63,7 +65,7 @@ def test_the_plan_counts_the_tensors_that_autograd_saves(name: str, stage: int, 
 
 
 @pytest.mark.parametrize(("mode", "way"), [*product(("none", "selective", "full"), WAYS)])
-@pytest.mark.parametrize("name", ["factorised", "text in every block", "joint"])
+@pytest.mark.parametrize("name", ["factorised", "text in every block", "joint", "wan"])
 def test_the_plan_counts_what_a_forward_pass_leaves(name: str, mode: str, way: tuple[int, str]):
     train = TrainConfig(zero_stage=way[0], precision=way[1], activation_checkpointing=mode)
     model = built(MODELS[name], train)

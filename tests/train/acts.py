@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from sora_train.model import Latte, ModelConfig
+from sora_train.model import ModelConfig, build
+from sora_train.plan.activations import use_fused_norms
 from sora_train.train import checkpoint
 from sora_train.train.config import TrainConfig
 from sora_train.train.ema import Ema
@@ -24,7 +25,7 @@ def opened(model: ModelConfig, settings: dict, resume: str | None) -> tuple[Engi
     """An engine that has the state of a checkpoint, if there is one."""
     config = TrainConfig(**settings)
     torch.manual_seed(config.seed)
-    engine = Engine(Latte(model), config, accumulation=2, device=torch.device("cpu"))
+    engine = Engine(build(model), config, accumulation=2, device=torch.device("cpu"))
     ema = Ema(engine, config.ema_decay)
     return engine, ema, State() if resume is None else checkpoint.load(Path(resume), engine, ema)
 
@@ -92,17 +93,17 @@ def reduce(model: ModelConfig, out: Path, settings: dict, resume: str | None) ->
     """
     config = TrainConfig(**settings)
     torch.manual_seed(config.seed)
-    latte = Latte(model)
+    made = build(model)
     with torch.no_grad():
-        for p in latte.parameters():
+        for p in made.parameters():
             p.add_(0.05 * torch.randn_like(p))
-    weights = {name: tensor.bfloat16() for name, tensor in latte.state_dict().items()}
-    engine = Engine(latte, config, accumulation=2, device=torch.device("cpu"))
+    weights = {name: tensor.bfloat16() for name, tensor in made.state_dict().items()}
+    engine = Engine(made, config, accumulation=2, device=torch.device("cpu"))
     ema = Ema(engine, config.ema_decay)
     learn(engine, seed=1)
     engine.step(config.learning_rate, lambda norm: "")
     checkpoint.snapshot(engine, ema, State()).write(out)
-    plain = Latte(model).bfloat16()  # after the engine: at stage 3 that changes torch's linear function
+    plain = build(model).bfloat16()  # after the engine: at stage 3 that changes torch's linear function
     plain.load_state_dict(weights)
     scale = 1 / engine.world if engine.stage == 2 else 1.0  # there the ranks' gradients are of a share of the loss
     exact = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in plain.named_parameters()}
@@ -150,6 +151,7 @@ def weigh(model: ModelConfig, out: Path, settings: dict, resume: str | None) -> 
     from torch.profiler import profile
 
     engine, ema, _ = opened(model, settings, resume)
+    use_fused_norms(engine.model)
 
     def storages(tensors: Any) -> dict[int, int]:
         return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}

@@ -25,6 +25,8 @@ from sora_train.train.config import TrainConfig
 from sora_train.train.loop import train
 from sora_train.train.run_dir import RunDir
 
+WAN = {"family": "wan", "sample_size": 32, "feed_forward": 40}
+"""Changes of MODEL."""
 MODEL = ModelConfig(width=16, depth=2, heads=2, text_width=64, sample_size=4)
 
 

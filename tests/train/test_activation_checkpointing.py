@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.profiler import profile
 
-from sora_train.model import Latte, ModelConfig
+from sora_train.model import ModelConfig, Transformer, build
 from sora_train.train.activation_checkpointing import apply_activation_checkpointing
 from sora_train.train.skipped_blocks import add_zero_gradients
 
@@ -18,12 +18,13 @@ VARIANTS = [
     SMALL,
     replace(SMALL, cross_attention_in="every", temporal_positions="rotary", pooled_text=True),
     replace(SMALL, attention="joint", positions="rotary", depth=2),
+    ModelConfig(family="wan", width=32, depth=2, heads=4, text_width=12),
 ]
 
 
-def awake(config: ModelConfig) -> Latte:
+def awake(config: ModelConfig) -> Transformer:
     torch.manual_seed(0)
-    model = Latte(config)
+    model = build(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model
@@ -95,16 +96,16 @@ def test_checkpointing_saves_memory_selectively_and_in_full():
 
 @pytest.mark.slow
 @pytest.mark.skipif(which("c++") is None, reason="torch compiles for the CPU by a C++ compiler, and there is none")
-def test_compiled_blocks_equal_plain_ones_without_a_graph_break():
+@pytest.mark.parametrize("family", ["sample_size=8, attention='joint', positions='rotary'", "family='wan'"])
+def test_compiled_blocks_equal_plain_ones_without_a_graph_break(family: str):
     # A process of its own: jaxtyping's checks, which this one runs under, can't be compiled. Without gradients, since
     # compiling these as well takes as long again.
     program = """
 import torch, torch._dynamo
-from sora_train.model import Latte, ModelConfig
+from sora_train.model import ModelConfig, build
 from sora_train.train.compile import compile_blocks
 torch.manual_seed(0)
-plain, compiled = (Latte(ModelConfig(width=16, depth=2, heads=2, text_width=12, sample_size=8, attention="joint",
-                                     positions="rotary")) for _ in range(2))
+plain, compiled = (build(ModelConfig(width=16, depth=2, heads=2, text_width=12, FAMILY)) for _ in range(2))
 for parameter in plain.parameters():
     torch.nn.init.normal_(parameter, std=0.2)
 compiled.load_state_dict(plain.state_dict())
@@ -114,5 +115,6 @@ with torch.no_grad():
     torch.testing.assert_close(compiled(*inputs), plain(*inputs), rtol=1e-5, atol=1e-5)
 print(torch._dynamo.utils.counters["stats"]["unique_graphs"], sum(torch._dynamo.utils.counters["graph_break"].values()))
 """
+    program = program.replace("FAMILY", family)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=280)
     assert done.stdout.split() == ["1", "0"], done.stderr[-2000:]

@@ -16,8 +16,10 @@ from sora_train.train.config import TrainConfig
 WORLD = 2
 WAYS = [*product(range(4), ("fp32", "bf16"), ("none",)), *product((1, 2, 3), ("bf16",), ("optimizer",)),
         (3, "bf16", "all")]  # fmt: skip
+WAN_WAYS = [(0, "fp32", "none"), (1, "bf16", "none"), (2, "fp32", "none"), (3, "bf16", "none"), (3, "bf16", "all")]
 # Of 7 heads' width, so that parts have to be padded; large enough to outweigh what the plan leaves out.
 MODEL = {"width": 84, "depth": 4, "heads": 7, "text_width": 64, "sample_size": 8}
+MODELS = {"latte": MODEL, "wan": MODEL | ranks.WAN | {"depth": 2}}
 BUCKETS = {"reduce_bucket_size": 50_000, "stage3_param_persistence_threshold": 1000,
            "stage3_prefetch_bucket_size": 30_000}  # fmt: skip
 SETTINGS = {"steps": 1, "batch_size": 8, "micro_batch_size": 2, "deepspeed": {"zero_optimization": BUCKETS}}
@@ -29,39 +31,45 @@ def settings(stage: int, precision: str, offload: str) -> dict:
 
 @pytest.fixture(scope="module")
 def weighed(start, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders `stage_precision_offload`, each with what both ranks weighed."""
+    """Folders `stage_precision_offload`, each with what both ranks weighed; those of a Wan in a folder `wan`."""
     root = tmp_path_factory.mktemp("weighed")
     tasks = [
-        {"out": str(root / "_".join(map(str, way))), "train": settings(*way), "model": MODEL, "act": "weigh"}
+        {"out": str(root / name / "_".join(map(str, way))), "train": settings(*way), "model": MODELS[name]}
+        | {"act": "weigh"}
         for way in WAYS
+        for name in MODELS
+        if name == "latte" or way in WAN_WAYS
     ]
     codes, output = start(WORLD, tiny_shards, tasks)()
     assert not any(codes), "\n".join(output)
     return root
 
 
-def both(weighed: Path, way: tuple) -> list[dict]:
-    folder = weighed / "_".join(map(str, way))
+def both(weighed: Path, way: tuple, name: str = "latte") -> list[dict]:
+    folder = weighed / name / "_".join(map(str, way))
     return [json.loads((folder / f"weighed_{rank}.json").read_text()) for rank in range(WORLD)]
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_the_planned_model_state_is_to_the_byte_what_training_holds(weighed: Path, way: tuple):
-    found = states(replace(ranks.MODEL, **MODEL), TrainConfig(**settings(*way)), WORLD)
-    for name in ("parameters", "masters", "moments"):
-        planned = getattr(found, name) + found.host.get(name, 0)
-        assert [one[name] for one in both(weighed, way)] == [planned] * WORLD, name
-    assert max(one["ema"] for one in both(weighed, way)) == found.ema + found.host.get("ema", 0)
+@pytest.mark.parametrize(("name", "way"), [*product(["latte"], WAYS), *product(["wan"], WAN_WAYS)])
+def test_the_planned_model_state_is_to_the_byte_what_training_holds(weighed: Path, name: str, way: tuple):
+    found = states(replace(ranks.MODEL, **MODELS[name]), TrainConfig(**settings(*way)), WORLD)
+    for part in ("parameters", "masters", "moments"):
+        planned = getattr(found, part) + found.host.get(part, 0)
+        assert [one[part] for one in both(weighed, way, name)] == [planned] * WORLD, part
+    assert max(one["ema"] for one in both(weighed, way, name)) == found.ema + found.host.get("ema", 0)
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way[2] == "none"])
-def test_the_most_that_a_step_takes_is_as_planned_within_a_twentieth(weighed: Path, way: tuple):
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [(name, way) for name, ways in (("latte", WAYS), ("wan", WAN_WAYS)) for way in ways if way[2] == "none"],
+)
+def test_the_most_that_a_step_takes_is_as_planned_within_a_twentieth(weighed: Path, name: str, way: tuple):
     """Of tensors. Without AdamW's own step."""
-    model, train = replace(ranks.MODEL, **MODEL), TrainConfig(**settings(*way))
+    model, train = replace(ranks.MODEL, **MODELS[name]), TrainConfig(**settings(*way))
     plan = estimate(model, train, Sizes(2, 4, 8, 8, 7), WORLD)
     held: States = plan.states
     there = held.held + held.lasting + (held.bucket if way[0] == 3 else 0)  # before what was weighed began
-    most = max(one["most"] for one in both(weighed, way))
+    most = max(one["most"] for one in both(weighed, way, name))
     assert held.held + max(plan.backward, plan.sending) == pytest.approx(there + most, rel=0.05)
 
 

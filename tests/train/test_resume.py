@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import ranks
 from reading import KINDS, at_step, checkpoint_at, distance, losses, parts, records, without_key_biases
 
 LAST, HELD = 9, 4
@@ -22,7 +23,7 @@ SETTINGS = {
     "checkpoint_every": HELD,
     "ema_decay": 0.9,
 }
-SAME = ["zero0", "zero1", "zero2", "zero3", "bf16_zero1", "bf16_zero3"]
+SAME = ["zero0", "zero1", "zero2", "zero3", "bf16_zero1", "bf16_zero3", "wan_zero2"]
 OTHER = {
     2: [(1, 1), (2, 2), (0, 2), (2, 0), (3, 3), (2, 3)],
     1: [(1, 1), (2, 2), (3, 2), (3, 0), (3, 3), (1, 3)],
@@ -39,7 +40,8 @@ def runs(start, alive: str, tiny_shards: Path, tmp_path_factory: pytest.TempPath
     def task(world: int, out: str, stage: int, resume: str | None = None, **changes) -> dict:
         from_ = resume and str(checkpoint_at(root / resume, HELD))
         train = SETTINGS | {"zero_stage": stage, "micro_batch_size": -(-4 // world)} | changes
-        return {"out": str(root / out), "train": train, "resume": from_, "init_from": alive}
+        made = {"out": str(root / out), "train": train, "resume": from_}
+        return made | ({"model": ranks.WAN} if out.startswith("wan") else {"init_from": alive})
 
     def finished(*ends) -> None:
         for end in ends:
@@ -56,6 +58,7 @@ def runs(start, alive: str, tiny_shards: Path, tmp_path_factory: pytest.TempPath
         pairs = sorted(pairs, key=lambda pair: pair[1])
         tasks = [task(world, f"{a}to{b}_on{world}", b, f"zero{a}") for a, b in pairs]
         tasks += [task(world, f"{a}to{b}_on{world}_written", b, f"zero{a}") | {"act": "write_again"} for a, b in pairs]
+        tasks.append(task(world, f"wan2to3_on{world}", 3, "wan_zero2"))
         ends.append(start(world, tiny_shards, tasks))
     finished(*ends)
     return root
@@ -81,7 +84,16 @@ PAIRS = [(world, a, b) for world, pairs in OTHER.items() for a, b in pairs]
 
 @pytest.mark.parametrize(("world", "a", "b"), PAIRS)
 def test_other_world_sizes_and_stages_repeat_the_unbroken_losses(runs: Path, world: int, a: int, b: int):
-    again, unbroken = runs / f"{a}to{b}_on{world}", runs / f"zero{a}"
+    repeats(runs / f"{a}to{b}_on{world}", runs / f"zero{a}")
+
+
+@pytest.mark.parametrize("world", OTHER)
+def test_wan_goes_on_at_other_world_sizes_as_well(runs: Path, world: int):
+    repeats(runs / f"wan2to3_on{world}", runs / "wan_zero2")
+
+
+def repeats(again: Path, unbroken: Path) -> None:
+    """Both runs record the same steps from HELD on, and end with the same state but for rounding."""
     expected = [record for record in records(unbroken) if record["step"] > HELD]
     for key in ("step", "samples_seen", "epoch", "lr"):
         assert [record[key] for record in records(again)] == [record[key] for record in expected]
