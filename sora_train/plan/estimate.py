@@ -50,7 +50,9 @@ def estimate(model: ModelConfig, train: TrainConfig, sizes: Sizes, world: int) -
         plain = activations(model, train.model_copy(update={"activation_checkpointing": "none"}), sizes)
         recomputed = max(whole - part for whole, part in zip(plain.blocks, made.blocks, strict=True))
     number = HALF if train.precision == "bf16" else FLOAT
-    workspace = 2 * sizes.tokens(model) * model.inner_width * number + recomputed  # gradients within a feed-forward
+    # gradients within a block, and of padded captions
+    values = sizes.tokens(model) * max(8 * model.width, 2 * model.inner_width)
+    workspace = number * (values + sizes.b * model.text_tokens * model.width) + recomputed
     batch = batch_bytes(model, train, sizes)
     before = held.gradients if accumulation(train, world) > 1 else held.lasting
     return Estimate(
