@@ -63,7 +63,7 @@ class Case:
     device: str
 
     def __post_init__(self) -> None:
-        """RecipeError if torch doesn't have the device, the preset takes no such attention, or the shape doesn't fit."""
+        """RecipeError if torch doesn't have the device, or the preset no such attention or shape."""
         kind = self.device.split(":")[0]
         if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
             raise RecipeError(f"--device {self.device} is not available. Use cpu, or cuda if torch sees a GPU")
