@@ -52,10 +52,11 @@ drill-prep: .venv/installed
 drill-jobs: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster tests/jobs -m slow -rA
 
-# One thread a process, since tests start several processes at once.
+# One thread a process, since tests start several processes at once. Tests run in JOBS processes, with 0 in this one.
+JOBS ?= 2
 test: export OMP_NUM_THREADS ?= 1
 test: .venv/installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/data_prep -m slow -rA

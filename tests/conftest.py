@@ -1,12 +1,41 @@
 """What several tests share."""
 
+import functools
 import gc
+import os
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+
+@functools.cache
+def uses_ray(file: Path) -> bool:
+    """Whether a file of tests starts Ray, here or in processes of its own."""
+    return "pytest.mark.ray" in file.read_text()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For `make test`: the files with Ray go to one process, since two Rays would compete, the others to any."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneProcessForRay(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:  # as xdist's manual has it
+            file = super()._split_scope(nodeid)
+            return "ray" if uses_ray(config.rootpath / file) else file
+
+    return OneProcessForRay(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several processes, the files with Ray begin: no other group takes as long."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: not uses_ray(item.path))
 
 
 def pytest_collection_finish() -> None:
