@@ -85,6 +85,12 @@ def read_image(path: str, at_least: int = 0) -> np.ndarray:
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I;16"):
             return (np.asarray(upright) >> 8).astype(np.uint8)[..., None].repeat(3, 2)
+        if upright.mode in ("I", "F"):  # no fixed range: scaled from the minimum to the maximum
+            values = np.asarray(upright, np.float64)
+            if not np.isfinite(values).all():
+                raise ClipError("corrupt", "the image has values that are not finite")
+            grey = (values - values.min()) * (255 / max(np.ptp(values), 1e-9))
+            return grey.round().astype(np.uint8)[..., None].repeat(3, 2)
         colours = convert(upright) if convert else upright
         if upright.has_transparency_data:
             rgba = colours.convert("RGBA")

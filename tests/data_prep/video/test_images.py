@@ -290,3 +290,19 @@ def test_a_size_beyond_the_limit_is_refused_before_decoding(tmp_path: Path):
     with pytest.raises(ClipError) as error:
         read_image_header(str(path))
     assert error.value.reason == "too_large"
+
+
+@pytest.mark.parametrize("dtype", ["int32", "float32"])
+def test_images_without_a_fixed_range_are_scaled_to_theirs(tmp_path: Path, dtype: str):
+    ramp = np.linspace(-40, 90_000, 256 * 16).reshape(16, 256).astype(dtype)
+    Image.fromarray(ramp).save(tmp_path / "ramp.tiff")
+    grey = read_image(str(tmp_path / "ramp.tiff"))
+    assert (grey == grey[..., :1]).all()
+    assert np.abs(grey[..., 0] - np.linspace(0, 255, 256 * 16).reshape(16, 256)).max() <= 0.51
+
+
+def test_an_image_of_values_that_are_not_finite_is_corrupt(tmp_path: Path):
+    Image.fromarray(np.full((16, 16), np.nan, np.float32)).save(tmp_path / "nan.tiff")
+    with pytest.raises(ClipError, match="not finite") as error:
+        read_image(str(tmp_path / "nan.tiff"))
+    assert error.value.reason == "corrupt"
