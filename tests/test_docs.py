@@ -4,6 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+
+from sora_train.model import build, preset
+from sora_train.model.config import PRESETS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -42,3 +46,13 @@ def test_every_module_that_a_page_names_exists(page: str):
 
 def test_the_readme_stays_a_short_read():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
+def test_the_table_of_models_has_every_preset_with_its_size():
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| ")]
+    for name in PRESETS:
+        (row,) = [row for row in rows if f"`{name}`" in row.split("|")[2]]
+        sizes = [float(number) for number in re.findall(r"[\d.]+", row.split("|")[3])]
+        with torch.device("meta"):
+            count = sum(parameter.numel() for parameter in build(preset(name)).parameters())
+        assert min(sizes) <= round(count / 1e9, 2) <= max(sizes), name

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from wan_models import TEXT_WIDTH, make_wan_pipeline
 
+from sora_train.data.config import undividable_shapes
 from sora_train.flags import parse_flags
 from sora_train.model.latte import Latte
 from sora_train.recipe import Recipe, load_recipe
@@ -16,7 +18,8 @@ JOBS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "jobs").glob
 CLUSTER = [job for job in JOBS if Path(job).stem not in ("quickstart", "real_clips")]
 """Those that are written for a cluster with shared storage."""
 
-# Ma et al. 2024 (arXiv 2401.03048): blocks, width, heads. latte_t2v: maxin-cn/Latte-1's transformer/config.json.
+# Ma et al. 2024 (arXiv 2401.03048): blocks, width, heads. latte_t2v: maxin-cn/Latte-1's transformer/config.json. Wan:
+# that of Wan-AI/Wan2.1-T2V-1.3B-Diffusers and Wan2.2-TI2V-5B-Diffusers; the small one is ours.
 PAPER = {
     "latte_s_256": (12, 384, 6),
     "latte_b_256": (12, 768, 12),
@@ -24,6 +27,9 @@ PAPER = {
     "latte_l_256": (24, 1024, 16),
     "latte_xl_256": (28, 1152, 16),
     "finetune_latte_t2v_512": (56, 1152, 16),
+    "wan2.1_1.3b_finetune": (30, 1536, 12),
+    "wan2.2_5b_finetune": (30, 3072, 24),
+    "wan_256px": (12, 768, 12),
 }
 
 
@@ -51,7 +57,10 @@ def test_a_job_has_the_papers_size_and_its_shapes_divide(job: str):
     name, model, train = Path(job).stem, recipe.model, recipe.train
     assert recipe.name == name
     assert (model.depth, model.width, model.heads, model.patch) == (*PAPER[name], 2)
-    assert recipe.data.height == recipe.data.width == model.sample_size * model.vae_factors[0]
+    space, time = model.vae_factors
+    assert undividable_shapes(recipe.data, space, time, model.patch) == []
+    if model.family == "latte":
+        assert recipe.data.height == recipe.data.width == model.sample_size * space
     assert train.batch_size % (recipe.cluster.fewest * train.micro_batch_size) == 0
     assert train.betas == (0.9, 0.999)
     assert train.weight_decay == 0
@@ -90,24 +99,32 @@ def test_the_largest_job_has_as_many_parameters_as_the_released_model():
 
 def shrunken(job: str, folder: Path) -> Recipe:
     """The job at its own attention, diffusion, ZeRO stage, checkpointing, guidance and verbs, but: 2 blocks 32 wide in
-    place of the preset's, clips of 4 frames of 64 px, the embedded networks, float32, one worker, two steps.
+    place of the preset's, clips of 4 or 5 frames of 64 px, the embedded networks or a random Wan's, float32, one
+    worker, two steps.
     """
     recipe = load_recipe(ROOT / job)
-    model = {"model.depth": 2, "model.width": 32, "model.heads": 2, "model.sample_size": 8, "model.text_width": 64}
+    wan, vae, text = recipe.model.family == "wan", "builtin", "builtin"
+    model = {"model.depth": 2, "model.width": 32, "model.heads": 2}
+    model |= {"model.text_width": TEXT_WIDTH if wan else 64} | ({} if wan else {"model.sample_size": 8})
+    if wan:
+        vae = text = str(make_wan_pipeline(folder / "wan", "2.2" if recipe.model.in_channels == 48 else "2.1"))
+        model |= {"model.feed_forward": 48}
     data = {"data.captions": str(folder / "clips/captions.csv"), "data.output": str(folder / "shards"),
-            "data.frames": 4, "data.fps": 8, "data.height": 64, "data.width": 64, "data.max_enlarge": 0}  # fmt: skip
-    codec = {"codec.vae": "builtin", "codec.text": "builtin", "codec.models": "",
+            "data.frames": 5 if wan else 4, "data.fps": 8, "data.height": 64, "data.width": 64,
+            "data.max_enlarge": 0}  # fmt: skip
+    codec = {"codec.vae": vae, "codec.text": text, "codec.models": "",
              "codec.precision": "fp32", "codec.text_precision": "fp32"}  # fmt: skip
     train = {"train.output": str(folder / "runs"), "train.steps": 2, "train.batch_size": 2, "train.micro_batch_size": 1,
              "train.precision": "fp32", "train.log_every": 1, "train.checkpoint_every": 2}  # fmt: skip
     rest = {"cluster.workers": 1, "cluster.cpus_per_worker": 1, "cluster.gpu": "no", "cluster.address": "local",
             "tracking.wandb": "off"}  # fmt: skip
     changes: dict[str, object] = {**model, **data, **codec, **train, **rest}
-    if recipe.validation.every:
+    if recipe.validation.prompts:
         changes |= {"validation.every": 2, "validation.steps": 2, "validation.resources": {"CPU": 1}}
         changes |= {"validation.prompts": recipe.validation.prompts[:1]}
     if recipe.model.init_from:
-        changes |= {"model.init_from": start_weights(load_recipe(ROOT / job, changes), folder)}
+        start = vae if wan else start_weights(load_recipe(ROOT / job, changes), folder)
+        changes |= {"model.init_from": start}
     return load_recipe(ROOT / job, changes)
 
 
