@@ -21,8 +21,11 @@ from tests.cluster.world import ROOT
 
 SECTION = "## Machines that you log in to"
 WORKERS = 4
-PREP = "--data.frames 8 --data.fps 8 --data.height 64 --data.width 64 --codec.vae builtin"
-TRAIN = f"{PREP} --train.log_every 1 --train.log_samples true --train.keep_checkpoints 2"
+PREP = "--codec.vae builtin"
+TRAIN = (
+    f"{PREP} --train.steps 50 --train.log_every 1 --train.log_samples true --train.checkpoint_every 25 "
+    "--train.keep_checkpoints 2 --validation.every 25"
+)
 
 
 def main(folder: Path) -> None:
