@@ -80,7 +80,10 @@ def check_fit(config: ModelConfig, folder: Path) -> None:
 def config_differences(config: ModelConfig, found: ModelConfig) -> list[str]:
     """A phrase for every key in which weights of the config `found` do not fit a model of `config`."""
     free = ("preset", "sample_frames", "init_from")  # a Latte may be made for other lengths than it was trained on
-    wanted, there = (asdict(each) | {"feed_forward": each.inner_width} for each in (config, found))
+    inner = [config.feed_forward, found.feed_forward]
+    if any(inner):  # 0 stands for four times the width
+        inner = [config.inner_width, found.inner_width]
+    wanted, there = (asdict(each) | {"feed_forward": n} for each, n in zip((config, found), inner, strict=True))
     keys = ["family"] if config.family != found.family else [key for key in wanted if key not in free]
     return [f"model.{key} is {wanted[key]!r}, there it is {there[key]!r}" for key in keys if wanted[key] != there[key]]
 
