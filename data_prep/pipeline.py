@@ -19,7 +19,7 @@ from data_prep.sources import SourceRow, read_rows
 from data_prep.stats import PrepStats
 from data_prep.watchdog import PipelineStalled
 from sora_train.codec.conventions import HAS_FTFY, cleaning_of
-from sora_train.codec.files import TextFiles, VaeFiles, find_text_encoder, find_vae
+from sora_train.codec.files import TextFiles, VaeFiles, check_lengths, find_text_encoder, find_vae
 from sora_train.data.config import small_bucket_warnings, undividable_shapes
 from sora_train.data.shards import ShardSet
 from sora_train.errors import RecipeError, UserError
@@ -45,6 +45,11 @@ def prep(recipe: Recipe) -> Manifest:
     reject_job_dir("data.output", data.output)
     vae, text = find_codec(recipe)
     check_shapes(recipe, vae)
+    if vae.channels != recipe.model.in_channels:
+        log.warning(
+            f"prep: latents of this VAE have {vae.channels} channels, and model.in_channels is "
+            f"{recipe.model.in_channels}: this recipe's model can't be trained on them"
+        )
     key = encoding_hash(recipe, vae, text)
     rows = read_rows(data)
     with run_lock(data.output, "sora prep"):
@@ -131,9 +136,11 @@ def resolve_caption_cleaning(recipe: Recipe) -> Recipe:
 
 
 def find_codec(recipe: Recipe) -> tuple[VaeFiles, TextFiles]:
-    """The files of the recipe's VAE and text encoder. Raises UserError if they can't be found or fetched."""
+    """The files of the recipe's VAE and text encoder. Raises UserError if they are missing or cut short."""
     codec = recipe.codec
-    return find_vae(codec.vae, codec.models), find_text_encoder(codec.text, codec.models)
+    vae, text = find_vae(codec.vae, codec.models), find_text_encoder(codec.text, codec.models)
+    check_lengths((*vae.files, *text.files))
+    return vae, text
 
 
 def check_shapes(recipe: Recipe, vae: VaeFiles) -> None:

@@ -67,6 +67,9 @@ class ClipError(Exception):
         self.reason = reason
         self.message = message
 
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.message}"
+
 
 def kind_of(reason: str) -> str:
     """`quarantined` or `filtered`."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+
+from safetensors import safe_open
 
 from sora_train.codec.folders import find_folder
 from sora_train.codec.hub import PARTS, is_wanted
@@ -162,6 +164,14 @@ def read_config(folder: Path) -> dict:
         if not isinstance(config, dict):
             raise ValueError("no JSON object")
         return config
+
+
+def check_lengths(files: Iterable[Path]) -> None:
+    """Raises UserError for a weight file that is cut short: its header says how long it must be."""
+    for path in files:
+        if path.suffix == ".safetensors":
+            with damaged_file_errors(str(path)), safe_open(path, "np"):
+                pass
 
 
 @contextmanager

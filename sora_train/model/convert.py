@@ -61,7 +61,8 @@ def transformer_folder(folder: Path) -> Path:
     for place in (folder / "transformer", folder):
         if (place / "config.json").is_file():
             return place
-    raise FileNotFoundError(f"{folder / 'config.json'} is missing: not a model in diffusers' format")
+    missing = folder / ("transformer" if (folder / "model_index.json").exists() else "") / "config.json"
+    raise FileNotFoundError(f"{missing} is missing: not a model in diffusers' format")
 
 
 def check_fit(config: ModelConfig, folder: Path) -> None:
@@ -146,6 +147,8 @@ def load_diffusers(model: Transformer, folder: str | Path) -> None:
             raise ValueError(f"{folder} {' and '.join(wrong)}")
         for ours, theirs in names.items():
             tensor = torch.cat([there[name].get_tensor(name) for name in theirs])
+            if not tensor.isfinite().all():
+                raise ValueError(f"{folder}: {', '.join(theirs)} has values that are not finite. Fetch it again")
             if padded and ours.startswith("patch_out."):
                 tensor = without_variance(tensor, config)
             if tensor.numel() != wanted[ours].numel():

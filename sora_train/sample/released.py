@@ -131,6 +131,11 @@ def ddpm_of(scheduler: dict[str, Any]) -> tuple[dict[str, Any], str]:
 def manifest_of(recipe: Recipe, family: str) -> Manifest:
     """The manifest of a pipeline, with the size that it was released for. It has no clips, and no hashes to compare."""
     vae, text, codec = find_vae(recipe.codec.vae), find_text_encoder(recipe.codec.text), recipe.codec
+    if vae.channels != recipe.model.in_channels:
+        raise UserError(
+            f"{vae.place} is a VAE of {vae.channels} channels, and the transformer takes {recipe.model.in_channels}: "
+            "they are not of one pipeline. Fetch the whole pipeline again"
+        )
     frames, height, width, fps = 16, vae.factor * recipe.model.sample_size, vae.factor * recipe.model.sample_size, 8.0
     if family == "wan":  # Wan 2.2's VAE compresses twice as much, for twice the size
         frames, height, width, fps = (121, 704, 1280, 24.0) if vae.factor == 16 else (81, 480, 832, 16.0)

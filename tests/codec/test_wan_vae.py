@@ -1,5 +1,6 @@
 """Latents of Wan's two VAEs as WanPipeline has them, from a clip's pixels to the model and back."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ from torch import Tensor
 from wan_models import CHANNELS, Kind, frames_by_diffusers, latents_by_diffusers, make_wan_vae, wan_vae
 
 from data_prep.pipeline import check_shapes
-from sora_train.codec.files import find_vae
+from sora_train.codec.files import check_lengths, find_vae
 from sora_train.codec.vae import Vae, load_vae
-from sora_train.errors import RecipeError
+from sora_train.errors import RecipeError, UserError
 from sora_train.recipe import Recipe
 
 KINDS: tuple[Kind, ...] = ("2.1", "2.2")
@@ -104,3 +105,12 @@ def test_a_recipe_whose_shapes_the_vae_does_not_divide_is_refused(kind: Kind, fo
         f"data.height {good + 8} does not divide by {grid} (VAE {files.factor} x model.patch 2); use {good} or "
         f"{good + grid}",
     ]
+
+
+def test_weights_that_are_cut_short_are_found_without_loading_them(kind: Kind, folder: Path, tmp_path: Path):
+    cut = Path(shutil.copytree(folder, tmp_path / "cut"))
+    check_lengths(find_vae(str(cut)).files)
+    (weights,) = (cut / "vae").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match="Fetch them again"):
+        check_lengths(find_vae(str(cut)).files)

@@ -90,6 +90,19 @@ def test_missing_and_unexpected_tensors_are_named_in_one_error(tmp_path):
         from_diffusers(tmp_path)
 
 
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    reference().save_pretrained(tmp_path)
+    save_file(load_file(tmp_path / WEIGHTS) | {"proj_out.bias": torch.full((64,), torch.nan)}, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match="proj_out.bias has values that are not finite"):
+        from_diffusers(tmp_path)
+
+
+def test_a_pipeline_without_its_transformer_is_named(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"transformer/config.json is missing"):
+        from_diffusers(tmp_path)
+
+
 def test_a_tensor_of_another_shape_is_named(tmp_path):
     reference().save_pretrained(tmp_path)
     save_file(load_file(tmp_path / WEIGHTS) | {"proj_out.bias": torch.zeros(3)}, tmp_path / WEIGHTS)

@@ -88,6 +88,10 @@ def test_what_is_missing_or_unknown_is_named(pipelines, tmp_path):
     damaged = copied(pipelines["2.1"], tmp_path / "damaged")
     (damaged / "model_index.json").write_text("{")
     assert "model_index.json can't be read" in said(damaged)
+    other = copied(pipelines["2.1"], tmp_path / "other")
+    shutil.rmtree(other / "vae")
+    shutil.copytree(pipelines["2.2"] / "vae", other / "vae")
+    assert "is a VAE of 48 channels, and the transformer takes 16" in said(other)
     (file,) = (two / "transformer").glob("*.safetensors")
     content = file.read_bytes()
     (two / "model_index.json").unlink()  # without it the transformer says what the pipeline is
