@@ -171,7 +171,7 @@ class Command:
 COMMANDS = {
     "download": Command(
         "RECIPE",
-        "Downloads the recipe's VAE and text encoder to a folder that all nodes share (--to DIR).",
+        "Downloads the recipe's VAE, text encoder and initial weights to a folder that all nodes share (--to DIR).",
         "jobs/real_clips.yaml --to /shared/models",
         DownloadOptions,
         reads=("codec", "model.init_from"),

@@ -15,7 +15,7 @@ class Sampling(Section):
 
     sampler: Sampler = "auto"
     """`euler`, `heun` or `unipc` (as in WanPipeline) for flow models; `ddim`, `dpm++` or `ddpm` for DDPM models. `auto`
-    is the first for the model."""
+    is the first for the model, and for a released pipeline that of its scheduler."""
     steps: PositiveInt = 20
     """Sampler steps, at most 1000 for DDPM. Each step of `heun` except the last runs the model twice."""
     guidance: NonNegativeFloat = 4.0

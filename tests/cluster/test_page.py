@@ -34,6 +34,10 @@ def typed(page: str) -> Iterator[list[str]]:
             yield words
 
 
+COPIES = {"my_job.yaml": "jobs/real_clips.yaml", "my_wan.yaml": "jobs/wan2.1_1.3b_finetune.yaml"}
+"""The recipes that a reader of the README copies."""
+
+
 def judge(words: list[str]) -> None:
     """AssertionError or RecipeError where a command could not be meant."""
     sora, verb, *rest = words
@@ -43,8 +47,7 @@ def judge(words: list[str]) -> None:
         rest = rest[: rest.index("--to")]
     if verb in ("prep", "train", "download") and not any("RECIPE" in word or word == "--help" for word in rest):
         flags, (file,) = parse_flags(rest, Recipe)
-        file = file.replace("my_job.yaml", "jobs/real_clips.yaml")  # the reader's copy of it
-        recipe = load_recipe(ROOT / file, flags)
+        recipe = load_recipe(ROOT / COPIES.get(file, file), flags)
         if verb == "train":
             check_batch(recipe)
 
