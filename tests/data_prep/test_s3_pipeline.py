@@ -15,7 +15,8 @@ from sora_train.storage import atomic_write, resolve
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_videos_on_s3_become_shards_on_s3(tmp_path: Path, write, s3: str):
+def test_videos_on_s3_become_shards_on_s3(tmp_path: Path, write, s3: str, one_ray):
+    one_ray.stop()  # workers must inherit the address of the server
     system, bucket = resolve(s3)
     lines = ["video_file_name,prompt"]
     for i in range(3):
