@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 
@@ -172,6 +173,12 @@ def check_lengths(files: Iterable[Path]) -> None:
         if path.suffix == ".safetensors":
             with damaged_file_errors(str(path)), safe_open(path, "np"):
                 pass
+
+
+def check_complete(loading_info: dict[str, Any]) -> None:
+    """Raises ValueError if weights lack tensors, to which diffusers and transformers give random values."""
+    if missing := sorted(loading_info["missing_keys"]):
+        raise ValueError(f"{len(missing)} of the network's tensors are not there, such as {missing[0]}")
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sora_train.codec import DTYPES, CodecConfig
 from sora_train.codec.conventions import clean
-from sora_train.codec.files import TextFiles, damaged_file_errors, find_text_encoder
+from sora_train.codec.files import TextFiles, check_complete, damaged_file_errors, find_text_encoder
 from sora_train.codec.memory import give_back, is_out_of_memory
 from sora_train.errors import one_line
 
@@ -162,9 +162,10 @@ def load_text_encoder(
     transformers.utils.logging.disable_progress_bar()
     try:
         with damaged_file_errors(f"codec.text: {files.place}", files.place):
-            model = getattr(transformers, files.kind).from_pretrained(
-                str(files.place), local_files_only=True, use_safetensors=True, dtype=dtype
+            model, info = getattr(transformers, files.kind).from_pretrained(
+                str(files.place), local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
             )
+            check_complete(info)
     finally:
         if bars:
             transformers.utils.logging.enable_progress_bar()

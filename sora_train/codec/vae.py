@@ -20,7 +20,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from sora_train.codec import DTYPES, CodecConfig
-from sora_train.codec.files import VaeFiles, damaged_file_errors, find_vae
+from sora_train.codec.files import VaeFiles, check_complete, damaged_file_errors, find_vae
 from sora_train.codec.memory import give_back, is_out_of_memory
 from sora_train.errors import UserError
 from sora_train.latent_shape import shape_errors
@@ -210,9 +210,11 @@ def load_vae(
     kind, place = getattr(diffusers, files.kind), str(files.place)
     try:
         with damaged_file_errors(f"codec.vae: {place}", files.place):
-            model = kind.from_pretrained(
-                place, local_files_only=True, use_safetensors=True, torch_dtype=dtype, low_cpu_mem_usage=False
-            )
+            model, info = kind.from_pretrained(
+                place, local_files_only=True, use_safetensors=True, torch_dtype=dtype, low_cpu_mem_usage=False,
+                output_loading_info=True,
+            )  # fmt: skip
+            check_complete(info)
     finally:
         diffusers.utils.logging.set_verbosity(verbosity)
     return Vae(model.to(device), files)

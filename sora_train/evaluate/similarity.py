@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from sora_train.codec.files import read_config, weight_files
+from sora_train.codec.files import check_complete, read_config, weight_files
 from sora_train.codec.folders import find_folder
 from sora_train.errors import UserError
 
@@ -58,7 +58,10 @@ def load_clip(name: str, device: str | torch.device = "cpu", models: str = "", k
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
-        model = transformers.CLIPModel.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
+        model, info = transformers.CLIPModel.from_pretrained(
+            str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+        check_complete(info)
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         images = transformers.AutoImageProcessor.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:

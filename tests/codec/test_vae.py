@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from einops import rearrange
+from safetensors.torch import load_file, save_file
 
 from sora_train.codec import BUILTIN, CodecConfig
 from sora_train.codec.files import damaged_file_errors, find_vae
@@ -152,6 +153,19 @@ def test_a_network_whose_files_were_cut_is_one_message_that_names_them(tmp_path:
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
         with pytest.raises(UserError, match=f"{folder}.* can't be read .*damaged"):
             (load_vae if key == "vae" else load_text_encoder)(str(folder))
+
+
+@pytest.mark.parametrize("key", ["vae", "text"])
+def test_weights_that_lack_a_tensor_are_refused_and_not_made_up(tmp_path: Path, key: str):
+    folder = tmp_path / key
+    shutil.copytree(BUILTIN / key, folder)
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    lost = next(name for name in sorted(tensors) if name.endswith("weight") and "shared" not in name)
+    del tensors[lost]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"1 of the network's tensors are not there, such as {lost}.*Fetch them again"):
+        (load_vae if key == "vae" else load_text_encoder)(str(folder))
 
 
 @pytest.mark.parametrize(
