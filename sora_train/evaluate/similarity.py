@@ -58,9 +58,10 @@ def load_clip(name: str, device: str | torch.device = "cpu", models: str = "", k
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
-        model, info = transformers.CLIPModel.from_pretrained(
+        loaded: Any = transformers.CLIPModel.from_pretrained(
             str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True
         )
+        model, info = loaded
         check_complete(info)
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         images = transformers.AutoImageProcessor.from_pretrained(str(folder), local_files_only=True)
@@ -69,7 +70,7 @@ def load_clip(name: str, device: str | torch.device = "cpu", models: str = "", k
     finally:
         if bars:
             transformers.utils.logging.enable_progress_bar()
-    model.eval().requires_grad_(False).to(device)  # pyright: ignore[reportArgumentType]
+    model.eval().requires_grad_(False).to(device)
     return Clip(model, tokenizer, images)
 
 
