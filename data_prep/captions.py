@@ -77,8 +77,7 @@ def _read_csv(data: DataConfig, text: str) -> list[CaptionLine]:
     if not set(wanted) & set(records.header):
         raise RecipeError(
             f"data.captions: {place} has no column {wanted[0]} and no {wanted[1]}; the header, its first line, is "
-            f"{', '.join(records.header[:MAX_COLUMNS_SHOWN])}. Add a header, or set data.file_column and "
-            "data.caption_column to its names"
+            f"{_shortened(records.header)}. Add a header, or set data.file_column and data.caption_column to its names"
         )
     columns = _find_columns(data, records.header)
     if records.separator != ",":
@@ -145,13 +144,17 @@ def _find_columns(data: DataConfig, found: list[str], where: str = "") -> tuple[
     at = f"{data.captions}, {where}" if where else data.captions
     if missing := [name for name in wanted if name not in found]:
         raise RecipeError(
-            f"data.captions: {at} has no column {' and no '.join(missing)}; its columns are "
-            f"{', '.join(found[:MAX_COLUMNS_SHOWN])}; rename them, or set data.file_column and data.caption_column to "
-            "their names"
+            f"data.captions: {at} has no column {' and no '.join(missing)}; its columns are {_shortened(found)}; "
+            "rename them, or set data.file_column and data.caption_column to their names"
         )
     if repeated := [name for name in wanted if found.count(name) > 1]:
         raise RecipeError(f"data.captions: {at} has the column {repeated[0]} twice; rename one of them")
     return found.index(wanted[0]), found.index(wanted[1])
+
+
+def _shortened(columns: list[str]) -> str:
+    more = len(columns) - MAX_COLUMNS_SHOWN
+    return ", ".join(columns[:MAX_COLUMNS_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _checked_line(place: str, where: str, source: object, caption: object) -> CaptionLine:

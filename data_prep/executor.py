@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-
 from ray.data import DataContext
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
+
+from sora_train.errors import error_line
+from sora_train.log import log
 
 
 class CurrentExecutor(ExecutionCallback):
@@ -27,5 +28,7 @@ def end_execution() -> None:
     """Kills the actors of the latest dataset, those that hang too, and ends its thread. Its output then ends."""
     executor, CurrentExecutor.value = CurrentExecutor.value, None
     if executor is not None:
-        with contextlib.suppress(Exception):  # an error while it ends must not hide why it ends
+        try:
             executor.shutdown(force=True)
+        except Exception as error:  # must not hide why the execution is ended
+            log.debug(f"prep: Ray Data's executor did not end cleanly: {error_line(error)}")

@@ -16,7 +16,7 @@ STARTUP_TIMEOUT_S = 1800.0
 STALL_TIMEOUT_S, LONGEST_WAIT_FACTOR = 120.0, 10
 """For a later item: this many seconds, or this many times the longest wait so far, if that is more."""
 ENDING_TIMEOUT_S = 60.0
-"""For the pipeline to end once it was told to."""
+"""For the reading thread to end after `end` was called."""
 
 
 class PipelineStalled(Exception):  # noqa: N818

@@ -43,7 +43,7 @@ def write_mp4(path: str | Path, frames: np.ndarray, fps: int | float, crf: int =
 def read_mp4(path: str | Path) -> np.ndarray:
     """All frames of an mp4 as uint8 RGB `F H W 3`.
 
-    Raises ValueError if there are none, or PyAV's own errors.
+    Raises ValueError if there are none, and PyAV's errors for a damaged file.
     """
     with av.open(str(path), format="mp4", options={"protocol_whitelist": "file", "enable_drefs": "0"}) as file:
         file.streams.video[0].codec_context.thread_count = 1

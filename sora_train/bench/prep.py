@@ -113,7 +113,7 @@ def pipeline_rate(recipe: Recipe, sources: list[SourceRow]) -> float:
 
 
 def sample(recipe: Recipe, clips: int) -> list[SourceRow]:
-    """The recipe's first sources, repeated to `clips` with other captions, so that each is encoded."""
+    """The recipe's first sources, repeated up to `clips`. Each copy has its own caption, so it is encoded again."""
     good = list(islice((row for row in read_rows(recipe.data) if not row.reason), clips))
     if not good:
         raise UserError(f"no source in {recipe.data.captions} can be read: check data.captions")

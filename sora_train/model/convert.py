@@ -102,11 +102,16 @@ def weight_files(folder: Path) -> list[Path]:
 def check_readable(folder: Path) -> None:
     """ValueError, naming the file, where weights are cut short: a file says how long it must be."""
     for path in weight_files(transformer_folder(folder)):
-        try:
-            with safe_open(path, "pt"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
+        check_whole(path)
+
+
+def check_whole(path: Path) -> None:
+    """ValueError where a safetensors file is cut short."""
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def from_diffusers(folder: str | Path) -> Transformer:

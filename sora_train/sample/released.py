@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from sora_train.codec import CodecConfig
+from sora_train.codec.conventions import cleaning_of, null_prompt_of
 from sora_train.codec.files import damaged_file_errors, find_text_encoder, find_vae, read_config
 from sora_train.errors import UserError
 from sora_train.log import log
@@ -29,10 +31,7 @@ PARTS = {
     "scheduler": "scheduler/scheduler_config.json",
 }
 FAMILIES = {"WanTransformer3DModel": "wan", "LatteTransformer3DModel": "latte", "LatteT2V": "latte"}
-CODEC = {
-    "wan": {"caption_cleaning": "wan", "null_prompt": "eos", "max_tokens": 512},
-    "latte": {"caption_cleaning": "lower", "null_prompt": "padded", "max_tokens": 120},
-}
+MAX_TOKENS = {"wan": 512, "latte": 120}
 SAMPLING = {"wan": {"steps": 50, "guidance": 5.0}, "latte": {"steps": 50, "guidance": 7.5}}
 """Defaults of the pipelines' `__call__`."""
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
@@ -67,7 +66,12 @@ def read_released(folder: Path) -> tuple[Recipe, Manifest]:
     recipe = Recipe.model_validate(
         {
             "name": "released",
-            "codec": {"vae": str(folder), "text": str(folder), "text_precision": precision, **CODEC[family]},
+            "codec": {
+                "vae": str(folder),
+                "text": str(folder),
+                "text_precision": precision,
+                **text_conventions(folder, family),
+            },
             "model": model,
             "diffusion": diffusion,
             "train": {"precision": precision},
@@ -75,6 +79,15 @@ def read_released(folder: Path) -> tuple[Recipe, Manifest]:
         }
     )
     return recipe, manifest_of(recipe, family)
+
+
+def text_conventions(folder: Path, family: str) -> dict[str, Any]:
+    """The keys of `codec` by which the pipeline reads prompts."""
+    return {
+        "caption_cleaning": cleaning_of(CodecConfig(), str(folder)),
+        "null_prompt": null_prompt_of(CodecConfig(), str(folder)),
+        "max_tokens": MAX_TOKENS[family],
+    }
 
 
 def check_class(folder: Path) -> None:

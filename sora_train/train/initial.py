@@ -5,12 +5,12 @@ Of a run or a checkpoint they are the averaged weights, as for sampling; optimiz
 
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from sora_train.errors import RecipeError, UserError
 from sora_train.model import ModelConfig, Transformer
 from sora_train.model.config import with_preset
-from sora_train.model.convert import check_fit, check_readable, config_differences, load_diffusers
+from sora_train.model.convert import check_fit, check_readable, check_whole, config_differences, load_diffusers
 from sora_train.settings import build, read_yaml
 from sora_train.train.checkpoint import EMA_FILE, complete_checkpoints
 from sora_train.train.weights import EXPORTED, read_weights
@@ -58,11 +58,7 @@ def check_initial(config: ModelConfig, folder: Path) -> None:
         raise ValueError(str(error)) from None
     if wrong := config_differences(config, found):
         raise ValueError("; ".join(wrong))
-    try:
-        with safe_open(weights, "pt"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{weights} is damaged: {error}") from None
+    check_whole(weights)
 
 
 def load_initial(model: Transformer, folder: Path) -> None:

@@ -77,7 +77,7 @@ def test_another_separator_is_printed(tmp_path: Path, capsys: pytest.CaptureFixt
         ("sep=;\nvideo_file_name;prompt\na.mp4;x; y\n", "line 3: 3 cells"),
         ("file;text\na.mp4;x\n", "the header, its first line, is file, text. Add a header, or set"),
         ("a.mp4,a dog runs\n", "the header, its first line, is a.mp4, a dog runs. Add a header"),
-        (";".join(f"c{i}" for i in range(99)) + "\n", r"is c0, .*, c11\. Add a header"),
+        (";".join(f"c{i}" for i in range(99)) + "\n", "is c0, .*, c11 and 87 more"),
         (HEAD.encode() + b"a.mp4,x\0y\n", "has a NUL byte in line 2, so it is damaged"),
         (HEAD.encode("utf-16-le"), "is UTF-16 without a byte order mark; save it as UTF-8"),
         ("\ufeffab".encode("utf-16-le")[:-1], "is not UTF-16 text; save it as UTF-8"),

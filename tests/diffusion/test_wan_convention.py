@@ -21,7 +21,7 @@ def drawn(model, shift: float, noise: Tensor, sampler: str, steps: int) -> Tenso
 
 
 def curved(x: Tensor, told: Tensor, *_: Tensor) -> Tensor:
-    """A field that no order of steps solves, and that depends on the time it is told."""
+    """A velocity field that no solver order integrates exactly, and that depends on the time passed to it."""
     return torch.sin(2 * x) + told[:, None, None, None, None] / 500
 
 
