@@ -9,7 +9,7 @@ from sora_train.codec.folders import find_folder
 from sora_train.errors import UserError
 from sora_train.manifest import Manifest
 from sora_train.recipe import Recipe, load_recipe
-from sora_train.train.initial import check_initial, own_recipe, resolve_initial
+from sora_train.train.initial import cannot_start, check_initial, own_recipe, resolve_initial
 
 
 def find_initial_weights(recipe: Recipe) -> str:
@@ -34,11 +34,7 @@ def check_initial_weights(recipe: Recipe) -> None:
         if folder:
             check_initial(recipe.model, Path(folder))
     except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
-        differs = " there it is " in str(error)
-        advice = ". Set the keys of model to those of the weights, or use other weights" if differs else ""
-        raise UserError(
-            f"model.init_from: training can't start from {folder}: {error}{advice}", code="init_from"
-        ) from None
+        raise cannot_start(Path(folder), error) from None
 
 
 def initial_weights_warnings(recipe: Recipe, manifest: Manifest) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
@@ -31,6 +31,7 @@ from sora_train.model.convert_latte import (
     without_variance,
 )
 from sora_train.model.convert_wan import CLASS, wan_config, wan_names, wan_settings
+from sora_train.weight_headers import WeightsError, check_tensors, read_header
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SHARD_BYTES = 10 * 10**9
@@ -90,34 +91,37 @@ def config_differences(config: ModelConfig, found: ModelConfig) -> list[str]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a diffusers folder: one, or several with an index. FileNotFoundError if one is missing."""
+    """The weight files of a diffusers folder: one, or several with an index. WeightsError if one is missing."""
     index = folder / f"{WEIGHTS}.index.json"
     names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [WEIGHTS]
     for name in names:
         if not (folder / name).is_file() or Path(name).name != name:
-            raise FileNotFoundError(f"{folder / name} is missing: expected safetensors weights next to config.json")
+            raise WeightsError(f"{folder / name} is missing: expected safetensors weights next to config.json")
     return [folder / name for name in names]
 
 
-def check_readable(folder: Path) -> None:
-    """ValueError, naming the file, where weights are cut short: a file says how long it must be."""
-    for path in weight_files(transformer_folder(folder)):
-        check_whole(path)
+def check_weights(model: Transformer, folder: Path) -> None:
+    """WeightsError if the tensors in a diffusers folder are not those of a model of their config.
 
-
-def check_whole(path: Path) -> None:
-    """ValueError where a safetensors file is cut short."""
-    try:
-        with safe_open(path, "pt"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+    Reads only the headers of the files, and of the model only names and shapes, so it may be on the meta device.
+    """
+    folder = transformer_folder(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    config, wanted, shapes = model.config, model.state_dict(), dict[str, tuple[int, ...]]()
+    for ours, theirs in tensor_names(config, wanted, is_image_model(settings)).items():
+        first, *rest = diffusers_shape(config, ours, wanted[ours])
+        if settings.get(PADDED, False) and ours.startswith("patch_out."):
+            first *= 2
+        shapes |= dict.fromkeys(theirs, (first // len(theirs), *rest))
+    headers = {name: tensor for path in weight_files(folder) for name, tensor in read_header(path).items()}
+    check_tensors({name: tensor for name, tensor in headers.items() if name not in BUFFERS}, shapes, folder)
 
 
 def from_diffusers(folder: str | Path) -> Transformer:
     """A model with the weights of a folder in diffusers' format, a transformer's own or a pipeline's.
 
-    Raises FileNotFoundError without a model, and ValueError for unexpected or missing tensors and settings.
+    Raises FileNotFoundError without a config, ValueError for settings without a counterpart, and WeightsError for
+    missing files, other tensors than the model's, and values that are not finite.
     """
     settings = json.loads((transformer_folder(Path(folder)) / "config.json").read_text())
     config = config_from_diffusers(settings)
@@ -135,30 +139,22 @@ def from_diffusers(folder: str | Path) -> Transformer:
 def load_diffusers(model: Transformer, folder: str | Path) -> None:
     """Copies weights in diffusers' format into a model of their config, one tensor at a time. Raises as above."""
     folder = transformer_folder(Path(folder))
+    check_weights(model, folder)
     settings = json.loads((folder / "config.json").read_text())
     image, padded, config = is_image_model(settings), settings.get(PADDED, False), model.config
     if image and isinstance(model, Latte):
         start_as_identity(model)
     wanted = model.state_dict()
     names = tensor_names(config, wanted, image)
-    known = [name for theirs in names.values() for name in theirs]
     with ExitStack() as stack:
         files: list[Any] = [stack.enter_context(safe_open(path, "pt")) for path in weight_files(folder)]
-        there: dict[str, Any] = {name: file for file in files for name in file.keys() if name not in BUFFERS}  # noqa: SIM118
-        missing, unexpected = [name for name in known if name not in there], sorted(there.keys() - set(known))
-        wrong = [f"lacks {first_five(missing)}"] if missing else []
-        wrong += [f"has {first_five(unexpected)}, which the model does not have"] if unexpected else []
-        if wrong:
-            raise ValueError(f"{folder} {' and '.join(wrong)}")
+        there: dict[str, Any] = {name: file for file in files for name in file.keys()}  # noqa: SIM118
         for ours, theirs in names.items():
             tensor = torch.cat([there[name].get_tensor(name) for name in theirs])
             if not tensor.isfinite().all():
-                raise ValueError(f"{folder}: {', '.join(theirs)} has values that are not finite. Fetch it again")
+                raise WeightsError(f"{folder}: {', '.join(theirs)} has values that are not finite")
             if padded and ours.startswith("patch_out."):
                 tensor = without_variance(tensor, config)
-            if tensor.numel() != wanted[ours].numel():
-                shape = list(diffusers_shape(config, ours, wanted[ours]))
-                raise ValueError(f"{folder}: {', '.join(theirs)} should have the shape {shape}, stacked")
             wanted[ours].copy_(tensor.reshape(wanted[ours].shape))
 
 
@@ -180,12 +176,6 @@ def diffusers_shape(config: ModelConfig, ours: str, tensor: Tensor) -> tuple[int
         return (config.width, config.in_channels, *((1,) if wan else ()), config.patch, config.patch)
     is_table = ours.split(".")[-1].startswith("table")
     return (*((1,) if wan and is_table else ()), *tensor.shape)
-
-
-def first_five(tensors: Collection[str]) -> str:
-    """The number of tensors and the names of the first five."""
-    more = ", …" if len(tensors) > 5 else ""
-    return f"{len(tensors)} tensors: {', '.join(list(tensors)[:5])}{more}"
 
 
 def to_diffusers(model: Transformer, folder: str | Path, frames: int = 16, pad_variance: bool = False) -> None:

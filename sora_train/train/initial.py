@@ -5,15 +5,18 @@ Of a run or a checkpoint they are the averaged weights, as for sampling; optimiz
 
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 from sora_train.errors import RecipeError, UserError
 from sora_train.model import ModelConfig, Transformer
+from sora_train.model import build as build_model
 from sora_train.model.config import with_preset
-from sora_train.model.convert import check_fit, check_readable, check_whole, config_differences, load_diffusers
+from sora_train.model.convert import check_fit, check_weights, config_differences, load_diffusers
 from sora_train.settings import build, read_yaml
 from sora_train.train.checkpoint import EMA_FILE, complete_checkpoints
 from sora_train.train.weights import EXPORTED, read_weights
+from sora_train.weight_headers import WeightsError, check_tensors, read_header
 
 
 def resolve_initial(folder: Path) -> Path:
@@ -42,13 +45,25 @@ def own_recipe(folder: Path) -> Path | None:
 def check_initial(config: ModelConfig, folder: Path) -> None:
     """Checks that a model of this shape can load the weights in a folder.
 
-    Raises ValueError, with every key that differs, if not, or if they are cut short; FileNotFoundError without weights.
+    Reads configs and the headers of weights. Raises ValueError, with every key that differs, if not; WeightsError if
+    tensors are cut short, missing, unexpected or of another shape; FileNotFoundError without a config.
     """
     weights = own_weights_file(folder)
     if weights is None:
         check_fit(config, folder)
-        check_readable(folder)
-        return
+    else:
+        check_own_recipe(config, folder)
+    with torch.device("meta"):
+        model = build_model(config)
+    if weights is None:
+        check_weights(model, folder)
+    else:
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        check_tensors(read_header(weights), shapes, weights)
+
+
+def check_own_recipe(config: ModelConfig, folder: Path) -> None:
+    """Raises ValueError, with every key that differs, if an own checkpoint or export is of another shape."""
     recipe = own_recipe(folder)
     if recipe is None:
         raise FileNotFoundError(f"{folder / 'recipe.yaml'} is missing, which says what shape the model has")
@@ -58,17 +73,29 @@ def check_initial(config: ModelConfig, folder: Path) -> None:
         raise ValueError(str(error)) from None
     if wrong := config_differences(config, found):
         raise ValueError("; ".join(wrong))
-    check_whole(weights)
 
 
 def load_initial(model: Transformer, folder: Path) -> None:
     """Loads the weights into the model. Raises UserError if they are damaged or do not fit."""
     weights = own_weights_file(folder)
     try:
+        check_initial(model.config, folder)
         if weights is None:
             load_diffusers(model, folder)
         else:
             model.load_state_dict(read_weights(weights))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        said = str(error).splitlines()[-1].strip()
-        raise UserError(f"model.init_from: training can't start from {folder}: {said}", code="init_from") from None
+        raise cannot_start(folder, error) from None
+
+
+def cannot_start(folder: Path, error: Exception) -> UserError:
+    """The UserError, with what to do, for weights in a folder that training can't start from."""
+    remedy = ""
+    if " there it is " in str(error):
+        remedy = ". Set the keys of model to those of the weights, or use other weights"
+    elif isinstance(error, WeightsError) and own_weights_file(folder):
+        remedy = ". Use another checkpoint, or export the run again"
+    elif isinstance(error, WeightsError):
+        remedy = ". Fetch the weights again (`sora download` compares each file with the hub's), or use others"
+    said = str(error).splitlines()[-1].strip()
+    return UserError(f"model.init_from: training can't start from {folder}: {said}{remedy}", code="init_from")

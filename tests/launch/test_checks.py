@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from sora_train.data.config import DataConfig
 from sora_train.errors import UserError
@@ -18,7 +19,7 @@ from sora_train.launch.resume import CLIP_KEYS, FIXED_KEYS, saved_null_prompt
 from sora_train.launch.run_folder import check_writable, remove_run
 from sora_train.launch.trainer import launch_training
 from sora_train.model import Latte, ModelConfig
-from sora_train.model.convert import to_diffusers
+from sora_train.model.convert import WEIGHTS, to_diffusers
 from sora_train.recipe import Recipe, save_recipe
 from sora_train.train.config import TrainConfig
 
@@ -90,6 +91,19 @@ def test_training_starts_from_weights_of_the_same_shape_alone(builtin_shards: Pa
     (tmp_path / "start" / "config.json").unlink()
     with pytest.raises(UserError, match=r"can't start from .*config.json is missing"):
         check_initial_weights(starting(shape))
+
+
+def test_initial_weights_without_a_tensor_end_the_command_before_ray(builtin_shards: Path, tmp_path: Path, recipe_of):
+    shape = replace(recipe_of(builtin_shards, tmp_path).model, attention="factorised", cross_attention_in="spatial",
+                    temporal_positions="temporal", pooled_text=False)  # fmt: skip
+    to_diffusers(Latte(shape), tmp_path / "start")
+    file = tmp_path / "start" / WEIGHTS
+    save_file({name: tensor for name, tensor in load_file(file).items() if name != "proj_out.bias"}, file)
+    changes = {f"model__{key}": getattr(shape, key) for key in ("attention", "temporal_positions", "pooled_text")}
+    changes |= {"model__init_from": str(tmp_path / "start"), "cluster__address": "none:1"}  # which Ray can't reach
+    changes |= {"codec__caption_cleaning": "none", "codec__null_prompt": "eos"}
+    with pytest.raises(UserError, match=r"start lacks 1 tensor: proj_out.bias. Fetch the weights again"):
+        launch_training(recipe_of(builtin_shards, tmp_path / "runs", **changes))
 
 
 @pytest.mark.parametrize("place", ["a file", "/proc/self"])

@@ -123,7 +123,7 @@ def test_missing_and_unexpected_tensors_are_counted_and_named(tmp_path):
     save_file({**weights, **unread}, path)  # as in released weights
     from_diffusers(tmp_path)
     save_file({**weights, **{f"adapter.{i}": torch.zeros(1) for i in range(9)}}, path)
-    with pytest.raises(ValueError, match=r"9 tensors: adapter.0, adapter.1, adapter.2, adapter.3, adapter.4, …"):
+    with pytest.raises(ValueError, match=r"9 tensors that the model does not have: adapter.0, .* adapter.4, …"):
         from_diffusers(tmp_path)
     save_file({name: t for name, t in weights.items() if not name.startswith("adaln_single.linear.")}, path)
     with pytest.raises(ValueError, match=r"lacks 2 tensors: adaln_single.linear.weight, adaln_single.linear.bias$"):

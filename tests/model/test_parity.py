@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from sora_train.model import Latte, ModelConfig
 from sora_train.model.convert import (
     check_fit,
-    check_readable,
+    check_weights,
     config_from_diffusers,
     from_diffusers,
     to_diffusers,
@@ -153,6 +153,7 @@ def test_weights_of_the_authors_own_class_open_alike(tmp_path):
     buffers = {"caption_projection.y_embedding": torch.zeros(120, TEXT_WIDTH), "temp_pos_embed": torch.zeros(1, 16, 96)}
     save_file(load_file(file) | buffers, file)
     check_fit(config_from_diffusers(settings), tmp_path)
-    check_readable(tmp_path)
-    found = from_diffusers(tmp_path).state_dict()
+    model = from_diffusers(tmp_path)
+    check_weights(model, tmp_path)
+    found = model.state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

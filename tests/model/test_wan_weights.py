@@ -2,13 +2,13 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-from sora_train.errors import UserError
 from sora_train.model import ModelConfig, build, preset
 from sora_train.model.convert import (
     check_fit,
@@ -23,7 +23,7 @@ from sora_train.train.initial import check_initial, load_initial
 from tests.model.wan_reference import opened, reference
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-RELEASED = {
+RELEASED: dict[str, dict[str, Any]] = {
     "wan2.1_t2v_1.3b": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
     "wan2.1_t2v_14b": {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40},
     "wan2.2_ti2v_5b": {
@@ -85,7 +85,7 @@ def test_missing_and_unexpected_tensors_are_named_in_one_error(tmp_path):
     weights = load_file(tmp_path / WEIGHTS)
     del weights["blocks.1.attn1.norm_q.weight"]
     save_file(weights | {"blocks.0.attn2.add_k_proj.weight": torch.zeros(1)}, tmp_path / WEIGHTS)
-    says = r"lacks 1 tensors: blocks.1.attn1.norm_q.weight and has 1 tensors: blocks.0.attn2.add_k_proj.weight, which"
+    says = "lacks 1 tensor: blocks.1.attn1.norm_q.weight; it has 1 tensor that the model does not have: blocks.0.attn2"
     with pytest.raises(ValueError, match=says):
         from_diffusers(tmp_path)
 
@@ -106,7 +106,7 @@ def test_a_pipeline_without_its_transformer_is_named(tmp_path):
 def test_a_tensor_of_another_shape_is_named(tmp_path):
     reference().save_pretrained(tmp_path)
     save_file(load_file(tmp_path / WEIGHTS) | {"proj_out.bias": torch.zeros(3)}, tmp_path / WEIGHTS)
-    with pytest.raises(ValueError, match=r"proj_out.bias should have the shape \[64\]"):
+    with pytest.raises(ValueError, match=r"proj_out.bias \[3\] instead of \[64\]"):
         from_diffusers(tmp_path)
 
 
@@ -161,9 +161,3 @@ def test_a_run_starts_from_a_pipeline_or_its_transformer(tmp_path, place):
     model = build(expected.config)
     load_initial(model, tmp_path / place)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in expected.state_dict().items())
-    file = tmp_path / "transformer" / WEIGHTS
-    file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(ValueError, match=f"{WEIGHTS} is damaged"):
-        check_initial(expected.config, tmp_path / place)
-    with pytest.raises(UserError, match="training can't start from"):
-        load_initial(model, tmp_path / place)
