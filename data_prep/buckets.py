@@ -90,7 +90,7 @@ def choose_bucket(
     filled = [b for b in buckets if b.frames == 1] if still else [b for b in moving if b.is_filled_by(seconds)]
     if not filled:
         if still:
-            raise ClipError("too_short", "is an image, and data.buckets has none of one frame (1xHEIGHTxWIDTH)")
+            raise ClipError("too_short", "has a single frame, and data.buckets no bucket of one (1xHEIGHTxWIDTH)")
         shortest = min(moving, key=lambda bucket: bucket.frames)
         raise ClipError("too_short", f"lasts {seconds:.2f} s; {clip_length(shortest)}")
     most = max(bucket.frames for bucket in filled)

@@ -21,7 +21,7 @@ QUARANTINED = {
 FILTERED = {
     "no_caption": "source",
     "duplicate_row": "source",  # an earlier row has the same file and caption
-    "too_short": "open",  # for every bucket, or shorter than selection.min_seconds; or an image without a 1x… bucket
+    "too_short": "open",  # for every bucket, or shorter than selection.min_seconds; or one frame without a 1x… bucket
     "too_long": "open",  # longer than selection.max_seconds
     "too_small": "open",  # would be enlarged more than data.max_enlarge, or is below selection.min_side
     "crosses_cut": "open",  # every scene is too short for a clip

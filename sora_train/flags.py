@@ -18,7 +18,7 @@ from typing import Any, Union
 from pydantic import TypeAdapter
 
 from sora_train.errors import RecipeError
-from sora_train.settings import RENAMED, keys, suggest
+from sora_train.settings import keys, new_name, suggest
 
 TRUTHS = ("true", "false", "yes", "no", "on", "off", "1", "0")
 
@@ -73,8 +73,7 @@ def _is_flag(word: str) -> bool:
 
 def _look_up(key: str, known: Mapping[str, Any]) -> tuple[str, Any]:
     """A flag's key, with its present name, and its type. Raises RecipeError if there is no such key."""
-    section, dot, name = key.replace("-", "_").rpartition(".")
-    key = section + dot + RENAMED.get(name, name)
+    key = new_name(key.replace("-", "_"))
     hint = _type_of(key, known)
     if hint is None:
         if typing.get_origin(known.get(key)) is dict:

@@ -72,6 +72,15 @@ def _with_new_names(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     return present
 
 
+def new_name(flag: str) -> str:
+    """The present name of a flag's dotted key, with a warning if it was renamed."""
+    section, dot, name = flag.rpartition(".")
+    present = section + dot + RENAMED.get(name, name)
+    if present != flag:
+        log.warning(f"--{flag} is now --{present}. Use the new name; version 0.2 will refuse the old one")
+    return present
+
+
 def _largest(key: str) -> int:
     """The largest whole number that a key takes: what torch and numpy take as a seed, or can surely count with."""
     return 2**63 - 1 if key.endswith("seed") else 2**31 - 1

@@ -288,5 +288,9 @@ def test_renamed_keys_work_and_say_their_new_names(tmp_path: Path, capsys: pytes
     assert (recipe.model.cross_attention_in, recipe.train.guard_max_consecutive) == ("every", 7)
     assert recipe.cluster.elastic_poll_s == 9
     assert "text_in is now cross_attention_in, guard_patience is now" in capsys.readouterr().err
-    flags, _ = parse_flags(["--model.frame_positions", "input"], Recipe)
+    flags, _ = parse_flags(["--model.frame-positions", "input", "--model.temporal_positions=input"], Recipe)
     assert flags == {"model.temporal_positions": "input"}
+    assert capsys.readouterr().err == (
+        "warning: --model.frame_positions is now --model.temporal_positions. Use the new name; version 0.2 will refuse "
+        "the old one\n"
+    )

@@ -21,6 +21,7 @@ from sora_train.errors import UserError, error_line
 from sora_train.log import progress
 from sora_train.provenance import git_commit, package_versions, usable_cores
 from sora_train.section import Section
+from sora_train.terminal import print_result
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -135,7 +136,7 @@ def finish(tables: Sequence[Table], words: Sequence[str], out: str | Path) -> in
         f"commit {about['commit'] or 'unknown'}, {machine['cores']} cores of {machine['cpu']}, "
         f"{machine['memory_gb']} GB, {', '.join(machine['gpus']) or 'no GPU'}"
     )
-    print("\n\n".join([*map(markdown, tables), f"`{about['command']}`, {origin}; {packages}"]), flush=True)
+    print_result("\n\n".join([*map(markdown, tables), f"`{about['command']}`, {origin}; {packages}"]))
     append(tables, about, out)
     return int(any(table.failed for table in tables))
 

@@ -19,6 +19,7 @@ from sora_train.evaluate.similarity import load_clip
 from sora_train.log import every_few_seconds, progress
 from sora_train.sample import Run, load_run
 from sora_train.storage import atomic_write_text
+from sora_train.terminal import print_result
 
 Oracle = Callable[[Run, Iterable[str], Callable[[int, int], None]], dict[str, Any] | None]
 """Measures the prompt accuracy of a run's samples.
@@ -62,7 +63,7 @@ def evaluate(path: str | Path, how: EvalOptions, oracle: Oracle | None = None) -
     if not figures and "obedience" not in record:
         raise UserError("\n".join(["nothing could be measured, and nothing was written:", *remarks]))
     record["remarks"] = remarks
-    print(json.dumps(record) if how.json else table(record), flush=True)
+    print_result(json.dumps(record) if how.json else table(record))
     wanted = {"holdout_loss": how.holdout_clips, "fvd": how.i3d or how.fvd_clips, "similarity": how.clip}
     if lost := [NAMES[key] for key, value in wanted.items() if value and key not in figures]:
         reasons = [remark for remark in remarks if remark.split(":")[0] in lost]
@@ -71,6 +72,7 @@ def evaluate(path: str | Path, how: EvalOptions, oracle: Oracle | None = None) -
         atomic_write_text(file, json.dumps(record, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"{file} can't be written ({error.strerror}); name another file with --out") from None
+    progress(f"written to {file}")
     return record
 
 

@@ -151,7 +151,8 @@ def test_the_command_prints_a_table_or_json_and_writes_the_same(
     assert cli.main(["eval", str(run_folder), "--holdout_clips", "4"]) == 0
     record = json.loads((run_folder / "eval.json").read_text())
     assert set(record) == {"run", "checkpoint", "weights", "shards", "remarks", *LOSSES}
-    table = capsys.readouterr().out
+    table, said = capsys.readouterr()
+    assert f"written to {run_folder / 'eval.json'}\n" in said
     assert f"held-out loss   {record['holdout_loss']:>10.4f}" in table
     assert f"  900 to 1000   {record['holdout_loss_9']:>10.4f}" in table
     assert "- FVD: not asked for; name I3D's weights with --i3d FILE" in table

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,15 @@ def test_a_check_that_hangs_or_breaks_fails_its_row_alone(capsys: pytest.Capture
     assert rows.failures["hangs"].startswith("no answer in 0.1 s")
     assert rows.failures["breaks"].startswith("ZeroDivisionError")
     assert "passed  passes        7" in capsys.readouterr().out
+
+
+def test_a_table_that_can_not_be_printed_is_an_error(monkeypatch: pytest.MonkeyPatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        fails(lambda: Table().add("disk", "passed", ""), "stdout can't be written: No space left on device")
+        monkeypatch.undo()
+        with suppress(OSError):
+            full.close()
 
 
 def file_checks(recipe) -> Table:

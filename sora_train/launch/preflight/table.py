@@ -29,6 +29,7 @@ from sora_train.manifest import Manifest
 from sora_train.ray_cluster.connection import connect
 from sora_train.recipe import Recipe
 from sora_train.storage import free_bytes
+from sora_train.terminal import print_result
 
 T = TypeVar("T")
 FILES_S, NETWORK_S = 20.0, 120.0
@@ -73,7 +74,7 @@ class Table:
         if state == "failed":
             self.failures[name] = message
         if self.print_rows:
-            print(f"{state:<8}{name:<14}{message}", flush=True)
+            print_result(f"{state:<8}{name:<14}{message}")
 
 
 def preflight(recipe: Recipe) -> None:
@@ -87,7 +88,7 @@ def preflight(recipe: Recipe) -> None:
             check_cluster(recipe, manifest, table)
     except UserError as error:
         table.add("cluster", "failed", str(error))
-    print(f"{len(table.states)} checks in {time.monotonic() - began:.0f} s", flush=True)
+    print_result(f"{len(table.states)} checks in {time.monotonic() - began:.0f} s")
     if table.failures:
         raise UserError(
             f"{len(table.failures)} of {len(table.states)} checks failed: {', '.join(table.failures)}", code="preflight"

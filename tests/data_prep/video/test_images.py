@@ -169,7 +169,7 @@ def check_still(path: str, tolerance: float) -> None:
     frames = source.read(cut.spans[0], "").frames
     expected = resize_to_bucket(PICTURE, cut.spans[0].bucket)
     assert np.abs(frames[0].astype(int) - expected).mean() < tolerance
-    with pytest.raises(ClipError, match="is an image, and data.buckets"):
+    with pytest.raises(ClipError, match="has a single frame, and data.buckets"):
         Source(path, DataConfig(fps=8, buckets=("4x64x64",)), SelectionConfig()).plan_clips()
 
 
