@@ -118,10 +118,8 @@ def prepare_run_folder(run: Path, recipe: Recipe, manifest: Manifest, clips: Cli
     record_lost_driver(run)
     atomic_write_text(run / "environment.json", json.dumps(environment(), indent=1))
     quarantine_damaged(run)
-    validations = ValidationStatus(run)
-    for step in validations.outstanding_steps():
-        validations.set(step, "lost")
     RunDir(run).truncate(max((step for step, _ in checkpoint.complete_checkpoints(folder)), default=0))
+    record_lost_validations(run)
 
 
 def save_run_description(run: Path, recipe: Recipe, manifest: Manifest, clips: Clips) -> None:
@@ -152,6 +150,18 @@ def record_lost_driver(run: Path) -> None:
     if kinds and kinds[-1] in START_EVENTS:
         why = "the previous command ended without an event, as by `kill -9` or with its machine"
         Events(run).write("driver_lost", last_step(run), why)
+
+
+def record_lost_validations(run: Path) -> None:
+    """Marks validations that ended with their command, to repeat them. One without a checkpoint becomes an event."""
+    validations, there = ValidationStatus(run), {s for s, _ in checkpoint.complete_checkpoints(run / "checkpoints")}
+    for step in validations.outstanding_steps():
+        validations.set(step, "lost")
+    for step in validations.lost_steps():
+        if step not in there:
+            validations.set(step, "failed")
+            why = "it ended with its command, and its checkpoint has been deleted since"
+            Events(run).write("validation_dropped", step, why)
 
 
 def quarantine_damaged(run: Path) -> None:

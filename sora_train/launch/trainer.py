@@ -156,23 +156,27 @@ def check_models(recipe: Recipe, manifest: Manifest, clips: Clips, step: int) ->
 
 
 def run_until_end(folder: Path, signals: SignalHandler, train: Callable[[], str]) -> None:
-    """Trains, then writes the report. Stopped if the run was asked to end."""
+    """Trains, then writes the report. Stopped if the run was asked to end.
+
+    The event of the end comes first: a second signal, or a scheduler's SIGKILL, may end the command during the report.
+    """
+    asked, step = "", 0
     try:
-        why = train()
+        if train():
+            asked = signals.name or f"a request by the file {folder / STOP_FILE}"
+            step = max((step for step, _ in checkpoint.complete_checkpoints(folder / "checkpoints")), default=0)
+            Events(folder).write("stopped", step, f"{asked}; run the same command to resume")
     except KeyboardInterrupt:
         why = f"{signals.name or 'by hand'}; run the same command to resume from the last checkpoint"
         Events(folder).write("interrupted", last_step(folder), why)
-        raise  # without a report: a second signal ends the command at once
+        raise  # without a report, and with the stop file: workers that still start must not train
     except Exception:
+        (folder / STOP_FILE).unlink(missing_ok=True)
         update_report(folder, last_step(folder))
         raise
-    finally:
-        (folder / STOP_FILE).unlink(missing_ok=True)
+    (folder / STOP_FILE).unlink(missing_ok=True)
     update_report(folder, last_step(folder))
-    if why:
-        asked = signals.name or f"a request by the file {folder / STOP_FILE}"
-        step = max((step for step, _ in checkpoint.complete_checkpoints(folder / "checkpoints")), default=0)
-        Events(folder).write("stopped", step, f"{asked}; run the same command to resume")
+    if asked:
         raise Stopped(f"stopped at step {step} after {asked}. {resume_hint(folder)}")
 
 

@@ -124,11 +124,16 @@ class ValidationStatus:
 
     def outstanding_steps(self, older_than_s: float = float("inf")) -> list[int]:
         """Steps asked for or running. One without news for `older_than_s` counts as lost."""
+        return self._steps("asked", "running", since=time.time() - older_than_s)
+
+    def lost_steps(self) -> list[int]:
+        """Steps whose validation was cut off."""
+        return self._steps("lost")
+
+    def _steps(self, *statuses: str, since: float = 0.0) -> list[int]:
+        """Steps of these statuses, whose last news is from after `since`."""
         found = [json.loads(file.read_text(encoding="utf-8")) for file in self.run.glob("samples/step_*/result.json")]
-        oldest = time.time() - older_than_s
-        return sorted(
-            each["step"] for each in found if each["status"] in ("asked", "running") and each["time"] > oldest
-        )
+        return sorted(each["step"] for each in found if each["status"] in statuses and each["time"] > since)
 
 
 def validate(checkpoint: Path, run: Path) -> None:

@@ -90,7 +90,10 @@ def run_training(recipe: Recipe, run: Path) -> str:
         workers = f"{world} worker{'s' if world > 1 else ''} on {get_device()}"
         where = f"{workers}, ZeRO {recipe.train.zero_stage}, {recipe.train.precision}"
         start = f"the weights in {recipe.model.init_from}" if recipe.model.init_from else "scratch"
-        run_dir.events.write("resume" if resume else "start", step, f"from {resume.name if resume else start}; {where}")
+        if not stop_requested(run):  # else the command may have ended, and a start after its end would be a lost driver
+            run_dir.events.write(
+                "resume" if resume else "start", step, f"from {resume.name if resume else start}; {where}"
+            )
     with known_errors(recipe.train, get_device()):
         return train(
             recipe.train,

@@ -8,14 +8,19 @@ import pytest
 import torch
 
 from sora_train.data.shards import ShardSet
-from sora_train.errors import UserError
+from sora_train.errors import Stopped, UserError
 from sora_train.launch.resume import changed_keys, check_resume
 from sora_train.launch.run_folder import (
     check_some_complete,
     check_writable,
     quarantine_damaged,
     record_lost_driver,
+    record_lost_validations,
 )
+from sora_train.launch.signals import SignalHandler
+from sora_train.launch.trainer import run_until_end
+from sora_train.launch.validation import ValidationStatus
+from sora_train.launch.worker import read_start_state
 from sora_train.locks import run_lock
 from sora_train.manifest import Manifest
 from sora_train.model import Latte
@@ -24,7 +29,7 @@ from sora_train.train import checkpoint
 from sora_train.train.ema import Ema
 from sora_train.train.engine import Engine
 from sora_train.train.loop import train
-from sora_train.train.metrics import Events
+from sora_train.train.metrics import STOP_FILE, Events
 from sora_train.train.run_dir import RunDir
 from sora_train.train.weights import read_weights
 
@@ -157,6 +162,39 @@ def test_a_previous_command_that_was_killed_becomes_an_event(tmp_path: Path, tol
     record_lost_driver(tmp_path)
     seen = [event["event"] for event in Events(tmp_path).lines.read()]
     assert seen == told + ["driver_lost"] * is_lost
+
+
+def test_a_lost_validation_without_its_checkpoint_is_an_event(run: Path):
+    shutil.rmtree(run / "checkpoints/step_00000001")
+    validations = ValidationStatus(run)
+    for step, status in {1: "lost", 2: "running", 3: "done"}.items():
+        validations.set(step, status)
+    record_lost_validations(run)
+    assert [validations.get(step) for step in (1, 2, 3)] == ["failed", "lost", "done"]
+    record_lost_validations(run)
+    (event,) = [event for event in Events(run).lines.read() if event["event"] == "validation_dropped"]
+    assert (event["step"], event["reason"]) == (
+        1, "it ended with its command, and its checkpoint has been deleted since"
+    )  # fmt: skip
+
+
+def test_the_report_of_a_stopped_run_says_that_it_stopped(run: Path):
+    Events(run).write("start", 0, "")
+    with pytest.raises(Stopped, match="stopped at step 3 after a request by the file"):
+        run_until_end(run, SignalHandler(run), lambda: "a stop was requested")
+    assert "stopped, can resume" in (run / "report.html").read_text()
+
+
+def test_a_command_that_was_interrupted_lets_no_worker_start(run: Path):
+    def train() -> str:
+        (run / STOP_FILE).touch()  # as the signal's handler does
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_until_end(run, SignalHandler(run), train)
+    assert read_start_state(run) == ("stop requested before training resumed", [])
+    record_lost_driver(run)
+    assert [event["event"] for event in Events(run).lines.read()] == ["interrupted"]
 
 
 @pytest.mark.parametrize("link", ["runs", "runs/tiny"])
