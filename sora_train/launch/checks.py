@@ -155,9 +155,8 @@ def check_metric_models(recipe: Recipe) -> None:
 
 def check_cluster(recipe: Recipe) -> bool:
     """Whether workers use GPUs. UserError if training and validation do not fit the nodes: Ray would wait for ever."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    wanted, gpus = recipe.cluster.gpu, sum(node.get("GPU", 0) for node in nodes)
-    gpu = wanted == "yes" or (wanted == "auto" and gpus >= run_resources(recipe, gpu=True)["GPU"])
+    nodes = alive_nodes()
+    gpu = recipe.cluster.gpu == "yes" or (recipe.cluster.gpu == "auto" and not missing_gpus(recipe, nodes))
     room = count_workers(recipe, gpu, nodes)
     if room < recipe.cluster.fewest:
         validation = f" next to validation's {recipe.validation.resources}" if recipe.validation.every else ""
@@ -174,6 +173,30 @@ def check_cluster(recipe: Recipe) -> bool:
             "wait until the run ends"
         )
     return gpu
+
+
+def alive_nodes() -> list[dict[str, float]]:
+    """The resources of each node of the cluster."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def missing_gpus(recipe: Recipe, nodes: list[dict[str, float]]) -> float:
+    """How many GPUs the nodes lack for a run whose workers use one each."""
+    return max(0.0, run_resources(recipe, gpu=True)["GPU"] - sum(node.get("GPU", 0) for node in nodes))
+
+
+def idle_gpus(recipe: Recipe, nodes: list[dict[str, float]]) -> str:
+    """What to do if `cluster.gpu: auto` means CPUs because there are too few GPUs; empty if it does not."""
+    missing, need = missing_gpus(recipe, nodes), run_resources(recipe, gpu=True)["GPU"]
+    if recipe.cluster.gpu != "auto" or not 0 < missing < need:
+        return ""
+    fewest, workers = recipe.cluster.fewest, int(recipe.cluster.fewest - missing)
+    validation = f" and the validation's {recipe.validation.resources}" if need > fewest else ""
+    remedy = f"Set cluster.workers to {workers}" if workers > 0 else "Take GPU out of validation.resources"
+    return (
+        f"training uses no GPU: {fewest} worker{'s' * (fewest > 1)}{validation} need {need:g} GPUs, and the cluster "
+        f"has {need - missing:g}. {remedy} to train on GPUs, or cluster.gpu to no to train on CPUs without this warning"
+    )
 
 
 def count_workers(recipe: Recipe, gpu: bool, nodes: list[dict[str, float]]) -> int:

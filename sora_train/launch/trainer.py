@@ -17,11 +17,13 @@ from threading import Thread
 from sora_train.data.config import small_bucket_warnings
 from sora_train.errors import Stopped, UserError
 from sora_train.launch.checks import (
+    alive_nodes,
     check_cluster,
     check_codec,
     check_metric_models,
     check_shards,
     check_text,
+    idle_gpus,
     resolve_recipe,
     run_resources,
 )
@@ -83,6 +85,8 @@ def launch_training(
     with SignalHandler(folder) as signals, connect(recipe.cluster.address, min_cpus=cpus) as own:
         signals.reinstall()
         gpu = check_cluster(recipe)
+        if why := idle_gpus(recipe, alive_nodes()):
+            log.warning(why)
         if preflight:
             check_quickly(recipe, manifest, gpu)
         set_ray_train_env(recipe, own)

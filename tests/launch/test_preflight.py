@@ -16,7 +16,7 @@ import torch.distributed as dist
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from sora_train.errors import RecipeError, UserError
-from sora_train.launch.checks import check_shards, count_workers
+from sora_train.launch.checks import check_shards, count_workers, idle_gpus
 from sora_train.launch.preflight import node_info, table, verdicts
 from sora_train.launch.preflight.allreduce import check_allreduce, run_ranks, time_sum
 from sora_train.launch.preflight.node_info import NodeInfo, ask, collect, describe_node, parse_gpus, versions
@@ -119,6 +119,18 @@ def test_a_validation_takes_the_room_of_as_few_workers_as_it_can(recipe_of, tmp_
     assert count_workers(recipe, True, [{"CPU": 8.0, "GPU": 3.0}]) == 1
     assert count_workers(recipe, True, [{"CPU": 8.0, "GPU": 2.0}] * 2) == 2
     assert count_workers(recipe, True, [{"CPU": 1.0, "GPU": 4.0}, {"CPU": 8.0, "GPU": 8.0}]) == 9
+
+
+def test_gpus_that_training_leaves_idle_are_named_with_the_remedy(recipe_of, tmp_path: Path):
+    two = recipe_of(tmp_path, tmp_path, cluster__workers=2)
+    start = "training uses no GPU: 2 workers need 2 GPUs, and the cluster has 1. Set cluster.workers to 1"
+    assert idle_gpus(two, [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0}]).startswith(start)
+    enough, none = [{"CPU": 8.0, "GPU": 2.0}], [{"CPU": 8.0}]
+    decided = recipe_of(tmp_path, tmp_path, cluster__workers=2, cluster__gpu="no")
+    assert [idle_gpus(two, enough), idle_gpus(two, none), idle_gpus(decided, [{"GPU": 1.0}])] == ["", "", ""]
+    validated = recipe_of(tmp_path, tmp_path, cluster__workers=1, **VALIDATED, validation__resources={"GPU": 1.0})
+    words = "1 worker and the validation's {'GPU': 1.0} need 2 GPUs", "Take GPU out of validation.resources"
+    assert all(word in idle_gpus(validated, [{"GPU": 1.0}]) for word in words)
 
 
 def test_an_all_reduce_is_exact():

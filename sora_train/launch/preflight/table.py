@@ -116,6 +116,8 @@ def check_files(recipe: Recipe, table: Table) -> tuple[Recipe, Manifest | None]:
 def check_cluster(recipe: Recipe, manifest: Manifest | None, table: Table) -> None:
     """Checks of the cluster that this process is connected to."""
     gpu = table.check("cluster", lambda: checks.check_cluster(recipe), lambda it: "with GPUs" if it else "on CPUs")
+    if why := checks.idle_gpus(recipe, checks.alive_nodes()):
+        table.add("gpus", "warning", why)
     nodes = check_nodes(recipe, manifest, table)
     table.check("disk", lambda: check_disk(recipe))
     if gpu:
