@@ -1,0 +1,47 @@
+"""The recipe's `lora` section."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, model_validator
+
+from sora_train.section import Section
+
+Target = Literal["to_q", "to_k", "to_v", "to_out", "ff"]
+
+
+class LoraConfig(Section):
+    """Low-rank adapters: trains small matrices next to frozen weights."""
+
+    rank: NonNegativeInt = 0
+    """Rank of the adapters, such as 16. 0: no adapters, all weights are trained."""
+    alpha: NonNegativeFloat = 0.0
+    """Adapters are multiplied by `alpha / rank`. 0: `alpha` is the rank, so by 1."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of an adapter's input values that are set to zero in training."""
+    targets: tuple[Target, ...] = ("to_q", "to_k", "to_v", "to_out")
+    """Layers of every block that get adapters, by their names in diffusers.
+    `to_q`, `to_k`, `to_v` and `to_out` are those of self- and cross-attention, `ff` is both layers of the
+    feed-forward."""
+    init_from: str = ""
+    """Initial adapters of a new run: a file of adapters of the same rank. Empty: they start as zero change."""
+
+    @model_validator(mode="after")
+    def is_complete(self) -> "LoraConfig":
+        """Refuses keys without a rank, and targets that are none or stand twice."""
+        if wrong := [key for key in self.model_fields_set - {"rank"} if not self.rank and self.changes(key)]:
+            raise ValueError(
+                f"lora.rank is 0, which trains all weights, and {', '.join(f'lora.{key}' for key in sorted(wrong))} "
+                "would have no effect. Set lora.rank, such as 16, or remove these keys"
+            )
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"lora.targets is {list(self.targets)}; name at least one layer, and each one once")
+        return self
+
+    def changes(self, key: str) -> bool:
+        """Whether a key differs from its default, which a saved recipe states too."""
+        return getattr(self, key) != type(self).model_fields[key].default
+
+    @property
+    def scale(self) -> float:
+        """The factor of the adapters' product: alpha / rank."""
+        return (self.alpha or self.rank) / self.rank if self.rank else 0.0
