@@ -19,13 +19,13 @@ from data_prep.sources import SourceRow, read_rows
 from data_prep.stats import PrepStats
 from data_prep.watchdog import PipelineStalled
 from sora_train.codec.conventions import HAS_FTFY, cleaning_of
-from sora_train.codec.files import TextFiles, VaeFiles, check_lengths, find_text_encoder, find_vae
+from sora_train.codec.files import TextFiles, VaeFiles, find_text_encoder, find_vae
 from sora_train.data.config import small_bucket_warnings, undividable_shapes
 from sora_train.data.shards import ShardSet
 from sora_train.errors import RecipeError, UserError
 from sora_train.locks import run_lock
 from sora_train.log import log
-from sora_train.manifest import SCHEMA_VERSION, Counts, LatentFormat, Manifest, TextFacts, VaeFacts, commonest_shape
+from sora_train.manifest import SCHEMA_VERSION, Counts, LatentFormat, Manifest, commonest_shape
 from sora_train.recipe import Recipe
 from sora_train.schema import bucket_name, bucket_of
 from sora_train.storage import reject_job_dir
@@ -138,9 +138,7 @@ def resolve_caption_cleaning(recipe: Recipe) -> Recipe:
 def find_codec(recipe: Recipe) -> tuple[VaeFiles, TextFiles]:
     """The files of the recipe's VAE and text encoder. Raises UserError if they are missing or cut short."""
     codec = recipe.codec
-    vae, text = find_vae(codec.vae, codec.models), find_text_encoder(codec.text, codec.models)
-    check_lengths((*vae.files, *text.files))
-    return vae, text
+    return find_vae(codec.vae, codec.models), find_text_encoder(codec.text, codec.models)
 
 
 def check_shapes(recipe: Recipe, vae: VaeFiles) -> None:
@@ -219,14 +217,8 @@ def build_manifest(
     remarks = Counter(kind for record in state.records.values() for kind in record.remarks)
     return Manifest(
         encoding_hash=key,
-        vae=VaeFacts(
-            name=codec.vae, hash=vae.hash, channels=vae.channels, factor=vae.factor, time_factor=vae.time_factor,
-            precision=codec.precision, mean=vae.mean, std=vae.std,
-        ),
-        text=TextFacts(
-            name=codec.text, hash=text.hash, width=text.width, max_tokens=codec.max_tokens,
-            precision=codec.text_precision, caption_cleaning=codec.caption_cleaning,
-        ),
+        vae=vae.facts(codec, vae.hash),
+        text=text.facts(codec, text.hash),
         latents=LatentFormat(moments=vae.moments),
         frames=frames,
         fps=data.fps,

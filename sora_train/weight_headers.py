@@ -38,6 +38,15 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     return found
 
 
+def is_whole(path: Path) -> bool:
+    """Whether a safetensors file is there and complete."""
+    try:
+        read_header(path)
+    except (OSError, WeightsError):
+        return False
+    return True
+
+
 def check_tensors(there: Mapping[str, TensorHeader], wanted: Mapping[str, tuple[int, ...]], place: Path) -> None:
     """Raises WeightsError, in one message, for tensors that are missing, unexpected, or of another shape or dtype."""
     both = [name for name in wanted if name in there]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,12 +16,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
+from sora_train.codec import CodecConfig
 from sora_train.codec.folders import find_folder
 from sora_train.codec.hub import PARTS, is_wanted
 from sora_train.errors import UserError
 from sora_train.latent_shape import latent_shape
+from sora_train.manifest import TextFacts, VaeFacts
+from sora_train.weight_headers import WeightsError, read_header
 
 SCALING_FACTORS = {  # the classes' defaults, if a config has none
     "AutoencoderKL": 0.18215,
@@ -60,6 +61,13 @@ class VaeFiles:
         """Latent shape `f c h w` of a clip of `frames` frames and `height` x `width` pixels."""
         return latent_shape(self.channels, self.factor, self.time_factor, frames, height, width)
 
+    def facts(self, codec: CodecConfig, hash: str) -> VaeFacts:
+        """The manifest's facts of it as the VAE of `codec`; `hash` may be "" where none is compared."""
+        return VaeFacts(
+            name=codec.vae, hash=hash, channels=self.channels, factor=self.factor, time_factor=self.time_factor,
+            precision=codec.precision, mean=self.mean, std=self.std,
+        )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class TextFiles:
@@ -75,6 +83,13 @@ class TextFiles:
     def hash(self) -> str:
         """Hash of weights, config and tokenizer. Reads all their bytes the first time."""
         return content_hash(self.files)
+
+    def facts(self, codec: CodecConfig, hash: str) -> TextFacts:
+        """The manifest's facts of it as the text encoder of `codec`; `hash` may be "" where none is compared."""
+        return TextFacts(
+            name=codec.text, hash=hash, width=self.width, max_tokens=codec.max_tokens,
+            precision=codec.text_precision, caption_cleaning=codec.caption_cleaning,
+        )  # fmt: skip
 
 
 def find_vae(name: str, models: str = "") -> VaeFiles:
@@ -148,13 +163,20 @@ def part_of(folder: Path, parts: tuple[str, ...], file: str) -> Path | None:
 
 
 def weight_files(folder: Path, key: str) -> list[Path]:
-    """The safetensors of a network without float16 variants. Raises UserError if there are none."""
+    """The safetensors of a network without float16 variants. UserError if there are none, or one is cut short."""
     files = sorted(path for path in folder.glob("*.safetensors") if is_wanted(path.name))
     if not files:
         raise UserError(
             f"{key}: no safetensors in {folder}: pickled weights are never loaded. Convert them once with "
             "`model.save_pretrained(folder)` on a machine that may run them, and name that folder"
         )
+    for path in files:
+        try:
+            read_header(path)
+        except WeightsError as error:
+            raise UserError(f"{key}: {error}. Fetch it again") from None
+        except OSError as error:
+            raise UserError(f"{key}: {path} can't be read: {error}") from None
     return files
 
 
@@ -165,14 +187,6 @@ def read_config(folder: Path) -> dict:
         if not isinstance(config, dict):
             raise ValueError("no JSON object")
         return config
-
-
-def check_lengths(files: Iterable[Path]) -> None:
-    """Raises UserError for a weight file that is cut short: its header says how long it must be."""
-    for path in files:
-        if path.suffix == ".safetensors":
-            with damaged_file_errors(str(path)), safe_open(path, "np"):
-                pass
 
 
 def check_complete(loading_info: dict[str, Any]) -> None:

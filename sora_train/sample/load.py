@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sora_train.codec import CodecConfig
@@ -25,6 +25,7 @@ from sora_train.sample.export_note import ExportNote, Weights, read_note, transf
 from sora_train.sample.released import is_released, read_released
 from sora_train.train.checkpoint import check_complete, step_folders
 from sora_train.train.weights import EXPORT_INFO, EXPORTED, read_trained_weights, read_weights
+from sora_train.weight_headers import is_whole
 
 WEIGHTS = "ema.safetensors"
 
@@ -167,7 +168,7 @@ def _read(
             return folder, read_trained_weights(folder, shapes)
         return folder / WEIGHTS, read_weights(folder / WEIGHTS)
     if note is not None and note.kind == "weights":
-        if not _is_whole(folder / EXPORTED):
+        if not is_whole(folder / EXPORTED):
             raise UserError(f"{folder / EXPORTED} is missing, cut short or no safetensors; {remedy}")
         return folder / EXPORTED, read_weights(folder / EXPORTED)
     try:
@@ -194,7 +195,7 @@ def find_checkpoint(path: str | Path, weights: Weights = "ema") -> tuple[Path, P
         raise UserError(f"no run at {folder}; {hint}")
     if (folder / WEIGHTS).is_file():
         above = folder.absolute().parent.parent
-        if not _is_whole(folder / WEIGHTS):
+        if not is_whole(folder / WEIGHTS):
             raise UserError(f"{folder / WEIGHTS} is cut short or no safetensors; use another checkpoint")
         return (above if (above / "recipe.yaml").is_file() else folder), folder
     if any((folder / name).is_file() for name in ("model_index.json", EXPORTED)):
@@ -206,11 +207,11 @@ def find_checkpoint(path: str | Path, weights: Weights = "ema") -> tuple[Path, P
         raise UserError(f"{folder} is no run: it has no recipe.yaml; name the folder that `sora train` made")
     checkpoints = step_folders(folder / "checkpoints")
     for checkpoint in reversed(checkpoints):
-        if _is_whole(checkpoint / WEIGHTS) and (weights == "ema" or isinstance(check_complete(checkpoint), dict)):
+        if is_whole(checkpoint / WEIGHTS) and (weights == "ema" or isinstance(check_complete(checkpoint), dict)):
             return folder, checkpoint
         log.warning(f"{checkpoint} is unfinished or damaged; looking for one before it")
     if checkpoints:
-        averaged = weights == "raw" and any(_is_whole(checkpoint / WEIGHTS) for checkpoint in checkpoints)
+        averaged = weights == "raw" and any(is_whole(checkpoint / WEIGHTS) for checkpoint in checkpoints)
         raise UserError(
             f"{folder} has no complete checkpoint: none of its {len(checkpoints)} is whole; "
             + ("the averaged weights can be had (--weights ema)" if averaged else "run `sora train` again")
@@ -219,15 +220,6 @@ def find_checkpoint(path: str | Path, weights: Weights = "ema") -> tuple[Path, P
         f"{folder} has no complete checkpoint yet; one is written every train.checkpoint_every steps and at the end: "
         "wait, or run `sora train` again to resume"
     )
-
-
-def _is_whole(weights: Path) -> bool:
-    """Whether a safetensors file is complete, which its header tells."""
-    try:
-        with safe_open(weights, "pt"):
-            return True
-    except (OSError, SafetensorError):
-        return False
 
 
 def _beside(checkpoint: Path, folder: Path, name: str, remedy: str) -> Path:

@@ -18,7 +18,7 @@ from sora_train.codec.conventions import cleaning_of, null_prompt_of
 from sora_train.codec.files import damaged_file_errors, find_text_encoder, find_vae, read_config
 from sora_train.errors import UserError
 from sora_train.log import log
-from sora_train.manifest import Counts, LatentFormat, Manifest, TextFacts, VaeFacts
+from sora_train.manifest import Counts, LatentFormat, Manifest
 from sora_train.model.convert import config_from_diffusers
 from sora_train.recipe import Recipe
 from sora_train.train.weights import EXPORT_INFO, EXPORTED
@@ -154,24 +154,8 @@ def manifest_of(recipe: Recipe, family: str) -> Manifest:
         frames, height, width, fps = (121, 704, 1280, 24.0) if vae.factor == 16 else (81, 480, 832, 16.0)
     return Manifest(
         encoding_hash="",
-        vae=VaeFacts(
-            name=codec.vae,
-            hash="",
-            channels=vae.channels,
-            factor=vae.factor,
-            time_factor=vae.time_factor,
-            precision=codec.precision,
-            mean=vae.mean,
-            std=vae.std,
-        ),
-        text=TextFacts(
-            name=codec.text,
-            hash="",
-            width=text.width,
-            max_tokens=codec.max_tokens,
-            precision=codec.text_precision,
-            caption_cleaning=codec.caption_cleaning,
-        ),
+        vae=vae.facts(codec, hash=""),
+        text=text.facts(codec, hash=""),
         latents=LatentFormat(moments=vae.moments),
         frames=frames,
         fps=fps,
