@@ -53,10 +53,9 @@ def latte_names(depth: int, image: bool = False) -> Iterator[tuple[str, tuple[st
         yield f"{here}.table", (f"{there}.scale_shift_table",)
         yield f"{here}.attention.qkv", tuple(f"{there}.attn1.to_{letter}" for letter in "qkv")
         yield f"{here}.attention.out", (f"{there}.attn1.to_out.0",)
-        if i % 2 == 0:
-            yield f"{here}.text_attention.q", (f"{there}.attn2.to_q",)
-            yield f"{here}.text_attention.kv", (f"{there}.attn2.to_k", f"{there}.attn2.to_v")
-            yield f"{here}.text_attention.out", (f"{there}.attn2.to_out.0",)
+        yield f"{here}.text_attention.q", (f"{there}.attn2.to_q",)  # of temporal blocks only where diffusers has none
+        yield f"{here}.text_attention.kv", (f"{there}.attn2.to_k", f"{there}.attn2.to_v")
+        yield f"{here}.text_attention.out", (f"{there}.attn2.to_out.0",)
         yield f"{here}.feed_forward.fc1", (f"{there}.ff.net.0.proj",)
         yield f"{here}.feed_forward.fc2", (f"{there}.ff.net.2",)
 
