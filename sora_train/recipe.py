@@ -22,7 +22,7 @@ from pydantic import (
 
 from sora_train.codec import CodecConfig
 from sora_train.data.config import DataConfig, PrepConfig, SelectionConfig, image_ratio_error
-from sora_train.diffusion import DiffusionConfig, resolve_sampler
+from sora_train.diffusion import ConditioningConfig, DiffusionConfig, resolve_sampler
 from sora_train.errors import RecipeError, UserError
 from sora_train.model import ModelConfig
 from sora_train.model.config import PRESETS, with_preset
@@ -137,6 +137,7 @@ class Recipe(Section):
     codec: CodecConfig = CodecConfig()
     model: ModelConfig = ModelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
+    conditioning: ConditioningConfig = ConditioningConfig()
     train: TrainConfig = TrainConfig()
     validation: ValidationConfig = ValidationConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -206,6 +207,12 @@ def check(recipe: Recipe) -> list[str]:
 
     if validation.fvd:
         wrong += fvd_lacks(recipe)
+    if validation.guidance_without == "text_and_frames" and recipe.conditioning.probability in (0, 1):
+        wrong.append(
+            "validation.guidance_without text_and_frames needs a model that learned clips with given frames and clips "
+            f"without, and conditioning.probability is {recipe.conditioning.probability:g}; use text, or a probability "
+            "between 0 and 1"
+        )
 
     if recipe.model.learned_variance and recipe.diffusion.kind == "flow":
         wrong.append(

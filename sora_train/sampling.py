@@ -24,6 +24,9 @@ class Sampling(Section):
     """Interval of diffusion times with guidance, within 0 (data) to 1000 (noise). Outside it guidance costs nothing."""
     guidance_rescale: float = Field(default=0.0, ge=0, le=1)
     """Guidance rescale factor in [0, 1] (Lin et al. 2023, section 3.4). Reduces over-saturation at high guidance."""
+    guidance_without: Literal["text", "text_and_frames"] = "text"
+    """For videos whose first frames are given: guidance leads away from a pass without the caption (`text`), or without
+    the frames too. That follows the frames more closely, and needs a `conditioning.probability` below 1 in training."""
     negative: str = ""
     """Negative prompt. Guidance leads away from it instead of from the empty prompt."""
 

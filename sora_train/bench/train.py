@@ -100,7 +100,7 @@ def make_bare(recipe: Recipe) -> Callable[[int], None]:
     device = torch.device("cuda" if torch.cuda.is_available() and recipe.cluster.gpu != "no" else "cpu")
     shards = ShardSet(data.output, data.holdout_fraction, "train")
     order = shards.sample_order(config.batch_size, config.seed, data.image_ratio)
-    objective = make_objective(recipe.diffusion, recipe.model.learned_variance)
+    objective = make_objective(recipe.diffusion, recipe.model.learned_variance, recipe.conditioning)
     how = {"micro_batch_size": config.micro_batch_size, "caption_dropout": config.caption_dropout}
     held = [micro_batches(shards, order, objective, number, **how) for number in range(4)]
     torch.manual_seed(config.seed)
@@ -119,7 +119,7 @@ def bare_loop(model: Transformer, recipe: Recipe, data: Iterable[Sequence[MicroB
     let AdamW update float32 master weights.
     """
     config, device, batches = recipe.train, model.patch_in.weight.device, iter(data)
-    objective = make_objective(recipe.diffusion, recipe.model.learned_variance)
+    objective = make_objective(recipe.diffusion, recipe.model.learned_variance, recipe.conditioning)
     half = config.precision == "bf16"
     masters: list[Tensor] = list(model.parameters())
     groups = decay_groups(model, config.weight_decay)
@@ -149,7 +149,8 @@ def bare_loop(model: Transformer, recipe: Recipe, data: Iterable[Sequence[MicroB
         for _ in range(steps):
             for micro in next(batches):
                 micro = micro.to(device)
-                losses = objective.loss(predict, micro.latents, micro.noise, micro.t, micro.text, micro.text_mask)
+                texts = micro.text, micro.text_mask
+                losses = objective.loss(predict, micro.latents, micro.noise, micro.t, *texts, micro.given)
                 ((losses * micro.weight).sum() / config.batch_size).backward()
                 if copied:
                     accumulate()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sora_train.data.order import stable_hash
@@ -40,6 +40,8 @@ class MicroBatch:
     """True where the null prompt replaced the caption."""
     sample_ids: tuple[str | None, ...]
     """None for padding."""
+    given: Int[Tensor, "b"] | None = None
+    """How many first latent frames of each clip are given. None if none ever are (`conditioning.probability` 0)."""
 
     @property
     def tokens(self) -> float:
@@ -73,6 +75,8 @@ class TrainingNoise:
     """Which of the clip's captions."""
     dropped: bool
     """Whether the null prompt replaces it."""
+    given: int
+    """How many first frames are given."""
 
 
 def collate(
@@ -109,13 +113,14 @@ def collate(
         weight=(torch.arange(rows) < rows - padding).float(),
         dropped=torch.tensor([drawn.dropped for drawn in draws]),
         sample_ids=tuple(None if row >= rows - padding else clips.sample_ids[row] for row in range(rows)),
+        given=torch.tensor([drawn.given for drawn in draws]) if objective.conditioning.frame_times else None,
     )
 
 
 def draw_training_noise(
     clips: Clips, row: int, objective: Objective, seed: int, step: int, caption_dropout: float
 ) -> TrainingNoise:
-    """Draws dropout, caption, noise, latents and time of one clip at one step, always in this order."""
+    """Draws dropout, caption, noise, latents, time and given frames of a clip at a step, always in this order."""
     # PyTorch's CPU generator uses the lower 32 bits of a seed: two clips in 4 billion draw alike.
     generator = torch.Generator().manual_seed(stable_hash(seed, step, clips.sample_ids[row]))
     dropout, choice = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
@@ -128,6 +133,7 @@ def draw_training_noise(
         t=objective.draw_time(generator, (f, c, h, w)),
         caption=int(choice * len(clips.captions[row])),
         dropped=dropout < caption_dropout,
+        given=objective.conditioning.draw(generator, f),  # last, so that without it the other draws are the same
     )
 
 

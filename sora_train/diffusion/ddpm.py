@@ -91,10 +91,10 @@ def min_snr_weights(snr: Float[Tensor, "1000"], gamma: float, prediction: Predic
 
 
 def add_noise(
-    x: Float[Tensor, "b f c h w"], noise: Float[Tensor, "b f c h w"], alpha: Float[Tensor, "b"]
+    x: Float[Tensor, "b f c h w"], noise: Float[Tensor, "b f c h w"], alpha: Float[Tensor, "b #f"]
 ) -> Float[Tensor, "b f c h w"]:
     """x_t = sqrt(alpha_t) x + sqrt(1 - alpha_t) noise  (eq. 4, alpha cumulative)."""
-    alpha = alpha[:, None, None, None, None]
+    alpha = alpha[:, :, None, None, None]
     return alpha.sqrt() * x + (1 - alpha).sqrt() * noise
 
 

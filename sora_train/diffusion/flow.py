@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def interpolate(
-    x: Float[Tensor, "b f c h w"], noise: Float[Tensor, "b f c h w"], t: Float[Tensor, "b"]
+    x: Float[Tensor, "b f c h w"], noise: Float[Tensor, "b f c h w"], t: Float[Tensor, "b #f"]
 ) -> Float[Tensor, "b f c h w"]:
     """x_t = (1 - t) x + t noise  (eq. 1, with time reversed)."""
-    t = t[:, None, None, None, None]
+    t = t[:, :, None, None, None]
     return (1 - t) * x + t * noise
 
 

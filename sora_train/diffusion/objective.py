@@ -1,7 +1,8 @@
 """The training objective: how noise is added at a time, what the model predicts, and the loss.
 
 Time 0 is data everywhere in this project, the other end is noise. All arithmetic is float32, whatever the model's
-dtype. A model is any callable `(x, t, text, text_mask) -> prediction` with t from 0 (data) to 1000 (noise).
+dtype. A model is any callable `(x, t, text, text_mask) -> prediction` with t from 0 (data) to 1000 (noise), of each
+clip, or of each frame if first frames may be given.
 """
 
 from collections.abc import Callable
@@ -9,10 +10,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sora_train.diffusion import ddpm, flow, variance
+from sora_train.diffusion.conditioning import ConditioningConfig, mean_of_clips, of_frames
 
 Model = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -87,10 +89,10 @@ class DiffusionConfig:
 class Objective:
     """The configured objective. It has no state except its settings and the schedule."""
 
-    def __init__(self, config: DiffusionConfig, learned_variance: bool) -> None:
+    def __init__(self, config: DiffusionConfig, learned_variance: bool, conditioning: ConditioningConfig) -> None:
         if learned_variance and config.kind != "ddpm":
             raise ValueError("model.learned_variance needs diffusion.kind ddpm: a flow has no variance")
-        self.config, self.learned_variance = config, learned_variance
+        self.config, self.learned_variance, self.conditioning = config, learned_variance, conditioning
         linear = config.beta_schedule == "linear"
         betas = ddpm.linear_betas(config.beta_start, config.beta_end) if linear else ddpm.cosine_betas()
         self.schedule = ddpm.make_schedule(ddpm.zero_terminal_snr(betas) if config.zero_terminal_snr else betas)
@@ -113,14 +115,25 @@ class Objective:
         """Times as the model takes them: 0 (data) to 1000 (noise)."""
         return t if self.config.kind == "ddpm" else 1000 * t
 
+    def frame_times(self, t: Float[Tensor, "b"], given: Int[Tensor, "b"] | None, f: int) -> Float[Tensor, "b *f"]:
+        """The same for each of f frames, 0 for the `given` first ones; None: of each clip."""
+        told = self.model_time(t)
+        return told if given is None else of_frames(told, given, f, 0.0)
+
     def add_noise(
-        self, x: Float[Tensor, "b f c h w"], noise: Float[Tensor, "b f c h w"], t: Float[Tensor, "b"]
+        self,
+        x: Float[Tensor, "b f c h w"],
+        noise: Float[Tensor, "b f c h w"],
+        t: Float[Tensor, "b"],
+        given: Int[Tensor, "b"] | None = None,
     ) -> tuple[Float[Tensor, "b f c h w"], Float[Tensor, "b f c h w"]]:
-        """Noisy latents at times t, and the target of the prediction."""
+        """Noisy latents at times t, and the target of the prediction. The `given` first frames stay clean."""
+        f = x.shape[1]
         if self.config.kind == "flow":
-            return flow.interpolate(x, noise, t), flow.velocity(x, noise)
+            return flow.interpolate(x, noise, of_frames(t, given, f, 0.0)), flow.velocity(x, noise)
         alpha = self.schedule.alphas_cumprod.to(x.device)[t.long()]
-        return ddpm.add_noise(x, noise, alpha), ddpm.target(self.config.prediction, x, noise, alpha)
+        x_t = ddpm.add_noise(x, noise, of_frames(alpha, given, f, 1.0))
+        return x_t, ddpm.target(self.config.prediction, x, noise, alpha)
 
     def loss(
         self,
@@ -130,8 +143,12 @@ class Objective:
         t: Float[Tensor, "b"],
         text: Float[Tensor, "b l e"],
         text_mask: Bool[Tensor, "b l"],
+        given: Int[Tensor, "b"] | None = None,
     ) -> Float[Tensor, "b"]:
         """Mean squared error of each sample's prediction, at times that `draw_time` drew.
+
+        So many first frames of each clip as `given` says are clean, told as time 0, and left out of the mean. The model
+        then gets the time of each frame, also of clips with 0. None: the time of each clip.
 
         With a learned variance: L_simple + vlb_weight L_vlb (Nichol and Dhariwal 2021, eq. 16). L_vlb is a sum over the
         1000 steps, of which a sample has one, so that step's term counts a thousandfold.
@@ -139,15 +156,15 @@ class Objective:
         Raises ValueError if the model returns another number of channels.
         """
         x, noise, c = x.float(), noise.float(), x.shape[2]
-        x_t, target = self.add_noise(x, noise, t)
-        output = model(x_t, self.model_time(t), text, text_mask).float()
+        x_t, target = self.add_noise(x, noise, t, given)
+        output = model(x_t, self.frame_times(t, given, x.shape[1]), text, text_mask).float()
         if output.shape[2] != (2 if self.learned_variance else 1) * c:
             raise ValueError(
                 f"the model returns {output.shape[2]} channels for latents of {c}. Expected {c}, or {2 * c} with "
                 f"model.learned_variance, which is {self.learned_variance}"
             )
         predicted = output[:, :, :c]
-        error = (predicted - target).square().mean(dim=(1, 2, 3, 4))
+        error = mean_of_clips((predicted - target).square(), given)
         if self.config.kind == "flow":
             return error
         error = self.weights.to(x.device)[t.long()] * error
@@ -156,13 +173,17 @@ class Objective:
         data = ddpm.to_sample(
             self.config.prediction, predicted, x_t, self.schedule.alphas_cumprod.to(x.device)[t.long()]
         )
-        bound = variance.bound(self.schedule, x, x_t, data, output[:, :, c:], t)
+        bound = variance.bound(self.schedule, x, x_t, data, output[:, :, c:], t, given)
         return error + self.config.vlb_weight * ddpm.STEPS * bound
 
 
-def make_objective(config: DiffusionConfig, learned_variance: bool = False) -> Objective:
+def make_objective(
+    config: DiffusionConfig, learned_variance: bool = False, conditioning: ConditioningConfig | None = None
+) -> Objective:
     """The objective of a recipe. With a learned variance, of DDPM only, the model returns twice the channels.
+
+    Without `conditioning` no frames are given.
 
     Raises ValueError for a learned variance with flow.
     """
-    return Objective(config, learned_variance)
+    return Objective(config, learned_variance, conditioning or ConditioningConfig())

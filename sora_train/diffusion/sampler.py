@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sora_train.diffusion import ddpm, flow
-from sora_train.diffusion.guidance import Denoiser, guided
+from sora_train.diffusion.guidance import Denoiser, FirstFrames, guided
 from sora_train.diffusion.objective import Model, Objective
 from sora_train.errors import RecipeError
 from sora_train.sampling import Sampler, Sampling
@@ -57,17 +57,46 @@ def sample(
     how: Sampling,
     generators: Sequence[torch.Generator] | None = None,
     progress: Progress | None = None,
+    given: Float[Tensor, "b k c h w"] | None = None,
 ) -> Float[Tensor, "b f c h w"]:
     """Normalised latents for a batch of prompts.
+
+    With `given`, latents begin with these frames, as in diffusers' WanImageToVideoPipeline with `expand_timesteps`: at
+    every step the model sees them clean, with time 0. Raises ValueError if no frame is left to sample.
 
     `ddpm` draws noise for each clip from its own generator, so a clip does not depend on its batch; without generators
     from torch's. `progress(done, steps)` is called after every step. Raises RecipeError if the sampler does not fit.
     """
-    name = resolve_sampler(how.sampler, objective.config.kind)
+    x = noise.float()
+    first = None if given is None else _first_frames(objective, given.to(x), x, how)
     denoise = guided(
-        model, text, text_mask, null_text, null_mask, how.guidance, how.guidance_interval, how.guidance_rescale
+        model, text, text_mask, null_text, null_mask, how.guidance, how.guidance_interval, how.guidance_rescale, first
     )
-    x, tell = noise.float(), progress if progress is not None else _quiet
+    made = _sample(denoise, objective, x, how, generators, progress if progress is not None else _quiet)
+    return made if first is None else first.put_into(made)
+
+
+def _first_frames(objective: Objective, given: Tensor, noise: Tensor, how: Sampling) -> FirstFrames:
+    k, f = given.shape[1], noise.shape[1]
+    if k >= f:
+        raise ValueError(f"{k} latent frames are given of a clip of {f}; at least one must be left to sample")
+
+    def add_noise(t: float) -> Tensor:
+        own = torch.full((len(given),), t if objective.config.kind == "ddpm" else t / 1000, device=given.device)
+        return objective.add_noise(given, noise[:, :k], own)[0]
+
+    return FirstFrames(given, add_noise if how.guidance_without == "text_and_frames" else None)
+
+
+def _sample(
+    denoise: Denoiser,
+    objective: Objective,
+    x: Tensor,
+    how: Sampling,
+    generators: Sequence[torch.Generator] | None,
+    tell: Progress,
+) -> Tensor:
+    name = resolve_sampler(how.sampler, objective.config.kind)
     if name == "ddpm":
         return _ancestral(denoise, objective, x, how.steps, list(generators) if generators is not None else None, tell)
     if name in ("ddim", "dpm++"):

@@ -7,9 +7,10 @@ of a reverse step (eq. 15), and is trained by the variational bound alone (eq. 1
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from sora_train.diffusion.conditioning import mean_of_clips
 from sora_train.diffusion.ddpm import Schedule
 
 BIN = 2 / 255  # one of 256 grey levels on a scale from -1 to 1
@@ -37,8 +38,9 @@ def bound(
     x_predicted: Float[Tensor, "b f c h w"],
     v: Float[Tensor, "b f c h w"],
     t: Float[Tensor, "b"],
+    given: Int[Tensor, "b"] | None = None,
 ) -> Float[Tensor, "b"]:
-    """The term of the variational bound of step t, in bits per dimension (eq. 4 to 6).
+    """The term of the variational bound of step t, in bits per dimension (eq. 4 to 6), without `given` first frames.
 
     The sum over all steps bounds the negative log-likelihood; the term of pure noise, eq. 7, has nothing to learn. No
     gradient reaches `x_predicted`: the mean is trained by the simple loss, as in the paper below eq. 16.
@@ -50,7 +52,7 @@ def bound(
     # Other steps get finite numbers here: an infinity in the branch not taken would make the gradient NaN.
     first = (t == 0)[:, None, None, None, None]
     likelihood = log_likelihood(x, torch.where(first, mean, x), torch.where(first, log_variance, -2.0))
-    return torch.where(first, -likelihood, divergence).mean(dim=(1, 2, 3, 4)) / math.log(2)
+    return mean_of_clips(torch.where(first, -likelihood, divergence), given) / math.log(2)
 
 
 def kl(

@@ -1,8 +1,8 @@
 """Loss on held-out clips in ten bins of diffusion time, with fixed noise.
 
-Noise, posterior draw, caption and time within a bin depend only on (SEED, sample_id). Every clip gets one time in each
-bin. So the losses of two checkpoints differ only through their weights, whatever the batch size, and a bin's loss does
-not depend on a random draw of times.
+Noise, posterior draw, caption, given first frames and time within a bin depend only on (SEED, sample_id). Every clip
+gets one time in each bin. So the losses of two checkpoints differ only through their weights, whatever the batch size,
+and a bin's loss does not depend on a random draw of times. Given frames are left out, as in training.
 
 The losses are plain mean squared errors of the objective's target (L_simple of Ho et al. 2020, eq. 14), without
 min-SNR weights or L_vlb. Times are spread evenly, not drawn as in training. So `holdout_loss` is not a training loss.
@@ -22,6 +22,7 @@ from sora_train.data.collate import collate
 from sora_train.data.order import stable_hash
 from sora_train.data.shards import ShardSet
 from sora_train.diffusion import Model, Objective, ddpm
+from sora_train.diffusion.conditioning import mean_of_clips
 from sora_train.sample import Run
 from sora_train.sample.generate import PLACES_AT_ONCE
 from sora_train.schema import bucket_size
@@ -112,10 +113,11 @@ def held_out_loss(
         within = torch.tensor([stable_hash(SEED, place.sample_id, "time") / 2**64 for place in batch])
         for number in range(BINS):
             t = time_in(objective, number, within).to(device)
-            x_t, target = objective.add_noise(made.latents, made.noise, t)
-            predicted = model(x_t, objective.model_time(t), made.text, made.text_mask).float()
+            x_t, target = objective.add_noise(made.latents, made.noise, t, made.given)
+            times = objective.frame_times(t, made.given, x_t.shape[1])
+            predicted = model(x_t, times, made.text, made.text_mask).float()
             errors = (predicted[:, :, : target.shape[2]] - target).square()  # without a learned variance
-            sums[number] += errors.mean(dim=(1, 2, 3, 4)).double().sum().cpu()
+            sums[number] += mean_of_clips(errors, made.given).double().sum().cpu()
         done += len(batch)
         if progress is not None:
             progress(done, len(places))

@@ -15,6 +15,7 @@ from sora_train.train.loop import learning_rate
 FIXED_KEYS = (
     "model.",
     "diffusion.",
+    "conditioning.",
     "data.fps",
     "data.crop",
     "data.flip",

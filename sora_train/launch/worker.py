@@ -105,6 +105,7 @@ def run_training(recipe: Recipe, run: Path) -> str:
             resume=resume,
             image_ratio=recipe.data.image_ratio,
             null_prompt=recipe.codec.null_prompt,
+            conditioning=recipe.conditioning,
         )
 
 

@@ -16,10 +16,18 @@ def parameter_count(config: ModelConfig) -> int:
         return sum(parameter.numel() for parameter in build(config).parameters())
 
 
-def forward_flops(config: ModelConfig, f: int, h: int, w: int, l: int | float) -> int:  # noqa: E741
+def forward_flops(
+    config: ModelConfig,
+    f: int,
+    h: int,
+    w: int,
+    l: int | float,  # noqa: E741
+    frame_times: bool = False,
+) -> int:
     """FLOPs of one sample's forward pass: f latent frames of h x w latents and a caption of l tokens, or l on average.
 
-    A single frame skips the temporal blocks of a factorised model, as in the model.
+    With `frame_times` each frame has a diffusion time, instead of the clip. A single frame skips the temporal blocks of
+    a factorised model, as in the model.
     """
     d, e, p = config.width, config.text_width, config.patch
     n, inner = h * w // p**2, config.inner_width
@@ -30,7 +38,7 @@ def forward_flops(config: ModelConfig, f: int, h: int, w: int, l: int | float) -
         return channels * d + d * d
 
     # A token in a block: four maps of d x d for attention and two of feed-forward; then scores and their sums.
-    products: float = embedding(TIME_CHANNELS) + 6 * d * d + l * embedding(e)
+    products: float = (f if frame_times else 1) * (embedding(TIME_CHANNELS) + 6 * d * d) + l * embedding(e)
     if config.pooled_text:
         products += embedding(e)
     for i in range(config.depth):

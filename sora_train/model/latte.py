@@ -61,24 +61,24 @@ class Latte(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b f c h w"],
-        t: Float[Tensor, "b"],
+        t: Float[Tensor, "b *f"],
         text: Float[Tensor, "b l e"],
         text_mask: Bool[Tensor, "b l"],
     ) -> Float[Tensor, "b f o h w"]:
-        """x: normalised latents; t: 0 (data) to 1000 (noise); `text_mask`: True for real text tokens.
+        """x: normalised latents; t: 0 (data) to 1000 (noise), of a clip or of each of its frames.
 
-        A single frame, an image, skips the temporal blocks (section 3.4). Raises ValueError if the latents do not
-        divide into patches.
+        `text_mask` is True for real text tokens. A single frame, an image, skips the temporal blocks (section 3.4).
+        Raises ValueError if the latents do not divide into patches.
         """
         f, p = x.shape[1], self.config.patch
         if x.shape[3] % p or x.shape[4] % p:
             raise ValueError(f"latents of {x.shape[3]} x {x.shape[4]} do not divide into patches of {p} x {p}")
         h, w = x.shape[3] // p, x.shape[4] // p
 
-        time = self.time(t)
+        time = self.time(t if t.ndim == 2 else t[:, None])
         if self.pooled_text is not None:
-            time = time + self.pooled_text(pool(text, text_mask))
-        modulation = rearrange(self.time_to_blocks(nn.functional.silu(time)), "b (six d) -> b six d", six=6)
+            time = time + self.pooled_text(pool(text, text_mask))[:, None]
+        modulation = rearrange(self.time_to_blocks(nn.functional.silu(time)), "b f (six d) -> b f 1 six d", six=6)
         text = self.text(text)
 
         position, frame = self.added_positions(f, h, w, x.device)
@@ -90,18 +90,15 @@ class Latte(nn.Module):
             x, frame = x + frame.to(x.dtype), None
 
         for i, block in enumerate(self.blocks):
-            if self.joint:
-                tokens = rearrange(x, "b f n d -> b 1 (f n) d")
-                x = rearrange(block(tokens, modulation, text, text_mask, space_rope), "b 1 (f n) d -> b f n d", f=f)
-            elif i % 2 == 0:
+            if self.joint or i % 2 == 0:
                 x = block(x, modulation, text, text_mask, space_rope)
             elif f > 1:
                 if i == 1 and frame is not None:
                     x = x + frame.to(x.dtype)
-                tokens = rearrange(x, "b f n d -> b n f d")
-                x = rearrange(block(tokens, modulation, text, text_mask, time_rope), "b n f d -> b f n d")
+                tokens, of_frames = rearrange(x, "b f n d -> b n f d"), modulation.transpose(1, 2)
+                x = rearrange(block(tokens, of_frames, text, text_mask, time_rope), "b n f d -> b f n d")
 
-        shift, scale = rearrange(self.table_out + time[:, None], "b two d -> two b 1 1 d")
+        shift, scale = rearrange(self.table_out + time[:, :, None], "b f two d -> two b f 1 d")
         return from_patches(self.patch_out(modulate(self.norm_out(x), shift, scale)), p, h, w)
 
     def added_positions(

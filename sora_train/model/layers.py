@@ -3,8 +3,8 @@
 PixArt-alpha's block (arXiv 2310.00426, figure 4) as Latte uses it (arXiv 2401.03048, section 3): scale, shift and gate
 come from the diffusion time through adaLN-single, plus a learned scale-shift table of the block's own.
 
-Tokens arrive as `b g s d`: b clips, each cut into g groups of s tokens that attend to each other. Which tokens form
-a group is the caller's choice, and the only difference between spatial, temporal and joint attention.
+Tokens arrive as `b g s d`: b clips, each cut into g groups of s tokens. Those of a group attend to each other, with
+joint attention all of a clip. Which tokens form a group is the caller's choice: a frame's, or a place's over time.
 """
 
 import torch
@@ -21,21 +21,22 @@ MAX_GROUPS = 2**16 - 1
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention within each group."""
+    """Multi-head self-attention within each group, or of all tokens of a clip (`joint`)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.heads = config.heads
+        self.heads, self.joint = config.heads, config.attention == "joint"
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.attention_bias)
         self.out = nn.Linear(config.width, config.width)
 
     def forward(
-        self, x: Float[Tensor, "b g s d"], rope: Float[Tensor, "2 s r"] | None = None
+        self, x: Float[Tensor, "b g s d"], rope: Float[Tensor, "2 i r"] | None = None
     ) -> Float[Tensor, "b g s d"]:
-        q, k, v = rearrange(self.qkv(x), "b g s (three m k) -> three (b g) m s k", three=3, m=self.heads)
+        groups = "b m (g s) k" if self.joint else "(b g) m s k"
+        q, k, v = rearrange(self.qkv(x), f"b g s (three m k) -> three {groups}", three=3, m=self.heads)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
-        return self.out(rearrange(attend(q, k, v), "(b g) m s k -> b g s (m k)", b=len(x)))
+        return self.out(rearrange(attend(q, k, v), f"{groups} -> b g s (m k)", b=x.shape[0], g=x.shape[1]))
 
 
 def attend(
@@ -83,7 +84,7 @@ class FeedForward(nn.Module):
 
 
 def modulate(
-    x: Float[Tensor, "b g s d"], shift: Float[Tensor, "b #g 1 d"], scale: Float[Tensor, "b #g 1 d"]
+    x: Float[Tensor, "b g s d"], shift: Float[Tensor, "b #g #s d"], scale: Float[Tensor, "b #g #s d"]
 ) -> Float[Tensor, "b g s d"]:
     """x (1 + scale) + shift, in one pass over x."""
     return torch.addcmul(shift, x, 1 + scale)
@@ -105,13 +106,13 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b g s d"],
-        modulation: Float[Tensor, "b 6 d"],
+        modulation: Float[Tensor, "b #g #s 6 d"],
         text: Float[Tensor, "b l d"],
         text_mask: Bool[Tensor, "b l"],
-        rope: Float[Tensor, "2 s r"] | None = None,
+        rope: Float[Tensor, "2 i r"] | None = None,
     ) -> Float[Tensor, "b g s d"]:
         """`modulation` is the diffusion time's share of shift, scale and gate; `rope` is made by `embed.rope_freqs`."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = rearrange(self.table + modulation, "b six d -> six b 1 1 d")
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.table + modulation).unbind(dim=3)
         x = torch.addcmul(x, gate1, self.attention(modulate(self.norm1(x), shift1, scale1), rope))
         if self.text_attention is not None:
             x = x + self.text_attention(x, text, text_mask)

@@ -35,6 +35,8 @@ class Sizes:
     h: int
     w: int
     l: int  # noqa: E741
+    frame_times: bool = False
+    """Whether each frame has a diffusion time, as in training with given frames, instead of each clip."""
 
     def tokens(self, model: ModelConfig) -> int:
         """Patches of all clips."""
@@ -85,7 +87,8 @@ def trace(model: ModelConfig, mode: Mode, half: bool, autocast: bool, sizes: Siz
                 for i, block in enumerate(made.blocks):
                     count_block(block, i, blocks, live)
                 # copies, so that of the inputs only what autograd saves is counted
-                y = made(x.clone(), torch.full((sizes.b,), 500.0), text.clone(), mask.clone())
+                t = torch.full((sizes.b, sizes.f) if sizes.frame_times else (sizes.b,), 500.0)
+                y = made(x.clone(), t, text.clone(), mask.clone())
             total = live.bytes() - y.untyped_storage().nbytes()
     finally:
         torch.set_default_dtype(default)

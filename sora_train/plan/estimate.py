@@ -98,4 +98,4 @@ def step_flops(model: ModelConfig, train: TrainConfig, sizes: Sizes, world: int)
     """
     clips = accumulation(train, world) * train.micro_batch_size * world
     passes = 4 if train.activation_checkpointing == "full" else 3
-    return passes * clips * forward_flops(model, sizes.f, sizes.h, sizes.w, sizes.l)
+    return passes * clips * forward_flops(model, sizes.f, sizes.h, sizes.w, sizes.l, sizes.frame_times)

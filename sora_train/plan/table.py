@@ -63,7 +63,9 @@ def plan_inputs(recipe: Recipe) -> tuple[dict[str, Sizes], list[int], str]:
     if wrong := undividable_shapes(recipe.data, *factors, recipe.model.patch):
         raise RecipeError("\n".join(wrong))
     shapes = [latent_shape(recipe.model.in_channels, *factors, *shape) for shape in recipe.data.shapes]
-    return {name: Sizes(1, f, h, w, tokens) for name, (f, _, h, w) in zip(names, shapes, strict=True)}, clips, source
+    timed = recipe.conditioning.frame_times
+    sizes = {name: Sizes(1, f, h, w, tokens, timed) for name, (f, _, h, w) in zip(names, shapes, strict=True)}
+    return sizes, clips, source
 
 
 def vae_factors(recipe: Recipe) -> tuple[tuple[int, int], str]:
@@ -210,7 +212,7 @@ def cost(recipe: Recipe, buckets: dict[str, Sizes], clips: list[int], options: P
     if peak is None:
         raise RecipeError(f"--gpu {options.gpu}: its FLOP/s are not known; those of {', '.join(PEAKS)} are")
     weighted = [(count / max(1, sum(clips)), s) for count, s in zip(clips, buckets.values(), strict=True)]
-    clip = 3 * sum(weight * forward_flops(model, s.f, s.h, s.w, s.l) for weight, s in weighted)
+    clip = 3 * sum(weight * forward_flops(model, s.f, s.h, s.w, s.l, s.frame_times) for weight, s in weighted)
     step = sum(weight * step_flops(model, train, s, world) for weight, s in weighted)
     hours = train.steps * step / (world * peak * options.mfu) / 3600
     added = accumulation(train, world) * train.micro_batch_size * world - train.batch_size

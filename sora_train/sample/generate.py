@@ -7,6 +7,7 @@ other clips in the batch nor on the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -49,15 +50,20 @@ def generate_each(
     negative: Float[Tensor, "_ e"] | None = None,
     shape: tuple[int, int, int] | None = None,
     progress: Progress | None = None,
+    given: Sequence[Float[Tensor, "_ c h w"] | None] | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields videos uint8 `F H W 3`; memory holds one batch of them.
 
     `how` defaults to the recipe's `validation`, `shape` (frames, height, width) to that of training. With `embeddings`
-    of the prompts, and `negative` (by `encode_null`) of the negative prompt, no text encoder is loaded. Raises
-    UserError for a sampler or shape that the model does not support, or that memory does not hold.
+    of the prompts, and `negative` (by `encode_null`) of the negative prompt, no text encoder is loaded. `given` has the
+    first latent frames of each video, normalised; None: that video has none. Raises UserError for a sampler or shape
+    that the model does not support, or that memory does not hold.
     """
-    if not prompts or len(prompts) != len(seeds) or len(prompts) != len(prompts if embeddings is None else embeddings):
-        raise ValueError(f"expected a seed (and an embedding) for each prompt, got {len(seeds)} for {len(prompts)}")
+    counts = {len(prompts), len(seeds), *(len(each) for each in (embeddings, given) if each is not None)}
+    if not prompts or len(counts) > 1:
+        raise ValueError(
+            f"expected a seed (embedding, given frames) for each prompt, got {len(seeds)} for {len(prompts)}"
+        )
     how = run.recipe.validation if how is None else how
     resolve_sampler(how.sampler, run.objective.config.kind)
     latents_of = sample_shape(run, shape)
@@ -71,7 +77,7 @@ def generate_each(
             negative = torch.from_numpy(run.manifest.null_embedding(null_prompt).astype(np.float32))
     most = run.manifest.text.max_tokens
     size = max(1, PLACES_AT_ONCE // (latents_of[0] * latents_of[2] * latents_of[3]))
-    batches = [slice(start, start + size) for start in range(0, len(prompts), size)]
+    batches = list(batches_of(given or [None] * len(prompts), size))
     for i, batch in enumerate(batches):
 
         def report(done: int, of: int, before: int = i) -> None:
@@ -91,6 +97,7 @@ def generate_each(
                 how=how,
                 generators=generators,
                 progress=report,
+                given=first_frames(given, batch),
             )
             check_finite(run, latents, prompts[batch])
             videos = vae.decode(vae.denormalise(latents)).numpy()
@@ -103,6 +110,20 @@ def generate_each(
                 "height x width) at once; ask for fewer frames or a smaller size: --frames, --height, --width"
             ) from None
         yield from videos
+
+
+def batches_of(given: Sequence[Tensor | None], size: int) -> Iterator[slice]:
+    """Batches of at most `size` videos, in order. The videos of one have equally many given frames."""
+    end = 0
+    for _, same in groupby(given, key=lambda frames: 0 if frames is None else len(frames)):
+        start, end = end, end + len(list(same))
+        yield from (slice(begin, min(begin + size, end)) for begin in range(start, end, size))
+
+
+def first_frames(given: Sequence[Tensor | None] | None, batch: slice) -> Float[Tensor, "b k c h w"] | None:
+    """The given frames of a batch that `batches_of` made, if any."""
+    frames = [each for each in (given or [])[batch] if each is not None and len(each)]
+    return torch.stack(frames) if frames else None
 
 
 def check_finite(run: Run, latents: Float[Tensor, "b f c h w"], prompts: Sequence[str]) -> None:

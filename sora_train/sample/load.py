@@ -61,7 +61,7 @@ class Run:
     def predict(
         self,
         x: Float[Tensor, "b f c h w"],
-        t: Float[Tensor, " b"],
+        t: Float[Tensor, " b *f"],
         text: Float[Tensor, "b l e"],
         text_mask: Bool[Tensor, "b l"],
     ) -> Float[Tensor, "b f o h w"]:
@@ -122,7 +122,7 @@ def load_run(
     if dtype is None:
         dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     model.requires_grad_(False).eval().to(device, dtype)
-    objective = make_objective(recipe.diffusion, recipe.model.learned_variance)
+    objective = make_objective(recipe.diffusion, recipe.model.learned_variance, recipe.conditioning)
     held = note.weights if note is not None else weights or "ema"
     return Run(folder, checkpoint, recipe, manifest, model, objective, device, note, held)
 

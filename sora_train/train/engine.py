@@ -93,7 +93,7 @@ class Engine:
     def __call__(
         self,
         x: Float[Tensor, "b f c h w"],
-        t: Float[Tensor, "b"],
+        t: Float[Tensor, "b *f"],
         text: Float[Tensor, "b l e"],
         text_mask: Bool[Tensor, "b l"],
     ) -> Float[Tensor, "b f o h w"]:

@@ -18,7 +18,7 @@ from sora_train.data import loader
 from sora_train.data.collate import MicroBatch, padded_lengths
 from sora_train.data.order import SampleOrder, batch, batch_number
 from sora_train.data.shards import ShardSet
-from sora_train.diffusion import DiffusionConfig, make_objective
+from sora_train.diffusion import ConditioningConfig, DiffusionConfig, make_objective
 from sora_train.model import ModelConfig, build
 from sora_train.model.flops import forward_flops
 from sora_train.train import checkpoint, guard
@@ -48,6 +48,7 @@ def train(
     resume: Path | None = None,
     image_ratio: float | None = None,
     null_prompt: str = "eos",
+    conditioning: ConditioningConfig | None = None,
 ) -> str:
     """Trains from step 0, or from the checkpoint `resume`, to `config.steps`. Returns why it ended early, or "".
 
@@ -67,7 +68,7 @@ def train(
     apply_activation_checkpointing(model, config.activation_checkpointing)
     if config.compile:
         compile_blocks(model, shapes)
-    objective = make_objective(diffusion, model_config.learned_variance)
+    objective = make_objective(diffusion, model_config.learned_variance, conditioning)
     engine = Engine(model, config, accumulation=accumulation(config, world), device=device)
     ema = Ema(engine, config.ema_decay)
     fingerprint = [shards.fingerprint if rank == 0 else ""]
@@ -112,7 +113,8 @@ def train(
                     of = f"{shape[0]}, captions of up to {shape[1]} tokens"
                     run_dir.events.write("compiling", step, f"{of} (shape {len(compiled)} of at most {shapes})")
                 micro = micro.to(device)
-                losses = objective.loss(engine, micro.latents, micro.noise, micro.t, micro.text, micro.text_mask)
+                texts = micro.text, micro.text_mask
+                losses = objective.loss(engine, micro.latents, micro.noise, micro.t, *texts, micro.given)
                 engine.backward((losses * micro.weight).sum() * (world / clips))
                 sums += loss_by_time(objective.model_time(micro.t), losses.detach(), micro.weight)
 
@@ -142,7 +144,7 @@ def train(
                     norms=guard.add_norm(state.norms, norm),
                 )
                 f, _, h, w = micro_batches[0].latents.shape[1:]
-                flops = clips * forward_flops(model_config, f, h, w, tokens / clips)
+                flops = clips * forward_flops(model_config, f, h, w, tokens / clips, objective.conditioning.frame_times)
                 tally.add(clips, clips * f * h * w // model_config.patch**2, flops, by_time[0::2], by_time[1::2])
                 losses_since_save.append(loss)
             if config.log_samples:  # none for a skipped step, which may repeat one that was taken

@@ -37,4 +37,4 @@ def zero_from(block: nn.Module, x: Float[Tensor, "b f n d"]) -> Float[Tensor, "1
     d = x.shape[-1]
     zeros = x.new_zeros(1, 1, 1, d).requires_grad_()  # like a video's tokens: ZeRO-3's hooks wait for its gradient
     text_mask = torch.ones(1, 1, dtype=torch.bool, device=x.device)
-    return 0 * block(zeros, zeros[0].expand(1, 6, d), zeros[0], text_mask)
+    return 0 * block(zeros, zeros[..., None, :].expand(-1, -1, -1, 6, -1), zeros[0], text_mask)

@@ -81,7 +81,9 @@ def test_data_are_mixed_and_targets_made_as_by_diffusers(prediction):
 def test_a_target_turned_round_is_the_data(prediction):
     x, noise, alpha = torch.randn(64, 1, 2, 4, 4), torch.randn(64, 1, 2, 4, 4), torch.linspace(0.01, 0.9999, 64)
     target = ddpm.target(prediction, x, noise, alpha)
-    assert torch.allclose(ddpm.to_sample(prediction, target, ddpm.add_noise(x, noise, alpha), alpha), x, atol=1e-5)
+    assert torch.allclose(
+        ddpm.to_sample(prediction, target, ddpm.add_noise(x, noise, alpha[:, None]), alpha), x, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("prediction", DIFFUSERS)

@@ -16,6 +16,7 @@ LATTE = [name for name in PRESETS if PRESETS[name]["family"] == "latte"]
 SMALL = ModelConfig(width=32, depth=4, heads=4, text_width=12, sample_size=8)
 
 
+@pytest.mark.parametrize("frame_times", [False, True])
 @pytest.mark.parametrize("frames", [1, 5])
 @pytest.mark.parametrize(
     "change",
@@ -28,14 +29,15 @@ SMALL = ModelConfig(width=32, depth=4, heads=4, text_width=12, sample_size=8)
         {"family": "wan", "sample_size": 32, "depth": 3, "feed_forward": 72},
     ],
 )
-def test_flops_are_those_that_torch_counts(change, frames):
+def test_flops_are_those_that_torch_counts(change, frames, frame_times):
     config = replace(SMALL, **change)
     model = build(config).eval()
     x, text, mask = torch.randn(1, frames, 4, 8, 12), torch.randn(1, 7, 12), torch.ones(1, 7, dtype=torch.bool)
     # The plain kernel is two matmuls, which the counter knows; it does not know the CPU's fused one.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(x, torch.tensor([500.0]), text, mask)
-    assert forward_flops(config, frames, 8, 12, 7) == pytest.approx(counter.get_total_flops(), rel=0.01)
+        model(x, torch.full((1, frames) if frame_times else (1,), 500.0), text, mask)
+    found = forward_flops(config, frames, 8, 12, 7, frame_times)
+    assert found == pytest.approx(counter.get_total_flops(), rel=0.003)
 
 
 @pytest.mark.parametrize("attention", ["factorised", "joint"])

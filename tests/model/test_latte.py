@@ -101,3 +101,34 @@ def test_more_groups_than_a_cuda_grid_holds_attend_as_few_do():
     q, k, v = torch.randn(3, count, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     weights = torch.softmax(q.double() @ k.double().transpose(-1, -2) / 2**0.5, dim=-1)
     torch.testing.assert_close(attend(q, k, v).double(), weights @ v.double(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", VARIANTS)
+def test_a_time_of_each_frame_equals_one_of_the_clip_where_all_are_alike(config):
+    model, (x, t, text, mask) = awake(config), inputs()
+    expected = model(x, t, text, mask)
+    torch.testing.assert_close(model(x, t[:, None].expand(2, 3), text, mask), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", VARIANTS)
+def test_without_attention_each_frame_is_denoised_at_its_own_time(config):
+    model, (x, _, text, mask) = awake(config), inputs()
+    with torch.no_grad():
+        for block in model.blocks:
+            for attention in (block.attention, block.text_attention):
+                for parameter in attention.out.parameters() if attention is not None else ():
+                    parameter.zero_()
+    times = torch.tensor([[0.0, 300.0, 700.0], [5.0, 5.0, 999.0]])
+    found = model(x, times, text, mask)
+    for frame in range(3):
+        expected = model(x, times[:, frame], text, mask)[:, frame]
+        torch.testing.assert_close(found[:, frame], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", VARIANTS)
+def test_a_given_frame_reaches_the_other_frames(config):
+    model, (x, t, text, mask) = awake(config), inputs()
+    times = torch.stack([torch.zeros(2), t, t], dim=1)
+    other = torch.cat([x[:, :1] + 1, x[:, 1:]], dim=1)
+    moved = model(other, times, text, mask)[:, 1:] - model(x, times, text, mask)[:, 1:]
+    assert moved.flatten(2).abs().amax(dim=2).min() > 1e-3
