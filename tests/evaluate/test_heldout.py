@@ -87,7 +87,9 @@ def test_a_model_that_predicts_exactly_has_no_loss_and_no_weights_count(shards: 
     targets: list[torch.Tensor] = []
     add_noise = objective.add_noise
 
-    def remembered(x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def remembered(
+        x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, given: None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         x_t, target = add_noise(x, noise, t)
         targets.append(target)
         return x_t, target
