@@ -13,6 +13,8 @@ from sora_train.schema import SHARD_SCHEMA
 
 END_OF_SOURCE = "end"
 """The `reason` of the row that follows a source's last clip; its `asked` are the ids of all clips of the source."""
+NOT_STARTED = "not_started"
+"""The `reason` of a row from a stage whose worker can't start; its `message` says why."""
 STRING, STRINGS, BYTES = pa.string(), pa.list_(pa.string()), pa.large_binary()
 SOURCE = {"row_id": STRING, "source": STRING, "captions": STRINGS, "source_size": pa.int64(), "source_version": STRING}
 SOURCES = pa.schema(SOURCE | {"path": STRING, "skip": STRINGS})

@@ -9,8 +9,9 @@ import pyarrow as pa
 from data_prep.filters import Duplicates
 from data_prep.reasons import remark_kinds
 from data_prep.resume import ResumeState, SourceRecord, save_progress
-from data_prep.schemas import END_OF_SOURCE
+from data_prep.schemas import END_OF_SOURCE, NOT_STARTED
 from data_prep.shards import ShardWriter
+from sora_train.errors import UserError
 from sora_train.recipe import Recipe
 from sora_train.schema import SHARD_SCHEMA
 
@@ -40,9 +41,11 @@ class ShardSink:
     def consume(self, table: pa.Table) -> tuple[int, int, int, int]:
         """Returns the number of sources finished, and of clips written, quarantined and filtered.
 
-        Raises UserError if too many sources are bad.
+        Raises UserError if too many sources are bad, or a worker can't start.
         """
         rows = table.drop_columns(["latents", "text", "tokens"]).to_pylist()
+        if messages := [row["message"] for row in rows if row["reason"] == NOT_STARTED]:
+            raise UserError(messages[0], code="worker")
         counts = {"sources": 0, "written": 0, "quarantined": 0, "filtered": 0}
         good: dict[str, list[int]] = {}
         for i, row in enumerate(rows):

@@ -6,23 +6,25 @@ end the whole Ray Data job. Only the actors that need torch import it, not the d
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 from pyarrow import fs
 
 from data_prep.reasons import ClipError
-from data_prep.schemas import CLIPS, DECODED, ENCODED, END_OF_SOURCE, SOURCE, WITH_LATENTS
+from data_prep.schemas import CLIPS, DECODED, ENCODED, END_OF_SOURCE, NOT_STARTED, SOURCE, WITH_LATENTS
 from data_prep.sources import data_root, sample_id
 from data_prep.video.decode_process import Decoder
 from data_prep.watchdog import DeviceLost
 from sora_train.codec import CodecConfig
 from sora_train.data.config import DataConfig, SelectionConfig
+from sora_train.errors import UserError, error_line
 from sora_train.schema import SHARD_SCHEMA, bucket_size, encode_row
 from sora_train.storage import resolve
 
@@ -56,6 +58,41 @@ def local_copy(system: fs.FileSystem, path: str) -> Iterator[str]:
         yield local.name
 
 
+def report_start_error(schema: pa.Schema) -> Callable[[type[A]], type[A]]:
+    """Has a stage whose constructor fails give a row NOT_STARTED, with the message, for each table.
+
+    If the constructor raised, Ray would restart the actor and print a traceback each time; if the first call raised,
+    Ray Data would add two.
+    """
+
+    def decorate(stage: type[A]) -> type[A]:
+        construct, call = stage.__init__, stage.__call__
+
+        @functools.wraps(construct)
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            self.start_error = ""
+            try:
+                construct(self, *args, **kwargs)
+            except UserError as error:
+                self.start_error = str(error)
+            except Exception as error:
+                why = f"a worker of prep ({stage.__name__}) can't start: {error_line(error)}"
+                self.start_error = f"{why}. If memory ran out, lower prep.vae_workers or prep.text_workers"
+
+        def process(self: Any, table: pa.Table) -> Any:
+            if not self.start_error:
+                return call(self, table)
+            (row,) = table.slice(0, 1).to_pylist()
+            failed = {"reason": NOT_STARTED, "message": self.start_error}
+            return pa.Table.from_pylist([row if row.get("reason") == NOT_STARTED else row | failed], schema)
+
+        stage.__init__, stage.__call__ = init, process
+        return stage
+
+    return decorate
+
+
+@report_start_error(DECODED)
 class Decode:
     """Sources to clips, by a child process. The rows of a source are its clips, then an END_OF_SOURCE."""
 
@@ -111,6 +148,7 @@ class Decode:
         yield whole | {"reason": END_OF_SOURCE, "asked": asked, "remark": "; ".join(sorted(filter(None, remarks)))}
 
 
+@report_start_error(WITH_LATENTS)
 class EncodeVideo:
     """Frames to raw latents by the VAE, in float32."""
 
@@ -146,6 +184,7 @@ class EncodeVideo:
         return list(self.vae.encode(torch.from_numpy(np.stack(clips))).numpy())
 
 
+@report_start_error(ENCODED)
 class EmbedText:
     """Captions to embeddings by the text encoder, and complete shard rows.
 

@@ -1,6 +1,7 @@
 """A clip that a network can't encode costs only itself; a lost device costs none."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -8,11 +9,17 @@ import pytest
 import torch
 
 from data_prep.reasons import remark_kinds
+from data_prep.resume import ResumeState
 from data_prep.schemas import DECODED, END_OF_SOURCE, WITH_LATENTS
+from data_prep.sink import ShardSink
 from data_prep.stages import EmbedText, EncodeVideo, run_batch
+from data_prep.stats import PrepStats
 from data_prep.watchdog import DeviceLost
 from sora_train.codec import CodecConfig
 from sora_train.codec.text import load_text_encoder
+from sora_train.data.config import DataConfig
+from sora_train.errors import UserError
+from sora_train.recipe import Recipe
 
 CODEC = CodecConfig(precision="fp32", text_precision="fp32", caption_cleaning="none")
 
@@ -107,6 +114,19 @@ def test_a_vae_that_gives_nan_makes_every_clip_not_finite():
     encoded = stage(pa.Table.from_pylist([row(name, ["x"], frames=clip.tobytes()) for name in "ab"], DECODED))
     made = EmbedText(CODEC, {"4x16x16": (2, 4, 4, 2, 2)}, 32, 1, "cpu")(encoded).to_pylist()
     assert [clip["reason"] for clip in made] == ["not_finite"] * 2
+
+
+def test_a_worker_that_can_not_start_ends_prep_with_one_message(tmp_path: Path):
+    codec, shapes = CODEC.model_copy(update={"vae": str(tmp_path / "none")}), {"4x16x16": (2, 4, 4, 2, 2)}
+    frames = np.zeros((4, 16, 16, 3), np.uint8).tobytes()
+    rows = pa.Table.from_pylist([row(name, ["x"], frames=frames) for name in "ab"], DECODED)
+    made = EmbedText(CODEC, shapes, 32, 1, "cpu")(EncodeVideo(codec, 1, "cpu")(rows))
+    recipe = Recipe(data=DataConfig(output=str(tmp_path / "shards")))
+    sink = ShardSink(recipe, "", "", ResumeState(PrepStats(2, 0.5, "")))
+    with pytest.raises(UserError, match=r"codec\.vae: no folder '.*none'"):
+        sink.consume(made)
+    (failed,) = EncodeVideo(CODEC, 0, "cpu")(rows).to_pylist()
+    assert failed["message"].startswith("a worker of prep (EncodeVideo) can't start: RuntimeError: set_num_threads")
 
 
 def broken(items: list[int]) -> list[int]:
