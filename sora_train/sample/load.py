@@ -203,6 +203,11 @@ def find_checkpoint(path: str | Path, weights: Weights = "ema") -> tuple[Path, P
             f"{folder} is an export without {EXPORT_INFO}, or of other software; copy the whole folder that "
             "`sora export` made, or export the run again"
         )
+    if (folder / "config.json").is_file():
+        whole = folder.absolute().parent
+        found = any((whole / name).is_file() for name in ("model_index.json", "transformer/config.json"))
+        where = f"its parent folder: {whole}" if found else "a folder with its VAE and text encoder too"
+        raise UserError(f"{folder} is one network of a pipeline; name {where}")
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder} is no run: it has no recipe.yaml; name the folder that `sora train` made")
     checkpoints = step_folders(folder / "checkpoints")

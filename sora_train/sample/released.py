@@ -135,6 +135,11 @@ def ddpm_of(scheduler: dict[str, Any]) -> tuple[dict[str, Any], str]:
             f"the pipeline's scheduler has beta_schedule {scheduler.get('beta_schedule')} and prediction_type "
             f"{scheduler.get('prediction_type')}; linear or squaredcos_cap_v2 and {', '.join(PREDICTIONS)} can be read"
         )
+    if (spacing := scheduler.get("timestep_spacing", "leading")) != "trailing":
+        log.info(
+            f"the pipeline's scheduler spaces its steps as `{spacing}`, and sampler ddim as `trailing`, which begins "
+            "with noise alone: videos differ slightly from the pipeline's"
+        )
     diffusion: dict[str, Any] = {"kind": "ddpm", "beta_schedule": schedule, "prediction": prediction}
     if schedule == "linear":
         diffusion |= {"beta_start": scheduler.get("beta_start", 1e-4), "beta_end": scheduler.get("beta_end", 0.02)}

@@ -7,9 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LattePipeline,
+    LatteTransformer3DModel,
+)
+from transformers import T5EncoderModel
 from wan_models import make_wan_pipeline, open_wan_pipeline
 
+from sora_train.codec import BUILTIN
+from sora_train.codec.text import load_tokenizer
 from sora_train.commands import SampleOptions
 from sora_train.errors import UserError
 from sora_train.export import export
@@ -48,6 +57,51 @@ def test_videos_are_those_of_wan_pipeline(kind, pipelines):
     noise = torch.randn(sample_shape(run, SIZE[kind]), generator=torch.Generator().manual_seed(3))
     size = {"num_frames": frames, "height": height, "width": width, "num_inference_steps": 6}
     theirs = pipe(prompt, latents=noise[None].transpose(1, 2), **size).frames[0]
+    assert np.abs(theirs * 255 - ours).max() < 1
+
+
+@pytest.fixture(scope="module")
+def latte(tmp_path_factory) -> Path:
+    """A random `LattePipeline` of the released one's classes and scheduler, saved by diffusers."""
+    torch.manual_seed(0)
+    folder, halvings = tmp_path_factory.mktemp("latte"), 4
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * halvings,
+        up_block_types=("UpDecoderBlock2D",) * halvings,
+        block_out_channels=(8,) * halvings,
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    transformer = LatteTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2,
+        cross_attention_dim=32, attention_bias=True, sample_size=8, patch_size=2, activation_fn="gelu-approximate",
+        norm_type="ada_norm_single", norm_elementwise_affine=False, norm_eps=1e-6, caption_channels=64, video_length=16,
+    )  # fmt: skip
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    LattePipeline(
+        tokenizer=load_tokenizer(BUILTIN / "text"),  # pyright: ignore[reportArgumentType]
+        text_encoder=T5EncoderModel.from_pretrained(BUILTIN / "text"),
+        vae=vae,
+        transformer=transformer,
+        scheduler=DDIMScheduler(clip_sample=False, timestep_spacing="trailing"),  # pyright: ignore[reportArgumentType]
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_videos_are_those_of_latte_pipeline(latte):
+    run, pipe = load_run(latte, "cpu"), LattePipeline.from_pretrained(latte)
+    pipe.set_progress_bar_config(disable=True)
+    assert (run.manifest.frames, run.manifest.height, run.manifest.width, run.fps) == (16, 64, 64, 8.0)
+    validation, codec = run.recipe.validation, run.recipe.codec
+    assert (validation.sampler, validation.steps, validation.guidance) == ("ddim", 50, 7.5)
+    assert (codec.caption_cleaning, codec.null_prompt, codec.max_tokens) == ("lower", "padded", 120)
+    prompt, how = "A Cat and a dog ", validation.model_copy(update={"steps": 10})
+    ours = generate(run, [prompt], [3], how)[0]
+    noise = torch.randn(sample_shape(run), generator=torch.Generator().manual_seed(3))
+    ask = {"height": 64, "width": 64, "num_inference_steps": 10, "output_type": "np"}
+    theirs = pipe(prompt, latents=noise[None].transpose(1, 2), **ask).frames[0]
+    assert ours.std() > 5
     assert np.abs(theirs * 255 - ours).max() < 1
 
 
@@ -92,6 +146,9 @@ def test_what_is_missing_or_unknown_is_named(pipelines, tmp_path):
     shutil.rmtree(other / "vae")
     shutil.copytree(pipelines["2.2"] / "vae", other / "vae")
     assert "is a VAE of 48 channels, and the transformer takes 16" in said(other)
+    assert said(two / "transformer").endswith(f"is one network of a pipeline; name its parent folder: {two}")
+    alone = Path(shutil.copytree(two / "transformer", tmp_path / "alone" / "weights"))
+    assert "is one network of a pipeline; name a folder with its VAE" in said(alone)
     (file,) = (two / "transformer").glob("*.safetensors")
     content = file.read_bytes()
     (two / "model_index.json").unlink()  # without it the transformer says what the pipeline is
@@ -108,3 +165,13 @@ def test_the_scheduler_decides_objective_and_sampler(pipelines, tmp_path):
     settings = json.loads((pipelines["2.1"] / "scheduler" / "scheduler_config.json").read_text())
     (euler / "scheduler" / "scheduler_config.json").write_text(json.dumps(settings | {"prediction_type": "epsilon"}))
     assert "scheduler is UniPCMultistepScheduler with prediction_type epsilon; Wan needs" in said(euler)
+
+
+def test_steps_that_the_pipeline_spaces_otherwise_are_reported(latte, tmp_path, caplog):
+    load_run(latte, "cpu")
+    assert not caplog.messages
+    leading = copied(latte, tmp_path / "leading")
+    DDIMScheduler(clip_sample=False).save_pretrained(leading / "scheduler")
+    load_run(leading, "cpu")
+    (message,) = caplog.messages
+    assert message.startswith("the pipeline's scheduler spaces its steps as `leading`, and sampler ddim as `trailing`")
