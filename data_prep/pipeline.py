@@ -45,11 +45,7 @@ def prep(recipe: Recipe) -> Manifest:
     reject_job_dir("data.output", data.output)
     vae, text = find_codec(recipe)
     check_shapes(recipe, vae)
-    if vae.channels != recipe.model.in_channels:
-        log.warning(
-            f"prep: latents of this VAE have {vae.channels} channels, and model.in_channels is "
-            f"{recipe.model.in_channels}: this recipe's model can't be trained on them"
-        )
+    warn_of_model(recipe, vae, text)
     key = encoding_hash(recipe, vae, text)
     rows = read_rows(data)
     with run_lock(data.output, "sora prep"):
@@ -145,6 +141,18 @@ def check_shapes(recipe: Recipe, vae: VaeFiles) -> None:
     """Raises RecipeError if a bucket does not give whole latents of the VAE and patches of the model."""
     if wrong := undividable_shapes(recipe.data, vae.factor, vae.time_factor, recipe.model.patch):
         raise RecipeError("\n".join(wrong))
+
+
+def warn_of_model(recipe: Recipe, vae: VaeFiles, text: TextFiles) -> None:
+    """Warns if the recipe's model can't be trained on the shards; another recipe's may, so it is not an error."""
+    for key, width, what in (
+        ("in_channels", vae.channels, "the VAE's latents have {} channels"),
+        ("text_width", text.width, "the text encoder's embeddings are {} wide"),
+    ):
+        if (given := getattr(recipe.model, key)) != width:
+            log.warning(
+                f"prep: {what.format(width)}, and model.{key} is {given}. To train on these shards set it to {width}"
+            )
 
 
 def encoding_hash(recipe: Recipe, vae: VaeFiles, text: TextFiles) -> str:

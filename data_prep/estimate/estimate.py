@@ -12,7 +12,7 @@ from pyarrow import fs
 from data_prep.buckets import buckets_of
 from data_prep.estimate.measure import CAPTIONS, CLIPS, Measurement, measure
 from data_prep.estimate.probe import ProbeResult, pick_evenly, probe_files
-from data_prep.pipeline import check_shapes, find_codec, resolve_caption_cleaning, resume_state
+from data_prep.pipeline import check_shapes, find_codec, resolve_caption_cleaning, resume_state, warn_of_model
 from data_prep.reasons import BAD_SOURCE_REASONS
 from data_prep.resume import ResumeState
 from data_prep.sources import SourceRow, read_rows
@@ -105,6 +105,7 @@ def estimate_prep(recipe: Recipe) -> PrepEstimate:
     recipe = resolve_caption_cleaning(recipe)
     vae, text = find_codec(recipe)
     check_shapes(recipe, vae)
+    warn_of_model(recipe, vae, text)
     rows = read_rows(recipe.data)
     state = resume_state(recipe, rows, vae, text, quiet=True)
     probes = probe_files([row for row, _ in state.todo], recipe.data, recipe.selection)

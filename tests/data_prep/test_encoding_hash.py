@@ -1,10 +1,12 @@
-"""What changes the encoding hash, and what does not."""
+"""What changes the encoding hash, and what does not; and a warning of a model that other networks fit."""
 
 import hashlib
 import json
 
+import pytest
+
 from data_prep.buckets import TRANSFORM_VERSION
-from data_prep.pipeline import encoding_hash, find_codec
+from data_prep.pipeline import encoding_hash, find_codec, warn_of_model
 from sora_train.manifest import SCHEMA_VERSION
 from sora_train.recipe import Recipe
 
@@ -34,3 +36,16 @@ def test_cleaning_and_precision_change_the_encoding_hash():
 
 def test_the_null_prompt_is_not_part_of_a_clips_row():
     assert hash_of(codec__null_prompt="padded") == hash_of(codec__null_prompt="eos") == hash_of()
+
+
+def test_prep_warns_of_a_model_that_its_networks_do_not_fit(caplog: pytest.LogCaptureFixture):
+    recipe = Recipe.model_validate({"model": {"in_channels": 16, "text_width": 4096}})
+    warn_of_model(recipe, *find_codec(recipe))
+    assert caplog.messages == [
+        "prep: the VAE's latents have 4 channels, and model.in_channels is 16. To train on these shards set it to 4",
+        "prep: the text encoder's embeddings are 64 wide, and model.text_width is 4096. To train on these shards set "
+        "it to 64",
+    ]
+    fitting = Recipe.model_validate({"model": {"text_width": 64}})
+    warn_of_model(fitting, *find_codec(fitting))
+    assert len(caplog.messages) == 2
