@@ -21,12 +21,13 @@ from sora_train.data.collate import (
 from sora_train.data.loader import batches, micro_batches
 from sora_train.data.order import Batch, SampleOrder, batch, share
 from sora_train.data.shards import ShardSet
-from sora_train.diffusion import DiffusionConfig, make_objective
+from sora_train.diffusion import ConditioningConfig, DiffusionConfig, make_objective
 from sora_train.errors import UserError
 from sora_train.schema import Clips
 
 BUCKET = "3x16x24"
 FLOW = make_objective(DiffusionConfig())
+GIVEN = make_objective(DiffusionConfig(), conditioning=ConditioningConfig(frames=2, probability=0.5))
 
 
 def steps_of(shards: ShardSet, order: SampleOrder, world: int, micro: int, step: int) -> list[MicroBatch]:
@@ -35,7 +36,7 @@ def steps_of(shards: ShardSet, order: SampleOrder, world: int, micro: int, step:
         made
         for rank in range(world)
         for made in micro_batches(
-            shards, order, FLOW, step, rank=rank, world=world, micro_batch_size=micro, caption_dropout=0.3
+            shards, order, GIVEN, step, rank=rank, world=world, micro_batch_size=micro, caption_dropout=0.3
         )
     ]
 
@@ -50,6 +51,7 @@ def by_sample(made: list[MicroBatch]) -> dict[str, tuple[torch.Tensor, ...]]:
             part.text[i][part.text_mask[i]],
             part.weight[i],
             part.dropped[i],
+            part.given[i],
         )
         for part in made
         for i, sample_id in enumerate(part.sample_ids)
@@ -97,6 +99,39 @@ def test_other_steps_seeds_and_clips_draw_otherwise(make_shards):
     ]
     assert len({drawn.t.item() for drawn in draws}) == len(draws)
     assert len({drawn.noise.sum().item() for drawn in draws}) == len(draws)
+
+
+def test_given_frames_are_drawn_last_so_that_all_else_is_as_without(make_shards):
+    shards = ShardSet(make_shards(40))
+    clips = shards.read(BUCKET, range(40))
+    how = {"manifest": shards.manifest, "seed": 3, "step": 5, "caption_dropout": 0.3}
+    made, plain = (collate(clips, 0, objective=objective, **how) for objective in (GIVEN, FLOW))
+    assert plain.given is None
+    for name in ("latents", "noise", "t", "text", "text_mask", "dropped"):
+        assert torch.equal(getattr(made, name), getattr(plain, name))
+    assert set(made.given.tolist()) == {0, 2}
+
+
+def clips_of(f: int) -> Clips:
+    """100 clips of f latent frames."""
+    ids = [f"{i}" for i in range(100)]
+    latents, text = np.zeros((100, 1, f, 1, 1, 1), np.float16), [[np.zeros((1, 2), np.float16)]] * 100
+    return Clips(ids, ids, [["one"]] * 100, latents, text)
+
+
+def test_first_frames_are_given_to_the_asked_share_and_never_to_all_of_a_clip():
+    for probability in (0.2, 1.0):
+        config = ConditioningConfig(frames=2, probability=probability)
+        objective = make_objective(DiffusionConfig(), conditioning=config)
+        drawn = {
+            f: [draw_training_noise(clips_of(f), row, objective, 0, step, 0.1).given
+                for step in range(20) for row in range(100)]
+            for f in (1, 2, 3)
+        }  # fmt: skip
+        assert not any(drawn[1] + drawn[2])
+        assert set(drawn[3]) <= {0, 2}
+        assert drawn[3].count(2) == pytest.approx(2000 * probability, abs=4 * math.sqrt(2000 * 0.2 * 0.8))
+        assert probability < 1 or drawn[3].count(2) == 2000
 
 
 def test_noise_and_posterior_draws_have_their_mean_and_variance():

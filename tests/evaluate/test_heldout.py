@@ -9,7 +9,7 @@ import torch
 
 from sora_train.data.order import batch
 from sora_train.data.shards import ShardSet
-from sora_train.diffusion import DiffusionConfig, make_objective
+from sora_train.diffusion import ConditioningConfig, DiffusionConfig, make_objective
 from sora_train.evaluate.heldout import BINS, choose_clips, held_out_loss, ranked, time_in
 from sora_train.evaluate.metrics import open_held_out
 from sora_train.sample import Run, load_run
@@ -100,6 +100,31 @@ def test_a_model_that_predicts_exactly_has_no_loss_and_no_weights_count(shards: 
     assert set(exact.values()) == {0.0}
     wrong = held_out_loss(lambda x, t, text, mask: targets[-1] + 0.5, objective, shards, places)
     assert list(wrong.values()) == pytest.approx([0.25] * (BINS + 1), rel=1e-5)
+
+
+def test_given_frames_are_shown_clean_and_not_counted(run: Run, shards: ShardSet):
+    places = [place for place in ranked(shards) if not place.bucket.startswith("1x")][:12]
+    shown: dict[float, set[float]] = {}
+    for probability in (0.0, 0.5, 1.0):
+        objective = make_objective(DiffusionConfig(), conditioning=ConditioningConfig(probability=probability))
+        given: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def model(x: torch.Tensor, t: torch.Tensor, *text: torch.Tensor, given: list = given) -> torch.Tensor:
+            given.append((x, t))
+            wrong = torch.zeros_like(x)
+            if t.ndim == 2:
+                wrong[:, 0] = 1e6 * (t[:, 0] == 0)[:, None, None, None]  # not counted
+            return wrong
+
+        found = held_out_loss(model, objective, shards, places, batch_size=1)
+        assert all(value < 10 for value in found.values())
+        clips = [given[BINS * i : BINS * (i + 1)] for i in range(len(places))]
+        clean = [t.ndim == 2 and not t[0, 0] for _, t in given[::BINS]]
+        for is_given, seen in zip(clean, clips, strict=True):
+            assert all((t[0, 0] == 0) == is_given for _, t in seen if t.ndim == 2)  # one draw for all bins
+            assert all(torch.equal(x[:, :1], seen[0][0][:, :1]) == is_given for x, _ in seen[1:])
+        shown[probability] = sum(clean) / len(places)
+    assert shown[0.0] == 0 < shown[0.5] < 1 == shown[1.0]
 
 
 def test_a_learned_variance_is_left_aside(run: Run, shards: ShardSet):

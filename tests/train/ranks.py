@@ -1,9 +1,9 @@
 """One of several gloo ranks that train in this process what they are told: what `conftest.start` runs.
 
 A task is {"out": folder, "train": {…}} with, as needed, "resume": a checkpoint, "init_from": a folder, "shards": other
-shards than the others', "model": keys of the model, "act": instead of training, a function of `acts.py`, "largest":
-bytes that a file of rank 1 may have from then on, as if its disk were full, "noticed": a step at which a checkpoint is
-wanted at once. With "refused": true the task is to end in
+shards than the others', "model": keys of the model, "conditioning": keys of that section, "act": instead of training, a
+function of `acts.py`, "largest": bytes that a file of rank 1 may have from then on, as if its disk were full,
+"noticed": a step at which a checkpoint is wanted at once. With "refused": true the task is to end in
 a UserError: its message goes to refused_RANK.txt in `out`, and the next task begins, on the same group.
 """
 
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from sora_train.data.shards import ShardSet
-from sora_train.diffusion import DiffusionConfig
+from sora_train.diffusion import ConditioningConfig, DiffusionConfig
 from sora_train.errors import UserError
 from sora_train.model import ModelConfig
 from sora_train.train.config import TrainConfig
@@ -37,6 +37,7 @@ def run(
     resume: str | None = None,
     init_from: str = "",
     noticed: int | None = None,
+    conditioning: dict | None = None,
     **model: Any,
 ) -> None:
     """Trains, and leaves every checkpoint and a line for every step in `out`."""
@@ -49,6 +50,7 @@ def run(
         device=torch.device("cpu"),
         run_dir=RunDir(out, preemption_requested=lambda step: step == noticed),
         resume=Path(resume) if resume else None,
+        conditioning=ConditioningConfig(**(conditioning or {})),
     )
 
 
@@ -68,7 +70,7 @@ def main(rank: int, world: int, store: Path, shards: str, tasks: list[dict], log
                 model = replace(MODEL, **task.get("model", {}))
                 getattr(acts, task["act"])(model, out, task["train"], task.get("resume"))
                 continue
-            rest = task.get("resume"), task.get("init_from", ""), task.get("noticed")
+            rest = task.get("resume"), task.get("init_from", ""), task.get("noticed"), task.get("conditioning")
             run(task.get("shards", shards), out, task["train"], *rest, **task.get("model", {}))
         except UserError as error:
             if not task.get("refused"):

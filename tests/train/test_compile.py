@@ -16,19 +16,20 @@ import sys
 from pathlib import Path
 import torch, torch._dynamo
 from sora_train.data.shards import ShardSet
-from sora_train.diffusion import DiffusionConfig
+from sora_train.diffusion import ConditioningConfig, DiffusionConfig
 from sora_train.model import ModelConfig
 from sora_train.train.config import TrainConfig
 from sora_train.train.run_dir import RunDir
 from sora_train.train.loop import train
-shards, out, mode, compiled, attention = sys.argv[1:]
+shards, out, mode, compiled, given = sys.argv[1:]
 torch.set_num_threads(1)
 config = TrainConfig(steps=100, learning_rate=1e-3, batch_size=1, micro_batch_size=1, log_every=1,
                      checkpoint_every=1000, zero_stage=0, activation_checkpointing=mode,
                      compile=compiled == "yes", caption_dropout=0.0)
-model = ModelConfig(width=16, depth=2, heads=2, text_width=8, sample_size=4, attention=attention)
+model = ModelConfig(width=16, depth=2, heads=2, text_width=8, sample_size=4)
 Path(out).mkdir()
-train(config, model, DiffusionConfig(), ShardSet(shards), device=torch.device("cpu"), run_dir=RunDir(Path(out)))
+train(config, model, DiffusionConfig(), ShardSet(shards), device=torch.device("cpu"), run_dir=RunDir(Path(out)),
+      conditioning=ConditioningConfig(probability=float(given)))
 print(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 """
 
@@ -39,11 +40,11 @@ def captions(write_noise_shards, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return write_noise_shards(tmp_path_factory.mktemp("captions"), list(range(1, LENGTHS + 1)), 8)
 
 
-def trained(captions: Path, out: Path, mode: str, compiled: str, attention: str) -> tuple[dict[int, float], int]:
+def trained(captions: Path, out: Path, mode: str, compiled: str, given: float) -> tuple[dict[int, float], int]:
     """Losses by step, and how many graphs were compiled. A process of its own: jaxtyping's checks can't be compiled."""
     # Not the user's cache: a compilation that was killed leaves a cut-off library there, which torch then loads.
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(captions.parent / "inductor")}
-    command = [sys.executable, "-c", PROGRAM, str(captions), str(out), mode, compiled, attention]
+    command = [sys.executable, "-c", PROGRAM, str(captions), str(out), mode, compiled, str(given)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1100, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -51,18 +52,21 @@ def trained(captions: Path, out: Path, mode: str, compiled: str, attention: str)
 
 
 @pytest.fixture(scope="module")
-def eager(captions: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
-    """Losses without compilation."""
-    return trained(captions, tmp_path_factory.mktemp("eager") / "run", "none", "no", "factorised")[0]
+def eager(captions: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[float, dict[int, float]]:
+    """Losses without compilation, by the probability that the first frame is given."""
+    root = tmp_path_factory.mktemp("eager")
+    return {given: trained(captions, root / str(given), "none", "no", given)[0] for given in (0.0, 0.5)}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(which("c++") is None, reason="torch compiles for the CPU by a C++ compiler, and there is none")
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
-def test_a_hundred_caption_lengths_compile_to_few_graphs(captions: Path, eager: dict, tmp_path: Path, mode: str):
-    losses, graphs = trained(captions, tmp_path / "run", mode, "yes", "factorised")
-    assert losses == pytest.approx(eager, rel=1e-5)
+@pytest.mark.parametrize(("mode", "given"), [("none", 0.0), ("selective", 0.0), ("full", 0.0), ("selective", 0.5)])
+def test_a_hundred_caption_lengths_compile_to_few_graphs(
+    captions: Path, eager: dict, tmp_path: Path, mode: str, given: float
+):
+    losses, graphs = trained(captions, tmp_path / "run", mode, "yes", given)
+    assert losses == pytest.approx(eager[given], rel=1e-5)
     assert abs(losses[1] - losses[LENGTHS]) > 1e-3
     assert len(losses) == LENGTHS
     events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]

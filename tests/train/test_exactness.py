@@ -24,11 +24,12 @@ SETTINGS = {
     "ema_decay": 0.5,
 }
 MODELS = {"joint": {"attention": "joint", "pooled_text": True}, "wan": ranks.WAN}
+GIVEN = {"probability": 0.5}
 
 
 @pytest.fixture(scope="module")
 def runs(start, alive: str, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of runs by name: KIND_WORLDxMICRO_zeroSTAGE, where KIND is `factorised`, `joint` or `wan`, and others."""
+    """Folders of runs by name: KIND_WORLDxMICRO_zeroSTAGE, with a kind of MODELS, `factorised` or `given`; others."""
     root = tmp_path_factory.mktemp("runs")
 
     def task(out: str, **changes) -> dict:
@@ -36,18 +37,19 @@ def runs(start, alive: str, tiny_shards: Path, tmp_path_factory: pytest.TempPath
 
     def cut(world: int, stage: int, micro: int = 1, kind: str = "factorised", **changes) -> dict:
         made = task(f"{kind}_{world}x{micro}_zero{stage}", zero_stage=stage, micro_batch_size=micro, **changes)
-        return made | ({"model": MODELS[kind], "init_from": ""} if kind in MODELS else {})
+        made |= {"model": MODELS[kind], "init_from": ""} if kind in MODELS else {}
+        return made | ({"conditioning": GIVEN} if kind == "given" else {})
 
     # Stage 3 last: it leaves its own linear function in torch, which sums the gradients of biases in another order.
-    four = [*(cut(4, stage) for stage in range(4)), cut(4, 3, kind="joint")]
+    four = [*(cut(4, stage) for stage in range(4)), cut(4, 3, kind="joint"), cut(4, 3, kind="given")]
     two = [cut(2, stage, checkpoint_every=1) for stage in (0, 1, 2)]
-    two += [cut(2, 0, kind="joint"), cut(2, 2, kind="joint"), cut(2, 1, micro=2)]
+    two += [cut(2, 0, kind="joint"), cut(2, 2, kind="joint"), cut(2, 1, micro=2), cut(2, 1, kind="given")]
     two += [task("bf16", zero_stage=2, precision="bf16", steps=3)]
     two += [task("no_ema", zero_stage=2, ema_decay=0.0, steps=2)]
     two += [task("no_clip", zero_stage=0, gradient_clip=0.0, steps=2)]
     two += [cut(2, stage, kind="wan") for stage in range(3)]
     two += [cut(2, 3, checkpoint_every=1), cut(2, 3, kind="wan")]
-    one = [cut(1, 0, micro, kind) for micro in (1, 4) for kind in ("factorised", *MODELS)] + [cut(1, 2)]
+    one = [cut(1, 0, micro, kind) for micro in (1, 4) for kind in ("factorised", "given", *MODELS)] + [cut(1, 2)]
     one += [task("zero0_clip", zero_stage=0, gradient_clip=0.1), task("zero2_clip", zero_stage=2, gradient_clip=0.1)]
     one += [task("started", steps=1, learning_rate=1e-12)]
     for end in [start(1, tiny_shards, one), start(2, tiny_shards, two), start(4, tiny_shards, four)]:
@@ -74,6 +76,13 @@ def test_many_micro_batches_equal_one_large_one(runs: Path, name: str):
 @pytest.mark.parametrize("name", ["1x1_zero0", "2x1_zero0", "2x1_zero2", "4x1_zero3"])
 def test_joint_attention_with_pooled_text_is_cut_as_exactly(runs: Path, name: str):
     agree(runs / f"joint_{name}", runs / "joint_1x4_zero0")
+
+
+@pytest.mark.parametrize("name", ["1x1_zero0", "2x1_zero1", "4x1_zero3"])
+def test_given_frames_are_drawn_and_learned_alike_however_it_is_cut(runs: Path, name: str):
+    agree(runs / f"given_{name}", runs / "given_1x4_zero0")
+    first, without = losses(runs / f"given_{name}")[1], losses(runs / "factorised_1x4_zero0")[1]
+    assert abs(first - without) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["1x1_zero0", *(f"2x1_zero{stage}" for stage in range(4))])

@@ -23,7 +23,7 @@ SETTINGS = {
     "checkpoint_every": HELD,
     "ema_decay": 0.9,
 }
-SAME = ["zero0", "zero1", "zero2", "zero3", "bf16_zero1", "bf16_zero3", "wan_zero2"]
+SAME = ["zero0", "zero1", "zero2", "zero3", "bf16_zero1", "bf16_zero3", "wan_zero2", "given_zero1"]
 OTHER = {
     2: [(1, 1), (2, 2), (0, 2), (2, 0), (3, 3), (2, 3)],
     1: [(1, 1), (2, 2), (3, 2), (3, 0), (3, 3), (1, 3)],
@@ -41,6 +41,7 @@ def runs(start, alive: str, tiny_shards: Path, tmp_path_factory: pytest.TempPath
         from_ = resume and str(checkpoint_at(root / resume, HELD))
         train = SETTINGS | {"zero_stage": stage, "micro_batch_size": -(-4 // world)} | changes
         made = {"out": str(root / out), "train": train, "resume": from_}
+        made |= {"conditioning": {"probability": 0.5}} if out.startswith("given") else {}
         return made | ({"model": ranks.WAN} if out.startswith("wan") else {"init_from": alive})
 
     def finished(*ends) -> None:
