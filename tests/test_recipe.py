@@ -136,6 +136,12 @@ def test_a_wrong_recipe_is_told_which_key_and_what_fits(tmp_path: Path, text: st
         ("validation: {sampler: ddim}", "validation.sampler ddim does not fit diffusion.kind flow; use euler, heun"),
         ("validation: {guidance_interval: [900, 100]}", "validation.guidance_interval is [900, 100]; it must rise"),
         ("validation: {guidance_rescale: 2}", "validation.guidance_rescale is 2; it should be less than or equal to 1"),
+        ("conditioning: {probability: 2}", "conditioning.probability is 2.0; it must be within 0 to 1"),
+        (
+            "conditioning: {probability: 1}\nvalidation: {guidance_without: text_and_frames}",
+            "conditioning.probability is 1; use text, or a probability between 0 and 1",
+        ),
+        ("validation: {guidance_without: text_and_frames}", "and conditioning.probability is 0; use text"),
         ("validation: {every: 500}", "validation.prompts is empty but validation.every is not 0"),
         ("cluster: {workers: 20}", "cluster.workers 20 is more than train.batch_size 16"),
         ("train: {betas: [0.9, 1.0]}", "train.betas are (0.9, 1.0)"),

@@ -7,6 +7,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from sora_train.data.config import DataConfig
+from sora_train.diffusion import ConditioningConfig
 from sora_train.errors import UserError
 from sora_train.launch.checks import (
     check_codec,
@@ -31,6 +32,16 @@ def test_shards_that_do_not_fit_are_refused_with_both_numbers(builtin_shards: Pa
         match=r"set model.text_width to 64; .* 9x32x32 and the shards hold 2x32x32: set data.buckets to",
     ):
         check_shards(recipe)
+
+
+def test_given_frames_that_leave_nothing_to_learn_are_refused(builtin_shards: Path, tmp_path: Path, recipe_of):
+    def asked(frames: int) -> Recipe:
+        given = ConditioningConfig(frames=frames, probability=0.5)
+        return recipe_of(builtin_shards, tmp_path).model_copy(update={"conditioning": given})
+
+    check_shards(asked(1))
+    with pytest.raises(UserError, match="conditioning.frames 2 leaves nothing to learn, since the longest .* 2 latent"):
+        check_shards(asked(2))
 
 
 def test_a_vae_that_did_not_make_the_shards_is_refused(builtin_shards: Path, tmp_path: Path, recipe_of, shared: Path):

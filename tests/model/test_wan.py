@@ -69,6 +69,16 @@ def test_a_time_of_each_frame_equals_one_of_the_clip_where_all_are_alike():
 
 
 @torch.no_grad()
+def test_a_given_frame_reaches_the_other_frames():
+    model = alive(SMALL)
+    x, text, mask = torch.randn(2, 3, 4, 8, 6), torch.randn(2, 5, 12), torch.ones(2, 5, dtype=torch.bool)
+    times = torch.tensor([[0.0, 500.0, 500.0]]).expand(2, 3)
+    other = torch.cat([x[:, :1] + 1, x[:, 1:]], dim=1)
+    moved = model(other, times, text, mask)[:, 1:] - model(x, times, text, mask)[:, 1:]
+    assert moved.flatten(2).abs().amax(dim=2).min() > 1e-4
+
+
+@torch.no_grad()
 def test_padding_to_any_length_gives_the_same():
     model = alive(SMALL)
     x, t, text = torch.randn(1, 2, 4, 4, 4), torch.tensor([300.0]), torch.randn(1, 9, 12)
