@@ -61,6 +61,16 @@ def test_a_preset_lies_under_the_keys_that_are_given(tmp_path: Path) -> None:
     assert "model.preset is ['S']; " in refusal(tmp_path, "model: {preset: [S]}")
 
 
+def test_a_written_key_that_wan_ignores_is_refused_even_at_its_default(tmp_path: Path) -> None:
+    said = refusal(tmp_path, "model: {preset: wan2.1_t2v_1.3b, attention: factorised, sample_size: 32}")
+    assert said.endswith(
+        "model.family wan does not take model.attention 'factorised', model.sample_size 32. Leave out these keys"
+    )
+    wan = load_recipe(write(tmp_path, "model: {preset: wan2.1_t2v_1.3b}"))
+    save_recipe(wan, tmp_path / "saved.yaml")  # with every key
+    assert load_recipe(tmp_path / "saved.yaml") == wan
+
+
 @pytest.mark.parametrize("name", ["", "S", "B", "L", "XL", "latte_t2v"])
 def test_a_written_recipe_holds_what_its_preset_stood_for(tmp_path: Path, name: str) -> None:
     recipe = load_recipe(write(tmp_path, f"model: {{preset: '{name}', norm_eps: 1e-5}}\ndiffusion: {{kind: ddpm}}"), {})

@@ -79,9 +79,8 @@ class ModelConfig:
         if self.width % self.heads:
             raise ValueError(f"model.width {self.width} is not a multiple of model.heads {self.heads}")
         other = LATTE_ONLY if self.family == "wan" else WAN_ONLY
-        if wrong := [f.name for f in fields(self) if f.name in other and getattr(self, f.name) != f.default]:
-            given = ", ".join(f"model.{key} {getattr(self, key)!r}" for key in wrong)
-            raise ValueError(f"model.family {self.family} does not take {given}. Leave out these keys")
+        if wrong := {f.name for f in fields(self) if f.name in other and getattr(self, f.name) != f.default}:
+            raise ValueError(not_taken(self.family, {key: getattr(self, key) for key in wrong}))
         head = self.width // self.heads
         rotary = self.family == "wan" or "rotary" in (self.positions, self.temporal_positions)
         if rotary and (head % 2 or head < 6):
@@ -123,6 +122,12 @@ class ModelConfig:
     @property
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.learned_variance else 1)
+
+
+def not_taken(family: str, keys: dict[str, Any]) -> str:
+    """The message for keys of another family."""
+    given = ", ".join(f"model.{key} {keys[key]!r}" for key in sorted(keys))
+    return f"model.family {family} does not take {given}. Leave out these keys"
 
 
 WAN_ONLY = {"feed_forward"}
@@ -168,6 +173,14 @@ def preset(name: str) -> ModelConfig:
 
 
 def with_preset(keys: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a recipe's `model` section, with those of its preset filled in."""
+    """The keys of a recipe's `model` section, with those of its preset filled in.
+
+    Raises ValueError for written keys that only Latte takes in a Wan, even at their defaults, which would be ignored.
+    The recipe of a run has all of them.
+    """
     name = keys.get("preset")
-    return {**PRESETS[name], **keys} if isinstance(name, str) and name in PRESETS else keys
+    filled = {**PRESETS[name], **keys} if isinstance(name, str) and name in PRESETS else keys
+    written = LATTE_ONLY & keys.keys()
+    if filled.get("family") == "wan" and written and written != LATTE_ONLY:
+        raise ValueError(not_taken("wan", {key: keys[key] for key in written}))
+    return filled
