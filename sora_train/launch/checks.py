@@ -11,6 +11,7 @@ import ray
 from sora_train.codec import CodecConfig
 from sora_train.codec.conventions import cleaning_of, null_prompt_of
 from sora_train.codec.files import find_text_encoder, find_vae
+from sora_train.data.config import DataConfig, undividable_shapes
 from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
 from sora_train.evaluate.i3d import load_i3d
@@ -96,9 +97,11 @@ def check_shards(recipe: Recipe) -> Manifest:
     asked = [bucket_name(*shape) for shape in recipe.data.shapes]
     there = [name for name, count in manifest.buckets.items() if count or name in asked]
     if set(asked) != set(there):
+        odd = undividable_shapes(recipe.data, manifest.vae.factor, manifest.vae.time_factor, model.patch)
         wrong.append(
-            f"the recipe asks for clips of {', '.join(asked)} and the shards hold {', '.join(there)}: set data.buckets "
-            f"to [{', '.join(there)}], or data.output to another folder and run `sora prep` to make the clips"
+            f"the recipe asks for clips of {', '.join(asked)} and the shards hold {', '.join(there)}: set "
+            f"{shape_keys(recipe.data, there)}; or data.output to another folder and run `sora prep` to make others"
+            + (f" ({'; '.join(odd)})" if odd else "")
         )
     for name in there:
         odd = shape_errors(bucket_size(name), manifest.vae.factor, manifest.vae.time_factor, model.patch)
@@ -119,6 +122,14 @@ def check_shards(recipe: Recipe) -> Manifest:
         )
     shards.sample_order(recipe.train.batch_size, recipe.train.seed, recipe.data.image_ratio)  # raises if empty
     return manifest
+
+
+def shape_keys(data: DataConfig, names: list[str]) -> str:
+    """The keys of `data`, with their values, for clips of these buckets."""
+    if len(names) > 1 or data.buckets:
+        return f"data.buckets to [{', '.join(names)}]"
+    shape = dict(zip(("frames", "height", "width"), bucket_size(names[0]), strict=True))
+    return " and ".join(f"data.{key} to {n}" for key, n in shape.items() if getattr(data, key) != n)
 
 
 def check_codec(recipe: Recipe, manifest: Manifest) -> None:
@@ -169,8 +180,9 @@ def check_cluster(recipe: Recipe) -> bool:
         have = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes)
         raise UserError(
             f"the cluster has room for {room} workers of {worker_resources(recipe, gpu)}{validation}, and "
-            f"{recipe.cluster.fewest} are needed. Its nodes have {have}. Lower cluster.workers or "
-            "cluster.cpus_per_worker, set validation.every to 0, or add nodes (or CPUs: `ray start --num-cpus`)",
+            f"{recipe.cluster.fewest} are needed. Its nodes have {have}. {without_gpus(recipe, gpu, nodes)}"
+            "Lower cluster.workers or cluster.cpus_per_worker, set validation.every to 0, or add nodes (or CPUs: `ray "
+            "start --num-cpus`)",
             code="cluster",
         )
     if recipe.validation.every and room < recipe.cluster.most:
@@ -179,6 +191,16 @@ def check_cluster(recipe: Recipe) -> bool:
             "wait until the run ends"
         )
     return gpu
+
+
+def without_gpus(recipe: Recipe, gpu: bool, nodes: list[dict[str, float]]) -> str:
+    """All flags with which a run that asks for GPUs uses CPUs, if no node has a GPU; otherwise empty."""
+    if any(node.get("GPU") for node in nodes):
+        return ""
+    flags = ["--cluster.gpu no"] if gpu else []
+    if recipe.validation.every and recipe.validation.resources.get("GPU"):
+        flags.append("--validation.resources.GPU 0")
+    return f"To use CPUs alone: {' '.join(flags)}. " if flags else ""
 
 
 def alive_nodes() -> list[dict[str, float]]:

@@ -29,7 +29,7 @@ def test_shards_that_do_not_fit_are_refused_with_both_numbers(builtin_shards: Pa
     recipe = recipe_of(builtin_shards, tmp_path, data__frames=9, model__text_width=7)
     with pytest.raises(
         UserError,
-        match=r"set model.text_width to 64; .* 9x32x32 and the shards hold 2x32x32: set data.buckets to",
+        match="set model.text_width to 64; .* 9x32x32 and the shards hold 2x32x32: set data.frames to 2; or data.o",
     ):
         check_shards(recipe)
 
@@ -42,6 +42,18 @@ def test_given_frames_that_leave_nothing_to_learn_are_refused(builtin_shards: Pa
     check_shards(asked(1))
     with pytest.raises(UserError, match="conditioning.frames 2 leaves nothing to learn, since the longest .* 2 latent"):
         check_shards(asked(2))
+
+
+def test_a_shape_that_no_shards_can_have_is_refused_with_those_that_work(
+    builtin_shards: Path, tmp_path: Path, recipe_of
+):
+    with pytest.raises(UserError) as caught:
+        check_shards(recipe_of(builtin_shards, tmp_path, data__frames=3, data__height=36))
+    assert str(caught.value).endswith(
+        "set data.frames to 2 and data.height to 32; or data.output to another folder and run `sora prep` to make "
+        "others (data.height 36 does not divide by 16 (VAE 8 x model.patch 2); use 32 or 48)"
+    )
+    check_shards(recipe_of(builtin_shards, tmp_path, data__frames=2, data__height=32))
 
 
 def test_a_vae_that_did_not_make_the_shards_is_refused(builtin_shards: Path, tmp_path: Path, recipe_of, shared: Path):

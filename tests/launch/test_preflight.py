@@ -217,10 +217,14 @@ class TestWithRay:
         ("changes", "says"),
         [
             ({"cluster__gpu": "yes"}, "room for 0 workers of {'CPU': 1.0, 'GPU': 1.0}, and 2 are needed"),
+            (
+                VALIDATED | {"cluster__gpu": "yes", "validation__resources": {"GPU": 1.0, "CPU": 1.0}},
+                "To use CPUs alone: --cluster.gpu no --validation.resources.GPU 0. Lower",
+            ),
             (VALIDATED | {"cluster__workers": 4}, "set validation.every to 0"),
             ({"cluster__cpus_per_worker": 5}, "nodes have 4 CPU, 0 GPU. Lower"),
         ],
-        ids=["gpu", "validation", "cpus"],
+        ids=["gpu", "both gpus", "validation", "cpus"],
     )
     def test_what_the_cluster_or_the_disk_lacks_is_said(
         self, changes: dict, says: str, builtin_shards: Path, tmp_path: Path, recipe_of, capsys
