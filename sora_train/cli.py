@@ -117,9 +117,10 @@ def run(verb: str, words: Sequence[str]) -> None:
             (run_folder,), options = folders_of(verb, words)
             if not options.prompt and not options.prompts:
                 raise RecipeError('--prompt is missing, for instance --prompt "a blue square moving up"')
+            from data_prep.given import read_given
             from sora_train.sample import sample_prompts
 
-            sample_prompts(run_folder, options)
+            sample_prompts(run_folder, options, read_given)
         case "export":
             (run_folder, out), options = folders_of(verb, words, 2)
             from sora_train.export import export

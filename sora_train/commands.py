@@ -92,6 +92,10 @@ class SampleOptions(SamplingFlags):
     """What the video shows. Several prompts make several videos."""
     prompts: str | None = None
     """UTF-8 text file with one prompt per line, not a CSV."""
+    image: tuple[str, ...] = ()
+    """Image that the video begins with, cropped and resized as in prep. One for all prompts, or one for each."""
+    video: tuple[str, ...] = ()
+    """Video whose last frames the new video begins with. One for all prompts, or one for each."""
     seed: tuple[int, ...] = (0,)
     """Seeds of the initial noise. Several seeds make several videos of each prompt."""
     frames: Extent | None = None
@@ -133,6 +137,9 @@ class EvalOptions:
     """Number of clips for FVD. The run's `validation.fvd_clips` if not given."""
     holdout_clips: NonNegativeInt | None = None
     """Number of held-out clips for the loss. The run's `validation.holdout_clips` if not given."""
+    given_clips: NonNegativeInt | None = None
+    """Number of held-out clips whose first frames are given to samples, for a run trained with conditioning. 8 if not
+    given; 0: off. Each clip is sampled with and without them."""
     shards: str | None = None
     """Folder of the shards that the run was trained on, if it is no longer the recipe's `data.output`."""
     json: bool = False
@@ -226,7 +233,11 @@ COMMANDS = {
         'runs/quickstart --prompt "a blue square moving up"',
         SampleOptions,
         "A file is named after its prompt and seed. The same settings replace it; other settings, or a prompt that "
-        "differs only in case or punctuation, get another name (-2, -3, …). samples.json says what made each file. RUN "
+        "differs only in case or punctuation, get another name (-2, -3, …). samples.json says what made each file. "
+        "--image first.png and --video start.mp4 need a model that was trained with conditioning.probability above 0, "
+        "or a released pipeline with expand_timesteps (Wan2.2-TI2V). The new video begins with the given frames: the "
+        "image, or the last 1 + (conditioning.frames - 1) x the VAE's time factor frames of the video. They are also "
+        "written as a PNG, as they were fitted. RUN "
         "may also be the folder of a released WanPipeline or LattePipeline, to see what a base model makes: steps, "
         "guidance, scheduler and size are then those of the pipeline.",
     ),
@@ -246,8 +257,9 @@ COMMANDS = {
         "runs/quickstart --json",
         EvalOptions,
         "Compares with the clips that data.holdout_fraction excludes from training. Prints a table, or JSON with "
-        "--json, and writes eval.json. For the quickstart's clips it also measures how many samples show their "
-        "captions.",
+        "--json, and writes eval.json. For a run with conditioning.probability above 0 it measures given first frames: "
+        "how well samples keep them (PSNR), and how much they change the frames after them. For the quickstart's clips "
+        "it also measures how many samples show their captions.",
     ),
     "demo": Command("", "Runs everything on clips of moving shapes, in minutes: prep, train, sample, report.", ""),
     "bench": Command(

@@ -44,6 +44,9 @@ class ValidationConfig(Sampling):
     """Steps between validations, a multiple of `train.checkpoint_every`; 0: off."""
     prompts: tuple[str, ...] = ()
     """Prompts of the samples."""
+    images: tuple[str, ...] = ()
+    """Images that the samples begin with, for a model with `conditioning.probability` above 0. One for all prompts, or
+    one for each; an empty name gives none. They are read and fitted when training starts."""
     seed: NonNegativeInt = 0
     """Seed of the samples' initial noise.
     It is the same at every validation, so samples of different steps are comparable."""
@@ -200,6 +203,7 @@ def check(recipe: Recipe) -> list[str]:
         )
     if validation.every and not validation.prompts:
         wrong.append("validation.prompts is empty but validation.every is not 0; give prompts, or set the latter to 0")
+    wrong += images_errors(recipe)
     try:
         resolve_sampler(validation.sampler, recipe.diffusion.kind)
     except UserError as error:
@@ -247,6 +251,22 @@ def check(recipe: Recipe) -> list[str]:
         wrong.append(f"train.betas are {train.betas}; both must be at least 0 and below 1")
     wrong += contradictions(train)
     return wrong
+
+
+def images_errors(recipe: Recipe) -> list[str]:
+    """Finds what is wrong with the number of `validation.images`, and what they need."""
+    images, prompts, found = recipe.validation.images, recipe.validation.prompts, list[str]()
+    if len(images) not in (0, 1, len(prompts)):
+        found.append(
+            f"validation.images names {len(images)} images for {len(prompts)} prompts; name one for all, or one for "
+            "each prompt"
+        )
+    if any(images) and not recipe.conditioning.probability:
+        found.append(
+            "validation.images are given, but conditioning.probability is 0: the model would not learn to begin with "
+            "an image. Set conditioning.probability above 0, such as 0.5, or remove validation.images"
+        )
+    return found
 
 
 def fvd_lacks(recipe: Recipe) -> list[str]:

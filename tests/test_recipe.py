@@ -158,6 +158,11 @@ def test_a_wrong_recipe_is_told_which_key_and_what_fits(tmp_path: Path, text: st
         ("model: {learned_variance: true}", "with diffusion.kind flow there is no variance to learn; use"),
         ("diffusion: {prediction: v}", "diffusion.prediction v is read only if diffusion.kind is ddpm"),
         ("data: {image_ratio: 0.2}", "data.image_ratio 0.2 needs buckets of videos and of images (one frame); there"),
+        ("validation: {images: [a.png]}", "validation.images are given, but conditioning.probability is 0: the model"),
+        (
+            "validation: {images: [a.png, b.png], prompts: [a, b, c]}\nconditioning: {probability: 0.5}",
+            "validation.images names 2 images for 3 prompts; name one for all, or one for each prompt",
+        ),
         ("data: {image_ratio: 0, frames: 1}", "data.image_ratio 0 needs buckets of videos; there is only 1x256x256"),
     ],
 )

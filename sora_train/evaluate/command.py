@@ -12,19 +12,22 @@ from typing import Any
 from sora_train.commands import EvalOptions
 from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
+from sora_train.evaluate.given import CLIPS, measure_given
 from sora_train.evaluate.heldout import BINS
 from sora_train.evaluate.i3d import load_i3d
-from sora_train.evaluate.metrics import check_frames, check_shards, measure
+from sora_train.evaluate.metrics import Figures, Progress, check_frames, check_shards, measure
 from sora_train.evaluate.similarity import load_clip
 from sora_train.log import every_few_seconds, progress
+from sora_train.recipe import ValidationConfig
 from sora_train.sample import Run, load_run
+from sora_train.sample.condition import check_takes_frames
 from sora_train.storage import atomic_write_text
 from sora_train.terminal import print_result
 
 Oracle = Callable[[Run, Iterable[str], Callable[[int, int], None]], dict[str, Any] | None]
 """Measures the prompt accuracy of a run's samples.
 None if it does not support clips with these captions."""
-NAMES = {"holdout_loss": "held-out loss", "fvd": "FVD", "similarity": "similarity"}
+NAMES = {"holdout_loss": "held-out loss", "fvd": "FVD", "similarity": "similarity", "given_psnr": "given frames"}
 PROBED = 64  # clips whose captions show whether the data is the quickstart's
 
 
@@ -52,6 +55,7 @@ def evaluate(path: str | Path, how: EvalOptions, oracle: Oracle | None = None) -
         "similarity: not asked for; name a CLIP with --clip FOLDER": not ask.clip,
     }
     remarks += [remark for remark, holds in not_asked.items() if holds]
+    figures |= given_frames(run, ask, how, str(shards), tell, remarks.append)
     record: dict[str, Any] = {"run": str(run.folder), "checkpoint": run.checkpoint.name, "weights": run.weights}
     record |= {"shards": str(shards), **figures}
     try:
@@ -65,6 +69,7 @@ def evaluate(path: str | Path, how: EvalOptions, oracle: Oracle | None = None) -
     record["remarks"] = remarks
     print_result(json.dumps(record) if how.json else table(record))
     wanted = {"holdout_loss": how.holdout_clips, "fvd": how.i3d or how.fvd_clips, "similarity": how.clip}
+    wanted["given_psnr"] = how.given_clips
     if lost := [NAMES[key] for key, value in wanted.items() if value and key not in figures]:
         reasons = [remark for remark in remarks if remark.split(":")[0] in lost]
         raise UserError("\n".join([*reasons, f"{file} was not written"]))
@@ -74,6 +79,20 @@ def evaluate(path: str | Path, how: EvalOptions, oracle: Oracle | None = None) -
         raise UserError(f"{file} can't be written ({error.strerror}); name another file with --out") from None
     progress(f"written to {file}")
     return record
+
+
+def given_frames(
+    run: Run, ask: ValidationConfig, how: EvalOptions, shards: str, tell: Progress, remark: Callable[[str], None]
+) -> Figures:
+    """Measures given first frames of a run that was trained with them; empty for others, and if it is impossible."""
+    count = CLIPS if how.given_clips is None else how.given_clips
+    if not count or not run.recipe.conditioning.probability:
+        return {}
+    try:
+        return measure_given(run, ask, shards, count, tell, remark)
+    except UserError as error:
+        remark(f"{NAMES['given_psnr']}: {error}")
+        return {}
 
 
 def check_flags(run: Run, how: EvalOptions, file: Path) -> None:
@@ -92,6 +111,8 @@ def check_flags(run: Run, how: EvalOptions, file: Path) -> None:
             check_shards(run, how.shards)
         except UserError as error:
             raise UserError(f"--shards: {error}") from None
+    if how.given_clips:
+        check_takes_frames(run, "--given_clips")
     if how.fvd_clips and not (how.i3d or run.recipe.validation.fvd):
         raise UserError("--fvd_clips: the run's validation.fvd is off; name I3D's weights too, with --i3d FILE")
     if how.i3d or how.fvd_clips:
@@ -122,6 +143,11 @@ def table(record: dict[str, Any]) -> str:
         lines.append(row("FVD", f"{record['fvd']:.1f}", about))
     if "similarity" in record:
         lines.append(row("similarity", f"{record['similarity']:.2f}", "100 x CLIP's cosine between frames and prompt"))
+    if "given_psnr" in record:
+        about = f"dB, PSNR of the given first frames in samples of {record['given_clips']} held-out captions"
+        lines.append(row("given frames", f"{record['given_psnr']:.1f}", about))
+        about = "of 255, how far later frames are from those of samples without given frames (RMS); 0: no effect"
+        lines.append(row("  effect", f"{record['given_effect']:.1f}", about))
     if obedience := record.get("obedience"):
         parts = ", ".join(f"{name} {obedience[name]:.0%}" for name in ("colour", "direction", "shape"))
         about = f"{parts}; held-out captions {obedience['held_out']['all']:.0%}; {obedience['clips']} clips"

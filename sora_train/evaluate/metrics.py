@@ -137,7 +137,10 @@ def _fvd(run: Run, ask: ValidationConfig, folder: str, tell: Progress, remark: C
     prompts, embeddings = captions_of(run, shards, places)
     seeds = range(ask.seed, ask.seed + len(prompts))
     progress = partial(tell, "samples of held-out captions, step")
-    made = generate_each(run, prompts, seeds, ask, embeddings, progress=progress)
+    given = None
+    if run.recipe.conditioning.probability == 1:  # then no sample without given frames was ever learned
+        given = [latents[: run.recipe.conditioning.frames] for latents in clip_latents(shards, places)]
+    made = generate_each(run, prompts, seeds, ask, embeddings, progress=progress, given=given)
     if len(places) < ENOUGH_CLIPS:
         remark(
             f"FVD is of {len(places)} clips: with fewer than {ENOUGH_CLIPS} it says more of their number than of the "
@@ -171,23 +174,26 @@ def captions_of(run: Run, shards: ShardSet, places: list[ClipRef]) -> tuple[list
     return prompts, embeddings
 
 
-def real_videos(
-    run: Run, shards: ShardSet, places: list[ClipRef], progress: Callable[[int, int], None]
-) -> Iterator[np.ndarray]:
-    """Decodes held-out clips from the means of their latents: uint8 `F H W 3`.
+def clip_latents(shards: ShardSet, places: list[ClipRef]) -> Iterator[Float[Tensor, "f c h w"]]:
+    """Normalised latents of held-out clips: the means of their posteriors, with the shards' statistics.
 
-    Shards hold no pixels. The latents are normalised with the shards' statistics, then denormalised with the run's VAE,
-    because the scale of an export's raw latents may differ from that of the shards.
+    The scale of an export's raw latents may differ from that of the shards, so raw ones are not for its VAE.
     """
-    facts, done = shards.manifest.vae, 0
+    facts = shards.manifest.vae
     mean, std = (torch.tensor(values)[:, None, None] for values in (facts.mean, facts.std))
     for batch in batches(places, shards, None):
         clips = shards.read(batch[0].bucket, [place.row for place in batch])
         for row in range(len(batch)):
-            latents = (torch.from_numpy(clips.latents[row, :1].astype(np.float32)) - mean) / std
-            yield run.vae.decode(run.vae.denormalise(latents))[0].numpy()
-            done += 1
-            progress(done, len(places))
+            yield (torch.from_numpy(clips.latents[row, 0].astype(np.float32)) - mean) / std
+
+
+def real_videos(
+    run: Run, shards: ShardSet, places: list[ClipRef], progress: Callable[[int, int], None]
+) -> Iterator[np.ndarray]:
+    """Decodes held-out clips from their latents with the run's VAE: uint8 `F H W 3`. Shards hold no pixels."""
+    for done, latents in enumerate(clip_latents(shards, places)):
+        yield run.vae.decode(run.vae.denormalise(latents[None]))[0].numpy()
+        progress(done + 1, len(places))
 
 
 def reference(

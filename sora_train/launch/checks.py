@@ -63,6 +63,7 @@ def resolve_recipe(recipe: Recipe, fresh: bool = False) -> Recipe:
                 update={
                     "i3d": recipe.validation.i3d and place(recipe.validation.i3d),
                     "clip": network(recipe.validation.clip),
+                    "images": tuple(image and place(image) for image in recipe.validation.images),
                 }
             ),
             "codec": recipe.codec.model_copy(

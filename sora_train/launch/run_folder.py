@@ -17,6 +17,7 @@ import ray
 
 from sora_train.errors import UserError
 from sora_train.launch.clips import CLIPS, Clips
+from sora_train.launch.images import IMAGES
 from sora_train.launch.validation import EMBEDDINGS, ValidationStatus
 from sora_train.manifest import Manifest
 from sora_train.provenance import git_commit, package_versions
@@ -43,6 +44,7 @@ RUN_FILES = (
     "report.html",
     "failure.txt",
     EMBEDDINGS,
+    IMAGES,
     "heldout.json",
     RAY_CHECKPOINT_LIST,
     FATAL_ERROR_FILE,

@@ -28,6 +28,7 @@ from sora_train.launch.checks import (
     run_resources,
 )
 from sora_train.launch.clips import Clips, check_clips, read_clips
+from sora_train.launch.images import read_images, save_images
 from sora_train.launch.init_from import check_initial_weights, initial_weights_warnings
 from sora_train.launch.monitor import Monitor
 from sora_train.launch.preflight.table import check_quickly
@@ -77,6 +78,7 @@ def launch_training(
         if not missed:
             return folder
         log.info(f"the validations of steps {missed} were cut off: the run resumes at its last step to rerun them")
+    images = read_images(recipe, manifest)
     warn_if_stop_wait_short()
     # A slow module, imported while Ray starts, which leaves a core idle.
     Thread(target=importlib.import_module, args=("sora_train.launch.ray_trainer",), daemon=True).start()
@@ -98,6 +100,7 @@ def launch_training(
                 for event, reason in changes.items():  # first: the record of new clips never lacks its event
                     Events(folder).write(event, step, reason)
                 prepare_run_folder(folder, recipe, manifest, clips)
+                save_images(folder, images)
             with start_monitor(recipe, folder) as monitor:
                 signals.can_wait = lambda: monitor.training
                 from sora_train.launch import ray_trainer

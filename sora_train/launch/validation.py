@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sora_train.errors import UserError, error_line, one_line
+from sora_train.launch.images import load_images
 from sora_train.log import log
 from sora_train.storage import atomic_file, atomic_write_text
 from sora_train.train.metrics import STOP_FILE, Events, JsonLines, duration
@@ -156,7 +157,9 @@ def validate(checkpoint: Path, run: Path) -> None:
     prompts = list(config.prompts)
     frames: list[Any] = []  # as `sora eval` measures them: before H.264
     keep = frames.append if config.clip else None
-    sample_to_folder(trained, prompts, embeddings, folder, (config.seed,), config, negative, on_video=keep)
+    sample_to_folder(
+        trained, prompts, embeddings, folder, (config.seed,), config, negative, on_video=keep, given=load_images(run)
+    )
     videos = zip(prompts, frames, strict=True) if config.clip else None
     metrics = measure(
         trained, config, recipe.data.output, videos, remark=lambda text: write_event_once(run, step, text)
@@ -179,7 +182,7 @@ def update_report(run: Path, step: int) -> None:
 
 def remove_old_samples(folder: Path) -> None:
     """Removes the output of an earlier attempt, whose videos may have other names."""
-    for path in (*folder.glob("*.mp4"), folder / "sheet.png", folder / "samples.json"):
+    for path in (*folder.glob("*.mp4"), *folder.glob("given-*.png"), folder / "sheet.png", folder / "samples.json"):
         path.unlink(missing_ok=True)
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import base64
+import io
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote
 
 from markupsafe import Markup
+from PIL import Image
 
 from sora_train.report.read import Clip, RunRecord, Samples
 
@@ -18,8 +21,11 @@ MAX_EMBEDDED = 200_000_000  # bytes of videos in one page, which a browser still
 MAX_SHEET = 5_000_000  # bytes of a contact sheet; larger ones stay in their folders
 MAX_CLIPS = 200  # of a folder that is not a validation's
 
-Key = tuple[str, int | None, int]
-"""Prompt, seed, and a counter of clips with the same prompt and seed."""
+LARGEST_GIVEN = 150_000  # bytes of a given frame's PNG; larger ones are shown as a JPEG of GIVEN_SIDE pixels
+GIVEN_SIDE = 480
+
+Key = tuple[str, int | None, str, int]
+"""Prompt, seed, name of the given frames, and a counter of clips that are the same in these."""
 
 
 class MediaIndex:
@@ -62,12 +68,20 @@ class Cell:
     steps: list[int | None]
 
 
+class Row(NamedTuple):
+    """A prompt, a cell for every run that has it, and the `data:` address of the given first frame, if any."""
+
+    prompt: str
+    cells: list[Cell]
+    given: str = ""
+
+
 @dataclass(frozen=True)
 class Grid:
-    """Prompts x steps: `rows` are prompts with a cell for every run that has them, `steps` the slider's positions."""
+    """Prompts x steps: a row for each prompt, and the slider's positions."""
 
     steps: list[int]
-    rows: list[tuple[str, list[Cell]]]
+    rows: list[Row]
     videos: int
 
 
@@ -77,30 +91,34 @@ def make_grid(runs: Sequence[RunRecord], media: MediaIndex) -> Grid:
     Each of several runs shows its newest video at or before the slider's step, since they may validate at other steps.
     """
     numbers: dict[Key, dict[tuple[int, int], int]] = {}
+    given: dict[Key, Path | None] = {}
     found = [(one.step, i, one) for i, run in enumerate(runs) for one in run.samples if one.step is not None]
     for step, i, samples in sorted(found, key=lambda entry: (-entry[0], entry[1])):
         for key, clip in keyed(samples):
             numbers.setdefault(key, {})[i, step] = media.add(clip)
+            given.setdefault(key, clip.given)
     steps = sorted({step for videos in numbers.values() for _, step in videos})
-    seeds = {prompt: len({seed for at, seed, _ in numbers if at == prompt}) for prompt, _, _ in numbers}
+    seeds = {prompt: len({seed for at, seed, *_ in numbers if at == prompt}) for prompt, *_ in numbers}
     rows = []
-    for (prompt, seed, _), videos in numbers.items():
+    for key, videos in numbers.items():
+        prompt, seed, *_ = key
         cells = []
         for i in range(len(runs)):
             shown = [step if (i, step) in videos else None for step in steps]
             shown = fill(shown) if len(runs) > 1 else shown
             if any(step is not None for step in shown):
                 cells.append(Cell(i, [None if step is None else videos[i, step] for step in shown], shown))
-        rows.append((prompt + (f" (seed {seed})" if seeds[prompt] > 1 else ""), cells))
-    rows.sort(key=lambda row: -len(row[1]))
+        title = prompt + (f" (seed {seed})" if seeds[prompt] > 1 else "")
+        rows.append(Row(title, cells, given_address(given[key])))
+    rows.sort(key=lambda row: -len(row.cells))
     return Grid(steps, rows, sum(map(len, numbers.values())))
 
 
 def keyed(samples: Samples) -> Iterator[tuple[Key, Clip]]:
     """A folder's clips by what identifies them from step to step."""
-    seen: Counter[tuple[str, int | None]] = Counter()
+    seen: Counter[tuple[str, int | None, str]] = Counter()
     for clip in samples.clips:
-        same = (clip.prompt, clip.seed)
+        same = (clip.prompt, clip.seed, clip.given.name if clip.given else "")
         yield (*same, seen[same]), clip
         seen[same] += 1
 
@@ -120,3 +138,18 @@ def sheet_address(sheet: Path | None) -> str:
     except OSError:
         content = b""
     return f"data:image/png;base64,{base64.b64encode(content).decode()}" if content else ""
+
+
+def given_address(picture: Path | None) -> str:
+    """Given frames as a `data:` address; empty if there are none, or if they can't be read."""
+    if picture is None:
+        return ""
+    try:
+        if picture.stat().st_size <= LARGEST_GIVEN:
+            return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
+        with Image.open(picture, formats=["PNG"]) as image:
+            image.thumbnail((4 * GIVEN_SIDE, GIVEN_SIDE))
+            image.convert("RGB").save(content := io.BytesIO(), "JPEG", quality=90)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return ""
+    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"

@@ -19,7 +19,7 @@ from sora_train.log import log
 from sora_train.report.charts import RUNS
 from sora_train.report.curves import chart_groups
 from sora_train.report.events import all_rows, problems, state_of
-from sora_train.report.media import MAX_CLIPS, MediaIndex, make_grid, sheet_address
+from sora_train.report.media import MAX_CLIPS, MediaIndex, given_address, make_grid, sheet_address
 from sora_train.report.read import RunRecord, is_number, read_run
 from sora_train.settings import flatten
 from sora_train.storage import atomic_file
@@ -82,7 +82,9 @@ def contents(records: Sequence[RunRecord], media: MediaIndex) -> dict:
             {
                 "title": samples.title if only else f"{run.name}: {samples.title}",
                 "sheet": sheet_address(samples.sheet),
-                "clips": [(media.add(clip), clip.prompt) for clip in samples.clips[:MAX_CLIPS]],
+                "clips": [
+                    (media.add(clip), clip.prompt, given_address(clip.given)) for clip in samples.clips[:MAX_CLIPS]
+                ],
                 "left_out": max(0, len(samples.clips) - MAX_CLIPS),
             }
             for run, samples in others[:12]

@@ -25,12 +25,16 @@ Flaws = dict[Path, str]
 
 @dataclass(frozen=True)
 class Clip:
-    """A sample's video; its prompt is the file's name if samples.json does not list it."""
+    """A sample's video; its prompt is the file's name if samples.json does not list it.
+
+    `given` is the PNG of the frames that it begins with, if any.
+    """
 
     path: Path
     size: int
     prompt: str
     seed: int | None
+    given: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -153,14 +157,33 @@ def read_sample_folder(place: Path, flaws: Flaws) -> Samples | None:
             prompt = one_line(str(entry.get("prompt", re.sub(r"^\d+-", "", path.stem)))[:2000])
             seed = entry.get("seed")
             seed = seed if type(seed) is int and 0 <= seed < 2**64 else None
-            clips.append(Clip(path, size, prompt, seed))
+            clips.append(Clip(path, size, prompt, seed, read_given(place, entry, flaws)))
     if clips and not (place / "samples.json").exists():
         flaws[place / "samples.json"] = "missing"
     match = re.fullmatch(r"step_(\d{1,15})", place.name)
-    sheet = place / "sheet.png" if is_own_file(place / "sheet.png") else None
-    if sheet and not sheet.read_bytes().endswith(b"IEND\xaeB`\x82"):
-        flaws[sheet], sheet = "truncated or not a PNG", None
+    sheet = whole_png(place / "sheet.png", flaws)
     return Samples(place.name, int(match[1]) if match else None, sheet, clips) if clips or sheet else None
+
+
+def read_given(place: Path, entry: dict, flaws: Flaws) -> Path | None:
+    """The PNG of the frames that a sample begins with, which its entry of samples.json names; None without."""
+    given = entry.get("given")
+    name = given.get("file") if isinstance(given, dict) else None
+    if not isinstance(name, str) or not re.fullmatch(r"given-[0-9a-f]{1,64}\.png", name):
+        return None
+    if not (place / name).exists():
+        flaws[place / name] = "missing"
+    return whole_png(place / name, flaws)
+
+
+def whole_png(path: Path, flaws: Flaws) -> Path | None:
+    """The path of a complete PNG; None if there is none."""
+    if not is_own_file(path):
+        return None
+    if path.read_bytes().endswith(b"IEND\xaeB`\x82"):
+        return path
+    flaws[path] = "truncated or not a PNG"
+    return None
 
 
 def read_listing(path: Path, flaws: Flaws) -> dict[str, dict]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,17 @@ from sora_train.commands import SampleOptions
 from sora_train.errors import RecipeError, UserError
 from sora_train.log import every_few_seconds, log
 from sora_train.manifest import commonest_shape
+from sora_train.sample.condition import (
+    GivenFrames,
+    ReadGiven,
+    check_room,
+    check_takes_frames,
+    encode_each,
+    given_count,
+    given_entry,
+    save_given,
+    warn_if_none,
+)
 from sora_train.sample.generate import generate_each, sample_shape
 from sora_train.sample.load import Run, load_run
 from sora_train.sample.write import read_listing, settings_of, write_listing
@@ -27,43 +39,53 @@ TABLE = re.compile(r'video_file_name"?\s*[,;\t|]|.*[,;\t|]\s*"?video_file_name|s
 """The beginning of a captions file: a header, or JSON."""
 
 
-def sample_prompts(path: str | Path, ask: SampleOptions) -> list[Path]:
+def sample_prompts(path: str | Path, ask: SampleOptions, read: ReadGiven | None = None) -> list[Path]:
     """Samples every prompt with every seed into files in RUN/samples/prompts, or in `ask.out`; logs their names.
 
     A file is named after its prompt and seed. It replaces a file only if `samples.json` lists that with the same
-    prompt, seed and settings; otherwise its name gets -2. Raises UserError for what can't be sampled or written.
+    prompt, seed, given frames and settings; otherwise its name gets -2. `read` reads the files of --image and --video.
+    Raises UserError for what can't be sampled or written.
     """
-    prompts = list(dict.fromkeys([*ask.prompt, *(read_prompts(ask.prompts) if ask.prompts else ())]))
     seeds, formats = list(dict.fromkeys(ask.seed)), list(dict.fromkeys(ask.format))
-    if not prompts:
-        raise RecipeError('nothing to sample; give a prompt: --prompt "a blue square moving up"')
     if not formats or not seeds:
         raise RecipeError("--format and --seed need a value each, such as --format mp4 --seed 0")
     if wrong := [seed for seed in seeds if not 0 <= seed < 2**63]:
         raise RecipeError(f"seed {wrong[0]} is out of range; use 0 to 2^63 - 1")
+    starts = pair_prompts(ask)
     run = load_run(path, weights=ask.weights)
     flags = ask.model_dump(include=set(Sampling.model_fields), exclude_none=True)
     how = build(Sampling, run.recipe.validation.model_dump(include=set(Sampling.model_fields)), flags, "sora sample")
     manifest = run.manifest
     shape = (ask.frames or manifest.frames, ask.height or manifest.height, ask.width or manifest.width)
     sample_shape(run, shape)
+    given = read_starts(run, ask, [start for _, start in starts], shape, read)
     settings = settings_of(run, how) | dict(zip(("frames", "height", "width"), shape, strict=True))
     folder = Path(ask.out) if ask.out is not None else run.folder / "samples" / "prompts"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder} can't be made ({error.strerror}); name another folder with --out") from None
-    pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    log.info(f"sampling {len(pairs)} of {describe_shape(run, shape)} from {run.checkpoint} on {run.device}")
+    asked = [(prompt, seed, each) for (prompt, _), each in zip(starts, given, strict=True) for seed in seeds]
+    log.info(f"sampling {len(asked)} of {describe_shape(run, shape)} from {run.checkpoint} on {run.device}")
     progress = every_few_seconds(lambda done, of: log.info(f"sampling: {done} of {of} steps"))
-    videos = generate_each(run, [p for p, _ in pairs], [s for _, s in pairs], how, shape=shape, progress=progress)
+    latents = encode_each(run, [each for _, _, each in asked])
+    videos = generate_each(
+        run,
+        [prompt for prompt, _, _ in asked],
+        [seed for _, seed, _ in asked],
+        how,
+        shape=shape,
+        progress=progress,
+        given=latents,
+    )
     written, listing = list[Path](), read_listing(folder)
-    for (prompt, seed), video in zip(pairs, videos, strict=True):
-        about = {"prompt": prompt, "seed": seed, **settings}
+    for (prompt, seed, start), video in zip(asked, videos, strict=True):
+        about = {"prompt": prompt, "seed": seed, **settings, **given_entry(start)}
         stem = free_stem(folder, f"{slug(prompt)}-seed{seed}", about, listing)
         for suffix in formats:
             file = folder / f"{stem}.{suffix}"
             try:
+                save_given(folder, start)
                 write_video(file, video, run.fps, prompt)
             except OSError as error:
                 raise UserError(f"{file} can't be written ({error}); make room, or name a folder: --out") from None
@@ -72,6 +94,45 @@ def sample_prompts(path: str | Path, ask: SampleOptions) -> list[Path]:
             listing[file.name] = {"file": file.name, **about}
         write_listing(folder, run, list(listing.values()))
     return written
+
+
+def pair_prompts(ask: SampleOptions) -> list[tuple[str, str | None]]:
+    """The prompts, each with the image or video that it continues, if any; no pair twice.
+
+    One prompt goes with all images, and one image with all prompts. Raises RecipeError if the numbers don't match.
+    """
+    prompts = [*ask.prompt, *(read_prompts(ask.prompts) if ask.prompts else ())]
+    if not prompts:
+        raise RecipeError('nothing to sample; give a prompt: --prompt "a blue square moving up"')
+    if ask.image and ask.video:
+        raise RecipeError("--image and --video are two beginnings of one video: use one of them")
+    starts: list[str | None] = [*(ask.image or ask.video)] or [None]
+    if 1 not in (len(prompts), len(starts)) and len(prompts) != len(starts):
+        key = "--image" if ask.image else "--video"
+        raise RecipeError(
+            f"{key} names {len(starts)} files for {len(prompts)} prompts. Name one for all, or one for each prompt"
+        )
+    count = max(len(prompts), len(starts))
+    prompts = prompts * count if len(prompts) == 1 else prompts
+    starts = starts * count if len(starts) == 1 else starts
+    return list(dict.fromkeys(zip(prompts, starts, strict=True)))
+
+
+def read_starts(
+    run: Run, ask: SampleOptions, starts: Sequence[str | None], shape: tuple[int, int, int], read: ReadGiven | None
+) -> list[GivenFrames | None]:
+    """The given frames of each sample. Raises UserError if the model takes none, or if a file can't be read."""
+    names, conditioning = [name for name in starts if name is not None], run.recipe.conditioning
+    warn_if_none(conditioning, "--image", names)
+    if not names:
+        return [None] * len(starts)
+    if read is None:
+        raise ValueError("data_prep.given.read_given is needed to read images and videos")
+    key = "--image" if ask.image else "--video"
+    check_takes_frames(run, key)
+    count = given_count(conditioning, run.manifest, key)
+    check_room(run.manifest, key, count, shape[0])
+    return [*read(names, key, (count, *shape[1:]), run.fps, run.recipe.data.max_enlarge)]
 
 
 def read_prompts(path: str | Path) -> list[str]:

@@ -43,6 +43,8 @@ class Run:
     device: torch.device
     exported: ExportNote | None = None
     weights: Weights = "ema"
+    released: bool = False
+    """Whether it is a pipeline that sora_train did not write."""
 
     @cached_property
     def vae(self) -> Vae:
@@ -124,7 +126,7 @@ def load_run(
     model.requires_grad_(False).eval().to(device, dtype)
     objective = make_objective(recipe.diffusion, recipe.model.learned_variance, recipe.conditioning)
     held = note.weights if note is not None else weights or "ema"
-    return Run(folder, checkpoint, recipe, manifest, model, objective, device, note, held)
+    return Run(folder, checkpoint, recipe, manifest, model, objective, device, note, held, released)
 
 
 def _read_recipe(

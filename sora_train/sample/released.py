@@ -34,6 +34,7 @@ FAMILIES = {"WanTransformer3DModel": "wan", "LatteTransformer3DModel": "latte", 
 MAX_TOKENS = {"wan": 512, "latte": 120}
 SAMPLING = {"wan": {"steps": 50, "guidance": 5.0}, "latte": {"steps": 50, "guidance": 7.5}}
 """Defaults of the pipelines' `__call__`."""
+GIVEN = 0.5  # above 0: whether, not how often, a released model was trained with a given first frame
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 
 
@@ -74,6 +75,7 @@ def read_released(folder: Path) -> tuple[Recipe, Manifest]:
             },
             "model": model,
             "diffusion": diffusion,
+            "conditioning": {"frames": 1, "probability": GIVEN if takes_image(folder) else 0.0},
             "train": {"precision": precision},
             "validation": {"sampler": sampler, **SAMPLING[family]},
         }
@@ -91,14 +93,26 @@ def text_conventions(folder: Path, family: str) -> dict[str, Any]:
 
 
 def check_class(folder: Path) -> None:
-    """Raises UserError for a pipeline that needs more than text, such as a first image or two transformers."""
+    """Raises UserError for a pipeline that needs other networks, such as an image encoder or two transformers."""
     if not (folder / "model_index.json").is_file():
         return
     index = read_json(folder / "model_index.json")
-    if (name := index.get("_class_name")) not in ("WanPipeline", "LattePipeline"):
-        raise UserError(f"{folder} is a {name}; `sora sample` reads a WanPipeline or a LattePipeline")
+    name, known = index.get("_class_name"), ["WanPipeline", "LattePipeline"]
+    known += ["WanImageToVideoPipeline"] if index.get("expand_timesteps") is True else []
+    if name not in known:
+        why = " It needs an image encoder." if name == "WanImageToVideoPipeline" else ""
+        raise UserError(
+            f"{folder} is a {name}; `sora sample` reads a WanPipeline, a LattePipeline, or a WanImageToVideoPipeline "
+            f"with expand_timesteps.{why}"
+        )
     if (index.get("transformer_2") or [None])[0]:
         raise UserError(f"{folder} has two transformers, for high and low noise; only pipelines with one are supported")
+
+
+def takes_image(folder: Path) -> bool:
+    """Whether a pipeline's model continues a given first frame: Wan 2.2's TI2V, by its `expand_timesteps`."""
+    index = folder / "model_index.json"
+    return index.is_file() and read_json(index).get("expand_timesteps") is True
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sora_train.diffusion import Sampling, resolve_sampler
+from sora_train.sample.condition import GivenFrames, encode_each, given_entry, save_given
 from sora_train.sample.generate import Progress, generate_each
 from sora_train.sample.load import Run
 from sora_train.storage import atomic_write_text
@@ -30,16 +31,19 @@ def sample_to_folder(
     negative: Float[Tensor, "_ e"] | None = None,
     progress: Progress | None = None,
     on_video: Callable[[np.ndarray], None] | None = None,
+    given: Sequence[GivenFrames | None] | None = None,
 ) -> list[Path]:
     """Writes an mp4 for every prompt and seed, `sheet.png` of the first 24, and last `samples.json`, which lists all.
 
     Files are named `000-a-red-circle.mp4`, counted over prompts and, within each, seeds. `how` and `negative` are those
-    of `generate_each`. `on_video` gets the frames of each video before encoding. Returns the paths of the mp4 files.
+    of `generate_each`. `on_video` gets the frames of each video before encoding. `given` has the first frames of each
+    prompt's videos; a PNG of them is written too. Returns the paths of the mp4 files.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     pairs = [(i, seed) for i in range(len(prompts)) for seed in seeds]
     texts = None if embeddings is None else [embeddings[i] for i, _ in pairs]
+    starts = [given[i] if given else None for i, _ in pairs]
     videos = generate_each(
         run,
         [prompts[i] for i, _ in pairs],
@@ -48,6 +52,7 @@ def sample_to_folder(
         embeddings=texts,
         negative=negative,
         progress=progress,
+        given=encode_each(run, starts),
     )
     listing, shown = [], []
     for count, ((i, seed), video) in enumerate(zip(pairs, videos, strict=True)):
@@ -55,7 +60,8 @@ def sample_to_folder(
         write_mp4(folder / name, video, run.fps)
         if on_video is not None:
             on_video(video)
-        listing.append({"file": name, "prompt": prompts[i], "seed": seed})
+        save_given(folder, starts[count])
+        listing.append({"file": name, "prompt": prompts[i], "seed": seed, **given_entry(starts[count])})
         if len(shown) < SHEET_CLIPS:
             shown.append(video)
     contact_sheet(shown, [entry["prompt"] for entry in listing[: len(shown)]]).save(folder / "sheet.png")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from sora_train.recipe import Recipe, load_recipe, save_recipe
+from sora_train.sample.condition import GivenFrames, given_entry, save_given
 from sora_train.video import contact_sheet, write_mp4
 
 PROMPTS = (
@@ -30,8 +31,9 @@ def make_run(
     seed: int = 0,
     rate: float = 1e-3,
     name: str = "",
+    given: bool = False,
 ) -> Path:
-    """A run's folder with `validations` of every prompt, evenly spread over its steps."""
+    """A run's folder with `validations` of every prompt, evenly spread over its steps; `given`: with first frames."""
     folder.mkdir(parents=True)
     rng, every = np.random.default_rng(seed), max(1, steps // max(1, validations))
     recipe = {"train.steps": steps, "train.learning_rate": rate, "data.height": side, "data.width": side}
@@ -59,7 +61,7 @@ def make_run(
         json.dumps({"python": "3.11", "packages": {"torch": "2.13.0"}, "cores": 2})
     )
     for step in range(every, every * validations + 1, every):
-        make_samples(folder / "samples" / f"step_{step:08d}", step / steps, prompts, side, frames, rng)
+        make_samples(folder / "samples" / f"step_{step:08d}", step / steps, prompts, side, frames, rng, given)
     return folder
 
 
@@ -92,7 +94,15 @@ def verdict(step: int, steps: int, rng: np.random.Generator) -> dict:
     return {**head, **tenths, "fvd": fvd, "fvd_clips": 256, "similarity": likeness}
 
 
-def make_samples(place: Path, clear: float, prompts: tuple[str, ...], side: int, frames: int, rng: np.random.Generator):
+def make_samples(
+    place: Path,
+    clear: float,
+    prompts: tuple[str, ...],
+    side: int,
+    frames: int,
+    rng: np.random.Generator,
+    given: bool = False,
+) -> None:
     """Discs that move over noise, which fades as `clear` goes from 0 to 1."""
     place.mkdir(parents=True)
     y, x = np.mgrid[:side, :side] / side
@@ -106,6 +116,10 @@ def make_samples(place: Path, clear: float, prompts: tuple[str, ...], side: int,
         file = f"{i:03d}-clip.mp4"
         write_mp4(place / file, video, fps=8)
         listing.append({"file": file, "prompt": prompt, "seed": 0})
+        if given:
+            start = GivenFrames(disc[:1].astype(np.uint8), "")
+            save_given(place, start)
+            listing[-1] |= given_entry(start)
         videos.append(video)
     (place / "samples.json").write_text(json.dumps({"samples": listing}))
     (place / "result.json").write_text(json.dumps({"status": "done"}))

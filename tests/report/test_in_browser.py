@@ -102,6 +102,28 @@ def test_a_page_asks_for_nothing_and_its_videos_play(browser, page, artifacts):
         assert [url for url in visit.asked if not url.startswith("blob:")] == [page.resolve().as_uri()]
 
 
+@pytest.mark.parametrize("width", [1280, 360])
+def test_a_given_first_frame_is_shown_beside_its_video(browser, artifacts, tmp_path, width):
+    run = synthetic.make_run(tmp_path / "run", validations=2, frames=8, side=32, given=True)
+    synthetic.make_samples(run / "samples/prompts", 1.0, ("a disc",), 32, 4, np.random.default_rng(0), given=True)
+    with Visit(browser, write_report(run), width=width) as visit:
+        visit.wait("document.querySelectorAll('.slides video.ready').length >= 2")
+        figures = visit.page.locator("#samples ~ .clips figure.begun").all()
+        assert len(figures) == 4
+        for figure in figures[:2]:
+            picture, player = figure.locator(".given img").bounding_box(), figure.locator(".player").bounding_box()
+            assert picture["y"] == pytest.approx(player["y"], abs=1)
+            assert picture["width"] == pytest.approx(player["width"], abs=1)
+            assert picture["height"] == pytest.approx(player["height"], abs=1)
+            assert 0 < player["x"] - picture["x"] - picture["width"] < 20
+        assert visit.page.evaluate("[...document.querySelectorAll('.given img')].every(i => i.naturalWidth == 32)")
+        assert visit.page.evaluate("document.documentElement.scrollWidth") == width
+        visit.page.locator("details", has_text="prompts, 1 video").locator("summary").click()
+        visit.wait("document.querySelectorAll('details .begun video.ready').length == 1")
+        visit.page.screenshot(path=artifacts / f"report-given-{width}.png", full_page=True)
+        assert not visit.wrong
+
+
 def test_the_slider_shows_another_steps_videos(browser, page):
     with Visit(browser, page) as visit:
         visit.wait(READY.format(4))

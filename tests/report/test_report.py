@@ -364,7 +364,7 @@ def test_each_of_several_runs_shows_its_newest_video_so_far(tmp_path):
     (tmp_path / "b" / "samples" / "step_00000020").rename(tmp_path / "b" / "samples" / "step_00000050")
     grid = make_grid([read_run(tmp_path / name) for name in "ab"], MediaIndex(tmp_path / "page.html"))
     assert grid.steps == [20, 30, 40, 50]
-    ((prompt, (a, b)),) = grid.rows
+    ((prompt, (a, b), _),) = grid.rows
     assert prompt == "a red circle"
     assert a.steps == [20, 20, 40, 40]
     assert b.steps == [None, 30, 30, 50]
@@ -374,7 +374,7 @@ def test_each_of_several_runs_shows_its_newest_video_so_far(tmp_path):
 def test_runs_with_other_prompts_show_what_there_is(tmp_path):
     one, two = make_run(tmp_path / "one", "a red circle"), make_run(tmp_path / "two", "a blue square")
     grid = make_grid([read_run(run) for run in (one, two)], MediaIndex(tmp_path / "page.html"))
-    shown = {prompt: [(cell.run, cell.numbers) for cell in cells] for prompt, cells in grid.rows}
+    shown = {prompt: [(cell.run, cell.numbers) for cell in cells] for prompt, cells, _ in grid.rows}
     assert {prompt: [run for run, _ in cells] for prompt, cells in shown.items()} == {
         "a red circle": [0],
         "a blue square": [1],

@@ -13,16 +13,20 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     LattePipeline,
     LatteTransformer3DModel,
+    WanImageToVideoPipeline,
 )
+from PIL import Image
 from transformers import T5EncoderModel
 from wan_models import make_wan_pipeline, open_wan_pipeline
 
+from data_prep.given import read_given
 from sora_train.codec import BUILTIN
 from sora_train.codec.text import load_tokenizer
 from sora_train.commands import SampleOptions
 from sora_train.errors import UserError
 from sora_train.export import export
-from sora_train.sample import generate, load_run, sample_prompts
+from sora_train.sample import generate, generate_each, load_run, sample_prompts
+from sora_train.sample.condition import encode_given
 from sora_train.sample.generate import sample_shape
 from sora_train.video import read_mp4
 
@@ -112,6 +116,39 @@ def test_the_command_writes_its_videos(pipelines, tmp_path):
     assert not (pipelines["2.1"] / "samples").exists()
 
 
+def test_wan_2_2_begins_with_an_image_as_its_pipeline_and_2_1_refuses_it(pipelines, tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (32, 64, 3), np.uint8)
+    Image.fromarray(picture).save(tmp_path / "first.png")
+    ask = {
+        "frames": 5,
+        "height": 32,
+        "width": 64,
+        "steps": 3,
+        "format": ("png",),
+        "image": (str(tmp_path / "first.png"),),
+    }
+    ask = SampleOptions(prompt=("a cat",), out=str(tmp_path / "out"), **ask)
+    with pytest.raises(UserError, match=r"--image: .* lacks expand_timesteps, so it is a text-to-video model"):
+        sample_prompts(pipelines["2.1"], ask, read_given)
+    sample_prompts(pipelines["2.2"], ask, read_given)
+    (file,) = (tmp_path / "out").glob("given-*.png")
+    np.testing.assert_array_equal(np.asarray(Image.open(file)), picture)
+    named = copied(pipelines["2.2"], tmp_path / "named", _class_name="WanImageToVideoPipeline")
+    run, base = load_run(named, "cpu"), open_wan_pipeline(pipelines["2.2"])
+    pipe = WanImageToVideoPipeline(**base.components, expand_timesteps=True)
+    pipe.set_progress_bar_config(disable=True)
+    text, null = base.encode_prompt("a cat")  # the other class can't clean a prompt without ftfy
+    how, shape = run.recipe.validation.model_copy(update={"steps": 6}), (5, 32, 64)
+    noise = torch.randn(sample_shape(run, shape), generator=torch.Generator().manual_seed(3))
+    size = {"num_frames": 5, "height": 32, "width": 64, "num_inference_steps": 6}
+    size |= {"prompt_embeds": text, "negative_prompt_embeds": null, "latents": noise[None].transpose(1, 2)}
+    theirs = pipe(Image.open(file), **size).frames[0]
+    latents = encode_given(run, picture[None])
+    (ours,) = generate_each(run, ["a cat"], [3], how, shape=shape, given=[latents])
+    assert np.abs(theirs * 255 - ours).max() < 1
+    assert np.abs(theirs * 255 - generate(run, ["a cat"], [3], how, shape)[0]).max() > 10
+
+
 def copied(place: Path, to: Path, **index: object) -> Path:
     shutil.copytree(place, to)
     was = json.loads((to / "model_index.json").read_text())
@@ -133,7 +170,7 @@ def test_what_is_missing_or_unknown_is_named(pipelines, tmp_path):
         lacking
     )
     image = copied(pipelines["2.1"], tmp_path / "image", _class_name="WanImageToVideoPipeline")
-    assert "is a WanImageToVideoPipeline; `sora sample` reads a WanPipeline or a LattePipeline" in said(image)
+    assert "is a WanImageToVideoPipeline; `sora sample` reads a WanPipeline, a LattePipeline, or" in said(image)
     two = copied(pipelines["2.1"], tmp_path / "two", transformer_2=["diffusers", "WanTransformer3DModel"])
     assert "has two transformers" in said(two)
     assert "leave out --weights" in said(pipelines["2.1"], "raw")

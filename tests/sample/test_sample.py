@@ -9,54 +9,21 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sora_train.codec.text import load_text_encoder
-from sora_train.codec.vae import load_vae
 from sora_train.commands import SampleOptions
 from sora_train.diffusion import Sampling
 from sora_train.errors import UserError
 from sora_train.manifest import Manifest
-from sora_train.model import Latte, ModelConfig
 from sora_train.recipe import Recipe, save_recipe
 from sora_train.sample import embed, find_checkpoint, generate, load_run, sample_prompts, sample_to_folder
 from sora_train.video import read_mp4
 
-MODEL = ModelConfig(width=16, depth=2, heads=2, text_width=64, sample_size=8)
-
 
 @pytest.fixture(scope="module")
-def made_run(tmp_path_factory, make_manifest):
-    """A run of a tiny random model: 3 frames of 16 x 32 pixels, a VAE of factor 2, the builtin text encoder."""
-    root = tmp_path_factory.mktemp("generate")
-    torch.manual_seed(0)
-    AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        scaling_factor=0.5,
-    ).save_pretrained(root / "vae")
-    vae, encoder = load_vae(str(root / "vae")), load_text_encoder("builtin", max_tokens=20)
-    folder = root / "runs" / "tiny"
-    checkpoint = folder / "checkpoints" / "step_00000020"
-    checkpoint.mkdir(parents=True)
-    recipe = Recipe.model_validate(
-        {
-            "name": "tiny",
-            "codec": {"vae": str(root / "vae"), "max_tokens": 20},
-            "model": dataclasses.asdict(MODEL),
-            "validation": {"steps": 2, "guidance": 3.0},
-        }
-    )
-    manifest = make_manifest(vae, encoder, (3, 16, 32), {})
-    save_recipe(recipe, folder / "recipe.yaml")
-    manifest.save(str(folder))
-    weights = {name: torch.randn_like(weight) * 0.2 for name, weight in Latte(recipe.model).state_dict().items()}
-    save_file(weights, checkpoint / "ema.safetensors")
-    return folder
+def made_run(make_run):
+    return make_run()
 
 
 @pytest.fixture(scope="module")
@@ -205,11 +172,12 @@ def test_weights_and_codecs_of_another_run_are_refused(made_run, tmp_path):
     manifest = Manifest.load(str(made_run))
     other = manifest.model_copy(update={"text": manifest.text.model_copy(update={"hash": "0" * 64})})
     other.save(str(place))
-    recipe = Recipe.model_validate({"model": dataclasses.asdict(MODEL), "codec": {"max_tokens": 20}})
+    model = dataclasses.asdict(load_run(made_run).recipe.model)
+    recipe = Recipe.model_validate({"model": model, "codec": {"max_tokens": 20}})
     save_recipe(recipe, place / "recipe.yaml")
     with pytest.raises(UserError, match=r"codec\.text 'builtin' is not what"):
         embed(load_run(place), ["a"])
-    save_recipe(Recipe.model_validate({"model": {**dataclasses.asdict(MODEL), "depth": 4}}), place / "recipe.yaml")
+    save_recipe(Recipe.model_validate({"model": {**model, "depth": 4}}), place / "recipe.yaml")
     with pytest.raises(UserError, match="does not fit the model"):
         load_run(place)
 

@@ -18,6 +18,7 @@ import ray
 from sora_train.errors import UserError, one_line
 from sora_train.launch import checks
 from sora_train.launch.clips import read_clips
+from sora_train.launch.images import read_images
 from sora_train.launch.init_from import check_initial_weights
 from sora_train.launch.preflight import node_info, verdicts
 from sora_train.launch.preflight.allreduce import check_allreduce
@@ -108,6 +109,9 @@ def check_files(recipe: Recipe, table: Table) -> tuple[Recipe, Manifest | None]:
         table.check("networks", lambda: checks.check_codec(recipe, manifest), lambda _: "those of the shards")
         prompt = f"null prompt: {recipe.codec.null_prompt}"
         table.check("captions", lambda: checks.check_text(recipe, manifest), lambda _: prompt)
+        if any(recipe.validation.images):
+            images = ", ".join(recipe.validation.images)
+            table.check("images", lambda: read_images(recipe, manifest), lambda _: images)
     if recipe.model.init_from and step is None:
         table.check("init_from", lambda: check_initial_weights(recipe), lambda _: recipe.model.init_from)
     return recipe, manifest
