@@ -17,12 +17,14 @@ from sora_train.latent_shape import latent_shape, shape_errors
 from sora_train.model import Transformer, build
 from sora_train.model.config import PRESETS, ModelConfig
 
-TINY: dict[str, Any] = {"depth": 2, "width": 32, "heads": 2, "patch": 2, "text_width": 16, "sample_size": 8}
-"""A preset for tests of the bench itself."""
+SMALL: dict[str, Any] = {"depth": 2, "width": 32, "heads": 2, "patch": 2, "text_width": 16}
+TINY = {"tiny": SMALL | {"sample_size": 8}, "tiny_wan": SMALL | {"family": "wan", "in_channels": 16}}
+"""Presets for tests of the bench itself."""
 
 
 Preset = Literal[
-    "S", "B", "L", "XL", "latte_t2v", "wan2.1_t2v_1.3b", "wan2.1_t2v_14b", "wan2.2_ti2v_5b", "tiny"
+    "S", "B", "L", "XL", "latte_t2v", "wan2.1_t2v_1.3b", "wan2.1_t2v_14b", "wan2.2_ti2v_5b", "tiny",
+    "tiny_wan",
 ]  # fmt: skip
 
 
@@ -30,7 +32,7 @@ class CaseOptions(BenchOptions):
     """The keys that `bench model` and `bench checkpoint` share."""
 
     presets: tuple[Preset, ...] = ("S",)
-    """Model sizes; tiny only tests the bench."""
+    """Model sizes; tiny and tiny_wan only test the bench."""
     batch: PositiveInt = 1
     """Clips per step."""
     text_tokens: PositiveInt = 120
@@ -76,14 +78,14 @@ class Case:
 
     @property
     def model(self) -> ModelConfig:
-        keys: dict[str, Any] = TINY if self.preset == "tiny" else {"preset": self.preset, **PRESETS[self.preset]}
+        keys: dict[str, Any] = TINY.get(self.preset) or {"preset": self.preset, **PRESETS[self.preset]}
         # sample_size may stay: positions are interpolated from it
         return replace(ModelConfig(**keys), attention=self.attention)  # pyright: ignore[reportArgumentType]
 
     @property
-    def is_diffusers_latte(self) -> bool:
-        """Whether diffusers' Latte can compute the same."""
-        return self.model.family == "latte" and self.attention == "factorised"
+    def is_in_diffusers(self) -> bool:
+        """Whether a class of diffusers computes the same."""
+        return self.model.family == "wan" or self.attention == "factorised"
 
     @property
     def latents(self) -> tuple[int, int, int]:

@@ -13,7 +13,7 @@ from sora_train.settings import build, keys
 from sora_train.terminal import print_result
 
 BENCHES = {
-    "model": ("", "forward, backward, optimizer, tokens/s, FLOP/s, MFU and memory, next to diffusers' Latte",
+    "model": ("", "forward, backward, optimizer, tokens/s, FLOP/s, MFU and memory, next to diffusers' model",
               "--presets S B --compile no yes"),
     "data": ("SHARDS", "shard reader and loader next to raw reads of the same bytes", "runs/quickstart/shards"),
     "prep": ("RECIPE", "clips per second of the pipeline next to a bare VAE loop", "jobs/quickstart.yaml"),

@@ -1,4 +1,4 @@
-"""`sora bench model`: training steps of our model and of diffusers' `LatteTransformer3DModel` on the same weights.
+"""`sora bench model`: training steps of our model and of diffusers', a Latte or a Wan, on the same weights.
 
 A step is forward, backward and AdamW, eager and compiled. Every combination of the flags that take several values is
 measured. Outputs are compared first: times of a variant whose output differs are not reported.
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from sora_train.bench.case import Case, CaseOptions, inputs, relative, seeded, size_of
 from sora_train.bench.core import Row, Table, interleave, log, seconds, spread
-from sora_train.model import Latte
 from sora_train.model.flops import forward_flops, parameter_count
 from sora_train.train.hardware import peak_flops
 
@@ -115,17 +114,28 @@ def load_ours(case: Case, compiled: bool, weights: str) -> Network:
 
 
 def load_diffusers(case: Case, compiled: bool, weights: str) -> Network:
-    """diffusers' model. Its axes are `b c f h w`, and its mask is an additive bias for every frame."""
-    from diffusers import LatteTransformer3DModel
+    """diffusers' model. Its axes are `b c f h w`.
+
+    A Latte's mask is an additive bias for every frame; a Wan takes text with zeros up to its number of tokens.
+    """
+    from diffusers import LatteTransformer3DModel, WanTransformer3DModel
     from diffusers.utils import logging
 
     logging.set_verbosity_error()
 
-    def call(model: Any, x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+    def call_latte(model: Any, x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         bias = torch.where(mask, 0.0, -10000.0).to(text.dtype)[:, None].repeat_interleave(x.shape[1], dim=0)
         return model(x.transpose(1, 2), t, text, bias, return_dict=False)[0].transpose(1, 2)
 
-    model = LatteTransformer3DModel.from_pretrained(weights, low_cpu_mem_usage=False)
+    def call_wan(model: Any, x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        zeros = (0, 0, 0, case.model.text_tokens - text.shape[1])
+        text = nn.functional.pad(text.masked_fill(~mask[..., None], 0), zeros)
+        return model(x.transpose(1, 2), t, text, return_dict=False)[0].transpose(1, 2)
+
+    if case.model.family == "wan":
+        call, model = call_wan, WanTransformer3DModel.from_pretrained(weights)
+    else:
+        call, model = call_latte, LatteTransformer3DModel.from_pretrained(weights, low_cpu_mem_usage=False)
     if case.checkpointing == "full":
         model.enable_gradient_checkpointing()
     return model, partial(torch.compile(call, dynamic=False)) if compiled else call
@@ -138,7 +148,7 @@ def bench(options: Options) -> list[Table]:
     failed: list[str] = []
     for case in list(cases(options)):
         log(str(case))
-        found, errors = measure(case, options, not options.alone and case.is_diffusers_latte)
+        found, errors = measure(case, options, not options.alone and case.is_in_diffusers)
         rows += found
         failed += [f"{case}: {line}" for line in errors]
     note = (
@@ -153,8 +163,8 @@ def measure(case: Case, options: Options, compare: bool) -> tuple[list[Row], lis
     from sora_train.model.convert import to_diffusers
 
     with tempfile.TemporaryDirectory() as folder:
-        if compare and isinstance(model := seeded(case), Latte):
-            to_diffusers(model, folder, frames=case.shape[0])
+        if compare:
+            to_diffusers(seeded(case), folder, frames=case.shape[0])
         making = {
             name + (", compiled" if compiled == "yes" else ""): partial(
                 TrainingStep, case, name == "diffusers", compiled == "yes", folder if compare else ""

@@ -19,10 +19,12 @@ def case(checkpointing: str = "none", attention: str = "factorised") -> Case:
     return Case("tiny", attention, (4, 32, 32), "fp32", checkpointing, 2, 7, "cpu")
 
 
+@pytest.mark.parametrize(("preset", "shape"), [("tiny", "4x32x32"), ("tiny_wan", "5x32x32")])
 def test_our_output_is_that_of_diffusers_on_the_same_weights(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], preset: str, shape: str
 ) -> None:
-    assert cli.main(["bench", "model", *TINY, "--shapes", "4x32x32", "--out", str(tmp_path / "b.jsonl")]) == 0
+    words = ["bench", "model", "--presets", preset, *TINY[2:], "--shapes", shape, "--out", str(tmp_path / "b.jsonl")]
+    assert cli.main(words) == 0
     record, said = json.loads((tmp_path / "b.jsonl").read_text()), capsys.readouterr().out
     diffusers, ours = record["rows"]
     assert (ours["contender"], diffusers["contender"]) == ("ours", "diffusers")
