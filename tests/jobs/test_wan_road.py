@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from wan_models import make_wan_pipeline, open_wan_pipeline
+from wan_models import Kind, make_wan_pipeline, open_wan_pipeline
 
 from sora_train.model.convert import config_from_diffusers
 from sora_train.video import read_mp4
@@ -31,10 +31,19 @@ def sora(*words: object) -> str:
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(900)
-def test_a_wan_is_finetuned_measured_and_leaves_as_a_pipeline(tmp_path: Path, shared: Path):
-    job, size = "wan2.1_1.3b_finetune", (9, 64, 96)
+@pytest.mark.parametrize(
+    ("kind", "job", "repository"),
+    [
+        ("2.1", "wan2.1_1.3b_finetune", "Wan2.1-T2V-1.3B-Diffusers"),
+        ("2.2", "wan2.2_5b_finetune", "Wan2.2-TI2V-5B-Diffusers"),
+    ],
+)
+def test_a_wan_is_finetuned_measured_and_leaves_as_a_pipeline(
+    kind: Kind, job: str, repository: str, tmp_path: Path, shared: Path
+):
+    size = (9, 64, 96)
     # where `sora download` puts it
-    base = make_wan_pipeline(tmp_path / "models" / "Wan-AI--Wan2.1-T2V-1.3B-Diffusers", "2.1")
+    base = make_wan_pipeline(tmp_path / "models" / f"Wan-AI--{repository}", kind)
     model = config_from_diffusers(json.loads((base / "transformer" / "config.json").read_text()))
     shape = [word for key, n in zip(("frames", "height", "width"), size, strict=True) for word in (f"--{key}", n)]
     flags: list[object] = [f"--data.{word[2:]}" if str(word).startswith("--") else word for word in shape]
