@@ -30,18 +30,22 @@ def awake(config: ModelConfig) -> Transformer:
     return model
 
 
-def clip(f: int) -> tuple[torch.Tensor, ...]:
+def clip(f: int, given: bool = False) -> tuple[torch.Tensor, ...]:
+    """Two clips of f frames, whose first is told as time 0 if it is `given`."""
     g = torch.Generator().manual_seed(1)
     mask = torch.ones(2, 5, dtype=torch.bool)
     mask[0, 3:] = False
-    return torch.randn(2, f, 4, 8, 8, generator=g), torch.tensor([3.0, 900.0]), torch.randn(2, 5, 12, generator=g), mask
+    t = torch.tensor([3.0, 900.0])
+    if given:
+        t = torch.cat([torch.zeros(2, 1), t[:, None].expand(2, f - 1)], dim=1)
+    return torch.randn(2, f, 4, 8, 8, generator=g), t, torch.randn(2, 5, 12, generator=g), mask
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
-@pytest.mark.parametrize("frames", [3, 1])
+@pytest.mark.parametrize(("frames", "given"), [(3, False), (1, False), (3, True)])
 @pytest.mark.parametrize("config", VARIANTS)
-def test_checkpointing_changes_neither_outputs_nor_gradients(config, frames, mode):
-    model, inputs = awake(config), clip(frames)
+def test_checkpointing_changes_neither_outputs_nor_gradients(config, frames, given, mode):
+    model, inputs = awake(config), clip(frames, given)
     add_zero_gradients(model)
 
     def outcome() -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -77,7 +81,7 @@ def test_selective_checkpointing_adds_an_in_place_bias_once(monkeypatch):
         return Linear.apply(x, weight, bias)
 
     monkeypatch.setattr(torch.nn.functional, "linear", linear)
-    test_checkpointing_changes_neither_outputs_nor_gradients(SMALL, 3, "selective")
+    test_checkpointing_changes_neither_outputs_nor_gradients(SMALL, 3, False, "selective")
 
 
 def test_checkpointing_saves_memory_selectively_and_in_full():
