@@ -4,10 +4,11 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: help quickstart bench-quickstart check-gpu test-slow drill-cluster drill-jobs drill-train drill-prep test lint lines .venv
+.PHONY: help quickstart quickstart-image bench-quickstart check-gpu test-slow drill-cluster drill-jobs drill-train drill-prep test lint lines .venv
 
 help:
 	@echo 'make quickstart   clips, shards, training, samples and a report in runs/quickstart, in minutes on two cores'
+	@echo 'make quickstart-image   the same with a given first frame, in runs/quickstart_image'
 	@echo 'make test         the tests'
 	@echo 'make test-slow    the slow tests of all but prep: lost nodes, memory, checkpoints to keep'
 	@echo 'make lint         ruff, pyright and the import rules'
@@ -29,6 +30,9 @@ help:
 
 quickstart: .venv/installed
 	$(BIN)/sora demo
+
+quickstart-image: .venv/installed
+	$(BIN)/sora demo --image
 
 bench-quickstart: .venv/installed
 	$(BIN)/python -m tools.quickstart_seeds

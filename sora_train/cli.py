@@ -133,9 +133,15 @@ def run(verb: str, words: Sequence[str]) -> None:
 
             evaluate(run_folder, options, measure_prompt_accuracy)
         case "demo":
-            from sora_train.quickstart.run import demo
+            flags, options = demo_flags(words)
+            if options.image:
+                from sora_train.quickstart.image import demo_image
 
-            demo(demo_overrides(words))
+                demo_image(flags)
+            else:
+                from sora_train.quickstart.run import demo
+
+                demo(flags)
         case "report":
             runs, options = folders_of(verb, words, 0)
             from sora_train.report import write_report
@@ -180,17 +186,22 @@ def folders_of(verb: str, words: Sequence[str], count: int = 1) -> tuple[list[st
     return folders, build(options, {}, flags, f"sora {verb}")
 
 
-def demo_overrides(words: Sequence[str]) -> dict[str, object]:
-    """The flags of `sora demo`, which has its own recipe."""
+def demo_flags(words: Sequence[str]) -> tuple[dict[str, object], Any]:
+    """The flags of `sora demo` for the recipe, which it has itself, and its own options."""
+    from sora_train.quickstart.image import RECIPE
     from sora_train.quickstart.run import find_recipe
     from sora_train.recipe import Recipe, load_recipe
 
-    flags, rest, wants_help = split(words, Recipe)
+    options = COMMANDS["demo"].options
+    flags, rest, wants_help = split(words, Recipe, options)
+    own = {name: flags.pop(name) for name, _ in keys(options) if name in flags}
+    chosen = build(options, {}, own, "sora demo")
     if wants_help:
-        show_help("demo", load_recipe(find_recipe("jobs/quickstart.yaml"), flags))
+        name = RECIPE if chosen.image else "jobs/quickstart.yaml"
+        show_help("demo", chosen, load_recipe(find_recipe(name), flags))
     if rest:
         raise RecipeError(f"the demo has its own recipe and takes only flags, but got {' '.join(rest)}")
-    return flags
+    return flags, chosen
 
 
 def split(words: Sequence[str], *sections: type) -> tuple[dict[str, object], list[str], bool]:

@@ -59,6 +59,14 @@ class TrainOptions:
 
 
 @options
+class DemoOptions:
+    """Which demo."""
+
+    image: bool = False
+    """Learn videos that continue a given first frame; the caption says only where its shape moves."""
+
+
+@options
 class InspectOptions:
     """What to show, and how."""
 
@@ -261,7 +269,9 @@ COMMANDS = {
         "how well samples keep them (PSNR), and how much they change the frames after them. For the quickstart's clips "
         "it also measures how many samples show their captions.",
     ),
-    "demo": Command("", "Runs everything on clips of moving shapes, in minutes: prep, train, sample, report.", ""),
+    "demo": Command(
+        "", "Runs everything on clips of moving shapes, in minutes: prep, train, sample, report.", "", DemoOptions
+    ),
     "bench": Command(
         "WHAT",
         "Measures the speed of model, data, prep, train, checkpoint or validate.",

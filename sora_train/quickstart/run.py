@@ -70,8 +70,8 @@ def stage(number: int, what: str, started: float) -> Iterator[None]:
     log.info(f"[{number}/{STAGES}] done in {now - begun:.0f} s, {now - started:.0f} s in all")
 
 
-def clips(recipe: Recipe, count: int = CLIPS) -> Path:
-    """Stage 1: makes the clips if any is missing. Returns their folder.
+def clips(recipe: Recipe, count: int = CLIPS, image: bool = False) -> Path:
+    """Stage 1: makes the clips if any is missing. `image` is that of `make_clips`. Returns their folder.
 
     It is the folder of the recipe's captions.csv.
     """
@@ -84,7 +84,8 @@ def clips(recipe: Recipe, count: int = CLIPS) -> Path:
     if captions.is_file() and are_whole(captions, count):
         log.info(f"  {count} clips are in {folder} already")
         return folder
-    make_clips(folder, count, progress=every_few_seconds(lambda done: log.info(f"  {done} of {count} clips")))
+    progress = every_few_seconds(lambda done: log.info(f"  {done} of {count} clips"))
+    make_clips(folder, count, progress=progress, image=image)
     log.info(f"  {count} clips in {folder}")
     return folder
 
@@ -110,11 +111,10 @@ def sample(run_folder: Path, seeds: Sequence[int] = SEEDS) -> Path:
 
     run = load_run(run_folder)
     folder = run_folder / "samples" / "final"
-    if is_sampled(folder, run.checkpoint, seeds):
+    if is_sampled(folder, run.checkpoint, [(scene.caption, seed) for scene in scenes() for seed in seeds]):
         log.info(f"  {folder} holds them already")
         return folder
-    for stale in (*folder.glob("*.mp4"), folder / "samples.json", folder / VERDICTS):
-        stale.unlink(missing_ok=True)
+    remove_samples(folder)
     torch.set_num_threads(usable_cores())
     prompts = [scene.caption for scene in scenes()]
     verdicts = []
@@ -128,8 +128,14 @@ def sample(run_folder: Path, seeds: Sequence[int] = SEEDS) -> Path:
     return folder
 
 
-def is_sampled(folder: Path, checkpoint: Path, seeds: Sequence[int]) -> bool:
-    """Whether the folder has all samples of this checkpoint and their verdicts.
+def remove_samples(folder: Path) -> None:
+    """Removes what an earlier stage 4 wrote."""
+    for stale in (*folder.glob("*.mp4"), *folder.glob("given-*.png"), folder / "samples.json", folder / VERDICTS):
+        stale.unlink(missing_ok=True)
+
+
+def is_sampled(folder: Path, checkpoint: Path, wanted: Sequence[tuple[str, int]]) -> bool:
+    """Whether the folder has samples of this checkpoint of all wanted prompts and seeds, and their verdicts.
 
     samples.json and the verdicts are written after the videos.
     """
@@ -141,10 +147,9 @@ def is_sampled(folder: Path, checkpoint: Path, seeds: Sequence[int]) -> bool:
     ):
         return False
     about = json.loads(listing.read_text(encoding="utf-8"))
-    wanted = [(scene.caption, seed) for scene in scenes() for seed in seeds]
     listed = [(entry["prompt"], entry["seed"]) for entry in about["samples"]]
     files_there = all((folder / entry["file"]).is_file() for entry in about["samples"])
-    return about["checkpoint"] == checkpoint.name and listed == wanted and files_there
+    return about["checkpoint"] == checkpoint.name and listed == list(wanted) and files_there
 
 
 def write_sheet(files: Sequence[Path], seeds: int, path: Path) -> None:

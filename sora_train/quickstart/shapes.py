@@ -45,6 +45,11 @@ class Scene:
         return f"a {self.colour} {self.shape} moving {self.direction}"
 
     @property
+    def motion(self) -> str:
+        """The caption of a clip whose first frame is given: its colour and shape are seen."""
+        return f"moving {self.direction}"
+
+    @property
     def held_out(self) -> bool:
         """Whether this combination is held out of training.
 
@@ -76,19 +81,22 @@ def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndar
     return np.clip(0.5 - distance, 0, 1)
 
 
-def draw(scene: Scene, rng: np.random.Generator, frames: int = FRAMES, size: int = SIZE) -> np.ndarray:
+def draw(
+    scene: Scene, rng: np.random.Generator, frames: int = FRAMES, size: int = SIZE, from_middle: bool = False
+) -> np.ndarray:
     """One clip, uint8 `F H W 3`.
 
-    The shape's path, size and speed are drawn from `rng`.
+    The shape's path, size and speed are drawn from `rng`. Its path has its middle near that of the frame, or begins
+    there (`from_middle`), so that the first frame does not tell the direction.
     """
     step = np.array(DIRECTIONS[scene.direction], dtype=float)
     radius = rng.uniform(0.17, 0.2) * size
-    travel = rng.uniform(0.36, 0.42) * size
+    travel = (rng.uniform(0.2, 0.23) if from_middle else rng.uniform(0.36, 0.42)) * size
     middle = (size - 1) / 2 + rng.uniform(-0.05, 0.05, size=2) * size
     y, x = np.mgrid[0:size, 0:size]
     ground, colour = np.array(GROUND, dtype=float), np.array(COLOURS[scene.colour], dtype=float)
     clip = np.empty((frames, size, size, 3), dtype=np.uint8)
-    for i, along in enumerate(np.linspace(-0.5, 0.5, frames)):
+    for i, along in enumerate(np.linspace(0, 1, frames) if from_middle else np.linspace(-0.5, 0.5, frames)):
         centre = middle + step * along * travel
         alpha = coverage(scene.shape, x - centre[0], y - centre[1], radius)[..., None]
         clip[i] = np.rint(ground + alpha * (colour - ground))
@@ -96,11 +104,16 @@ def draw(scene: Scene, rng: np.random.Generator, frames: int = FRAMES, size: int
 
 
 def make_clips(
-    folder: str | Path, count: int, seed: int = 0, progress: Callable[[int], object] = lambda done: None
+    folder: str | Path,
+    count: int,
+    seed: int = 0,
+    progress: Callable[[int], object] = lambda done: None,
+    image: bool = False,
 ) -> Path:
     """Writes `count` mp4 files of seen combinations, evenly spread.
 
-    Returns the path of their `captions.csv`.
+    With `image` they are to be continued from their first frame: it does not tell the direction, and the caption tells
+    nothing else. Returns the path of their `captions.csv`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,8 +122,8 @@ def make_clips(
     for i in range(count):
         scene = scenes[i % len(scenes)]
         name = f"clip_{i:05d}.mp4"
-        write_mp4(folder / name, draw(scene, np.random.default_rng((seed, i))), fps=FPS, crf=10)
-        rows.append((name, scene.caption))
+        write_mp4(folder / name, draw(scene, np.random.default_rng((seed, i)), from_middle=image), fps=FPS, crf=10)
+        rows.append((name, scene.motion if image else scene.caption))
         progress(len(rows))
     captions = folder / "captions.csv"
     with captions.open("w", newline="", encoding="utf-8") as file:

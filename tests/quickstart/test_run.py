@@ -135,14 +135,16 @@ def test_samples_are_made_again_for_another_checkpoint_or_where_one_is_missing(p
         checkpoint.mkdir()
         (checkpoint / "ema.safetensors").touch()
     files = copied(perfect, tmp_path / "final")
-    assert is_sampled(tmp_path / "final", old, SEEDS)
-    assert not is_sampled(tmp_path / "final", new, SEEDS)
+    wanted = [(scene.caption, seed) for scene in scenes() for seed in SEEDS]
+    assert is_sampled(tmp_path / "final", old, wanted)
+    assert not is_sampled(tmp_path / "final", old, wanted[1:])
+    assert not is_sampled(tmp_path / "final", new, wanted)
     files[5].rename(tmp_path / "away")
-    assert not is_sampled(tmp_path / "final", old, SEEDS)
+    assert not is_sampled(tmp_path / "final", old, wanted)
     (tmp_path / "away").rename(files[5])
     (tmp_path / "final" / VERDICTS).unlink()
-    assert not is_sampled(tmp_path / "final", old, SEEDS)
-    assert not is_sampled(tmp_path / "none", old, SEEDS)
+    assert not is_sampled(tmp_path / "final", old, wanted)
+    assert not is_sampled(tmp_path / "none", old, wanted)
 
 
 def test_the_recipe_is_found_from_any_folder(tmp_path, monkeypatch):
