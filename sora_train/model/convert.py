@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
-from sora_train.model import Latte, ModelConfig, Transformer, build
+from sora_train.model import Latte, ModelConfig, Transformer, build, build_empty
 from sora_train.model.convert_latte import (
     BUFFERS,
     IMAGE,
@@ -125,14 +125,14 @@ def from_diffusers(folder: str | Path) -> Transformer:
     """
     settings = json.loads((transformer_folder(Path(folder)) / "config.json").read_text())
     config = config_from_diffusers(settings)
-    if is_image_model(settings):
-        model = build(config)
-    else:  # without the initialisation, which takes longer than reading
-        with torch.device("meta"):
-            model = build(config)
-        model.to_empty(device="cpu")
+    model = build(config) if is_image_model(settings) else build_empty(config, "cpu")
     load_diffusers(model, folder)
     return model
+
+
+def has_every_weight(folder: Path) -> bool:
+    """Whether a diffusers folder has all weights of its model; those of an image model's temporal blocks are random."""
+    return not is_image_model(json.loads((transformer_folder(folder) / "config.json").read_text()))
 
 
 @torch.no_grad()

@@ -9,10 +9,16 @@ import torch
 from safetensors import SafetensorError
 
 from sora_train.errors import RecipeError, UserError
-from sora_train.model import ModelConfig, Transformer
+from sora_train.model import ModelConfig, Transformer, build_empty
 from sora_train.model import build as build_model
 from sora_train.model.config import with_preset
-from sora_train.model.convert import check_fit, check_weights, config_differences, load_diffusers
+from sora_train.model.convert import (
+    check_fit,
+    check_weights,
+    config_differences,
+    has_every_weight,
+    load_diffusers,
+)
 from sora_train.settings import build, read_yaml
 from sora_train.train.checkpoint import EMA_FILE, complete_checkpoints
 from sora_train.train.weights import EXPORTED, read_weights
@@ -73,6 +79,27 @@ def check_own_recipe(config: ModelConfig, folder: Path) -> None:
         raise ValueError(str(error)) from None
     if wrong := config_differences(config, found):
         raise ValueError("; ".join(wrong))
+
+
+def make_model(config: ModelConfig, device: torch.device, resumed: bool) -> Transformer:
+    """The model of a run's first step; if `resumed`, with zeros that a checkpoint replaces.
+
+    Random weights are made on the CPU, for all devices alike. Without them the model is made on its device, and weights
+    are read one at a time, so ranks do not hold a model each in the memory of their node. Raises UserError as
+    `load_initial` does.
+    """
+    start = Path(config.init_from) if config.init_from else None
+    if resumed:
+        return build_empty(config, device)
+    if start is None:
+        return build_model(config)
+    try:
+        whole = own_weights_file(start) or has_every_weight(start)
+    except (OSError, ValueError) as error:
+        raise cannot_start(start, error) from None
+    model = build_empty(config, device) if whole else build_model(config)
+    load_initial(model, start)
+    return model
 
 
 def load_initial(model: Transformer, folder: Path) -> None:

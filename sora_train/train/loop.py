@@ -19,7 +19,7 @@ from sora_train.data.collate import MicroBatch, padded_lengths
 from sora_train.data.order import SampleOrder, batch, batch_number
 from sora_train.data.shards import ShardSet
 from sora_train.diffusion import ConditioningConfig, DiffusionConfig, make_objective
-from sora_train.model import ModelConfig, build
+from sora_train.model import ModelConfig
 from sora_train.model.flops import forward_flops
 from sora_train.train import checkpoint, guard
 from sora_train.train.activation_checkpointing import apply_activation_checkpointing
@@ -28,7 +28,7 @@ from sora_train.train.config import TrainConfig
 from sora_train.train.ema import Ema
 from sora_train.train.engine import Engine
 from sora_train.train.hardware import memory_gb, peak_flops
-from sora_train.train.initial import load_initial
+from sora_train.train.initial import make_model
 from sora_train.train.metrics import Tally
 from sora_train.train.run_dir import RunDir
 from sora_train.train.skipped_blocks import add_zero_gradients
@@ -60,9 +60,7 @@ def train(
     rank, world = dist.get_rank(), dist.get_world_size()
 
     torch.manual_seed(config.seed)  # the same initial weights on every rank
-    model = build(model_config)
-    if model_config.init_from and resume is None:
-        load_initial(model, Path(model_config.init_from))
+    model = make_model(model_config, device, resumed=resume is not None)
     shapes = len(shards.rows) * len(padded_lengths(shards.manifest.text.max_tokens))
     add_zero_gradients(model)
     apply_activation_checkpointing(model, config.activation_checkpointing)

@@ -13,7 +13,7 @@ from sora_train.launch.init_from import check_initial_weights
 from sora_train.model import ModelConfig, build
 from sora_train.model.convert import WEIGHTS, save_shards, to_diffusers
 from sora_train.recipe import Recipe, save_recipe
-from sora_train.train.initial import check_initial, load_initial
+from sora_train.train.initial import check_initial, load_initial, make_model
 from sora_train.train.weights import save_weights
 from sora_train.weight_headers import WeightsError
 
@@ -97,3 +97,28 @@ def test_a_file_that_is_cut_short_or_gone_is_named_with_a_remedy(kind: str, tmp_
     file.unlink()
     with pytest.raises(UserError, match="training can't start from .* is missing"):
         check_initial_weights(recipe)
+
+
+@pytest.mark.parametrize("kind", ["latte", "wan", "checkpoint"])
+def test_a_model_is_made_on_its_device_with_the_weights_alone(kind: str, tmp_path: Path):
+    config = replace(write(kind, tmp_path / "w"), init_from=str(tmp_path / "w"))
+    expected = build(config)
+    load_initial(expected, tmp_path / "w")
+    made = make_model(config, torch.device("cpu"), resumed=False).state_dict()
+    assert all(torch.equal(made[name], tensor) for name, tensor in expected.state_dict().items())
+    # The meta device stands for a GPU: nothing of the model is in the memory of the CPU.
+    there = make_model(config, torch.device("meta"), resumed=False)
+    assert all(parameter.is_meta for parameter in there.parameters())
+    gone = replace(config, init_from=str(tmp_path / "gone"))  # a resumed run does not need them
+    zeros = make_model(gone, torch.device("cpu"), resumed=True)
+    assert not any(parameter.any() for parameter in zeros.parameters())
+    with pytest.raises(UserError, match="config.json is missing"):
+        make_model(gone, torch.device("cpu"), resumed=False)
+
+
+def test_random_weights_are_those_of_the_seed_on_the_cpu():
+    made = []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(3)
+        made.append(make_model(WAN, torch.device(device), resumed=False).state_dict())
+    assert all(torch.equal(made[1][name], tensor) for name, tensor in made[0].items())
