@@ -18,6 +18,7 @@ from sora_train.errors import UserError
 from sora_train.model import ModelConfig
 from sora_train.sample import generate_each, load_run, sample_prompts
 from sora_train.sample.condition import encode_given
+from sora_train.sample.generate import sample_shape
 from sora_train.video import psnr, read_mp4, write_mp4
 
 JOINT = ModelConfig(width=16, depth=2, heads=2, text_width=64, sample_size=8, attention="joint")
@@ -130,3 +131,17 @@ def test_what_cannot_begin_with_an_image_is_refused_with_the_reason(run_folder, 
     said = capsys.readouterr().err
     assert said.endswith("nowhere.png: there is no such file\n")
     assert "Traceback" not in said
+
+
+def test_videos_with_and_without_given_frames_are_made_side_by_side(run_folder):
+    run, g = load_run(run_folder, "cpu"), torch.Generator().manual_seed(0)
+    (_, c, h, w), prompts = sample_shape(run), ["a", "b", "c", "d", "e"]
+    given = [None, *(torch.randn(k, c, h, w, generator=g) for k in (1, 1, 2)), None]
+    together = list(generate_each(run, prompts, range(5), given=given))
+    for i, prompt in enumerate(prompts):
+        (alone,) = generate_each(run, [prompt], [i], given=given[i : i + 1])
+        assert np.abs(together[i].astype(int) - alone).max() <= 1
+        (plain,) = generate_each(run, [prompt], [i])
+        assert (np.abs(together[i].astype(int) - plain).max() <= 1) == (given[i] is None)
+    with pytest.raises(ValueError, match="for each prompt"):
+        next(generate_each(run, prompts, range(5), given=given[:3]))
