@@ -175,12 +175,17 @@ def _checked_line(place: str, where: str, source: object, caption: object) -> Ca
 
 
 def _line(where: str, source: str, *captions: str) -> CaptionLine:
-    found = tuple(caption for caption in captions if caption and caption not in NO_CAPTION)
+    found = tuple(caption for caption in captions if is_visible(caption) and caption not in NO_CAPTION)
     word = next(filter(None, captions), "")
     why = f"the caption {word!r}, which stands for a missing one" if word else "no caption"
     if found:
         return CaptionLine(where, source, found)
     return CaptionLine(where, source, (), "no_caption", f"{where} has {why}")
+
+
+def is_visible(text: str) -> bool:
+    """Whether a text has a character besides white space, control and format characters (zero-width ones)."""
+    return any(not sign.isspace() and unicodedata.category(sign) not in ("Cc", "Cf") for sign in text)
 
 
 def read_folder(place: str, system: fs.FileSystem, path: str) -> list[CaptionLine]:

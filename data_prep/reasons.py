@@ -45,6 +45,8 @@ REMARKS = {
     "interlaced": "both fields of a frame become one image",
     "clean_aperture": "the complete frame is taken",
     "icc_profile": "an image's ICC profile that can't be applied",
+    "image_colours": "an image's HDR, wide gamut or gamma is not applied",
+    "no_timestamps": "a raw stream without timestamps, whose frame rate is assumed",
     "pages": "the first of an image's pages is taken",
     "holes": "no clips of holes in its timestamps",
     "long_caption": "its caption has more tokens than codec.max_tokens, and its end is cut off",

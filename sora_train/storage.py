@@ -127,6 +127,8 @@ def decode_text(content: bytes) -> str:
     encoding = next((name for mark, name in marks if content.startswith(mark)), "utf-8")
     if content.startswith(b"PK\3\4"):
         raise ValueError("is a zip archive or an Excel workbook; save it as CSV in UTF-8")
+    if content.startswith(b"\x1f\x8b"):
+        raise ValueError("is compressed by gzip; add .gz to its name")
     if encoding == "utf-8" and content[:2].count(0) == 1:
         raise ValueError("is UTF-16 without a byte order mark; save it as UTF-8")
     try:

@@ -16,11 +16,13 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from data_prep.reasons import ClipError
+from data_prep.video.colours import TRANSFERS, UNKNOWN, WIDE
 from data_prep.video.damage import jpeg_damage, zero_run
 from data_prep.video.probe import check_size
 from data_prep.video.readers import on_black
 
 ORIENTATION = 0x0112  # of EXIF: 5 to 8 are on their side
+SRGB_GAMMA = 1 / 2.2  # as a PNG names it
 STARTS = {
     b"\xff\xd8\xff": "JPEG",
     b"\x89PNG\r\n\x1a\n": "PNG",
@@ -64,6 +66,8 @@ def read_image_header(path: str) -> ImageHeader:
         remarks = [f"pages: the first of its {count} pictures"] if count > 1 else []
         if image.info.get("icc_profile") and srgb_converter(image) is None:
             remarks.append("icc_profile: has an ICC profile that can't be applied")
+        if colours := unapplied_colours(path, image):
+            remarks.append(f"image_colours: has {colours}, which is not applied to images")
         return ImageHeader(size[0], size[1], "; ".join(remarks))
 
 
@@ -114,6 +118,26 @@ def srgb_converter(image: Image.Image) -> Callable[[Image.Image], Image.Image] |
         return lambda picture: ImageCms.applyTransform(picture.convert(mode), transform) or picture
     except (ImageCms.PyCMSError, OSError, KeyError):
         return None
+
+
+def unapplied_colours(path: str, image: Image.Image) -> str:
+    """HDR, a wide gamut or another gamma that an image signals without an ICC profile; empty if it does not."""
+    with open(path, "rb") as file:
+        head = file.read(1 << 16)
+    signalled = (UNKNOWN, UNKNOWN)  # primaries and transfer, ISO/IEC 23091-2
+    if image.format == "AVIF" and len(numbers := head.partition(b"colrnclx")[2][:4]) == 4:  # ISO/IEC 14496-12, 12.1.5
+        signalled = struct.unpack(">HH", numbers)
+    elif image.format == "PNG":
+        header = head.partition(b"IDAT")[0]
+        if len(numbers := header.partition(b"cICP")[2][:2]) == 2:
+            signalled = numbers[0], numbers[1]
+        elif not {"icc_profile", "srgb"} & image.info.keys():
+            gamma = image.info.get("gamma", SRGB_GAMMA)
+            return f"a gamma of {1 / gamma:.2g}" if gamma and abs(gamma / SRGB_GAMMA - 1) > 0.05 else ""
+    primaries, transfer = signalled
+    if transfer in TRANSFERS:
+        return f"HDR ({TRANSFERS[transfer]})"
+    return f"colours of {WIDE[primaries]}" if primaries in WIDE and not image.info.get("icc_profile") else ""
 
 
 def check_damage(path: str, kind: str | None) -> None:

@@ -11,6 +11,7 @@ from fractions import Fraction
 from typing import Any
 
 import av
+from av.format import Flags
 from av.stream import Disposition
 
 from data_prep.reasons import ClipError
@@ -34,6 +35,7 @@ HEIF = ("heic", "heix", "heim", "heis", "mif1")
 FORMATS_HINT = "convert it to mp4, or an image to png or jpg"
 MAX_FRAME_RATE = 1000  # frames per second; containers without a frame rate may give their clock's
 MAX_PIXEL_ASPECT = 8.0  # width / height of a pixel; a tag beyond it (or below its inverse) is ignored
+NO_TIMESTAMPS = Flags.no_timestamps.value
 LEADING_PACKETS = 16  # packets that are read before anything is decoded
 
 
@@ -75,6 +77,8 @@ class Header:
 def read_header(path: str) -> Header:
     """Opens a video and decodes its first frame. Raises ClipError `unreadable`, `no_video_stream`, or `too_large`."""
     entries = mp4_sample_entries(path)
+    if any(entry[4:8] == b"encv" for entry in entries):
+        raise ClipError("unreadable", "is encrypted (ISO/IEC 23001-7); decrypt it first")
     check_size([struct.unpack(">HH", entry[32:36]) for entry in entries])
     with open_video(path) as file:
         stream = video_stream(file)
@@ -105,7 +109,7 @@ def read_header(path: str) -> Header:
             aspect_in_stream=(aspect or 0) == (context.sample_aspect_ratio or 0),
             still=is_single_image(packets, stream, container_duration_s, float(rate)),
             colours=colours_of(context),
-            remarks=(*colour_remarks(context), *aperture_remarks(entries)),
+            remarks=(*colour_remarks(context), *aperture_remarks(entries), *rate_remarks(file, stream)),
         )
 
 
@@ -142,6 +146,15 @@ def aperture_remarks(entries: list[bytes]) -> list[str]:
                     f"clean_aperture: of its {width}x{height} pixels {part} are to be shown, and all are taken"
                 )
     return remarks
+
+
+def rate_remarks(file: Any, stream: Any) -> list[str]:
+    """A remark on a raw stream, for which FFmpeg assumes a frame rate."""
+    if not file.format.flags & NO_TIMESTAMPS or not stream.average_rate:
+        return []
+    assumed, signalled = float(stream.average_rate), float(stream.codec_context.framerate or 0)
+    says = f", though it says {signalled:g}" if signalled not in (0.0, assumed) else ""
+    return [f"no_timestamps: has no timestamps, {assumed:g} frames per second are assumed{says}"]
 
 
 def open_video(path: str, largest: int = MAX_PIXELS) -> Any:

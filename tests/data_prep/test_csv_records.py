@@ -1,6 +1,7 @@
 """CSV files of many writers are read as meant, or refused with line and cause."""
 
 import csv
+import gzip
 import io
 from pathlib import Path
 
@@ -82,6 +83,7 @@ def test_another_separator_is_printed(tmp_path: Path, capsys: pytest.CaptureFixt
         (HEAD.encode("utf-16-le"), "is UTF-16 without a byte order mark; save it as UTF-8"),
         ("\ufeffab".encode("utf-16-le")[:-1], "is not UTF-16 text; save it as UTF-8"),
         (HEAD.encode() + "a.mp4,café\n".encode("cp1252"), "is not UTF-8 text in line 2 .byte 0xe9."),
+        (gzip.compress(HEAD.encode()), "is compressed by gzip; add .gz to its name"),
         (b"PK\x03\x04" + bytes(range(256)), "is a zip archive or an Excel workbook; save it as CSV in UTF-8"),
     ],
 )
@@ -106,7 +108,7 @@ def test_a_very_long_caption_is_read(tmp_path: Path):
     assert captions_of(tmp_path, HEAD + f'a.mp4,"{words}"\n') == [("a.mp4", (words.strip(),))]
 
 
-@pytest.mark.parametrize("word", sorted(NO_CAPTION))
+@pytest.mark.parametrize("word", [*sorted(NO_CAPTION), "\u200b\u200d\ufeff"])
 def test_a_word_for_a_missing_value_is_no_caption(tmp_path: Path, word: str):
     (row,) = read(tmp_path, HEAD + f"a.mp4,{word}\n")
     assert (row.reason, row.captions) == ("no_caption", ())

@@ -232,6 +232,18 @@ def test_a_broken_file_has_a_true_reason(shared: Path, file: str, reason: str):
     assert refusal(shared / "data" / "broken" / file).reason == reason
 
 
+def test_an_encrypted_video_is_refused_as_such(tmp_path: Path, write):
+    options = {"encryption_scheme": "cenc-aes-ctr", "encryption_key": "1" * 32, "encryption_kid": "2" * 32}
+    path = str(write(tmp_path / "a.mp4", np.arange(30) / 30))
+    with av.open(path) as file, av.open(str(tmp_path / "b.mp4"), "w", options=options) as out:
+        copy = out.add_stream_from_template(file.streams.video[0])
+        for packet in file.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = copy
+                out.mux(packet)
+    assert str(refusal(tmp_path / "b.mp4")).startswith("unreadable: is encrypted")
+
+
 @pytest.mark.parametrize(
     "file",
     ["corrupt_mdat.mp4", "truncated.mkv", "truncated_60pct.mp4", "wrong_extension_gif.mp4", "wrong_extension_webm.avi"],

@@ -124,6 +124,12 @@ def test_an_interlaced_video_has_a_remark(tmp_path: Path, write, name: str, code
     assert remark_kinds(source.plan_clips().remark) == ["interlaced"]
 
 
+def test_the_assumed_rate_of_a_raw_stream_has_a_remark(tmp_path: Path, write):
+    source = Source(str(write(tmp_path / "a.h264", np.arange(60) / 30)), DATA, SelectionConfig())
+    assert remark_kinds(source.plan_clips().remark) == ["no_timestamps"]
+    assert "25 frames per second are assumed, though it says 30" in source.plan_clips().remark
+
+
 def test_a_clean_aperture_has_a_remark(tmp_path: Path, write):
     """ISO/IEC 14496-12, 12.1.4."""
     path = write(tmp_path / "a.mp4", np.arange(30) / 30)
