@@ -13,6 +13,7 @@ from typing import Literal
 import yaml
 from pydantic import (
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -70,7 +71,7 @@ class ValidationConfig(Sampling):
     timeout_s: PositiveFloat = 1800.0
     """Time limit of a validation task, in seconds.
     A task that exceeds it is stopped and recorded in `events.jsonl`. Training continues."""
-    resources: dict[str, float] = {"CPU": 1.0}
+    resources: dict[str, NonNegativeFloat] = {"CPU": 1.0}
     """Ray resources of the task, in addition to training's; such as `{GPU: 1}`."""
 
 
@@ -156,10 +157,10 @@ class Recipe(Section):
     @classmethod
     def names_a_folder(cls, name: str) -> str:
         """Refuses a name that would lead outside `train.output`."""
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", name):
             raise ValueError(
-                f"name {name!r} can't be a run's folder; use letters, digits, '.', '_' and '-', beginning with "
-                "a letter or digit, such as `first-run`"
+                f"name {name!r} can't be a run's folder; use up to 200 letters, digits, '.', '_' and '-', beginning "
+                "with a letter or digit, such as `first-run`"
             )
         return name
 

@@ -111,10 +111,14 @@ def test_overrides_lie_over_the_file_and_leave_the_rest(tmp_path: Path) -> None:
         ("train: {zero_stage: 4}", "train.zero_stage is 4; choices: 0, 1, 2 or 3"),
         ("train: {steps: many}", "train.steps is 'many'; it should be a valid integer"),
         ("train: {steps: -3}", "train.steps is -3; it should be greater than 0"),
+        ("train: {steps: 1:30}", "train.steps is '1:30'; it should be a valid integer"),
+        ("data: {stride_s: 1e-9}", "data.stride_s is 1e-09; it must be at least 0.001, or 0"),
+        ("validation: {resources: {GPU: -1}}", "validation.resources.GPU is -1; it should be greater than or equal"),
         ("train: 3", "train is 3; it is a section"),
         ("model: 3", "model is 3; it is a section"),
         ("train: [steps]", "train is ['steps']; it is a section"),
         ("name: a/b", "name 'a/b' can't be a run's folder"),
+        (f"name: {'a' * 201}", "can't be a run's folder; use up to 200 letters"),
         ("model: {attention: full}", "choices: 'factorised' or 'joint'"),
         ("model: {width: 30, heads: 4}", "model.width 30 is not a multiple of model.heads 4"),
         ("validation: {prompts: a}", "validation.prompts is 'a'; it should be a valid tuple"),
@@ -300,6 +304,12 @@ def test_every_key_has_a_sentence() -> None:
 def test_recipes_need_no_ray() -> None:
     program = "import sys, sora_train.recipe, sora_train.cli; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_a_whole_number_with_a_leading_zero_is_decimal(tmp_path: Path):
+    (tmp_path / "r.yaml").write_text("train: {steps: 010, seed: 1_000}")
+    train = load_recipe(tmp_path / "r.yaml").train
+    assert (train.steps, train.seed) == (10, 1000)
 
 
 def test_renamed_keys_work_and_say_their_new_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -16,6 +16,7 @@ from sora_train.section import Section
 
 LARGEST = 2**16
 """Largest number of frames, or of pixels on a side, so torch can count their product."""
+SHORTEST_STRIDE_S = 0.001
 
 
 class DataConfig(Section):
@@ -80,6 +81,14 @@ class DataConfig(Section):
             if buckets.count(name) > 1:
                 raise ValueError(f"data.buckets: {name} is listed twice")
         return buckets
+
+    @field_validator("stride_s")
+    @classmethod
+    def is_no_stride_or_a_time(cls, stride_s: float) -> float:
+        """Refuses strides so short that clips start at the same time, in numbers without end."""
+        if 0 < stride_s < SHORTEST_STRIDE_S:
+            raise ValueError(f"data.stride_s is {stride_s:g}; it must be at least {SHORTEST_STRIDE_S:g}, or 0")
+        return stride_s
 
     @property
     def shapes(self) -> tuple[tuple[int, int, int], ...]:
