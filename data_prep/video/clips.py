@@ -129,8 +129,9 @@ class Source:
             on_packet = self._packets.add if self._packets else lambda stream, packet: None
             timeline = read_timeline(self.path, self.header, hole_s, self.alive, on_packet)
             promised, end = self.header.container_duration_s, timeline.end
-            if any(abs(promised - late - end) <= DURATION_ROUNDING_S for late in (0.0, timeline.start_s)):
-                self._header = replace(self.header, container_duration_s=end)  # FLV and NUT may count from 0
+            # FLV and NUT may count from 0. NUT and MPEG-PS leave out what follows the last timestamp.
+            if end > promised or abs(promised - timeline.start_s - end) <= DURATION_ROUNDING_S:
+                self._header = replace(self.header, container_duration_s=end)
             self._timeline = timeline
         return self._timeline
 

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -22,6 +23,7 @@ from data_prep.video.probe import check_size
 from data_prep.video.readers import on_black
 
 ORIENTATION = 0x0112  # of EXIF: 5 to 8 are on their side
+RAW_MJPEG = {".mjpeg", ".mjpg"}  # JPEGs one after the other; other files may begin like them and append a picture
 SRGB_GAMMA = 1 / 2.2  # as a PNG names it
 STARTS = {
     b"\xff\xd8\xff": "JPEG",
@@ -42,9 +44,11 @@ class ImageHeader:
 
 
 def image_format(path: str) -> str:
-    """`JPEG`, `PNG`, `WEBP`, `AVIF`, `BMP` or `TIFF`; empty for other files, and for animated PNG and AVIF."""
+    """`JPEG`, `PNG`, `WEBP`, `AVIF`, `BMP` or `TIFF`; empty for other files, animated PNG and AVIF, and raw MJPEG."""
     with open(path, "rb") as file:
         head = file.read(4096)
+    if Path(path).suffix.lower() in RAW_MJPEG:
+        return ""
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WEBP"
     if head[4:8] == b"ftyp":

@@ -93,6 +93,26 @@ def test_exactly_enough_frames_are_enough_and_one_less_is_not(
     assert error.value.reason == "too_short"
 
 
+@pytest.mark.parametrize(
+    ("name", "codec", "keys"),
+    [
+        ("a.nut", "ffv1", {"rate": 5}),
+        ("a.mpg", "mpeg2video", {"rate": 25}),
+        ("a.vob", "mpeg2video", {"rate": 25}),
+        ("a.mjpeg", "mjpeg", {"rate": 25, "pix_fmt": "yuvj420p"}),
+    ],
+)
+def test_the_last_of_several_clips_is_not_left_out(
+    tmp_path: Path, picture, number_of, name: str, codec: str, keys: dict
+):
+    count = keys["rate"]
+    write_frames(tmp_path / name, codec, 4 * count, picture, **keys)
+    data = DataConfig(frames=count, fps=count, height=64, width=128, stride_s=1.0)
+    source = Source(str(tmp_path / name), data, SelectionConfig())
+    clips = [source.read(span, "0").frames for span in source.plan_clips().spans]
+    assert [number_of(frame) for frames in clips for frame in frames] == list(range(4 * count))
+
+
 def joined(folder: Path, name: str, codec: str, shapes: list[tuple[int, int]], pix_fmt: str = "yuv420p") -> Path:
     """One stream of several sizes: a circle of 40 pixels' radius in each, for two seconds."""
     with av.open(str(folder / name), "w") as target:

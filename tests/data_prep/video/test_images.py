@@ -222,26 +222,6 @@ def test_a_picture_is_taken_to_srgb_by_its_profile(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP", "JPEG"])
-def test_colours_that_an_image_signals_in_vain_have_a_remark(tmp_path: Path):
-    image = Image.fromarray(PICTURE)
-    png = Path(save(tmp_path / "a.png", image)).read_bytes()
-
-    def with_chunk(kind: bytes, content: bytes) -> str:
-        chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-        (tmp_path / "b.png").write_bytes(png[:33] + chunk + png[33:])  # after IHDR
-        return read_image_header(str(tmp_path / "b.png")).remark
-
-    assert with_chunk(b"gAMA", struct.pack(">I", 45455)) == ""
-    assert with_chunk(b"gAMA", struct.pack(">I", 100000)).startswith("image_colours: has a gamma of 1, which is not")
-    assert with_chunk(b"cICP", bytes([9, 16, 0, 1])).startswith("image_colours: has HDR (PQ)")
-    assert with_chunk(b"cICP", bytes([1, 13, 0, 1])) == ""
-    avif = Path(save(tmp_path / "a.avif", image)).read_bytes()
-    place = avif.index(b"colrnclx") + 8
-    for primaries, transfer, what in ((9, 18, "HDR (HLG)"), (12, 13, "colours of P3")):
-        (tmp_path / "b.avif").write_bytes(avif[:place] + struct.pack(">HH", primaries, transfer) + avif[place + 4 :])
-        assert read_image_header(str(tmp_path / "b.avif")).remark.startswith(f"image_colours: has {what}, which")
-
-
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.97])
 def test_a_picture_that_breaks_off_is_corrupt(tmp_path: Path, kind: str, share: float):
     noise = Image.fromarray(RNG.integers(0, 256, (200, 200, 3), np.uint8))
@@ -326,3 +306,23 @@ def test_an_image_of_values_that_are_not_finite_is_corrupt(tmp_path: Path):
     with pytest.raises(ClipError, match="not finite") as error:
         read_image(str(tmp_path / "nan.tiff"))
     assert error.value.reason == "corrupt"
+
+
+def test_colours_that_an_image_signals_in_vain_have_a_remark(tmp_path: Path):
+    image = Image.fromarray(PICTURE)
+    png = Path(save(tmp_path / "a.png", image)).read_bytes()
+
+    def with_chunk(kind: bytes, content: bytes) -> str:
+        chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        (tmp_path / "b.png").write_bytes(png[:33] + chunk + png[33:])  # after IHDR
+        return read_image_header(str(tmp_path / "b.png")).remark
+
+    assert with_chunk(b"gAMA", struct.pack(">I", 45455)) == ""
+    assert with_chunk(b"gAMA", struct.pack(">I", 100000)).startswith("image_colours: has a gamma of 1, which is not")
+    assert with_chunk(b"cICP", bytes([9, 16, 0, 1])).startswith("image_colours: has HDR (PQ)")
+    assert with_chunk(b"cICP", bytes([1, 13, 0, 1])) == ""
+    avif = Path(save(tmp_path / "a.avif", image)).read_bytes()
+    place = avif.index(b"colrnclx") + 8
+    for primaries, transfer, what in ((9, 18, "HDR (HLG)"), (12, 13, "colours of P3")):
+        (tmp_path / "b.avif").write_bytes(avif[:place] + struct.pack(">HH", primaries, transfer) + avif[place + 4 :])
+        assert read_image_header(str(tmp_path / "b.avif")).remark.startswith(f"image_colours: has {what}, which")
