@@ -78,13 +78,13 @@ def given_frames(pairs: Sequence[tuple[Scene, int]]) -> list[GivenFrames]:
     return [GivenFrames(frame, hashlib.sha256(frame.tobytes()).hexdigest()) for frame in frames]
 
 
-def sample(run_folder: Path, pairs: Sequence[tuple[Scene, int]] | None = None) -> Path:
+def sample(run_folder: Path) -> Path:
     """Writes samples, what they show and a contact sheet. Returns their folder."""
     import torch
 
     from sora_train.sample import load_run, sample_to_folder
 
-    pairs = samples() if pairs is None else pairs
+    pairs = samples()
     run, folder = load_run(run_folder), run_folder / "samples" / "final"
     prompts, given = [scene.motion for scene, _ in pairs], given_frames(pairs)
     if is_sampled(folder, run.checkpoint, [(prompt, 0) for prompt in prompts]):
