@@ -25,6 +25,7 @@ from sora_train.codec import CodecConfig
 from sora_train.data.config import DataConfig, PrepConfig, SelectionConfig, image_ratio_error
 from sora_train.diffusion import ConditioningConfig, DiffusionConfig, resolve_sampler
 from sora_train.errors import RecipeError, UserError
+from sora_train.lora.config import LoraConfig
 from sora_train.model import ModelConfig
 from sora_train.model.config import PRESETS, with_preset
 from sora_train.sampling import Sampling
@@ -142,6 +143,7 @@ class Recipe(Section):
     model: ModelConfig = ModelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     conditioning: ConditioningConfig = ConditioningConfig()
+    lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
     validation: ValidationConfig = ValidationConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -219,6 +221,11 @@ def check(recipe: Recipe) -> list[str]:
             "between 0 and 1"
         )
 
+    if recipe.lora.rank and not recipe.model.init_from:
+        wrong.append(
+            f"lora.rank is {recipe.lora.rank} and model.init_from is empty; adapters are trained on weights that "
+            "exist, so name them there, or set lora.rank to 0 to train all weights"
+        )
     if recipe.model.learned_variance and recipe.diffusion.kind == "flow":
         wrong.append(
             "model.learned_variance is true, but with diffusion.kind flow there is no variance to learn; "

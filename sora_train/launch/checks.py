@@ -17,13 +17,12 @@ from sora_train.errors import UserError
 from sora_train.evaluate.i3d import load_i3d
 from sora_train.evaluate.similarity import find_clip
 from sora_train.latent_shape import shape_errors
-from sora_train.launch.init_from import find_initial_weights
+from sora_train.launch.init_from import find_initial_weights, saved_initial_weights
 from sora_train.launch.resume import saved_null_prompt
 from sora_train.log import log
 from sora_train.manifest import Manifest
 from sora_train.recipe import Recipe
 from sora_train.schema import bucket_name, bucket_size
-from sora_train.settings import read_yaml
 from sora_train.storage import reject_job_dir
 from sora_train.train import checkpoint
 
@@ -53,7 +52,7 @@ def resolve_recipe(recipe: Recipe, fresh: bool = False) -> Recipe:
     has_recipe = not fresh and (run / "recipe.yaml").is_file()
     resumed = run if has_recipe and checkpoint.complete_checkpoints(run / "checkpoints") else None
     if resumed is not None:
-        start = str((read_yaml(resumed / "recipe.yaml").get("model") or {}).get("init_from", ""))
+        start = saved_initial_weights(recipe, resumed)
     else:
         start = find_initial_weights(recipe)
     return recipe.model_copy(
@@ -71,6 +70,9 @@ def resolve_recipe(recipe: Recipe, fresh: bool = False) -> Recipe:
                 | _text_settings(recipe.codec, start, resumed)
             ),
             "model": replace(recipe.model, init_from=start),
+            "lora": recipe.lora.model_copy(
+                update={"init_from": recipe.lora.init_from and place(recipe.lora.init_from)}
+            ),
             "train": recipe.train.model_copy(update={"output": place(recipe.train.output)}),
         }
     )

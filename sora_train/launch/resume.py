@@ -16,6 +16,7 @@ FIXED_KEYS = (
     "model.",
     "diffusion.",
     "conditioning.",
+    "lora.",
     "data.fps",
     "data.crop",
     "data.flip",
@@ -45,7 +46,7 @@ CLIP_KEYS = (
 )
 """Keys that decide which clips exist, not how they are encoded. They may change with `--new-data`."""
 
-FREE_KEYS = ("model.init_from", "model.preset")
+FREE_KEYS = ("model.init_from", "model.preset", "lora.init_from")
 """Exceptions: the keys that the preset stands for are compared."""
 UNREPORTED_KEYS = ("name", "data.", "prep.", "codec.", "tracking.", "train.output", "cluster.address", *FREE_KEYS)
 """Keys of paths and display. A change of any other key, and of `CLIP_KEYS`, is written as an event of the run."""

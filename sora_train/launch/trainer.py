@@ -29,7 +29,7 @@ from sora_train.launch.checks import (
 )
 from sora_train.launch.clips import Clips, check_clips, read_clips
 from sora_train.launch.images import read_images, save_images
-from sora_train.launch.init_from import check_initial_weights, initial_weights_warnings
+from sora_train.launch.init_from import check_base_unchanged, check_initial_weights, initial_weights_warnings
 from sora_train.launch.monitor import Monitor
 from sora_train.launch.preflight.table import check_quickly
 from sora_train.launch.resume import check_resume, describe_changes
@@ -153,6 +153,8 @@ def check_models(recipe: Recipe, manifest: Manifest, clips: Clips, step: int) ->
         check_initial_weights(recipe)
         for warning in initial_weights_warnings(recipe, manifest):
             log.warning(f"model.init_from: {warning}")
+    elif recipe.lora.rank:
+        check_base_unchanged(recipe, Path(recipe.train.output) / recipe.name)
     check_metric_models(recipe)
     for warning in small_bucket_warnings(clips.counts(held_out=False), recipe.train.batch_size):
         log.warning(warning)

@@ -24,6 +24,7 @@ from sora_train.launch.clips import saved_clips
 from sora_train.launch.private_ray import preemption_info
 from sora_train.launch.run_folder import read_fatal_error, record_fatal_error
 from sora_train.launch.validation import ValidationStatus, stop_requested
+from sora_train.plan.table import describe_parameters
 from sora_train.recipe import Recipe, save_recipe
 from sora_train.train import checkpoint
 from sora_train.train.known_errors import known_errors
@@ -89,6 +90,8 @@ def run_training(recipe: Recipe, run: Path) -> str:
         run_dir.truncate(step)
         workers = f"{world} worker{'s' if world > 1 else ''} on {get_device()}"
         where = f"{workers}, ZeRO {recipe.train.zero_stage}, {recipe.train.precision}"
+        if recipe.lora.rank:
+            where += f", {describe_parameters(recipe)}"
         start = f"the weights in {recipe.model.init_from}" if recipe.model.init_from else "scratch"
         if not stop_requested(run):  # else the command may have ended, and a start after its end would be a lost driver
             run_dir.events.write(
@@ -105,6 +108,7 @@ def run_training(recipe: Recipe, run: Path) -> str:
             resume=resume,
             image_ratio=recipe.data.image_ratio,
             null_prompt=recipe.codec.null_prompt,
+            lora=recipe.lora,
             conditioning=recipe.conditioning,
         )
 

@@ -50,7 +50,8 @@ class SplitLinear(nn.Module):
 def add_adapters(model: Transformer, config: LoraConfig) -> None:
     """Puts adapters into the blocks of a model and freezes the rest. Changes no output: the matrices B are zero.
 
-    The adapters are float32 whatever the dtype of the base, and on its device. torch's global generator draws A.
+    The adapters are float32 whatever the dtype of the base, and on its device. torch's generator of the CPU draws A, as
+    peft does.
     """
     import peft  # takes seconds
     from peft.tuners.lora import LoraLayer
@@ -60,14 +61,14 @@ def add_adapters(model: Transformer, config: LoraConfig) -> None:
     wanted = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha or config.rank,  # pyright: ignore[reportArgumentType]  peft takes fractions too
-        lora_dropout=config.dropout,
         target_modules=names,
     )
     peft.inject_adapter_in_model(wanted, model, ADAPTER)
     for layer in [module for module in model.modules() if isinstance(module, LoraLayer)]:
         layer.lora_A.float()
         layer.lora_B.float()
-        layer.reset_lora_parameters(ADAPTER, True)  # again: peft's own are rounded to the base's dtype
+        a = layer.get_parameter(f"lora_A.{ADAPTER}.weight")  # peft's own is rounded to the base's dtype
+        a.data.copy_(nn.init.kaiming_uniform_(torch.empty(a.shape, device="cpu"), a=5**0.5))
         layer.cast_input_dtype_enabled = False  # autocast casts, which a second copy of the input would not spare
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name)

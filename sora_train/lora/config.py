@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, model_validator
+from pydantic import NonNegativeFloat, NonNegativeInt, model_validator
 
 from sora_train.section import Section
 
@@ -16,8 +16,6 @@ class LoraConfig(Section):
     """Rank of the adapters, such as 16. 0: no adapters, all weights are trained."""
     alpha: NonNegativeFloat = 0.0
     """Adapters are multiplied by `alpha / rank`. 0: `alpha` is the rank, so by 1."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of an adapter's input values that are set to zero in training."""
     targets: tuple[Target, ...] = ("to_q", "to_k", "to_v", "to_out")
     """Layers of every block that get adapters, by their names in diffusers.
     `to_q`, `to_k`, `to_v` and `to_out` are those of self- and cross-attention, `ff` is both layers of the
@@ -37,6 +35,9 @@ class LoraConfig(Section):
             raise ValueError(f"lora.targets is {list(self.targets)}; name at least one layer, and each one once")
         return self
 
+    def __hash__(self) -> int:
+        return hash((self.rank, self.alpha, self.targets, self.init_from))
+
     def changes(self, key: str) -> bool:
         """Whether a key differs from its default, which a saved recipe states too."""
         return getattr(self, key) != type(self).model_fields[key].default
@@ -45,3 +46,7 @@ class LoraConfig(Section):
     def scale(self) -> float:
         """The factor of the adapters' product: alpha / rank."""
         return (self.alpha or self.rank) / self.rank if self.rank else 0.0
+
+
+NO_LORA = LoraConfig()
+"""Trains all weights."""

@@ -4,7 +4,8 @@ Fake tensors have shapes and storages but no memory, so any model can be traced 
 second. What operations made and autograd still refers to after the forward pass is counted; parameters are not.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -13,12 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.functional import layer_norm
+from torch.nn.functional import layer_norm, linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from sora_train.model import ModelConfig, build
+from sora_train.lora.config import NO_LORA, LoraConfig
+from sora_train.model import ModelConfig, Transformer, build
 from sora_train.train.activation_checkpointing import Mode, apply_activation_checkpointing
+from sora_train.train.adapted import adapt
 from sora_train.train.config import TrainConfig
 
 FLOAT, HALF = 4, 2
@@ -57,32 +60,46 @@ class Activations:
         return sum(self.blocks) + self.other
 
 
-def activations(model: ModelConfig, train: TrainConfig, sizes: Sizes) -> Activations:
+def activations(model: ModelConfig, train: TrainConfig, sizes: Sizes, lora: LoraConfig = NO_LORA) -> Activations:
     """What a recipe's forward pass leaves. Traces one clip and two: bytes grow linearly with clips."""
     half, mode = train.precision == "bf16", train.activation_checkpointing
     depth = min(model.depth, TRACED_BLOCKS + model.depth % 2)
     shallow = replace(model, depth=depth)
-    one, two = (trace(shallow, mode, half, half and not train.zero_stage, replace(sizes, b=b)) for b in (1, 2))
+    keeps, autocast = lora.rank > 0 and train.zero_stage == 3, half and not train.zero_stage
+    one, two = (trace(shallow, mode, half, autocast, replace(sizes, b=b), lora, keeps) for b in (1, 2))
     *blocks, other = (a + (sizes.b - 1) * (b - a) for a, b in zip(one, two, strict=True))
     repeated = (model.depth - depth) // 2 * tuple(blocks[2:4])
     return Activations((*blocks, *repeated), other)
 
 
 @lru_cache(maxsize=256)
-def trace(model: ModelConfig, mode: Mode, half: bool, autocast: bool, sizes: Sizes) -> tuple[int, ...]:
-    """Bytes that each block leaves, and last what the rest of the model leaves."""
+def trace(
+    model: ModelConfig,
+    mode: Mode,
+    half: bool,
+    autocast: bool,
+    sizes: Sizes,
+    lora: LoraConfig = NO_LORA,
+    keep_inputs: bool = False,
+) -> tuple[int, ...]:
+    """Bytes that each block leaves, and last what the rest of the model leaves.
+
+    With `keep_inputs` frozen linear maps save their inputs, as DeepSpeed's do at ZeRO 3.
+    """
     default, dtype = torch.get_default_dtype(), torch.bfloat16 if half and not autocast else torch.float32
     torch.set_default_dtype(dtype)
     try:
+        adapted = adapted_on_meta(model, lora, half, autocast) if lora.rank else None
         with FakeTensorMode():
-            made = build(model)
+            made = build(model) if adapted is None else with_storages(adapted)
             use_fused_norms(made)
             apply_activation_checkpointing(made, mode)
             x = torch.empty(sizes.b, sizes.f, model.in_channels, sizes.h, sizes.w)
             text, mask = torch.empty(sizes.b, sizes.l, model.text_width), torch.ones(sizes.b, sizes.l).bool()
             # without autocast's cache, which holds bfloat16 weights until the forward pass ends
             cast = torch.autocast("cpu", torch.bfloat16, autocast, cache_enabled=False)
-            with LiveStorages(made.parameters()) as live, cast:
+            keeping = saving_linear() if keep_inputs else nullcontext()
+            with LiveStorages(made.parameters()) as live, cast, keeping:
                 blocks = [0] * len(made.blocks)
                 for i, block in enumerate(made.blocks):
                     count_block(block, i, blocks, live)
@@ -93,6 +110,46 @@ def trace(model: ModelConfig, mode: Mode, half: bool, autocast: bool, sizes: Siz
     finally:
         torch.set_default_dtype(default)
     return *blocks, total - sum(blocks)
+
+
+def adapted_on_meta(model: ModelConfig, lora: LoraConfig, half: bool, autocast: bool) -> Transformer:
+    """A model with adapters in the dtypes of training. peft can't make it of fake tensors."""
+    with torch.device("meta"):
+        made = build(model)
+        adapt(made, lora, half=half)
+    return made.to(torch.bfloat16) if half and not autocast else made
+
+
+def with_storages(model: Transformer) -> Transformer:
+    """The same model with parameters that have storages, which those on the meta device share."""
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad))
+    return model
+
+
+@contextmanager
+def saving_linear() -> Iterator[None]:
+    """Replaces torch's linear function by one that saves its input, as DeepSpeed does at ZeRO 3."""
+    before = torch.nn.functional.linear
+    torch.nn.functional.linear = LinearThatSaves.apply
+    try:
+        yield
+    finally:
+        torch.nn.functional.linear = before
+
+
+class LinearThatSaves(torch.autograd.Function):
+    """A linear map whose backward pass could make the gradient of its weight, needed or not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        ctx.save_for_backward(x)
+        return linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
+        raise NotImplementedError("only forward passes are traced")
 
 
 def use_fused_norms(model: nn.Module) -> None:

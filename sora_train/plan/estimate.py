@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, replace
 
+from sora_train.lora.config import NO_LORA, LoraConfig
+from sora_train.lora.flops import training_flops
 from sora_train.model.config import ModelConfig
-from sora_train.model.flops import forward_flops
 from sora_train.plan.activations import FLOAT, HALF, Sizes, activations
 from sora_train.plan.states import States, states
 from sora_train.train.config import TrainConfig
@@ -42,12 +43,12 @@ class Estimate:
         return max(0, self.total - shown)
 
 
-def estimate(model: ModelConfig, train: TrainConfig, sizes: Sizes, world: int) -> Estimate:
+def estimate(model: ModelConfig, train: TrainConfig, sizes: Sizes, world: int, lora: LoraConfig = NO_LORA) -> Estimate:
     """The memory that a micro-batch of these sizes takes on each of `world` ranks."""
-    held, made = states(model, train, world), activations(model, train, sizes)
+    held, made = states(model, train, world, lora), activations(model, train, sizes, lora)
     recomputed = 0
     if train.activation_checkpointing != "none":
-        plain = activations(model, train.model_copy(update={"activation_checkpointing": "none"}), sizes)
+        plain = activations(model, train.model_copy(update={"activation_checkpointing": "none"}), sizes, lora)
         recomputed = max(whole - part for whole, part in zip(plain.blocks, made.blocks, strict=True))
     number = HALF if train.precision == "bf16" else FLOAT
     # gradients within a block, and of padded captions
@@ -76,12 +77,14 @@ def batch_bytes(model: ModelConfig, train: TrainConfig, sizes: Sizes) -> int:
     return values * (model.in_channels * (5 * FLOAT + half) + model.out_channels * (FLOAT + half)) + text
 
 
-def largest_micro_batch(model: ModelConfig, train: TrainConfig, sizes: Sizes, world: int, room: int) -> int:
+def largest_micro_batch(
+    model: ModelConfig, train: TrainConfig, sizes: Sizes, world: int, room: int, lora: LoraConfig = NO_LORA
+) -> int:
     """The most clips per micro-batch whose step fits into `room` bytes; 0 if one does not fit."""
 
     def fits(b: int) -> bool:
         changed = train.model_copy(update={"micro_batch_size": b})
-        return estimate(model, changed, replace(sizes, b=b), world).total <= room
+        return estimate(model, changed, replace(sizes, b=b), world, lora).total <= room
 
     low, high = 0, 1
     while high <= MAX_MICRO_BATCH and fits(high):
@@ -92,10 +95,10 @@ def largest_micro_batch(model: ModelConfig, train: TrainConfig, sizes: Sizes, wo
     return low
 
 
-def step_flops(model: ModelConfig, train: TrainConfig, sizes: Sizes, world: int) -> int:
-    """FLOPs of one step on all ranks: three forward passes per clip, four if blocks are recomputed. Clips that pad the
-    last micro-batches count too.
+def step_flops(model: ModelConfig, train: TrainConfig, sizes: Sizes, world: int, lora: LoraConfig = NO_LORA) -> int:
+    """FLOPs of one step on all ranks, with a second forward pass if blocks are recomputed. Clips that pad the last
+    micro-batches count too.
     """
     clips = accumulation(train, world) * train.micro_batch_size * world
-    passes = 4 if train.activation_checkpointing == "full" else 3
-    return passes * clips * forward_flops(model, sizes.f, sizes.h, sizes.w, sizes.l, sizes.frame_times)
+    shape = sizes.f, sizes.h, sizes.w, sizes.l, sizes.frame_times
+    return clips * training_flops(model, lora, *shape, recompute=train.activation_checkpointing == "full")

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-from sora_train.model import ModelConfig, build
+from sora_train.lora.adapters import add_adapters, trained_parameters
+from sora_train.lora.config import NO_LORA, LoraConfig
+from sora_train.model import ModelConfig, Transformer, build
 from sora_train.plan.activations import FLOAT, HALF
 from sora_train.train.config import TrainConfig
 from sora_train.train.deepspeed_config import deepspeed_config
@@ -59,42 +61,70 @@ class States:
         return self.parameters + self.masters + self.moments + self.ema
 
 
-@lru_cache(maxsize=16)
-def parameter_counts(model: ModelConfig) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """Elements of every parameter, in the model's order and by AdamW's two groups. Allocates nothing."""
+@dataclass(frozen=True)
+class Counts:
+    """Elements of parameters, in the model's order."""
+
+    frozen: tuple[int, ...]
+    """Of those without a gradient: the base of adapters."""
+    trained: tuple[int, ...]
+    groups: tuple[tuple[int, ...], ...]
+    """The trained ones by AdamW's groups."""
+
+    @property
+    def every(self) -> tuple[int, ...]:
+        return (*self.frozen, *self.trained)
+
+
+def planned_model(model: ModelConfig, lora: LoraConfig) -> Transformer:
+    """The model that training would make, without memory for its weights."""
     with torch.device("meta"):
         made = build(model)
-    groups = [group["params"] for group in decay_groups(made, 0.0)]
-    return tuple(p.numel() for p in made.parameters()), tuple(tuple(p.numel() for p in group) for group in groups)
+        if lora.rank:
+            add_adapters(made, lora)
+    return made
 
 
 @lru_cache(maxsize=16)
-def block_elements(model: ModelConfig) -> int:
-    """Elements of the largest block."""
-    with torch.device("meta"):
-        blocks = build(replace(model, depth=2)).blocks
-    return max(sum(p.numel() for p in block.parameters()) for block in blocks)
+def parameter_counts(model: ModelConfig, lora: LoraConfig = NO_LORA) -> Counts:
+    """The parameters of a model, without allocating them."""
+    made = planned_model(model, lora)
+    groups = [group["params"] for group in decay_groups(made, 0.0)]
+    return Counts(
+        frozen=tuple(p.numel() for p in made.parameters() if not p.requires_grad),
+        trained=tuple(p.numel() for _, p in trained_parameters(made)),
+        groups=tuple(tuple(p.numel() for p in group) for group in groups),
+    )
 
 
-def checkpoint_bytes(model: ModelConfig) -> int:
+@lru_cache(maxsize=16)
+def block_elements(model: ModelConfig, lora: LoraConfig = NO_LORA) -> int:
+    """Elements with a gradient of the block that has most."""
+    blocks = planned_model(replace(model, depth=2), lora).blocks
+    return max(sum(p.numel() for _, p in trained_parameters(block)) for block in blocks)
+
+
+def checkpoint_bytes(model: ModelConfig, lora: LoraConfig = NO_LORA) -> int:
     """Bytes of a checkpoint, at any stage and number of ranks: float32 weights, two moments, EMA, and the EMA model."""
-    return 5 * FLOAT * sum(parameter_counts(model)[0])
+    return 5 * FLOAT * sum(parameter_counts(model, lora).trained)
 
 
-def states(model: ModelConfig, train: TrainConfig, world: int) -> States:
+def states(model: ModelConfig, train: TrainConfig, world: int, lora: LoraConfig = NO_LORA) -> States:
     """The model states of each of `world` ranks, by `train`'s ZeRO stage, precision and offload."""
-    every, groups = parameter_counts(model)
-    total, settings = sum(every), zero_settings(train, world)
+    counts = parameter_counts(model, lora)
+    trained, base = counts.trained, sum(counts.frozen)
+    total, settings = sum(trained), zero_settings(train, world)
     reduce_bucket = settings["reduce_bucket_size"]
     half = train.precision == "bf16"
     number = HALF if half and train.zero_stage else FLOAT
+    frozen = HALF if half else FLOAT
     sent = HALF if train.reduce_dtype == "bf16" else FLOAT
     if train.zero_stage == 0:
         return States(
-            parameters=FLOAT * total,
+            parameters=FLOAT * total + frozen * base,
             masters=0,
             moments=2 * FLOAT * total,
-            ema=FLOAT * max(sum(every[rank::world]) for rank in range(world)),
+            ema=FLOAT * max(sum(trained[rank::world]) for rank in range(world)),
             gradients=FLOAT * total,
             lasting=0,
             bucket=0,
@@ -103,23 +133,25 @@ def states(model: ModelConfig, train: TrainConfig, world: int) -> States:
             update=0,
         )
     if train.zero_stage < 3:
-        return sharded_optimizer(train, world, [sum(group) for group in groups], max(every), number, settings)
-    part = sum(-(-count // world) for count in every)
-    whole = sum(count for count in every if count <= settings["stage3_param_persistence_threshold"])
-    live = min(total - whole, settings["stage3_max_live_parameters"])
+        groups = [sum(group) for group in counts.groups]
+        placed = sharded_optimizer(train, world, groups, max(trained), number, settings)
+        return replace(placed, parameters=placed.parameters + frozen * base)
+    part, base_part = (sum(-(-count // world) for count in each) for each in (trained, counts.frozen))
+    whole = sum(count for count in counts.every if count <= settings["stage3_param_persistence_threshold"])
+    live = min(total + base - whole, settings["stage3_max_live_parameters"])
     placed = States(
-        parameters=number * (part + whole),
+        parameters=number * (part + base_part + whole),
         masters=FLOAT * part,
         moments=2 * FLOAT * part,
         ema=FLOAT * part,
         gradients=FLOAT * part,
         lasting=FLOAT * part,
         bucket=number * reduce_bucket,
-        copies=(number + cast_bytes(sent, number)) * min(total, reduce_bucket) + number * block_elements(model),
+        copies=(number + cast_bytes(sent, number)) * min(total, reduce_bucket) + number * block_elements(model, lora),
         gathered=number * (live + min(live, settings["stage3_prefetch_bucket_size"])),
         update=FLOAT * part,
     )
-    return offloaded(placed, train, {"parameters": number * part})
+    return offloaded(placed, train, {"parameters": number * (part + base_part)})
 
 
 def sharded_optimizer(

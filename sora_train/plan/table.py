@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, PositiveFloat
 
@@ -13,8 +13,8 @@ from sora_train.codec.hub import downloaded_folder
 from sora_train.data.config import undividable_shapes
 from sora_train.errors import RecipeError, UserError
 from sora_train.latent_shape import latent_shape
+from sora_train.lora.flops import training_flops
 from sora_train.manifest import Manifest
-from sora_train.model.flops import forward_flops
 from sora_train.plan.activations import Sizes, activations
 from sora_train.plan.estimate import Estimate, estimate, largest_micro_batch, step_flops
 from sora_train.plan.states import checkpoint_bytes, parameter_counts
@@ -89,9 +89,9 @@ def format_plan(recipe: Recipe, options: PlanOptions) -> str:
     name, sizes = largest_bucket(recipe, buckets)
     train, world, room = recipe.train, recipe.cluster.fewest, int(memory * 1e9)
     sizes = replace(sizes, b=train.micro_batch_size)
-    own = estimate(recipe.model, train, sizes, world)
+    own = estimate(recipe.model, train, sizes, world, recipe.lora)
     lines = [
-        f"{recipe.name}: {sum(parameter_counts(recipe.model)[0]) / 1e6:,.4g} M parameters, {train.precision}, "
+        f"{recipe.name}: {describe_parameters(recipe)}, {train.precision}, "
         f"ZeRO {train.zero_stage}, {world} workers, micro-batches of {train.micro_batch_size} clips, "
         f"activation_checkpointing {train.activation_checkpointing}, offload {train.offload}",
         f"clips of {name}: latents {sizes.f}x{sizes.h}x{sizes.w}, {sizes.tokens(recipe.model) // sizes.b:,} tokens, "
@@ -107,6 +107,14 @@ def format_plan(recipe: Recipe, options: PlanOptions) -> str:
     return "\n".join(lines)
 
 
+def describe_parameters(recipe: Recipe) -> str:
+    """How many parameters there are, and with adapters how many of them are trained."""
+    counts, lora = parameter_counts(recipe.model, recipe.lora), recipe.lora
+    every, trained = sum(counts.every), sum(counts.trained)
+    share = f", of which LoRA of rank {lora.rank} trains {trained / 1e6:,.4g} M ({trained / every:.2%})"
+    return f"{every / 1e6:,.4g} M parameters{share if lora.rank else ''}"
+
+
 def usable_memory(options: PlanOptions) -> float:
     """Usable memory of the GPU in 10⁹ bytes. RecipeError if it must be given and is not."""
     if options.memory is None and options.gpu not in EIGHTY_GB:
@@ -119,7 +127,9 @@ def usable_memory(options: PlanOptions) -> float:
 
 def largest_bucket(recipe: Recipe, buckets: dict[str, Sizes]) -> tuple[str, Sizes]:
     """The bucket whose clips take the most memory."""
-    return max(buckets.items(), key=lambda bucket: estimate(recipe.model, recipe.train, bucket[1], 1).total)
+    return max(
+        buckets.items(), key=lambda bucket: estimate(recipe.model, recipe.train, bucket[1], 1, recipe.lora).total
+    )
 
 
 def grid(recipe: Recipe, sizes: Sizes, room: int, memory: float) -> list[str]:
@@ -134,8 +144,8 @@ def grid(recipe: Recipe, sizes: Sizes, room: int, memory: float) -> list[str]:
     for stage in range(4):
         changed, cells = at_stage(train, stage), []
         for world in columns:
-            total = estimate(recipe.model, changed, sizes, world).total
-            most = largest_micro_batch(recipe.model, changed, sizes, world, room)
+            total = estimate(recipe.model, changed, sizes, world, recipe.lora).total
+            most = largest_micro_batch(recipe.model, changed, sizes, world, room, recipe.lora)
             cell = f"{total / 1e9:.3g} / {most or 'none'}"
             cells.append(f"[{cell}]" if (stage, world) == (train.zero_stage, own) else f"{cell} ")
         lines.append(f"ZeRO {stage:<4}" + "".join(f"{cell:>{WIDTH}}" for cell in cells))
@@ -152,10 +162,10 @@ def breakdown(recipe: Recipe, own: Estimate, sizes: Sizes) -> list[str]:
     """What the memory of the recipe consists of."""
     held = own.states
     blocks = [max(activations(recipe.model, recipe.train.model_copy(update={"activation_checkpointing": mode}),
-                              sizes).blocks) for mode in MODES]  # fmt: skip
+                              sizes, recipe.lora).blocks) for mode in MODES]  # fmt: skip
     by_mode = ", ".join(f"{mode} {in_bytes(count)}" for mode, count in zip(MODES, blocks, strict=True))
     rows = [
-        ("parameters", held.parameters, ""),
+        ("parameters", held.parameters, "with the frozen base" if recipe.lora.rank else ""),
         ("gradients", held.gradients, ""),
         ("optimizer", held.masters + held.moments, "float32 masters and two moments"),
         ("EMA", held.ema, ""),
@@ -176,7 +186,7 @@ def breakdown(recipe: Recipe, own: Estimate, sizes: Sizes) -> list[str]:
 def verdict(recipe: Recipe, own: Estimate, sizes: Sizes, room: int, memory: float) -> str:
     """Whether the recipe fits, and which changes would make it fit."""
     if own.total <= room:
-        most = largest_micro_batch(recipe.model, recipe.train, sizes, recipe.cluster.fewest, room)
+        most = largest_micro_batch(recipe.model, recipe.train, sizes, recipe.cluster.fewest, room, recipe.lora)
         return f"fits: {in_bytes(own.total)} of {memory:g} GB; train.micro_batch_size up to {most} would"
     remedies = remedies_for(recipe, sizes, room)
     none = "no single key is enough: use ZeRO 3 on more workers with activation_checkpointing full, or a larger GPU"
@@ -185,7 +195,7 @@ def verdict(recipe: Recipe, own: Estimate, sizes: Sizes, room: int, memory: floa
 
 def remedies_for(recipe: Recipe, sizes: Sizes, room: int) -> list[str]:
     """Changes of a single key that make the recipe's step fit into `room` bytes, one for each key."""
-    model, train, world = recipe.model, recipe.train, recipe.cluster.fewest
+    model, train, world, lora = recipe.model, recipe.train, recipe.cluster.fewest, recipe.lora
     stages, modes = range(train.zero_stage + 1, 4), MODES[MODES.index(train.activation_checkpointing) + 1 :]
     offload = ["optimizer"] if train.offload == "none" and train.zero_stage else []
     changes = [
@@ -197,27 +207,30 @@ def remedies_for(recipe: Recipe, sizes: Sizes, room: int) -> list[str]:
         [(f"raise cluster.workers to {n}", {}, n) for n in WORKERS if world < n <= train.batch_size],
         [(f"set train.offload to {where}", {"offload": where}, world) for where in offload],
     ]
-    most = largest_micro_batch(model, train, sizes, world, room)
+    most = largest_micro_batch(model, train, sizes, world, room, lora)
     found = [f"lower train.micro_batch_size to {most}"] if most else []
+
+    def fits(update: dict[str, Any], workers: int) -> bool:
+        return estimate(model, train.model_copy(update=update), sizes, workers, lora).total <= room
+
     for same_key in changes:  # the mildest that fits
-        found += [text for text, update, workers in same_key
-                  if estimate(model, train.model_copy(update=update), sizes, workers).total <= room][:1]  # fmt: skip
+        found += [text for text, update, workers in same_key if fits(update, workers)][:1]
     return found
 
 
 def cost(recipe: Recipe, buckets: dict[str, Sizes], clips: list[int], options: PlanOptions) -> list[str]:
     """FLOPs, hours and disk."""
-    model, train, world = recipe.model, recipe.train, recipe.cluster.most
+    model, train, world, lora = recipe.model, recipe.train, recipe.cluster.most, recipe.lora
     peak = peak_of(options.gpu, train.precision == "bf16")
     if peak is None:
         raise RecipeError(f"--gpu {options.gpu}: its FLOP/s are not known; those of {', '.join(PEAKS)} are")
     weighted = [(count / max(1, sum(clips)), s) for count, s in zip(clips, buckets.values(), strict=True)]
-    clip = 3 * sum(weight * forward_flops(model, s.f, s.h, s.w, s.l, s.frame_times) for weight, s in weighted)
-    step = sum(weight * step_flops(model, train, s, world) for weight, s in weighted)
+    clip = sum(weight * training_flops(model, lora, s.f, s.h, s.w, s.l, s.frame_times) for weight, s in weighted)
+    step = sum(weight * step_flops(model, train, s, world, lora) for weight, s in weighted)
     hours = train.steps * step / (world * peak * options.mfu) / 3600
     added = accumulation(train, world) * train.micro_batch_size * world - train.batch_size
     padding = f"; {added} clips of a step's micro-batches are padding" if added else ""
-    size = checkpoint_bytes(model)
+    size = checkpoint_bytes(model, lora)
     return [
         f"compute: {clip:.3g} FLOPs per clip, forward and backward; {train.steps:,} steps of {train.batch_size} clips "
         f"are {in_hours(hours)} on {world} {options.gpu}, assumed to reach {options.mfu:.0%} of its "

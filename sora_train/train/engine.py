@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sora_train.errors import UserError
+from sora_train.lora.adapters import trained_parameters
 from sora_train.model.layers import Block
 from sora_train.model.wan import WanBlock
 from sora_train.train.config import TrainConfig
@@ -49,7 +50,7 @@ class Engine:
         self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         # Stage 0 keeps the whole float32 model on every rank: it computes bf16 by autocast, with no second copy.
         self.autocast = self.stage == 0 and self.dtype == torch.bfloat16
-        self.shapes = {name: p.shape for name, p in model.named_parameters()}
+        self.shapes = {name: p.shape for name, p in trained_parameters(model)}
         model = model.to(device)
         optimizer = torch.optim.AdamW(
             decay_groups(model, config.weight_decay),
@@ -223,11 +224,12 @@ class Engine:
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """AdamW's parameter groups: matrices decay; biases and adaLN's scale-shift tables do not."""
-    tables = {name for name, _ in model.named_parameters() if name.split(".")[-1].startswith("table")}
-    named = list(model.named_parameters())
+    named = list(trained_parameters(model))
+    tables = {name for name, _ in named if name.split(".")[-1].startswith("table")}
     matrices = [p for name, p in named if p.ndim >= 2 and name not in tables]
     rest = [p for name, p in named if p.ndim < 2 or name in tables]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]  # adapters are matrices alone
 
 
 def _quiet_deepspeed(device: torch.device):

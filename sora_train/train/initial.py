@@ -51,8 +51,9 @@ def own_recipe(folder: Path) -> Path | None:
 def check_initial(config: ModelConfig, folder: Path) -> None:
     """Checks that a model of this shape can load the weights in a folder.
 
-    Reads configs and the headers of weights. Raises ValueError, with every key that differs, if not; WeightsError if
-    tensors are cut short, missing, unexpected or of another shape; FileNotFoundError without a config.
+    Reads configs and the headers of weights. Raises ValueError, with every key that differs, if not, or if it holds
+    adapters; WeightsError if tensors are cut short, missing, unexpected or of another shape; FileNotFoundError without
+    a config.
     """
     weights = own_weights_file(folder)
     if weights is None:
@@ -65,7 +66,13 @@ def check_initial(config: ModelConfig, folder: Path) -> None:
         check_weights(model, folder)
     else:
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        check_tensors(read_header(weights), shapes, weights)
+        there = read_header(weights)
+        if any(".lora_" in name for name in there):
+            raise ValueError(
+                "it holds adapters (LoRA), no whole model. Name their base with model.init_from and these with "
+                "lora.init_from, or the pipeline that `sora export --merge` makes of both"
+            )
+        check_tensors(there, shapes, weights)
 
 
 def check_own_recipe(config: ModelConfig, folder: Path) -> None:

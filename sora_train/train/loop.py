@@ -19,14 +19,17 @@ from sora_train.data.collate import MicroBatch, padded_lengths
 from sora_train.data.order import SampleOrder, batch, batch_number
 from sora_train.data.shards import ShardSet
 from sora_train.diffusion import ConditioningConfig, DiffusionConfig, make_objective
+from sora_train.lora.config import NO_LORA, LoraConfig
+from sora_train.lora.flops import training_flops
 from sora_train.model import ModelConfig
-from sora_train.model.flops import forward_flops
 from sora_train.train import checkpoint, guard
 from sora_train.train.activation_checkpointing import apply_activation_checkpointing
+from sora_train.train.adapted import build_adapted
 from sora_train.train.compile import compile_blocks
 from sora_train.train.config import TrainConfig
 from sora_train.train.ema import Ema
 from sora_train.train.engine import Engine
+from sora_train.train.frozen_base import with_base
 from sora_train.train.hardware import memory_gb, peak_flops
 from sora_train.train.initial import make_model
 from sora_train.train.metrics import Tally
@@ -49,6 +52,7 @@ def train(
     image_ratio: float | None = None,
     null_prompt: str = "eos",
     conditioning: ConditioningConfig | None = None,
+    lora: LoraConfig = NO_LORA,
 ) -> str:
     """Trains from step 0, or from the checkpoint `resume`, to `config.steps`. Returns why it ended early, or "".
 
@@ -60,7 +64,10 @@ def train(
     rank, world = dist.get_rank(), dist.get_world_size()
 
     torch.manual_seed(config.seed)  # the same initial weights on every rank
-    model = make_model(model_config, device, resumed=resume is not None)
+    if lora.rank:
+        model = build_adapted(model_config, lora, device, half=config.precision == "bf16", new=resume is None)
+    else:
+        model = make_model(model_config, device, resumed=resume is not None)
     shapes = len(shards.rows) * len(padded_lengths(shards.manifest.text.max_tokens))
     add_zero_gradients(model)
     apply_activation_checkpointing(model, config.activation_checkpointing)
@@ -72,6 +79,8 @@ def train(
     fingerprint = [shards.fingerprint if rank == 0 else ""]
     dist.broadcast_object_list(fingerprint, src=0)
     state = with_clips(State() if resume is None else checkpoint.load(resume, engine, ema), fingerprint[0])
+    if lora.rank:
+        state = with_base(state, Path(model_config.init_from))
 
     def start_loader() -> tuple[SampleOrder, Generator[tuple[int, list[MicroBatch]], None, None]]:
         """The order of samples and the batches from the current state on."""
@@ -142,7 +151,8 @@ def train(
                     norms=guard.add_norm(state.norms, norm),
                 )
                 f, _, h, w = micro_batches[0].latents.shape[1:]
-                flops = clips * forward_flops(model_config, f, h, w, tokens / clips, objective.conditioning.frame_times)
+                sizes = f, h, w, tokens / clips, objective.conditioning.frame_times
+                flops = clips * training_flops(model_config, lora, *sizes)
                 tally.add(clips, clips * f * h * w // model_config.patch**2, flops, by_time[0::2], by_time[1::2])
                 losses_since_save.append(loss)
             if config.log_samples:  # none for a skipped step, which may repeat one that was taken

@@ -103,7 +103,7 @@ class Tally:
         return made
 
     def add(self, clips: int, positions: int, flops: int, losses: list[float], counts: list[float]) -> None:
-        """Adds a step: clips, tokens, forward FLOPs, and loss sums and counts by quarter of diffusion time."""
+        """Adds a step: clips, tokens, FLOPs, and loss sums and counts by quarter of diffusion time."""
         self.steps += 1
         self.clips += clips
         self.positions += positions
@@ -118,7 +118,7 @@ class Tally:
     def record(self, peak_flops: float | None) -> dict[str, float | None]:
         """Means and rates. A quarter without clips is None, as is `mfu` without `peak_flops` (of all devices).
 
-        A training step counts as three forward passes; recomputed activations are not counted.
+        Recomputed activations are not counted.
         """
         seconds = max(self.seconds, 1e-9)
         quarters = zip(QUARTERS, self.losses, self.counts, strict=True)
@@ -128,7 +128,7 @@ class Tally:
             "samples_per_s": self.clips / seconds,
             "tokens_per_s": self.positions / seconds,
             "data_wait_share": self.waited / seconds,
-            "mfu": 3 * self.flops / seconds / peak_flops if peak_flops else None,
+            "mfu": self.flops / seconds / peak_flops if peak_flops else None,
         }
 
 

@@ -35,6 +35,10 @@ class State:
     """The number of that epoch."""
     epoch: int = 0
     """The epoch of the last batch that was taken."""
+    base: str = ""
+    """Hash of the frozen base that adapters were trained on (`adapted.py`); empty if all weights are trained."""
+    base_from: str = ""
+    """The folder of that base."""
 
 
 def with_clips(state: State, clips: str, epoch: int = 0) -> State:

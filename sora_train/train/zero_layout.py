@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sora_train.errors import UserError
+from sora_train.lora.adapters import trained_parameters
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def find_slices(inner: Any, stage: int, rank: int, world: int) -> dict[str, Slic
     Raises UserError if the data is not where DeepSpeed says.
     """
     optimizer, adam, found = inner.optimizer, inner.basic_optimizer, {}
-    params: list[tuple[str, Any]] = list(inner.module.named_parameters())  # with DeepSpeed's own attributes
+    params: list[tuple[str, Any]] = list(trained_parameters(inner.module))  # with DeepSpeed's own attributes
     for i, (name, p) in enumerate(params):
         if stage == 0:
             flat, start, offset, count, owned = p, 0, 0, p.numel(), i % world == rank

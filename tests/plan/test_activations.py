@@ -9,9 +9,11 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import profile
 
+from sora_train.lora.config import NO_LORA, LoraConfig
 from sora_train.model import ModelConfig, Transformer, build
 from sora_train.plan.activations import Sizes, activations, trace, use_fused_norms
 from sora_train.train.activation_checkpointing import apply_activation_checkpointing
+from sora_train.train.adapted import adapt
 from sora_train.train.config import TrainConfig
 
 SMALL = ModelConfig(width=64, depth=4, heads=4, text_width=48, sample_size=8)
@@ -38,9 +40,11 @@ def forward(model: Transformer, train: TrainConfig, sizes: Sizes) -> torch.Tenso
         return model(x, torch.full((sizes.b, sizes.f) if sizes.frame_times else (sizes.b,), 500.0), text, mask)
 
 
-def built(config: ModelConfig, train: TrainConfig) -> Transformer:
+def built(config: ModelConfig, train: TrainConfig, lora: LoraConfig = NO_LORA) -> Transformer:
     torch.manual_seed(0)
     model = build(config)
+    if lora.rank:
+        adapt(model, lora, half=train.precision == "bf16")
     use_fused_norms(model)
     apply_activation_checkpointing(model, train.activation_checkpointing)
     return model.bfloat16() if train.precision == "bf16" and train.zero_stage else model
@@ -77,6 +81,19 @@ def test_the_plan_counts_what_a_forward_pass_leaves(name: str, mode: str, way: t
         left = sum(event.self_cpu_memory_usage for event in seen.key_averages()) - y.untyped_storage().nbytes()
         del y  # or what it holds would be freed within the next profile
         assert activations(MODELS[name], train, sizes).total == pytest.approx(left, rel=0.01)
+
+
+@pytest.mark.parametrize(("mode", "way"), [*product(("none", "selective", "full"), WAYS)])
+@pytest.mark.parametrize("name", ["factorised", "joint", "wan"])
+def test_the_plan_counts_what_adapters_on_a_frozen_base_leave(name: str, mode: str, way: tuple[int, str]):
+    train = TrainConfig(zero_stage=way[0], precision=way[1], activation_checkpointing=mode)
+    lora = LoraConfig(rank=4, targets=("to_q", "to_v", "ff"))
+    model, sizes = built(MODELS[name], train, lora), CLIPS[0]
+    gc.collect()
+    with profile(profile_memory=True) as seen:
+        y = forward(model, train, sizes)
+    left = sum(event.self_cpu_memory_usage for event in seen.key_averages()) - y.untyped_storage().nbytes()
+    assert activations(MODELS[name], train, sizes, lora).total == pytest.approx(left, rel=0.01)
 
 
 @pytest.mark.parametrize(("mode", "stage"), [("none", 0), ("selective", 2), ("full", 0)])

@@ -53,7 +53,7 @@ def test_higher_stages_and_more_workers_take_less_memory():
 
 def test_at_many_workers_the_bytes_are_those_of_the_zero_paper():
     """Its table: with K = 12 and a float32 sum of gradients, 2 + 4 + 12 bytes a parameter; the average adds 4."""
-    total, world = sum(parameter_counts(LATTE)[0]), 64
+    total, world = sum(parameter_counts(LATTE).trained), 64
     for stage, bytes_each in ((2, 2 + (4 + 12 + 4) / world), (3, (2 + 4 + 12 + 4) / world)):
         found = states(LATTE, BF16.model_copy(update={"zero_stage": stage}), world)
         assert found.held + found.gradients == pytest.approx(bytes_each * total, rel=0.02)

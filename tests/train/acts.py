@@ -1,5 +1,7 @@
 """What ranks do with an engine alone, without the loop. `ranks.py` calls them: act(model, out, train, resume)."""
 
+import contextlib
+import hashlib
 import json
 import sys
 import time
@@ -12,20 +14,29 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from sora_train.lora.config import NO_LORA, LoraConfig
 from sora_train.model import ModelConfig, build
 from sora_train.plan.activations import use_fused_norms
 from sora_train.train import checkpoint
+from sora_train.train.adapted import adapt
 from sora_train.train.config import TrainConfig
 from sora_train.train.ema import Ema
 from sora_train.train.engine import Engine
 from sora_train.train.state import State
 
 
-def opened(model: ModelConfig, settings: dict, resume: str | None) -> tuple[Engine, Ema, State]:
+def opened(
+    model: ModelConfig, settings: dict, resume: str | None, lora: LoraConfig = NO_LORA
+) -> tuple[Engine, Ema, State]:
     """An engine that has the state of a checkpoint, if there is one."""
     config = TrainConfig(**settings)
     torch.manual_seed(config.seed)
-    engine = Engine(build(model), config, accumulation=2, device=torch.device("cpu"))
+    made = build(model)
+    if lora.rank:
+        for p in made.parameters():  # an output layer of zeros would give adapters no gradient
+            p.data.add_(0.05 * torch.randn_like(p))
+        adapt(made, lora, half=config.precision == "bf16")
+    engine = Engine(made, config, accumulation=2, device=torch.device("cpu"))
     ema = Ema(engine, config.ema_decay)
     return engine, ema, State() if resume is None else checkpoint.load(Path(resume), engine, ema)
 
@@ -142,7 +153,13 @@ def tell(model: ModelConfig, out: Path, settings: dict, resume: str | None) -> N
         (out / "told.json").write_text(json.dumps(told))
 
 
-def weigh(model: ModelConfig, out: Path, settings: dict, resume: str | None) -> None:
+def weigh_adapters(model: ModelConfig, out: Path, settings: dict, resume: str | None) -> None:
+    """The same of adapters on a frozen base; `lora` is among the settings."""
+    rest = {key: value for key, value in settings.items() if key != "lora"}
+    weigh(model, out, rest, resume, LoraConfig(**settings["lora"]))
+
+
+def weigh(model: ModelConfig, out: Path, settings: dict, resume: str | None, lora: LoraConfig = NO_LORA) -> None:
     """Bytes that DeepSpeed holds after a step of two micro-batches, and the most that another's backward passes take.
 
     AdamW itself is left out. Of some tries the least counts: gloo's threads free what they sent a moment later than a
@@ -150,7 +167,7 @@ def weigh(model: ModelConfig, out: Path, settings: dict, resume: str | None) -> 
     """
     from torch.profiler import profile
 
-    engine, ema, _ = opened(model, settings, resume)
+    engine, ema, _ = opened(model, settings, resume, lora)
     use_fused_norms(engine.model)
 
     def storages(tensors: Any) -> dict[int, int]:
@@ -197,3 +214,41 @@ def weigh(model: ModelConfig, out: Path, settings: dict, resume: str | None) -> 
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / f"weighed_{engine.rank}.json").write_text(json.dumps(told))
+
+
+def leave_the_base(model: ModelConfig, out: Path, settings: dict, resume: str | None) -> None:
+    """Hashes of the frozen weights and of the adapters, before and after three steps, and their dtypes."""
+    rest = {key: value for key, value in settings.items() if key != "lora"}
+    engine, _, _ = opened(model, rest, resume, LoraConfig(**settings["lora"]))
+
+    def hashes() -> list[str]:
+        frozen, trained = hashlib.sha256(), hashlib.sha256()
+        for name, p in engine.model.named_parameters():
+            with whole(p, engine.stage):
+                (trained if p.requires_grad else frozen).update(
+                    name.encode() + p.detach().view(torch.uint8).numpy().tobytes()
+                )
+        return [frozen.hexdigest(), trained.hexdigest()]
+
+    before = hashes()
+    for seed in range(3):
+        learn(engine, seed)
+        assert not engine.step(rest["learning_rate"], lambda norm: "")[1]
+    after = hashes()
+    frozen = [p for p in engine.model.parameters() if not p.requires_grad]
+    told = {"before": before, "after": after, "dtypes": sorted({str(p.dtype) for p in frozen})}
+    told["gradients"] = [
+        name for name, p in engine.model.named_parameters() if not p.requires_grad and p.grad is not None
+    ]
+    if engine.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "told.json").write_text(json.dumps(told))
+
+
+def whole(p: torch.nn.Parameter, stage: int) -> Any:
+    """A context in which a parameter is whole, at ZeRO 3 too."""
+    if stage < 3:
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([p])

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from sora_train.data.shards import ShardSet
 from sora_train.diffusion import ConditioningConfig, DiffusionConfig
 from sora_train.errors import UserError
+from sora_train.lora.config import LoraConfig
 from sora_train.model import ModelConfig
 from sora_train.train.config import TrainConfig
 from sora_train.train.loop import train
@@ -38,6 +39,7 @@ def run(
     init_from: str = "",
     noticed: int | None = None,
     conditioning: dict | None = None,
+    lora: dict | None = None,
     **model: Any,
 ) -> None:
     """Trains, and leaves every checkpoint and a line for every step in `out`."""
@@ -51,6 +53,7 @@ def run(
         run_dir=RunDir(out, preemption_requested=lambda step: step == noticed),
         resume=Path(resume) if resume else None,
         conditioning=ConditioningConfig(**(conditioning or {})),
+        lora=LoraConfig(**lora or {}),
     )
 
 
@@ -70,7 +73,13 @@ def main(rank: int, world: int, store: Path, shards: str, tasks: list[dict], log
                 model = replace(MODEL, **task.get("model", {}))
                 getattr(acts, task["act"])(model, out, task["train"], task.get("resume"))
                 continue
-            rest = task.get("resume"), task.get("init_from", ""), task.get("noticed"), task.get("conditioning")
+            rest = (
+                task.get("resume"),
+                task.get("init_from", ""),
+                task.get("noticed"),
+                task.get("conditioning"),
+                task.get("lora"),
+            )
             run(task.get("shards", shards), out, task["train"], *rest, **task.get("model", {}))
         except UserError as error:
             if not task.get("refused"):

@@ -19,7 +19,7 @@ from sora_train.errors import UserError, one_line
 from sora_train.launch import checks
 from sora_train.launch.clips import read_clips
 from sora_train.launch.images import read_images
-from sora_train.launch.init_from import check_initial_weights
+from sora_train.launch.init_from import check_base_unchanged, check_initial_weights
 from sora_train.launch.preflight import node_info, verdicts
 from sora_train.launch.preflight.allreduce import check_allreduce
 from sora_train.launch.preflight.node_info import NodeInfo
@@ -33,8 +33,8 @@ from sora_train.storage import free_bytes
 from sora_train.terminal import print_result
 
 T = TypeVar("T")
-FILES_S, NETWORK_S = 20.0, 120.0
-"""How long a check of files, and the all-reduce, may take."""
+FILES_S, HASH_S, NETWORK_S = 20.0, 600.0, 120.0
+"""How long a check of files, the hash of large ones, and the all-reduce may take."""
 
 
 class Table:
@@ -114,6 +114,9 @@ def check_files(recipe: Recipe, table: Table) -> tuple[Recipe, Manifest | None]:
             table.check("images", lambda: read_images(recipe, manifest), lambda _: images)
     if recipe.model.init_from and step is None:
         table.check("init_from", lambda: check_initial_weights(recipe), lambda _: recipe.model.init_from)
+    elif recipe.lora.rank and step is not None:
+        base = f"{recipe.model.init_from} is unchanged, hash "
+        table.check("base", lambda: check_base_unchanged(recipe, run), lambda it: base + it[:12], timeout_s=HASH_S)
     return recipe, manifest
 
 

@@ -48,7 +48,10 @@ def check_nodes(nodes: list[NodeInfo]) -> str:
 
 def check_disk(recipe: Recipe, free: int, existing: int) -> str:
     """Space for the kept checkpoints and one being written. `existing` bytes of older ones will be freed."""
-    keep, need = recipe.train.keep_checkpoints, checkpoint_bytes(recipe.model) * (recipe.train.keep_checkpoints + 1)
+    keep, need = (
+        recipe.train.keep_checkpoints,
+        checkpoint_bytes(recipe.model, recipe.lora) * (recipe.train.keep_checkpoints + 1),
+    )
     message = f"{keep} kept checkpoints and one being written take {in_bytes(need)}; {in_bytes(free)} are free"
     if need - existing <= free:
         return message
@@ -64,7 +67,7 @@ def check_memory(recipe: Recipe, nodes: list[NodeInfo]) -> str:
     if not gpus:
         return "not compared: nvidia-smi lists no GPU"
     sizes = replace(largest_bucket(recipe, plan_inputs(recipe)[0])[1], b=recipe.train.micro_batch_size)
-    need = estimate(recipe.model, recipe.train, sizes, recipe.cluster.fewest).total
+    need = estimate(recipe.model, recipe.train, sizes, recipe.cluster.fewest, recipe.lora).total
     room = int(USABLE * min(gpus))
     message = f"a step takes {in_bytes(need)} of a GPU by the plan; {in_bytes(room)} are usable"
     if need <= room:
