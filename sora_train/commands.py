@@ -256,8 +256,9 @@ COMMANDS = {
         ExportOptions,
         "OUT is a new folder. `LattePipeline.from_pretrained(OUT)` or WanPipeline's reads it, as its README.md shows, "
         "and so do `sora sample OUT` and `model.init_from: OUT`. A LattePipeline holds factorised DDPM models that "
-        "predict epsilon and use nothing that diffusers' Latte lacks; a WanPipeline holds Wan's with flow and its VAE. "
-        "Every obstacle is named at once. --weights_only works for any.",
+        "predict epsilon and use nothing that diffusers' Latte lacks; a WanPipeline holds Wan's with flow and its VAE, "
+        "and WanImageToVideoPipeline opens the same folder if the model was trained with conditioning. Every "
+        "obstacle is named at once. --weights_only works for any.",
     ),
     "eval": Command(
         "RUN",

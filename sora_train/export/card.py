@@ -19,15 +19,27 @@ PLACEHOLDER = "a short description of a video"
 
 def write_card(run: Run, folder: Path, note: ExportNote) -> None:
     """Writes README.md, with the front matter that model hubs read."""
-    parts = [front_matter(run, note), about(run, note), pipeline_use(run) if note.kind == "pipeline" else weights_use()]
+    parts = [
+        front_matter(run, note),
+        about(run, note),
+        pipeline_use(run) if note.kind == "pipeline" else weights_use(run),
+    ]
     (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")
 
 
 def front_matter(run: Run, note: ExportNote) -> str:
     """The model card's YAML front matter."""
     library = ["library_name: diffusers"] if note.kind == "pipeline" else []
-    tags = f"tags: [{run.recipe.model.family}]"
-    return "\n".join(["---", "license: unknown", "pipeline_tag: text-to-video", *library, tags, "---", ""])
+    tasks = tasks_of(run)
+    tags = f"tags: [{', '.join([run.recipe.model.family, *tasks[1:]])}]"
+    return "\n".join(["---", "license: unknown", f"pipeline_tag: {tasks[0]}", *library, tags, "---", ""])
+
+
+def tasks_of(run: Run) -> list[str]:
+    """The tasks that the model was trained for, as model hubs name them."""
+    probability = run.recipe.conditioning.probability
+    from_text, from_image = ["text-to-video"] * (probability < 1), ["image-to-video"] * (probability > 0)
+    return [*from_text, *from_image]
 
 
 def about(run: Run, note: ExportNote) -> str:
@@ -42,12 +54,12 @@ def about(run: Run, note: ExportNote) -> str:
     learned = "rectified flow" if flow else f"DDPM, predicting {recipe.diffusion.prediction}"
     which = "averaged (EMA)" if note.weights == "ema" else "trained (not averaged)"
     step = f"step {note.step}" if note.step >= 0 else "an unnamed step"
-    trained = trained_on(run)
+    trained, tasks = trained_on(run), " and ".join(tasks_of(run))
     shapes = ", ".join(f"{name} ({rows} clips)" for name, rows in trained.items())
     shapes = shapes or f"{manifest.frames}x{manifest.height}x{manifest.width}"
     return f"""# {recipe.name}
 
-A text-to-video diffusion transformer of the {family} family ([arXiv {paper}](https://arxiv.org/abs/{paper})), made
+A diffusion transformer of the {family} family ([arXiv {paper}](https://arxiv.org/abs/{paper})) for {tasks}, made
 with sora_train: {count:,} parameters, {blocks}, {learned}.
 These are the {which} weights of {step}.
 
@@ -85,14 +97,14 @@ def prompt_of(run: Run) -> str:
     return repr(one_line(prompts[0])[:200] if prompts else PLACEHOLDER)
 
 
-def weights_use() -> str:
+def weights_use(run: Run) -> str:
     """How to use an export of weights alone."""
     return f"""## Use
 
 `{EXPORTED}` goes with sora_train, which reads this folder as it would a run:
 
 ```sh
-sora sample . --prompt "{PLACEHOLDER}"
+{sample_command(run)}
 ```
 
 VAE and text encoder are not in it: `codec.vae` and `codec.text` in `recipe.yaml` say where they are, and may be changed
@@ -105,5 +117,11 @@ def pipeline_use(run: Run) -> str:
     use = pipeline_module(run.recipe.model.family).how_to_use(run, prompt_of(run))
     return f"""## Use
 
-{use}- With sora_train: `sora sample . --prompt "{PLACEHOLDER}"`.
+{use}- With sora_train: `{sample_command(run)}`.
 """
+
+
+def sample_command(run: Run) -> str:
+    """The command that samples the folder."""
+    image = " --image first.png" if run.recipe.conditioning.probability else ""
+    return f'sora sample . --prompt "{PLACEHOLDER}"{image}'

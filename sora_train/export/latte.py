@@ -119,6 +119,7 @@ def how_to_use(run: Run, prompt: str) -> str:
 ).frames[0]
 export_to_video(frames, "sample.mp4", fps={round(manifest.fps)})"""
     lower = run.recipe.codec.caption_cleaning == "lower"
+    given = "- The pipeline takes no image.\n" if run.recipe.conditioning.probability else ""
     return f"""```python
 import torch
 from diffusers import LattePipeline
@@ -135,7 +136,7 @@ pipe = LattePipeline.from_pretrained(".")  # this folder
   `pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, solver_order=2)`.
 - Mean and spread of the latents are folded into the VAE's first and last 1 x 1 convolutions, so that it makes and takes
   latents as the transformer has them.
-"""
+{given}"""
 
 
 def call_by_prompt(prompt: str) -> str:

@@ -1,4 +1,7 @@
-"""What an export as diffusers' `WanPipeline` holds, and how its card says to use it."""
+"""What an export as diffusers' `WanPipeline` holds, and how its card says to use it.
+
+`WanImageToVideoPipeline` opens the same folder if the model was trained to continue given frames.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,8 @@ def write_parts(run: Run, folder: Path) -> dict[str, list[str | None] | bool | N
         "transformer_2": [None, None],
         "vae": ["diffusers", "AutoencoderKLWan"],
         "boundary_ratio": None,
-        "expand_timesteps": residual,  # Wan 2.2: the time of each token, which for text to video is that of the clip
+        # Wan 2.2, and models that continue an image: the time of each token, which from text alone is that of the clip.
+        "expand_timesteps": residual or takes_image(run.recipe),
     }
 
 
@@ -51,6 +55,11 @@ def copy_vae(run: Run, folder: Path) -> bool:
     return bool(read_config(files.place).get("is_residual"))
 
 
+def takes_image(recipe: Recipe) -> bool:
+    """Whether `WanImageToVideoPipeline` can give the model a first frame. It counts tokens as if `patch` were 2."""
+    return recipe.conditioning.probability > 0 and recipe.model.patch == 2
+
+
 def shift_of(run: Run) -> float:
     """The flow's shift at the default size of samples; the scheduler has one for all sizes."""
     manifest = run.manifest
@@ -59,8 +68,7 @@ def shift_of(run: Run) -> float:
 
 def how_to_use(run: Run, prompt: str) -> str:
     """The code that makes a video with diffusers, and what to know about it."""
-    manifest, sampling = run.manifest, run.recipe.validation
-    negative = f"\n    negative_prompt={sampling.negative!r}," if sampling.negative else ""
+    recipe, sampling = run.recipe, run.recipe.validation
     lines = [
         '- It needs `accelerate`. On a GPU: `WanPipeline.from_pretrained(".", torch_dtype=torch.bfloat16).to("cuda")`.',
         about_scheduler(run),
@@ -68,6 +76,16 @@ def how_to_use(run: Run, prompt: str) -> str:
     ]
     if sampling.guidance_interval != (0.0, 1000.0) or sampling.guidance_rescale:
         lines.append("- Validation samples used a guidance interval or rescale, which the pipeline does not have.")
+    parts = [text_to_video(run, prompt)] if recipe.conditioning.probability < 1 else []
+    if recipe.conditioning.probability:
+        parts += [image_to_video(run, prompt)] if takes_image(recipe) else []
+        lines += about_given_frames(recipe)
+    notes = "\n".join(line for line in lines if line)
+    return "\n".join([*parts, f"{notes}\n"])
+
+
+def text_to_video(run: Run, prompt: str) -> str:
+    """The code that makes a video from a prompt."""
     return f"""```python
 import torch
 from diffusers import WanPipeline
@@ -75,7 +93,36 @@ from diffusers.utils import export_to_video
 
 pipe = WanPipeline.from_pretrained(".")  # this folder
 frames = pipe(
-    {prompt},{negative}
+    {prompt},{call_settings(run)}
+```
+"""
+
+
+def image_to_video(run: Run, prompt: str) -> str:
+    """The code that makes a video that begins with an image."""
+    size = run.manifest.width, run.manifest.height
+    return f"""From an image, which the pipeline would stretch to the video's shape:
+
+```python
+import torch
+from diffusers import WanImageToVideoPipeline
+from diffusers.utils import export_to_video, load_image
+from PIL import ImageOps
+
+pipe = WanImageToVideoPipeline.from_pretrained(".")  # this folder; needs `pip install ftfy`
+image = ImageOps.fit(load_image("first.png"), {size})
+frames = pipe(
+    image,
+    {prompt},{call_settings(run)}
+```
+"""
+
+
+def call_settings(run: Run) -> str:
+    """The rest of a pipeline's call, with the settings of validation."""
+    manifest, sampling = run.manifest, run.recipe.validation
+    negative = f"\n    negative_prompt={sampling.negative!r}," if sampling.negative else ""
+    return f"""{negative}
     num_frames={manifest.frames},
     height={manifest.height},
     width={manifest.width},
@@ -83,11 +130,24 @@ frames = pipe(
     guidance_scale={sampling.guidance:g},
     generator=torch.Generator().manual_seed(0),
 ).frames[0]
-export_to_video(frames, "sample.mp4", fps={round(manifest.fps)})
-```
+export_to_video(frames, "sample.mp4", fps={round(manifest.fps)})"""
 
-{chr(10).join(line for line in lines if line)}
-"""
+
+def about_given_frames(recipe: Recipe) -> list[str]:
+    """What to know about videos that begin with given frames."""
+    conditioning, lines = recipe.conditioning, list[str]()
+    if not takes_image(recipe):
+        lines.append(f"- `WanImageToVideoPipeline` can't give it an image: model.patch is {recipe.model.patch}, not 2.")
+    elif conditioning.frames > 1:
+        lines.append(
+            f"- The pipeline gives one latent frame, and the model was trained with {conditioning.frames}: to continue "
+            "a video, use\n  `sora sample . --video start.mp4 --prompt TEXT`."
+        )
+    if conditioning.probability == 1:
+        lines.append("- It always had given frames in training, so it makes no videos from text alone.")
+    if recipe.validation.guidance_without == "text_and_frames":
+        lines.append("- Validation samples used guidance_without: text_and_frames, which the pipeline does not have.")
+    return lines
 
 
 def about_scheduler(run: Run) -> str:

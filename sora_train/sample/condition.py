@@ -94,7 +94,7 @@ def check_room(manifest: Manifest, key: str, count: int, frames: int) -> None:
 def encode_given(run: Run, frames: np.ndarray) -> Float[Tensor, "k c h w"]:
     """Normalised latents of frames uint8 `F H W 3`: the mean of the posterior, on the CPU."""
     vae = run.vae
-    return vae.normalise(vae.encode(torch.from_numpy(np.ascontiguousarray(frames))[None])[0, 0])
+    return vae.normalise(vae.encode(torch.tensor(frames)[None])[0, 0])
 
 
 def encode_each(run: Run, given: Sequence[GivenFrames | None]) -> list[Tensor | None] | None:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from sora_train import cli
 from sora_train.commands import EvalOptions
-from sora_train.diffusion import DiffusionConfig
+from sora_train.diffusion import ConditioningConfig, DiffusionConfig
 from sora_train.errors import UserError
 from sora_train.evaluate import evaluate, measure
 from sora_train.evaluate.heldout import BINS, ranked
@@ -134,6 +134,17 @@ def test_the_reference_is_of_the_vaes_own_frames_and_is_made_once(run: Run, i3d:
     (run.folder / REFERENCE).write_bytes(b"cut short")
     reference(run, i3d, shards, places[:1], lambda done, of: calls.append(done))
     assert calls == [1, 2, 1]
+
+
+def test_fvd_of_a_run_that_always_had_given_frames_gives_them(run: Run, weights: Path):
+    ask = run.recipe.validation.model_copy(
+        update={"holdout_clips": 0, "fvd": True, "fvd_clips": 2, "i3d": str(weights)}
+    )
+    found = []
+    for probability in (0.0, 0.5, 1.0):
+        recipe = run.recipe.model_copy(update={"conditioning": ConditioningConfig(probability=probability)})
+        found.append(measure(dataclasses.replace(run, recipe=recipe), ask, run.recipe.data.output)["fvd"])
+    assert found[0] == found[1] != found[2]
 
 
 def test_captions_come_with_the_embeddings_that_their_shards_have(run: Run):

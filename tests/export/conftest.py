@@ -21,8 +21,8 @@ DDPM = DiffusionConfig(kind="ddpm")
 
 @pytest.fixture(scope="session")
 def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """run_of(model, diffusion, vae, text, frames, width, validation, **codec): a run's folder at step 20, of clips of
-    32 x 48 pixels or another width."""
+    """run_of(model, diffusion, vae, text, frames, width, validation, conditioning, **codec): a run's folder at step 20,
+    of clips of 32 x 48 pixels or another width."""
 
     def make(
         model: ModelConfig,
@@ -32,6 +32,7 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         frames: int = 3,
         width: int = 48,
         validation: dict[str, object] | None = None,
+        conditioning: dict[str, float] | None = None,
         **codec: object,
     ) -> Path:
         folder = tmp_path_factory.mktemp("runs") / "tiny"
@@ -42,6 +43,7 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
                 "codec": {"vae": vae, "text": text, "max_tokens": 20, "text_precision": "fp32", **codec},
                 "model": dataclasses.asdict(model),
                 "diffusion": dataclasses.asdict(diffusion),
+                "conditioning": conditioning or {},
                 "validation": {
                     "steps": 4,
                     "guidance": 3.0,

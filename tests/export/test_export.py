@@ -22,7 +22,8 @@ from sora_train.export.fold import fold_latent_norm
 from sora_train.manifest import Manifest
 from sora_train.model import ModelConfig
 from sora_train.model.convert import from_diffusers
-from sora_train.sample import embed, generate, load_run, sample_prompts
+from sora_train.sample import embed, generate, generate_each, load_run, sample_prompts
+from sora_train.sample.condition import encode_given
 from sora_train.sample.generate import sample_shape
 from sora_train.train import checkpoint
 
@@ -111,6 +112,19 @@ def test_the_lines_of_the_model_card_make_what_sora_sample_makes(exported, tmp_p
     exec(lines, there := {"noise": noise})
     ours = generate(run, ['a "red" circle ``` <script>'], [0])[0].astype(float)
     assert np.abs(there["frames"] * 255 - ours).mean() < 0.6  # the empty prompt is kept in float16 beside the shards
+
+
+def test_a_latte_pipeline_takes_no_image_and_sora_sample_gives_it_one(run_of, tmp_path):
+    folder = run_of(MODEL, MILD, conditioning={"probability": 0.5})
+    card = (export(folder, tmp_path / "out") / "README.md").read_text()
+    assert "The pipeline takes no image" in card
+    assert "--image first.png`" in card
+    run, folded = load_run(folder, "cpu"), load_run(tmp_path / "out", "cpu")
+    picture = np.random.default_rng(0).integers(0, 256, (1, 32, 48, 3), np.uint8)
+    given = encode_given(run, picture)
+    torch.testing.assert_close(encode_given(folded, picture), given, rtol=1e-4, atol=1e-4)
+    ours, theirs = (next(generate_each(each, [PROMPT], [0], given=[given])).astype(int) for each in (run, folded))
+    assert np.abs(ours - theirs).max() <= 1
 
 
 def test_an_export_comes_back_bit_for_bit(exported, tmp_path):

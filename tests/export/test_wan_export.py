@@ -2,21 +2,26 @@
 
 import importlib.util
 import json
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
+from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from PIL import Image
 from safetensors.torch import load_file
 from wan_models import SHIFT, make_wan_pipeline, open_wan_pipeline
 
+from data_prep.given import read_given
+from sora_train.commands import SampleOptions
 from sora_train.data.collate import pad_text
 from sora_train.diffusion import DiffusionConfig, Sampling, sample
 from sora_train.errors import UserError
 from sora_train.export import export
 from sora_train.model.convert import config_from_diffusers
-from sora_train.sample import embed, generate, load_run
+from sora_train.sample import embed, generate, generate_each, load_run, sample_prompts
+from sora_train.sample.condition import encode_given
 from sora_train.sample.generate import sample_shape
 
 PROMPT, NEGATIVE = "a  RED circle &amp; a dog", "blurry"
@@ -111,6 +116,98 @@ def test_the_lines_of_the_model_card_make_what_sora_sample_makes(exported, monke
     exec(lines, there := {"noise": noise, "folder": out, "open_wan_pipeline": open_wan_pipeline})
     ours = generate(run, run.recipe.validation.prompts, [0])[0].astype(float)
     assert np.abs(there["frames"] * 255 - ours).mean() < 0.6
+
+
+@pytest.fixture(scope="module", params=["2.1", "2.2"])
+def exported_with_image(request, run_of_wan, tmp_path_factory) -> tuple[Path, Path]:
+    """A run that was trained to continue an image, and its export."""
+    folder = run_of_wan(request.param, conditioning={"frames": 1, "probability": 0.5})
+    return folder, export(folder, tmp_path_factory.mktemp("out") / "model")
+
+
+@pytest.fixture
+def first_frame(exported_with_image, tmp_path) -> Image.Image:
+    """An image as `sora sample --image` leaves it in its folder."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 99, 3), np.uint8)).save(tmp_path / "first.png")
+    image, out = (str(tmp_path / "first.png"),), str(tmp_path / "samples")
+    asked = SampleOptions(prompt=("a cat",), image=image, out=out, steps=1, format=("png",))
+    sample_prompts(exported_with_image[1], asked, read_given)
+    (file,) = (tmp_path / "samples").glob("given-*.png")
+    return Image.open(file)
+
+
+def test_latents_of_the_image_to_video_pipeline_equal_ours(exported_with_image, first_frame):
+    folder, out = exported_with_image
+    run, plain = load_run(folder, "cpu"), WanPipeline.from_pretrained(out)
+    pipe = WanImageToVideoPipeline.from_pretrained(out)
+    pipe.set_progress_bar_config(disable=True)
+    height, width = run.manifest.height, run.manifest.width
+    assert first_frame.size == (width, height)
+    given = encode_given(run, np.asarray(first_frame)[None])
+    shape = sample_shape(run)
+    noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(1))
+    text, mask = pad_text(embed(run, [PROMPT]))
+    found = []
+    for steps, guidance, negative in ((1, 5.0, ""), (4, 1.0, ""), (9, 5.0, NEGATIVE)):
+        null, null_mask = pad_text([run.text_encoder.encode_null(negative, run.recipe.codec.null_prompt)])
+        how = Sampling(sampler="unipc", steps=steps, guidance=guidance)
+        ours, free = (
+            sample(run.predict, run.objective, noise, text, mask, null, null_mask, how, given=each)
+            for each in (given[None], None)
+        )
+        embeds, null_embeds = plain.encode_prompt(PROMPT, negative, max_sequence_length=512)  # ftfy
+        theirs = pipe(
+            first_frame,
+            prompt_embeds=embeds,
+            negative_prompt_embeds=null_embeds,
+            num_frames=5,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            latents=noise.transpose(1, 2),
+            output_type="latent",
+        ).frames.transpose(1, 2)
+        assert (ours - theirs).abs().max() < 1e-4 * max(1, ours.std())
+        assert (ours[:, 0] - given[0]).abs().max() < 1e-6
+        found.append(float((ours - free)[:, 1:].abs().max()))
+    assert max(found) > 1e-2  # the image reaches the other frames
+
+
+def test_an_export_that_takes_an_image_still_makes_videos_from_text(exported_with_image):
+    test_latents_of_wan_pipeline_equal_ours(exported_with_image)
+    index = json.loads((exported_with_image[1] / "model_index.json").read_text())
+    assert (index["_class_name"], index["expand_timesteps"]) == ("WanPipeline", True)
+
+
+def test_the_card_of_a_model_that_takes_an_image_makes_what_sora_sample_makes(exported_with_image, monkeypatch):
+    folder, out = exported_with_image
+    card = (out / "README.md").read_text()
+    assert "for text-to-video and image-to-video, made" in card
+    assert "tags: [wan, image-to-video]" in card
+    assert 'sora sample . --prompt "a short description of a video" --image first.png' in card
+    lines = card.split("```python\n")[2].split("\n```\n")[0]
+    lines = lines.replace('export_to_video(frames, "sample.mp4", fps=8)', "")
+    lines = lines.replace("generator=torch.Generator().manual_seed(0),", "latents=noise, output_type='np',")
+    clean = types.SimpleNamespace(fix_text=lambda text: text)  # ftfy, which leaves plain ASCII as it is
+    monkeypatch.setattr("diffusers.pipelines.wan.pipeline_wan_i2v.ftfy", clean, raising=False)
+    run = load_run(folder, "cpu")
+    picture = np.random.default_rng(0).integers(0, 256, (run.manifest.height, run.manifest.width, 3), np.uint8)
+    noise = torch.randn(sample_shape(run), generator=torch.Generator().manual_seed(0))
+    monkeypatch.chdir(out)
+    Image.fromarray(picture).save("first.png")
+    exec(lines, there := {"noise": noise[None].transpose(1, 2)})
+    (ours,) = generate_each(run, run.recipe.validation.prompts, [0], given=[encode_given(run, picture[None])])
+    assert np.abs(there["frames"] * 255 - ours).mean() < 0.6
+
+
+def test_the_card_says_what_the_image_to_video_pipeline_can_not_do(run_of_wan, tmp_path):
+    folder = run_of_wan("2.1", conditioning={"frames": 2, "probability": 1.0})
+    card = (export(folder, tmp_path / "out") / "README.md").read_text()
+    assert card.count("```python") == 1
+    assert "pipeline_tag: image-to-video" in card
+    assert "the model was trained with 2: to continue a video, use\n  `sora sample . --video start.mp4" in card
+    assert "it makes no videos from text alone" in card
 
 
 def test_an_export_comes_back_bit_for_bit_and_samples_the_same(exported, tmp_path):

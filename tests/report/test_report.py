@@ -1,8 +1,10 @@
 """The report of complete, damaged and hostile runs."""
 
 import base64
+import io
 import json
 import re
+import shutil
 import threading
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
@@ -20,9 +22,10 @@ from sora_train.report import media, write_report
 from sora_train.report.charts import Line, draw, smooth, thin, ticks
 from sora_train.report.curves import Chart, chart_groups
 from sora_train.report.events import all_rows, problems, state_of
-from sora_train.report.media import MediaIndex, make_grid
+from sora_train.report.media import MediaIndex, given_address, make_grid
 from sora_train.report.page import differences
 from sora_train.report.read import read_curves, read_run
+from sora_train.sample.condition import GivenFrames, given_entry, save_given
 from sora_train.video import write_mp4
 
 HOSTILE = (
@@ -219,6 +222,52 @@ def test_unreadable_files_are_named_on_the_page_and_on_stderr(tmp_path, capsys):
     assert not re.search(r" of \?|100 of|worker|not started", seen.text.split("Samples")[0])
     (folder / "metrics.jsonl").write_text("nonsense")
     assert "0step" not in Page(write_report(folder)).text
+
+
+def test_given_frames_are_shown_and_damaged_or_foreign_ones_left_out(tmp_path, capsys):
+    folder = synthetic.make_run(tmp_path / "run", steps=100, validations=1, side=16, frames=2, given=True)
+    place = folder / "samples" / "step_00000100"
+    pictures = [entry["given"]["file"] for entry in json.loads((place / "samples.json").read_text())["samples"]]
+    page = write_report(folder).read_text()
+    for name in pictures:
+        assert base64.b64encode((place / name).read_bytes()).decode() in page
+    (place / pictures[0]).unlink()
+    (place / pictures[1]).write_bytes((place / pictures[1]).read_bytes()[:-1])
+    secret = tmp_path / f"given-{'0' * 12}.png"
+    shutil.copy(place / pictures[2], secret)
+    (place / pictures[3]).unlink()
+    (place / pictures[3]).symlink_to(secret)
+    about = json.loads((place / "samples.json").read_text())
+    about["samples"][2]["given"] = {"file": f"../../../{secret.name}"}
+    (place / "samples.json").write_text(json.dumps(about))
+    capsys.readouterr()
+    assert 'class="given"' not in write_report(folder).read_text()
+    said = capsys.readouterr().err
+    assert f"{pictures[0]} (missing)" in said
+    assert f"{pictures[1]} (truncated or not a PNG)" in said
+
+
+def test_a_large_given_frame_is_a_small_jpeg_in_the_page(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (1, 720, 1280, 3), np.uint8)
+    save_given(tmp_path, given := GivenFrames(noise, ""))
+    assert (tmp_path / given.file_name).stat().st_size > 2_000_000
+    content = base64.b64decode(given_address(tmp_path / given.file_name).removeprefix("data:image/jpeg;base64,"))
+    assert Image.open(io.BytesIO(content)).size == (853, 480)
+
+
+def test_videos_of_one_prompt_that_begin_with_other_images_are_other_rows(tmp_path):
+    folder = synthetic.make_run(tmp_path / "run", steps=100, validations=2, side=16, frames=2, given=True)
+    first = folder / "samples" / "step_00000050"
+    about = json.loads((first / "samples.json").read_text())
+    save_given(first, other := GivenFrames(np.zeros((1, 16, 16, 3), np.uint8), ""))
+    about["samples"][0] |= given_entry(other)
+    (first / "samples.json").write_text(json.dumps(about))
+    grid = make_grid([read_run(folder)], MediaIndex(tmp_path / "page.html"))
+    rows = {(row.prompt, row.given): [number is not None for number in row.cells[0].numbers] for row in grid.rows}
+    assert len(rows) == 5
+    assert sorted(shown for (prompt, _), shown in rows.items() if prompt == synthetic.PROMPTS[0]) == [
+        [False, True], [True, False],
+    ]  # fmt: skip
 
 
 def test_of_many_unreadable_files_only_the_first_are_named(tmp_path, capsys):
