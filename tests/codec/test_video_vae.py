@@ -13,6 +13,7 @@ from diffusers import (
     AutoencoderTiny,
 )
 from einops import rearrange
+from safetensors.torch import save_file
 
 from sora_train.codec.files import find_vae
 from sora_train.codec.vae import Vae, load_vae
@@ -187,7 +188,7 @@ def test_the_inverted_scale_of_image_latents_leaves_a_videos_alone(kind: tuple[A
 def test_a_video_vaes_config_that_is_silent_means_what_its_class_means(tmp_path: Path):
     for make, channels in ((AutoencoderKLCogVideoX, 16), (AutoencoderKLTemporalDecoder, 4)):
         (tmp_path / "config.json").write_text(f'{{"_class_name": "{make.__name__}"}}')
-        (tmp_path / "a.safetensors").touch()
+        save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
         files = find_vae(str(tmp_path))
         assert files.channels == channels
         assert (files.factor, files.time_factor) == ((8, 4) if make is AutoencoderKLCogVideoX else (1, 1))
