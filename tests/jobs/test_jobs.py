@@ -15,7 +15,7 @@ from sora_train.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
 JOBS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "jobs").glob("*.yaml"))
-CLUSTER = [job for job in JOBS if Path(job).stem not in ("quickstart", "real_clips")]
+CLUSTER = [job for job in JOBS if not Path(job).stem.startswith(("quickstart", "real_clips"))]
 """Those that are written for a cluster with shared storage."""
 
 # Ma et al. 2024 (arXiv 2401.03048): blocks, width, heads. latte_t2v: maxin-cn/Latte-1's transformer/config.json. Wan:
