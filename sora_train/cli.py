@@ -125,7 +125,7 @@ def run(verb: str, words: Sequence[str]) -> None:
             (run_folder, out), options = folders_of(verb, words, 2)
             from sora_train.export import export
 
-            export(run_folder, out, weights_only=options.weights_only, weights=options.weights)
+            export(run_folder, out, **vars(options))
         case "eval":
             (run_folder,), options = folders_of(verb, words)
             from sora_train.evaluate import evaluate

@@ -117,6 +117,9 @@ class SampleOptions(SamplingFlags):
     weights: Literal["ema", "raw"] | None = None
     """Averaged weights (`ema`) or weights as trained (`raw`). If not given: `ema`, or `raw` for an export of raw
     weights."""
+    lora: tuple[str, ...] = ()
+    """Adapters (LoRA) to add to the model, one or several, each FILE or FILE:WEIGHT, such as style.safetensors:0.8.
+    Names of diffusers, peft, ComfyUI and kohya are read, and folders of `sora export --lora`."""
     out: str | None = None
     """Folder for the videos. `samples/prompts` in the run's folder if not given."""
 
@@ -127,6 +130,11 @@ class ExportOptions:
 
     weights_only: bool = False
     """Write one safetensors file that `sora sample` reads instead of a diffusers pipeline. Works for any run."""
+    lora: bool = False
+    """Of a run with `lora.rank`: write the adapters alone, for diffusers' `load_lora_weights`, ComfyUI and `sora
+    sample --lora`."""
+    merge: bool = False
+    """Of a run with `lora.rank`: write the base with the adapters added."""
     weights: Literal["ema", "raw"] | None = None
     """Averaged weights (`ema`) or weights as trained (`raw`)."""
 
@@ -258,7 +266,8 @@ COMMANDS = {
         "and so do `sora sample OUT` and `model.init_from: OUT`. A LattePipeline holds factorised DDPM models that "
         "predict epsilon and use nothing that diffusers' Latte lacks; a WanPipeline holds Wan's with flow and its VAE, "
         "and WanImageToVideoPipeline opens the same folder if the model was trained with conditioning. Every "
-        "obstacle is named at once. --weights_only works for any.",
+        "obstacle is named at once. --weights_only works for any. A run that trained "
+        "adapters (lora.rank) needs --lora or --merge.",
     ),
     "eval": Command(
         "RUN",

@@ -64,10 +64,16 @@ with sora_train: {count:,} parameters, {blocks}, {learned}.
 These are the {which} weights of {step}.
 
 - **Trained on** {sum(trained.values()) or manifest.counts.written} clips, frames x height x width: {shapes};
-  {manifest.fps:g} frames a second{held_out(run)}. What they show is for whoever trained it to say.
+  {manifest.fps:g} frames a second{held_out(run)}. What they show is for whoever trained it to say.{merged_into(run)}
 - **Licence** unknown: state yours here and in the lines above, with that of the clips, the VAE and the text encoder.
 - `recipe.yaml` has every setting of the training, `manifest.json` how its clips were encoded.
 """
+
+
+def merged_into(run: Run) -> str:
+    """The base of a run that trained adapters, which are added to it here; empty for others."""
+    lora, base = run.recipe.lora, one_line(run.recipe.model.init_from)
+    return f"\n- **Base** `{base}`: adapters (LoRA) of rank {lora.rank} are added to its weights." if lora.rank else ""
 
 
 def trained_on(run: Run) -> dict[str, int]:

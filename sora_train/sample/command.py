@@ -27,6 +27,7 @@ from sora_train.sample.condition import (
 )
 from sora_train.sample.generate import generate_each, sample_shape
 from sora_train.sample.load import Run, load_run
+from sora_train.sample.lora import parse_lora
 from sora_train.sample.write import read_listing, settings_of, write_listing
 from sora_train.sampling import Sampling
 from sora_train.schema import bucket_name
@@ -52,7 +53,7 @@ def sample_prompts(path: str | Path, ask: SampleOptions, read: ReadGiven | None 
     if wrong := [seed for seed in seeds if not 0 <= seed < 2**63]:
         raise RecipeError(f"seed {wrong[0]} is out of range; use 0 to 2^63 - 1")
     starts = pair_prompts(ask)
-    run = load_run(path, weights=ask.weights)
+    run = load_run(path, weights=ask.weights, lora=parse_lora(ask.lora))
     flags = ask.model_dump(include=set(Sampling.model_fields), exclude_none=True)
     how = build(Sampling, run.recipe.validation.model_dump(include=set(Sampling.model_fields)), flags, "sora sample")
     manifest = run.manifest

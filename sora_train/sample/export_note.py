@@ -20,8 +20,8 @@ Weights = Literal["ema", "raw"]
 class ExportNote:
     """The content of an exported folder."""
 
-    kind: Literal["pipeline", "weights"]
-    """A diffusers pipeline with its own VAE and text encoder, or weights alone."""
+    kind: Literal["pipeline", "weights", "lora"]
+    """A diffusers pipeline with its own VAE and text encoder, weights alone, or adapters alone."""
     weights: Weights
     step: int
     vae: str
@@ -30,7 +30,7 @@ class ExportNote:
     text: str
     """Hash of the text encoder."""
     transformer: str = ""
-    """sha256 over a pipeline's transformer; empty for weights alone, which have checksums in their file."""
+    """sha256 over a pipeline's transformer; empty for others, which have checksums in their file."""
 
 
 def transformer_hash(folder: Path) -> str:
@@ -49,7 +49,7 @@ def read_note(folder: Path) -> ExportNote | None:
         if about.pop("format") != EXPORT_FORMAT:
             raise ValueError("another format")
         note = ExportNote(**about)
-        if note.kind not in ("pipeline", "weights") or note.weights not in ("ema", "raw"):
+        if note.kind not in ("pipeline", "weights", "lora") or note.weights not in ("ema", "raw"):
             raise ValueError("an unknown kind")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{place} can't be read ({error!r}); export the run again with this version") from None

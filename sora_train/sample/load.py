@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ from sora_train.model import Transformer, build
 from sora_train.model.convert import check_fit, from_diffusers
 from sora_train.recipe import Recipe, load_recipe
 from sora_train.sample.export_note import ExportNote, Weights, read_note, transformer_hash
+from sora_train.sample.lora import LoraFile, load_adapted, merge_files
 from sora_train.sample.released import is_released, read_released
 from sora_train.train.checkpoint import check_complete, step_folders
 from sora_train.train.weights import EXPORT_INFO, EXPORTED, read_trained_weights, read_weights
@@ -45,6 +47,8 @@ class Run:
     weights: Weights = "ema"
     released: bool = False
     """Whether it is a pipeline that sora_train did not write."""
+    lora: tuple[LoraFile, ...] = ()
+    """Files of adapters that were added to the weights."""
 
     @cached_property
     def vae(self) -> Vae:
@@ -98,39 +102,46 @@ def load_run(
     device: str | torch.device | None = None,
     weights: Weights | None = None,
     dtype: torch.dtype | None = None,
+    lora: Sequence[LoraFile] = (),
 ) -> Run:
     """Loads a run's folder, one of its checkpoints, an export of `sora export`, or a released diffusers pipeline.
 
     It is loaded on the GPU if any, unless `device` says otherwise. The weights get the dtype of the recipe's
     `train.precision`, or `dtype`. `weights` is `ema` (averaged) or `raw` (as trained); None is `ema` for a run, and
-    whatever an export holds. Raises UserError, with what to do, if there is no run, no complete checkpoint, or none
-    that can be read.
+    whatever an export holds. A run that trained adapters is its base with them added; then the files of `lora` are
+    added. Raises UserError, with what to do, if there is no run, no complete checkpoint, or none that can be read.
     """
     at = Path(path).expanduser()
     note, released = read_note(at), is_released(at)
     if released and weights is not None:
         raise UserError(f"{at} is a released pipeline with one kind of weights; leave out --weights")
+    if note is not None and note.kind == "lora":
+        raise UserError(f"{at} holds adapters alone. Name their base, and add them: sora sample BASE --lora {at}")
     folder, checkpoint = (at, at) if note or released else find_checkpoint(path, weights or "ema")
-    recipe, manifest = read_released(at) if released else _read_recipe(folder, checkpoint, note, weights)
+    recipe, manifest = read_released(at) if released else read_recipe(folder, checkpoint, note, weights)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with torch.device("meta"):  # random weights would take longer than reading the real ones
         model = build(recipe.model)
-    place, tensors = _read(model, checkpoint, note, weights, released)
-    try:
-        model.load_state_dict(tensors, assign=True)
-    except RuntimeError as error:
-        first = str(error).splitlines()[-1].strip()
-        raise UserError(f"{place} does not fit the model in its recipe.yaml: {first}") from None
+    if recipe.lora.rank and note is None:
+        load_adapted(model, checkpoint, recipe, weights or "ema")
+    else:
+        place, tensors = _read(model, checkpoint, note, weights, released)
+        try:
+            model.load_state_dict(tensors, assign=True)
+        except RuntimeError as error:
+            first = str(error).splitlines()[-1].strip()
+            raise UserError(f"{place} does not fit the model in its recipe.yaml: {first}") from None
+    merge_files(model, lora)  # before the weights are rounded to a lower precision
     if dtype is None:
         dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     model.requires_grad_(False).eval().to(device, dtype)
     objective = make_objective(recipe.diffusion, recipe.model.learned_variance, recipe.conditioning)
     held = note.weights if note is not None else weights or "ema"
-    return Run(folder, checkpoint, recipe, manifest, model, objective, device, note, held, released)
+    return Run(folder, checkpoint, recipe, manifest, model, objective, device, note, held, released, tuple(lora))
 
 
-def _read_recipe(
-    folder: Path, checkpoint: Path, note: ExportNote | None, weights: Weights | None
+def read_recipe(
+    folder: Path, checkpoint: Path, note: ExportNote | None = None, weights: Weights | None = None
 ) -> tuple[Recipe, Manifest]:
     """Recipe and manifest of a checkpoint or an export, with the codec as it was in training."""
     if note is not None and weights not in (None, note.weights):

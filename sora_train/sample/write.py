@@ -73,7 +73,8 @@ def settings_of(run: Run, how: Sampling) -> dict[str, Any]:
     """What decides a video's content besides prompt, seed and shape: checkpoint, weights and sampling config."""
     name = resolve_sampler(how.sampler, run.objective.config.kind)
     about = how.model_dump(mode="json", include=set(Sampling.model_fields)) | {"sampler": name}
-    return {"checkpoint": run.checkpoint.name, "weights": run.weights} | about
+    lora = {"lora": [file.record for file in run.lora]} if run.lora else {}
+    return {"checkpoint": run.checkpoint.name, "weights": run.weights, **lora} | about
 
 
 def write_listing(folder: Path, run: Run, listing: list[dict]) -> None:
