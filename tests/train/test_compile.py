@@ -9,6 +9,10 @@ from pathlib import Path
 from shutil import which
 
 import pytest
+import torch
+
+from sora_train.model import ModelConfig, build
+from sora_train.model.convert import to_diffusers
 
 LENGTHS = 100
 PROGRAM = """
@@ -17,19 +21,20 @@ from pathlib import Path
 import torch, torch._dynamo
 from sora_train.data.shards import ShardSet
 from sora_train.diffusion import ConditioningConfig, DiffusionConfig
+from sora_train.lora.config import LoraConfig
 from sora_train.model import ModelConfig
 from sora_train.train.config import TrainConfig
 from sora_train.train.run_dir import RunDir
 from sora_train.train.loop import train
-shards, out, mode, compiled, given = sys.argv[1:]
+shards, out, mode, compiled, given, base = sys.argv[1:]
 torch.set_num_threads(1)
 config = TrainConfig(steps=100, learning_rate=1e-3, batch_size=1, micro_batch_size=1, log_every=1,
                      checkpoint_every=1000, zero_stage=0, activation_checkpointing=mode,
                      compile=compiled == "yes", caption_dropout=0.0)
-model = ModelConfig(width=16, depth=2, heads=2, text_width=8, sample_size=4)
+model = ModelConfig(width=16, depth=2, heads=2, text_width=8, sample_size=4, init_from=base)
 Path(out).mkdir()
 train(config, model, DiffusionConfig(), ShardSet(shards), device=torch.device("cpu"), run_dir=RunDir(Path(out)),
-      conditioning=ConditioningConfig(probability=float(given)))
+      conditioning=ConditioningConfig(probability=float(given)), lora=LoraConfig(rank=4 if base else 0))
 print(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 """
 
@@ -40,11 +45,26 @@ def captions(write_noise_shards, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return write_noise_shards(tmp_path_factory.mktemp("captions"), list(range(1, LENGTHS + 1)), 8)
 
 
-def trained(captions: Path, out: Path, mode: str, compiled: str, given: float) -> tuple[dict[int, float], int]:
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The frozen base of adapters. None of its weights is zero, or they would have no gradient."""
+    torch.manual_seed(5)
+    model = build(ModelConfig(width=16, depth=2, heads=2, text_width=8, sample_size=4))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    folder = tmp_path_factory.mktemp("base")
+    to_diffusers(model, folder)
+    return folder
+
+
+def trained(
+    captions: Path, out: Path, mode: str, compiled: str, given: float, base: str = ""
+) -> tuple[dict[int, float], int]:
     """Losses by step, and how many graphs were compiled. A process of its own: jaxtyping's checks can't be compiled."""
     # Not the user's cache: a compilation that was killed leaves a cut-off library there, which torch then loads.
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(captions.parent / "inductor")}
-    command = [sys.executable, "-c", PROGRAM, str(captions), str(out), mode, compiled, str(given)]
+    command = [sys.executable, "-c", PROGRAM, str(captions), str(out), mode, compiled, str(given), base]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1100, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -77,6 +97,16 @@ def test_a_hundred_caption_lengths_compile_to_few_graphs(
     )
     assert {int(reason.split()[5]) for reason in said} == {32, 64, 96, 100}
     assert len(said) < graphs <= 2 * len(said) + 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(which("c++") is None, reason="torch compiles for the CPU by a C++ compiler, and there is none")
+def test_adapters_compile_to_as_few_graphs(captions: Path, base: Path, tmp_path: Path):
+    plain, _ = trained(captions, tmp_path / "plain", "none", "no", 0.0, str(base))
+    losses, graphs = trained(captions, tmp_path / "compiled", "selective", "yes", 0.0, str(base))
+    assert losses == pytest.approx(plain, rel=1e-5)
+    assert 4 < graphs <= 9
 
 
 DAMAGED = """
