@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sora_train.commands import SampleOptions
 from sora_train.errors import RecipeError
 from sora_train.flags import parse_flags
+from sora_train.options import SampleOptions
 from sora_train.recipe import Recipe, load_recipe, save_recipe
 from sora_train.settings import SYNONYMS, build, keys, suggest
 

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sora_train.commands import EvalOptions
 from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
 from sora_train.evaluate.given import CLIPS, measure_given
@@ -18,6 +17,7 @@ from sora_train.evaluate.i3d import load_i3d
 from sora_train.evaluate.metrics import Figures, Progress, check_frames, check_shards, measure
 from sora_train.evaluate.similarity import load_clip
 from sora_train.log import every_few_seconds, progress
+from sora_train.options import EvalOptions
 from sora_train.recipe import ValidationConfig
 from sora_train.sample import Run, load_run
 from sora_train.sample.condition import check_takes_frames

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from sora_train.commands import SampleOptions
 from sora_train.errors import RecipeError, UserError
 from sora_train.log import every_few_seconds, log
 from sora_train.manifest import commonest_shape
+from sora_train.options import SampleOptions
 from sora_train.sample.condition import (
     GivenFrames,
     ReadGiven,

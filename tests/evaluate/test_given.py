@@ -13,7 +13,6 @@ from PIL import Image
 
 from data_prep.given import read_given
 from sora_train import cli
-from sora_train.commands import EvalOptions
 from sora_train.diffusion import ConditioningConfig
 from sora_train.errors import UserError
 from sora_train.evaluate import evaluate
@@ -22,6 +21,7 @@ from sora_train.evaluate.heldout import choose_clips
 from sora_train.evaluate.metrics import captions_of, open_held_out, real_videos
 from sora_train.launch.images import read_images, save_images
 from sora_train.launch.validation import validate
+from sora_train.options import EvalOptions
 from sora_train.recipe import load_recipe, save_recipe
 from sora_train.sample import Run, generate_each, load_run
 from sora_train.sample.condition import encode_given

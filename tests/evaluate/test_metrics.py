@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import save_file
 
 from sora_train import cli
-from sora_train.commands import EvalOptions
 from sora_train.diffusion import ConditioningConfig, DiffusionConfig
 from sora_train.errors import UserError
 from sora_train.evaluate import evaluate, measure
@@ -20,6 +19,7 @@ from sora_train.evaluate.i3d import I3D, load_i3d, shapes
 from sora_train.evaluate.metrics import REFERENCE, captions_of, open_held_out, real_videos, reference
 from sora_train.export import export
 from sora_train.launch.validation import validate
+from sora_train.options import EvalOptions
 from sora_train.quickstart.measure import measure_prompt_accuracy
 from sora_train.quickstart.shapes import all_scenes
 from sora_train.recipe import Recipe, check, load_recipe, save_recipe

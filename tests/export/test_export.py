@@ -13,7 +13,6 @@ from safetensors import safe_open
 from transformers import T5Config, T5EncoderModel
 
 from sora_train.codec.vae import load_vae
-from sora_train.commands import SampleOptions
 from sora_train.data.collate import pad_text
 from sora_train.diffusion import DiffusionConfig, Sampling, sample
 from sora_train.errors import UserError
@@ -22,6 +21,7 @@ from sora_train.export.fold import fold_latent_norm
 from sora_train.manifest import Manifest
 from sora_train.model import ModelConfig
 from sora_train.model.convert import from_diffusers
+from sora_train.options import SampleOptions
 from sora_train.sample import embed, generate, generate_each, load_run, sample_prompts
 from sora_train.sample.condition import encode_given
 from sora_train.sample.generate import sample_shape

@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 
 from sora_train import cli
-from sora_train.commands import SampleOptions
 from sora_train.errors import RecipeError, UserError
 from sora_train.model import ModelConfig
+from sora_train.options import SampleOptions
 from sora_train.sample import generate, load_run, sample_prompts
 from sora_train.sample.command import read_prompts
 from sora_train.video import read_mp4

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from wan_models import SHIFT, make_wan_pipeline, open_wan_pipeline
 
 from data_prep.given import read_given
-from sora_train.commands import SampleOptions
 from sora_train.data.collate import pad_text
 from sora_train.diffusion import DiffusionConfig, Sampling, sample
 from sora_train.errors import UserError
 from sora_train.export import export
 from sora_train.model.convert import config_from_diffusers
+from sora_train.options import SampleOptions
 from sora_train.sample import embed, generate, generate_each, load_run, sample_prompts
 from sora_train.sample.condition import encode_given
 from sora_train.sample.generate import sample_shape

@@ -13,9 +13,9 @@ from data_prep.given import read_given
 from data_prep.schemas import DECODED
 from data_prep.stages import EncodeVideo
 from sora_train import cli
-from sora_train.commands import SampleOptions
 from sora_train.errors import UserError
 from sora_train.model import ModelConfig
+from sora_train.options import SampleOptions
 from sora_train.sample import generate_each, load_run, sample_prompts
 from sora_train.sample.condition import encode_given
 from sora_train.sample.generate import sample_shape

@@ -22,9 +22,9 @@ from wan_models import make_wan_pipeline, open_wan_pipeline
 from data_prep.given import read_given
 from sora_train.codec import BUILTIN
 from sora_train.codec.text import load_tokenizer
-from sora_train.commands import SampleOptions
 from sora_train.errors import UserError
 from sora_train.export import export
+from sora_train.options import SampleOptions
 from sora_train.sample import generate, generate_each, load_run, sample_prompts
 from sora_train.sample.condition import encode_given
 from sora_train.sample.generate import sample_shape

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sora_train.commands import SampleOptions
 from sora_train.diffusion import Sampling
 from sora_train.errors import UserError
 from sora_train.manifest import Manifest
+from sora_train.options import SampleOptions
 from sora_train.recipe import Recipe, save_recipe
 from sora_train.sample import embed, find_checkpoint, generate, load_run, sample_prompts, sample_to_folder
 from sora_train.video import read_mp4
