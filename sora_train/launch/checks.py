@@ -235,14 +235,17 @@ def count_workers(recipe: Recipe, gpu: bool, nodes: list[dict[str, float]]) -> i
     worker = worker_resources(recipe, gpu)
     validation = dict(recipe.validation.resources) if recipe.validation.every else {}
 
-    def fit(node: dict[str, float]) -> int:
-        return max(0, int(min((node.get(kind, 0) + 1e-9) // count for kind, count in worker.items() if count)))
-
     def loss(host: dict[str, float]) -> int:
-        return fit(host) - fit({kind: count - validation.get(kind, 0) for kind, count in host.items()})
+        left = {kind: count - validation.get(kind, 0) for kind, count in host.items()}
+        return fitting(host, worker) - fitting(left, worker)
 
     hosts = [node for node in nodes if all(node.get(kind, 0) >= count for kind, count in validation.items())]
-    return sum(map(fit, nodes)) - min(map(loss, hosts)) if hosts else 0
+    return sum(fitting(node, worker) for node in nodes) - min(map(loss, hosts)) if hosts else 0
+
+
+def fitting(node: dict[str, float], worker: dict[str, float]) -> int:
+    """How many workers of these resources fit on a node."""
+    return max(0, int(min((node.get(kind, 0) + 1e-9) // count for kind, count in worker.items() if count)))
 
 
 def run_resources(recipe: Recipe, gpu: bool, most: bool = False) -> dict[str, float]:

@@ -109,6 +109,20 @@ def checkpoint_bytes(model: ModelConfig, lora: LoraConfig = NO_LORA) -> int:
     return 5 * FLOAT * sum(parameter_counts(model, lora).trained)
 
 
+def host_memory(
+    model: ModelConfig, train: TrainConfig, world: int, lora: LoraConfig = NO_LORA
+) -> tuple[dict[str, int], int]:
+    """Bytes of CPU memory: of each rank by what they are, and the averaged weights on rank 0, at a checkpoint.
+
+    Without row groups of shards, and the processes themselves. `model` without `init_from` starts on the CPU.
+    """
+    held, counts = states(model, train, world, lora), parameter_counts(model, lora)
+    copy = 4 * (held.ema + held.host.get("ema", 0))  # weights, two moments, EMA
+    more = FLOAT * sum(counts.every) - copy - sum(held.host.values())
+    begins = {} if model.init_from else {"random weights at the start": max(0, more)}
+    return {**held.host, "a checkpoint's copy": copy, **begins}, FLOAT * sum(counts.trained)
+
+
 def states(model: ModelConfig, train: TrainConfig, world: int, lora: LoraConfig = NO_LORA) -> States:
     """The model states of each of `world` ranks, by `train`'s ZeRO stage, precision and offload."""
     counts = parameter_counts(model, lora)

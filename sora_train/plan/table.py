@@ -17,7 +17,7 @@ from sora_train.lora.flops import training_flops
 from sora_train.manifest import Manifest
 from sora_train.plan.activations import Sizes, activations
 from sora_train.plan.estimate import Estimate, estimate, largest_micro_batch, step_flops
-from sora_train.plan.states import checkpoint_bytes, parameter_counts
+from sora_train.plan.states import checkpoint_bytes, host_memory, parameter_counts
 from sora_train.recipe import Recipe
 from sora_train.schema import bucket_name
 from sora_train.storage import in_bytes
@@ -178,8 +178,13 @@ def breakdown(recipe: Recipe, own: Estimate, sizes: Sizes) -> list[str]:
     overlap = "  less than the sum: gradients appear as activations are freed"
     added = sum(count for _, count, _ in rows)
     lines.append(f"{'at most':<16}{in_bytes(own.total):>10}{overlap if added > own.total else ''}")
-    host = {**held.host, "row groups of shards (train.shard_cache_gb)": int(1e9 * recipe.train.shard_cache_gb)}
-    lines.append(f"{'in CPU memory':<16}{in_bytes(sum(host.values())):>10}  at most, per worker: {', '.join(host)}")
+    world = recipe.cluster.fewest
+    parts, averaged = host_memory(recipe.model, recipe.train, world, recipe.lora)
+    parts["row groups of shards (train.shard_cache_gb)"] = int(1e9 * recipe.train.shard_cache_gb)
+    each, note = sum(parts.values()), ", ".join(name for name, count in parts.items() if count)
+    lines.append(f"{'in CPU memory':<16}{in_bytes(each):>10}  at most, per worker: {note}")
+    node = f"with all workers on it; {in_bytes(averaged)} are the averaged weights, which rank 0 holds at a checkpoint"
+    lines.append(f"{'of one node':<16}{in_bytes(world * each + averaged):>10}  {node}")
     return lines
 
 

@@ -23,6 +23,7 @@ from sora_train.launch.preflight.node_info import NodeInfo, ask, collect, descri
 from sora_train.launch.preflight.table import Table, check_files, check_quickly, preflight
 from sora_train.launch.trainer import launch_training
 from sora_train.manifest import Manifest
+from sora_train.plan.states import host_memory
 from sora_train.recipe import check, save_recipe
 
 VALIDATED = {"validation__every": 4, "validation__prompts": ["a"]}
@@ -105,6 +106,18 @@ def test_a_gpu_too_small_for_the_recipe_is_told_what_would_fit(recipe_of, tmp_pa
     words = "24 GB are usable", "lower train.micro_batch_size to"
     fails(lambda: verdicts.check_memory(recipe, [NodeInfo(gpus=(H100,)), small]), *words)
     assert "not compared" in verdicts.check_memory(recipe, [NodeInfo()])
+
+
+def test_a_node_with_too_little_cpu_memory_is_told_what_takes_it(recipe_of, tmp_path: Path):
+    recipe = recipe_of(tmp_path, tmp_path, cluster__workers=2, train__zero_stage=2)
+    parts, averaged = host_memory(recipe.model, recipe.train, 2)
+    need = 2 * sum(parts.values()) + averaged
+    enough = {"CPU": 4.0, "GPU": 2.0, "memory": need - 100.0, "object_store_memory": 100.0}
+    assert verdicts.check_ram(recipe, [enough], gpu=True).endswith("on rank 0 at a checkpoint")
+    with pytest.raises(UserError, match=r"2 workers on a node take .*\(a checkpoint's copy.*\), and on rank 0"):
+        verdicts.check_ram(recipe, [enough | {"memory": need - 101.0}], gpu=True)
+    one_each = [enough | {"GPU": 1.0, "memory": need / 2 + averaged}] * 2
+    verdicts.check_ram(recipe, one_each, gpu=True)
 
 
 def test_a_sum_of_cpus_is_no_room_for_a_worker(recipe_of, tmp_path: Path):

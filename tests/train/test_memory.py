@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import ranks
+from safetensors.torch import load_file
 
 from sora_train.lora.config import LoraConfig
 from sora_train.plan.activations import Sizes
 from sora_train.plan.estimate import estimate
-from sora_train.plan.states import States, checkpoint_bytes, states
+from sora_train.plan.states import States, checkpoint_bytes, host_memory, states
 from sora_train.train.config import TrainConfig
 
 WORLD = 2
@@ -145,6 +146,23 @@ def test_what_sending_gradients_takes_in_either_format_is_as_planned(sent: Path,
     there = held.held + held.lasting + (held.bucket if stage == 3 else 0)
     most = max(json.loads((sent / f"{stage}_{dtype}/weighed_{rank}.json").read_text())["most"] for rank in range(WORLD))
     assert held.held + plan.sending == pytest.approx(there + most, rel=0.05)
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (2, "bf16"), (3, "bf16")])
+def test_a_checkpoints_copy_in_cpu_memory_is_as_planned(
+    start, tiny_shards: Path, tmp_path: Path, stage: int, precision: str
+):
+    changes = SETTINGS | {"zero_stage": stage, "precision": precision, "checkpoint_every": 1}
+    codes, output = start(WORLD, tiny_shards, [{"out": str(tmp_path), "train": changes, "model": MODEL}])()
+    assert not any(codes), "\n".join(output)
+    parts, averaged = host_memory(replace(ranks.MODEL, **MODEL, init_from="a"), TrainConfig(**changes), WORLD)
+    files = {path.name: tensor_bytes(path) for path in tmp_path.rglob("checkpoints/**/*.safetensors")}
+    assert files.pop("ema.safetensors") == averaged
+    assert parts == {"a checkpoint's copy": max(files.values())}
+
+
+def tensor_bytes(path: Path) -> int:
+    return sum(tensor.nbytes for tensor in load_file(path).values())
 
 
 def test_a_checkpoint_takes_as_many_bytes_as_planned(start, tiny_shards: Path, tmp_path: Path):

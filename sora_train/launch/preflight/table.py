@@ -130,6 +130,7 @@ def check_cluster(recipe: Recipe, manifest: Manifest | None, table: Table) -> No
     if gpu:
         table.check("memory", lambda: verdicts.check_memory(recipe, nodes))
     if gpu is not None:
+        table.check("CPU memory", lambda: verdicts.check_ram(recipe, checks.alive_nodes(), gpu))
         table.check("network", lambda: check_allreduce(recipe, gpu), timeout_s=NETWORK_S)
 
 
@@ -151,6 +152,7 @@ def check_quickly(recipe: Recipe, manifest: Manifest, gpu: bool) -> None:
         log.warning(str(error))
     table = Table(print_rows=False)
     table.check("disk", lambda: check_disk(recipe))
+    table.check("CPU memory", lambda: verdicts.check_ram(recipe, checks.alive_nodes(), gpu))
     several = sum(node["Alive"] for node in ray.nodes()) > 1
     nodes = check_nodes(recipe, manifest, table) if several else [NodeInfo(gpus=node_info.list_gpus())]
     if gpu:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sora_train.errors import UserError
+from sora_train.launch.checks import fitting, worker_resources
 from sora_train.launch.preflight.node_info import NodeInfo
 from sora_train.plan.estimate import estimate
-from sora_train.plan.states import checkpoint_bytes
+from sora_train.plan.states import checkpoint_bytes, host_memory
 from sora_train.plan.table import largest_bucket, plan_inputs, remedies_for
 from sora_train.recipe import Recipe
 from sora_train.storage import in_bytes
@@ -59,6 +60,25 @@ def check_disk(recipe: Recipe, free: int, existing: int) -> str:
         f"{message} in {recipe.train.output}, {in_bytes(need - existing - free)} too little. Free space there, lower "
         "train.keep_checkpoints, or set another folder with --train.output"
     )
+
+
+def check_ram(recipe: Recipe, nodes: list[dict[str, float]], gpu: bool) -> str:
+    """A checkpoint's copies, and what is offloaded, fit the CPU memory that Ray found on each node."""
+    parts, averaged = host_memory(recipe.model, recipe.train, recipe.cluster.fewest, recipe.lora)
+    each, worker = sum(parts.values()), worker_resources(recipe, gpu)
+    for node in nodes:
+        workers = min(recipe.cluster.most, fitting(node, worker))
+        need = workers * each + averaged
+        there = int(node.get("memory", 0) + node.get("object_store_memory", 0))
+        if workers and 0 < there < need:
+            names = ", ".join(name for name, count in parts.items() if count)
+            raise UserError(
+                f"{workers} workers on a node take {in_bytes(need)} of CPU memory, and it has {in_bytes(there)}: "
+                f"{in_bytes(each)} each ({names}), and on rank 0 {in_bytes(averaged)} of the averaged weights. Use "
+                "nodes with more memory, or more nodes with fewer workers each"
+                + (", or train.offload none" if recipe.train.offload != "none" else "")
+            )
+    return f"{in_bytes(each)} a worker, and {in_bytes(averaged)} on rank 0 at a checkpoint"
 
 
 def check_memory(recipe: Recipe, nodes: list[NodeInfo]) -> str:
