@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from sora_train.lora.config import NO_LORA, LoraConfig
+from sora_train.lora.config import LoraConfig
 from sora_train.model import ModelConfig, build
 from sora_train.plan.activations import use_fused_norms
 from sora_train.train import checkpoint
@@ -25,11 +25,10 @@ from sora_train.train.engine import Engine
 from sora_train.train.state import State
 
 
-def opened(
-    model: ModelConfig, settings: dict, resume: str | None, lora: LoraConfig = NO_LORA
-) -> tuple[Engine, Ema, State]:
-    """An engine that has the state of a checkpoint, if there is one."""
-    config = TrainConfig(**settings)
+def opened(model: ModelConfig, settings: dict, resume: str | None) -> tuple[Engine, Ema, State]:
+    """An engine that has the state of a checkpoint, if there is one. With `lora` among the settings, of adapters."""
+    lora = LoraConfig(**settings.get("lora", {}))
+    config = TrainConfig(**{key: value for key, value in settings.items() if key != "lora"})
     torch.manual_seed(config.seed)
     made = build(model)
     if lora.rank:
@@ -153,13 +152,7 @@ def tell(model: ModelConfig, out: Path, settings: dict, resume: str | None) -> N
         (out / "told.json").write_text(json.dumps(told))
 
 
-def weigh_adapters(model: ModelConfig, out: Path, settings: dict, resume: str | None) -> None:
-    """The same of adapters on a frozen base; `lora` is among the settings."""
-    rest = {key: value for key, value in settings.items() if key != "lora"}
-    weigh(model, out, rest, resume, LoraConfig(**settings["lora"]))
-
-
-def weigh(model: ModelConfig, out: Path, settings: dict, resume: str | None, lora: LoraConfig = NO_LORA) -> None:
+def weigh(model: ModelConfig, out: Path, settings: dict, resume: str | None) -> None:
     """Bytes that DeepSpeed holds after a step of two micro-batches, and the most that another's backward passes take.
 
     AdamW itself is left out. Of some tries the least counts: gloo's threads free what they sent a moment later than a
@@ -167,7 +160,7 @@ def weigh(model: ModelConfig, out: Path, settings: dict, resume: str | None, lor
     """
     from torch.profiler import profile
 
-    engine, ema, _ = opened(model, settings, resume, lora)
+    engine, ema, _ = opened(model, settings, resume)
     use_fused_norms(engine.model)
 
     def storages(tensors: Any) -> dict[int, int]:
@@ -218,8 +211,7 @@ def weigh(model: ModelConfig, out: Path, settings: dict, resume: str | None, lor
 
 def leave_the_base(model: ModelConfig, out: Path, settings: dict, resume: str | None) -> None:
     """Hashes of the frozen weights and of the adapters, before and after three steps, and their dtypes."""
-    rest = {key: value for key, value in settings.items() if key != "lora"}
-    engine, _, _ = opened(model, rest, resume, LoraConfig(**settings["lora"]))
+    engine, _, _ = opened(model, settings, resume)
 
     def hashes() -> list[str]:
         frozen, trained = hashlib.sha256(), hashlib.sha256()
@@ -233,7 +225,7 @@ def leave_the_base(model: ModelConfig, out: Path, settings: dict, resume: str | 
     before = hashes()
     for seed in range(3):
         learn(engine, seed)
-        assert not engine.step(rest["learning_rate"], lambda norm: "")[1]
+        assert not engine.step(settings["learning_rate"], lambda norm: "")[1]
     after = hashes()
     frozen = [p for p in engine.model.parameters() if not p.requires_grad]
     told = {"before": before, "after": after, "dtypes": sorted({str(p.dtype) for p in frozen})}

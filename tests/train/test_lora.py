@@ -1,20 +1,21 @@
 """Training of adapters is as exact as training of all weights, and leaves the base alone."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import ranks
 import torch
-from reading import KINDS, at_step, checkpoint_at, distance, losses
+from reading import KINDS, at_step, checkpoint_at, distance, losses, parts
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sora_train.lora.adapters import adapter_state, add_adapters
 from sora_train.lora.config import LoraConfig
 from sora_train.model import build
-from sora_train.model.convert import WEIGHTS, from_diffusers, to_diffusers
-from sora_train.train.frozen_base import base_hash
+from sora_train.model.convert import from_diffusers, to_diffusers
+from sora_train.train.frozen_base import base_hash, check_base
 
 LAST, HELD = 6, 3
 SETTINGS = {
@@ -46,7 +47,7 @@ def bases(alive: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
 
 @pytest.fixture(scope="module")
 def runs(start, bases: dict[str, str], tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders by name: zeroS, bf16_S, MODES, wanS of two ranks; NAME_again from HELD on; AtoB at another stage."""
+    """Folders by name, of two ranks at stage S; NAME_again goes on from HELD, and AtoB_on1 on one rank at stage B."""
     root = tmp_path_factory.mktemp("runs")
 
     def task(out: str, stage: int, resume: str | None = None, kind: str = "latte", **changes) -> dict:
@@ -55,9 +56,9 @@ def runs(start, bases: dict[str, str], tiny_shards: Path, tmp_path_factory: pyte
         made |= {"model": ranks.WAN} if kind == "wan" else {}
         return made | {"resume": resume and str(checkpoint_at(root / resume, HELD))}
 
-    def act(name: str, stage: int, kind: str = "latte", **changes) -> dict:
+    def act(act: str, name: str, stage: int, kind: str = "latte", **changes) -> dict:
         train = SETTINGS | {"zero_stage": stage, "lora": LORA} | changes
-        made = {"out": str(root / name), "train": train, "act": "leave_the_base"}
+        made = {"out": str(root / name), "train": train, "act": act}
         return made | ({"model": ranks.WAN} if kind == "wan" else {})
 
     def tasks(stage: int) -> list[dict]:
@@ -65,8 +66,9 @@ def runs(start, bases: dict[str, str], tiny_shards: Path, tmp_path_factory: pyte
         made += [task(f"bf16_{stage}", stage, precision="bf16")]
         made += [task(f"bf16_{stage}_again", stage, f"bf16_{stage}", precision="bf16")]
         made += [task(f"{mode}{stage}", stage, activation_checkpointing=mode) for mode in ("selective", "full")]
-        made += [task(f"wan{stage}", stage, kind="wan"), act(f"left{stage}", stage)]
-        return [*made, act(f"left_wan{stage}", stage, "wan", precision="bf16")]
+        made += [task(f"wan{stage}", stage, kind="wan"), act("leave_the_base", f"left{stage}", stage)]
+        made += [act("leave_the_base", f"left_wan{stage}", stage, "wan", precision="bf16")]
+        return [*made, act("refuse_a_step", f"refused{stage}", stage)]
 
     for first in (0, 2):
         finished([start(2, tiny_shards, tasks(first) + tasks(first + 1))])
@@ -147,6 +149,16 @@ def test_frozen_weights_never_change(runs: Path, name: str, dtype: str, stage: i
 
 
 @pytest.mark.parametrize("stage", range(4))
+def test_a_step_that_the_guard_refuses_leaves_no_trace(runs: Path, stage: int):
+    folder = runs / f"refused{stage}"
+    for kind in KINDS:
+        for made, wanted in (("refused", "before"), ("then", "alone")):
+            tensors, expected = parts(folder / made, kind), parts(folder / wanted, kind)
+            assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+    assert distance(parts(folder / "then"), parts(folder / "before")) > 0
+
+
+@pytest.mark.parametrize("stage", range(4))
 def test_a_checkpoint_holds_adapters_alone_and_names_its_base(runs: Path, bases: dict[str, str], stage: int):
     model = build(ranks.MODEL)
     add_adapters(model, ADAPTERS)
@@ -182,7 +194,7 @@ def test_adapters_start_from_a_file_scaled_to_their_alpha(
     assert found[0] != pytest.approx(found[2], rel=1e-6)
 
 
-def test_another_base_or_an_image_model_is_refused_on_every_rank(
+def test_another_base_is_refused_on_every_rank(
     start, runs: Path, bases: dict[str, str], tiny_shards: Path, tmp_path: Path
 ):
     model = from_diffusers(bases["latte"])
@@ -198,4 +210,10 @@ def test_another_base_or_an_image_model_is_refused_on_every_rank(
         for folder in (bases["latte"], str(tmp_path / "other")):
             assert folder in said
             assert base_hash(Path(folder))[:12] in said
-    (tmp_path / "other" / WEIGHTS).unlink()
+
+
+def test_an_image_model_is_no_base(tmp_path: Path):
+    for name, refused in (("PixArtTransformer2DModel", True), ("LatteTransformer3DModel", False)):
+        (tmp_path / "config.json").write_text(json.dumps({"_class_name": name}))
+        with pytest.raises(ValueError, match="it is an image model") if refused else nullcontext():
+            check_base(tmp_path)

@@ -56,7 +56,7 @@ def weighed_adapters(start, tiny_shards: Path, tmp_path_factory: pytest.TempPath
     """The same of adapters on a frozen base."""
     root = tmp_path_factory.mktemp("weighed_adapters")
     tasks = [
-        {"out": str(root / name / "_".join(map(str, way))), "model": MODELS[name], "act": "weigh_adapters"}
+        {"out": str(root / name / "_".join(map(str, way))), "model": MODELS[name], "act": "weigh"}
         | {"train": settings(*way) | {"lora": LORA}}
         for name, way in LORA_WAYS
     ]
