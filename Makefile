@@ -4,11 +4,12 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: help quickstart quickstart-image bench-quickstart check-gpu test-slow drill-cluster drill-jobs drill-train drill-prep test lint lines .venv
+.PHONY: help quickstart quickstart-image quickstart-lora bench-quickstart check-gpu test-slow drill-cluster drill-jobs drill-train drill-prep test lint lines .venv
 
 help:
 	@echo 'make quickstart   clips, shards, training, samples and a report in runs/quickstart, in minutes on two cores'
 	@echo 'make quickstart-image   the same with a given first frame, in runs/quickstart_image'
+	@echo 'make quickstart-lora   after make quickstart: adapters teach its model a seventh colour, in runs/quickstart_lora'
 	@echo 'make test         the tests'
 	@echo 'make test-slow    the slow tests of all but prep: lost nodes, memory, checkpoints to keep'
 	@echo 'make lint         ruff, pyright and the import rules'
@@ -33,6 +34,9 @@ quickstart: .venv/installed
 
 quickstart-image: .venv/installed
 	$(BIN)/sora demo --image
+
+quickstart-lora: .venv/installed
+	$(BIN)/sora demo --lora
 
 bench-quickstart: .venv/installed
 	$(BIN)/python -m tools.quickstart_seeds

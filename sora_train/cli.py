@@ -138,6 +138,10 @@ def run(verb: str, words: Sequence[str]) -> None:
                 from sora_train.quickstart.image import demo_image
 
                 demo_image(flags)
+            elif options.lora:
+                from sora_train.quickstart.lora import demo_lora
+
+                demo_lora(flags)
             else:
                 from sora_train.quickstart.run import demo
 
@@ -188,7 +192,7 @@ def folders_of(verb: str, words: Sequence[str], count: int = 1) -> tuple[list[st
 
 def demo_flags(words: Sequence[str]) -> tuple[dict[str, object], Any]:
     """The flags of `sora demo` for the recipe, which it has itself, and its own options."""
-    from sora_train.quickstart.image import RECIPE
+    from sora_train.quickstart import image, lora
     from sora_train.quickstart.run import find_recipe
     from sora_train.recipe import Recipe, load_recipe
 
@@ -197,8 +201,10 @@ def demo_flags(words: Sequence[str]) -> tuple[dict[str, object], Any]:
     own = {name: flags.pop(name) for name, _ in keys(options) if name in flags}
     chosen = build(options, {}, own, "sora demo")
     if wants_help:
-        name = RECIPE if chosen.image else "jobs/quickstart.yaml"
+        name = image.RECIPE if chosen.image else lora.RECIPE if chosen.lora else "jobs/quickstart.yaml"
         show_help("demo", chosen, load_recipe(find_recipe(name), flags))
+    if chosen.image and chosen.lora:
+        raise RecipeError("--image and --lora are two demos; run one after the other")
     if rest:
         raise RecipeError(f"the demo has its own recipe and takes only flags, but got {' '.join(rest)}")
     return flags, chosen

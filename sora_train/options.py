@@ -63,6 +63,8 @@ class DemoOptions:
 
     image: bool = False
     """Learn videos that continue a given first frame; the caption says only where its shape moves."""
+    lora: bool = False
+    """Teach the model of `sora demo` a seventh colour from 60 clips, with adapters."""
 
 
 @options

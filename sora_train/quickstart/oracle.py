@@ -3,13 +3,13 @@
 It shares no code with the drawing. The background is the colour along the frame's border, and the object is what
 differs from it. The object's shape is the template of equal area and centroid that overlaps it best. Its colour is the
 hue inside it. Its direction is the path of its centroid. Anything unclear is None, which counts as wrong: no object,
-two objects, none of the six colours, no motion, or diagonal motion.
+two objects, none of the named colours, no motion, or diagonal motion.
 """
 
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,9 @@ AREA = (0.01, 0.4)  # smallest and largest share of the frame that an object cov
 CLEAR_FRAMES = 0.75  # least share of the frames that show one clear object
 OBJECT_OVERLAP = 0.6  # least overlap of an object with its best template; below it is a smear
 SHAPE_OVERLAP, SHAPE_MARGIN = 0.85, 0.02  # least mean overlap of the best template, and its lead over the second
-HUE_MARGIN = 20.0  # degrees; the closest of the named hues are 50 apart
+HUE_MARGIN = (
+    20.0  # degrees; the quickstart's hues are 50 apart, and of closer ones the one nearest to the median counts
+)
 COLOUR_SHARE = 0.7  # least share of the object's inner pixels that agree on a colour
 TRAVEL = 0.15  # least distance over the whole clip, in frame sides
 STRAIGHT = 0.35  # largest sideways motion, as a share of the distance forward
@@ -48,12 +50,12 @@ class Object:
     overlaps: tuple[float, ...]  # with each of SHAPES
 
 
-def classify(video: np.ndarray) -> Verdict:
-    """Reads a clip of uint8 frames `F H W 3`."""
+def classify(video: np.ndarray, colours: Mapping[str, tuple[int, int, int]] = COLOURS) -> Verdict:
+    """Reads a clip of uint8 frames `F H W 3`, which shows one of these colours."""
     found = [seen for i, seen in enumerate(find_objects(video)) if seen is not None]
     if len(found) < max(2, CLEAR_FRAMES * len(video)):
         return Verdict(None, None, None)
-    return Verdict(colour_of(video, found), shape_of(found), direction_of(found, video.shape[1:3]))
+    return Verdict(colour_of(video, found, colours), shape_of(found), direction_of(found, video.shape[1:3]))
 
 
 def find_objects(video: np.ndarray) -> list[Object | None]:
@@ -108,36 +110,36 @@ def shape_of(found: Sequence[Object]) -> str | None:
     return SHAPES[best] if means[best] >= SHAPE_OVERLAP and lead >= SHAPE_MARGIN and most else None
 
 
-def colour_of(video: np.ndarray, found: Sequence[Object]) -> str | None:
-    """The named colour of most pixels inside the object, over all frames, or None."""
+def colour_of(video: np.ndarray, found: Sequence[Object], colours: Mapping[str, tuple[int, int, int]]) -> str | None:
+    """The named colour of most pixels inside the object, over all frames, or None.
+
+    If most pixels are within the margin of two, it is the one nearest to their median hue.
+    """
     inner = [video[seen.frame][ndimage.binary_erosion(seen.mask, iterations=2)] for seen in found]
     pixels = np.concatenate(inner)
     if not len(pixels):
         return None
-    votes = name_colours(pixels)
-    counts = np.bincount(votes[votes >= 0], minlength=len(COLOURS))
-    return list(COLOURS)[int(counts.argmax())] if counts.max() >= COLOUR_SHARE * len(pixels) else None
+    close = {name: closeness(pixels, named) for name, named in colours.items()}
+    agreed = {name: away for name, (count, away) in close.items() if count >= COLOUR_SHARE * len(pixels)}
+    return min(agreed, key=lambda name: agreed[name]) if agreed else None
 
 
-def name_colours(pixels: np.ndarray) -> np.ndarray:
-    """Index of the named colour of each uint8 pixel `n 3`, or -1 if there is none.
+def closeness(pixels: np.ndarray, named: tuple[int, int, int]) -> tuple[int, float]:
+    """How many uint8 pixels `n 3` have a named colour, and the median distance of their hues from it, in degrees.
 
-    White means bright with low saturation.
+    White means bright with low saturation; it has no hue.
     """
     rgb = pixels.astype(np.float64) / 255
     value, low = rgb.max(1), rgb.min(1)
     saturation = (value - low) / np.maximum(value, 1e-6)
+    if colorsys.rgb_to_hsv(*(channel / 255 for channel in named))[1] < 0.1:
+        return int(((saturation < 0.25) & (value > 0.6)).sum()), 0.0
     angles = np.deg2rad([0, 120, 240])
-    hue = np.rad2deg(np.arctan2(rgb @ np.sin(angles), rgb @ np.cos(angles)))
-    votes = np.full(len(pixels), -1)
-    for i, named in enumerate(COLOURS.values()):
-        if colorsys.rgb_to_hsv(*(channel / 255 for channel in named))[1] < 0.1:
-            votes[(saturation < 0.25) & (value > 0.6)] = i
-            continue
-        named_hue = np.rad2deg(np.arctan2(np.dot(named, np.sin(angles)), np.dot(named, np.cos(angles))))
-        away = np.abs((hue - named_hue + 180) % 360 - 180)
-        votes[(away < HUE_MARGIN) & (saturation > 0.4) & (value > 0.4)] = i
-    return votes
+    hue, named_hue = (
+        np.rad2deg(np.arctan2(each @ np.sin(angles), each @ np.cos(angles))) for each in (rgb, np.array(named))
+    )
+    away = np.abs((hue - named_hue + 180) % 360 - 180)
+    return int(((away < HUE_MARGIN) & (saturation > 0.4) & (value > 0.4)).sum()), float(np.median(away))
 
 
 def direction_of(found: Sequence[Object], size: tuple[int, ...]) -> str | None:
@@ -165,9 +167,13 @@ def right(verdict: Verdict, scene: Scene) -> dict[str, bool]:
     return {**parts, "all": all(parts.values())}
 
 
-def accuracy(videos: Sequence[np.ndarray], scenes: Sequence[Scene]) -> float:
+def accuracy(
+    videos: Sequence[np.ndarray],
+    scenes: Sequence[Scene],
+    colours: Mapping[str, tuple[int, int, int]] = COLOURS,
+) -> float:
     """The oracle's own test: the share of real clips that it reads correctly."""
-    return shares([right(classify(video), scene) for video, scene in zip(videos, scenes, strict=True)])["all"]
+    return shares([right(classify(video, colours), scene) for video, scene in zip(videos, scenes, strict=True)])["all"]
 
 
 def prompt_accuracy(verdicts: Sequence[Verdict], scenes: Sequence[Scene]) -> dict:

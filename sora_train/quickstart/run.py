@@ -61,13 +61,13 @@ def find_recipe(path: str | Path) -> Path:
 
 
 @contextmanager
-def stage(number: int, what: str, started: float) -> Iterator[None]:
+def stage(number: int, what: str, started: float, of: int = STAGES) -> Iterator[None]:
     """Logs a stage's heading and, at its end, how long it took."""
-    log.info(f"\n[{number}/{STAGES}] {what}")
+    log.info(f"\n[{number}/{of}] {what}")
     begun = time.monotonic()
     yield
     now = time.monotonic()
-    log.info(f"[{number}/{STAGES}] done in {now - begun:.0f} s, {now - started:.0f} s in all")
+    log.info(f"[{number}/{of}] done in {now - begun:.0f} s, {now - started:.0f} s in all")
 
 
 def clips(recipe: Recipe, count: int = CLIPS, image: bool = False) -> Path:
