@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sora_train.errors import one_line
 from sora_train.export.card import PLACEHOLDER
+from sora_train.export.pipeline import refusals
 from sora_train.lora.files import DIFFUSERS_FILE, Adapter
 from sora_train.manifest import Manifest
 from sora_train.recipe import Recipe
@@ -101,7 +102,9 @@ These are the {which} weights of `{run.checkpoint.name}`.
 
 
 def use(run: AdaptedRun) -> str:
-    """The code that puts the adapters into diffusers' pipeline and makes a video."""
+    """The code that puts the adapters into diffusers' pipeline and makes a video; empty if none holds the base."""
+    if refusals(run.recipe, run.manifest):
+        return ""
     manifest, sampling = run.manifest, run.recipe.validation
     prompt = repr(one_line(sampling.prompts[0])[:200] if sampling.prompts else PLACEHOLDER)
     frames = "num_frames" if run.recipe.model.family == "wan" else "video_length"

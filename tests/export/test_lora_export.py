@@ -1,5 +1,6 @@
 """Runs that trained adapters: their base with them is sampled, and diffusers makes the same of what is exported."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -244,3 +245,11 @@ def test_the_lines_of_lattes_card_make_what_sora_sample_makes(run_of, tmp_path, 
     assert np.abs(there["frames"] * 255 - ours).mean() < 0.6
     plain = generate(load_run(base, "cpu"), run.recipe.validation.prompts, [0])[0].astype(float)
     assert np.abs(ours - plain).mean() > 2
+
+
+def test_the_card_of_a_base_that_no_pipeline_holds_has_no_code_of_diffusers(run_of, tmp_path):
+    joint = dataclasses.replace(LATTE, attention="joint")
+    folder = adapt(run_of(joint), export(run_of(joint), tmp_path / "base", weights_only=True))
+    card = (export(folder, tmp_path / "adapters", lora=True) / "README.md").read_text()
+    assert "from diffusers" not in card
+    assert "sora sample BASE --lora ." in card
