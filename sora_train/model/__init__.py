@@ -16,11 +16,11 @@ def build(config: ModelConfig) -> Transformer:
     return Wan(config) if config.family == "wan" else Latte(config)
 
 
-def build_empty(config: ModelConfig, device: torch.device | str) -> Transformer:
+def build_empty(config: ModelConfig, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Transformer:
     """The same on a device with zeros in place of random weights, which take longer than reading others."""
     with torch.device("meta"):
         model = build(config)
-    model.to_empty(device=device)
+    model.to(dtype).to_empty(device=device)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()

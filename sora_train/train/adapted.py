@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from sora_train.errors import UserError
 from sora_train.lora.adapters import adapter_state, add_adapters, load_adapter_state
 from sora_train.lora.config import LoraConfig
-from sora_train.model import ModelConfig, Transformer, build
+from sora_train.model import ModelConfig, Transformer, build, build_empty
 from sora_train.train.frozen_base import check_base
 from sora_train.train.initial import cannot_start, load_initial
 
@@ -24,9 +24,7 @@ def build_adapted(config: ModelConfig, lora: LoraConfig, device: torch.device, *
         check_base(folder)
     except (OSError, ValueError) as error:
         raise cannot_start(folder, error) from None
-    with torch.device("meta"):  # random weights would take longer than reading the real ones
-        model = build(config)
-    model = model.to(torch.bfloat16 if half else torch.float32).to_empty(device=device)
+    model = build_empty(config, device, torch.bfloat16 if half else torch.float32)
     load_initial(model, folder)
     adapt(model, lora, half=half)
     if new and lora.init_from:
