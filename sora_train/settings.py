@@ -136,11 +136,13 @@ def suggest(key: str, known: Sequence[str]) -> str:
     names = {name: name.rpartition(".")[2] for name in known}
     meant = [name for target in SYNONYMS.get(last.lower(), ()) for name in (target, target.rpartition(".")[2])]
     words = set(last.lower().split("_"))
+    sections = [] if section else list(dict.fromkeys(name.partition(".")[0] for name in known))
     found = (
         [name for name in known if names[name] == last]
         or [name for name in meant if name in names]
         or [name for name in here if words <= set(names[name].split("_"))]
         or [name for name in here if names[name] in difflib.get_close_matches(last, names.values(), 3, cutoff=0.75)]
+        or difflib.get_close_matches(last, sections, 1, cutoff=0.75)
     )
     if found := list(dict.fromkeys(found))[:4]:
         return f"did you mean {' or '.join(found)}?"
@@ -261,6 +263,8 @@ def _explain(detail: Mapping[str, Any], section: type, overrides: Mapping[str, o
     if kind == "value_error":  # a section's own check, whose sentence names its keys
         return f"{where}: {detail['ctx']['error']}"
     message = re.sub(r"^\w+ should", "it should", detail["msg"])
+    if kind in ("tuple_type", "list_type"):
+        message = f"it takes a list, such as [{got}]"
     if kind in ("model_type", "dataclass_type", "model_attributes_type", "dict_type"):
         message = "it is a section and takes keys of its own"
     return f"{source} is {got!r}; {message}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sora_train.errors import one_line
-from sora_train.export.card import PLACEHOLDER
+from sora_train.export.card import PLACEHOLDER, clip_count, held_out
 from sora_train.export.pipeline import refusals
 from sora_train.lora.files import DIFFUSERS_FILE, Adapter
 from sora_train.manifest import Manifest
@@ -89,7 +89,8 @@ alpha {recipe.lora.alpha or recipe.lora.rank:g}, {count:,} parameters on {", ".j
 These are the {which} weights of `{run.checkpoint.name}`.
 
 - **Base** `{one_line(recipe.model.init_from)}`{hashed}. The adapters fit these weights alone.
-- **Trained on** {run.manifest.counts.written} clips. What they show is for whoever trained it to say.
+- **Trained on** {clip_count(recipe, run.manifest)} clips{held_out(recipe, run.manifest)}. What they show is for whoever
+  trained it to say.
 - **Licence** unknown: state yours here and in the lines above, with that of the clips and the base.
 - `recipe.yaml` has every setting of the training, `manifest.json` how its clips were encoded.
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from sora_train.errors import one_line
 from sora_train.export.pipeline import pipeline_module
+from sora_train.manifest import Manifest
+from sora_train.recipe import Recipe
 from sora_train.sample.export_note import ExportNote
 from sora_train.sample.load import Run
 from sora_train.schema import bucket_size
@@ -54,7 +56,7 @@ def about(run: Run, note: ExportNote) -> str:
     learned = "rectified flow" if flow else f"DDPM, predicting {recipe.diffusion.prediction}"
     which = "averaged (EMA)" if note.weights == "ema" else "trained (not averaged)"
     step = f"step {note.step}" if note.step >= 0 else "an unnamed step"
-    trained, tasks = trained_on(run), " and ".join(tasks_of(run))
+    trained, tasks = trained_on(recipe, manifest), " and ".join(tasks_of(run))
     shapes = ", ".join(f"{name} ({rows} clips)" for name, rows in trained.items())
     shapes = shapes or f"{manifest.frames}x{manifest.height}x{manifest.width}"
     return f"""# {recipe.name}
@@ -63,11 +65,17 @@ A diffusion transformer of the {family} family ([arXiv {paper}](https://arxiv.or
 with sora_train: {count:,} parameters, {blocks}, {learned}.
 These are the {which} weights of {step}.
 
-- **Trained on** {sum(trained.values()) or manifest.counts.written} clips, frames x height x width: {shapes};
-  {manifest.fps:g} frames a second{held_out(run)}. What they show is for whoever trained it to say.{merged_into(run)}
+- **Trained on** {clip_count(recipe, manifest)} clips, frames x height x width: {shapes};
+  {manifest.fps:g} frames a second{held_out(recipe, manifest)}. What they show is for whoever trained
+  it to say.{merged_into(run)}
 - **Licence** unknown: state yours here and in the lines above, with that of the clips, the VAE and the text encoder.
 - `recipe.yaml` has every setting of the training, `manifest.json` how its clips were encoded.
 """
+
+
+def clip_count(recipe: Recipe, manifest: Manifest) -> int:
+    """The number of clips that a run was trained on."""
+    return sum(trained_on(recipe, manifest).values()) or manifest.counts.written
 
 
 def merged_into(run: Run) -> str:
@@ -76,21 +84,21 @@ def merged_into(run: Run) -> str:
     return f"\n- **Base** `{base}`: adapters (LoRA) of rank {lora.rank} are added to its weights." if lora.rank else ""
 
 
-def trained_on(run: Run) -> dict[str, int]:
+def trained_on(recipe: Recipe, manifest: Manifest) -> dict[str, int]:
     """Number of training clips in each bucket.
 
     Excludes held-out clips, and images if data.image_ratio is 0.
     """
-    manifest, ratio = run.manifest, run.recipe.data.image_ratio
+    ratio = recipe.data.image_ratio
     counts = {name: rows - manifest.held_out.get(name, 0) for name, rows in manifest.buckets.items()}
     return {name: rows for name, rows in counts.items() if rows and (ratio != 0 or bucket_size(name)[0] > 1)}
 
 
-def held_out(run: Run) -> str:
+def held_out(recipe: Recipe, manifest: Manifest) -> str:
     """The number of held-out clips, in words."""
-    if count := sum(run.manifest.held_out.values()):
+    if count := sum(manifest.held_out.values()):
         return f"; {count} more were held out"
-    share = run.recipe.data.holdout_fraction  # the manifest of an older run has no counts
+    share = recipe.data.holdout_fraction  # the manifest of an older run has no counts
     return f"; of these about {share:.0%} were held out" if share else ""
 
 

@@ -161,7 +161,8 @@ def check_models(recipe: Recipe, manifest: Manifest, clips: Clips, step: int) ->
     with contextlib.suppress(UserError):  # the VAE is out of reach
         if reasons := refusals(recipe, manifest):
             name = PIPELINES[recipe.model.family]
-            log.info(f"`sora export` will need --weights_only, no {name} is possible: {'; '.join(reasons)}")
+            command = "sora export --merge" if recipe.lora.rank else "sora export"
+            log.info(f"`{command}` will need --weights_only, no {name} is possible: {'; '.join(reasons)}")
 
 
 def run_until_end(folder: Path, signals: SignalHandler, train: Callable[[], str]) -> None:

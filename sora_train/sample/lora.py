@@ -50,6 +50,8 @@ def parse_one(word: str) -> LoraFile:
         try:
             weight = float(number)
         except ValueError:
+            if Path(name).expanduser().exists():
+                raise RecipeError(f"--lora {word}: the weight is {number!r}. Use a number, such as 0.8") from None
             name = word
         if not abs(weight) < float("inf"):
             raise RecipeError(f"--lora {word}: the weight is {number}. Use a finite number, such as 0.8")

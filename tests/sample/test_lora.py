@@ -63,10 +63,10 @@ def test_the_command_lists_what_made_each_file(wan, tmp_path, capsys):
     assert "none.safetensors does not exist" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("word", ["nan", "inf"])
-def test_a_weight_must_be_finite(word, wan):
+@pytest.mark.parametrize("word", ["nan", "inf", "'abc'", "''"])
+def test_a_weight_must_be_a_finite_number(word, wan):
     with pytest.raises(RecipeError, match=f"the weight is {word}"):
-        parse_lora([f"{wan[1]}:{word}"])
+        parse_lora([f"{wan[1]}:{word.strip(chr(39))}"])
 
 
 def test_a_colon_in_a_files_name_is_no_weight(wan, tmp_path):
