@@ -103,7 +103,7 @@ def wait_for_shard(folder: Path, process: subprocess.Popen) -> None:
 def left_over(family: list[psutil.Process], seconds: float = 30.0) -> list[str]:
     """Processes still alive after a while, except Ray's two agents, which take a minute to end and are killed."""
     _, alive = psutil.wait_procs(family, timeout=seconds)
-    agents = [process for process in alive if process.name().endswith("Agent")]
+    agents = [process for process in alive if any("agent" in word.lower() for word in process.cmdline())]
     for process in agents:
         process.kill()
     return [process.name() for process in alive if process not in agents]
