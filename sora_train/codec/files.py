@@ -163,7 +163,7 @@ def part_of(folder: Path, parts: tuple[str, ...], file: str) -> Path | None:
 
 
 def weight_files(folder: Path, key: str) -> list[Path]:
-    """The safetensors of a network without float16 variants. UserError if there are none, or one is cut short."""
+    """A network's safetensors files, except float16 variants. UserError if there are none, or one is cut short."""
     files = sorted(path for path in folder.glob("*.safetensors") if is_wanted(path.name))
     if not files:
         raise UserError(

@@ -1,4 +1,4 @@
-"""First frames that are given, as Wan 2.2's TI2V has them: clean, told as time 0, and left out of the loss.
+"""First frames that are given, as in Wan 2.2's TI2V: they are clean, have time 0, and are left out of the loss.
 
 So one model makes videos from text alone and videos that begin with an image, or go on with a video.
 """

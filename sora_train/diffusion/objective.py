@@ -117,8 +117,8 @@ class Objective:
 
     def frame_times(self, t: Float[Tensor, "b"], given: Int[Tensor, "b"] | None, f: int) -> Float[Tensor, "b *f"]:
         """The same for each of f frames, 0 for the `given` first ones; None: of each clip."""
-        told = self.model_time(t)
-        return told if given is None else of_frames(told, given, f, 0.0)
+        times = self.model_time(t)
+        return times if given is None else of_frames(times, given, f, 0.0)
 
     def add_noise(
         self,
@@ -147,8 +147,8 @@ class Objective:
     ) -> Float[Tensor, "b"]:
         """Mean squared error of each sample's prediction, at times that `draw_time` drew.
 
-        So many first frames of each clip as `given` says are clean, told as time 0, and left out of the mean. The model
-        then gets the time of each frame, also of clips with 0. None: the time of each clip.
+        `given` is the number of given first frames of each clip. They are clean, have time 0, and are left out of the
+        mean. The model then gets a time for each frame, also of clips with 0; if `given` is None, one for each clip.
 
         With a learned variance: L_simple + vlb_weight L_vlb (Nichol and Dhariwal 2021, eq. 16). L_vlb is a sum over the
         1000 steps, of which a sample has one, so that step's term counts a thousandfold.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sora_train.errors import one_line
-from sora_train.export.card import PLACEHOLDER, clip_count, held_out
+from sora_train.export.card import PLACEHOLDER, clip_count, held_out, prompt_of
 from sora_train.export.pipeline import refusals
 from sora_train.lora.files import DIFFUSERS_FILE, Adapter
 from sora_train.manifest import Manifest
@@ -107,10 +107,9 @@ def use(run: AdaptedRun) -> str:
     if refusals(run.recipe, run.manifest):
         return ""
     manifest, sampling = run.manifest, run.recipe.validation
-    prompt = repr(one_line(sampling.prompts[0])[:200] if sampling.prompts else PLACEHOLDER)
     frames = "num_frames" if run.recipe.model.family == "wan" else "video_length"
     return f"""{WAN if run.recipe.model.family == "wan" else LATTE}frames = pipe(
-    {prompt},
+    {prompt_of(run.recipe)},
     {frames}={manifest.frames},
     height={manifest.height},
     width={manifest.width},

@@ -102,12 +102,12 @@ def held_out(recipe: Recipe, manifest: Manifest) -> str:
     return f"; of these about {share:.0%} were held out" if share else ""
 
 
-def prompt_of(run: Run) -> str:
+def prompt_of(recipe: Recipe) -> str:
     """An example prompt as a Python literal.
 
     It is on one line, so it can't end the string or the code block.
     """
-    prompts = run.recipe.validation.prompts
+    prompts = recipe.validation.prompts
     return repr(one_line(prompts[0])[:200] if prompts else PLACEHOLDER)
 
 
@@ -128,7 +128,7 @@ to where you have the same.
 
 def pipeline_use(run: Run) -> str:
     """How to make a video with diffusers, and what to know about it."""
-    use = pipeline_module(run.recipe.model.family).how_to_use(run, prompt_of(run))
+    use = pipeline_module(run.recipe.model.family).how_to_use(run, prompt_of(run.recipe))
     return f"""## Use
 
 {use}- With sora_train: `{sample_command(run)}`.

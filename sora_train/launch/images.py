@@ -42,7 +42,7 @@ def read_images(recipe: Recipe, manifest: Manifest) -> list[GivenFrames | None]:
 
 
 def save_images(run: Path, images: list[GivenFrames | None]) -> None:
-    """Writes the images into the run's folder; removes those of an earlier start if there are none."""
+    """Writes the images into the run's folder. Without images, removes those of an earlier start."""
     from safetensors.numpy import save_file
 
     if not any(images):

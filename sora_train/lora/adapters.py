@@ -102,7 +102,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copies matrices A and B into a model with adapters. Raises ValueError for other names or shapes."""
-    own = {public_name(name): p for name, p in model.named_parameters() if ".lora_" in name}
+    own = adapter_state(model)
     if wrong := sorted(own.keys() ^ tensors.keys()):
         where = "the file lacks" if wrong[0] in own else "the model lacks"
         raise ValueError(f"{where} {wrong[0]} (and {len(wrong) - 1} more)")

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
@@ -207,6 +206,8 @@ def settings_beside(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 def alpha_by(settings: Mapping[str, Any], name: str, rank: int) -> float:
     """A layer's alpha by peft's settings; the rank if they don't say."""
+    from peft.utils.other import get_pattern_key  # peft takes seconds
+
     patterns: dict[str, float] = settings.get("alpha_pattern") or {}
     key = get_pattern_key(list(patterns), name)
     alpha = float(patterns[key] if key in patterns else settings.get("lora_alpha", rank))

@@ -38,10 +38,8 @@ def training_flops(
         + 2 * base.self_attention
         + passes_back * base.cross_attention
     )
-    of_self, of_cross = (
-        base.self_projections / (4 * d * d),
-        base.cross_projections / (2 * d * d),
-    )  # tokens of all blocks
+    of_self = base.self_projections / (4 * d * d)  # tokens of all blocks, here and below
+    of_cross = base.cross_projections / (2 * d * d)
     of_text = base.text_projections / (2 * d * d)
     tokens = {  # that pass through adapters of d x d, and of text, whose own gradient is not needed
         "to_q": (of_self + of_cross, 0),

@@ -18,8 +18,8 @@ import numpy as np
 
 from sora_train.log import every_few_seconds, log
 from sora_train.provenance import usable_cores
-from sora_train.quickstart.measure import ORACLE_BAR, SEEDS, VERDICTS
-from sora_train.quickstart.oracle import Verdict, accuracy, classify, prompt_accuracy
+from sora_train.quickstart.measure import SEEDS, VERDICTS, check_oracle
+from sora_train.quickstart.oracle import Verdict, classify, prompt_accuracy
 from sora_train.quickstart.run import clips, find_recipe, is_sampled, remove_samples, stage
 from sora_train.quickstart.shapes import COLOURS, DIRECTIONS, SHAPES, Scene, all_scenes, draw
 from sora_train.recipe import load_recipe
@@ -108,10 +108,7 @@ def measure(run_folder: Path, final: Path, pairs: Sequence[tuple[Scene, int]] | 
     pairs = samples() if pairs is None else pairs
     truth = all_scenes()
     real = [draw(scene, np.random.default_rng((98, i)), from_middle=True) for i, scene in enumerate(truth)]
-    own = accuracy(real, truth)
-    log.info(f"  the oracle reads {own:.1%} of {len(real)} real clips correctly; at least {ORACLE_BAR:.0%} is needed")
-    if own < ORACLE_BAR:
-        raise RuntimeError(f"the oracle reads only {own:.1%} of real clips correctly: its verdicts mean nothing")
+    own = check_oracle(real, truth)
     entries = json.loads((final / VERDICTS).read_text(encoding="utf-8"))
     kept = [entry.pop("psnr") for entry in entries]
     shares = prompt_accuracy([Verdict(**entry) for entry in entries], [scene for scene, _ in pairs])

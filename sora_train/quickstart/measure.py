@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from sora_train.log import log
 from sora_train.quickstart.oracle import Verdict, accuracy, classify, prompt_accuracy
-from sora_train.quickstart.shapes import FPS, SHAPES, Scene, all_scenes, draw
+from sora_train.quickstart.shapes import COLOURS, FPS, SHAPES, Scene, all_scenes, draw
 from sora_train.sample import Run, generate_each
 from sora_train.sample.generate import Progress
 from sora_train.storage import atomic_write_text
@@ -46,10 +46,7 @@ def measure_samples(clips_folder: Path, run_folder: Path, final: Path) -> dict:
     Writes the results to obedience.json.
     """
     videos, truth = real_clips(clips_folder)
-    own = accuracy(videos, truth)
-    log.info(f"  the oracle reads {own:.1%} of {len(videos)} real clips correctly; at least {ORACLE_BAR:.0%} is needed")
-    if own < ORACLE_BAR:
-        raise RuntimeError(f"the oracle reads only {own:.1%} of real clips correctly: its verdicts mean nothing")
+    own = check_oracle(videos, truth)
     listing = json.loads((final / "samples.json").read_text(encoding="utf-8"))
     shown = scenes_by_caption()
     verdicts = read_verdicts(final)
@@ -58,6 +55,17 @@ def measure_samples(clips_folder: Path, run_folder: Path, final: Path) -> dict:
     (run_folder / "obedience.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     log.info(f"  {run_folder / 'obedience.json'}")
     return shares
+
+
+def check_oracle(
+    videos: Sequence[np.ndarray], truth: Sequence[Scene], colours: Mapping[str, tuple[int, int, int]] = COLOURS
+) -> float:
+    """The share of real clips that the oracle reads correctly. Raises RuntimeError if it is too low."""
+    own = accuracy(videos, truth, colours)
+    log.info(f"  the oracle reads {own:.1%} of {len(videos)} real clips correctly; at least {ORACLE_BAR:.0%} is needed")
+    if own < ORACLE_BAR:
+        raise RuntimeError(f"the oracle reads only {own:.1%} of real clips correctly: its verdicts mean nothing")
+    return own
 
 
 def write_verdicts(final: Path, verdicts: Sequence[Verdict]) -> None:

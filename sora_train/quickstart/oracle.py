@@ -22,9 +22,7 @@ AREA = (0.01, 0.4)  # smallest and largest share of the frame that an object cov
 CLEAR_FRAMES = 0.75  # least share of the frames that show one clear object
 OBJECT_OVERLAP = 0.6  # least overlap of an object with its best template; below it is a smear
 SHAPE_OVERLAP, SHAPE_MARGIN = 0.85, 0.02  # least mean overlap of the best template, and its lead over the second
-HUE_MARGIN = (
-    20.0  # degrees; the quickstart's hues are 50 apart, and of closer ones the one nearest to the median counts
-)
+HUE_MARGIN = 20.0  # degrees; the quickstart's hues are 50 apart; of closer ones the nearest to the median counts
 COLOUR_SHARE = 0.7  # least share of the object's inner pixels that agree on a colour
 TRAVEL = 0.15  # least distance over the whole clip, in frame sides
 STRAIGHT = 0.35  # largest sideways motion, as a share of the distance forward

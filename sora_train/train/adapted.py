@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from sora_train.errors import UserError
 from sora_train.lora.adapters import adapter_state, add_adapters, load_adapter_state
 from sora_train.lora.config import LoraConfig
+from sora_train.lora.files import read_lora
 from sora_train.model import ModelConfig, Transformer, build, build_empty
 from sora_train.train.frozen_base import check_base
 from sora_train.train.initial import cannot_start, load_initial
@@ -37,8 +38,6 @@ def initial_adapters(config: ModelConfig, lora: LoraConfig) -> dict[str, Tensor]
 
     Raises UserError if they do not fit the model and the recipe's rank and targets.
     """
-    from sora_train.lora.files import read_lora  # peft takes seconds
-
     with torch.device("meta"):
         model = build(config)
         add_adapters(model, lora)

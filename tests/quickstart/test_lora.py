@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from sora_train.errors import UserError
-from sora_train.quickstart import lora as quickstart
+from sora_train.quickstart import measure as measuring
 from sora_train.quickstart.lora import GROUPS, check_base_run, clips, measure, seven_colours, summary, write_sheet
 from sora_train.quickstart.measure import SEEDS
 from sora_train.quickstart.oracle import Verdict, accuracy, classify
@@ -95,7 +95,7 @@ def test_the_table_tells_new_from_old_and_before_from_after(clips_folder, tmp_pa
 
 
 def test_an_oracle_that_fails_is_not_believed(clips_folder, monkeypatch):
-    monkeypatch.setattr(quickstart, "accuracy", lambda *of: 0.98)
+    monkeypatch.setattr(measuring, "accuracy", lambda *of: 0.98)
     with pytest.raises(RuntimeError, match=r"98\.0%"):
         measure(clips_folder, {})
 

@@ -49,10 +49,8 @@ def check_nodes(nodes: list[NodeInfo]) -> str:
 
 def check_disk(recipe: Recipe, free: int, existing: int) -> str:
     """Space for the kept checkpoints and one being written. `existing` bytes of older ones will be freed."""
-    keep, need = (
-        recipe.train.keep_checkpoints,
-        checkpoint_bytes(recipe.model, recipe.lora) * (recipe.train.keep_checkpoints + 1),
-    )
+    keep = recipe.train.keep_checkpoints
+    need = checkpoint_bytes(recipe.model, recipe.lora) * (keep + 1)
     message = f"{keep} kept checkpoints and one being written take {in_bytes(need)}; {in_bytes(free)} are free"
     if need - existing <= free:
         return message
