@@ -14,6 +14,7 @@ from itertools import pairwise
 
 import cv2
 import numpy as np
+import pyarrow as pa
 
 from data_prep.reasons import ClipError
 from sora_train.data.config import SelectionConfig
@@ -187,6 +188,13 @@ class Duplicates:
             self.hashes = np.concatenate([self.hashes, np.empty_like(self.hashes)], axis=1)
         self.hashes[:, count] = as_uint64(perceptual_hash)
         self.ids.append(sample_id)
+
+    def add_table(self, table: pa.Table) -> None:
+        """Adds clips, in order; `table` has the columns of `resume.HASHES_SCHEMA`."""
+        if self.exact or self.bits is not None:
+            for row in table.to_pylist():
+                span = row.pop("start_s"), row.pop("end_s")
+                self.add(**row, span=span)
 
     def find(self, content_hash: str, perceptual_hash: str, span: tuple[float, float]) -> tuple[str, str] | None:
         """`duplicate` or `near_duplicate`, and the sample_id of the earliest clip like this one; or None."""

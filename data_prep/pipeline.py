@@ -100,13 +100,13 @@ def encode_missing(recipe: Recipe, rows: list[SourceRow], vae: VaeFiles, text: T
     state.remove_stale(data.output)
     shapes = ", ".join(bucket.name for bucket in buckets_of(data))
     log.info(
-        f"prep: {len(rows)} sources, {stats.written} clips already encoded, {len(state.todo)} sources to process; "
+        f"prep: {len(rows)} sources, {stats.written} clips already encoded, {state.pending} sources to process; "
         f"{shapes} at {data.fps:g} fps"
     )
     sink = ShardSink(recipe, key, settings_hash(recipe, key), state)
     try:
         stats.check_limits()
-        if state.todo:
+        if state.pending:
             run_pipeline(recipe, vae, sink)
         stats.check_limits(finished=True)
     finally:
@@ -222,7 +222,6 @@ def build_manifest(
         raise RuntimeError(f"the counts of {data.output} don't add up: {counts}, {len(repeated)} shards repeat clips")
     found = Counter(bucket_of(clip.shard) for clip in clips.values())
     frames, height, width = commonest_shape(found) or data.shapes[0]
-    remarks = Counter(kind for record in state.records.values() for kind in record.remarks)
     return Manifest(
         encoding_hash=key,
         vae=vae.facts(codec, vae.hash),
@@ -238,5 +237,5 @@ def build_manifest(
         empty_tokens=len(empty_text) // 2 // text.width,
         counts=counts,
         reasons=dict(sorted(stats.reasons.items())),
-        remarks=dict(sorted(remarks.items())),
+        remarks=dict(sorted(state.remarks.items())),
     )  # fmt: skip

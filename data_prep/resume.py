@@ -7,7 +7,8 @@ missing. Without these two files sources are opened again, but no clip that the 
 from __future__ import annotations
 
 import io
-from collections.abc import Container
+from collections import Counter
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -29,8 +30,11 @@ STRING, STRINGS = pa.string(), pa.list_(pa.string())
 RECORD = {"source": STRING, "source_size": pa.int64(), "source_version": STRING, "sample_ids": STRINGS,
           "remarks": STRINGS}  # fmt: skip
 SOURCES_SCHEMA = pa.schema({"row_id": STRING} | RECORD)
+HASHES_SCHEMA = pa.schema({"sample_id": STRING, "source": STRING, "content_hash": STRING, "perceptual_hash": STRING,
+                           "start_s": pa.float64(), "end_s": pa.float64()})  # fmt: skip
 PendingSource = tuple[SourceRow, list[str]]
 """A source to open, and the clips of it to skip: `bucket/sample_id`, or `sample_id` in any bucket."""
+ROUND_SOURCES = 100_000
 
 
 @dataclass(slots=True)
@@ -108,11 +112,57 @@ class ResumeState:
     """Clips to remove, by shard: they are repeated, no longer asked for, or their file has changed."""
     records: dict[str, SourceRecord] = field(default_factory=dict)
     """Sources that need no more work, by `row_id`."""
+    remarks: Counter[str] = field(default_factory=Counter)
+    """Sources that need no more work, by the kinds of their remarks."""
 
-    def finish(self, row_id: str, record: SourceRecord) -> None:
-        """Records that a source needs no more work."""
+    @property
+    def pending(self) -> int:
+        """The number of sources to open."""
+        return len(self.todo)
+
+    def rounds(self) -> Iterator[list[PendingSource]]:
+        """Yields the sources to open in the order of the rows, at most ROUND_SOURCES at once."""
+        for begin in range(0, len(self.todo), ROUND_SOURCES):
+            yield self.todo[begin : begin + ROUND_SOURCES]
+
+    def holds(self, sample_id: str) -> bool:
+        """Whether a clip of a source that `rounds` has yielded, and that is not finished, is in the shards."""
+        return sample_id in self.stored
+
+    def known_hashes(self) -> Iterator[pa.Table]:
+        """Yields tables of HASHES_SCHEMA: what duplicates of the clips in the shards look like."""
+        rows = [
+            {"sample_id": sample, "source": clip.source, "content_hash": clip.content_hash,
+             "perceptual_hash": clip.perceptual_hash, "start_s": clip.span[0], "end_s": clip.span[1]}
+            for sample, clip in self.stored.items()
+        ]  # fmt: skip
+        yield pa.Table.from_pylist(rows, HASHES_SCHEMA)
+
+    def finish(self, row_id: str, record: SourceRecord) -> SourceRecord:
+        """Records that a source of `rounds` needs no more work, and discards its stored clips that it no longer has.
+
+        A source that could not be opened has its `row_id` as only clip, and keeps those in the shards. Returns the
+        record to save.
+        """
+        stored = self.stored_of_row.get(row_id, [])
+        if record.sample_ids == [row_id]:
+            record.sample_ids = [*record.sample_ids, *stored]
+        for sample in set(stored) - set(record.sample_ids):
+            if self.holds(sample):
+                self.discard(sample)
+        self.add_finished(row_id, record)
+        return record
+
+    def add_finished(self, row_id: str, record: SourceRecord) -> None:
+        """Counts a source that needs no more work, and its clips."""
         self.stats.asked += len(record.sample_ids)
+        self.remarks.update(record.remarks)
         self.records[row_id] = record
+
+    def discard(self, sample_id: str) -> None:
+        """Marks a clip of the shards, which was counted as written, for removal."""
+        self.mark_stale(sample_id)
+        self.stats.written -= 1
 
     def mark_stale(self, sample_id: str) -> None:
         """Marks a clip of the shards for removal."""
@@ -192,7 +242,7 @@ def _resume_row(row: SourceRow, state: ResumeState, saved: SavedProgress) -> Non
     mine = state.stored_of_row.get(row.row_id, [])
     if row.reason == "missing_file" and mine:  # the clips of a deleted file stay
         clip = state.stored[mine[0]]
-        state.finish(row.row_id, SourceRecord(row.source, clip.source_size, clip.source_version, mine))
+        state.add_finished(row.row_id, SourceRecord(row.source, clip.source_size, clip.source_version, mine))
         return
     if row.reason:
         state.stats.asked += 1
@@ -208,7 +258,7 @@ def _resume_row(row: SourceRow, state: ResumeState, saved: SavedProgress) -> Non
     for failure in failures:
         state.stats.count_failure(failure)
     if len(failures) == len(missing):
-        state.finish(row.row_id, record)
+        state.add_finished(row.row_id, record)
     else:
         state.add_todo(row, [failure["sample_id"] for failure in failures])
 

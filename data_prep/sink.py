@@ -33,8 +33,8 @@ class ShardSink:
         self.state, self.stats = state, state.stats
         self.writers: dict[str, ShardWriter] = {}
         self.duplicates = Duplicates(recipe.selection)
-        for sample, clip in state.stored.items():
-            self.duplicates.add(sample, clip.source, clip.content_hash, clip.perceptual_hash, clip.span)
+        for table in state.known_hashes():
+            self.duplicates.add_table(table)
         self.empty_text = b""
         self.saved_at, self.save_after_s = time.monotonic(), SAVE_EVERY_S
 
@@ -56,8 +56,8 @@ class ShardSink:
                 self._finish_source(row)
                 counts["sources"] += 1
                 continue
-            if row["sample_id"] in self.state.stored:  # in a bucket that it no longer belongs to
-                self._discard(row["sample_id"])
+            if self.state.holds(row["sample_id"]):  # in a bucket that it no longer belongs to
+                self.state.discard(row["sample_id"])
             if self._is_good(row):
                 good.setdefault(row["bucket"], []).append(i)
                 counts["written"] += 1
@@ -94,21 +94,11 @@ class ShardSink:
             self.stats.print_remark(f"{row['source']} {row['remark']}")
         return True
 
-    def _discard(self, sample: str) -> None:
-        """Marks a stored clip as stale and takes it out of the count."""
-        self.state.mark_stale(sample)
-        self.stats.written -= 1
-
     def _finish_source(self, row: dict) -> None:
         """Records a source all of whose clips have come."""
-        stored, asked = self.state.stored_of_row.get(row["row_id"], []), row["asked"]
-        if asked == [row["row_id"]]:  # it could not be opened: its clips in the shards stay
-            asked = [*asked, *stored]
-        for sample in (set(stored) - set(asked)) & self.state.stored.keys():
-            self._discard(sample)
         kinds = sorted(set(remark_kinds(row["remark"] or "")))
         self.stats.opened.add(row["source"])
-        record = SourceRecord(row["source"], row["source_size"], row["source_version"], asked, kinds)
+        record = SourceRecord(row["source"], row["source_size"], row["source_version"], row["asked"], kinds)
         self.state.finish(row["row_id"], record)
 
     def _save(self) -> None:
