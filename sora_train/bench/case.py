@@ -18,12 +18,16 @@ from sora_train.model import Transformer, build
 from sora_train.model.config import PRESETS, ModelConfig
 
 SMALL: dict[str, Any] = {"depth": 2, "width": 32, "heads": 2, "patch": 2, "text_width": 16}
-TINY = {"tiny": SMALL | {"sample_size": 8}, "tiny_wan": SMALL | {"family": "wan", "in_channels": 16}}
-"""Presets for tests of the bench itself."""
+OWN = {
+    "tiny": SMALL | {"sample_size": 8},
+    "tiny_wan": SMALL | {"family": "wan", "in_channels": 16},
+    "wide": {"depth": 8, "width": 3072, "heads": 24, "text_width": 4096},
+}
+"""Presets of the bench itself."""
 
 
 Preset = Literal[
-    "S", "B", "L", "XL", "latte_t2v", "wan2.1_t2v_1.3b", "wan2.1_t2v_14b", "wan2.2_ti2v_5b", "tiny",
+    "S", "B", "L", "XL", "latte_t2v", "wan2.1_t2v_1.3b", "wan2.1_t2v_14b", "wan2.2_ti2v_5b", "wide", "tiny",
     "tiny_wan",
 ]  # fmt: skip
 
@@ -32,7 +36,7 @@ class CaseOptions(BenchOptions):
     """The keys that `bench model` and `bench checkpoint` share."""
 
     presets: tuple[Preset, ...] = ("S",)
-    """Model sizes; tiny and tiny_wan only test the bench."""
+    """Model sizes; wide has 8 blocks of width 3072. tiny and tiny_wan only test the bench."""
     batch: PositiveInt = 1
     """Clips per step."""
     text_tokens: PositiveInt = 120
@@ -63,6 +67,8 @@ class Case:
     batch: int
     text_tokens: int
     device: str
+    heads: int = 0
+    """0: those of the preset."""
 
     def __post_init__(self) -> None:
         """RecipeError if torch doesn't have the device, or the preset no such attention or shape."""
@@ -78,9 +84,10 @@ class Case:
 
     @property
     def model(self) -> ModelConfig:
-        keys: dict[str, Any] = TINY.get(self.preset) or {"preset": self.preset, **PRESETS[self.preset]}
+        keys: dict[str, Any] = OWN.get(self.preset) or {"preset": self.preset, **PRESETS[self.preset]}
         # sample_size may stay: positions are interpolated from it
-        return replace(ModelConfig(**keys), attention=self.attention)  # pyright: ignore[reportArgumentType]
+        config = ModelConfig(**keys)
+        return replace(config, attention=self.attention, heads=self.heads or config.heads)  # pyright: ignore[reportArgumentType]
 
     @property
     def is_in_diffusers(self) -> bool:
@@ -96,7 +103,9 @@ class Case:
     def __str__(self) -> str:
         checkpointing = "" if self.checkpointing == "none" else f", {self.checkpointing} checkpointing"
         shape = "x".join(map(str, self.shape))
-        return f"{self.preset} {self.attention} {shape} batch {self.batch} {self.dtype} on {self.device}{checkpointing}"
+        heads = f", {self.heads} heads" if self.heads else ""
+        where = f"batch {self.batch} {self.dtype} on {self.device}"
+        return f"{self.preset} {self.attention}{heads} {shape} {where}{checkpointing}"
 
 
 def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:

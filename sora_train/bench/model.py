@@ -13,6 +13,7 @@ from itertools import product
 from typing import Any, Literal
 
 import torch
+from pydantic import NonNegativeInt
 from torch import Tensor, nn
 
 from sora_train.bench.case import Case, CaseOptions, inputs, relative, seeded, size_of
@@ -30,12 +31,14 @@ class Options(CaseOptions):
 
     attention: tuple[Literal["factorised", "joint"], ...] = ("factorised",)
     """Attention of our model; diffusers has factorised only."""
+    heads: tuple[NonNegativeInt, ...] = (0,)
+    """Attention heads of our model, such as 16 9; 0: those of the preset."""
     shapes: tuple[str, ...] = ("16x256x256",)
     """Frames, height and width of clips in pixels."""
     dtypes: tuple[Literal["fp32", "bf16"], ...] = ()
     """Of weights and arithmetic; if not given, bf16 on a GPU, else fp32."""
     compile: tuple[Literal["no", "yes"], ...] = ("no",)
-    """torch.compile; takes minutes for each shape."""
+    """torch.compile of each block; takes up to a minute for each shape."""
     checkpointing: tuple[Literal["none", "selective", "full"], ...] = ("none",)
     """Activation checkpointing; diffusers uses none for selective."""
     alone: bool = False
@@ -44,20 +47,21 @@ class Options(CaseOptions):
 
 def cases(options: Options) -> Iterator[Case]:
     """Every combination of the flags."""
-    for preset, attention, shape, dtype, checkpointing in product(
-        options.presets, options.attention, options.shapes, options.dtypes or [options.dtype], options.checkpointing
-    ):
-        yield Case(
-            preset, attention, size_of(shape), dtype, checkpointing, options.batch, options.text_tokens, options.device
-        )
+    for preset, attention, heads, shape, dtype, checkpointing in product(
+        options.presets, options.attention, options.heads, options.shapes, options.dtypes or [options.dtype],
+        options.checkpointing,
+    ):  # fmt: skip
+        yield Case(preset, attention, size_of(shape), dtype, checkpointing, options.batch, options.text_tokens,
+                   options.device, heads)  # fmt: skip
 
 
 class TrainingStep:
-    """A model, its AdamW and one batch. `weights` is a folder in diffusers' format; empty: from a seed."""
+    """A model, its AdamW and one batch. `weights` is a folder in diffusers' format; empty: random ones."""
 
     def __init__(self, case: Case, diffusers: bool, compiled: bool, weights: str = "") -> None:
         device, self.dtype = torch.device(case.device), DTYPES[case.dtype]
-        model, self.run = (load_diffusers if diffusers else load_ours)(case, compiled, weights)
+        with torch.device(device):  # random weights are then drawn there, which is faster
+            model, self.run = (load_diffusers if diffusers else load_ours)(case, compiled, weights)
         self.model = model.to(device, self.dtype).train()
         self.adam = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         self.inputs = tuple(x.to(device) for x in inputs(case))
@@ -114,12 +118,15 @@ def load_ours(case: Case, compiled: bool, weights: str) -> Network:
 
 
 def load_diffusers(case: Case, compiled: bool, weights: str) -> Network:
-    """diffusers' model. Its axes are `b c f h w`.
+    """diffusers' model, compiled block by block as ours is. Its axes are `b c f h w`.
 
     A Latte's mask is an additive bias for every frame; a Wan takes text with zeros up to its number of tokens.
     """
     from diffusers import LatteTransformer3DModel, WanTransformer3DModel
     from diffusers.utils import logging
+
+    from sora_train.model.convert_latte import latte_settings
+    from sora_train.model.convert_wan import wan_settings
 
     logging.set_verbosity_error()
 
@@ -132,13 +139,20 @@ def load_diffusers(case: Case, compiled: bool, weights: str) -> Network:
         text = nn.functional.pad(text.masked_fill(~mask[..., None], 0), zeros)
         return model(x.transpose(1, 2), t, text, return_dict=False)[0].transpose(1, 2)
 
-    if case.model.family == "wan":
-        call, model = call_wan, WanTransformer3DModel.from_pretrained(weights)
+    wan = case.model.family == "wan"
+    kind: Any = WanTransformer3DModel if wan else LatteTransformer3DModel
+    if weights:
+        model = kind.from_pretrained(weights, low_cpu_mem_usage=wan)  # a Wan keeps some parts in float32
     else:
-        call, model = call_latte, LatteTransformer3DModel.from_pretrained(weights, low_cpu_mem_usage=False)
+        settings = wan_settings(case.model) if wan else latte_settings(case.model, case.shape[0], padded=False)
+        model = kind.from_config(settings)
     if case.checkpointing == "full":
         model.enable_gradient_checkpointing()
-    return model, partial(torch.compile(call, dynamic=False)) if compiled else call
+    if compiled:
+        for module in model.modules():
+            if type(module).__name__.endswith("TransformerBlock"):
+                module.compile(fullgraph=True, dynamic=False)
+    return model, call_wan if wan else call_latte
 
 
 def bench(options: Options) -> list[Table]:
@@ -181,19 +195,30 @@ def measure(case: Case, options: Options, compare: bool) -> tuple[list[Row], lis
     for name, difference in differences.items():
         if difference > TOLERANCE[case.dtype]:
             errors[name] = f"its output differs from {reference}'s by {difference:.2g}, so it is not timed"
-    times, more = interleave({name: steps[name].turn for name in outputs if name not in errors}, options.rounds)
+    turns = {name: steps[name].turn for name in outputs if name not in errors}
+    first, more = interleave(turns, 1, warm_up=0)
+    errors |= more
+    times, more = interleave({name: turns[name] for name in first}, options.rounds, warm_up=0)
     errors |= more
     on_gpu = torch.device(case.device).type == "cuda"
     memory, more = interleave({name: steps[name].memory for name in times if on_gpu}, 1, warm_up=0)
     errors |= more
     base = [turn["step_s"] for turn in times.get("diffusers", [])]
-    rows = [row_of(case, name, each, base, differences[name], memory.get(name, [None])[0])
-            for name, each in times.items()]  # fmt: skip
+    rows = [
+        row_of(case, name, each, base, differences[name], memory.get(name, [None])[0], first[name][0]["step_s"])
+        for name, each in times.items()
+    ]
     return rows, [f"{name}: {error}" for name, error in errors.items()]
 
 
 def row_of(
-    case: Case, name: str, each: list[dict[str, float]], base: list[float], difference: float, memory: float | None
+    case: Case,
+    name: str,
+    each: list[dict[str, float]],
+    base: list[float],
+    difference: float | None,
+    memory: float | None,
+    first_s: float,
 ) -> Row:
     """The row of a variant: its times and the rates that follow from them."""
     (f, h, w), model = case.latents, case.model
@@ -204,6 +229,7 @@ def row_of(
     return {
         "model": case.preset,
         "attention": case.attention,
+        "heads": model.heads,
         "shape": "x".join(map(str, case.shape)),
         "batch": case.batch,
         "dtype": case.dtype,
@@ -214,6 +240,7 @@ def row_of(
         "tflops": flops / 1e12,
         "mfu": flops / peak if peak else None,
         "memory_gb": memory,
+        "first_step_s": first_s,
         # by turn, so changes in the machine's speed cancel
         "times diffusers": spread([b / turn["step_s"] for b, turn in zip(base, each, strict=False)]) if base else None,
         "difference": difference,
