@@ -257,6 +257,10 @@ def check(recipe: Recipe) -> list[str]:
         )
     if not all(0 <= beta < 1 for beta in train.betas):
         wrong.append(f"train.betas are {train.betas}; both must be at least 0 and below 1")
+    if train.profile and train.profile[0] > train.steps:
+        wrong.append(
+            f"train.profile begins at step {train.profile[0]} and train.steps is {train.steps}; use an earlier step"
+        )
     wrong += contradictions(train)
     return wrong
 

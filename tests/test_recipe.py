@@ -111,6 +111,7 @@ def test_overrides_lie_over_the_file_and_leave_the_rest(tmp_path: Path) -> None:
         ("nonsense: 7", "known are name, data, selection, prep, codec"),
         ("train: {zero_stage: 4}", "train.zero_stage is 4; choices: 0, 1, 2 or 3"),
         ("train: {steps: many}", "train.steps is 'many'; it should be a valid integer"),
+        ("train: {steps: 5, profile: [9, 2]}", "train.profile begins at step 9 and train.steps is 5"),
         ("train: {steps: -3}", "train.steps is -3; it should be greater than 0"),
         ("train: {steps: 1:30}", "train.steps is '1:30'; it should be a valid integer"),
         ("data: {stride_s: 1e-9}", "data.stride_s is 1e-09; it must be at least 0.001, or 0"),

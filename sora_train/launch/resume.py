@@ -48,7 +48,8 @@ CLIP_KEYS = (
 
 FREE_KEYS = ("model.init_from", "model.preset", "lora.init_from")
 """Exceptions: the keys that the preset stands for are compared."""
-UNREPORTED_KEYS = ("name", "data.", "prep.", "codec.", "tracking.", "train.output", "cluster.address", *FREE_KEYS)
+PATHS = ("train.output", "train.profile", "cluster.address")
+UNREPORTED_KEYS = ("name", "data.", "prep.", "codec.", "tracking.", *PATHS, *FREE_KEYS)
 """Keys of paths and display. A change of any other key, and of `CLIP_KEYS`, is written as an event of the run."""
 
 

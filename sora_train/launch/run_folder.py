@@ -103,7 +103,8 @@ def check_some_complete(run: Path) -> None:
 def remove_run(run: Path) -> None:
     """Removes what a run wrote, and nothing else: no shards and no files of others."""
     checkpoints = checkpoint.step_folders(run / "checkpoints")
-    for path in (*checkpoints, *run.glob("checkpoints/damaged_step_*"), *run.glob("samples/step_*"), run / "trained"):
+    samples, damaged = run.glob("samples/step_*"), run.glob("checkpoints/damaged_step_*")
+    for path in (*checkpoints, *damaged, *samples, run / "trained", run / "profile"):
         shutil.rmtree(path, ignore_errors=True)
     for name in RUN_FILES:
         (run / name).unlink(missing_ok=True)

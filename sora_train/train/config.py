@@ -84,6 +84,9 @@ class TrainConfig(Section):
     It returns to a checkpoint and skips those batches."""
     guard_max_rollbacks: NonNegativeInt = 2
     """Maximum number of rollbacks; one more stops the run with a message."""
+    profile: tuple[PositiveInt, PositiveInt] | None = None
+    """Steps to profile on rank 0: the first one, and how many. Such as `[20, 3]`.
+    Writes torch's trace, a table by part and, on GPUs, a snapshot of the memory into the run's folder `profile`."""
     deepspeed: dict[str, Any] = {}
     """Additional keys of DeepSpeed's own configuration.
     For instance `{zero_optimization: {overlap_comm: true}}`."""

@@ -33,6 +33,7 @@ from sora_train.train.frozen_base import with_base
 from sora_train.train.hardware import memory_gb, peak_flops
 from sora_train.train.initial import make_model
 from sora_train.train.metrics import Tally
+from sora_train.train.profile import StepProfiler
 from sora_train.train.run_dir import RunDir
 from sora_train.train.skipped_blocks import add_zero_gradients
 from sora_train.train.state import State, with_clips
@@ -104,8 +105,12 @@ def train(
     peak, compiled = peak_flops(device, config.precision == "bf16"), set[tuple[str, int]]()
     tally, losses_since_save = Tally(), list[float]()
     save_requested = False
+    profiler = StepProfiler(*config.profile, run_dir, device) if config.profile and rank == 0 else None
     try:
         while state.step < config.steps:
+            if profiler is not None:
+                profiler.begin(state.step + 1)
+
             # fetch
             number, micro_batches = tally.wait(partial(next, data))
             taken, rate, step = batch(order, number), learning_rate(config, state.step), state.step + 1
@@ -196,6 +201,8 @@ def train(
                 break
     finally:
         data.close()
+    if profiler is not None:
+        profiler.close()
     run_dir.wait()
     return "" if state.step == config.steps else f"asked to leave at step {state.step}"
 
