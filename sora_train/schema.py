@@ -8,6 +8,7 @@ To add a column to the shards, see `data_prep/schemas.py`.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,6 +156,11 @@ def bucket_size(bucket: str) -> tuple[int, int, int]:
     """Frames, height and width from a bucket's name."""
     frames, height, width = (int(number) for number in bucket.split("x"))
     return frames, height, width
+
+
+def holdout_hash(source: str) -> int:
+    """64 bits of a source's name. The source is held out if they are below `data.holdout_fraction` of 2⁶⁴."""
+    return int.from_bytes(hashlib.blake2b(f"holdout\0{source}".encode(), digest_size=8).digest(), "little")
 
 
 def shard_files(folder: str) -> list[str]:

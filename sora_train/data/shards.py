@@ -22,10 +22,19 @@ from numpy.typing import NDArray
 from pyarrow import fs
 
 from sora_train.data.config import image_ratio_error
-from sora_train.data.order import WINDOW_GROUPS, Bucket, SampleOrder, stable_hash
+from sora_train.data.order import WINDOW_GROUPS, Bucket, SampleOrder
 from sora_train.errors import UserError
 from sora_train.manifest import Manifest
-from sora_train.schema import ENCODING_KEY, SHARD_SCHEMA, Clips, bucket_of, bucket_size, decode_rows, shard_files
+from sora_train.schema import (
+    ENCODING_KEY,
+    SHARD_SCHEMA,
+    Clips,
+    bucket_of,
+    bucket_size,
+    decode_rows,
+    holdout_hash,
+    shard_files,
+)
 from sora_train.storage import resolve
 
 Split = Literal["train", "holdout"]
@@ -246,7 +255,7 @@ class ShardSet:
 
 def is_held_out(source: str, fraction: float) -> bool:
     """Whether a source is held out, by its name alone, so clips of one video stay in one split."""
-    return stable_hash("holdout", source) < fraction * 2**64
+    return holdout_hash(source) < fraction * 2**64
 
 
 @contextmanager

@@ -1,8 +1,6 @@
 """Videos whose frames carry their own number, so a test can tell which frame it got."""
 
-import os
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -107,41 +105,6 @@ def _number_of() -> Callable[[np.ndarray], int]:
 def local_ray(one_ray) -> None:
     """A Ray of this machine with two logical CPUs; tests that share it tell their runs apart by name."""
     one_ray.start({}, num_cpus=2, _system_config={"metrics_report_interval_ms": 1000})
-
-
-@pytest.fixture(scope="session")
-def s3_server() -> Iterator[str]:
-    """Address of an S3-compatible server on loopback."""
-    import logging
-
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line per request
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A fresh bucket as `s3://NAME`, by environment variables, which processes started later inherit."""
-    from pyarrow import fs
-
-    for name in [name for name in os.environ if name.startswith("AWS_") and name != "AWS_CA_BUNDLE"]:
-        monkeypatch.delenv(name)
-    for name, value in {
-        "AWS_ENDPOINT_URL": s3_server,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():
-        monkeypatch.setenv(name, value)
-    bucket = f"clips-{uuid.uuid4().hex[:12]}"
-    fs.S3FileSystem(endpoint_override=s3_server, allow_bucket_creation=True).create_dir(bucket)
-    return f"s3://{bucket}"
 
 
 @pytest.fixture
