@@ -1,7 +1,6 @@
 """Filters: skip clips that are black, frozen, too still, too lively, blurred or duplicates; and find scene cuts.
 
-To add a filter: a key in `SelectionConfig` (`sora_train/data/config.py`), a reason in `reasons.FILTERED`, and its check
-in `check_pixels`. A filter that needs no pixels belongs in `video.clips.Source.plan_clips`.
+docs/architecture.md says how to add one. A filter that needs no pixels belongs in `video.clips.Source.plan_clips`.
 
 Black and frozen follow FFmpeg's blackdetect and freezedetect; motion is DIS optical flow (Kroeger et al. 2016,
 arXiv:1603.03590, OpenCV's implementation); cuts are PySceneDetect's; the perceptual hash is ImageHash's `phash`.
@@ -121,7 +120,7 @@ def scene_spans(path: str, threshold: float, alive: Callable[[], None] = lambda:
 
     Every frame that PySceneDetect scores `threshold` or more against the one before is a cut, even directly after
     another cut; slow dissolves are not found. It reads the whole video and calls `alive` at each frame. If a file
-    breaks off, the last span reaches to the end that its container promises, so the missing clips get a reason. Raises
+    ends early, the last span reaches to the end that its container promises, so the missing clips get a reason. Raises
     ClipError `unreadable`, `no_video_stream` or `too_large`, and `corrupt` if no frame decodes.
     """
     import av

@@ -45,7 +45,7 @@ def _read(decoder: Decoder, name: str, key: str) -> GivenFrames:
         if still and key == "--video":
             raise UserError(f"{shown} is an image. Use --image", code="given")
         plan = decoder.plan_clips(str(path))
-        if not plan.still and key != "--video":
+        if not plan.is_image and key != "--video":
             use = "--video continues its last frames" if key == "--image" else IMAGES
             raise UserError(f"{shown} is a video or an animation. {use}", code="given")
         clip = decoder.read(str(path), _last_span(plan), "")
@@ -75,7 +75,7 @@ def _check_file(name: str, key: str) -> Path:
 def _last_span(plan: ClipPlan) -> ClipSpan:
     """The span of the clip that ends with the source."""
     bucket = plan.spans[0].bucket
-    start = 0.0 if plan.still else max(0.0, round(plan.seconds - bucket.seconds, 6))
+    start = 0.0 if plan.is_image else max(0.0, round(plan.seconds - bucket.seconds, 6))
     return ClipSpan(start, round(start + bucket.seconds, 6), bucket)
 
 

@@ -1,4 +1,7 @@
-"""The reasons why a clip is not in the shards, and the remarks on sources. A new filter adds its reason here."""
+"""The reasons why a clip is not in the shards, and the remarks on sources. A new filter adds its reason here.
+
+`quarantine.parquet` lists the clips of both kinds: those that failed (QUARANTINED) and those that were skipped.
+"""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class ClipPlan:
     width: int
     height: int
     seconds: float
-    still: bool
+    is_image: bool
     remark: str
     frames_per_second: float = 0.0
 
@@ -55,7 +55,7 @@ class Clip:
 
 
 class Source:
-    """One opened file: its clips' spans, and their frames, read fastest in rising order.
+    """One opened file: its clips' spans, and their frames. Reading in order of time is fastest.
 
     `alive` is called now and then while reading takes long.
     """
@@ -79,7 +79,7 @@ class Source:
         return self._header
 
     def plan_clips(self, headers_only: bool = False) -> ClipPlan:
-        """Its spans. Raises ClipError `too_short`, `too_long`, `too_small` or `crosses_cut`."""
+        """Plans the spans of its clips. Raises ClipError `too_short`, `too_long`, `too_small` or `crosses_cut`."""
         width, height = (self.image.width, self.image.height) if self.image else self.header.display_size
         if min(width, height) < (least := self.selection.min_side):
             raise ClipError(
@@ -97,8 +97,10 @@ class Source:
 
             scenes = scene_spans(self.path, self.selection.scene_threshold, self.alive)
         holes = () if headers_only else self.holes()
-        apart = ("crosses_cut", "scenes") if len(scenes) > 1 else ("too_short", "stretches between holes")
-        spans = clip_spans(subtract(scenes, holes), seconds, self.header, self.data, apart)
+        reason, part = "too_short", "stretches between holes"
+        if len(scenes) > 1:
+            reason, part = "crosses_cut", "scenes"
+        spans = clip_spans(subtract(scenes, holes), seconds, self.header, self.data, reason, part)
         lost, count = sum(end - start for start, end in holes), f"{len(holes)} hole{'s' * (len(holes) > 1)}"
         gaps = f"holes: no clips of {count} in its timestamps, {lost:.1f} s in all" if holes else ""
         remark = "; ".join(filter(None, (*self.header.remarks, gaps)))
@@ -111,7 +113,9 @@ class Source:
             self.timeline()  # corrects the header
         seconds = self.header.container_duration_s
         restarts = self._timeline is not None and self._timeline.jumps_back
-        if restarts or not shortest.is_filled_by(seconds - self.data.start_s):  # too short may mean unknown
+        if restarts or not shortest.is_filled_by(
+            seconds - self.data.start_s
+        ):  # a short one may mean that the container states none
             seconds = max(seconds, self.timeline().end)
         low, high = self.selection.min_seconds, self.selection.max_seconds
         if seconds < low:
@@ -124,13 +128,14 @@ class Source:
         """When a video's frames are shown, read once. A hole is at least as long as the shortest clip."""
         if self._timeline is None:
             hole_s = min((b.seconds for b in buckets_of(self.data) if b.frames > 1), default=float("inf"))
-            if not self.data.stride_s:  # decord reads no further clips
+            if not self.data.stride_s:  # decord is used only for a video's single clip
                 self._packets = PacketCheck(self.header)
             on_packet = self._packets.add if self._packets else lambda stream, packet: None
             timeline = read_timeline(self.path, self.header, hole_s, self.alive, on_packet)
-            promised, end = self.header.container_duration_s, timeline.end
-            # FLV and NUT may count from 0. NUT and MPEG-PS leave out what follows the last timestamp.
-            if end > promised or abs(promised - timeline.start_s - end) <= DURATION_ROUNDING_S:
+            declared, end = self.header.container_duration_s, timeline.end
+            # FLV and NUT may count it from 0, not from the first timestamp. NUT and MPEG-PS leave out what follows
+            # the last timestamp.
+            if end > declared or abs(declared - timeline.start_s - end) <= DURATION_ROUNDING_S:
                 self._header = replace(self.header, container_duration_s=end)
             self._timeline = timeline
         return self._timeline
@@ -145,35 +150,35 @@ class Source:
         """The holes in a video's timestamps, in seconds since the first frame that can be decoded."""
         timeline = self.timeline()
         start = self.reader().first_timestamp() if timeline.holes else None
-        late = 0.0 if start is None else start - timeline.start_s
-        return tuple((begin - late, end - late) for begin, end in timeline.holes)
+        offset_s = 0.0 if start is None else start - timeline.start_s
+        return tuple((begin - offset_s, end - offset_s) for begin, end in timeline.holes)
 
     def read(self, span: ClipSpan, seed: str) -> Clip:
         """One clip; `seed` fixes its random crop and flip. Raises ClipError."""
         from data_prep.filters import check_pixels, perceptual_hash
 
-        place, mirrored = random_crop_and_flip(seed, self.data)
+        crop_position, flip = random_crop_and_flip(seed, self.data)
         if self.image:
             image = read_image(self.path, max(span.bucket.height, span.bucket.width))
-            frames = resize_to_bucket(image, span.bucket, 1.0, place, mirrored)[None]
+            frames = resize_to_bucket(image, span.bucket, 1.0, crop_position, flip)[None]
         else:
             reader = self.reader()
 
             def transform(frame: np.ndarray) -> np.ndarray:
-                return resize_to_bucket(frame, span.bucket, reader.pixel_aspect, place, mirrored)
+                return resize_to_bucket(frame, span.bucket, reader.pixel_aspect, crop_position, flip)
 
             frames = self.read_frames(span, transform)
         check_pixels(frames, span.bucket.fps, self.selection)
         return Clip(frames, self.content_hash(), perceptual_hash(frames), self.remark())
 
     def read_frames(self, span: ClipSpan, transform: Transform) -> np.ndarray:
-        """A video clip's frames by decord, or by PyAV if decord may not read them. Raises ClipError."""
-        due, reader = span.start_s + span.bucket.times(), self.reader()
+        """A video clip's frames by decord, or by PyAV if decord is not trusted with the file. Raises ClipError."""
+        times, reader = span.start_s + span.bucket.times(), self.reader()
         try:
-            frames = self.decord_reader().frames(due, transform)
+            frames = self.decord_reader().frames(times, transform)
         except NotOrdinaryError:
-            frames = reader.frames(due, transform)
-        if len(frames) < len(due):
+            frames = reader.frames(times, transform)
+        if len(frames) < len(times):
             if not reader.end:
                 raise ClipError("corrupt", "no frame of it decodes")
             check_length(reader.end, self.header, span)
@@ -188,14 +193,14 @@ class Source:
         return DecordReader(self.path, self.header, self._packets.times())
 
     def remark(self) -> str:
-        """Remarks on a video, once: what it signals and is not applied, and an end before that of the header."""
+        """Remarks on a video, once: properties that are not applied, and an end before the one its header states."""
         if self._header is None or self._remark_given:
             return ""
         self._remark_given = True
         end = (self._reader.end if self._reader else 0.0) or self.timeline().end
-        promised, remarks = self.header.container_duration_s, [*self.header.remarks]
-        if end and promised - end > max(MISSING_S, MISSING_SHARE * promised):
-            remarks.append(f"breaks_off: breaks off at {end:.1f} s of {promised:.1f} s, and clips before it are kept")
+        declared, remarks = self.header.container_duration_s, [*self.header.remarks]
+        if end and declared - end > max(MISSING_S, MISSING_SHARE * declared):
+            remarks.append(f"breaks_off: ends early, at {end:.1f} s of {declared:.1f} s, and clips before it are kept")
         return "; ".join(remarks)
 
     def content_hash(self) -> str:
@@ -211,7 +216,7 @@ class Source:
 
 
 def subtract(scenes: list[tuple[float, float]], holes: tuple[tuple[float, float], ...]) -> list[tuple[float, float]]:
-    """The parts of the scenes outside all holes; both rise."""
+    """The parts of the scenes outside all holes; both lists are in order of time."""
     stretches = []
     for begin, end in scenes:
         for start, stop in holes:
@@ -223,19 +228,19 @@ def subtract(scenes: list[tuple[float, float]], holes: tuple[tuple[float, float]
 
 
 def clip_spans(
-    scenes: list[tuple[float, float]], seconds: float, header: Header, data: DataConfig, apart: tuple[str, str]
+    scenes: list[tuple[float, float]], seconds: float, header: Header, data: DataConfig, reason: str, part: str
 ) -> tuple[ClipSpan, ...]:
     """Clips every `data.stride_s` from `data.start_s` on, counted from the start of each scene.
 
-    Raises ClipError if there is none. If all of several scenes are too short, `apart` is the reason and the name of
-    such scenes.
+    Raises ClipError if there is none. If all of several scenes are too short, `reason` is its reason, and `part` what
+    its message calls them.
     """
-    most = 1 if not data.stride_s else data.clips_per_video or None
+    max_clips = 1 if not data.stride_s else data.clips_per_video or None
     spans: list[ClipSpan] = []
     refusal: ClipError | None = None
     for begin, end in scenes:
         begin, step = max(begin, data.start_s), 0
-        while most is None or len(spans) < most:
+        while max_clips is None or len(spans) < max_clips:
             start = round(begin + step * data.stride_s, 6)
             try:
                 bucket = choose_bucket(buckets_of(data), *header.display_size, end - start, data.max_enlarge)
@@ -251,7 +256,7 @@ def clip_spans(
     assert refusal is not None
     if refusal.reason == "too_short" and len(scenes) > 1 and data.start_s < seconds:
         longest = max(end - begin for begin, end in scenes)
-        raise ClipError(apart[0], f"has {len(scenes)} {apart[1]}, the longest of {longest:.2f} s; {refusal.message}")
+        raise ClipError(reason, f"has {len(scenes)} {part}, the longest of {longest:.2f} s; {refusal.message}")
     if data.start_s:
         where = f"data.start_s is {data.start_s:g}, of {seconds:.2f} s; after it, the video"
         raise ClipError(refusal.reason, f"{where} {refusal.message}")

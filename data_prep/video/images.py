@@ -22,8 +22,8 @@ from data_prep.video.damage import jpeg_damage, zero_run
 from data_prep.video.probe import check_size
 from data_prep.video.readers import on_black
 
-ORIENTATION = 0x0112  # of EXIF: 5 to 8 are on their side
-RAW_MJPEG = {".mjpeg", ".mjpg"}  # JPEGs one after the other; other files may begin like them and append a picture
+ORIENTATION = 0x0112  # of EXIF: 5 to 8 are rotated by 90°
+RAW_MJPEG = {".mjpeg", ".mjpg"}  # JPEGs one after the other; other files also begin with a JPEG and append more images
 SRGB_GAMMA = 1 / 2.2  # as a PNG names it
 STARTS = {
     b"\xff\xd8\xff": "JPEG",
@@ -67,7 +67,7 @@ def read_image_header(path: str) -> ImageHeader:
         count = getattr(image, "n_frames", 1) if image.format in ("TIFF", "WEBP") else 1
         if count > 1 and image.format == "WEBP":
             raise ClipError("unreadable", "is an animated WebP, which is not read; convert it to mp4, webm or gif")
-        remarks = [f"pages: the first of its {count} pictures"] if count > 1 else []
+        remarks = [f"pages: the first of its {count} images"] if count > 1 else []
         if image.info.get("icc_profile") and srgb_converter(image) is None:
             remarks.append("icc_profile: has an ICC profile that can't be applied")
         if colours := unapplied_colours(path, image):
@@ -178,4 +178,4 @@ def open_image(path: str) -> Iterator[Image.Image]:
     except ClipError:
         raise
     except (OSError, SyntaxError, ValueError, EOFError, UnidentifiedImageError) as error:
-        raise ClipError("corrupt", f"the {kind} is damaged or breaks off: {error}") from None
+        raise ClipError("corrupt", f"the {kind} is damaged or ends early: {error}") from None

@@ -16,6 +16,7 @@ from torch import Tensor
 from sora_train.codec import DTYPES, CodecConfig
 from sora_train.codec.conventions import clean
 from sora_train.codec.files import TextFiles, check_complete, damaged_file_errors, find_text_encoder
+from sora_train.codec.imports import without_torchao
 from sora_train.codec.memory import give_back, is_out_of_memory
 from sora_train.errors import one_line
 
@@ -138,6 +139,7 @@ class TextEncoder:
         return hidden.float().cpu()
 
 
+@without_torchao()
 def load_text_encoder(
     name: str,
     max_tokens: int = 120,
@@ -184,6 +186,7 @@ def text_encoder_of(codec: CodecConfig, device: str | torch.device = "cpu", batc
     return load_text_encoder(codec.text, codec.max_tokens, device, dtype, codec.models, batch, codec.caption_cleaning)
 
 
+@without_torchao()
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Loads a tokenizer from `tokenizer.json`, or else from T5's `spiece.model`."""
     from transformers import AutoTokenizer, T5Tokenizer

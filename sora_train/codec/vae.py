@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sora_train.codec import DTYPES, CodecConfig
 from sora_train.codec.files import VaeFiles, check_complete, damaged_file_errors, find_vae
+from sora_train.codec.imports import without_torchao
 from sora_train.codec.memory import give_back, is_out_of_memory
 from sora_train.errors import UserError
 from sora_train.latent_shape import shape_errors
@@ -194,6 +195,7 @@ class Vae:
         return True
 
 
+@without_torchao()
 def load_vae(
     name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, models: str = ""
 ) -> Vae:

@@ -21,7 +21,7 @@ MAX_PSNR = 100.0  # of frames that are equal, whose PSNR is infinite
 
 
 def measure_given(
-    run: Run, ask: ValidationConfig, folder: str, count: int, tell: Progress, remark: Callable[[str], None]
+    run: Run, config: ValidationConfig, folder: str, count: int, report: Progress, remark: Callable[[str], None]
 ) -> Figures:
     """Samples captions of held-out clips with and without the clips' first frames, from the same noise.
 
@@ -34,12 +34,12 @@ def measure_given(
     if not places:
         return {}
     frames = 1 + (run.recipe.conditioning.frames - 1) * manifest.vae.time_factor
-    starts = [video[:frames] for video in real_videos(run, shards, places, partial(tell, "given frames"))]
+    starts = [video[:frames] for video in real_videos(run, shards, places, partial(report, "given frames"))]
     prompts, embeddings = captions_of(run, shards, places)
-    ask_for = (run, prompts, range(ask.seed, ask.seed + len(prompts)), ask, embeddings)
+    request = (run, prompts, range(config.seed, config.seed + len(prompts)), config, embeddings)
     given = [encode_given(run, start) for start in starts]
-    kept = generate_each(*ask_for, given=given, progress=partial(tell, "samples with given frames, step"))
-    free = generate_each(*ask_for, progress=partial(tell, "samples without given frames, step"))
+    kept = generate_each(*request, given=given, progress=partial(report, "samples with given frames, step"))
+    free = generate_each(*request, progress=partial(report, "samples without given frames, step"))
     return given_figures(zip(starts, kept, free, strict=True))
 
 

@@ -45,23 +45,23 @@ All validations of a run share it, so the features are computed once."""
 
 def measure(
     run: Run,
-    ask: ValidationConfig,
+    config: ValidationConfig,
     shards_folder: str | Path,
     videos: Iterable[Video] | None = None,
     progress: Progress | None = None,
     remark: Callable[[str], None] = log.warning,
 ) -> Figures:
-    """Measures the metrics that `ask` asks for.
+    """Measures the metrics that `config` names.
 
     The keys are `holdout_loss`, `holdout_loss_0` to `_9` and `holdout_clips`; `fvd` and `fvd_clips`; `similarity`.
-    Similarity is measured on `videos` if given, otherwise on new samples of `ask.prompts`. `remark` receives a message
-    with the reason for each metric that can't be measured.
+    Similarity is measured on `videos` if given, otherwise on new samples of `config.prompts`. `remark` receives the
+    reason for each metric that can't be measured.
     """
-    tell, folder = progress or (lambda what, done, of: None), str(shards_folder)
+    report, folder = progress or (lambda what, done, of: None), str(shards_folder)
     parts: list[tuple[str, object, Callable[[], Figures]]] = [
-        ("held-out loss", ask.holdout_clips, lambda: _held_out(run, ask, folder, tell, remark)),
-        ("similarity", ask.clip, lambda: _similarity(run, ask, videos, tell)),
-        ("FVD", ask.fvd, lambda: _fvd(run, ask, folder, tell, remark)),
+        ("held-out loss", config.holdout_clips, lambda: _held_out(run, config, folder, report, remark)),
+        ("similarity", config.clip, lambda: _similarity(run, config, videos, report)),
+        ("FVD", config.fvd, lambda: _fvd(run, config, folder, report, remark)),
     ]
     found: Figures = {}
     for name, wanted, part in parts:
@@ -95,58 +95,60 @@ def open_held_out(run: Run, folder: str) -> ShardSet:
     return ShardSet(folder, run.recipe.data.holdout_fraction, "holdout")
 
 
-def _held_out(run: Run, ask: ValidationConfig, folder: str, tell: Progress, remark: Callable[[str], None]) -> Figures:
+def _held_out(
+    run: Run, config: ValidationConfig, folder: str, report: Progress, remark: Callable[[str], None]
+) -> Figures:
     shards = open_held_out(run, folder)
     # Images are skipped if training did not use them.
     names = tuple(name for name in shards.rows if bucket_size(name)[0] > 1 or run.recipe.data.image_ratio != 0)
-    places = choose_clips(run, shards, ask.holdout_clips, names, "held-out loss", remark)
-    if not places:
-        raise UserError("only pictures were held out, and data.image_ratio 0 leaves them out of training")
-    progress = partial(tell, "held-out loss")
-    loss = held_out_loss(run.predict, run.objective, shards, places, run.device, progress=progress)
-    return {**loss, "holdout_clips": len(places)}
+    refs = choose_clips(run, shards, config.holdout_clips, names, "held-out loss", remark)
+    if not refs:
+        raise UserError("only images were held out, and data.image_ratio 0 leaves them out of training")
+    progress = partial(report, "held-out loss")
+    loss = held_out_loss(run.predict, run.objective, shards, refs, run.device, progress=progress)
+    return {**loss, "holdout_clips": len(refs)}
 
 
-def _similarity(run: Run, ask: ValidationConfig, videos: Iterable[Video] | None, tell: Progress) -> Figures:
-    if videos is None and not ask.prompts:
-        raise UserError("validation.prompts is empty, so that there is nothing to make samples of")
-    clip = load_clip(ask.clip, run.device, run.recipe.codec.models)
+def _similarity(run: Run, config: ValidationConfig, videos: Iterable[Video] | None, report: Progress) -> Figures:
+    if videos is None and not config.prompts:
+        raise UserError("validation.prompts is empty, so there are no prompts to sample")
+    clip = load_clip(config.clip, run.device, run.recipe.codec.models)
     if videos is None:
-        seeds, progress = [ask.seed] * len(ask.prompts), partial(tell, "samples of the prompts, step")
-        videos = zip(ask.prompts, generate_each(run, ask.prompts, seeds, ask, progress=progress), strict=True)
+        seeds, progress = [config.seed] * len(config.prompts), partial(report, "samples of the prompts, step")
+        videos = zip(config.prompts, generate_each(run, config.prompts, seeds, config, progress=progress), strict=True)
     scores = [similarity(clip, prompt, video) for prompt, video in videos]
     if not scores:
         raise UserError("there are no samples to score")
     return {"similarity": float(np.mean(scores))}
 
 
-def _fvd(run: Run, ask: ValidationConfig, folder: str, tell: Progress, remark: Callable[[str], None]) -> Figures:
-    if not ask.i3d:
+def _fvd(run: Run, config: ValidationConfig, folder: str, report: Progress, remark: Callable[[str], None]) -> Figures:
+    if not config.i3d:
         raise UserError("validation.i3d is empty; name the safetensors of I3D's weights")
     manifest = run.manifest
     check_frames(run)
     bucket = bucket_name(manifest.frames, manifest.height, manifest.width)  # the shape of samples
     shards = open_held_out(run, folder)
-    places = choose_clips(run, shards, ask.fvd_clips, (bucket,), f"FVD of {bucket}", remark)
-    if len(places) < 2:
+    refs = choose_clips(run, shards, config.fvd_clips, (bucket,), f"FVD of {bucket}", remark)
+    if len(refs) < 2:
         raise UserError(
-            f"{len(places)} of the held-out clips are of {bucket}, the shape of samples; two at least are needed"
+            f"{len(refs)} of the held-out clips are of {bucket}, the shape of samples; at least two are needed"
         )
-    i3d = load_i3d(ask.i3d, run.device)
-    real = reference(run, i3d, shards, places, partial(tell, "I3D of held-out clips"))
-    prompts, embeddings = captions_of(run, shards, places)
-    seeds = range(ask.seed, ask.seed + len(prompts))
-    progress = partial(tell, "samples of held-out captions, step")
+    i3d = load_i3d(config.i3d, run.device)
+    real = reference(run, i3d, shards, refs, partial(report, "I3D of held-out clips"))
+    prompts, embeddings = captions_of(run, shards, refs)
+    seeds = range(config.seed, config.seed + len(prompts))
+    progress = partial(report, "samples of held-out captions, step")
     given = None
-    if run.recipe.conditioning.probability == 1:  # then no sample without given frames was ever learned
-        given = [latents[: run.recipe.conditioning.frames] for latents in clip_latents(shards, places)]
-    made = generate_each(run, prompts, seeds, ask, embeddings, progress=progress, given=given)
-    if len(places) < ENOUGH_CLIPS:
+    if run.recipe.conditioning.probability == 1:  # then the model was never trained without given frames
+        given = [latents[: run.recipe.conditioning.frames] for latents in clip_latents(shards, refs)]
+    made = generate_each(run, prompts, seeds, config, embeddings, progress=progress, given=given)
+    if len(refs) < ENOUGH_CLIPS:
         remark(
-            f"FVD is of {len(places)} clips: with fewer than {ENOUGH_CLIPS} it says more of their number than of the "
-            "model, and compares only with FVD of as many"
+            f"FVD is of {len(refs)} clips: with fewer than {ENOUGH_CLIPS} it depends more on their number than on "
+            "the model, and compares only with FVD of as many"
         )
-    return {"fvd": frechet_distance(real, features(i3d, made)), "fvd_clips": len(places)}
+    return {"fvd": frechet_distance(real, features(i3d, made)), "fvd_clips": len(refs)}
 
 
 def check_frames(run: Run) -> None:
@@ -158,15 +160,15 @@ def check_frames(run: Run) -> None:
         )
 
 
-def captions_of(run: Run, shards: ShardSet, places: list[ClipRef]) -> tuple[list[str], list[Float[Tensor, "_ e"]]]:
+def captions_of(run: Run, shards: ShardSet, refs: list[ClipRef]) -> tuple[list[str], list[Float[Tensor, "_ e"]]]:
     """A caption of each clip and its embedding from the shard.
 
     The caption is the one that the held-out loss of the clip uses.
     """
     prompts: list[str] = []
     embeddings: list[Tensor] = []
-    for batch in batches(places, shards, None):
-        clips = shards.read(batch[0].bucket, [place.row for place in batch])
+    for batch in batches(refs, shards, None):
+        clips = shards.read(batch[0].bucket, [ref.row for ref in batch])
         for row in range(len(batch)):
             which = draw_training_noise(clips, row, run.objective, SEED, 0, caption_dropout=0.0).caption
             prompts.append(clips.captions[row][which])
@@ -174,36 +176,37 @@ def captions_of(run: Run, shards: ShardSet, places: list[ClipRef]) -> tuple[list
     return prompts, embeddings
 
 
-def clip_latents(shards: ShardSet, places: list[ClipRef]) -> Iterator[Float[Tensor, "f c h w"]]:
+def clip_latents(shards: ShardSet, refs: list[ClipRef]) -> Iterator[Float[Tensor, "f c h w"]]:
     """Normalised latents of held-out clips: the means of their posteriors, with the shards' statistics.
 
-    The scale of an export's raw latents may differ from that of the shards, so raw ones are not for its VAE.
+    The scale of an export's raw latents may differ from that of the shards: denormalise these with the statistics of
+    its own VAE before decoding.
     """
     facts = shards.manifest.vae
     mean, std = (torch.tensor(values)[:, None, None] for values in (facts.mean, facts.std))
-    for batch in batches(places, shards, None):
-        clips = shards.read(batch[0].bucket, [place.row for place in batch])
+    for batch in batches(refs, shards, None):
+        clips = shards.read(batch[0].bucket, [ref.row for ref in batch])
         for row in range(len(batch)):
             yield (torch.from_numpy(clips.latents[row, 0].astype(np.float32)) - mean) / std
 
 
 def real_videos(
-    run: Run, shards: ShardSet, places: list[ClipRef], progress: Callable[[int, int], None]
+    run: Run, shards: ShardSet, refs: list[ClipRef], progress: Callable[[int, int], None]
 ) -> Iterator[np.ndarray]:
     """Decodes held-out clips from their latents with the run's VAE: uint8 `F H W 3`. Shards hold no pixels."""
-    for done, latents in enumerate(clip_latents(shards, places)):
+    for done, latents in enumerate(clip_latents(shards, refs)):
         yield run.vae.decode(run.vae.denormalise(latents[None]))[0].numpy()
-        progress(done + 1, len(places))
+        progress(done + 1, len(refs))
 
 
 def reference(
-    run: Run, i3d: I3D, shards: ShardSet, places: list[ClipRef], progress: Callable[[int, int], None]
+    run: Run, i3d: I3D, shards: ShardSet, refs: list[ClipRef], progress: Callable[[int, int], None]
 ) -> Float[np.ndarray, "n 400"]:
     """I3D features of held-out clips, cached in the run's folder.
 
     The cache key covers everything that the features depend on.
     """
-    ids = [place.sample_id for place in places]
+    ids = [ref.sample_id for ref in refs]
     key = hashlib.sha256(json.dumps([shards.manifest.encoding_hash, i3d.hash, ids]).encode()).hexdigest()
     file = run.folder / REFERENCE
     try:
@@ -212,7 +215,7 @@ def reference(
                 return stored.get_tensor("features")
     except (OSError, SafetensorError):
         pass  # missing or damaged: it is computed again
-    found = features(i3d, real_videos(run, shards, places, progress))
+    found = features(i3d, real_videos(run, shards, refs, progress))
     if (run.folder / "checkpoints").is_dir():  # a run's folder, not an export
         try:
             with atomic_file(file) as draft:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from sora_train.codec.files import check_complete, read_config, weight_files
 from sora_train.codec.folders import find_folder
+from sora_train.codec.imports import without_torchao
 from sora_train.errors import UserError
 
 KEY = "validation.clip"
@@ -47,6 +48,7 @@ def find_clip(name: str, models: str = "", key: str = KEY) -> Path:
     return folder
 
 
+@without_torchao()
 def load_clip(name: str, device: str | torch.device = "cpu", models: str = "", key: str = KEY) -> Clip:
     """Loads the CLIP that `key` names: a folder or a hub id. Safetensors only.
 

@@ -14,7 +14,7 @@ from sora_train.model import Transformer
 
 
 def add_zero_gradients(model: Transformer) -> None:
-    """Makes images, when training, add zero times each temporal block to the tokens in its place."""
+    """Makes images, when training, add 0 times the output of each temporal block that they skip."""
     if not model.config.factorised:
         return
     blocks = list(model.blocks)
@@ -32,9 +32,9 @@ def add_zero_gradients(model: Transformer) -> None:
 def zero_from(block: nn.Module, x: Float[Tensor, "b f n d"]) -> Float[Tensor, "1 1 1 d"]:
     """Zero that depends on every parameter of a block, so that each gets a gradient of zero.
 
-    The block runs on one token of zeros and no data, so the product is finite as long as the weights are.
+    The block runs on one zero token, not on data, so the product is finite as long as the weights are.
     """
     d = x.shape[-1]
-    zeros = x.new_zeros(1, 1, 1, d).requires_grad_()  # like a video's tokens: ZeRO-3's hooks wait for its gradient
+    zeros = x.new_zeros(1, 1, 1, d).requires_grad_()  # as a video's tokens do: ZeRO-3's hooks wait for the gradient
     text_mask = torch.ones(1, 1, dtype=torch.bool, device=x.device)
     return 0 * block(zeros, zeros[..., None, :].expand(-1, -1, -1, 6, -1), zeros[0], text_mask)

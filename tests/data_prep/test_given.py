@@ -109,7 +109,7 @@ def test_a_file_that_is_no_image_is_refused_with_what_to_do(tmp_path: Path, writ
     assert "is remote. Copy it" in refusal("s3://bucket/first.png")
     assert "not supported; convert it to mp4, or an image to png or jpg" in refusal(tmp_path / "text.png")
     assert "no decoder can open it" in refusal(tmp_path / "empty.png")
-    assert "cut here.png: the PNG is damaged or breaks off" in refusal(tmp_path / "cut\nhere.png")
+    assert "cut here.png: the PNG is damaged or ends early" in refusal(tmp_path / "cut\nhere.png")
     assert "is a video or an animation. --video continues its last frames" in refusal(clip)
     assert "is a video or an animation. Name an image: JPEG" in refusal(clip, "validation.images")
     assert "is a video or an animation" in refusal(tmp_path / "moving.gif")

@@ -16,20 +16,20 @@ from sora_train.launch.checks import worker_resources
 from sora_train.ray_cluster.connection import root_cause
 from sora_train.recipe import Recipe
 
-PLACE_S, JOIN_S = 15.0, 30.0
+PLACEMENT_TIMEOUT_S, JOIN_TIMEOUT_S = 15.0, 30.0
 COUNT = {"gloo": 2**21, "nccl": 2**25}
 """Float32 numbers that are summed."""
 
 
 def check_allreduce(recipe: Recipe, gpu: bool) -> str:
-    """Places ranks as training would and has them sum. Takes at most `PLACE_S + 2 JOIN_S`."""
+    """Places ranks as training would and has them sum. Takes at most `PLACEMENT_TIMEOUT_S + 2 JOIN_TIMEOUT_S`."""
     world, backend, need = recipe.cluster.fewest, "nccl" if gpu else "gloo", worker_resources(recipe, gpu)
     if world == 1:
-        return "one worker needs none"
+        return "skipped: there is only one worker"
     group = placement_group([need] * world, strategy="PACK")
     try:
-        if not group.wait(PLACE_S):
-            return f"not tried: {world} workers of {need} were not free within {PLACE_S:g} s"
+        if not group.wait(PLACEMENT_TIMEOUT_S):
+            return f"not tried: {world} workers of {need} could not be placed within {PLACEMENT_TIMEOUT_S:g} s"
         seconds = run_ranks(group, need, world, backend)
     finally:
         remove_placement_group(group)
@@ -48,14 +48,14 @@ def run_ranks(group: PlacementGroup, need: dict[str, float], world: int, backend
         .remote(host, store.port, backend, rank, world)
         for rank in range(world)
     ]
-    done, _ = ray.wait(tasks, num_returns=world, timeout=2 * JOIN_S)
+    done, _ = ray.wait(tasks, num_returns=world, timeout=2 * JOIN_TIMEOUT_S)
     addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
     nodes = placement_group_table(group)["bundles_to_node_id"]
     times, failed = [0.0], list[str]()
     for rank, task in enumerate(tasks):
         try:
             if task not in done:
-                raise TimeoutError(f"no answer in {2 * JOIN_S:g} s")
+                raise TimeoutError(f"no answer in {2 * JOIN_TIMEOUT_S:g} s")
             times.append(ray.get(task))
         except Exception as error:
             failed.append(f"rank {rank} on {addresses.get(nodes.get(rank), 'a lost node')}: {root_cause(error)}")
@@ -70,7 +70,7 @@ def run_ranks(group: PlacementGroup, need: dict[str, float], world: int, backend
 
 def all_reduce(host: str, port: int, backend: str, rank: int, world: int) -> float:
     """What each rank runs, in a process of its own: joins the process group and sums. Returns the seconds of a sum."""
-    timeout = timedelta(seconds=JOIN_S)
+    timeout = timedelta(seconds=JOIN_TIMEOUT_S)
     store = dist.TCPStore(host, port, timeout=timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     try:
@@ -80,7 +80,10 @@ def all_reduce(host: str, port: int, backend: str, rank: int, world: int) -> flo
 
 
 def time_sum(rank: int, world: int, count: int, device: torch.device) -> float:
-    """Seconds of the second of two all-reduces of integers, which float32 adds exactly. Raises if a sum is wrong."""
+    """Seconds of the second all-reduce of two; the first is warm-up. Raises if a sum is wrong.
+
+    The numbers are integers, which float32 adds exactly.
+    """
     numbers, began = torch.arange(count, device=device) % 997, 0.0
     for _ in range(2):
         x = (numbers + rank).float()

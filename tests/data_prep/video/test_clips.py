@@ -169,7 +169,7 @@ def test_a_cut_file_gives_the_clips_before_the_break(tmp_path: Path, write, numb
     assert [span.start_s for span in spans] == [0.0, 1.0, 2.0, 3.0]
     clips = [source.read(span, "0") for span in spans[:2]]
     assert number_of(clips[1].frames[0]) == 30
-    assert "breaks off at 2." in clips[0].remark
+    assert "ends early, at 2." in clips[0].remark
     assert clips[1].remark == ""  # once per file
     for span in spans[2:]:
         with pytest.raises(ClipError, match=r"s of the 4\.0. s that it promises decode") as error:
@@ -264,7 +264,7 @@ def test_a_still_picture_is_a_clip_of_one_frame(tmp_path: Path):
     Image.fromarray(np.full((64, 128, 3), 90, np.uint8)).save(path, format="PNG")
     data = DataConfig(buckets=("8x32x64", "1x32x32", "1x32x64"), fps=8.0)
     cut = plan_clips(str(path), data, ALL)
-    assert (cut.still, cut.seconds, cut.width, cut.height) == (True, 0.0, 128, 64)
+    assert (cut.is_image, cut.seconds, cut.width, cut.height) == (True, 0.0, 128, 64)
     assert cut.spans == (ClipSpan(0.0, 0.0, Bucket(1, 32, 64, 8.0)),)
     clip = read_clip(str(path), cut.spans[0], data, ALL, "0")
     assert clip.frames.shape == (1, 32, 64, 3)

@@ -165,7 +165,12 @@ def check_still(path: str, tolerance: float) -> None:
     """A still where there are buckets for videos too, and the same picture as a PNG of it, but for its codec."""
     source = Source(path, BOTH, SelectionConfig())
     cut = source.plan_clips()
-    assert (cut.still, cut.width, cut.height, [span.bucket.name for span in cut.spans]) == (True, 160, 96, ["1x64x64"])
+    assert (cut.is_image, cut.width, cut.height, [span.bucket.name for span in cut.spans]) == (
+        True,
+        160,
+        96,
+        ["1x64x64"],
+    )
     frames = source.read(cut.spans[0], "").frames
     expected = resize_to_bucket(PICTURE, cut.spans[0].bucket)
     assert np.abs(frames[0].astype(int) - expected).mean() < tolerance
@@ -237,7 +242,7 @@ def test_a_picture_with_damage_is_corrupt(tmp_path: Path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2 - 50 : len(content) // 2 + 50] = b"x" * 100
     path.write_bytes(content)
-    with pytest.raises(ClipError, match="breaks off: broken PNG") as error:
+    with pytest.raises(ClipError, match="ends early: broken PNG") as error:
         read_image(str(path))
     assert error.value.reason == "corrupt"
 
