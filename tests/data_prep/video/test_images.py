@@ -103,7 +103,7 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(tmp_path: Path):
 def test_the_first_page_of_a_tiff_is_taken_with_a_remark(tmp_path: Path):
     pages = [Image.fromarray(np.full((64, 64, 3), value, np.uint8)) for value in (50, 100, 200)]
     path = save(tmp_path / "a", pages[0], format="TIFF", save_all=True, append_images=pages[1:])
-    assert read_image_header(path).remark == "pages: the first of its 3 pictures"
+    assert read_image_header(path).remark == "pages: the first of its 3 images"
     assert (read_image(path) == 50).all()
 
 
