@@ -1,24 +1,28 @@
-"""The Ray Data pipeline: decode -> VAE -> text encoder -> sink, and the CPUs and GPUs of each stage."""
+"""The Ray Data pipeline: decode -> VAE -> text encoder -> writers, and the CPUs and GPUs of each stage."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-
-import pyarrow as pa
+from typing import TYPE_CHECKING, Any
 
 from data_prep.buckets import buckets_of
 from data_prep.progress import Progress
 from data_prep.resume import PendingSource
 from data_prep.schemas import to_table
 from data_prep.sink import ShardSink
-from data_prep.watchdog import PipelineStalled, with_watchdog
+from data_prep.watchdog import ENDING_TIMEOUT_S, PipelineStalled, with_watchdog
 from sora_train.codec.files import VaeFiles
 from sora_train.data.config import PrepConfig
+from sora_train.errors import UserError
 from sora_train.log import log
 from sora_train.recipe import Recipe
+
+if TYPE_CHECKING:
+    from data_prep.writers import Block
 
 BLOCK_BYTES, BLOCK_BYTES_GPU = 2**23, 2**27  # of the frames in a block between two stages, which is a batch of the VAE
 BLOCK_SOURCES = 32
@@ -27,10 +31,12 @@ BLOCK_SOURCES = 32
 def run_pipeline(recipe: Recipe, vae: VaeFiles, sink: ShardSink) -> None:
     """Sends the sources still to do through the stages and into the sink.
 
-    Raises UserError if too many sources are bad. Raises PipelineStalled if Ray waits for something that is lost, or a
-    GPU fails. The stages' actors have ended then.
+    Raises UserError if too many sources are bad, or a shard can't be written. Raises PipelineStalled if Ray waits for
+    something that is lost, or a GPU fails. The stages' actors and the writers have ended then, and clips that were
+    encoded are written.
     """
     from data_prep.executor import end_execution
+    from data_prep.writers import fetch
     from sora_train.ray_cluster.connection import connect, resources_in_use
 
     todo = sink.state.todo
@@ -38,21 +44,29 @@ def run_pipeline(recipe: Recipe, vae: VaeFiles, sink: ShardSink) -> None:
         if not own and (held := resources_in_use()):
             log.info(f"prep: other jobs of this cluster hold {held}; prep waits for what it lacks")
         try:
-            with closing(with_watchdog(run_stages(recipe, vae, todo), end_execution)) as tables:
-                for table in tables:
-                    progress.add(*sink.consume(table), sink.stats.reasons)
+            try:
+                with closing(with_watchdog(run_stages(recipe, vae, todo), end_execution)) as blocks:
+                    for block in blocks:
+                        facts = fetch(block.facts, "the facts of a block")
+                        progress.add(*sink.consume(facts, block.table), sink.stats.reasons)
+            except BaseException:
+                with contextlib.suppress(UserError, PipelineStalled):
+                    sink.flush(ENDING_TIMEOUT_S)
+                raise
+            sink.flush()
         except PipelineStalled as error:
-            error.made_progress = progress.written > 0
+            error.made_progress = sink.shards > 0
             raise
 
 
-def run_stages(recipe: Recipe, vae: VaeFiles, todo: list[PendingSource]) -> Iterator[pa.Table]:
-    """Yields tables of ENCODED, in the order of `todo`."""
+def run_stages(recipe: Recipe, vae: VaeFiles, todo: list[PendingSource]) -> Iterator[Block]:
+    """Yields blocks of ENCODED, in the order of `todo`."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
     from data_prep.executor import record_executor
     from data_prep.stages import Decode, EmbedText, EncodeVideo
+    from data_prep.writers import Block, block_facts
 
     quiet_ray_data()
     record_executor()
@@ -80,9 +94,10 @@ def run_stages(recipe: Recipe, vae: VaeFiles, todo: list[PendingSource]) -> Iter
         threads=allocation.text.threads, device=device if allocation.text.gpus else "cpu",
     )  # fmt: skip
     encoded.set_name(f"prep {recipe.name}")  # as Ray's dashboard and metrics show it
-    for table in encoded.iter_batches(batch_size=None, batch_format="pyarrow"):
-        assert isinstance(table, pa.Table)
-        yield table
+    for bundle in encoded.iter_internal_ref_bundles():
+        for block in bundle.block_refs:
+            table: Any = block
+            yield Block(table, block_facts.remote(table))
 
 
 def quiet_ray_data() -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
-import time
 import uuid
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,12 +15,9 @@ from data_prep.sources import row_id
 from sora_train.errors import UserError
 from sora_train.manifest import Manifest
 from sora_train.schema import ENCODING_KEY, ROW_GROUP, SHARD_SCHEMA, shard_files
-from sora_train.storage import DRAFT_PREFIX, atomic_write, resolve, storage_errors
+from sora_train.storage import DRAFT_PREFIX, atomic_output, resolve, storage_errors
 
-SHARD_ROWS = 8 * ROW_GROUP
 COLUMNS = [field.name for field in SHARD_SCHEMA if field.name not in ("latents", "text", "tokens")]
-MAX_WRITE_DELAY_S = 30.0
-"""After this time a shard is written although it is not full, which bounds the work that a kill can lose."""
 
 
 @dataclass(slots=True)
@@ -71,15 +68,20 @@ def read_stored_clips(
 
 
 def remove_clips(folder: str, file: str, sample_ids: set[str]) -> None:
-    """Writes a shard again without these clips, or deletes it if none is left."""
+    """Writes a shard without these clips under a new name, then deletes the old one.
+
+    After a kill in between both are there, which the next run finds as repeated clips.
+    """
     system, _ = resolve(folder)
     with system.open_input_file(file) as opened:
         table = pq.ParquetFile(opened).read()
-    keep = [sample not in sample_ids for sample in table.column("sample_id").to_pylist()]
-    if any(keep):
-        _write(system, file, table.filter(pa.array(keep)))
-    else:
-        system.delete_file(file)
+    keep = [row for row, sample in enumerate(table.column("sample_id").to_pylist()) if sample not in sample_ids]
+    if keep:
+        bucket, _, name = file.rpartition("/")
+        number = name.split("-")[1] if name.startswith("part-") else "000000"
+        encoding_hash = (table.schema.metadata or {}).get(ENCODING_KEY, b"").decode()
+        write_shard(system, f"{bucket}/{shard_name(int(number))}", encoding_hash, pick_rows(table, keep))
+    system.delete_file(file)
 
 
 def remove_unfinished(folder: str) -> None:
@@ -91,40 +93,52 @@ def remove_unfinished(folder: str) -> None:
                 system.delete_file(info.path)
 
 
-class ShardWriter:
-    """Collects rows of one bucket and writes them as shards, each complete or not at all."""
+def shard_name(number: int) -> str:
+    """A new name, unique even if two runs use the same number."""
+    return f"part-{number:06d}-{uuid.uuid4().hex[:8]}.parquet"
 
-    def __init__(self, folder: str, bucket: str, encoding_hash: str):
-        self.system, path = resolve(folder)
-        self.folder = f"{path}/bucket={bucket}"
-        self.schema = SHARD_SCHEMA.with_metadata({ENCODING_KEY: encoding_hash.encode()})
-        names = [file.rpartition("/")[2] for file in shard_files(folder)]
-        self.next = 1 + max((int(name.split("-")[1]) for name in names if name.startswith("part-")), default=-1)
-        self.rows: list[pa.Table] = []
-        self.count = 0
-        self.written_at = time.monotonic()
 
-    def add(self, rows: pa.Table) -> None:
-        """Adds rows of SHARD_SCHEMA. Writes a shard if there are enough, always of complete row groups."""
-        self.rows.append(rows)
-        self.count += len(rows)
-        while self.count >= SHARD_ROWS:
-            self._write_first(SHARD_ROWS)
-        if self.count >= ROW_GROUP and time.monotonic() - self.written_at > MAX_WRITE_DELAY_S:
-            self._write_first(self.count - self.count % ROW_GROUP)
+def next_number(folder: str) -> int:
+    """The number of the next shard, which is sorted behind those in the folder."""
+    names = [file.rpartition("/")[2].split("-") for file in shard_files(folder)]
+    return 1 + max((int(parts[1]) for parts in names if parts[0] == "part" and parts[1].isdecimal()), default=-1)
 
-    def close(self) -> None:
-        """Writes the remaining rows."""
-        if self.count:
-            self._write_first(self.count)
 
-    def _write_first(self, count: int) -> None:
-        table = pa.concat_tables(self.rows)
-        name = f"part-{self.next:06d}-{uuid.uuid4().hex[:8]}.parquet"
-        _write(self.system, f"{self.folder}/{name}", table.slice(0, count).cast(self.schema))
-        self.rows, self.count = [table.slice(count)], len(table) - count
-        self.next += 1
-        self.written_at = time.monotonic()
+def write_shard(system: fs.FileSystem, path: str, encoding_hash: str, tables: Iterable[pa.Table]) -> None:
+    """Writes tables with the columns of SHARD_SCHEMA as one shard, complete or not at all, by row groups.
+
+    The memory of one row group suffices, except on an object store.
+    """
+    schema = SHARD_SCHEMA.with_metadata({ENCODING_KEY: encoding_hash.encode()})
+    # Latents don't compress, and uncompressed pages can be read from a memory map without a copy. Checksums, since
+    # nothing else would detect a flipped byte in a latent.
+    encoding = {"compression": "none", "use_dictionary": False, "write_statistics": False, "write_page_checksum": True}
+    with atomic_output(system, path) as file, pq.ParquetWriter(file, schema, **encoding) as writer:
+        for group in row_groups(tables):
+            writer.write_table(group.select(SHARD_SCHEMA.names), row_group_size=ROW_GROUP)
+
+
+def row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Joins and cuts tables to ROW_GROUP rows each, without a copy; the last may have fewer."""
+    held: list[pa.Table] = []
+    count = 0
+    for table in tables:
+        while count + len(table) >= ROW_GROUP:
+            missing = ROW_GROUP - count
+            yield pa.concat_tables([*held, table.slice(0, missing)])
+            held, count, table = [], 0, table.slice(missing)
+        if len(table):
+            held.append(table)
+            count += len(table)
+    if held:
+        yield pa.concat_tables(held)
+
+
+def pick_rows(table: pa.Table, rows: Sequence[int]) -> Iterator[pa.Table]:
+    """Rows of a table in ascending order, as slices, which are not copied."""
+    for _, run in groupby(enumerate(rows), key=lambda pair: pair[1] - pair[0]):
+        numbers = [row for _, row in run]
+        yield table.slice(numbers[0], len(numbers))
 
 
 def manifest_or_none(folder: str) -> Manifest | None:
@@ -133,12 +147,3 @@ def manifest_or_none(folder: str) -> Manifest | None:
         return Manifest.load(folder)
     except UserError:
         return None
-
-
-def _write(system: fs.FileSystem, path: str, table: pa.Table) -> None:
-    buffer = io.BytesIO()
-    # Latents don't compress, and uncompressed pages can be read from a memory map without a copy. Checksums, since
-    # nothing else would detect a flipped byte in a latent.
-    encoding = {"compression": "none", "use_dictionary": False, "write_statistics": False, "write_page_checksum": True}
-    pq.write_table(table, buffer, row_group_size=ROW_GROUP, **encoding)
-    atomic_write(system, path, buffer.getvalue())

@@ -1,8 +1,9 @@
-"""The pipeline's sink: removes duplicates, writes shards, and records failures and progress."""
+"""The pipeline's sink: decides which clips to keep, has them written, and records failures and progress."""
 
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -10,10 +11,14 @@ from data_prep.filters import Duplicates
 from data_prep.reasons import remark_kinds
 from data_prep.resume import ResumeState, SourceRecord, save_progress
 from data_prep.schemas import END_OF_SOURCE, NOT_STARTED
-from data_prep.shards import ShardWriter
+from data_prep.watchdog import WRITE_TIMEOUT_S
 from sora_train.errors import UserError
 from sora_train.recipe import Recipe
-from sora_train.schema import SHARD_SCHEMA
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+    from data_prep.writers import ShardWriters
 
 SAVE_EVERY_S, MAX_SAVING_SHARE = 30.0, 0.05
 """Progress is saved as a whole: every 30 s, or less often if saving would take more than this share of the time. With a
@@ -26,30 +31,41 @@ def save_interval_s(saving_s: float) -> float:
 
 
 class ShardSink:
-    """Consumes tables of ENCODED in the order of the sources, so the first of two duplicates is always kept."""
+    """Consumes blocks in the order of the sources, so the first of two duplicates is always kept."""
 
     def __init__(self, recipe: Recipe, encoding_hash: str, settings_hash: str, state: ResumeState):
         self.folder, self.encoding_hash, self.settings_hash = recipe.data.output, encoding_hash, settings_hash
+        self.shard_bytes = recipe.prep.shard_mb * 10**6
         self.state, self.stats = state, state.stats
-        self.writers: dict[str, ShardWriter] = {}
+        self._writers: ShardWriters | None = None
+        self.shards = 0
+        """Finished by this run."""
         self.duplicates = Duplicates(recipe.selection)
         for table in state.known_hashes():
             self.duplicates.add_table(table)
         self.empty_text = b""
         self.saved_at, self.save_after_s = time.monotonic(), SAVE_EVERY_S
 
-    def consume(self, table: pa.Table) -> tuple[int, int, int, int]:
-        """Returns the number of sources finished, and of clips written, quarantined and filtered.
+    @property
+    def writers(self) -> ShardWriters:
+        """They need a process that is connected to Ray."""
+        from data_prep.writers import ShardWriters
 
-        Raises UserError if too many sources are bad, or a worker can't start.
+        self._writers = self._writers or ShardWriters(self.folder, self.encoding_hash, self.shard_bytes)
+        return self._writers
+
+    def consume(self, facts: pa.Table, block: ObjectRef) -> tuple[int, int, int, int]:
+        """Takes a block of ENCODED, in Ray's object store, by its FACTS.
+
+        Returns the number of sources finished, and of clips kept, quarantined and filtered. Raises UserError if too
+        many sources are bad, a worker can't start, or a shard can't be written; and PipelineStalled.
         """
-        rows = table.drop_columns(["latents", "text", "tokens"]).to_pylist()
+        rows = facts.to_pylist()
         if messages := [row["message"] for row in rows if row["reason"] == NOT_STARTED]:
             raise UserError(messages[0], code="worker")
         counts = {"sources": 0, "written": 0, "quarantined": 0, "filtered": 0}
         good: dict[str, list[int]] = {}
         for i, row in enumerate(rows):
-            self.empty_text = self.empty_text or row["empty_text"] or b""
             if row["note"]:
                 self.stats.print_remark(row["note"])
             if row["reason"] == END_OF_SOURCE:
@@ -63,23 +79,30 @@ class ShardSink:
                 counts["written"] += 1
             else:
                 counts[self.stats.count_failure(row)] += 1
-        for bucket, indices in good.items():
-            if bucket not in self.writers:
-                self.writers[bucket] = ShardWriter(self.folder, bucket, self.encoding_hash)
-            self.writers[bucket].add(table.take(indices).select(SHARD_SCHEMA.names))
+        self.empty_text = self.empty_text or self.writers.empty_text(block)
+        self.writers.add(block, good, rows)
+        self.shards += len(self.writers.take_finished())
         if time.monotonic() - self.saved_at > self.save_after_s:
             self._save()
         self.stats.check_limits()
         return counts["sources"], counts["written"], counts["quarantined"], counts["filtered"]
 
+    def flush(self, timeout_s: float = WRITE_TIMEOUT_S) -> None:
+        """Writes the remaining clips, and waits for it. Raises UserError and PipelineStalled as `consume`."""
+        if self._writers is not None:
+            try:
+                self._writers.flush(timeout_s)
+            finally:
+                self.shards += len(self._writers.take_finished())
+                self._writers.cancel()
+                self._writers = None
+
     def close(self) -> None:
-        """Writes the remaining clips, removes stale ones from the shards, and saves progress."""
-        for writer in self.writers.values():
-            writer.close()
+        """Removes stale clips from the shards, and saves progress."""
         self._save()
 
     def _is_good(self, row: dict) -> bool:
-        """Counts a clip as written, unless it has a reason or is a duplicate."""
+        """Counts a clip as kept, unless it has a reason or is a duplicate."""
         if row["reason"]:
             return False
         looks = row["content_hash"], row["perceptual_hash"], (row["start_s"], row["end_s"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import io
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 from urllib.parse import quote, urlsplit
 
 import pyarrow as pa
@@ -145,25 +147,36 @@ def decode_text(content: bytes) -> str:
 
 
 def atomic_write(system: fs.FileSystem, path: str, content: bytes) -> None:
-    """Writes a file, on any storage, completely or not at all. Raises UserError if it can't be written.
+    """Writes a file, on any storage, completely or not at all. Raises UserError if it can't be written."""
+    with atomic_output(system, path) as file:
+        file.write(content)
 
-    An object store does this itself; elsewhere a draft is written and renamed.
+
+@contextmanager
+def atomic_output(system: fs.FileSystem, path: str) -> Iterator[BinaryIO]:
+    """Yields a file to write to. It appears under `path` after the block, and not at all if the block raises.
+
+    An object store gets the content as a whole, from memory; elsewhere a draft is written and renamed. Raises
+    UserError if it can't be written.
     """
     with storage_errors(path, "written", system):
         if system.type_name in OBJECT_STORES:
+            buffer = io.BytesIO()
+            yield buffer
             # Closing the stream early would leave half an object, so Ctrl-C must not interrupt the upload. It
             # interrupts only the main thread, and leaving the pool waits for the other one.
             with ThreadPoolExecutor(1) as pool:
-                pool.submit(_write, system, path, content).result()
+                pool.submit(_write, system, path, buffer.getbuffer()).result()
             return
         folder, _, name = path.rpartition("/")
         system.create_dir(folder, recursive=True)
         if isinstance(system, fs.LocalFileSystem):
-            with atomic_file(Path(path)) as draft:
-                draft.write_bytes(content)
+            with atomic_file(Path(path)) as draft, _open(system, str(draft)) as file:
+                yield file
             return
         draft = f"{folder}/{draft_name(name)}"
-        _write(system, draft, content)
+        with _open(system, draft) as file:
+            yield file
         system.move(draft, path)
 
 
@@ -214,9 +227,13 @@ def draft_name(name: str) -> str:
     return f"{DRAFT_PREFIX}{uuid.uuid4().hex[:12]}-{name}"[:255]
 
 
-def _write(system: fs.FileSystem, path: str, content: bytes) -> None:
-    with system.open_output_stream(path, compression=None) as file:
+def _write(system: fs.FileSystem, path: str, content: memoryview) -> None:
+    with _open(system, path) as file:
         file.write(content)
+
+
+def _open(system: fs.FileSystem, path: str) -> Any:
+    return system.open_output_stream(path, compression=None)
 
 
 def broken_link(path: Path) -> str:

@@ -89,6 +89,7 @@ def encode_noise(recipe: Recipe, limit_s: float, barrier: Barrier) -> float:
 
 def pipeline_rate(recipe: Recipe, sources: list[SourceRow]) -> float:
     """Clips per second of the whole pipeline, into a temporary folder."""
+    from data_prep.writers import fetch
     from sora_train.ray_cluster.connection import connect
 
     vae, text = find_codec(recipe)
@@ -100,10 +101,10 @@ def pipeline_rate(recipe: Recipe, sources: list[SourceRow]) -> float:
         state = ResumeState(stats, todo=[(row, []) for row in sources])
         sink = ShardSink(there, key, settings_hash(there, key), state)
         with connect(recipe.cluster.address):
-            for table in run_stages(there, vae, state.todo):
-                sink.consume(table)
+            for block in run_stages(there, vae, state.todo):
+                sink.consume(fetch(block.facts, "the facts of a block"), block.table)
                 marks.append((time.monotonic(), stats.written))
-        sink.close()
+            sink.flush()
     # when each VAE worker has delivered one batch, all of them have just begun the next
     workers = allocate_cpus(usable_cores(), 0, recipe.prep).vae.workers
     began = [mark for mark in marks if mark[1]][:workers][-1:]

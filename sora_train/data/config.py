@@ -182,3 +182,5 @@ class PrepConfig(Section):
     """GPUs per text encoder actor, if the cluster has any."""
     text_batch: PositiveInt = 32
     """Captions that the text encoder embeds in one batch."""
+    shard_mb: PositiveInt = 256
+    """Size of a shard in MB. Slow preparation writes smaller ones, at least every 30 s."""

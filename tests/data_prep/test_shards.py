@@ -10,11 +10,20 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.resume import SavedProgress, SourceRecord, save_progress
-from data_prep.shards import ShardWriter, read_stored_clips, remove_clips, remove_unfinished
+from data_prep.shards import (
+    next_number,
+    pick_rows,
+    read_stored_clips,
+    remove_clips,
+    remove_unfinished,
+    shard_name,
+    write_shard,
+)
 from data_prep.sink import save_interval_s
 from sora_train.errors import UserError
 from sora_train.locks import run_lock
 from sora_train.schema import SHARD_SCHEMA, encode_row, shard_files
+from sora_train.storage import resolve
 
 
 def table(start: int, stop: int) -> pa.Table:
@@ -29,10 +38,9 @@ def table(start: int, stop: int) -> pa.Table:
 
 
 def write(folder: Path, start: int, stop: int, key: str = "key") -> None:
-    writer = ShardWriter(str(folder), "1x8x8", key)
-    for at in range(start, stop, 10):
-        writer.add(table(at, min(stop, at + 10)))
-    writer.close()
+    system, path = resolve(str(folder))
+    tables = (table(at, min(stop, at + 10)) for at in range(start, stop, 10))
+    write_shard(system, f"{path}/bucket=1x8x8/{shard_name(next_number(str(folder)))}", key, tables)
 
 
 def ids(folder: Path) -> list[str]:
@@ -41,17 +49,19 @@ def ids(folder: Path) -> list[str]:
     return list(clips)
 
 
-def test_rows_keep_their_order_across_shards(tmp_path: Path):
+def test_rows_keep_their_order_in_full_row_groups(tmp_path: Path):
     write(tmp_path, 0, 600)
-    files = shard_files(str(tmp_path))
-    assert len(files) == 3
+    (file,) = shard_files(str(tmp_path))
     assert ids(tmp_path) == [f"{i:05d}" for i in range(600)]
-    groups = [
-        pq.read_metadata(file).row_group(g).num_rows
-        for file in files
-        for g in range(pq.read_metadata(file).num_row_groups)
-    ]
-    assert groups == [32] * 18 + [24]
+    found = pq.read_metadata(file)
+    assert [found.row_group(g).num_rows for g in range(found.num_row_groups)] == [32] * 18 + [24]
+
+
+def test_picked_rows_are_those_that_were_asked_for():
+    rows = [0, 1, 2, 7, 9, 10, 39]
+    parts = list(pick_rows(table(0, 40), rows))
+    assert pa.concat_tables(parts).equals(table(0, 40).take(rows))
+    assert [len(part) for part in parts] == [3, 1, 2, 1]
 
 
 def test_a_second_run_writes_behind_the_first(tmp_path: Path):
@@ -65,12 +75,14 @@ def test_removed_clips_are_gone_and_the_rest_stays(tmp_path: Path):
     (file,) = shard_files(str(tmp_path))
     before = pq.read_table(file)
     remove_clips(str(tmp_path), file, {"00003", "00049"})
-    after = pq.read_table(file)
+    (new,) = shard_files(str(tmp_path))
+    assert new != file  # an index that knows the old one would be wrong about the new one
+    after = pq.read_table(new)
     kept = [i for i in range(50) if i not in (3, 49)]
     assert after.equals(before.take(kept))
     clip = read_stored_clips(str(tmp_path), "key")[0]["00004"]
-    assert (clip.source, clip.source_size, clip.source_version, clip.shard) == ("4.mp4", 4, "v", file)
-    remove_clips(str(tmp_path), file, {f"{i:05d}" for i in range(50)})
+    assert (clip.source, clip.source_size, clip.source_version, clip.shard) == ("4.mp4", 4, "v", new)
+    remove_clips(str(tmp_path), new, {f"{i:05d}" for i in range(50)})
     assert shard_files(str(tmp_path)) == []
 
 

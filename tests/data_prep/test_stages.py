@@ -15,6 +15,7 @@ from data_prep.sink import ShardSink
 from data_prep.stages import EmbedText, EncodeVideo, run_batch
 from data_prep.stats import PrepStats
 from data_prep.watchdog import DeviceLost
+from data_prep.writers import facts_of
 from sora_train.codec import CodecConfig
 from sora_train.codec.text import load_text_encoder
 from sora_train.data.config import DataConfig
@@ -124,7 +125,7 @@ def test_a_worker_that_can_not_start_ends_prep_with_one_message(tmp_path: Path):
     recipe = Recipe(data=DataConfig(output=str(tmp_path / "shards")))
     sink = ShardSink(recipe, "", "", ResumeState(PrepStats(2, 0.5, "")))
     with pytest.raises(UserError, match=r"codec\.vae: no folder '.*none'"):
-        sink.consume(made)
+        sink.consume(facts_of(made), None)
     (failed,) = EncodeVideo(CODEC, 0, "cpu")(rows).to_pylist()
     assert failed["message"].startswith("a worker of prep (EncodeVideo) can't start: RuntimeError: set_num_threads")
 

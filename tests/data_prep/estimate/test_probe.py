@@ -12,12 +12,13 @@ from data_prep.estimate.estimate import estimate_prep
 from data_prep.estimate.probe import probe_files
 from data_prep.estimate.table import check_estimate, format_estimate, show_plan
 from data_prep.pipeline import encoding_hash, find_codec, prep
-from data_prep.shards import ShardWriter
+from data_prep.shards import shard_name, write_shard
 from data_prep.sources import read_rows
 from sora_train.data.config import SelectionConfig
 from sora_train.errors import RecipeError, UserError
 from sora_train.recipe import Recipe
 from sora_train.schema import SHARD_SCHEMA, encode_row
+from sora_train.storage import resolve
 
 
 def recipe(folder: Path, **data: object) -> Recipe:
@@ -94,9 +95,9 @@ def test_the_plan_refuses_what_prep_refuses(folder: Path, other: dict[str, float
         sample_id="0", source="wide.mp4", source_size=1, source_version="v", content_hash="", start_s=0.0, end_s=1.0,
         captions=["x"], latents=np.zeros((1, 8, 4, 4, 8)), text=[np.zeros((1, 64))],
     )  # fmt: skip
-    writer = ShardWriter(made.data.output, "8x32x64", encoding_hash(made, *find_codec(made)))
-    writer.add(pa.Table.from_pylist([clip], SHARD_SCHEMA))
-    writer.close()
+    system, path = resolve(made.data.output)
+    key = encoding_hash(made, *find_codec(made))
+    write_shard(system, f"{path}/bucket=8x32x64/{shard_name(0)}", key, [pa.Table.from_pylist([clip], SHARD_SCHEMA)])
     for command in (estimate_prep, prep):
         with pytest.raises(UserError, match=says):
             command(recipe(folder, **settings | other))
