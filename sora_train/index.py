@@ -38,7 +38,7 @@ STRING, STRINGS = pa.string(), pa.list_(pa.string())
 CLIPS = pa.schema(
     [("row_id", STRING)]
     + [(field.name, field.type) for field in SHARD_SCHEMA if field.name not in ("captions", "latents", "text")]
-    + [("shard", STRING), ("row", pa.int32())]
+    + [("shard", pa.dictionary(pa.int32(), STRING)), ("row", pa.int32())]
 )
 """A clip of a finished shard. `shard` is a path relative to the folder, `row` the clip's place in it."""
 SHARDS = pa.schema(
@@ -60,6 +60,8 @@ SOURCES = pa.schema(
 KINDS: dict[Kind, pa.Schema] = {"clips": CLIPS, "shards": SHARDS, "sources": SOURCES, "failures": QUARANTINE_SCHEMA}
 FOLDER, REPLACES = "index", b"replaces"
 NAME = re.compile(r"(\d{8,})-[0-9a-f]+\.index")
+REPEATED = ["source", "shard", "encoding_hash", "groups.list.element", "tokens.list.element", "stage", "reason", "kind"]
+"""Columns with few values, which are stored by number. Hashes and ids are not."""
 GROUP_VALUES = 1_000_000
 """Rows of a piece's row group, counting the rows of the shards in `shards`: it bounds what a reader holds at a time."""
 PIECE_BYTES = 2**28
@@ -247,7 +249,7 @@ def _report_damage(system: fs.FileSystem, path: str, error: Exception) -> None:
 def _writer(to: io.BytesIO, kind: Kind, metadata: Mapping[str, str]) -> Iterator[Callable[[pa.Table], None]]:
     """Yields a function that writes rows to a piece."""
     schema = KINDS[kind].with_metadata(dict(metadata))
-    with pq.ParquetWriter(to, schema, compression="zstd", write_page_checksum=True) as writer:
+    with pq.ParquetWriter(to, schema, compression="zstd", use_dictionary=REPEATED, write_page_checksum=True) as writer:  # pyright: ignore[reportArgumentType]
 
         def write(table: pa.Table) -> None:
             table = table.select(schema.names).cast(schema)

@@ -163,11 +163,8 @@ def holdout_hash(source: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"holdout\0{source}".encode(), digest_size=8).digest(), "little")
 
 
-def shard_files(folder: str) -> list[str]:
-    """Paths of a folder's finished shards, sorted.
-
-    They match `bucket=*/*.parquet` and are paths on the folder's filesystem.
-    """
+def list_shards(folder: str) -> list[fs.FileInfo]:
+    """The finished shards of a folder, which match `bucket=*/*.parquet`, sorted by path."""
     system, path = resolve(folder)
     with storage_errors(folder, "listed"):
         found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
@@ -175,7 +172,13 @@ def shard_files(folder: str) -> list[str]:
             info.path for info in found if info.type == fs.FileType.Directory and info.base_name.startswith("bucket=")
         ]
         files = [info for bucket in buckets for info in system.get_file_info(fs.FileSelector(bucket))]
-    return sorted(info.path for info in files if info.extension == "parquet" and not info.base_name.startswith("."))
+    shards = [info for info in files if info.extension == "parquet" and not info.base_name.startswith(".")]
+    return sorted(shards, key=lambda info: info.path)
+
+
+def shard_files(folder: str) -> list[str]:
+    """Paths of a folder's finished shards on its filesystem, sorted."""
+    return [info.path for info in list_shards(folder)]
 
 
 def bucket_of(shard: str) -> str:
