@@ -21,7 +21,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -249,7 +249,8 @@ def _report_damage(system: fs.FileSystem, path: str, error: Exception) -> None:
 def _writer(to: io.BytesIO, kind: Kind, metadata: Mapping[str, str]) -> Iterator[Callable[[pa.Table], None]]:
     """Yields a function that writes rows to a piece."""
     schema = KINDS[kind].with_metadata(dict(metadata))
-    with pq.ParquetWriter(to, schema, compression="zstd", use_dictionary=REPEATED, write_page_checksum=True) as writer:  # pyright: ignore[reportArgumentType]
+    how: dict[str, Any] = {"compression": "zstd", "use_dictionary": REPEATED, "write_page_checksum": True}
+    with pq.ParquetWriter(to, schema, **how) as writer:
 
         def write(table: pa.Table) -> None:
             table = table.select(schema.names).cast(schema)

@@ -32,7 +32,7 @@ def list_known(folder: str, holdout_fraction: float = 0.0) -> tuple[pa.Table, li
     indexed = last_rows(pa.concat_tables([SHARD_LIST.empty_table(), *found]), "shard")
     places = pc.index_in(names, value_set=indexed["shard"].combine_chunks())
     sizes = np.array([info.size or 0 for info in infos], np.int64)
-    known = pc.fill_null(indexed["bytes"].take(places), pa.scalar(-1, pa.int64())).to_numpy() == sizes
+    known = indexed["bytes"].take(places).to_numpy() == sizes  # null becomes NaN
     others = [info.path[len(root) + 1 :] for info, is_known in zip(infos, known.tolist(), strict=True) if not is_known]
     return indexed.take(places.take(np.flatnonzero(known))), others
 
