@@ -16,10 +16,14 @@ Every tensor annotation and every einops string uses these axes:
 as `six`, splits an axis into parts.
 """
 
+import logging
 import os
 
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 """Ray must not start by itself. A thread that outlives `ray.shutdown` would start a new Ray with its next call, in
 the middle of our own `ray.init` ("called ray.init twice", or a deadlock). Ray reads this when it is imported."""
+
+for _name in ("torchao", "torch.utils._pytree"):  # torchao's import, also by peft, warns of libraries for other devices
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 __version__ = "0.1.0"

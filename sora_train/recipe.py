@@ -226,6 +226,11 @@ def check(recipe: Recipe) -> list[str]:
             f"lora.rank is {recipe.lora.rank} and model.init_from is empty; adapters are trained on weights that "
             "exist, so name them there, or set lora.rank to 0 to train all weights"
         )
+    if recipe.lora.rank and train.precision == "fp8":
+        wrong.append(
+            "train.precision fp8 is for training all weights, and lora.rank is "
+            f"{recipe.lora.rank}; use bf16 for adapters"
+        )
     if recipe.model.learned_variance and recipe.diffusion.kind == "flow":
         wrong.append(
             "model.learned_variance is true, but with diffusion.kind flow there is no variance to learn; "

@@ -153,6 +153,10 @@ def test_a_wrong_recipe_is_told_which_key_and_what_fits(tmp_path: Path, text: st
         ("validation: {guidance_interval: [900, 100]}", "validation.guidance_interval is [900, 100]; it must rise"),
         ("validation: {guidance_rescale: 2}", "validation.guidance_rescale is 2; it should be less than or equal to 1"),
         ("lora: {rank: 8}", "lora.rank is 8 and model.init_from is empty; adapters are trained on weights that exist"),
+        (
+            "lora: {rank: 8}\ntrain: {precision: fp8}",
+            "train.precision fp8 is for training all weights, and lora.rank is 8",
+        ),
         ("lora: {alpha: 8}", "lora.rank is 0, which trains all weights, and lora.alpha would have no effect"),
         ("lora: {targets: [to_q, to_q], rank: 4}", "lora.targets is ['to_q', 'to_q']; name at least one layer"),
         ("conditioning: {probability: 2}", "conditioning.probability is 2.0; it must be within 0 to 1"),

@@ -25,6 +25,7 @@ from sora_train.recipe import Recipe
 from sora_train.train.activation_checkpointing import apply_activation_checkpointing
 from sora_train.train.compile import compile_blocks
 from sora_train.train.engine import decay_groups
+from sora_train.train.fp8 import use_fp8
 from sora_train.train.skipped_blocks import add_zero_gradients
 
 KEYS = ("step_s", "samples_per_s", "data_wait_share", "mfu")
@@ -105,6 +106,8 @@ def make_bare(recipe: Recipe) -> Callable[[int], None]:
     held = [micro_batches(shards, order, objective, number, **how) for number in range(4)]
     torch.manual_seed(config.seed)
     model = build(recipe.model)
+    if config.precision == "fp8":
+        use_fp8(model, device)
     add_zero_gradients(model)
     apply_activation_checkpointing(model, config.activation_checkpointing)
     if config.compile:
@@ -120,7 +123,7 @@ def bare_loop(model: Transformer, recipe: Recipe, data: Iterable[Sequence[MicroB
     """
     config, device, batches = recipe.train, model.patch_in.weight.device, iter(data)
     objective = make_objective(recipe.diffusion, recipe.model.learned_variance, recipe.conditioning)
-    half = config.precision == "bf16"
+    half = config.half
     masters: list[Tensor] = list(model.parameters())
     groups = decay_groups(model, config.weight_decay)
     copied = half and config.zero_stage > 0

@@ -26,7 +26,6 @@ FIXED_KEYS = (
     "train.betas",
     "train.ema_decay",
     "train.caption_dropout",
-    "train.precision",
     "train.seed",
 )
 """Keys that must not change on resume, because they decide what is learned. Others affect results only through
@@ -104,9 +103,15 @@ def saved_null_prompt(run: Path) -> str:
 
 
 def changed_arithmetic(run: Path, recipe: Recipe) -> list[str]:
-    """Names a change between ZeRO stage 0 and the others in bf16, which is more than rounding."""
-    then, now = saved_recipe(run).train.zero_stage, recipe.train.zero_stage
-    if recipe.train.precision == "fp32" or bool(then) == bool(now):
+    """Names a change of arithmetic that is more than rounding: from or to fp32, and in bf16 from or to ZeRO stage 0.
+
+    bf16 and fp8 may replace each other: weights, moments and checkpoints are the same.
+    """
+    before, after = saved_recipe(run).train, recipe.train
+    if before.half != after.half:
+        return [f"train.precision was {before.precision} and is {after.precision}"]
+    then, now = before.zero_stage, after.zero_stage
+    if not after.half or bool(then) == bool(now):
         return []
     return [
         f"train.zero_stage was {then} and is {now}: in bf16, stage 0 computes with float32 weights under autocast, the "

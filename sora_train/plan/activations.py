@@ -62,7 +62,7 @@ class Activations:
 
 def activations(model: ModelConfig, train: TrainConfig, sizes: Sizes, lora: LoraConfig = NO_LORA) -> Activations:
     """What a recipe's forward pass leaves. Traces one clip and two: bytes grow linearly with clips."""
-    half, mode = train.precision == "bf16", train.activation_checkpointing
+    half, mode = train.half, train.activation_checkpointing
     depth = min(model.depth, TRACED_BLOCKS + model.depth % 2)
     shallow = replace(model, depth=depth)
     keeps, autocast = lora.rank > 0 and train.zero_stage == 3, half and not train.zero_stage

@@ -50,10 +50,12 @@ def estimate(model: ModelConfig, train: TrainConfig, sizes: Sizes, world: int, l
     if train.activation_checkpointing != "none":
         plain = activations(model, train.model_copy(update={"activation_checkpointing": "none"}), sizes, lora)
         recomputed = max(whole - part for whole, part in zip(plain.blocks, made.blocks, strict=True))
-    number = HALF if train.precision == "bf16" else FLOAT
+    number = HALF if train.half else FLOAT
     # gradients within a block, and of padded captions
     values = sizes.tokens(model) * max(8 * model.width, 2 * model.inner_width)
     workspace = number * (values + sizes.b * model.text_tokens * model.width) + recomputed
+    if train.precision == "fp8":
+        workspace += fp8_bytes(model, sizes)
     batch = batch_bytes(model, train, sizes)
     before = held.gradients if accumulation(train, world) > 1 else held.lasting
     return Estimate(
@@ -71,10 +73,18 @@ def batch_bytes(model: ModelConfig, train: TrainConfig, sizes: Sizes) -> int:
     """Latents, noise, their mixture, target and error in float32, and the output. In bf16 also a second mixture,
     output and text.
     """
-    half = HALF if train.precision == "bf16" else 0
+    half = HALF if train.half else 0
     values = sizes.b * sizes.f * sizes.h * sizes.w
     text = sizes.b * sizes.l * model.text_width * FLOAT if half else 0  # in fp32 it is among the activations
     return values * (model.in_channels * (5 * FLOAT + half) + model.out_channels * (FLOAT + half)) + text
+
+
+def fp8_bytes(model: ModelConfig, sizes: Sizes) -> int:
+    """FP8 copies in the backward pass of the block's largest layer: of input, gradient and weight, each in the order
+    of both its products. A layer saves the same bfloat16 input as without FP8.
+    """
+    d, inner = model.width, model.inner_width
+    return 2 * (sizes.tokens(model) * (d + inner) + d * inner)
 
 
 def largest_micro_batch(

@@ -129,7 +129,7 @@ def states(model: ModelConfig, train: TrainConfig, world: int, lora: LoraConfig 
     trained, base = counts.trained, sum(counts.frozen)
     total, settings = sum(trained), zero_settings(train, world)
     reduce_bucket = settings["reduce_bucket_size"]
-    half = train.precision == "bf16"
+    half = train.half
     number = HALF if half and train.zero_stage else FLOAT
     frozen = HALF if half else FLOAT
     sent = HALF if train.reduce_dtype == "bf16" else FLOAT

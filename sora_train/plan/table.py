@@ -226,7 +226,7 @@ def remedies_for(recipe: Recipe, sizes: Sizes, room: int) -> list[str]:
 def cost(recipe: Recipe, buckets: dict[str, Sizes], clips: list[int], options: PlanOptions) -> list[str]:
     """FLOPs, hours and disk."""
     model, train, world, lora = recipe.model, recipe.train, recipe.cluster.most, recipe.lora
-    peak = peak_of(options.gpu, train.precision == "bf16")
+    peak = peak_of(options.gpu, train.half)
     if peak is None:
         raise RecipeError(f"--gpu {options.gpu}: its FLOP/s are not known; those of {', '.join(PEAKS)} are")
     weighted = [(count / max(1, sum(clips)), s) for count, s in zip(clips, buckets.values(), strict=True)]
@@ -239,7 +239,7 @@ def cost(recipe: Recipe, buckets: dict[str, Sizes], clips: list[int], options: P
     return [
         f"compute: {clip:.3g} FLOPs per clip, forward and backward; {train.steps:,} steps of {train.batch_size} clips "
         f"are {in_hours(hours)} on {world} {options.gpu}, assumed to reach {options.mfu:.0%} of its "
-        f"{peak / 1e12:,.0f} TFLOP/s{padding}",
+        f"{peak / 1e12:,.0f} TFLOP/s{' in bf16' * train.half}{padding}",
         f"disk: {in_bytes(size)} per checkpoint; train.keep_checkpoints {train.keep_checkpoints} and one being "
         f"written: {in_bytes(size * (train.keep_checkpoints + 1))}",
     ]

@@ -133,7 +133,7 @@ def load_run(
             raise UserError(f"{place} does not fit the model in its recipe.yaml: {first}") from None
     merge_files(model, lora)  # before the weights are rounded to a lower precision
     if dtype is None:
-        dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+        dtype = torch.bfloat16 if recipe.train.half else torch.float32
     model.requires_grad_(False).eval().to(device, dtype)
     objective = make_objective(recipe.diffusion, recipe.model.learned_variance, recipe.conditioning)
     held = note.weights if note is not None else weights or "ema"

@@ -26,6 +26,7 @@ SAVED_OPS: set[Any] = {torch.ops.aten.add_.Tensor} | {
         "mm",
         "addmm",
         "bmm",
+        "_scaled_mm",
         "_scaled_dot_product_flash_attention",
         "_scaled_dot_product_efficient_attention",
         "_scaled_dot_product_cudnn_attention",

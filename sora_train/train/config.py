@@ -62,9 +62,10 @@ class TrainConfig(Section):
     offload: Literal["none", "optimizer", "all"] = "none"
     """CPU offload: `none`, `optimizer` or `all`.
     `optimizer` offloads master weights and moments (ZeRO 1 to 3), `all` parameters too (ZeRO 3)."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
     """Number format of the forward and backward pass.
-    Master weights are always float32."""
+    Master weights are always float32. `fp8` is bf16 with the large products of the blocks in FP8, by torchao: for Ada
+    and Hopper GPUs or later, with `compile`. On a CPU it is emulated, which is slow."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """Number format in which gradients are summed over ranks.
     `bf16` halves the traffic. Its relative error is 1e-3 and grows with the number of ranks; that of `fp32` is 1e-7.
@@ -92,3 +93,8 @@ class TrainConfig(Section):
     For instance `{zero_optimization: {overlap_comm: true}}`."""
     seed: NonNegativeInt = 0
     """Seed of initial weights, sample order, noise, diffusion times and dropout."""
+
+    @property
+    def half(self) -> bool:
+        """Whether weights and activations are bfloat16, with `fp8` too."""
+        return self.precision != "fp32"

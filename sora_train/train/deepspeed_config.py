@@ -43,7 +43,7 @@ REFUSED = {
 
 def deepspeed_config(config: TrainConfig, *, accumulation: int, world: int) -> dict[str, Any]:
     """DeepSpeed's configuration for a recipe at a world size."""
-    half = config.precision == "bf16" and config.zero_stage > 0
+    half = config.half and config.zero_stage > 0
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}

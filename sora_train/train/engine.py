@@ -47,7 +47,7 @@ class Engine:
 
         self.world, self.rank = dist.get_world_size(), dist.get_rank()
         self.device, self.clip, self.stage = device, config.gradient_clip, config.zero_stage
-        self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self.dtype = torch.bfloat16 if config.half else torch.float32
         # Stage 0 keeps the whole float32 model on every rank: it computes bf16 by autocast, with no second copy.
         self.autocast = self.stage == 0 and self.dtype == torch.bfloat16
         self.shapes = {name: p.shape for name, p in trained_parameters(model)}

@@ -29,6 +29,7 @@ from sora_train.train.compile import compile_blocks
 from sora_train.train.config import TrainConfig
 from sora_train.train.ema import Ema
 from sora_train.train.engine import Engine
+from sora_train.train.fp8 import use_fp8
 from sora_train.train.frozen_base import with_base
 from sora_train.train.hardware import memory_gb, peak_flops
 from sora_train.train.initial import make_model
@@ -66,10 +67,12 @@ def train(
 
     torch.manual_seed(config.seed)  # the same initial weights on every rank
     if lora.rank:
-        model = build_adapted(model_config, lora, device, half=config.precision == "bf16", new=resume is None)
+        model = build_adapted(model_config, lora, device, half=config.half, new=resume is None)
     else:
         model = make_model(model_config, device, resumed=resume is not None)
     shapes = len(shards.rows) * len(padded_lengths(shards.manifest.text.max_tokens))
+    if config.precision == "fp8":
+        use_fp8(model, device)
     add_zero_gradients(model)
     apply_activation_checkpointing(model, config.activation_checkpointing)
     if config.compile:
@@ -102,7 +105,7 @@ def train(
         return order, loader.batches(make, numbers, device=device)
 
     order, data = start_loader()
-    peak, compiled = peak_flops(device, config.precision == "bf16"), set[tuple[str, int]]()
+    peak, compiled = peak_flops(device, config.half), set[tuple[str, int]]()
     tally, losses_since_save = Tally(), list[float]()
     save_requested = False
     profiler = StepProfiler(*config.profile, run_dir, device) if config.profile and rank == 0 else None

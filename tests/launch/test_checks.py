@@ -155,10 +155,14 @@ def test_clearing_a_run_removes_what_it_wrote_and_nothing_else(tmp_path: Path):
 
 
 def test_the_training_keys_that_may_change_on_resume_are_these():
-    """A new key is fixed or free by decision: add it to `FIXED_KEYS` if it decides what is learned, else here."""
+    """A new key is fixed or free by decision: add it to `FIXED_KEYS` if it decides what is learned, else here.
+
+    `changed_arithmetic` allows some changes of `precision` and `zero_stage` alone.
+    """
     free = """activation_checkpointing checkpoint_every compile deepspeed gradient_clip guard_max_consecutive
         guard_max_rollbacks guard_spike keep_by keep_checkpoints learning_rate log_every log_samples micro_batch_size
-        offload output profile reduce_dtype schedule shard_cache_gb steps warmup_steps weight_decay zero_stage"""
+        offload output precision profile reduce_dtype schedule shard_cache_gb steps warmup_steps weight_decay
+        zero_stage"""
     keys = {f"train.{key}" for key in TrainConfig.model_fields}
     assert {key for key in keys if not key.startswith(FIXED_KEYS)} == {f"train.{key}" for key in free.split()}
     paths = "captions caption_column file_column max_bad_fraction output root timeout_s"

@@ -9,7 +9,7 @@ import torch
 
 from sora_train.data.shards import ShardSet
 from sora_train.errors import Stopped, UserError
-from sora_train.launch.resume import changed_keys, check_resume
+from sora_train.launch.resume import changed_keys, check_resume, describe_changes
 from sora_train.launch.run_folder import (
     check_some_complete,
     check_writable,
@@ -140,6 +140,24 @@ def test_in_bf16_a_run_does_not_change_from_or_to_stage_0(
             check_resume(run, of(now, "bf16"), manifest)
     save_recipe(of(then, "fp32"), run / "recipe.yaml")
     assert check_resume(run, of(now, "fp32"), manifest) == 3
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "same"),
+    [("bf16", "fp8", True), ("fp8", "bf16", True), ("fp32", "bf16", False), ("fp8", "fp32", False)],
+)
+def test_bf16_and_fp8_may_replace_each_other(tiny_shards: Path, run: Path, recipe, then: str, now: str, same: bool):
+    def of(precision: str):
+        return recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
+
+    manifest = Manifest.load(str(tiny_shards))
+    save_recipe(of(then), run / "recipe.yaml")
+    if same:
+        assert check_resume(run, of(now), manifest) == 3
+        assert describe_changes(run, of(now), 3) == f"train.precision was {then!r} and is {now!r}"
+    else:
+        with pytest.raises(UserError, match=f"train.precision was {then} and is {now}"):
+            check_resume(run, of(now), manifest)
 
 
 def test_a_garbled_line_of_metrics_costs_only_itself(run: Path):

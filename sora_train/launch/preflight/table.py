@@ -31,6 +31,7 @@ from sora_train.ray_cluster.connection import connect
 from sora_train.recipe import Recipe
 from sora_train.storage import free_bytes
 from sora_train.terminal import print_result
+from sora_train.train.fp8 import check_fp8
 
 T = TypeVar("T")
 FILES_S, HASH_S, NETWORK_S = 20.0, 600.0, 120.0
@@ -112,6 +113,8 @@ def check_files(recipe: Recipe, table: Table) -> tuple[Recipe, Manifest | None]:
         if any(recipe.validation.images):
             images = ", ".join(recipe.validation.images)
             table.check("images", lambda: read_images(recipe, manifest), lambda _: images)
+    if recipe.train.precision == "fp8":
+        table.check("fp8", check_fp8, lambda _: "torchao is installed")
     if recipe.model.init_from and step is None:
         table.check("init_from", lambda: check_initial_weights(recipe), lambda _: recipe.model.init_from)
     elif recipe.lora.rank and step is not None:
