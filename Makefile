@@ -13,7 +13,7 @@ help:
 	@echo 'make test         the tests'
 	@echo 'make test-slow    the slow tests of all but prep: lost nodes, memory, checkpoints to keep'
 	@echo 'make lint         ruff, pyright and the import rules'
-	@echo 'make check-gpu    on a machine with a GPU: NCCL, bf16, compile, resume, memory, prep and train on it, in six minutes'
+	@echo 'make check-gpu    on a machine with a GPU: speed, MFU, numerics, compile, resume, memory, prep and train on it, in six minutes'
 	@echo 'make bench-quickstart   after make quickstart: three training seeds, 192 clips each'
 	@echo 'make drill-train  sora train under kills, lost nodes, poison, damage, full disks, and the quickstart: one table'
 	@echo 'make drill-prep   sora prep killed at ten moments, driver and actors in turn; memory over 1,000 clips'
@@ -46,7 +46,7 @@ bench-quickstart: .venv/installed
 drill-train: .venv/installed
 	$(BIN)/python -m tests.drills.train $(ARGS)
 
-# Some of it: make check-gpu ARGS='--only zero plan'; --out FILE.md writes the table for docs/benchmarks.
+# Some of it: make check-gpu ARGS='--only table train'. It writes a page in docs/benchmarks, or --out FILE.md.
 check-gpu: .venv/installed
 	$(BIN)/python -m tests.gpu.check $(ARGS)
 

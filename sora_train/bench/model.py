@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,12 +18,15 @@ from pydantic import NonNegativeInt
 from torch import Tensor, nn
 
 from sora_train.bench.case import Case, CaseOptions, inputs, relative, seeded, size_of
-from sora_train.bench.core import Row, Table, interleave, log, seconds, spread
+from sora_train.bench.core import Row, Table, interleave, log, seconds, spread, synchronize
 from sora_train.model.flops import forward_flops, parameter_count
 from sora_train.train.hardware import peak_flops
+from sora_train.train.profile import LISTED, Breakdown, activities, breakdown
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}
 """Largest difference of outputs, over the largest output, that rounding explains."""
+PROFILED = 3
+"""Steps that --profile traces."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -43,6 +47,9 @@ class Options(CaseOptions):
     """Activation checkpointing; diffusers uses none for selective."""
     alone: bool = False
     """Leave diffusers out."""
+    profile: bool = False
+    """Also print the time of each part of a step (products, attention, pointwise, optimizer, gaps) and its slowest
+    kernels."""
 
 
 def cases(options: Options) -> Iterator[Case]:
@@ -160,20 +167,22 @@ def bench(options: Options) -> list[Table]:
     torch.set_num_threads(options.threads)
     rows: list[Row] = []
     failed: list[str] = []
+    profiles: list[Table] = []
     for case in list(cases(options)):
         log(str(case))
-        found, errors = measure(case, options, not options.alone and case.is_in_diffusers)
+        found, more, errors = measure(case, options, not options.alone and case.is_in_diffusers)
         rows += found
+        profiles += more
         failed += [f"{case}: {line}" for line in errors]
     note = (
         f"median (minimum – maximum) of {options.rounds} turns; `times diffusers`: eager diffusers' time over "
         "this one's; difference: the largest difference from diffusers' output, over its largest value"
     )
-    return [Table("model", rows, [note], failed)]
+    return [Table("model", rows, [note], failed), *profiles]
 
 
-def measure(case: Case, options: Options, compare: bool) -> tuple[list[Row], list[str]]:
-    """The rows of one case, and its errors: compares outputs, then times in turns, then measures memory."""
+def measure(case: Case, options: Options, compare: bool) -> tuple[list[Row], list[Table], list[str]]:
+    """Rows, profiles and errors of one case. Compares outputs, times variants in turns, then measures memory."""
     from sora_train.model.convert import to_diffusers
 
     with tempfile.TemporaryDirectory() as folder:
@@ -208,7 +217,39 @@ def measure(case: Case, options: Options, compare: bool) -> tuple[list[Row], lis
         row_of(case, name, each, base, differences[name], memory.get(name, [None])[0], first[name][0]["step_s"])
         for name, each in times.items()
     ]
-    return rows, [f"{name}: {error}" for name, error in errors.items()]
+    profiles, more = interleave({name: partial(profile, steps[name]) for name in times if options.profile}, 1, 0)
+    errors |= more
+    tables = [table for name, (found,) in profiles.items() for table in profile_tables(f"{case}, {name}", found)]
+    return rows, tables, [f"{name}: {error}" for name, error in errors.items()]
+
+
+def profile(step: TrainingStep) -> Breakdown:
+    """Where the time of PROFILED steps goes."""
+    device = next(step.model.parameters()).device
+    with tempfile.TemporaryDirectory() as folder:
+        synchronize()
+        with torch.profiler.profile(activities=activities(device)) as trace:
+            for _ in range(PROFILED):
+                step.turn()
+        trace.export_chrome_trace(f"{folder}/trace.json")
+        return breakdown(Path(folder) / "trace.json")
+
+
+def profile_tables(what: str, found: Breakdown) -> list[Table]:
+    """A table of the parts of a step and one of its slowest kernels."""
+
+    def row(ms: float, calls: int) -> Row:
+        return {"ms a step": ms / PROFILED, "share": ms / found.total_ms, "calls a step": calls / PROFILED}
+
+    parts: list[Row] = [{"part": part, **row(*values)} for part, values in found.parts().items()]
+    kernels: list[Row] = [
+        {"part": kernel.part, **row(kernel.ms, kernel.calls), "kernel": kernel.name[:100].replace("|", "¦")}
+        for kernel in found.kernels[:LISTED]
+    ]
+    note = (
+        f"{found.total_ms / PROFILED:.3g} ms a step on the {found.device}, mean of {PROFILED} steps under the profiler"
+    )
+    return [Table(f"parts of a step: {what}", parts, [note]), Table(f"kernels of a step: {what}", kernels)]
 
 
 def row_of(

@@ -9,7 +9,7 @@ import torch
 from sora_train import cli
 from sora_train.bench import data
 from sora_train.bench.case import Case, inputs, relative, seeded
-from sora_train.bench.model import TrainingStep
+from sora_train.bench.model import TrainingStep, profile, profile_tables
 from sora_train.bench.validate import split_steps
 
 TINY = ("--presets", "tiny", "--batch", "2", "--text_tokens", "7", "--rounds", "2", "--threads", "1")
@@ -49,6 +49,14 @@ def test_other_weights_would_be_noticed() -> None:
 def test_checkpointing_does_not_change_the_output(attention: str) -> None:
     plain, full = (TrainingStep(case(how, attention), False, False) for how in ("none", "full"))
     assert relative(full.output(), plain.output()) == 0
+
+
+def test_the_parts_of_a_profiled_step_add_up() -> None:
+    parts, kernels = profile_tables("tiny", profile(TrainingStep(case(), False, False)))
+    shares = {row["part"]: row["share"] for row in parts.rows}
+    assert shares.keys() >= {"products", "attention", "pointwise", "optimizer", "gaps"}
+    assert 0.95 < sum(shares.values()) < 1.5  # some operations of the backward pass run on another thread
+    assert kernels.rows == sorted(kernels.rows, key=lambda row: -row["ms a step"])
 
 
 def test_a_turn_is_a_whole_training_step() -> None:

@@ -5,9 +5,6 @@ Each also runs on a CPU, where `test_parts.py` runs it, at a smaller size: so wh
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,12 +18,13 @@ from sora_train.errors import UserError
 from sora_train.model import Latte
 from sora_train.plan.activations import Sizes
 from sora_train.plan.estimate import estimate
-from sora_train.sample import generate, load_run
-from sora_train.settings import read_yaml
 from sora_train.train.config import TrainConfig
 from sora_train.train.ema import Ema
 from sora_train.train.engine import Engine
+from tests.gpu.numerics import numerics
 from tests.gpu.setting import apart, join, make_shards, only, run, size_of
+from tests.gpu.speed import sampled, table, trained
+from tests.gpu.whole import gpu_tests, prepared, real_clips, road
 
 Part = Callable[[torch.device, Path], str]
 
@@ -57,7 +55,7 @@ def furthest(found: list[float], exact: list[float]) -> float:
 
 
 def compiled(device: torch.device, out: Path) -> str:
-    """`train.compile` under each kind of checkpointing: few graphs, however many lengths captions have."""
+    """`train.compile` under each kind of checkpointing: few graphs for 32 clips, each of another caption length."""
     join(device)
     size = size_of(device)
     shards = make_shards(out / "shards", size)
@@ -169,51 +167,20 @@ def peak(device: torch.device, act: Callable[[], None]) -> int:
     return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
-def road(device: torch.device, out: Path) -> str:
-    """`sora prep`, `sora train`, a resume and samples through Ray; samples in the run's precision against float32."""
-    from sora_train.quickstart.shapes import make_clips
-
-    make_clips(out / "clips", 12)
-    recipe = out / "job.yaml"
-    recipe.write_text(
-        f"""\
-name: road
-data: {{captions: {out}/clips/captions.csv, output: {out}/shards, frames: 8, fps: 8, height: 64, width: 64}}
-model: {{width: 64, depth: 2, heads: 2, text_width: 64, sample_size: 8}}
-train: {{output: {out}/runs, steps: 3, batch_size: 4, micro_batch_size: 2, log_every: 1, precision: bf16}}
-validation: {{every: 0}}
-cluster: {{address: local, workers: 1, gpu: {"yes" if device.type == "cuda" else "no"}}}
-""".replace("gpu: yes", "gpu: 'yes'").replace("gpu: no", "gpu: 'no'")
-    )
-    sora("prep", recipe)
-    sora("train", recipe, "--no-preflight")
-    sora("train", recipe, "--no-preflight", "--train.steps", "5")
-    folder = out / "runs/road"
-    run_ = load_run(folder, device)
-    half = torch.from_numpy(generate(run_, ["a red circle moving up"] * 2, [0, 1]))
-    settings = next((folder / "checkpoints").glob("step_00000005")) / "recipe.yaml"
-    assert read_yaml(settings)["train"]["precision"] == "bf16"
-    settings.write_text(settings.read_text().replace("precision: bf16", "precision: fp32"))
-    exact = torch.from_numpy(generate(load_run(folder, device), ["a red circle moving up"] * 2, [0, 1]))
-    off = apart(half, exact)
-    assert off < 0.1, f"frames sampled in bf16 differ by {off:.2f} of float32's"
-    return f"prep, train, resume, sample; frames in the run's precision within {off:.1e} of float32's"
-
-
-def sora(verb: str, *words: object) -> None:
-    """A command as people type it; AssertionError with its last lines where it fails."""
-    environment = {**os.environ, "RAY_ADDRESS": "", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-m", "sora_train.cli", verb, *map(str, words)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, f"sora {verb}: exit {done.returncode}\n{(done.stdout + done.stderr)[-2000:]}"
-
-
 PARTS: dict[str, Part] = {
+    "table": table,
+    "train": trained,
     "zero": zero_stages,
     "compile": compiled,
+    "numerics": numerics,
     "resume": resumed,
-    "codec": codecs,
-    "memory": short_of_memory,
-    "plan": planned,
     "road": road,
+    "plan": planned,
+    "memory": short_of_memory,
+    "codec": codecs,
+    "tests": gpu_tests,
+    "prep": prepared,
+    "sampling": sampled,
+    "real": real_clips,
 }
+"""In the order in which the check runs them."""

@@ -70,8 +70,8 @@ def make_shards(folder: Path, size: Size) -> ShardSet:
     pq.write_table(table, folder / f"bucket={bucket}" / "part.parquet", row_group_size=8)
     manifest.Manifest(
         encoding_hash="noise",
-        vae=manifest.VaeFacts(name="none", hash="none", channels=4, factor=8, mean=(0.0,) * 4, std=(1.0,) * 4),
-        text=manifest.TextFacts(name="none", hash="none", width=width, max_tokens=size.tokens),
+        vae=manifest.VaeFacts(name="builtin", hash="", channels=4, factor=8, mean=(0.0,) * 4, std=(1.0,) * 4),
+        text=manifest.TextFacts(name="builtin", hash="", width=width, max_tokens=size.tokens),
         latents=manifest.LatentFormat(moments=1),
         frames=frames, fps=8.0, height=pixels, width=pixels, buckets={bucket: size.clips},
         empty_text=base64.b64encode(np.zeros((1, width), np.float16).tobytes()).decode(), empty_tokens=1,

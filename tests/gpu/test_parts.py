@@ -7,25 +7,37 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.gpu.check import NAMES, check, tabulate
+from tests.gpu.check import ALONE, LIMITS_S, OPTIONAL, check, new_page, page
 from tests.gpu.parts import PARTS
 
 QUICK = ("memory", "plan")
 """Parts that other tests on the CPU do not cover."""
 
 
-def test_every_part_is_named():
-    assert tuple(PARTS) == NAMES
+RAY = ("road", "train", "real")
+
+
+def test_every_part_has_a_limit():
+    assert list(PARTS) == list(LIMITS_S)
+    assert set(LIMITS_S) > ALONE > OPTIONAL
+
+
+def test_a_page_is_named_after_the_device_and_replaces_none():
+    first = new_page("NVIDIA H100 80GB HBM3")
+    assert first.name.startswith("gpu_h100_80gb_hbm3_20")
+    assert not first.exists()
 
 
 def holds(part: str, device: str) -> None:
     row = check(part, device, 280)
     assert row.holds, row.figures
-    assert row.figures in tabulate([row])
+    written = page([row], device)
+    assert row.figures.replace("|", "\\|") in written
+    assert row.tables in written
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("part", NAMES)
+@pytest.mark.parametrize("part", [name for name in LIMITS_S if name not in OPTIONAL])
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_part_holds_on_a_gpu(part: str):
     holds(part, "cuda")
@@ -33,8 +45,8 @@ def test_a_part_holds_on_a_gpu(part: str):
 
 @pytest.mark.parametrize(
     "part",
-    [part if part in QUICK else pytest.param(part, marks=[pytest.mark.slow, *[pytest.mark.ray] * (part == "road")])
-     for part in NAMES],
+    [part if part in QUICK else pytest.param(part, marks=[pytest.mark.slow, *[pytest.mark.ray] * (part in RAY)])
+     for part in LIMITS_S if part != "real"],
 )  # fmt: skip
 def test_a_part_holds_on_a_cpu(part: str):
     holds(part, "cpu")
