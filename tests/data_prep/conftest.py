@@ -1,5 +1,6 @@
 """Videos whose frames carry their own number, so a test can tell which frame it got."""
 
+import os
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
