@@ -54,6 +54,8 @@ def estimate(model: ModelConfig, train: TrainConfig, sizes: Sizes, world: int, l
     # gradients within a block, and of padded captions
     values = sizes.tokens(model) * max(8 * model.width, 2 * model.inner_width)
     workspace = number * (values + sizes.b * model.text_tokens * model.width) + recomputed
+    if lora.base_precision == "int8":  # a layer's weight, widened for its product
+        workspace += number * model.width * model.inner_width
     if train.precision == "fp8":
         workspace += fp8_bytes(model, sizes)
     batch = batch_bytes(model, train, sizes)

@@ -13,6 +13,7 @@ import torch
 
 from sora_train.lora.adapters import add_adapters, trained_parameters
 from sora_train.lora.config import NO_LORA, LoraConfig
+from sora_train.lora.int8 import quantise_base
 from sora_train.model import ModelConfig, Transformer, build
 from sora_train.plan.activations import FLOAT, HALF
 from sora_train.train.config import TrainConfig
@@ -66,14 +67,16 @@ class Counts:
     """Elements of parameters, in the model's order."""
 
     frozen: tuple[int, ...]
-    """Of those without a gradient: the base of adapters."""
+    """Of those without a gradient, the base of adapters, except int8 ones."""
+    int8: tuple[int, ...]
+    """Of the base's int8 weights."""
     trained: tuple[int, ...]
     groups: tuple[tuple[int, ...], ...]
     """The trained ones by AdamW's groups."""
 
     @property
     def every(self) -> tuple[int, ...]:
-        return (*self.frozen, *self.trained)
+        return (*self.frozen, *self.int8, *self.trained)
 
 
 def planned_model(model: ModelConfig, lora: LoraConfig) -> Transformer:
@@ -82,6 +85,8 @@ def planned_model(model: ModelConfig, lora: LoraConfig) -> Transformer:
         made = build(model)
         if lora.rank:
             add_adapters(made, lora)
+        if lora.base_precision == "int8":
+            quantise_base(made)
     return made
 
 
@@ -90,8 +95,10 @@ def parameter_counts(model: ModelConfig, lora: LoraConfig = NO_LORA) -> Counts:
     """The parameters of a model, without allocating them."""
     made = planned_model(model, lora)
     groups = [group["params"] for group in decay_groups(made, 0.0)]
+    frozen = [p for p in made.parameters() if not p.requires_grad]
     return Counts(
-        frozen=tuple(p.numel() for p in made.parameters() if not p.requires_grad),
+        frozen=tuple(p.numel() for p in frozen if p.is_floating_point()),
+        int8=tuple(p.numel() for p in frozen if not p.is_floating_point()),
         trained=tuple(p.numel() for _, p in trained_parameters(made)),
         groups=tuple(tuple(p.numel() for p in group) for group in groups),
     )
@@ -126,7 +133,7 @@ def host_memory(
 def states(model: ModelConfig, train: TrainConfig, world: int, lora: LoraConfig = NO_LORA) -> States:
     """The model states of each of `world` ranks, by `train`'s ZeRO stage, precision and offload."""
     counts = parameter_counts(model, lora)
-    trained, base = counts.trained, sum(counts.frozen)
+    trained, base, int8 = counts.trained, sum(counts.frozen), sum(counts.int8)
     total, settings = sum(trained), zero_settings(train, world)
     reduce_bucket = settings["reduce_bucket_size"]
     half = train.half
@@ -135,7 +142,7 @@ def states(model: ModelConfig, train: TrainConfig, world: int, lora: LoraConfig 
     sent = HALF if train.reduce_dtype == "bf16" else FLOAT
     if train.zero_stage == 0:
         return States(
-            parameters=FLOAT * total + frozen * base,
+            parameters=FLOAT * total + frozen * base + int8,
             masters=0,
             moments=2 * FLOAT * total,
             ema=FLOAT * max(sum(trained[rank::world]) for rank in range(world)),
@@ -149,12 +156,19 @@ def states(model: ModelConfig, train: TrainConfig, world: int, lora: LoraConfig 
     if train.zero_stage < 3:
         groups = [sum(group) for group in counts.groups]
         placed = sharded_optimizer(train, world, groups, max(trained), number, settings)
-        return replace(placed, parameters=placed.parameters + frozen * base)
-    part, base_part = (sum(-(-count // world) for count in each) for each in (trained, counts.frozen))
-    whole = sum(count for count in counts.every if count <= settings["stage3_param_persistence_threshold"])
-    live = min(total + base - whole, settings["stage3_max_live_parameters"])
+        return replace(placed, parameters=placed.parameters + frozen * base + int8)
+    part, base_part, int8_part = (
+        sum(-(-count // world) for count in each) for each in (trained, counts.frozen, counts.int8)
+    )
+    least = settings["stage3_param_persistence_threshold"]
+    whole = sum(count for count in (*counts.frozen, *trained) if count <= least)
+    int8_whole = sum(count for count in counts.int8 if count <= least)
+    parted, int8_parted = total + base - whole, int8 - int8_whole
+    live = min(parted + int8_parted, settings["stage3_max_live_parameters"])
+    gathered = live + min(live, settings["stage3_prefetch_bucket_size"])
+    each = (number * parted + int8_parted) / max(1, parted + int8_parted)
     placed = States(
-        parameters=number * (part + base_part + whole),
+        parameters=number * (part + base_part + whole) + int8_part + int8_whole,
         masters=FLOAT * part,
         moments=2 * FLOAT * part,
         ema=FLOAT * part,
@@ -162,10 +176,10 @@ def states(model: ModelConfig, train: TrainConfig, world: int, lora: LoraConfig 
         lasting=FLOAT * part,
         bucket=number * reduce_bucket,
         copies=(number + cast_bytes(sent, number)) * min(total, reduce_bucket) + number * block_elements(model, lora),
-        gathered=number * (live + min(live, settings["stage3_prefetch_bucket_size"])),
+        gathered=round(each * gathered),
         update=FLOAT * part,
     )
-    return offloaded(placed, train, {"parameters": number * (part + base_part)})
+    return offloaded(placed, train, {"parameters": number * (part + base_part) + int8_part})
 
 
 def sharded_optimizer(

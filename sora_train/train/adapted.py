@@ -9,6 +9,7 @@ from sora_train.errors import UserError
 from sora_train.lora.adapters import adapter_state, add_adapters, load_adapter_state
 from sora_train.lora.config import LoraConfig
 from sora_train.lora.files import read_lora
+from sora_train.lora.int8 import quantise_base
 from sora_train.model import ModelConfig, Transformer, build, build_empty
 from sora_train.train.frozen_base import check_base
 from sora_train.train.initial import cannot_start, load_initial
@@ -63,11 +64,15 @@ def initial_adapters(config: ModelConfig, lora: LoraConfig) -> dict[str, Tensor]
 
 
 def adapt(model: Transformer, lora: LoraConfig, *, half: bool) -> None:
-    """Puts adapters into a model with weights as training does it: the rest frozen, in bfloat16 if `half`."""
+    """Puts adapters into a model with weights as training does it: the rest frozen, in `lora.base_precision`, which
+    means bfloat16 if `half`.
+    """
     add_adapters(model, lora)
     for parameter in model.parameters():
         if half and not parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
+    if lora.base_precision == "int8":
+        quantise_base(model)
     require_input_gradients(model)
 
 

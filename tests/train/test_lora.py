@@ -30,6 +30,8 @@ SETTINGS = {
 }
 LORA = {"rank": 3, "alpha": 6, "targets": ["to_q", "to_k", "to_v", "to_out", "ff"]}
 ADAPTERS = LoraConfig(**LORA)
+MODES = ("none", "selective", "full", "selective")
+"""Activation checkpointing by ZeRO stage, of runs with a base in 8 bits. Those that go on from them have none."""
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +52,17 @@ def runs(start, bases: dict[str, str], tiny_shards: Path, tmp_path_factory: pyte
     """Folders by name, of two ranks at stage S; NAME_again goes on from HELD, and AtoB_on1 on one rank at stage B."""
     root = tmp_path_factory.mktemp("runs")
 
-    def task(out: str, stage: int, resume: str | None = None, kind: str = "latte", **changes) -> dict:
+    def task(
+        out: str, stage: int, resume: str | None = None, kind: str = "latte", base: str = "auto", **changes
+    ) -> dict:
         train = SETTINGS | {"zero_stage": stage} | changes
-        made = {"out": str(root / out), "train": train, "init_from": bases[kind], "lora": LORA}
+        lora = LORA | {"base_precision": base}
+        made = {"out": str(root / out), "train": train, "init_from": bases[kind], "lora": lora}
         made |= {"model": ranks.WAN} if kind == "wan" else {}
         return made | {"resume": resume and str(checkpoint_at(root / resume, HELD))}
 
-    def act(act: str, name: str, stage: int, kind: str = "latte", **changes) -> dict:
-        train = SETTINGS | {"zero_stage": stage, "lora": LORA} | changes
+    def act(act: str, name: str, stage: int, kind: str = "latte", base: str = "auto", **changes) -> dict:
+        train = SETTINGS | {"zero_stage": stage, "lora": LORA | {"base_precision": base}} | changes
         made = {"out": str(root / name), "train": train, "act": act}
         return made | ({"model": ranks.WAN} if kind == "wan" else {})
 
@@ -68,6 +73,9 @@ def runs(start, bases: dict[str, str], tiny_shards: Path, tmp_path_factory: pyte
         made += [task(f"{mode}{stage}", stage, activation_checkpointing=mode) for mode in ("selective", "full")]
         made += [task(f"wan{stage}", stage, kind="wan"), act("leave_the_base", f"left{stage}", stage)]
         made += [act("leave_the_base", f"left_wan{stage}", stage, "wan", precision="bf16")]
+        made += [task(f"int8_{stage}", stage, base="int8", precision="bf16", activation_checkpointing=MODES[stage])]
+        made += [task(f"int8_{stage}_again", stage, f"int8_{stage}", base="int8", precision="bf16")]
+        made += [act("leave_the_base", f"left_int8{stage}", stage, "wan", "int8", precision="bf16")]
         return [*made, act("refuse_a_step", f"refused{stage}", stage)]
 
     for first in (0, 2):
@@ -113,7 +121,7 @@ def test_wan_is_cut_as_exactly_but_for_adapters_without_signal(runs: Path, stage
 
 
 @pytest.mark.parametrize("stage", range(4))
-@pytest.mark.parametrize("name", ["zero{}", "bf16_{}"])
+@pytest.mark.parametrize("name", ["zero{}", "bf16_{}", "int8_{}"])
 def test_a_resumed_run_goes_on_bit_for_bit(runs: Path, name: str, stage: int):
     unbroken, again = (runs / each.format(stage) for each in (name, f"{name}_again"))
     assert losses(again) == {step: loss for step, loss in losses(unbroken).items() if step > HELD}
@@ -133,18 +141,22 @@ def test_activations_that_are_computed_again_change_nothing(runs: Path, stage: i
 
 
 @pytest.mark.parametrize("stage", range(4))
-def test_bf16_stays_near_float32(runs: Path, stage: int):
+def test_bf16_and_an_int8_base_stay_near_float32(runs: Path, stage: int):
     assert losses(runs / f"bf16_{stage}") == pytest.approx(losses(runs / "one"), rel=0.02)
+    assert losses(runs / f"int8_{stage}") == pytest.approx(losses(runs / "one"), rel=0.02)
 
 
 @pytest.mark.parametrize("stage", range(4))
-@pytest.mark.parametrize(("name", "dtype"), [("left", "torch.float32"), ("left_wan", "torch.bfloat16")])
-def test_frozen_weights_never_change(runs: Path, name: str, dtype: str, stage: int):
+@pytest.mark.parametrize(
+    ("name", "dtypes"),
+    [("left", ["torch.float32"]), ("left_wan", ["torch.bfloat16"]), ("left_int8", ["torch.bfloat16", "torch.int8"])],
+)
+def test_frozen_weights_never_change(runs: Path, name: str, dtypes: list[str], stage: int):
     told = json.loads((runs / f"{name}{stage}/told.json").read_text())
     (frozen, adapters), (frozen_after, adapters_after) = told["before"], told["after"]
     assert frozen == frozen_after
     assert adapters != adapters_after
-    assert told["dtypes"] == [dtype]
+    assert told["dtypes"] == dtypes
     assert told["gradients"] == []
 
 

@@ -21,7 +21,7 @@ WAYS = [*product(range(4), ("fp32", "bf16"), ("none",)), *product((1, 2, 3), ("b
 WAN_WAYS = [(0, "fp32", "none"), (1, "bf16", "none"), (2, "fp32", "none"), (3, "bf16", "none"), (3, "bf16", "all")]
 # Of 7 heads' width, so that parts have to be padded; large enough to outweigh what the plan leaves out.
 MODEL = {"width": 84, "depth": 4, "heads": 7, "text_width": 64, "sample_size": 8}
-MODELS = {"latte": MODEL, "wan": MODEL | ranks.WAN | {"depth": 2}}
+MODELS = {"latte": MODEL, "wan": MODEL | ranks.WAN | {"depth": 2}, "int8": MODEL | ranks.WAN | {"depth": 2}}
 BUCKETS = {"reduce_bucket_size": 50_000, "stage3_param_persistence_threshold": 1000,
            "stage3_prefetch_bucket_size": 30_000}  # fmt: skip
 SETTINGS = {"steps": 1, "batch_size": 8, "micro_batch_size": 2, "deepspeed": {"zero_optimization": BUCKETS}}
@@ -32,7 +32,14 @@ def settings(stage: int, precision: str, offload: str) -> dict:
 
 
 LORA = {"rank": 5, "targets": ["to_q", "to_v", "to_out", "ff"]}
+
+
+def lora_of(name: str) -> dict:
+    return LORA | ({"base_precision": "int8"} if name == "int8" else {})
+
+
 LORA_WAYS = [("latte", way) for way in WAYS if way[2] != "optimizer"] + [("wan", way) for way in WAN_WAYS]
+LORA_WAYS += [("int8", way) for way in WAN_WAYS if way[0] != 2]  # Wan, with a base in 8 bits
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +51,7 @@ def weighed(start, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) 
         | {"act": "weigh"}
         for way in WAYS
         for name in MODELS
-        if name == "latte" or way in WAN_WAYS
+        if name == "latte" or (name == "wan" and way in WAN_WAYS)
     ]
     codes, output = start(WORLD, tiny_shards, tasks)()
     assert not any(codes), "\n".join(output)
@@ -57,7 +64,7 @@ def weighed_adapters(start, tiny_shards: Path, tmp_path_factory: pytest.TempPath
     root = tmp_path_factory.mktemp("weighed_adapters")
     tasks = [
         {"out": str(root / name / "_".join(map(str, way))), "model": MODELS[name], "act": "weigh"}
-        | {"train": settings(*way) | {"lora": LORA}}
+        | {"train": settings(*way) | {"lora": lora_of(name)}}
         for name, way in LORA_WAYS
     ]
     codes, output = start(WORLD, tiny_shards, tasks)()
@@ -96,7 +103,7 @@ def test_the_most_that_a_step_takes_is_as_planned_within_a_twentieth(weighed: Pa
 @pytest.mark.parametrize(("name", "way"), LORA_WAYS)
 def test_the_planned_state_of_adapters_is_right_to_the_byte(weighed_adapters: Path, name: str, way: tuple):
     model = replace(ranks.MODEL, **MODELS[name])
-    found = states(model, TrainConfig(**settings(*way)), WORLD, LoraConfig(**LORA))
+    found = states(model, TrainConfig(**settings(*way)), WORLD, LoraConfig(**lora_of(name)))
     for part in ("parameters", "masters", "moments"):
         planned = getattr(found, part) + found.host.get(part, 0)
         assert [one[part] for one in both(weighed_adapters, way, name)] == [planned] * WORLD, part
@@ -110,7 +117,7 @@ WEIGHED = [each for each in LORA_WAYS if each[1][2] == "none" and each != ("latt
 @pytest.mark.parametrize(("name", "way"), WEIGHED)
 def test_the_most_that_a_step_of_adapters_takes_is_as_planned(weighed_adapters: Path, name: str, way: tuple):
     model, train = replace(ranks.MODEL, **MODELS[name]), TrainConfig(**settings(*way))
-    plan = estimate(model, train, Sizes(2, 4, 8, 8, 7), WORLD, LoraConfig(**LORA))
+    plan = estimate(model, train, Sizes(2, 4, 8, 8, 7), WORLD, LoraConfig(**lora_of(name)))
     held: States = plan.states
     there = held.held + held.lasting + (held.bucket if way[0] == 3 else 0)
     most = max(one["most"] for one in both(weighed_adapters, way, name))
