@@ -13,6 +13,7 @@ from collections.abc import Callable
 from data_prep.buckets import TRANSFORM_VERSION, buckets_of
 from data_prep.ray_pipeline import run_pipeline
 from data_prep.resume import ResumeState, SavedProgress, reconcile
+from data_prep.shard_index import sync_index
 from data_prep.shards import manifest_or_none, read_stored_clips, remove_unfinished
 from data_prep.sink import ShardSink
 from data_prep.sources import SourceRow, read_rows
@@ -95,6 +96,7 @@ def with_restarts(run: Callable[[], ShardSink]) -> ShardSink:
 def encode_missing(recipe: Recipe, rows: list[SourceRow], vae: VaeFiles, text: TextFiles, key: str) -> ShardSink:
     """Encodes the clips of the rows that the shards don't hold. Raises UserError as `prep`, and PipelineStalled."""
     data = recipe.data
+    sync_index(data.output, key, encoding_differences(recipe, vae, text))
     state = resume_state(recipe, rows, vae, text)
     stats = state.stats
     state.remove_stale(data.output)

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from data_prep.reasons import PERMANENT
-from data_prep.shards import StoredClip, remove_clips
+from data_prep.shard_index import drop_samples
+from data_prep.shards import StoredClip
 from data_prep.sources import SourceRow
 from data_prep.stats import PrepStats
 from sora_train.data.config import DataConfig
@@ -176,11 +177,12 @@ class ResumeState:
         self.todo.append((row, stored + failed))
 
     def remove_stale(self, folder: str) -> None:
-        """Removes stale clips from the shards."""
+        """Drops stale clips in the index, which must describe their shards."""
         for shard, samples in self.stale.items():
             why = "repeated, no longer asked for, or of a changed file"
-            log.info(f"prep: removes {len(samples)} clips from {shard.rpartition('/')[2]}: {why}")
-            remove_clips(folder, shard, samples)
+            log.info(f"prep: drops {len(samples)} clips of {shard.rpartition('/')[2]}: {why}")
+        if self.stale:
+            drop_samples(folder, self.stale)
         self.stale.clear()
 
 

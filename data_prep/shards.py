@@ -11,13 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from data_prep.sources import row_id
+from data_prep.shard_index import OTHER_ENCODING, stored_clips
 from sora_train.errors import UserError
 from sora_train.manifest import Manifest
 from sora_train.schema import ENCODING_KEY, ROW_GROUP, SHARD_SCHEMA, shard_files
+from sora_train.shard_list import dropped_rows, without_rows
 from sora_train.storage import DRAFT_PREFIX, atomic_output, resolve, storage_errors
-
-COLUMNS = [field.name for field in SHARD_SCHEMA if field.name not in ("latents", "text", "tokens")]
 
 
 @dataclass(slots=True)
@@ -35,53 +34,33 @@ class StoredClip:
 
 
 def read_stored_clips(
-    folder: str, encoding_hash: str, difference: str = "other frames, VAE, text encoder or code"
+    folder: str, encoding_hash: str, difference: str = OTHER_ENCODING
 ) -> tuple[dict[str, StoredClip], dict[str, set[str]]]:
     """The clips in the shards by `sample_id`; and by shard, the ids that an earlier shard holds too.
 
-    Raises UserError for a shard that can't be read, or one of another encoding, with the `difference`.
+    Raises UserError as `stored_clips`.
     """
-    system, _ = resolve(folder)
+    _, root = resolve(folder)
     clips: dict[str, StoredClip] = {}
     repeated: dict[str, set[str]] = {}
-    for file in shard_files(folder):
-        try:
-            with system.open_input_file(file) as opened:
-                table = pq.ParquetFile(opened).read(columns=COLUMNS)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(
-                f"data.output: shard {file} can't be read ({error}). Delete it and run the same command again"
-            ) from None
-        if (table.schema.metadata or {}).get(ENCODING_KEY, b"").decode() != encoding_hash:
-            raise UserError(
-                f"data.output: {folder} holds shards of another encoding ({file.rpartition('/')[2]}): {difference}. "
-                "Encodings never mix: set data.output to another folder, or delete this one to encode again"
-            )
-        for row in table.to_pylist():
-            if row["sample_id"] in clips:
-                repeated.setdefault(file, set()).add(row["sample_id"])
-                continue
-            same = {name: row[name] for name in StoredClip.__slots__ if name in row}
-            key, span = row_id(row["source"], tuple(row["captions"])), (row["start_s"], row["end_s"])
-            clips[row["sample_id"]] = StoredClip(row_id=key, shard=file, span=span, **same)
+    rows = [row for table in stored_clips(folder, encoding_hash, difference) for row in table.to_pylist()]
+    for row in sorted(rows, key=lambda row: (row["shard"], row["row"])):
+        file = f"{root}/{row['shard']}"
+        if row["sample_id"] in clips:
+            repeated.setdefault(file, set()).add(row["sample_id"])
+            continue
+        same = {name: row[name] for name in StoredClip.__slots__ if name in row and name != "shard"}
+        clips[row["sample_id"]] = StoredClip(shard=file, span=(row["start_s"], row["end_s"]), **same)
     return clips, repeated
 
 
-def remove_clips(folder: str, file: str, sample_ids: set[str]) -> None:
-    """Writes a shard without these clips under a new name, then deletes the old one.
-
-    After a kill in between both are there, which the next run finds as repeated clips.
-    """
+def read_shards(folder: str) -> Iterator[tuple[str, pa.Table]]:
+    """Yields the path and the rows of each shard, without dropped ones."""
     system, _ = resolve(folder)
-    with system.open_input_file(file) as opened:
-        table = pq.ParquetFile(opened).read()
-    keep = [row for row, sample in enumerate(table.column("sample_id").to_pylist()) if sample not in sample_ids]
-    if keep:
-        bucket, _, name = file.rpartition("/")
-        number = name.split("-")[1] if name.startswith("part-") else "000000"
-        encoding_hash = (table.schema.metadata or {}).get(ENCODING_KEY, b"").decode()
-        write_shard(system, f"{bucket}/{shard_name(int(number))}", encoding_hash, pick_rows(table, keep))
-    system.delete_file(file)
+    dropped = dropped_rows(folder)
+    for file in shard_files(folder):
+        with system.open_input_file(file) as opened:
+            yield file, without_rows(pq.ParquetFile(opened, page_checksum_verification=True).read(), dropped.get(file))
 
 
 def remove_unfinished(folder: str) -> None:

@@ -126,13 +126,14 @@ def compact(
 ) -> None:
     """Merges small neighbours if there are more than `above` pieces, and deletes those that were replaced long ago.
 
-    `keep` filters the rows. Of `shards`, only the last row of each shard stays.
+    Of `shards`, only the last row of each shard stays. With `keep`, which filters the rows, all pieces are written
+    again.
     """
     found, system = pieces(folder, kind), resolve(folder)[0]
     _delete_replaced(folder, kind, found, grace_s)
     if len(found) <= above:
         return
-    for group in _mergeable(found):
+    for group in (group for group in _neighbours(found) if keep or len(group) > 1):
         content = io.BytesIO()
         replaces = sorted(frozenset({piece.name for piece in group}).union(*(piece.replaces for piece in group)))
         with _writer(content, kind, group[0].metadata | {REPLACES.decode(): json.dumps(replaces)}) as write:
@@ -149,16 +150,31 @@ def compact(
 
 def pieces(folder: str, kind: Kind) -> list[Piece]:
     """The readable pieces that none replaces, in order. Damaged ones are reported."""
+    return _survey(folder, kind)[0]
+
+
+def delete_damaged(folder: str, kind: Kind) -> None:
+    """Deletes the pieces that can't be read. Their rows must be added again."""
+    system, _ = resolve(folder)
+    with storage_errors(folder, "cleaned up"):
+        for path in _survey(folder, kind)[1]:
+            system.delete_file(path)
+
+
+def _survey(folder: str, kind: Kind) -> tuple[list[Piece], list[str]]:
+    """The readable pieces that none replaces, in order, and the paths of damaged ones."""
     system, _ = resolve(folder)
     for _ in range(LISTINGS):
         infos = _listed(system, folder, kind)
         try:
             with ThreadPoolExecutor(OPENERS) as pool:
-                found = [piece for piece in pool.map(lambda info: _open(system, kind, info), infos) if piece]
+                found = list(pool.map(lambda info: _open(system, kind, info), infos))
         except FileNotFoundError:  # compacted since it was listed
             continue
-        replaced = frozenset[str]().union(*(piece.replaces for piece in found))
-        return [piece for piece in found if piece.name not in replaced]
+        good = [piece for piece in found if piece]
+        replaced = frozenset[str]().union(*(piece.replaces for piece in good))
+        damaged = [info.path for info, piece in zip(infos, found, strict=True) if piece is None]
+        return [piece for piece in good if piece.name not in replaced], damaged
     with storage_errors(folder, "read"):
         raise FileNotFoundError(f"pieces of {FOLDER}/{kind} vanish while they are listed")
 
@@ -182,6 +198,13 @@ def clip_rows(rows: pa.Table, shard: str, row_ids: Sequence[str], first: int = 0
     extra = {"row_id": pa.array(row_ids, STRING), "shard": pa.array([shard] * len(rows), STRING), "row": places}
     columns = [extra[name] if name in extra else rows[name] for name in CLIPS.names]
     return pa.table(columns, CLIPS.names).cast(CLIPS)
+
+
+def shard_places(table: pa.Table, shards: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """For rows of CLIPS, the places of their shards among these, null for others."""
+    column: Any = table["shard"].combine_chunks()
+    wanted = shards.combine_chunks() if isinstance(shards, pa.ChunkedArray) else shards
+    return pc.index_in(column.dictionary, value_set=wanted).take(column.indices)
 
 
 def last_rows(table: pa.Table, key: str) -> pa.Table:
@@ -272,8 +295,8 @@ def _row_groups(kind: Kind, table: pa.Table) -> Iterator[tuple[int, int]]:
         start = stop
 
 
-def _mergeable(found: list[Piece]) -> list[list[Piece]]:
-    """Neighbours with equal metadata and at most PIECE_BYTES together, two or more."""
+def _neighbours(found: list[Piece]) -> list[list[Piece]]:
+    """Neighbours with equal metadata and at most PIECE_BYTES together."""
     groups: list[list[Piece]] = []
     for piece in found:
         last = groups[-1] if groups else []
@@ -282,7 +305,7 @@ def _mergeable(found: list[Piece]) -> list[list[Piece]]:
             last.append(piece)
         else:
             groups.append([piece])
-    return [group for group in groups if len(group) > 1]
+    return groups
 
 
 def _delete_replaced(folder: str, kind: Kind, found: list[Piece], grace_s: float) -> None:

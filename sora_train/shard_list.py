@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +36,19 @@ def list_known(folder: str, holdout_fraction: float = 0.0) -> tuple[pa.Table, li
     known = indexed["bytes"].take(places).to_numpy() == sizes  # null becomes NaN
     others = [info.path[len(root) + 1 :] for info, is_known in zip(infos, known.tolist(), strict=True) if not is_known]
     return indexed.take(places.take(np.flatnonzero(known))), others
+
+
+def dropped_rows(folder: str) -> dict[str, np.ndarray]:
+    """The rows of shards that the index drops, ascending, by the shard's path on the filesystem."""
+    (known, _), (_, root) = list_known(folder), resolve(folder)
+    some = known.filter(pc.greater(pc.list_value_length(known["dropped"]), pa.scalar(0)))
+    dropped: list[Any] = some["dropped"].to_pylist()
+    return {f"{root}/{name}": np.array(rows) for name, rows in zip(some["shard"].to_pylist(), dropped, strict=True)}
+
+
+def without_rows(table: pa.Table, dropped: np.ndarray | None) -> pa.Table:
+    """A table without these rows."""
+    return table if dropped is None else table.take(np.delete(np.arange(len(table)), dropped))
 
 
 def held_out_rows(hashes: np.ndarray, holdout_fraction: float) -> np.ndarray:

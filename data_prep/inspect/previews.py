@@ -85,15 +85,18 @@ def read_rows_at(inventory: Inventory, bucket: str, indices: list[int]) -> Itera
     system, _ = resolve(inventory.folder)
     start = 0
     for file in (file for file in inventory.rows if bucket_of(file) == bucket):
-        if not any(start <= index < start + inventory.rows[file] for index in indices):
-            start += inventory.rows[file]
+        inside = [index - start for index in indices if start <= index < start + inventory.rows[file]]
+        start += inventory.rows[file]
+        if not inside:
             continue
         with opened_parquet(system, file) as (parquet, _):
+            rows = np.delete(np.arange(parquet.metadata.num_rows), inventory.dropped.get(file, []))[inside]
+            first = 0
             for group in range(parquet.num_row_groups):
-                end = start + parquet.metadata.row_group(group).num_rows
-                if inside := [index - start for index in indices if start <= index < end]:
-                    yield from parquet.read_row_group(group, columns=COLUMNS).take(inside).to_pylist()
-                start = end
+                end = first + parquet.metadata.row_group(group).num_rows
+                if len(wanted := rows[(rows >= first) & (rows < end)] - first):
+                    yield from parquet.read_row_group(group, columns=COLUMNS).take(wanted).to_pylist()
+                first = end
 
 
 def preview(row: dict, bucket: str, manifest: Manifest, vae: Vae, sources: SourceFrames) -> dict:

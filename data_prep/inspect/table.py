@@ -20,6 +20,7 @@ from data_prep.shards import manifest_or_none
 from sora_train.errors import UserError, one_line
 from sora_train.manifest import Manifest
 from sora_train.schema import bucket_of, bucket_size, shard_files
+from sora_train.shard_list import dropped_rows, without_rows
 from sora_train.storage import in_bytes, resolve, storage_errors
 
 COLUMNS = ["captions", "tokens", "start_s", "end_s"]
@@ -37,7 +38,9 @@ class Inventory:
     folder: str
     manifest: Manifest | None
     rows: dict[str, int] = field(default_factory=dict)
-    """Of each shard file."""
+    """Of each shard file, without dropped ones."""
+    dropped: dict[str, np.ndarray] = field(default_factory=dict)
+    """Rows of shard files that the index drops."""
     size: int = 0
     """Bytes of all shards."""
     buckets: Counter[str] = field(default_factory=Counter)
@@ -63,10 +66,10 @@ def read_inventory(folder: str) -> Inventory:
         if system.get_file_info(path).type == fs.FileType.File:
             raise UserError(f"{folder} is a file. Name the folder of the shards (data.output)")
         files, manifest = shard_files(folder), manifest_or_none(folder)
-    inventory = Inventory(folder, manifest)
+    inventory = Inventory(folder, manifest, dropped=dropped_rows(folder))
     inventory.buckets.update(dict.fromkeys(manifest.buckets if manifest else (), 0))
     with ThreadPoolExecutor(READ_AT_ONCE) as pool:
-        read = list(pool.map(lambda file: _read_lengths(system, file), files))
+        read = list(pool.map(lambda file: _read_lengths(system, file, inventory.dropped.get(file)), files))
     for file, (rows, size, _) in zip(files, read, strict=True):
         inventory.rows[file] = rows
         inventory.size += size
@@ -83,10 +86,10 @@ def read_inventory(folder: str) -> Inventory:
     return inventory
 
 
-def _read_lengths(system: fs.FileSystem, file: str) -> tuple[int, int, list[np.ndarray]]:
-    """Rows of a shard, its bytes, and the values of LENGTHS."""
+def _read_lengths(system: fs.FileSystem, file: str, dropped: np.ndarray | None) -> tuple[int, int, list[np.ndarray]]:
+    """Rows of a shard without dropped ones, its bytes, and the values of LENGTHS."""
     with opened_parquet(system, file) as (parquet, size):
-        table = parquet.read(columns=COLUMNS, use_threads=False)
+        table = without_rows(parquet.read(columns=COLUMNS, use_threads=False), dropped)
         captions = table.column("captions")
         words = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(pc.list_flatten(captions)))
         lengths = (

@@ -56,6 +56,8 @@ class BucketShards:
     """Lists of whether each row belongs to the split; None: all do."""
     rows: NDArray[np.int64]
     """Rows of each file, of any split."""
+    indexed: NDArray[np.bool_]
+    """Whether the index knows each file."""
     ends: NDArray[np.int64]
     """Rows of the split up to the end of each file."""
 
@@ -94,7 +96,8 @@ def _of_split(table: pa.Table, split: Split) -> BucketShards:
         taken, counts = _rows_taken(table, rows, split)
     kept = np.flatnonzero(counts)
     names, groups = (table[name].take(kept) for name in ("shard", "groups"))
-    return BucketShards(names, groups, taken and taken.take(kept), rows[kept], np.cumsum(counts[kept]))
+    indexed = table["bytes"].is_valid().to_numpy()[kept]
+    return BucketShards(names, groups, taken and taken.take(kept), rows[kept], indexed, np.cumsum(counts[kept]))
 
 
 def _rows_taken(table: pa.Table, rows: NDArray[np.int64], split: Split) -> tuple[pa.ChunkedArray, NDArray[np.int64]]:

@@ -10,12 +10,15 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from sora_train.data.clip_columns import clip_columns
 from sora_train.data.config import image_ratio_error
 from sora_train.data.opening import COLUMNS, Split, open_shards, rows_of, shard_errors, split_by_bucket
 from sora_train.data.order import WINDOW_GROUPS, Bucket, SampleOrder
@@ -116,14 +119,16 @@ class ShardSet:
         return [str(name) for name in self.columns(bucket, ["sample_id"])["sample_id"].to_pylist()]
 
     def columns(self, bucket: str, names: list[str]) -> pa.Table:
-        """Some columns of the split's clips in a bucket, by number."""
-        tables: list[pa.Table] = []
+        """Some columns of the split's clips in a bucket, by number; from the index where it has them."""
         shards = self._shards[bucket]
-        for file, name in enumerate(map(str, shards.names.to_pylist())):
-            with self._lock, shard_errors(name):
-                table = self._open_file(f"{self._root}/{name}").read(columns=names, use_threads=False)
-            tables.append(table if shards.taken is None else table.take(shards.rows_taken(file)))
-        return pa.concat_tables(tables).replace_schema_metadata(None)
+
+        def read_shard(file: int) -> pa.Table:
+            path = f"{self._root}/{shards.names[file]}"
+            with self._lock, shard_errors(path):
+                return self._open_file(path).read(columns=names, use_threads=False).replace_schema_metadata(None)
+
+        table = clip_columns(self.folder, names, shards.names, shards.rows, shards.indexed, read_shard)
+        return table if shards.taken is None else table.filter(pc.list_flatten(shards.taken))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -133,8 +138,12 @@ class ShardSet:
         """
         found = hashlib.sha256()
         for bucket in self.sample_order(1, 0).buckets:
-            found.update(f"{bucket.name} {bucket.rows} {bucket.group_rows}\0".encode())
-            found.update("\0".join(self.all_sample_ids(bucket.name)).encode())
+            found.update(f"{bucket.name} {bucket.rows} {bucket.group_rows}".encode())
+            for ids in self.columns(bucket.name, ["sample_id"])["sample_id"].chunks:
+                if len(ids):
+                    whole = pa.ListArray.from_arrays(pa.array([0, len(ids)], pa.int32()), ids)
+                    joined: Any = pc.binary_join(whole, pa.scalar("\0"))
+                    found.update(b"\0" + joined[0].as_py().encode())
         return found.hexdigest()[:32]
 
     def _locate(self, bucket: str, rows: Sequence[int]) -> Iterator[tuple[int, str, int, int]]:

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from ray.cluster_utils import Cluster
 
+from data_prep.shards import read_shards
 from sora_train.manifest import Manifest
 from sora_train.quickstart.shapes import make_clips
 from sora_train.schema import shard_files
@@ -62,7 +63,7 @@ def ended(process: subprocess.Popen) -> int:
 
 
 def contents(folder: Path) -> dict[str, dict]:
-    rows = [row for file in shard_files(str(folder / "shards")) for row in pq.read_table(file).to_pylist()]
+    rows = [row for _, table in read_shards(str(folder / "shards")) for row in table.to_pylist()]
     clips = {row["sample_id"]: row for row in rows}
     assert len(clips) == len(rows), "a clip is in the shards twice"
     return clips

@@ -18,6 +18,7 @@ from data_prep.estimate.estimate import estimate_prep
 from data_prep.inspect.table import inspect
 from data_prep.pipeline import prep
 from data_prep.ray_pipeline import allocate_cpus
+from data_prep.shards import read_shards
 from sora_train.codec import CodecConfig
 from sora_train.codec.text import load_text_encoder
 from sora_train.codec.vae import load_vae
@@ -93,8 +94,12 @@ def stamps(folder: Path) -> dict[str, int]:
     return {file: os.stat(file).st_mtime_ns for file in shard_files(str(folder / "shards"))}
 
 
+def rows_in(shards: str) -> list[dict]:
+    return [row for _, table in read_shards(shards) for row in table.to_pylist()]
+
+
 def clips_of(folder: Path) -> dict[str, dict]:
-    rows = [row for file in shard_files(str(folder / "shards")) for row in pq.read_table(file).to_pylist()]
+    rows = rows_in(str(folder / "shards"))
     assert len({row["sample_id"] for row in rows}) == len(rows)
     return {row["source"]: row for row in rows}
 
@@ -205,7 +210,7 @@ def test_other_settings_encode_only_the_missing_clips(tmp_path: Path, write, vae
     assert manifest.counts.model_dump() == {"asked": 7, "written": 6, "quarantined": 0, "filtered": 1}
     assert manifest.reasons == {"duplicate": 1}
     assert (manifest.frames, manifest.height, manifest.width) == (8, 16, 32)
-    rows = [row for file in shard_files(made.data.output) for row in pq.read_table(file).to_pylist()]
+    rows = rows_in(made.data.output)
     assert sorted((row["source"], row["start_s"], row["end_s"]) for row in rows) == [
         ("long.mp4", 0.0, 2.0), ("long.mp4", 1.0, 3.0), ("long.mp4", 2.0, 3.0),
         ("short.mp4", 0.0, 1.0), ("still.png", 0.0, 0.0), ("tall.mp4", 0.0, 1.0),
@@ -218,7 +223,7 @@ def test_other_settings_encode_only_the_missing_clips(tmp_path: Path, write, vae
     old = {row["sample_id"]: row for row in rows}
     wider = prep(recipe(tmp_path, vae_folder, SelectionConfig(duplicates=True), buckets=buckets, stride_s=2.0))
     assert wider.buckets == {"4x16x32": 2, "8x16x32": 1, "4x32x16": 1, "1x16x16": 1}
-    new = [row for file in shard_files(made.data.output) for row in pq.read_table(file).to_pylist()]
+    new = rows_in(made.data.output)
     assert all(old[row["sample_id"]] == row for row in new)
 
     # Without one of the buckets and with another: clips that belong elsewhere now are encoded again, the rest stays.
@@ -226,9 +231,7 @@ def test_other_settings_encode_only_the_missing_clips(tmp_path: Path, write, vae
     other = prep(recipe(tmp_path, vae_folder, SelectionConfig(duplicates=True), buckets=buckets, stride_s=2.0))
     assert other.buckets == {"4x16x32": 2, "8x16x32": 1, "4x32x16": 0, "4x64x32": 1}
     assert other.reasons == {"duplicate": 1, "too_short": 1}
-    latest = {
-        row["sample_id"]: row for file in shard_files(made.data.output) for row in pq.read_table(file).to_pylist()
-    }
+    latest = {row["sample_id"]: row for row in rows_in(made.data.output)}
     assert [row["source"] for sample, row in latest.items() if old[sample] != row] == ["tall.mp4"]
     with pytest.raises(UserError, match="holds clips of 4x16x32, 4x64x32, 8x16x32; the recipe asks for 4x16x16"):
         prep(recipe(tmp_path, vae_folder, height=16, width=16))

@@ -1,4 +1,4 @@
-"""Shards are complete, have full row groups, and lose only the removed clips."""
+"""Shards are complete, have full row groups, and hold each clip once."""
 
 import subprocess
 import sys
@@ -14,7 +14,6 @@ from data_prep.shards import (
     next_number,
     pick_rows,
     read_stored_clips,
-    remove_clips,
     remove_unfinished,
     shard_name,
     write_shard,
@@ -68,22 +67,6 @@ def test_a_second_run_writes_behind_the_first(tmp_path: Path):
     write(tmp_path, 0, 50)
     write(tmp_path, 50, 80)
     assert ids(tmp_path) == [f"{i:05d}" for i in range(80)]
-
-
-def test_removed_clips_are_gone_and_the_rest_stays(tmp_path: Path):
-    write(tmp_path, 0, 50)
-    (file,) = shard_files(str(tmp_path))
-    before = pq.read_table(file)
-    remove_clips(str(tmp_path), file, {"00003", "00049"})
-    (new,) = shard_files(str(tmp_path))
-    assert new != file  # an index that knows the old one would be wrong about the new one
-    after = pq.read_table(new)
-    kept = [i for i in range(50) if i not in (3, 49)]
-    assert after.equals(before.take(kept))
-    clip = read_stored_clips(str(tmp_path), "key")[0]["00004"]
-    assert (clip.source, clip.source_size, clip.source_version, clip.shard) == ("4.mp4", 4, "v", new)
-    remove_clips(str(tmp_path), new, {f"{i:05d}" for i in range(50)})
-    assert shard_files(str(tmp_path)) == []
 
 
 def test_shards_of_another_encoding_are_refused_by_name(tmp_path: Path):

@@ -5,9 +5,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
-from sora_train.schema import shard_files
+from data_prep.shards import read_shards
 from tests.drills.cluster_stage import Workload
 from tests.drills.history import account, difference, losses
 
@@ -107,9 +105,10 @@ def shared(work: Workload) -> Path:
 
 def rows_of(folder: Path) -> list[tuple[str, tuple]]:
     """Id and content of every row of the shards."""
-    tables = [pq.ParquetFile(file).read() for file in shard_files(str(folder))]
     return [
-        (row["sample_id"], (row["latents"], *row["text"], *row["captions"])) for t in tables for row in t.to_pylist()
+        (row["sample_id"], (row["latents"], *row["text"], *row["captions"]))
+        for _, table in read_shards(str(folder))
+        for row in table.to_pylist()
     ]
 
 

@@ -1,0 +1,208 @@
+"""Keeps the index of a shard folder (`sora_train/index.py`) in step with the shards, and drops clips in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from data_prep.sources import row_id
+from sora_train.data.opening import rows_of
+from sora_train.errors import UserError
+from sora_train.index import (
+    CLIPS,
+    SHARDS,
+    append,
+    clip_rows,
+    compact,
+    delete_damaged,
+    last_rows,
+    read,
+    shard_places,
+    shard_row,
+)
+from sora_train.log import log
+from sora_train.schema import ENCODING_KEY, SHARD_SCHEMA
+from sora_train.shard_list import list_known
+from sora_train.storage import resolve, storage_errors
+
+COLUMNS = [field.name for field in SHARD_SCHEMA if field.name not in ("latents", "text")]
+READ_AT_ONCE = 8  # shards: on remote storage each is a wait
+APPEND_ROWS = 200_000
+"""Clips of one append."""
+OTHER_ENCODING = "other frames, VAE, text encoder or code"
+
+
+def stored_clips(folder: str, encoding_hash: str, difference: str = OTHER_ENCODING) -> Iterator[pa.Table]:
+    """Yields the clips in the shards as rows of CLIPS, without dropped ones.
+
+    They come from the index, or from the shards that it does not describe. Raises UserError for a shard that can't be
+    read, or one of another encoding, with the `difference`.
+    """
+    found = _compare(folder, encoding_hash, difference)
+    for table in read(folder, "clips"):
+        places = shard_places(table, found.complete["shard"])
+        if found.dropped is not None:
+            codes = places.fill_null(-1).to_numpy()
+            numbers = found.starts[codes] + table["row"].to_numpy()
+            places = pc.if_else(pa.array(np.isin(numbers, found.dropped)), None, places)
+        yield table.filter(places.is_valid())
+    for _, clips in _read_shards(folder, found.others, encoding_hash, difference):
+        yield clips
+
+
+def sync_index(folder: str, encoding_hash: str, difference: str = OTHER_ENCODING) -> None:
+    """Makes the index describe exactly the shards that are there. Needs the folder's lock.
+
+    Raises UserError as `stored_clips`.
+    """
+    for kind in ("clips", "shards", "sources", "failures"):
+        delete_damaged(folder, kind)
+    found = _compare(folder, encoding_hash, difference)
+    if not found.others:
+        return
+    log.info(f"prep: adds {len(found.others)} shards that the index of {folder} does not describe")
+    if found.begun:  # by a damaged piece, a kill, or a shard that was replaced under its name
+        begun = pa.array(sorted(found.begun), pa.string())
+        compact(folder, "clips", above=0, keep=lambda table: table.filter(shard_places(table, begun).is_null()))
+    rows, clips = [], []
+    for row, table in _read_shards(folder, found.others, encoding_hash, difference):
+        rows.append(found.rows.get(row["shard"], row))
+        clips.append(table)
+        if sum(map(len, clips)) >= APPEND_ROWS:
+            _append(folder, rows, clips)
+            rows, clips = [], []
+    _append(folder, rows, clips)
+
+
+def drop_rows(folder: str, rows: Mapping[str, list[int]]) -> None:
+    """Drops clips, given by shard (its path relative to the folder) and row. Needs the folder's lock.
+
+    The shards stay as they are, except those that have no clip left, which are deleted.
+    """
+    wanted, system = pa.array(list(rows), pa.string()), resolve(folder)[0]
+    found = [table.filter(pc.is_in(table["shard"], value_set=wanted)) for table in read(folder, "shards")]
+    table = last_rows(pa.concat_tables([SHARDS.empty_table(), *found]), "shard")
+    names = [str(name) for name in table["shard"].to_pylist()]
+    if missing := set(rows) - set(names):
+        raise KeyError(f"the index of {folder} does not describe {sorted(missing)[0]}")
+    before: list[Any] = table["dropped"].to_pylist()
+    dropped = [sorted({*old, *rows[name]}) for name, old in zip(names, before, strict=True)]
+    place = SHARDS.get_field_index("dropped")
+    append(folder, "shards", table.set_column(place, SHARDS.field(place), pa.array(dropped, SHARDS.types[place])))
+    gone = np.array([len(rows) for rows in dropped]) == rows_of(table)
+    empty = [name for name, is_empty in zip(names, gone.tolist(), strict=True) if is_empty]
+    with storage_errors(folder, "cleaned up"):
+        for name in empty:
+            system.delete_file(f"{resolve(folder)[1]}/{name}")
+
+
+def drop_samples(folder: str, samples: Mapping[str, set[str]]) -> None:
+    """Drops clips, given by shard (its path on the filesystem) and `sample_id`. Needs the folder's lock."""
+    system, root = resolve(folder)
+    rows: dict[str, list[int]] = {}
+    for path, gone in samples.items():
+        with storage_errors(path, "read", system), system.open_input_file(path) as file:
+            ids = pq.ParquetFile(file).read(["sample_id"], use_threads=False)["sample_id"].to_pylist()
+        rows[path[len(root) + 1 :]] = [row for row, sample in enumerate(ids) if sample in gone]
+    drop_rows(folder, rows)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The index compared with the shards that are there."""
+
+    complete: pa.Table
+    """SHARD_LIST of shards that the index describes, with all of their clips."""
+    starts: np.ndarray
+    """The number of clips in `complete` before each shard."""
+    dropped: np.ndarray | None
+    """Numbers of dropped clips, counted over `complete`, if any."""
+    others: list[str]
+    """Shards that it does not describe, or not completely."""
+    begun: set[str]
+    """Those of `others` that have clips in the index."""
+    rows: dict[str, dict]
+    """Rows of SHARDS, by shard, for those of `others` whose row is right."""
+
+
+def _compare(folder: str, encoding_hash: str, difference: str) -> Comparison:
+    known, others = list_known(folder)
+    for name, encoding in zip(known["shard"].to_pylist(), known["encoding_hash"].to_pylist(), strict=True):
+        _check_encoding(folder, str(name), str(encoding), encoding_hash, difference)
+    names = pa.concat_arrays([*known["shard"].chunks, pa.array(others, pa.string())])
+    counts, sums = np.zeros(len(names), np.int64), np.zeros(len(names), np.int64)
+    for table in read(folder, "clips", ["shard", "row"]):
+        places = shard_places(table, names)
+        rows, there = table["row"].to_numpy()[places.is_valid().to_numpy(False)], places.drop_null().to_numpy()
+        counts += np.bincount(there, minlength=len(names))
+        np.add.at(sums, there, rows + 1)
+    size = rows_of(known)
+    complete = (counts[: len(known)] == size) & (sums[: len(known)] == size * (size + 1) // 2)
+    kept = known.take(np.flatnonzero(complete))
+    starts = np.cumsum(size[complete]) - size[complete]
+    dropped = np.concatenate(
+        [start + rows for start, rows in zip(starts, _dropped(kept), strict=True) if len(rows)] or [np.zeros(0, int)]
+    )
+    incomplete = known.take(np.flatnonzero(~complete))
+    lacking = [*map(str, incomplete["shard"].to_pylist()), *others]
+    begun = {str(name) for name in names.filter(pa.array(counts > 0)).to_pylist()} & set(lacking)
+    right = {row["shard"]: row for row in _shard_rows(folder, incomplete["shard"])} if len(incomplete) else {}
+    return Comparison(kept, starts, dropped if len(dropped) else None, lacking, begun, right)
+
+
+def _dropped(table: pa.Table) -> Iterator[np.ndarray]:
+    for rows in table["dropped"]:
+        yield rows.values.to_numpy()
+
+
+def _shard_rows(folder: str, names: pa.ChunkedArray) -> list[dict]:
+    """The valid rows of SHARDS of these shards."""
+    wanted = names.combine_chunks()
+    found = [table.filter(pc.is_in(table["shard"], value_set=wanted)) for table in read(folder, "shards")]
+    return last_rows(pa.concat_tables([SHARDS.empty_table(), *found]), "shard").to_pylist()
+
+
+def _read_shards(folder: str, names: list[str], encoding_hash: str, difference: str) -> Iterator[tuple[dict, pa.Table]]:
+    """A row of SHARDS and the rows of CLIPS of each shard, from its own columns."""
+    with ThreadPoolExecutor(READ_AT_ONCE) as pool:
+        yield from pool.map(lambda name: _read_shard(folder, name, encoding_hash, difference), names)
+
+
+def _read_shard(folder: str, name: str, encoding_hash: str, difference: str) -> tuple[dict, pa.Table]:
+    system, root = resolve(folder)
+    path = f"{root}/{name}"
+    try:
+        with system.open_input_file(path) as opened:
+            file, size = pq.ParquetFile(opened, page_checksum_verification=True), opened.size()
+            encoding = (file.metadata.metadata or {}).get(ENCODING_KEY, b"").decode()
+            _check_encoding(folder, name, encoding, encoding_hash, difference)
+            table = file.read(columns=COLUMNS, use_threads=False)
+            groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(
+            f"data.output: shard {path} can't be read ({error}). Delete it and run the same command again"
+        ) from None
+    sources: list[Any] = table["source"].to_pylist()
+    captions: list[Any] = table["captions"].to_pylist()
+    ids = [row_id(source, tuple(texts)) for source, texts in zip(sources, captions, strict=True)]
+    return shard_row(name, size, encoding, groups, sources), clip_rows(table, name, ids)
+
+
+def _check_encoding(folder: str, name: str, found: str, wanted: str, difference: str) -> None:
+    if found != wanted:
+        raise UserError(
+            f"data.output: {folder} holds shards of another encoding ({name.rpartition('/')[2]}): {difference}. "
+            "Encodings never mix: set data.output to another folder, or delete this one to encode again"
+        )
+
+
+def _append(folder: str, rows: list[dict], clips: list[pa.Table]) -> None:
+    append(folder, "clips", pa.concat_tables([CLIPS.empty_table(), *clips]))
+    append(folder, "shards", pa.Table.from_pylist(rows, SHARDS))
