@@ -71,7 +71,7 @@ def test_a_written_key_that_wan_ignores_is_refused_even_at_its_default(tmp_path:
     assert load_recipe(tmp_path / "saved.yaml") == wan
 
 
-@pytest.mark.parametrize("name", ["", "S", "B", "L", "XL", "latte_t2v"])
+@pytest.mark.parametrize("name", ["", "S", "B", "L", "XL", "XL_heads64", "XL_heads128", "latte_t2v"])
 def test_a_written_recipe_holds_what_its_preset_stood_for(tmp_path: Path, name: str) -> None:
     recipe = load_recipe(write(tmp_path, f"model: {{preset: '{name}', norm_eps: 1e-5}}\ndiffusion: {{kind: ddpm}}"), {})
     save_recipe(recipe, tmp_path / "again.yaml")

@@ -27,8 +27,8 @@ OWN = {
 
 
 Preset = Literal[
-    "S", "B", "L", "XL", "latte_t2v", "wan2.1_t2v_1.3b", "wan2.1_t2v_14b", "wan2.2_ti2v_5b", "wide", "tiny",
-    "tiny_wan",
+    "S", "B", "L", "XL", "XL_heads64", "XL_heads128", "latte_t2v", "wan2.1_t2v_1.3b", "wan2.1_t2v_14b",
+    "wan2.2_ti2v_5b", "wide", "tiny", "tiny_wan",
 ]  # fmt: skip
 
 

@@ -15,6 +15,8 @@ from sora_train.terminal import print_result
 BENCHES = {
     "model": ("", "forward, backward, optimizer, tokens/s, FLOP/s, MFU and memory, next to diffusers' model",
               "--presets S B --compile no yes"),
+    "attention": ("", "attention of a model's blocks by torch's backends and our kernels",
+                  "--presets latte_t2v XL_heads128 --batch 8"),
     "data": ("SHARDS", "shard reader and loader next to raw reads of the same bytes", "runs/quickstart/shards"),
     "prep": ("RECIPE", "clips per second of the pipeline next to a bare VAE loop", "jobs/quickstart.yaml"),
     "train": ("RECIPE", "a step of `sora train` next to bare torch, by workers, and start-up",

@@ -1,8 +1,9 @@
 """The model's configuration and its presets.
 
-S, B, L and XL are Latte's presets (Ma et al. 2024, arXiv 2401.03048, section 3), with the sizes of DiT. `latte_t2v` is
-the released text-to-video model, `maxin-cn/Latte-1`. The presets of Wan are the released `Wan-AI/Wan2.1-T2V-1.3B`,
-`Wan2.1-T2V-14B` and `Wan2.2-TI2V-5B`.
+S, B, L and XL are Latte's presets (Ma et al. 2024, arXiv 2401.03048, section 3), with the sizes of DiT. XL has heads of
+width 72, for which cuDNN computes 128. `XL_heads64` and `XL_heads128` are XL with 18 heads of 64 and 9 of 128: the same
+parameters and FLOPs. `latte_t2v` is the released text-to-video model, `maxin-cn/Latte-1`. The presets of Wan are the
+released `Wan-AI/Wan2.1-T2V-1.3B`, `Wan2.1-T2V-14B` and `Wan2.2-TI2V-5B`.
 """
 
 from dataclasses import dataclass, fields
@@ -18,9 +19,12 @@ class ModelConfig:
 
     __pydantic_config__: ClassVar = {"extra": "forbid", "use_attribute_docstrings": True}
 
-    preset: Literal["", "S", "B", "L", "XL", "latte_t2v", "wan2.1_t2v_1.3b", "wan2.1_t2v_14b", "wan2.2_ti2v_5b"] = ""
-    """Named shape that sets the keys of `model` not given here: Latte's S, B, L, XL, or a released model. As a flag it
-    replaces the shape in the recipe's file."""
+    preset: Literal[
+        "", "S", "B", "L", "XL", "XL_heads64", "XL_heads128", "latte_t2v", "wan2.1_t2v_1.3b", "wan2.1_t2v_14b",
+        "wan2.2_ti2v_5b",
+    ] = ""  # fmt: skip
+    """Named shape that sets the keys of `model` not given here: Latte's S, B, L, XL, XL with heads of 64 or 128, which
+    GPUs compute faster than its 72, or a released model. As a flag it replaces the shape in the recipe's file."""
     family: Literal["latte", "wan"] = "latte"
     """Architecture: `latte` (Latte and PixArt-alpha's block), or `wan` (Wan 2.1 and 2.2)."""
     width: int = 384
@@ -150,6 +154,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "B": LATTE | {"depth": 12, "width": 768, "heads": 12},
     "L": LATTE | {"depth": 24, "width": 1024, "heads": 16},
     "XL": LATTE | {"depth": 28, "width": 1152, "heads": 16},
+    "XL_heads64": LATTE | {"depth": 28, "width": 1152, "heads": 18},
+    "XL_heads128": LATTE | {"depth": 28, "width": 1152, "heads": 9},
     "latte_t2v": LATTE
     | {
         "depth": 56,

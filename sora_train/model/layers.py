@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from sora_train.kernels.short_attention import fits_short_attention, short_attention
 from sora_train.model.config import ModelConfig
 from sora_train.model.embed import apply_rope
 
@@ -32,11 +33,22 @@ class Attention(nn.Module):
     def forward(
         self, x: Float[Tensor, "b g s d"], rope: Float[Tensor, "2 i r"] | None = None
     ) -> Float[Tensor, "b g s d"]:
+        qkv = self.qkv(x)
+        if not self.joint and fits_short_attention(qkv, self.heads):
+            return self.out(short_attention(qkv if rope is None else rotate(qkv, rope, self.heads), self.heads))
         groups = "b m (g s) k" if self.joint else "(b g) m s k"
-        q, k, v = rearrange(self.qkv(x), f"b g s (three m k) -> three {groups}", three=3, m=self.heads)
+        # cut by `chunk`, so one copy makes the gradient; `rearrange(… -> three …)` takes two
+        q, k, v = (rearrange(part, f"b g s (m k) -> {groups}", m=self.heads) for part in qkv.chunk(3, dim=-1))
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         return self.out(rearrange(attend(q, k, v), f"{groups} -> b g s (m k)", b=x.shape[0], g=x.shape[1]))
+
+
+def rotate(qkv: Float[Tensor, "b g s ddd"], rope: Float[Tensor, "2 s r"], heads: int) -> Float[Tensor, "b g s ddd"]:
+    """Rotary positions for the queries and keys among all three."""
+    q, k, v = (rearrange(part, "b g s (m k) -> b g m s k", m=heads) for part in qkv.chunk(3, dim=-1))
+    parts = (apply_rope(q, rope), apply_rope(k, rope), v)
+    return torch.cat([rearrange(part, "b g m s k -> b g s (m k)") for part in parts], dim=-1)
 
 
 def attend(
@@ -66,7 +78,7 @@ class TextAttention(nn.Module):
         self, x: Float[Tensor, "b g s d"], text: Float[Tensor, "b l d"], text_mask: Bool[Tensor, "b l"]
     ) -> Float[Tensor, "b g s d"]:
         q = rearrange(self.q(x), "b g s (m k) -> b m (g s) k", m=self.heads)
-        k, v = rearrange(self.kv(text), "b l (two m k) -> two b m l k", two=2, m=self.heads)
+        k, v = (rearrange(part, "b l (m k) -> b m l k", m=self.heads) for part in self.kv(text).chunk(2, dim=-1))
         y = scaled_dot_product_attention(q, k, v, attn_mask=rearrange(text_mask, "b l -> b 1 1 l"))
         return self.out(rearrange(y, "b m (g s) k -> b g s (m k)", g=x.shape[1]))
 

@@ -147,7 +147,7 @@ class WanAttention(nn.Module):
         self.out = nn.Linear(d, d)
 
     def forward(self, x: Float[Tensor, "b f n d"], rope: Float[Tensor, "2 s r"]) -> Float[Tensor, "b f n d"]:
-        q, k, v = rearrange(self.qkv(x), "b f n (three d) -> three b (f n) d", three=3)
+        q, k, v = rearrange(self.qkv(x), "b f n ddd -> b (f n) ddd").chunk(3, dim=-1)
         q, k, v = (rearrange(y, "b s (m k) -> b m s k", m=self.heads) for y in (self.norm_q(q), self.norm_k(k), v))
         y = scaled_dot_product_attention(apply_rope_pairs(q, rope), apply_rope_pairs(k, rope), v)
         return self.out(rearrange(y, "b m (f n) k -> b f n (m k)", f=x.shape[1]))
@@ -166,7 +166,7 @@ class WanTextAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "b f n d"], text: Float[Tensor, "b l d"]) -> Float[Tensor, "b f n d"]:
         q = rearrange(self.norm_q(self.q(x)), "b f n (m k) -> b m (f n) k", m=self.heads)
-        k, v = rearrange(self.kv(text), "b l (two d) -> two b l d", two=2)
+        k, v = self.kv(text).chunk(2, dim=-1)
         k, v = (rearrange(y, "b l (m k) -> b m l k", m=self.heads) for y in (self.norm_k(k), v))
         y = scaled_dot_product_attention(q, k, v)
         return self.out(rearrange(y, "b m (f n) k -> b f n (m k)", f=x.shape[1]))

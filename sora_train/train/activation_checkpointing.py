@@ -20,7 +20,7 @@ from sora_train.model import Transformer
 
 Mode = Literal["none", "selective", "full"]
 
-SAVED_OPS: set[Any] = {torch.ops.aten.add_.Tensor} | {
+SAVED_OPS: set[Any] = {torch.ops.aten.add_.Tensor, torch.ops.sora_train.short_attention.default} | {
     getattr(torch.ops.aten, name).default
     for name in (
         "mm",

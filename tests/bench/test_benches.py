@@ -35,6 +35,18 @@ def test_our_output_is_that_of_diffusers_on_the_same_weights(
     assert "| ours " in said
 
 
+def test_every_kind_of_attention_is_measured_and_padded_heads_change_nothing(tmp_path: Path) -> None:
+    words = ["bench", "attention", "--presets", "tiny", "tiny_wan", *TINY[2:], "--shapes", "5x32x32"]
+    assert cli.main([*words, "--out", str(tmp_path / "b.jsonl")]) == 0
+    rows = json.loads((tmp_path / "b.jsonl").read_text())["rows"]
+    assert [(row["model"], row["attention"], row["tokens"]) for row in rows[::2]] == [
+        ("tiny", "spatial", "4"), ("tiny", "temporal", "5"), ("tiny", "text", "20 to 7"),
+        ("tiny_wan", "joint", "8"), ("tiny_wan", "text", "8 to 512"),
+    ]  # fmt: skip
+    assert [row["contender"] for row in rows] == ["torch", "padded"] * 5
+    assert all(row["difference"] < 1e-5 for row in rows)
+
+
 def test_other_weights_would_be_noticed() -> None:
     model = seeded(case())
     with torch.no_grad():

@@ -82,3 +82,11 @@ def test_presets_are_the_papers_models_but_for_text_and_adaln_single(name, milli
     backbone = sum(size for key, size in sizes.items() if not any(word in key for word in ours))
     theirs = (6 * config.depth + 2) * (d * d + d)  # DiT's: every block and the output a modulation of its own
     assert (backbone + theirs) / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+@pytest.mark.parametrize(("name", "head"), [("XL_heads64", 64), ("XL_heads128", 128)])
+def test_other_heads_have_the_parameters_and_flops_of_xl(name, head):
+    config = preset(name)
+    assert config.width // config.heads == head
+    assert parameter_count(config) == parameter_count(preset("XL"))
+    assert forward_flops(config, 16, 32, 32, 120) == forward_flops(preset("XL"), 16, 32, 32, 120)

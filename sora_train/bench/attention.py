@@ -1,0 +1,198 @@
+"""`sora bench attention`: the attention of a model's blocks by torch's backends and by our kernels.
+
+Each kind of a block's attention (spatial, temporal or joint, and to the text) is measured alone, forward and backward,
+from the projection's output to its gradient. `torch` is what the model uses, except where `triton` fits. A backend
+that cannot compute a case is named in a note.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib.util import find_spec
+from itertools import product
+from typing import Any, Literal
+
+import torch
+from pydantic import NonNegativeInt
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from sora_train.bench.case import Case, CaseOptions, relative, size_of
+from sora_train.bench.core import Row, Table, interleave, log, seconds, spread
+from sora_train.bench.model import DTYPES
+from sora_train.kernels.short_attention import fits_short_attention, short_attention
+
+CALLS = 20
+"""Calls of one measurement. A short call on a GPU takes less time than its launch, which a larger batch hides."""
+SHARE = 64
+"""Heads are padded to multiples of this width in the variant `padded`."""
+
+
+class Options(CaseOptions):
+    """The flags."""
+
+    attention: tuple[Literal["factorised", "joint"], ...] = ("factorised",)
+    """Attention of the model."""
+    heads: tuple[NonNegativeInt, ...] = (0,)
+    """Attention heads, such as 16 9; 0: those of the preset."""
+    shapes: tuple[str, ...] = ("16x256x256",)
+    """Frames, height and width of clips in pixels."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The tokens of one kind of attention: `g` groups of `s` queries and `l` keys, with heads `m k`."""
+
+    kind: str
+    g: int
+    s: int
+    l: int  # noqa: E741
+    m: int
+    k: int
+
+    @property
+    def flops(self) -> int:
+        """Of the forward pass; the backward pass has 2.5 times as many."""
+        return 4 * self.g * self.m * self.s * self.l * self.k
+
+    def inputs(self, case: Case) -> tuple[Tensor, ...]:
+        """Queries, keys and values in one tensor `g s (three m k)`; to the text, queries in one of their own."""
+        torch.manual_seed(0)
+        widths = [(self.s, 1), (self.l, 2)] if self.kind == "text" else [(self.s, 3)]
+        made = (torch.randn(self.g, tokens, parts * self.m * self.k) for tokens, parts in widths)
+        return tuple(x.to(case.device, DTYPES[case.dtype]).requires_grad_() for x in made)
+
+    def heads(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Queries, keys and values as `g m s k`."""
+        parts = (inputs[0], *inputs[1].chunk(2, -1)) if self.kind == "text" else inputs[0].chunk(3, -1)
+        return tuple(part.unflatten(-1, (self.m, self.k)).transpose(1, 2) for part in parts)
+
+
+def attentions(case: Case) -> Iterator[Attention]:
+    """The kinds of attention in a model's blocks."""
+    (f, h, w), model, b = case.latents, case.model, case.batch
+    n, shape = h * w // model.patch**2, (model.heads, model.width // model.heads)
+    if model.factorised:
+        yield Attention("spatial", b * f, n, n, *shape)
+        yield Attention("temporal", b * n, f, f, *shape)
+    else:
+        yield Attention("joint", b, f * n, f * n, *shape)
+    yield Attention("text", b, f * n, model.text_tokens or case.text_tokens, *shape)
+
+
+def run_torch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    return scaled_dot_product_attention(q, k, v, mask)
+
+
+def run_padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """With heads padded to a multiple of `SHARE`."""
+    width = q.shape[-1]
+    q, k, v = (pad(x, (0, -width % SHARE)) for x in (q, k, v))
+    return scaled_dot_product_attention(q, k, v, mask, scale=1 / math.sqrt(width))[..., :width]
+
+
+def run_flash3(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """FlashAttention-3, whose package is `flash_attn_interface`. It has no mask."""
+    from flash_attn_interface import flash_attn_func  # pyright: ignore[reportMissingImports]
+
+    if mask is not None:
+        raise ValueError("FlashAttention-3 takes no mask")
+    y = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)))
+    return (y[0] if isinstance(y, tuple) else y).transpose(1, 2)
+
+
+def run_flex(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """FlexAttention without a mask."""
+    if mask is not None:
+        raise ValueError("measured without a mask only")
+    return compiled_flex()(q, k, v)
+
+
+@cache
+def compiled_flex() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def variants(case: Case, one: Attention) -> dict[str, Callable[[], tuple[Tensor, Callable[[], object]]]]:
+    """By name, what calculates the output and returns it with a function that calculates the gradients."""
+    inputs, mask = one.inputs(case), None
+    if one.kind == "text" and not case.model.text_tokens:
+        lengths = torch.linspace(max(one.l / 4, 1), one.l, one.g + 2)[1:-1].long()
+        mask = (torch.arange(one.l) < lengths[:, None])[:, None, None].to(case.device)
+
+    def by(attend: Callable[..., Tensor]) -> Tensor:
+        return attend(*one.heads(inputs), mask).transpose(1, 2).flatten(2)
+
+    found: dict[str, tuple[Any, Callable[[], Tensor]]] = {"torch": (nullcontext, partial(by, run_torch))}
+    if one.k % SHARE:
+        found["padded"] = nullcontext, partial(by, run_padded)
+    if case.device != "cpu":
+        for name in ("flash", "cudnn", "efficient"):
+            backend = getattr(SDPBackend, f"{name.upper()}_ATTENTION")
+            found[name] = partial(sdpa_kernel, backend), partial(by, run_torch)
+        found["flex"] = nullcontext, partial(by, run_flex)
+        if find_spec("flash_attn_interface"):
+            found["flash3"] = nullcontext, partial(by, run_flash3)
+    if one.kind != "text" and fits_short_attention(inputs[0], one.m):
+        found["triton"] = nullcontext, partial(short_attention, inputs[0], one.m)
+
+    def run(context: Any, forward: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
+        with context():
+            y = forward()
+        return y, partial(torch.autograd.grad, y, inputs, torch.ones_like(y), retain_graph=True)
+
+    return {name: partial(run, *each) for name, each in found.items()}
+
+
+def turn(run: Callable[[], tuple[Tensor, Callable[[], object]]]) -> tuple[float, float]:
+    """Milliseconds of the forward and of the backward pass."""
+    _, backward = run()
+    backward()
+    forward_s = seconds(lambda: [run() for _ in range(CALLS)])
+    return 1e3 * forward_s / CALLS, 1e3 * seconds(lambda: [backward() for _ in range(CALLS)]) / CALLS
+
+
+def bench(options: Options) -> list[Table]:
+    """One row for each variant of each kind of attention."""
+    torch.set_num_threads(options.threads)
+    rows: list[Row] = []
+    notes = [f"median (minimum – maximum) of {options.rounds} turns of {CALLS} calls; difference: from torch's output"]
+    for preset, attention, heads, shape in product(options.presets, options.attention, options.heads, options.shapes):
+        case = Case(preset, attention, size_of(shape), options.dtype, "none", options.batch, options.text_tokens,
+                    options.device, heads)  # fmt: skip
+        log(str(case))
+        for one in attentions(case):
+            runs = variants(case, one)
+            outputs, _ = interleave({name: lambda run=run: run()[0].detach() for name, run in runs.items()}, 1, 0)
+            times, errors = interleave({name: partial(turn, run) for name, run in runs.items()}, options.rounds)
+            notes += [f"{preset} {one.kind}: no {name}: {error[:100]}" for name, error in errors.items()]
+            rows += [
+                row_of(case, one, name, each) | {"difference": relative(outputs[name][0], outputs["torch"][0])}
+                for name, each in times.items()
+            ]
+    return [Table("attention", rows, notes)]
+
+
+def row_of(case: Case, one: Attention, name: str, turns: list[tuple[float, float]]) -> Row:
+    """The row of a variant: its times and the rates that follow from them."""
+    forward, backward = spread([turn[0] for turn in turns]), spread([turn[1] for turn in turns])
+    return {
+        "model": case.preset,
+        "attention": one.kind,
+        "groups": one.g,
+        "tokens": f"{one.s}" if one.kind != "text" else f"{one.s} to {one.l}",
+        "heads": f"{one.m} of {one.k}",
+        "dtype": case.dtype,
+        "contender": name,
+        "forward_ms": forward,
+        "backward_ms": backward,
+        "forward_tflops": one.flops / forward["median"] / 1e9,
+        "backward_tflops": 2.5 * one.flops / backward["median"] / 1e9,
+    }

@@ -1,0 +1,208 @@
+"""The Triton kernels of attention within short groups, against torch's attention in float64.
+
+They run on a GPU or, without one, in Triton's interpreter. The interpreter is chosen when Triton is imported, so the
+first test here runs the others in a process of their own.
+"""
+
+import os
+import subprocess
+import sys
+from copy import deepcopy
+from dataclasses import replace
+from importlib.util import find_spec
+
+import pytest
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sora_train.kernels.short_attention import fits_short_attention, short_attention
+from sora_train.model import Latte, ModelConfig
+from sora_train.train.activation_checkpointing import apply_activation_checkpointing
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+ON_GPU, INTERPRETED = torch.cuda.is_available(), os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+runs = pytest.mark.skipif(not INTERPRETED and not ON_GPU, reason="no GPU: the first test here runs it interpreted")
+SMALL = ModelConfig(width=32, depth=2, heads=4, text_width=12, sample_size=8)
+MODELS = [SMALL, replace(SMALL, positions="rotary", cross_attention_in="every")]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="it starts the process that runs the others")
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_all_of_these_hold_in_tritons_interpreter(which: str):
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # without the checks of shapes, which can't be compiled
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib", "-m", which]
+    command = [sys.executable, "-m", "pytest", *options, __file__]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280, env=environment)
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert " passed" in done.stdout
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize(("s", "k"), [(16, 72), (64, 128)])
+def test_both_kernels_compile_for_hopper_with_wide_accesses(s: int, k: int, monkeypatch, tmp_path):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from sora_train.kernels.short_attention_triton import short_attention_backward, short_attention_forward
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for kernel in (short_attention_forward, short_attention_backward):
+        names = kernel.arg_names
+        constants = {"S": s, "M": 16, "K": k, "SCALE": 0.1, "BLOCK_S": s, "BLOCK_K": 128}
+        kinds = {name: "*bf16" if name.endswith("_ptr") else "constexpr" for name in names} | {"tokens": "i32"}
+        source = ASTSource(
+            kernel, kinds, {(names.index(name),): value for name, value in constants.items()},
+            {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants},
+        )  # fmt: skip
+        made = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": s // 16, "enable_fp_fusion": True})
+        code = made.asm["ptx"]
+        assert "mma" in code
+        assert "atom" not in code
+        assert code.count("ld.global") == code.count("ld.global.v4.b32") > 0
+        assert len(made.asm["cubin"]) > 0
+
+
+def exact(qkv: Tensor, heads: int) -> Tensor:
+    q, k, v = rearrange(qkv.double(), "g s (three m k) -> three g m s k", three=3, m=heads)
+    return rearrange(torch.nn.functional.scaled_dot_product_attention(q, k, v), "g m s k -> g s (m k)")
+
+
+def noise(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE, dtype)
+
+
+@runs
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("g", "s", "m", "k"),
+    [(5, 16, 3, 72), (7, 3, 2, 32), (3, 5, 1, 33), (2, 64, 1, 128), (3, 33, 2, 64), (1, 1, 2, 24), (2, 17, 1, 127)],
+)
+def test_outputs_and_gradients_are_those_of_attention_in_float64(g: int, s: int, m: int, k: int, dtype: torch.dtype):
+    if dtype == torch.float32 and not INTERPRETED:
+        pytest.skip("on a GPU, torch's attention does it: fits_short_attention")
+    qkv = noise(g, s, 3 * m * k, dtype=dtype).requires_grad_()
+    grad = noise(g, s, m * k, dtype=dtype, seed=1)
+    wide = qkv.detach().double().requires_grad_()
+    (y := short_attention(qkv, m)).backward(grad)
+    (expected := exact(wide, m)).backward(grad.double())
+    bound = 1e-2 if dtype == torch.bfloat16 else 2e-6
+    assert y.dtype == qkv.grad.dtype == dtype
+    for found, right in ((y, expected), (qkv.grad, wide.grad)):
+        assert (found - right).abs().max() < bound * right.abs().max()
+    assert torch.equal(short_attention(qkv, m), y)
+    assert torch.equal(torch.autograd.grad(short_attention(qkv, m), qkv, grad)[0], qkv.grad)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="in float64, which GPUs have no tensor cores for")
+def test_gradients_are_those_of_finite_differences():
+    qkv = noise(2, 3, 3 * 2 * 3, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: short_attention(x, 2), qkv)
+
+
+@runs
+@pytest.mark.gpu
+def test_inputs_may_be_strided_and_have_any_leading_axes():
+    qkv = noise(5, 2, 3, 3 * 2 * 32, dtype=torch.float32).transpose(0, 2)
+    y = short_attention(qkv, 2)
+    assert y.shape == (3, 2, 5, 64)
+    assert torch.equal(y.flatten(0, 1), short_attention(qkv.reshape(6, 5, 192), 2))
+    assert short_attention(qkv[:0], 2).shape == (0, 2, 5, 64)
+
+
+@runs
+@pytest.mark.gpu
+def test_the_operator_keeps_torchs_rules_for_operators():
+    qkv = noise(2, 5, 3 * 2 * 16, dtype=torch.float32).requires_grad_()
+    torch.library.opcheck(torch.ops.sora_train.short_attention, (qkv, 2), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_the_kernels_are_for_bf16_short_groups_and_narrow_heads_on_a_gpu(monkeypatch):
+    monkeypatch.setattr("sora_train.kernels.short_attention.triton_runs", lambda device: True)
+
+    def fits(device: str = "cuda", dtype: torch.dtype = torch.bfloat16, s: int = 64, k: int = 128) -> bool:
+        with FakeTensorMode():  # has shapes and devices that this machine need not have
+            return fits_short_attention(torch.empty(2, s, 3 * 2 * k, dtype=dtype, device=device), 2)
+
+    assert fits()
+    assert not any([fits("cpu"), fits(dtype=torch.float32), fits(s=65), fits(k=129)])
+
+
+class Calls(TorchDispatchMode):
+    """Counts how often the forward kernel ran."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.sora_train.short_attention.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def outcomes(request, monkeypatch):
+    """A model and its outcome on a clip: output, gradients. Under `short`, with the kernels."""
+    torch.manual_seed(0)
+    model = Latte(request.param).to(DEVICE)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    text, mask = noise(2, 5, 12, dtype=torch.float32), torch.ones(2, 5, dtype=torch.bool, device=DEVICE)
+    inputs = noise(2, 3, 4, 8, 8, dtype=torch.float32), torch.tensor([3.0, 900.0], device=DEVICE), text, mask
+
+    def outcome(model: Latte, short: bool = True) -> list[Tensor]:
+        monkeypatch.setattr("sora_train.model.layers.fits_short_attention", lambda qkv, heads: short)
+        model.zero_grad()
+        y = model(*inputs)
+        y.square().mean().backward()
+        return [y.detach().clone(), *(p.grad.clone() for p in model.parameters())]
+
+    return model, outcome
+
+
+def same(found: list[Tensor], expected: list[Tensor], bound: float) -> bool:
+    return all((a - b).abs().max() <= bound * b.abs().max() for a, b in zip(found, expected, strict=True))
+
+
+@runs
+@pytest.mark.gpu
+@pytest.mark.parametrize("outcomes", MODELS, indirect=True)
+def test_a_model_is_the_same_with_the_kernels(outcomes):
+    model, outcome = outcomes
+    with Calls() as calls:
+        found = outcome(model)
+    assert calls.count == 2
+    assert same(found, outcome(model, short=False), 1e-4)
+
+
+@runs
+@pytest.mark.gpu
+@pytest.mark.parametrize("outcomes", MODELS[:1], indirect=True)
+def test_selective_checkpointing_saves_the_kernels_output(outcomes):
+    model, outcome = outcomes
+    expected = outcome(model)
+    for mode, runs_of_two in (("selective", 2), ("full", 4)):
+        checkpointed = deepcopy(model)
+        apply_activation_checkpointing(checkpointed, mode)
+        with Calls() as calls:
+            found = outcome(checkpointed)
+        assert calls.count == runs_of_two, mode
+        # on a GPU, sums of torch's own kernels may have another order the second time
+        assert same(found, expected, 0.0 if INTERPRETED else 1e-5), mode
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not INTERPRETED, reason="the checks of shapes can't be compiled")
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("outcomes", MODELS[1:], indirect=True)
+def test_compiled_blocks_have_the_kernels_in_one_graph(outcomes, mode):
+    model, outcome = outcomes
+    expected = outcome(model)
+    apply_activation_checkpointing(model, mode)
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend="aot_eager")
+    assert same(outcome(model), expected, 1e-5)
