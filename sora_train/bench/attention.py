@@ -25,7 +25,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from sora_train.bench.case import Case, CaseOptions, relative, size_of
 from sora_train.bench.core import Row, Table, interleave, log, seconds, spread
 from sora_train.bench.model import DTYPES
-from sora_train.kernels.short_attention import fits_short_attention, short_attention
+from sora_train.kernels.short_attention import allocate_output, fits_short_attention, launch, short_attention
 
 CALLS = 20
 """Calls of one measurement. A short call on a GPU takes less time than its launch, which a larger batch hides."""
@@ -42,6 +42,10 @@ class Options(CaseOptions):
     """Attention heads, such as 16 9; 0: those of the preset."""
     shapes: tuple[str, ...] = ("16x256x256",)
     """Frames, height and width of clips in pixels."""
+    flex: bool = False
+    """Measure FlexAttention too, which is compiled for each shape first."""
+    tiles: bool = False
+    """Measure our kernels with other tiles too: `triton 32/2` has 32 tokens and 2 warps."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,9 @@ def compiled_flex() -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def variants(case: Case, one: Attention) -> dict[str, Callable[[], tuple[Tensor, Callable[[], object]]]]:
+def variants(
+    case: Case, one: Attention, options: Options
+) -> dict[str, Callable[[], tuple[Tensor, Callable[[], object]]]]:
     """By name, what calculates the output and returns it with a function that calculates the gradients."""
     inputs, mask = one.inputs(case), None
     if one.kind == "text" and not case.model.text_tokens:
@@ -137,10 +143,12 @@ def variants(case: Case, one: Attention) -> dict[str, Callable[[], tuple[Tensor,
         for name in ("flash", "cudnn", "efficient"):
             backend = getattr(SDPBackend, f"{name.upper()}_ATTENTION")
             found[name] = partial(sdpa_kernel, backend), partial(by, run_torch)
-        found["flex"] = nullcontext, partial(by, run_flex)
+        if options.flex:
+            found["flex"] = nullcontext, partial(by, run_flex)
         if find_spec("flash_attn_interface"):
             found["flash3"] = nullcontext, partial(by, run_flash3)
-    if one.kind != "text" and fits_short_attention(inputs[0], one.m):
+    fits = one.kind != "text" and fits_short_attention(inputs[0], one.m)
+    if fits:
         found["triton"] = nullcontext, partial(short_attention, inputs[0], one.m)
 
     def run(context: Any, forward: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
@@ -148,7 +156,19 @@ def variants(case: Case, one: Attention) -> dict[str, Callable[[], tuple[Tensor,
             y = forward()
         return y, partial(torch.autograd.grad, y, inputs, torch.ones_like(y), retain_graph=True)
 
-    return {name: partial(run, *each) for name, each in found.items()}
+    tiles = [(s, warps) for s in (16, 32, 64) for warps in (1, 2, 4) if s >= one.s and fits and options.tiles]
+    others = {f"triton {s}/{warps}": partial(run_tile, inputs[0].detach(), one.m, (s, warps)) for s, warps in tiles}
+    return {name: partial(run, *each) for name, each in found.items()} | others
+
+
+def run_tile(qkv: Tensor, heads: int, tile: tuple[int, int]) -> tuple[Tensor, Callable[[], object]]:
+    """Our kernels with a tile of so many tokens and warps."""
+    from sora_train.kernels.short_attention_triton import short_attention_backward, short_attention_forward
+
+    out, grad_qkv = allocate_output(qkv, heads), torch.empty_like(qkv)
+    launch(short_attention_forward, (qkv, out), heads, tile)
+    backward = partial(launch, short_attention_backward, (qkv, torch.ones_like(out), grad_qkv), heads, tile)
+    return out, backward
 
 
 def turn(run: Callable[[], tuple[Tensor, Callable[[], object]]]) -> tuple[float, float]:
@@ -169,7 +189,7 @@ def bench(options: Options) -> list[Table]:
                     options.device, heads)  # fmt: skip
         log(str(case))
         for one in attentions(case):
-            runs = variants(case, one)
+            runs = variants(case, one, options)
             outputs, _ = interleave({name: lambda run=run: run()[0].detach() for name, run in runs.items()}, 1, 0)
             times, errors = interleave({name: partial(turn, run) for name, run in runs.items()}, options.rounds)
             notes += [f"{preset} {one.kind}: no {name}: {error[:100]}" for name, error in errors.items()]

@@ -96,15 +96,18 @@ def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
 run_forward.register_autograd(differentiate, setup_context=save_inputs)
 
 
-def launch(kernel: Any, tensors: tuple[Tensor, ...], heads: int) -> None:
-    """Runs a kernel on all tiles. A tile's size, and so the order of its sums, depends on the shape alone."""
+def launch(kernel: Any, tensors: tuple[Tensor, ...], heads: int, tile: tuple[int, int] | None = None) -> None:
+    """Runs a kernel on all tiles, whose size, and so the order of sums, depends on the shape alone.
+
+    `tile`: its tokens and warps, for benchmarks.
+    """
     qkv = tensors[0]
     s, k = qkv.shape[-2], qkv.shape[-1] // (3 * heads)
     block_s, block_k = (max(16, 2 ** math.ceil(math.log2(side))) for side in (s, k))
+    block_s, warps = tile or (block_s, block_s // 16)
     tokens = qkv.numel() // qkv.shape[-1]
     tiles = -(-tokens // (block_s // s * s))
     scale = math.log2(math.e) / math.sqrt(k)
     if tokens:
-        grid = (tiles * heads,)
-        options = {"num_warps": block_s // 16, "enable_fp_fusion": True}  # the default, which Triton 3.10 is to change
+        grid, options = (tiles * heads,), {"num_warps": warps, "enable_fp_fusion": True}  # set, as 3.9 asks for
         kernel[grid](*tensors, tokens, s, heads, k, scale, block_s, block_k, **options)

@@ -23,7 +23,7 @@ from sora_train.train.ema import Ema
 from sora_train.train.engine import Engine
 from tests.gpu.numerics import numerics
 from tests.gpu.setting import apart, join, make_shards, only, run, size_of
-from tests.gpu.speed import sampled, table, trained
+from tests.gpu.speed import attention, sampled, table, trained
 from tests.gpu.whole import gpu_tests, prepared, real_clips, road
 
 Part = Callable[[torch.device, Path], str]
@@ -169,6 +169,7 @@ def peak(device: torch.device, act: Callable[[], None]) -> int:
 
 PARTS: dict[str, Part] = {
     "table": table,
+    "attention": attention,
     "train": trained,
     "zero": zero_stages,
     "compile": compiled,

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sora_train.bench import attention as bench_attention
 from sora_train.bench import train as bench_train
 from sora_train.bench.case import Case, size_of
 from sora_train.bench.core import log, markdown
@@ -128,6 +129,30 @@ def against(times: dict[Variant, float]) -> str:
             if not variant.compiled and fast:
                 said.append(f"{variant.preset} compiled: {time_s / fast:.2f} × diffusers eager")
     return ", ".join(said)
+
+
+def attention(device: torch.device, out: Path) -> str:
+    """Attention alone: torch's backends, and our kernels, whose outputs must be torch's up to rounding."""
+    cuda = device.type == "cuda"
+    heads = ("XL", "XL_heads64", "XL_heads128")
+    cases = {"factorised": ("latte_t2v",), "joint": heads} if cuda else {"factorised": ("tiny",), "joint": ("tiny",)}
+    options = [
+        bench_attention.Options(
+            presets=presets, attention=(kind,), shapes=("16x256x256" if cuda else "4x32x32",),
+            text_tokens=120 if cuda else 7, batch=8 if cuda else 1, rounds=3, device=device.type, tiles=cuda,
+        )
+        for kind, presets in cases.items()
+    ]  # fmt: skip
+    tables = [each for one in options for each in bench_attention.bench(one)]
+    for each in tables:
+        print(markdown(each) + "\n", flush=True)
+    rows = [row for each in tables for row in each.rows]
+    assert max(row["difference"] for row in rows) < (3e-2 if cuda else 1e-5)
+    temporal = {row["contender"]: row for row in rows if row["attention"] == "temporal"}
+    return "temporal, forward and backward: " + ", ".join(
+        f"{name} {row['forward_ms']['median']:.3f} and {row['backward_ms']['median']:.3f} ms"
+        for name, row in temporal.items()
+    )
 
 
 def trained(device: torch.device, out: Path) -> str:

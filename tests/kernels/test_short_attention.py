@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sora_train.bench.attention import run_tile
 from sora_train.kernels.short_attention import fits_short_attention, short_attention
 from sora_train.model import Latte, ModelConfig
 from sora_train.train.activation_checkpointing import apply_activation_checkpointing
@@ -114,6 +115,15 @@ def test_inputs_may_be_strided_and_have_any_leading_axes():
     assert y.shape == (3, 2, 5, 64)
     assert torch.equal(y.flatten(0, 1), short_attention(qkv.reshape(6, 5, 192), 2))
     assert short_attention(qkv[:0], 2).shape == (0, 2, 5, 64)
+
+
+@runs
+@pytest.mark.gpu
+def test_a_tile_of_several_groups_has_the_same_result():
+    qkv = noise(9, 5, 3 * 2 * 32, dtype=torch.bfloat16)
+    expected = short_attention(qkv, 2).float()
+    for tile in ((16, 2), (32, 1), (64, 4)):
+        assert (run_tile(qkv, 2, tile)[0].float() - expected).abs().max() < 1e-2 * expected.abs().max()
 
 
 @runs
