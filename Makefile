@@ -16,7 +16,7 @@ help:
 	@echo 'make check-gpu    on a machine with a GPU: speed, MFU, numerics, compile, resume, memory, prep and train on it, in six minutes'
 	@echo 'make bench-quickstart   after make quickstart: three training seeds, 192 clips each'
 	@echo 'make drill-train  sora train under kills, lost nodes, poison, damage, full disks, and the quickstart: one table'
-	@echo 'make drill-prep   sora prep killed at ten moments, driver and actors in turn; memory over 1,000 clips'
+	@echo 'make drill-prep   sora prep killed at ten moments, driver, actors and writers in turn; memory over 1,000 clips'
 	@echo 'make drill-cluster   half an hour of random faults over prep and train on three machines with addresses of their own'
 	@echo 'make drill-jobs   three machines by cluster/README.md, a head node, submitted and stopped jobs, the Slurm script, every recipe in small, planted secrets'
 	@echo 'make .venv        the environment alone, pinned by constraints.txt'

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from data_prep.buckets import TRANSFORM_VERSION, buckets_of
 from data_prep.ray_pipeline import run_pipeline
 from data_prep.resume import ResumeState, SavedProgress, reconcile
-from data_prep.shard_index import sync_index
+from data_prep.shard_index import drop_samples, sync_index
 from data_prep.shards import manifest_or_none, read_stored_clips, remove_unfinished
 from data_prep.sink import ShardSink
 from data_prep.sources import SourceRow, read_rows
@@ -52,6 +52,7 @@ def prep(recipe: Recipe) -> Manifest:
     with run_lock(data.output, "sora prep"):
         remove_unfinished(data.output)
         sink = with_restarts(lambda: encode_missing(recipe, rows, vae, text, key))
+        sync_index(data.output, key)
         empty_text = sink.empty_text or empty_prompt(recipe, key)
         manifest = build_manifest(recipe, vae, text, key, empty_text, sink.state)
         manifest.save(data.output)
@@ -218,10 +219,14 @@ def build_manifest(
     """The manifest, with counts taken from the shards. Raises RuntimeError if they don't add up."""
     data, codec, stats = recipe.data, recipe.codec, state.stats
     clips, repeated = read_stored_clips(data.output, key)
+    for shard, samples in repeated.items():  # a writer that was given up, with its node, has finished nevertheless
+        log.info(f"prep: drops {len(samples)} clips of {shard.rpartition('/')[2]}: an earlier shard has them too")
+    if repeated:
+        drop_samples(data.output, repeated)
     kinds = Counter(failure["kind"] for failure in stats.failures)
     counts = Counts(asked=stats.asked, written=len(clips), quarantined=kinds["quarantined"], filtered=kinds["filtered"])
-    if repeated or counts.asked != counts.written + counts.quarantined + counts.filtered:
-        raise RuntimeError(f"the counts of {data.output} don't add up: {counts}, {len(repeated)} shards repeat clips")
+    if counts.asked != counts.written + counts.quarantined + counts.filtered:
+        raise RuntimeError(f"the counts of {data.output} don't add up: {counts}")
     found = Counter(bucket_of(clip.shard) for clip in clips.values())
     frames, height, width = commonest_shape(found) or data.shapes[0]
     return Manifest(

@@ -39,16 +39,17 @@ def run_pipeline(recipe: Recipe, vae: VaeFiles, sink: ShardSink) -> None:
     from data_prep.writers import fetch
     from sora_train.ray_cluster.connection import connect, resources_in_use
 
-    todo = sink.state.todo
-    with connect(recipe.cluster.address) as own, Progress(len(todo), run=recipe.name) as progress:
+    total = sink.state.pending
+    with connect(recipe.cluster.address) as own, Progress(total, run=recipe.name) as progress:
         if not own and (held := resources_in_use()):
             log.info(f"prep: other jobs of this cluster hold {held}; prep waits for what it lacks")
         try:
             try:
-                with closing(with_watchdog(run_stages(recipe, vae, todo), end_execution)) as blocks:
-                    for block in blocks:
-                        facts = fetch(block.facts, "the facts of a block")
-                        progress.add(*sink.consume(facts, block.table), sink.stats.reasons)
+                for todo in sink.state.rounds():
+                    with closing(with_watchdog(run_stages(recipe, vae, todo), end_execution)) as blocks:
+                        for block in blocks:
+                            facts = fetch(block.facts, "the facts of a block")
+                            progress.add(*sink.consume(facts, block.table), sink.stats.reasons)
             except BaseException:
                 with contextlib.suppress(UserError, PipelineStalled):
                     sink.flush(ENDING_TIMEOUT_S)

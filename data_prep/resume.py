@@ -1,15 +1,15 @@
 """Resume: compares the recipe with what earlier runs wrote, to find the sources that still have clips to encode.
 
-Next to the shards, `sources.parquet` has the clips of each source, and `quarantine.parquet` the reasons why some are
-missing. Without these two files sources are opened again, but no clip that the shards hold is encoded again.
+The index next to the shards has the clips of each source, and the reasons why some are missing. Without it sources are
+opened again, but no clip that the shards hold is encoded again.
 """
 
 from __future__ import annotations
 
-import io
 from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,17 +20,17 @@ from data_prep.shard_index import drop_samples
 from data_prep.shards import StoredClip
 from data_prep.sources import SourceRow
 from data_prep.stats import PrepStats
+from sora_train import index
 from sora_train.data.config import DataConfig
 from sora_train.errors import UserError
 from sora_train.log import log
 from sora_train.schema import QUARANTINE_SCHEMA, bucket_name, bucket_of
-from sora_train.storage import atomic_write, resolve, storage_errors
+from sora_train.storage import atomic_output, resolve, storage_errors
 
 SETTINGS_KEY = b"settings_hash"
-STRING, STRINGS = pa.string(), pa.list_(pa.string())
-RECORD = {"source": STRING, "source_size": pa.int64(), "source_version": STRING, "sample_ids": STRINGS,
-          "remarks": STRINGS}  # fmt: skip
-SOURCES_SCHEMA = pa.schema({"row_id": STRING} | RECORD)
+OLD_FILES: dict[str, index.Kind] = {"sources": "sources", "quarantine": "failures"}
+"""Where earlier versions saved what is now in the index."""
+STRING = pa.string()
 HASHES_SCHEMA = pa.schema({"sample_id": STRING, "source": STRING, "content_hash": STRING, "perceptual_hash": STRING,
                            "start_s": pa.float64(), "end_s": pa.float64()})  # fmt: skip
 PendingSource = tuple[SourceRow, list[str]]
@@ -58,28 +58,31 @@ class SavedProgress:
 
     @classmethod
     def load(cls, folder: str, settings_hash: str) -> SavedProgress:
-        """Reads both files; a file that is missing, damaged or of other settings counts as empty."""
-        sources, failures = (_read(folder, name, settings_hash) for name in ("sources", "quarantine"))
+        """Reads the index, and the files of earlier versions. What is damaged or of other settings is skipped."""
+        made_by = {SETTINGS_KEY.decode(): settings_hash}
+        sources, failures = (
+            chain(_read(folder, file, settings_hash), *(t.to_pylist() for t in index.read(folder, kind, None, made_by)))
+            for file, kind in OLD_FILES.items()
+        )
         records = {row.pop("row_id"): SourceRecord(**row) for row in sources}
         return cls(records, {row["sample_id"]: row for row in failures})
 
-    def permanent_failure(self, sample_id: str, stored: Container[str]) -> dict | None:
-        """The failure of a clip, if another try would end the same way."""
+    def permanent_failure(self, sample_id: str, record: SourceRecord, stored: Container[str]) -> dict | None:
+        """The failure of a clip of this source, if another try would end the same way."""
         failure = self.failures.get(sample_id)
         if failure is None or failure["reason"] not in PERMANENT:
+            return None
+        if (failure["source_size"], failure["source_version"]) != (record.source_size, record.source_version):
             return None
         return failure if not failure["duplicate_of"] or failure["duplicate_of"] in stored else None
 
 
-def save_progress(folder: str, settings_hash: str, records: dict[str, SourceRecord], failures: list[dict]) -> None:
-    """Writes both files. The quarantine is first, since a record implies that the failures of its source are known."""
-    rows = [{"row_id": key} | {name: getattr(record, name) for name in RECORD} for key, record in records.items()]
+def save_quarantine(folder: str, settings_hash: str, failures: Iterable[dict]) -> None:
+    """Writes all failures to one file, for people and for `sora inspect`."""
     system, path = resolve(folder)
-    for name, content, schema in (("quarantine", failures, QUARANTINE_SCHEMA), ("sources", rows, SOURCES_SCHEMA)):
-        buffer = io.BytesIO()
-        metadata = {SETTINGS_KEY: settings_hash.encode()}
-        pq.write_table(pa.Table.from_pylist(content, schema.with_metadata(metadata)), buffer)
-        atomic_write(system, f"{path}/{name}.parquet", buffer.getvalue())
+    schema = QUARANTINE_SCHEMA.with_metadata({SETTINGS_KEY: settings_hash.encode()})
+    with atomic_output(system, f"{path}/quarantine.parquet") as file:
+        pq.write_table(pa.Table.from_pylist(list(failures), schema), file)
 
 
 def _read(folder: str, name: str, settings_hash: str) -> list[dict]:
@@ -256,7 +259,7 @@ def _resume_row(row: SourceRow, state: ResumeState, saved: SavedProgress) -> Non
         state.add_todo(row, [])
         return
     missing = [sample for sample in record.sample_ids if sample not in state.stored]
-    failures = [failure for sample in missing if (failure := saved.permanent_failure(sample, state.stored))]
+    failures = [failure for sample in missing if (failure := saved.permanent_failure(sample, record, state.stored))]
     for failure in failures:
         state.stats.count_failure(failure)
     if len(failures) == len(missing):

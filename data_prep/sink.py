@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from data_prep.commits import COMMIT_EVERY_S, Commits
 from data_prep.filters import Duplicates
 from data_prep.reasons import remark_kinds
-from data_prep.resume import ResumeState, SourceRecord, save_progress
+from data_prep.resume import ResumeState, SourceRecord, save_quarantine
 from data_prep.schemas import END_OF_SOURCE, NOT_STARTED
 from data_prep.watchdog import WRITE_TIMEOUT_S
 from sora_train.errors import UserError
@@ -19,15 +20,6 @@ if TYPE_CHECKING:
     from ray import ObjectRef
 
     from data_prep.writers import ShardWriters
-
-SAVE_EVERY_S, MAX_SAVING_SHARE = 30.0, 0.05
-"""Progress is saved as a whole: every 30 s, or less often if saving would take more than this share of the time. With a
-million sources it is hundreds of megabytes."""
-
-
-def save_interval_s(saving_s: float) -> float:
-    """Seconds until progress is saved again, if saving took `saving_s`."""
-    return max(SAVE_EVERY_S, saving_s / MAX_SAVING_SHARE)
 
 
 class ShardSink:
@@ -40,11 +32,13 @@ class ShardSink:
         self._writers: ShardWriters | None = None
         self.shards = 0
         """Finished by this run."""
+        self.commits = Commits(self.folder, encoding_hash, settings_hash)
+        self.committed_at = time.monotonic()
+        self.saved_failures = len(self.stats.failures)
         self.duplicates = Duplicates(recipe.selection)
         for table in state.known_hashes():
             self.duplicates.add_table(table)
         self.empty_text = b""
-        self.saved_at, self.save_after_s = time.monotonic(), SAVE_EVERY_S
 
     @property
     def writers(self) -> ShardWriters:
@@ -81,9 +75,9 @@ class ShardSink:
                 counts[self.stats.count_failure(row)] += 1
         self.empty_text = self.empty_text or self.writers.empty_text(block)
         self.writers.add(block, good, rows)
-        self.shards += len(self.writers.take_finished())
-        if time.monotonic() - self.saved_at > self.save_after_s:
-            self._save()
+        self._count_finished()
+        if time.monotonic() - self.committed_at > COMMIT_EVERY_S:
+            self.commit()
         self.stats.check_limits()
         return counts["sources"], counts["written"], counts["quarantined"], counts["filtered"]
 
@@ -93,13 +87,28 @@ class ShardSink:
             try:
                 self._writers.flush(timeout_s)
             finally:
-                self.shards += len(self._writers.take_finished())
+                self._count_finished()
+                self.commit()
                 self._writers.cancel()
                 self._writers = None
 
+    def commit(self) -> None:
+        """Records in the index what is finished, and removes stale clips. Raises UserError if it can't be written."""
+        self.commits.save_shards()
+        self.state.remove_stale(self.folder)  # before a source is finished, none of its clips may be there twice
+        failures, self.saved_failures = self.stats.failures[self.saved_failures :], len(self.stats.failures)
+        self.commits.save_sources(failures, self._writers.unwritten() if self._writers else ())
+        self.committed_at = time.monotonic()
+
     def close(self) -> None:
-        """Removes stale clips from the shards, and saves progress."""
-        self._save()
+        """Records what is finished, and writes the list of failures."""
+        self.commit()
+        save_quarantine(self.folder, self.settings_hash, self.stats.failures)
+
+    def _count_finished(self) -> None:
+        shards = self.writers.take_finished()
+        self.shards += len(shards)
+        self.commits.shards += shards
 
     def _is_good(self, row: dict) -> bool:
         """Counts a clip as kept, unless it has a reason or is a duplicate."""
@@ -122,11 +131,4 @@ class ShardSink:
         kinds = sorted(set(remark_kinds(row["remark"] or "")))
         self.stats.opened.add(row["source"])
         record = SourceRecord(row["source"], row["source_size"], row["source_version"], row["asked"], kinds)
-        self.state.finish(row["row_id"], record)
-
-    def _save(self) -> None:
-        began = time.monotonic()
-        self.state.remove_stale(self.folder)  # first: a source saved as finished must not be in the shards twice
-        save_progress(self.folder, self.settings_hash, self.state.records, self.stats.failures)
-        self.saved_at = time.monotonic()
-        self.save_after_s = save_interval_s(self.saved_at - began)
+        self.commits.records[row["row_id"]] = self.state.finish(row["row_id"], record)

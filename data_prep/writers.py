@@ -174,6 +174,11 @@ class ShardWriters:
         finished, self.finished = self.finished, []
         return finished
 
+    def unwritten(self) -> set[str]:
+        """The ids of the clips that are in no finished shard yet."""
+        shards = (*self.collecting.values(), *self.running.values(), *self.finished)
+        return {fact["sample_id"] for shard in shards for fact in shard.facts}
+
     def flush(self, timeout_s: float) -> None:
         """Writes all clips, and waits for it. Raises as `fetch`, after those shards that can be written."""
         errors: list[Exception] = []

@@ -233,7 +233,7 @@ def _open(system: fs.FileSystem, kind: Kind, info: fs.FileInfo) -> Piece | None:
     """A piece, or None if it is damaged. Raises FileNotFoundError if it is gone."""
     try:
         with system.open_input_file(info.path) as file:
-            footer = pq.ParquetFile(file).metadata
+            footer = pq.ParquetFile(file, pre_buffer=False).metadata
         metadata = {key.decode(): value.decode() for key, value in (footer.metadata or {}).items()}
         replaces = frozenset(json.loads(metadata.pop(REPLACES.decode(), "[]")))
         if missing := set(KINDS[kind].names) - set(footer.schema.to_arrow_schema().names):
@@ -253,7 +253,7 @@ def _read_piece(
     names = list(columns or KINDS[kind].names)
     try:
         with system.open_input_file(piece.path) as file:
-            opened = pq.ParquetFile(file, metadata=piece.footer, page_checksum_verification=True)
+            opened = pq.ParquetFile(file, metadata=piece.footer, pre_buffer=False, page_checksum_verification=True)
             for group in range(opened.num_row_groups):
                 yield opened.read_row_group(group, names, use_threads=False).replace_schema_metadata(None)
     except (pa.ArrowException, OSError, KeyError) as error:

@@ -98,10 +98,9 @@ def pipeline_rate(recipe: Recipe, sources: list[SourceRow]) -> float:
     with tempfile.TemporaryDirectory() as folder:
         there = recipe.model_copy(update={"data": recipe.data.model_copy(update={"output": folder})})
         stats = PrepStats(len(sources), 1.0, folder)
-        state = ResumeState(stats, todo=[(row, []) for row in sources])
-        sink = ShardSink(there, key, settings_hash(there, key), state)
+        sink = ShardSink(there, key, settings_hash(there, key), ResumeState(stats))
         with connect(recipe.cluster.address):
-            for block in run_stages(there, vae, state.todo):
+            for block in run_stages(there, vae, [(row, []) for row in sources]):
                 sink.consume(fetch(block.facts, "the facts of a block"), block.table)
                 marks.append((time.monotonic(), stats.written))
             sink.flush()

@@ -1,5 +1,6 @@
-"""`kill -9` of the driver or an actor during encoding does not change the clips."""
+"""`kill -9` of the driver, an actor or a writer during encoding does not change the clips."""
 
+import contextlib
 import os
 import random
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -20,7 +22,7 @@ from sora_train.manifest import Manifest
 from sora_train.quickstart.shapes import make_clips
 from sora_train.schema import shard_files
 
-ACTORS = ("Decode", "EncodeVideo", "EmbedText")
+ACTORS, WRITER = ("Decode", "EncodeVideo", "EmbedText"), "write_blocks"
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,8 @@ def start(videos: Path, folder: Path, address: str = "local") -> subprocess.Pope
     """`sora prep` in a process of its own, its lines in `folder/log`."""
     data = {"captions": str(videos / "captions.csv"), "output": str(folder / "shards"), "frames": 4, "fps": 8,
             "height": 64, "width": 64, "stride_s": 0.5}  # fmt: skip
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({"data": data, "cluster": {"address": address}}))
+    recipe = {"data": data, "cluster": {"address": address}, "prep": {"shard_mb": 1}}  # of 256 MB there would be one
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     with (folder / "log").open("a") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "sora_train.cli", "prep", str(folder / "recipe.yaml")],
@@ -83,14 +86,30 @@ def assert_equal(folder: Path, unbroken: Path) -> None:
 
 
 def kill(process: subprocess.Popen, whom: str) -> list[psutil.Process]:
-    """Kills the driver, or an actor of a stage; returns the processes that the driver had started."""
+    """Kills the driver, an actor of a stage, or a writer; returns the processes that the driver had started.
+
+    Raises StopIteration if there is none.
+    """
     family = psutil.Process(process.pid).children(recursive=True)
     if whom == "driver":
         process.send_signal(signal.SIGKILL)
         process.wait()
+    elif whom == WRITER:
+        next(writers(process)).kill()
     else:
         next(child for child in family if whom in "".join(child.cmdline()[:1])).kill()
     return family
+
+
+def writers(process: subprocess.Popen) -> Iterator[psutil.Process]:
+    """Processes that write a shard just now. Each takes milliseconds, so this looks often."""
+    while process.poll() is None:
+        family, until = psutil.Process(process.pid).children(recursive=True), time.monotonic() + 0.5
+        while time.monotonic() < until:
+            for child in family:
+                with contextlib.suppress(psutil.Error):
+                    if WRITER in "".join(child.cmdline()[:1]):
+                        yield child
 
 
 def wait_for_shard(folder: Path, process: subprocess.Popen) -> None:
@@ -133,7 +152,7 @@ def test_a_run_resumes_after_its_driver_was_killed(videos: Path, unbroken: Path,
 def test_a_kill_at_any_moment_changes_no_clip(videos: Path, unbroken: Path, tmp_path: Path, number: int):
     draw = random.Random(number)
     early = number < 4  # later the decoders have done their work and are gone
-    whom = ("driver", *ACTORS)[number] if early else ("driver", *ACTORS[1:])[number % 3]
+    whom = ("driver", *ACTORS)[number] if early else ("driver", WRITER, *ACTORS[1:])[number % 4]
     process = start(videos, tmp_path)
     if early:  # while actors start and first clips are decoded
         while not (tmp_path / "log").read_text().count(" s so far") and process.poll() is None:

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from data_prep.commits import Commits
 from data_prep.reasons import remark_kinds
-from data_prep.resume import SavedProgress, SourceRecord, save_progress
+from data_prep.resume import SavedProgress, SourceRecord
 from data_prep.schemas import DECODED, END_OF_SOURCE
 from data_prep.stages import Decode
 from sora_train.data.config import DataConfig, SelectionConfig
@@ -38,5 +39,7 @@ def test_remarks_are_saved_with_their_source(tmp_path: Path):
         "r": SourceRecord("a.mp4", 5, "1", ["c"], ["hdr", "interlaced"]),
         "s": SourceRecord("b.mp4", 6, "1", ["d"]),
     }
-    save_progress(str(tmp_path), "key", records, [])
+    commits = Commits(str(tmp_path), "encoding", "key")
+    commits.records = dict(records)
+    commits.save_sources([], set())
     assert SavedProgress.load(str(tmp_path), "key").records == records

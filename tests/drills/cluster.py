@@ -35,7 +35,7 @@ from tests.drills.train import processor
 CLIPS, STEPS = 1080, 300
 HANG_S = 300.0
 ATTEMPTS = 40
-PREP = "--prep.vae_workers 2 --prep.decode_workers 2"
+PREP = "--prep.vae_workers 2 --prep.decode_workers 2 --prep.shard_mb 1"
 TRAIN = (
     f"--train.output {SHARED}/runs --train.steps {STEPS} --train.log_every 1 --train.log_samples true "
     "--train.checkpoint_every 10 --train.keep_checkpoints 3 --train.batch_size 36 --train.micro_batch_size 12 "

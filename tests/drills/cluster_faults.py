@@ -2,6 +2,7 @@
 
 import random
 import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -56,6 +57,18 @@ def worker_killed(work: Workload, machines: Cluster, plan: PlannedFault) -> Faul
     return FaultEffect(node.name, f"actor {stage[1]}" if stage else "training worker")
 
 
+def writer_killed(work: Workload, machines: Cluster, plan: PlannedFault) -> FaultEffect:
+    """A writer of shards, if one is caught within 5 s; else a worker."""
+    until = time.monotonic() + 5
+    while work.verb == "prep" and time.monotonic() < until:
+        for node in (machines.first, *machines.others):
+            for process, title in machines.work_on(node):
+                if "write_blocks" in title:
+                    process.kill()
+                    return FaultEffect(node.name, "writer")
+    return worker_killed(work, machines, plan)
+
+
 def raylet_killed(work: Workload, machines: Cluster, plan: PlannedFault) -> FaultEffect:
     node, met = choose_node(machines, plan)
     for process, title in node.processes():
@@ -99,6 +112,7 @@ def job_stopped(work: Workload, machines: Cluster, plan: PlannedFault) -> FaultE
 
 FAULTS: dict[str, Callable[[Workload, Cluster, PlannedFault], FaultEffect]] = {
     "kill -9 of a worker": worker_killed,
+    "kill -9 of a writer": writer_killed,
     "kill -9 of a raylet": raylet_killed,
     "cut off for 20 s": cut_off,
     "cut off for good": cut_off_for_good,

@@ -19,7 +19,7 @@ from tests.drills.commands import lines
 
 SETTINGS = "export RAY_AUTH_MODE=token RAY_API_SERVER_ADDRESS=http://127.0.0.1:8265"
 SMALL = "--num-cpus 2 --object-store-memory 250000000"
-WORK = ("RayTrainWorker", "MapWorker", "sora_train.launch.validation")
+WORK = ("RayTrainWorker", "MapWorker", "write_blocks", "sora_train.launch.validation")
 """Words in the titles of processes that work for a job."""
 ENDINGS = ("worker_lost", "preempted", "stopped", "interrupted", "failed", "end")
 """Events after which no worker trains."""
