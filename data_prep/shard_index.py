@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +36,8 @@ COLUMNS = [field.name for field in SHARD_SCHEMA if field.name not in ("latents",
 READ_AT_ONCE = 8  # shards: on remote storage each is a wait
 APPEND_ROWS = 200_000
 """Clips of one append."""
+MAX_PIECES = 64
+"""Of a kind of the index, after which they are merged."""
 OTHER_ENCODING = "other frames, VAE, text encoder or code"
 
 
@@ -64,6 +66,8 @@ def sync_index(folder: str, encoding_hash: str, difference: str = OTHER_ENCODING
     """
     for kind in ("clips", "shards", "sources", "failures"):
         delete_damaged(folder, kind)
+    compact_index(folder, above=MAX_PIECES)
+    delete_empty(folder)
     found = _compare(folder, encoding_hash, difference)
     if not found.others:
         return
@@ -81,26 +85,48 @@ def sync_index(folder: str, encoding_hash: str, difference: str = OTHER_ENCODING
     _append(folder, rows, clips)
 
 
+def compact_index(folder: str, above: int = 1, prune: bool = False) -> None:
+    """Merges the pieces of the index if a kind has more than `above`. Needs the folder's lock.
+
+    `prune` also removes rows about shards that are gone.
+    """
+    names = pa.array([str(name) for name in list_known(folder)[0]["shard"].to_pylist()], pa.string())
+    for kind in ("sources", "failures"):
+        compact(folder, kind, above)
+    keep = (lambda table: table.filter(shard_places(table, names).is_valid())) if prune else None
+    compact(folder, "clips", 0 if prune else above, keep)
+    keep = (lambda table: table.filter(pc.is_in(table["shard"], value_set=names))) if prune else None
+    compact(folder, "shards", 0 if prune else above, keep)
+
+
+def delete_empty(folder: str) -> None:
+    """Deletes shards all of whose clips are dropped. Needs the folder's lock."""
+    (known, _), (system, root) = list_known(folder), resolve(folder)
+    gone = pc.list_value_length(known["dropped"]).to_numpy() == rows_of(known)
+    with storage_errors(folder, "cleaned up"):
+        for name in known["shard"].take(np.flatnonzero(gone & (rows_of(known) > 0))).to_pylist():
+            system.delete_file(f"{root}/{name}")
+
+
 def drop_rows(folder: str, rows: Mapping[str, list[int]]) -> None:
     """Drops clips, given by shard (its path relative to the folder) and row. Needs the folder's lock.
 
     The shards stay as they are, except those that have no clip left, which are deleted.
     """
-    wanted, system = pa.array(list(rows), pa.string()), resolve(folder)[0]
-    found = [table.filter(pc.is_in(table["shard"], value_set=wanted)) for table in read(folder, "shards")]
-    table = last_rows(pa.concat_tables([SHARDS.empty_table(), *found]), "shard")
+    table = _shard_rows(folder, list(rows))
     names = [str(name) for name in table["shard"].to_pylist()]
     if missing := set(rows) - set(names):
         raise KeyError(f"the index of {folder} does not describe {sorted(missing)[0]}")
     before: list[Any] = table["dropped"].to_pylist()
     dropped = [sorted({*old, *rows[name]}) for name, old in zip(names, before, strict=True)]
-    place = SHARDS.get_field_index("dropped")
-    append(folder, "shards", table.set_column(place, SHARDS.field(place), pa.array(dropped, SHARDS.types[place])))
-    gone = np.array([len(rows) for rows in dropped]) == rows_of(table)
-    empty = [name for name, is_empty in zip(names, gone.tolist(), strict=True) if is_empty]
-    with storage_errors(folder, "cleaned up"):
-        for name in empty:
-            system.delete_file(f"{resolve(folder)[1]}/{name}")
+    append(folder, "shards", _with_dropped(table, dropped))
+    delete_empty(folder)
+
+
+def all_dropped(folder: str, names: Sequence[str]) -> pa.Table:
+    """The rows of SHARDS of these shards, with all clips dropped."""
+    table = _shard_rows(folder, names)
+    return _with_dropped(table, [list(range(count)) for count in rows_of(table).tolist()])
 
 
 def drop_samples(folder: str, samples: Mapping[str, set[str]]) -> None:
@@ -151,9 +177,10 @@ def _compare(folder: str, encoding_hash: str, difference: str) -> Comparison:
         [start + rows for start, rows in zip(starts, _dropped(kept), strict=True) if len(rows)] or [np.zeros(0, int)]
     )
     incomplete = known.take(np.flatnonzero(~complete))
-    lacking = [*map(str, incomplete["shard"].to_pylist()), *others]
+    incomplete_names = [str(name) for name in incomplete["shard"].to_pylist()]
+    lacking = [*incomplete_names, *others]
     begun = {str(name) for name in names.filter(pa.array(counts > 0)).to_pylist()} & set(lacking)
-    right = {row["shard"]: row for row in _shard_rows(folder, incomplete["shard"])} if len(incomplete) else {}
+    right = {row["shard"]: row for row in _shard_rows(folder, incomplete_names).to_pylist()} if len(incomplete) else {}
     return Comparison(kept, starts, dropped if len(dropped) else None, lacking, begun, right)
 
 
@@ -162,11 +189,16 @@ def _dropped(table: pa.Table) -> Iterator[np.ndarray]:
         yield rows.values.to_numpy()
 
 
-def _shard_rows(folder: str, names: pa.ChunkedArray) -> list[dict]:
+def _shard_rows(folder: str, names: Sequence[str]) -> pa.Table:
     """The valid rows of SHARDS of these shards."""
-    wanted = names.combine_chunks()
+    wanted = pa.array(names, pa.string())
     found = [table.filter(pc.is_in(table["shard"], value_set=wanted)) for table in read(folder, "shards")]
-    return last_rows(pa.concat_tables([SHARDS.empty_table(), *found]), "shard").to_pylist()
+    return last_rows(pa.concat_tables([SHARDS.empty_table(), *found]), "shard")
+
+
+def _with_dropped(table: pa.Table, dropped: list[list[int]]) -> pa.Table:
+    place = SHARDS.get_field_index("dropped")
+    return table.set_column(place, SHARDS.field(place), pa.array(dropped, SHARDS.types[place]))
 
 
 def _read_shards(folder: str, names: list[str], encoding_hash: str, difference: str) -> Iterator[tuple[dict, pa.Table]]:
@@ -180,15 +212,21 @@ def _read_shard(folder: str, name: str, encoding_hash: str, difference: str) -> 
     path = f"{root}/{name}"
     try:
         with system.open_input_file(path) as opened:
-            file, size = pq.ParquetFile(opened, page_checksum_verification=True), opened.size()
+            file = pq.ParquetFile(opened, page_checksum_verification=True)
             encoding = (file.metadata.metadata or {}).get(ENCODING_KEY, b"").decode()
             _check_encoding(folder, name, encoding, encoding_hash, difference)
-            table = file.read(columns=COLUMNS, use_threads=False)
-            groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            return describe(file, name, opened.size())
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(
             f"data.output: shard {path} can't be read ({error}). Delete it and run the same command again"
         ) from None
+
+
+def describe(file: pq.ParquetFile, name: str, size: int) -> tuple[dict, pa.Table]:
+    """A row of SHARDS and the rows of CLIPS of a shard, from its own columns."""
+    table = file.read(columns=COLUMNS, use_threads=False)
+    groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    encoding = (file.metadata.metadata or {}).get(ENCODING_KEY, b"").decode()
     sources: list[Any] = table["source"].to_pylist()
     captions: list[Any] = table["captions"].to_pylist()
     ids = [row_id(source, tuple(texts)) for source, texts in zip(sources, captions, strict=True)]

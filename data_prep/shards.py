@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -88,11 +89,17 @@ def write_shard(system: fs.FileSystem, path: str, encoding_hash: str, tables: It
 
     The memory of one row group suffices, except on an object store.
     """
+    with atomic_output(system, path) as file:
+        write_row_groups(file, encoding_hash, tables)
+
+
+def write_row_groups(file: BinaryIO, encoding_hash: str, tables: Iterable[pa.Table]) -> None:
+    """Writes tables with the columns of SHARD_SCHEMA to an open file, by row groups."""
     schema = SHARD_SCHEMA.with_metadata({ENCODING_KEY: encoding_hash.encode()})
     # Latents don't compress, and uncompressed pages can be read from a memory map without a copy. Checksums, since
     # nothing else would detect a flipped byte in a latent.
     encoding = {"compression": "none", "use_dictionary": False, "write_statistics": False, "write_page_checksum": True}
-    with atomic_output(system, path) as file, pq.ParquetWriter(file, schema, **encoding) as writer:
+    with pq.ParquetWriter(file, schema, **encoding) as writer:
         for group in row_groups(tables):
             writer.write_table(group.select(SHARD_SCHEMA.names), row_group_size=ROW_GROUP)
 

@@ -71,10 +71,18 @@ def run(verb: str, words: Sequence[str]) -> None:
             download(recipe.codec, options.to, {"model.init_from": recipe.model.init_from})
         case "prep":
             recipe, options = recipe_of(verb, words)
+            if options.plan and options.compact:
+                raise RecipeError(
+                    "--plan prints what encoding would cost, and --compact encodes nothing: use one of them"
+                )
             if options.plan:
                 from data_prep.estimate.table import show_plan
 
                 show_plan(recipe)
+            elif options.compact:
+                from data_prep.compact import compact_shards
+
+                compact_shards(recipe.data.output, recipe.prep.shard_mb * 10**6)
             else:
                 from data_prep.pipeline import prep
 

@@ -21,7 +21,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,35 +29,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from sora_train.index_rows import CLIPS, KINDS, SHARDS, SOURCES, Kind, clip_rows, last_rows, shard_places, shard_row
 from sora_train.log import log
-from sora_train.schema import QUARANTINE_SCHEMA, SHARD_SCHEMA, holdout_hash
 from sora_train.storage import atomic_write, resolve, storage_errors
 
-Kind = Literal["clips", "shards", "sources", "failures"]
-STRING, STRINGS = pa.string(), pa.list_(pa.string())
-CLIPS = pa.schema(
-    [("row_id", STRING)]
-    + [(field.name, field.type) for field in SHARD_SCHEMA if field.name not in ("captions", "latents", "text")]
-    + [("shard", pa.dictionary(pa.int32(), STRING)), ("row", pa.int32())]
-)
-"""A clip of a finished shard. `shard` is a path relative to the folder, `row` the clip's place in it."""
-SHARDS = pa.schema(
-    [
-        ("shard", STRING),
-        ("bytes", pa.int64()),
-        ("encoding_hash", STRING),
-        ("groups", pa.list_(pa.int32())),  # rows of each row group
-        ("holdout", pa.list_(pa.uint64())),  # `holdout_hash` of each row's source
-        ("dropped", pa.list_(pa.int32())),  # rows that no longer count, ascending
-    ]
-)
-"""A finished shard. The last row of a shard is valid."""
-SOURCES = pa.schema(
-    [("row_id", STRING), ("source", STRING), ("source_size", pa.int64()), ("source_version", STRING),
-     ("sample_ids", STRINGS), ("remarks", STRINGS)]
-)  # fmt: skip
-"""A source that was processed to its end. The last row of a `row_id` is valid."""
-KINDS: dict[Kind, pa.Schema] = {"clips": CLIPS, "shards": SHARDS, "sources": SOURCES, "failures": QUARANTINE_SCHEMA}
+__all__ = ["CLIPS", "KINDS", "SHARDS", "SOURCES", "Kind", "append", "clip_rows", "compact", "delete_damaged",
+           "last_rows", "pieces", "read", "shard_places", "shard_row"]  # fmt: skip
+
 FOLDER, REPLACES = "index", b"replaces"
 NAME = re.compile(r"(\d{8,})-[0-9a-f]+\.index")
 REPEATED = ["source", "shard", "encoding_hash", "groups.list.element", "tokens.list.element", "stage", "reason", "kind"]
@@ -177,41 +155,6 @@ def _survey(folder: str, kind: Kind) -> tuple[list[Piece], list[str]]:
         return [piece for piece in good if piece.name not in replaced], damaged
     with storage_errors(folder, "read"):
         raise FileNotFoundError(f"pieces of {FOLDER}/{kind} vanish while they are listed")
-
-
-def shard_row(shard: str, size: int, encoding_hash: str, groups: Sequence[int], sources: Sequence[str]) -> dict:
-    """A row of SHARDS for a new shard: path relative to the folder, bytes, rows by row group, source of each row."""
-    hashes = {source: holdout_hash(source) for source in set(sources)}
-    return {
-        "shard": shard,
-        "bytes": size,
-        "encoding_hash": encoding_hash,
-        "groups": list(groups),
-        "holdout": [hashes[source] for source in sources],
-        "dropped": [],
-    }
-
-
-def clip_rows(rows: pa.Table, shard: str, row_ids: Sequence[str], first: int = 0) -> pa.Table:
-    """Rows of CLIPS for those of a shard from row `first` on, a table with columns of SHARD_SCHEMA."""
-    places = pa.array(np.arange(first, first + len(rows), dtype=np.int32))
-    extra = {"row_id": pa.array(row_ids, STRING), "shard": pa.array([shard] * len(rows), STRING), "row": places}
-    columns = [extra[name] if name in extra else rows[name] for name in CLIPS.names]
-    return pa.table(columns, CLIPS.names).cast(CLIPS)
-
-
-def shard_places(table: pa.Table, shards: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """For rows of CLIPS, the places of their shards among these, null for others."""
-    column: Any = table["shard"].combine_chunks()
-    wanted = shards.combine_chunks() if isinstance(shards, pa.ChunkedArray) else shards
-    return pc.index_in(column.dictionary, value_set=wanted).take(column.indices)
-
-
-def last_rows(table: pa.Table, key: str) -> pa.Table:
-    """The last row for each value of a column, in the order of the table."""
-    numbered = pa.table([table[key], pa.array(np.arange(len(table)))], ["key", "row"])
-    last = numbered.group_by("key", use_threads=False).aggregate([("row", "max")])["row_max"]
-    return table.take(np.sort(last.to_numpy()))
 
 
 def _listed(system: fs.FileSystem, folder: str, kind: Kind) -> list[fs.FileInfo]:

@@ -23,10 +23,12 @@ class DownloadOptions:
 
 @options
 class PrepOptions:
-    """Whether to encode, or only to print a plan."""
+    """Whether to encode, or only to print a plan or to compact the shards."""
 
     plan: bool = False
     """Open only the headers of files, and print what encoding would produce and cost."""
+    compact: bool = False
+    """Encode nothing; write shards with many dropped clips again, and merge small ones."""
 
 
 @options

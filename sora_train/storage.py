@@ -146,7 +146,7 @@ def decode_text(content: bytes) -> str:
     return text.removeprefix("\ufeff")  # some writers write two
 
 
-def atomic_write(system: fs.FileSystem, path: str, content: bytes) -> None:
+def atomic_write(system: fs.FileSystem, path: str, content: bytes | memoryview) -> None:
     """Writes a file, on any storage, completely or not at all. Raises UserError if it can't be written."""
     with atomic_output(system, path) as file:
         file.write(content)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sora_train.data.shards import ShardSet, Split
+from sora_train.data.opening import Split
+from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
 from sora_train.recipe import Recipe
 from sora_train.storage import atomic_file
@@ -38,7 +38,8 @@ class Clips:
 
     def counts(self, held_out: bool) -> dict[str, int]:
         """Number of a split's clips by bucket."""
-        return dict(Counter(row["bucket"] for row in self._of(held_out)))
+        found: Any = self._table_of(held_out)["bucket"].value_counts()
+        return {row["values"]: row["counts"] for row in found.to_pylist()}
 
     def sources(self, held_out: bool) -> dict[str, str]:
         """Sources of a split's clips by `sample_id`."""
@@ -49,8 +50,11 @@ class Clips:
         return {(row["content_hash"] or row["sample_id"], row["start_s"]): row["source"] for row in self._of(held_out)}
 
     def _of(self, held_out: bool) -> list[dict[str, Any]]:
+        return self._table_of(held_out).to_pylist()
+
+    def _table_of(self, held_out: bool) -> pa.Table:
         column = self.table["held_out"]
-        return self.table.filter(column if held_out else pc.invert(column)).to_pylist()
+        return self.table.filter(column if held_out else pc.invert(column))
 
 
 def read_clips(recipe: Recipe) -> Clips:
@@ -59,13 +63,14 @@ def read_clips(recipe: Recipe) -> Clips:
     splits: list[tuple[Split, ShardSet]] = [("train", train)]
     if recipe.data.holdout_fraction:
         with contextlib.suppress(UserError):  # none is held out
-            splits.append(("holdout", ShardSet(recipe.data.output, recipe.data.holdout_fraction, "holdout")))
+            held_out = ShardSet(recipe.data.output, recipe.data.holdout_fraction, "holdout", listed=train.listed)
+            splits.append(("holdout", held_out))
     tables: list[pa.Table] = []
     for split, shards in splits:
         for bucket in shards.rows:
             table = shards.columns(bucket, COLUMNS)
-            table = table.append_column("bucket", pa.array([bucket] * len(table), pa.string()))
-            tables.append(table.append_column("held_out", pa.array([split == "holdout"] * len(table), pa.bool_())))
+            table = table.append_column("bucket", pa.repeat(bucket, len(table)))
+            tables.append(table.append_column("held_out", pa.repeat(split == "holdout", len(table))))
     return Clips(pa.concat_tables(tables), train.fingerprint)
 
 

@@ -18,6 +18,7 @@ from pyarrow.fs import LocalFileSystem
 from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode
 from ray.train.torch import get_device
 
+from sora_train.data.opening import open_shards
 from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
 from sora_train.launch.clips import saved_clips
@@ -80,7 +81,11 @@ def run_training(recipe: Recipe, run: Path) -> str:
     step, resume = checkpoints[-1] if checkpoints else (0, None)
     run_dir = RunDir(run, checkpoint_reporter(recipe, run, checkpoints), preemption_watcher(run))
     cache = int(1e9 * recipe.train.shard_cache_gb)
-    shards = ShardSet(recipe.data.output, recipe.data.holdout_fraction, "train", cache_bytes=cache)
+    # Rank 0 lists the shards: storage is asked once, and all ranks see the same ones.
+    folder, fraction = recipe.data.output, recipe.data.holdout_fraction
+    listed: list[Any] = [open_shards(folder, fraction) if rank == 0 else None]
+    dist.broadcast_object_list(listed, src=0)
+    shards = ShardSet(folder, fraction, "train", cache_bytes=cache, listed=listed[0])
     if rank == 0:
         before = saved_clips(run)
         if before is not None and before.fingerprint != shards.fingerprint:
