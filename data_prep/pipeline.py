@@ -13,7 +13,7 @@ from collections.abc import Callable
 from data_prep.buckets import TRANSFORM_VERSION, buckets_of
 from data_prep.ray_pipeline import run_pipeline
 from data_prep.resume import ResumeState, SavedProgress, reconcile
-from data_prep.shard_index import drop_samples, sync_index
+from data_prep.shard_index import compact_index, drop_samples, sync_index
 from data_prep.shards import manifest_or_none, read_stored_clips, remove_unfinished
 from data_prep.sink import ShardSink
 from data_prep.sources import SourceRow, read_rows
@@ -53,6 +53,7 @@ def prep(recipe: Recipe) -> Manifest:
         remove_unfinished(data.output)
         sink = with_restarts(lambda: encode_missing(recipe, rows, vae, text, key))
         sync_index(data.output, key)
+        compact_index(data.output)
         empty_text = sink.empty_text or empty_prompt(recipe, key)
         manifest = build_manifest(recipe, vae, text, key, empty_text, sink.state)
         manifest.save(data.output)

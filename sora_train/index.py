@@ -40,7 +40,7 @@ FOLDER, REPLACES = "index", b"replaces"
 NAME = re.compile(r"(\d{8,})-[0-9a-f]+\.index")
 REPEATED = ["source", "shard", "encoding_hash", "groups.list.element", "tokens.list.element", "stage", "reason", "kind"]
 """Columns with few values, which are stored by number. Hashes and ids are not."""
-GROUP_VALUES = 1_000_000
+GROUP_VALUES = 2**18
 """Rows of a piece's row group, counting the rows of the shards in `shards`: it bounds what a reader holds at a time."""
 PIECE_BYTES = 2**28
 """Pieces that are merged have at most this size together."""
@@ -117,9 +117,14 @@ def compact(
         with _writer(content, kind, group[0].metadata | {REPLACES.decode(): json.dumps(replaces)}) as write:
             tables = (table for piece in group for table in _read_piece(system, kind, piece))
             if kind == "shards":
-                tables = [last_rows(pa.concat_tables([SHARDS.empty_table(), *tables]), "shard")]
+                tables = iter([last_rows(pa.concat_tables([SHARDS.empty_table(), *tables]), "shard")])
+            held: list[pa.Table] = []
             for table in tables:
-                write(keep(table) if keep else table)
+                held.append(keep(table) if keep else table)
+                if sum(map(len, held)) >= GROUP_VALUES:
+                    write(pa.concat_tables(held))
+                    held = []
+            write(pa.concat_tables([KINDS[kind].empty_table(), *held]))
         parent, _, name = group[0].path.rpartition("/")
         atomic_write(system, f"{parent}/{_new_name(int(name.partition('-')[0]))}", content.getvalue())
     if not grace_s:
