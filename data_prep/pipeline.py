@@ -53,10 +53,10 @@ def prep(recipe: Recipe) -> Manifest:
         remove_unfinished(data.output)
         sink = with_restarts(lambda: encode_missing(recipe, rows, vae, text, key))
         sync_index(data.output, key)
-        compact_index(data.output)
         empty_text = sink.empty_text or empty_prompt(recipe, key)
         manifest = build_manifest(recipe, vae, text, key, empty_text, sink.state)
         manifest.save(data.output)
+        compact_index(data.output)
     log.info(f"prep: {sink.stats.summary()} in {time.monotonic() - started:.0f} s; shards in {data.output}")
     print_warnings(manifest, recipe)
     return manifest

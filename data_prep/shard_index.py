@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,9 @@ from sora_train.data.opening import rows_of
 from sora_train.errors import UserError
 from sora_train.index import (
     CLIPS,
+    KINDS,
     SHARDS,
+    Kind,
     append,
     clip_rows,
     compact,
@@ -33,7 +35,7 @@ from sora_train.shard_list import list_known
 from sora_train.storage import resolve, storage_errors
 
 COLUMNS = [field.name for field in SHARD_SCHEMA if field.name not in ("latents", "text")]
-READ_AT_ONCE = 8  # shards: on remote storage each is a wait
+READ_AT_ONCE, AHEAD = 8, 64  # shards: on remote storage each is a wait
 APPEND_ROWS = 200_000
 """Clips of one append."""
 MAX_PIECES = 64
@@ -64,7 +66,7 @@ def sync_index(folder: str, encoding_hash: str, difference: str = OTHER_ENCODING
 
     Raises UserError as `stored_clips`.
     """
-    for kind in ("clips", "shards", "sources", "failures"):
+    for kind in KINDS:
         delete_damaged(folder, kind)
     compact_index(folder, above=MAX_PIECES)
     delete_empty(folder)
@@ -90,13 +92,13 @@ def compact_index(folder: str, above: int = 1, prune: bool = False) -> None:
 
     `prune` also removes rows about shards that are gone.
     """
-    names = pa.array([str(name) for name in list_known(folder)[0]["shard"].to_pylist()], pa.string())
-    for kind in ("sources", "failures"):
-        compact(folder, kind, above)
-    keep = (lambda table: table.filter(shard_places(table, names).is_valid())) if prune else None
-    compact(folder, "clips", 0 if prune else above, keep)
-    keep = (lambda table: table.filter(pc.is_in(table["shard"], value_set=names))) if prune else None
-    compact(folder, "shards", 0 if prune else above, keep)
+    keep: dict[Kind, Callable[[pa.Table], pa.Table]] = {}
+    if prune:
+        names = pa.array([str(name) for name in list_known(folder)[0]["shard"].to_pylist()], pa.string())
+        keep["clips"] = lambda table: table.filter(shard_places(table, names).is_valid())
+        keep["shards"] = lambda table: table.filter(pc.is_in(table["shard"], value_set=names))
+    for kind in KINDS:
+        compact(folder, kind, 0 if kind in keep else above, keep.get(kind))
 
 
 def delete_empty(folder: str) -> None:
@@ -204,7 +206,9 @@ def _with_dropped(table: pa.Table, dropped: list[list[int]]) -> pa.Table:
 def _read_shards(folder: str, names: list[str], encoding_hash: str, difference: str) -> Iterator[tuple[dict, pa.Table]]:
     """A row of SHARDS and the rows of CLIPS of each shard, from its own columns."""
     with ThreadPoolExecutor(READ_AT_ONCE) as pool:
-        yield from pool.map(lambda name: _read_shard(folder, name, encoding_hash, difference), names)
+        for first in range(0, len(names), AHEAD):  # so that few are held
+            part = names[first : first + AHEAD]
+            yield from pool.map(lambda name: _read_shard(folder, name, encoding_hash, difference), part)
 
 
 def _read_shard(folder: str, name: str, encoding_hash: str, difference: str) -> tuple[dict, pa.Table]:

@@ -183,6 +183,8 @@ def shard_errors(path: str) -> Iterator[None]:
     """Turns errors of reading a shard into a UserError."""
     try:
         yield
+    except FileNotFoundError:
+        raise UserError(f"{path} is gone: the shards were changed. Run the same command again", code="shards") from None
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path} can't be read as a shard ({error}). To repair it, delete this file and run `sora prep` again: it "
