@@ -29,6 +29,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from sora_train.errors import one_line
 from sora_train.index_rows import CLIPS, KINDS, SHARDS, SOURCES, Kind, clip_rows, last_rows, shard_places, shard_row
 from sora_train.log import log
 from sora_train.storage import atomic_write, resolve, storage_errors
@@ -213,7 +214,8 @@ def _report_damage(system: fs.FileSystem, path: str, error: Exception) -> None:
     with storage_errors(path, "read", system), system.open_input_stream(path, compression=None) as file:
         while file.read(2**22):
             pass
-    log.warning(f"{path}: this piece of the index is damaged and ignored ({error}); `sora prep` restores its content")
+    why = one_line(str(error))
+    log.warning(f"{path}: this piece of the index is damaged and ignored ({why}); `sora prep` restores its content")
 
 
 @contextlib.contextmanager
