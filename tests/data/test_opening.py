@@ -10,13 +10,13 @@ import pytest
 from sora_train.data import opening
 from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
-from sora_train.index import CLIPS, SHARDS, append, clip_rows, shard_row
+from sora_train.index import CLIPS, SHARDS, append, clip_rows, read, shard_row
 from sora_train.schema import shard_files
 
 BUCKET, IMAGES = "3x16x24", (1, 16, 24)
 
 
-def index_of(folder: str, dropped: dict[str, list[int]] | None = None, clips: bool = True, skip: int = 0) -> None:
+def index_of(folder: str, dropped: dict[str, list[int]] | None = None, skip: int = 0) -> None:
     """Indexes all shards but the first `skip`, with rows dropped by the shard's file name."""
     rows, tables = [], [CLIPS.empty_table()]
     for file in shard_files(folder)[skip:]:
@@ -26,8 +26,7 @@ def index_of(folder: str, dropped: dict[str, list[int]] | None = None, clips: bo
         rows.append(row | {"dropped": (dropped or {}).get(Path(file).name, [])})
         tables.append(clip_rows(table, name, ["r"] * len(table)))
     append(folder, "shards", pa.Table.from_pylist(rows, SHARDS))
-    if clips:
-        append(folder, "clips", pa.concat_tables(tables))
+    append(folder, "clips", pa.concat_tables(tables))
 
 
 def described(shards: ShardSet) -> tuple:
@@ -56,6 +55,27 @@ def test_the_index_changes_nothing_that_training_sees(folder: str, fraction: flo
     shards = ShardSet(folder, fraction, split)
     assert described(shards) == before
     assert described(ShardSet(folder, fraction, split, listed=shards.listed)) == before, "another process has listed it"
+
+
+def test_columns_do_not_depend_on_the_order_of_the_indexs_rows(folder: str):
+    names = ["sample_id", "source", "start_s"]
+    wanted = {split: ShardSet(folder, 0.3, split).columns(BUCKET, names) for split in ("train", "holdout")}
+    index_of(folder)
+    everything = pa.concat_tables(read(folder, "clips"))
+    random = np.random.default_rng(0).permutation(len(everything))
+    tables = {
+        "none": everything.slice(0, 0),
+        "other shards first": pa.concat_tables([everything.slice(100), everything.slice(0, 100)]),
+        "scattered": everything.take(random),
+        "without a clip": pa.concat_tables([everything.slice(0, 75), everything.slice(76)]),
+        "a clip twice": pa.concat_tables([everything, everything.slice(75, 1)]),
+    }
+    for what, table in tables.items():
+        for file in (Path(folder) / "index" / "clips").iterdir():
+            file.unlink()
+        append(folder, "clips", table)
+        for split in ("train", "holdout"):
+            assert ShardSet(folder, 0.3, split).columns(BUCKET, names).equals(wanted[split]), what
 
 
 def test_a_shard_of_another_size_and_a_deleted_one_are_not_taken_from_the_index(folder: str, make_shards):

@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.inspect.table import check_shards, format_table, inspect, min_median_max
+from data_prep.inspect.previews import read_rows_at
+from data_prep.inspect.table import check_shards, format_table, inspect, min_median_max, read_inventory
+from data_prep.shard_index import drop_rows, sync_index
 from sora_train.errors import UserError
 from sora_train.manifest import Manifest
 from sora_train.schema import QUARANTINE_SCHEMA, shard_files
@@ -68,6 +70,17 @@ def test_no_latent_is_read(shards: Path):
     with pytest.raises(OSError, match="."):
         pq.read_table(file)
     assert inspect(str(shards)) == counts
+
+
+def test_dropped_clips_are_not_counted_and_not_shown(shards: Path):
+    sync_index(str(shards), "")  # they name no encoding
+    drop_rows(str(shards), {"bucket=2x32x32/part.parquet": [0, 9, 20]})
+    counts, inventory = inspect(str(shards)), read_inventory(str(shards))
+    assert (counts["written"], counts["buckets"], counts["captions"]) == (18, {"2x32x32": 18}, 18)
+    left = [f"{i:04x}" for i in range(21) if i not in (0, 9, 20)]
+    for indices in (range(18), [0, 7, 8, 17]):
+        shown = [row["sample_id"] for row in read_rows_at(inventory, "2x32x32", list(indices))]
+        assert shown == [left[i] for i in indices]
 
 
 def test_reasons_have_a_kind_a_count_and_an_example(shards: Path):
