@@ -29,7 +29,7 @@ from sora_train.index import SHARDS, append
 from sora_train.locks import run_lock
 from sora_train.log import log, progress
 from sora_train.manifest import Manifest
-from sora_train.schema import bucket_of
+from sora_train.schema import SHARD_SCHEMA, bucket_of
 from sora_train.shard_list import list_known, without_rows
 from sora_train.storage import atomic_write, in_bytes, resolve, storage_errors
 
@@ -144,6 +144,9 @@ def _live_tables(system: fs.FileSystem, root: str, group: list[Shard]) -> Iterat
                     table = opened.read_row_group(number, use_threads=False)
                     inside = shard.dropped[(shard.dropped >= first) & (shard.dropped < first + len(table))] - first
                     first += len(table)
+                    for field in SHARD_SCHEMA:  # a column that was added later
+                        if field.name not in table.column_names:
+                            table = table.append_column(field, pa.nulls(len(table), field.type))
                     yield without_rows(table, inside)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path} can't be read ({error}). Delete it and run `sora prep` again") from None

@@ -29,12 +29,13 @@ from sora_train.index import (
     shard_places,
     shard_row,
 )
+from sora_train.index_rows import OF_SHARD
 from sora_train.log import log
-from sora_train.schema import ENCODING_KEY, SHARD_SCHEMA
+from sora_train.schema import ENCODING_KEY
 from sora_train.shard_list import list_known
 from sora_train.storage import resolve, storage_errors
 
-COLUMNS = [field.name for field in SHARD_SCHEMA if field.name not in ("latents", "text")]
+COLUMNS = [*OF_SHARD, "captions"]
 READ_AT_ONCE, AHEAD = 8, 64  # shards: on remote storage each is a wait
 APPEND_ROWS = 200_000
 """Clips of one append."""

@@ -13,9 +13,12 @@ from sora_train.schema import QUARANTINE_SCHEMA, SHARD_SCHEMA, holdout_hash
 
 Kind = Literal["clips", "shards", "sources", "failures"]
 STRING, STRINGS = pa.string(), pa.list_(pa.string())
+OF_SHARD = ("sample_id", "source", "source_size", "source_version", "content_hash", "perceptual_hash", "start_s",
+            "end_s", "tokens")  # fmt: skip
+"""Columns of a shard that its clips have in the index."""
 CLIPS = pa.schema(
     [("row_id", STRING)]
-    + [(field.name, field.type) for field in SHARD_SCHEMA if field.name not in ("captions", "latents", "text")]
+    + [(name, SHARD_SCHEMA.field(name).type) for name in OF_SHARD]
     + [("shard", pa.dictionary(pa.int32(), STRING)), ("row", pa.int32())]
 )
 """A clip of a finished shard. `shard` is a path relative to the folder, `row` the clip's place in it."""
