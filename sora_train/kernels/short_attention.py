@@ -44,7 +44,7 @@ def triton_runs(device: int) -> bool:
 def triton_builds() -> bool:
     """Whether Triton can be imported and has the C compiler and Python's headers that it needs."""
     compiler = "CC" in os.environ or which("gcc") or which("clang")
-    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+    headers = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists()
     return bool(torch.version.cuda and find_spec("triton") and compiler and headers)
 
 
@@ -106,8 +106,10 @@ def launch(kernel: Any, tensors: tuple[Tensor, ...], heads: int, tile: tuple[int
     block_s, block_k = (max(16, 2 ** math.ceil(math.log2(side))) for side in (s, k))
     block_s, warps = tile or (block_s, block_s // 16)
     tokens = qkv.numel() // qkv.shape[-1]
-    tiles = -(-tokens // (block_s // s * s))
+    if not tokens:
+        return
+    grid = (-(-tokens // (block_s // s * s)) * heads,)
     scale = math.log2(math.e) / math.sqrt(k)
-    if tokens:
-        grid, options = (tiles * heads,), {"num_warps": warps, "enable_fp_fusion": True}  # set, as 3.9 asks for
+    options = {"num_warps": warps, "enable_fp_fusion": True}  # Triton 3.9 warns if fusion is not set
+    with torch.cuda.device_of(qkv):  # Triton launches on the current GPU
         kernel[grid](*tensors, tokens, s, heads, k, scale, block_s, block_k, **options)

@@ -216,3 +216,22 @@ def test_compiled_blocks_have_the_kernels_in_one_graph(outcomes, mode):
     for block in model.blocks:
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend="aot_eager")
     assert same(outcome(model), expected, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not INTERPRETED, reason="make check-gpu resumes on a GPU")
+@pytest.mark.parametrize("stage", [0, 3])
+def test_training_with_the_kernels_resumes_bit_for_bit(stage: int, monkeypatch, tmp_path):
+    from tests.gpu.setting import join, make_shards, run, size_of
+
+    monkeypatch.setattr("sora_train.model.layers.fits_short_attention", lambda qkv, heads: True)
+    device = torch.device("cpu")
+    if not torch.distributed.is_initialized():
+        join(device)
+    shards = make_shards(tmp_path / "shards", size_of(device))
+    settings = {"zero_stage": stage, "precision": "bf16", "activation_checkpointing": "selective", "steps": 4}
+    with Calls() as calls:
+        whole = run(device, shards, tmp_path / "whole", checkpoint_every=2, **settings)
+    assert calls.count == 2 * 2 * 4  # blocks, micro-batches, steps
+    rest = run(device, shards, tmp_path / "rest", tmp_path / "whole/checkpoints/step_00000002", **settings)
+    assert [line["loss"] for line in rest] == [line["loss"] for line in whole[2:]]
