@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from data_prep.resume import SETTINGS_KEY, SourceRecord
+from data_prep.shard_index import MAX_PIECES, compact_index
 from sora_train import index
 from sora_train.schema import QUARANTINE_SCHEMA, ROW_GROUP, bucket_of
 
@@ -32,6 +33,7 @@ class Commits:
         self.settings = {SETTINGS_KEY.decode(): settings_hash}
         self.shards: list[FinishedShard] = []
         self.records: dict[str, SourceRecord] = {}
+        self.commits = 0
 
     def save_shards(self) -> None:
         """Appends the finished shards and their clips. Raises UserError if they can't be written."""
@@ -52,6 +54,9 @@ class Commits:
         index.append(self.folder, "sources", pa.Table.from_pylist(rows, index.SOURCES), self.settings)
         for row_id in done:
             del self.records[row_id]
+        self.commits += 1
+        if self.commits % MAX_PIECES == 0:  # a run of days makes thousands
+            compact_index(self.folder)
 
     def _clips(self, shard: FinishedShard) -> pa.Table:
         columns = [field for field in index.CLIPS if field.name not in ("shard", "row")]

@@ -6,6 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from data_prep import commits
+from data_prep.resume import SourceRecord
 from data_prep.shard_index import drop_rows, drop_samples, stored_clips, sync_index
 from data_prep.shards import read_stored_clips, write_shard
 from data_prep.sources import row_id
@@ -147,6 +149,18 @@ def test_a_shard_without_a_clip_left_is_deleted(folder: str):
     drop_rows(folder, {B: [3, 4]})
     assert [file[len(folder) + 1 :] for file in shard_files(folder)] == [A, C]
     assert clips(folder)["sample_id"].to_pylist() == ids(*range(7), *range(8, 40), *range(45, 55))
+
+
+def test_a_long_run_merges_its_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(commits, "MAX_PIECES", 4)
+    run = commits.Commits(str(tmp_path), "key", "settings")
+    for i in range(18):
+        run.records[str(i)] = SourceRecord("a.mp4", 1, "v", [f"{i:05d}"])
+        run.save_sources([], ())
+    assert len(pieces(str(tmp_path), "sources")) == 3
+    assert [row for table in read(str(tmp_path), "sources") for row in table["row_id"].to_pylist()] == [
+        *map(str, range(18))
+    ]
 
 
 def test_indexed_shards_of_another_encoding_are_refused_by_name(folder: str):
