@@ -23,11 +23,11 @@ from sora_train.model.flops import forward_flops, parameter_count
 from sora_train.train.hardware import peak_flops
 from sora_train.train.profile import LISTED, Breakdown, activities, breakdown
 
-TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}
+TOLERANCE = {"fp32": 1e-4, "bf16": 0.1, "fp8": 0.2}
 """Largest difference of outputs, over the largest output, that rounding explains."""
 PROFILED = 3
 """Steps that --profile traces."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
 
 class Options(CaseOptions):
@@ -39,8 +39,9 @@ class Options(CaseOptions):
     """Attention heads of our model, such as 16 9; 0: those of the preset."""
     shapes: tuple[str, ...] = ("16x256x256",)
     """Frames, height and width of clips in pixels."""
-    dtypes: tuple[Literal["fp32", "bf16"], ...] = ()
-    """Of weights and arithmetic; if not given, bf16 on a GPU, else fp32."""
+    dtypes: tuple[Literal["fp32", "bf16", "fp8"], ...] = ()
+    """Of weights and arithmetic; if not given, bf16 on a GPU, else fp32. `fp8` is as in training; diffusers then
+    computes in bf16."""
     compile: tuple[Literal["no", "yes"], ...] = ("no",)
     """torch.compile of each block; takes up to a minute for each shape."""
     checkpointing: tuple[Literal["none", "selective", "full"], ...] = ("none",)
@@ -116,8 +117,11 @@ def load_ours(case: Case, compiled: bool, weights: str) -> Network:
     from sora_train.model.convert import from_diffusers
     from sora_train.train.activation_checkpointing import apply_activation_checkpointing
     from sora_train.train.compile import compile_blocks
+    from sora_train.train.fp8 import use_fp8
 
     model = from_diffusers(weights) if weights else seeded(case)
+    if case.dtype == "fp8":
+        use_fp8(model, torch.device(case.device))
     apply_activation_checkpointing(model, case.checkpointing)  # pyright: ignore[reportArgumentType]
     if compiled:
         compile_blocks(model, 2)  # with and without gradients
@@ -266,7 +270,7 @@ def row_of(
     times: dict[str, Any] = {key: spread([turn[key] for turn in each]) for key in each[0]}
     step = times["step_s"]["median"]
     flops = 3 * case.batch * forward_flops(model, f, h, w, case.text_tokens) / step
-    peak = peak_flops(torch.device(case.device), case.dtype == "bf16")
+    peak = peak_flops(torch.device(case.device), case.dtype != "fp32")
     return {
         "model": case.preset,
         "attention": case.attention,

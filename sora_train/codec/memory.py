@@ -31,6 +31,14 @@ def still_works(device: torch.device | str) -> bool:
         return is_out_of_memory(error)
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory of a GPU that tensors may still take, with what torch holds without using it. 0 on other devices."""
+    if device.type != "cuda":
+        return 0
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
 def give_back(device: torch.device) -> None:
     """Returns cached memory blocks to the device.
 

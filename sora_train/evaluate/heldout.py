@@ -23,6 +23,8 @@ from sora_train.data.order import stable_hash
 from sora_train.data.shards import ShardSet
 from sora_train.diffusion import Model, Objective, ddpm
 from sora_train.diffusion.conditioning import mean_of_clips
+from sora_train.model import ModelConfig
+from sora_train.model.flops import forward_flops
 from sora_train.sample import Run
 from sora_train.sample.generate import PLACES_AT_ONCE
 from sora_train.schema import bucket_size
@@ -123,6 +125,13 @@ def held_out_loss(
             progress(done, len(places))
     means = (sums / len(places)).tolist()
     return {"holdout_loss": sum(means) / BINS} | {f"holdout_loss_{i}": mean for i, mean in enumerate(means)}
+
+
+def held_out_flops(config: ModelConfig, shards: ShardSet, places: list[ClipRef]) -> int:
+    """FLOPs of `held_out_loss` with captions of the most tokens."""
+    vae, tokens = shards.manifest.vae, shards.manifest.text.max_tokens
+    shapes = [vae.latent_shape(*bucket_size(place.bucket)) for place in places]
+    return BINS * sum(forward_flops(config, f, h, w, tokens) for f, _, h, w in shapes)
 
 
 def batches(places: list[ClipRef], shards: ShardSet, batch_size: int | None) -> Iterator[list[ClipRef]]:

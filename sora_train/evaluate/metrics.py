@@ -22,13 +22,14 @@ from sora_train.data.collate import draw_training_noise
 from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError
 from sora_train.evaluate.fvd import ENOUGH_CLIPS, frechet_distance
-from sora_train.evaluate.heldout import SEED, ClipRef, batches, choose_clips, held_out_loss
+from sora_train.evaluate.heldout import SEED, ClipRef, batches, choose_clips, held_out_flops, held_out_loss
 from sora_train.evaluate.i3d import I3D, I3D_FRAMES, features, load_i3d
 from sora_train.evaluate.similarity import load_clip, similarity
 from sora_train.log import log
 from sora_train.manifest import Manifest
 from sora_train.recipe import ValidationConfig
 from sora_train.sample import Run, generate_each
+from sora_train.sample.compiled import compile_if_worth
 from sora_train.schema import bucket_name, bucket_size
 from sora_train.storage import atomic_file
 
@@ -104,6 +105,7 @@ def _held_out(
     refs = choose_clips(run, shards, config.holdout_clips, names, "held-out loss", remark)
     if not refs:
         raise UserError("only images were held out, and data.image_ratio 0 leaves them out of training")
+    compile_if_worth(run, held_out_flops(run.model.config, shards, refs))
     progress = partial(report, "held-out loss")
     loss = held_out_loss(run.predict, run.objective, shards, refs, run.device, progress=progress)
     return {**loss, "holdout_clips": len(refs)}

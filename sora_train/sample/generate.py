@@ -21,6 +21,8 @@ from sora_train.diffusion import Sampling, resolve_sampler, sample
 from sora_train.errors import RecipeError, UserError, one_line
 from sora_train.latent_shape import shape_errors
 from sora_train.log import log
+from sora_train.model.flops import forward_flops
+from sora_train.sample.compiled import compile_if_worth
 from sora_train.sample.load import Run
 
 PLACES_AT_ONCE = 2**15  # latent places (f h w) of one sampling batch: 64 clips of the quickstart, 2 of 16 x 256 x 256
@@ -78,6 +80,7 @@ def generate_each(
     most = run.manifest.text.max_tokens
     size = max(1, PLACES_AT_ONCE // (latents_of[0] * latents_of[2] * latents_of[3]))
     batches = list(batches_of(given or [None] * len(prompts), size))
+    compile_if_worth(run, len(prompts) * sampling_flops(run, how, latents_of))
     for i, batch in enumerate(batches):
 
         def report(done: int, of: int, before: int = i) -> None:
@@ -110,6 +113,13 @@ def generate_each(
                 "height x width) at once; ask for fewer frames or a smaller size: --frames, --height, --width"
             ) from None
         yield from videos
+
+
+def sampling_flops(run: Run, how: Sampling, latents: tuple[int, int, int, int]) -> int:
+    """FLOPs of one video of latents `f c h w` whose caption has the most tokens, and whose steps are all guided."""
+    f, _, h, w = latents
+    passes = how.steps * (1 if how.guidance == 1 else 2) * (2 if how.sampler == "heun" else 1)
+    return passes * forward_flops(run.model.config, f, h, w, run.manifest.text.max_tokens)
 
 
 def batches_of(given: Sequence[Tensor | None], size: int) -> Iterator[slice]:

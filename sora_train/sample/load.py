@@ -49,6 +49,8 @@ class Run:
     """Whether it is a pipeline that sora_train did not write."""
     lora: tuple[LoraFile, ...] = ()
     """Files of adapters that were added to the weights."""
+    compiled: bool = False
+    """Whether the model's blocks are compiled."""
 
     @cached_property
     def vae(self) -> Vae:

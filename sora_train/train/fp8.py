@@ -25,7 +25,7 @@ def check_fp8(device: torch.device | None = None) -> None:
     """Raises UserError without torchao, and for a GPU without FP8 products. A CPU emulates them."""
     if importlib.util.find_spec("torchao") is None:
         raise UserError(
-            "train.precision is fp8, which needs torchao. Install it on every node (pip install 'sora_train[fp8]'), or "
+            "train.precision is fp8, which needs torchao. Install it on every node (pip install torchao), or "
             "set train.precision to bf16",
             code="fp8",
         )

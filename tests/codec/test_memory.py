@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, AutoencoderKLWan
 
 from sora_train.codec.memory import is_out_of_memory
 from sora_train.codec.text import load_text_encoder
-from sora_train.codec.vae import Vae, load_vae
+from sora_train.codec.vae import BYTES_PER_PIXEL, Vae, load_vae
 
 LIMITED = """
 import resource, sys, torch
@@ -95,6 +95,23 @@ def test_a_halved_batch_stays_halved_and_changes_nothing(tmp_path: Path):
         "VAE: out of memory with 5 frames at once; goes on with 2",
     ]
     assert vae.model.encode.seen == [10, 5, *(2,) * 10]
+
+
+def test_decoding_takes_half_of_a_gpus_free_memory_and_encoding_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    vae = small(tmp_path)
+    latents = vae.encode(clips(1, 2, 16))
+    before = dict(vae.pixels_at_once)
+    frames = vae.decode(latents[:, 0])
+    assert vae.pixels_at_once == before  # of a CPU
+    large = load_vae(str(tmp_path))
+    monkeypatch.setattr("sora_train.codec.vae.free_bytes", lambda device: 2**32)
+    assert torch.equal(large.decode(latents[:, 0]), frames)
+    assert large.pixels_at_once == before | {"decode": 2**32 // 2 // BYTES_PER_PIXEL}
+    monkeypatch.setattr("sora_train.codec.vae.free_bytes", lambda device: 2**40)
+    large.decode(latents[:, 0])  # keeps what it knows, which running out of memory may have lowered
+    assert large.pixels_at_once["decode"] == 2**32 // 2 // BYTES_PER_PIXEL
 
 
 def test_one_frame_that_does_not_fit_is_made_in_tiles(tmp_path: Path):

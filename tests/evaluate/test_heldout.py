@@ -10,8 +10,9 @@ import torch
 from sora_train.data.order import batch
 from sora_train.data.shards import ShardSet
 from sora_train.diffusion import ConditioningConfig, DiffusionConfig, make_objective
-from sora_train.evaluate.heldout import BINS, choose_clips, held_out_loss, ranked, time_in
+from sora_train.evaluate.heldout import BINS, choose_clips, held_out_flops, held_out_loss, ranked, time_in
 from sora_train.evaluate.metrics import open_held_out
+from sora_train.model.flops import forward_flops
 from sora_train.sample import Run, load_run
 
 
@@ -40,6 +41,13 @@ def test_the_loss_in_bf16_is_that_in_float32_within_a_hundredth(run: Run, run_fo
     exact, found = (held_out_loss(each.predict, run.objective, shards, places) for each in (run, half))
     assert found == pytest.approx(exact, rel=1e-2)
     assert found != exact
+
+
+def test_its_work_is_a_forward_pass_in_each_bin_of_each_clip(run: Run, shards: ShardSet):
+    places = ranked(shards)
+    shapes = [shards.read(place.bucket, [place.row]).latents.shape[-4:] for place in places]
+    one = [forward_flops(run.model.config, f, h, w, shards.manifest.text.max_tokens) for f, _, h, w in shapes]
+    assert held_out_flops(run.model.config, shards, places) == BINS * sum(one)
 
 
 def test_the_loss_equals_one_computed_by_hand_of_what_the_model_was_given(run: Run, shards: ShardSet):

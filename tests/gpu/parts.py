@@ -21,6 +21,7 @@ from sora_train.plan.estimate import estimate
 from sora_train.train.config import TrainConfig
 from sora_train.train.ema import Ema
 from sora_train.train.engine import Engine
+from sora_train.train.fp8 import LEAST_CAPABILITY
 from tests.gpu.numerics import numerics
 from tests.gpu.setting import apart, join, make_shards, only, run, size_of
 from tests.gpu.speed import attention, sampled, table, trained
@@ -47,6 +48,25 @@ def zero_stages(device: torch.device, out: Path) -> str:
         f"losses in bf16 are {worst:.1e} from float32's; learning moves them {learned:.1e}"
     )
     return f"stages 0 to 3 in bf16: losses within {worst:.1e} of float32's, which learning moves by {learned:.1e}"
+
+
+def fp8(device: torch.device, out: Path) -> str:
+    """`train.precision: fp8` at ZeRO 1 and 3: losses near those of bf16. Hopper's own products, or emulated ones."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        return f"{torch.cuda.get_device_name(device)} has no FP8"
+    join(device)
+    shards = make_shards(out / "shards", size_of(device))
+
+    def losses(precision: str, stage: int) -> list[float]:
+        lines = run(device, shards, out / f"{precision}_{stage}", steps=6, precision=precision, zero_stage=stage)
+        return [line["loss"] for line in lines]
+
+    exact = losses("bf16", 1)
+    found = {stage: losses("fp8", stage) for stage in (1, 3)}
+    assert all(math.isfinite(loss) for each in found.values() for loss in each), found
+    worst = max(furthest(each, exact) for each in found.values())
+    assert 0 < worst < 0.02, f"losses in fp8 are {worst:.1e} from bf16's: {found}, {exact}"
+    return f"stages 1 and 3: losses within {worst:.1e} of bf16's"
 
 
 def furthest(found: list[float], exact: list[float]) -> float:
@@ -172,6 +192,7 @@ PARTS: dict[str, Part] = {
     "attention": attention,
     "train": trained,
     "zero": zero_stages,
+    "fp8": fp8,
     "compile": compiled,
     "numerics": numerics,
     "resume": resumed,
