@@ -39,7 +39,7 @@ def read_given(
 
 
 def _read(decoder: Decoder, name: str, key: str) -> GivenFrames:
-    shown, path = f"{key} {one_line(name)[:200]}", _check_file(name, key)
+    shown, path = f"{key} {one_line(name)[:200]}", check_file(name, key)
     try:
         still = bool(image_format(str(path)))
         if still and key == "--video":
@@ -50,6 +50,8 @@ def _read(decoder: Decoder, name: str, key: str) -> GivenFrames:
             raise UserError(f"{shown} is a video or an animation. {use}", code="given")
         clip = decoder.read(str(path), _last_span(plan), "")
     except ClipError as error:
+        if not still and key != "--video" and error.reason == "unreadable" and "HEIC" not in error.message:
+            raise UserError(f"{shown} is not an image. {IMAGES}", code="given") from None
         remedy = "" if error.reason in FILTERED or "convert" in error.message else ". Name another file"
         raise UserError(f"{shown}: {error.message}{remedy}", code="given") from None
     except OSError as error:
@@ -60,8 +62,8 @@ def _read(decoder: Decoder, name: str, key: str) -> GivenFrames:
     return GivenFrames(clip.frames, clip.content_hash)
 
 
-def _check_file(name: str, key: str) -> Path:
-    """The path of a local file. Raises UserError for anything else."""
+def check_file(name: str, key: str) -> Path:
+    """The path of a local file that is not empty. Raises UserError for anything else."""
     shown = f"{key} {one_line(name)[:200]}"
     if "://" in name:
         raise UserError(f"{shown} is remote. Copy it to this machine and name the copy", code="given")
@@ -69,6 +71,8 @@ def _check_file(name: str, key: str) -> Path:
     if not path.is_file():
         why = "a folder" if path.is_dir() else "not a regular file" if path.exists() else ""
         raise UserError(f"{shown} is {why}. Name a file" if why else f"{shown}: there is no such file", code="given")
+    if not path.stat().st_size:
+        raise UserError(f"{shown} is empty. Name another file", code="given")
     return path
 
 

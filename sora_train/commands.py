@@ -89,7 +89,7 @@ COMMANDS = {
     ),
     "sample": Command(
         "RUN",
-        "Makes videos of prompts with a run's newest checkpoint, a checkpoint, an export, or a released pipeline.",
+        "Makes videos of prompts with a run, a checkpoint, an export, or a released pipeline. --lora FILE: adapters.",
         'runs/quickstart --prompt "a blue square moving up"',
         SampleOptions,
         "A file is named after its prompt and seed. The same settings replace it; other settings, or a prompt that "
@@ -103,7 +103,7 @@ COMMANDS = {
     ),
     "export": Command(
         "RUN OUT",
-        "Writes a run's model as a diffusers pipeline (LattePipeline, WanPipeline), or --weights_only.",
+        "Writes a run's model as a diffusers pipeline, or --weights_only. Of a LoRA run: --lora or --merge.",
         "runs/my_run my_model",
         ExportOptions,
         "OUT is a new folder. `LattePipeline.from_pretrained(OUT)` or WanPipeline's reads it, as its README.md shows, "

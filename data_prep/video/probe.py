@@ -165,7 +165,9 @@ def open_video(path: str, largest: int = MAX_PIXELS) -> Any:
     try:
         return av.open(path, options={**OPEN_OPTIONS, "max_pixels": str(largest)})
     except av.ArgumentError:
-        raise ClipError("unreadable", f"is a playlist, or in a format that is not supported; {FORMATS_HINT}") from None
+        raise ClipError(
+            "unreadable", f"is in a format that is not supported, or is a playlist; {FORMATS_HINT}"
+        ) from None
     except (av.FFmpegError, ValueError) as error:
         raise ClipError("unreadable", f"no decoder can open it: {error_text(error)}") from None
 

@@ -34,6 +34,15 @@ class ConditioningConfig:
         """Whether training tells the model a time for each frame. It is one for a clip if frames are never given."""
         return self.probability > 0
 
+    def leaves_nothing(self, longest: int) -> str:
+        """Why nothing is left to learn of clips of at most `longest` latent frames; empty if something is."""
+        if not self.frame_times or longest > self.frames:
+            return ""
+        return (
+            f"conditioning.frames {self.frames} leaves nothing to learn, since the longest clips have {longest} latent "
+            "frames. Use fewer frames, longer clips, or conditioning.probability 0"
+        )
+
     def draw(self, generator: torch.Generator, f: int) -> int:
         """How many first frames of a clip of `f` latent frames are given: `frames`, or 0. Draws only if some may be."""
         if not self.frame_times:

@@ -110,11 +110,8 @@ def check_shards(recipe: Recipe) -> Manifest:
         odd = shape_errors(bucket_size(name), manifest.vae.factor, manifest.vae.time_factor, model.patch)
         wrong += [f"bucket {name}: {sentence}, or set model.patch to 1" for sentence in odd]
     longest = max(manifest.vae.latent_shape(*bucket_size(name))[0] for name in there)
-    if recipe.conditioning.probability and longest <= recipe.conditioning.frames:
-        wrong.append(
-            f"conditioning.frames {recipe.conditioning.frames} leaves nothing to learn, since the longest clips have "
-            f"{longest} latent frames. Use fewer frames, longer clips, or conditioning.probability 0"
-        )
+    if why := recipe.conditioning.leaves_nothing(longest):
+        wrong.append(why)
     if wrong:
         raise UserError(f"{recipe.data.output} does not fit the recipe: {'; '.join(wrong)}", code="shards")
     if empty := [name for name in there if not manifest.buckets[name]]:

@@ -20,6 +20,14 @@ IMAGES = "images.safetensors"
 """File in the run's folder: fitted frames by the number of their prompt, and the sha256 of each original."""
 
 
+def check_image_files(recipe: Recipe) -> None:
+    """Raises UserError for an image that does not exist, is a folder, or is empty, before slower checks."""
+    from data_prep.given import check_file
+
+    for name in filter(None, recipe.validation.images if recipe.validation.every else ()):
+        check_file(name, "validation.images")
+
+
 def read_images(recipe: Recipe, manifest: Manifest) -> list[GivenFrames | None]:
     """The image of each prompt, fitted to the samples' size. Raises UserError for a file that is no image."""
     from data_prep.given import read_given

@@ -28,7 +28,7 @@ from sora_train.launch.checks import (
     run_resources,
 )
 from sora_train.launch.clips import Clips, check_clips, read_clips
-from sora_train.launch.images import read_images, save_images
+from sora_train.launch.images import check_image_files, read_images, save_images
 from sora_train.launch.init_from import check_base_unchanged, check_initial_weights, initial_weights_warnings
 from sora_train.launch.monitor import Monitor
 from sora_train.launch.preflight.table import check_quickly
@@ -122,6 +122,7 @@ def check_run(
     last start, as reasons by event.
     """
     check_writable(folder)
+    check_image_files(recipe)
     manifest = check_shards(recipe)
     clips, step, changes = read_clips(recipe), 0, dict[str, str]()
     with os_errors_as_user_errors(folder):

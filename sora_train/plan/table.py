@@ -63,6 +63,8 @@ def plan_inputs(recipe: Recipe) -> tuple[dict[str, Sizes], list[int], str]:
     if wrong := undividable_shapes(recipe.data, *factors, recipe.model.patch):
         raise RecipeError("\n".join(wrong))
     shapes = [latent_shape(recipe.model.in_channels, *factors, *shape) for shape in recipe.data.shapes]
+    if why := recipe.conditioning.leaves_nothing(max(f for f, *_ in shapes)):
+        raise RecipeError(why)
     timed = recipe.conditioning.frame_times
     sizes = {name: Sizes(1, f, h, w, tokens, timed) for name, (f, _, h, w) in zip(names, shapes, strict=True)}
     return sizes, clips, source
@@ -92,7 +94,8 @@ def format_plan(recipe: Recipe, options: PlanOptions) -> str:
     own = estimate(recipe.model, train, sizes, world, recipe.lora)
     lines = [
         f"{recipe.name}: {describe_parameters(recipe)}, {train.precision}, "
-        f"ZeRO {train.zero_stage}, {world} workers, micro-batches of {train.micro_batch_size} clips, "
+        f"ZeRO {train.zero_stage}, {counted(world, 'worker')}, micro-batches of "
+        f"{counted(train.micro_batch_size, 'clip')}, "
         f"activation_checkpointing {train.activation_checkpointing}, offload {train.offload}",
         f"clips of {name}: latents {sizes.f}x{sizes.h}x{sizes.w}, {sizes.tokens(recipe.model) // sizes.b:,} tokens, "
         f"captions of up to {sizes.l} tokens (from {source})",
@@ -137,8 +140,8 @@ def grid(recipe: Recipe, sizes: Sizes, room: int, memory: float) -> list[str]:
     train, own = recipe.train, recipe.cluster.fewest
     columns = sorted({own, recipe.cluster.most, *(n for n in WORKERS if n <= train.batch_size)})
     lines = [
-        f"GB per GPU with micro-batches of {train.micro_batch_size} clips / largest micro-batch in {memory:g} GB "
-        "(the recipe's own in brackets)",
+        f"GB per GPU with micro-batches of {counted(train.micro_batch_size, 'clip')} / largest micro-batch in "
+        f"{memory:g} GB (the recipe's own in brackets)",
         f"{'workers':<9}" + "".join(f"{n:>{WIDTH}}" for n in columns),
     ]
     for stage in range(4):
@@ -170,10 +173,11 @@ def breakdown(recipe: Recipe, own: Estimate, sizes: Sizes) -> list[str]:
         ("optimizer", held.masters + held.moments, "float32 masters and two moments"),
         ("EMA", held.ema, ""),
         ("activations", own.blocks + own.other, f"{in_bytes(own.other)} outside the blocks; largest block: {by_mode}"),
-        ("latents, text", own.batch, f"of {sizes.b} clips, with noise, target and output"),
+        ("latents, text", own.batch, f"of {counted(sizes.b, 'clip')}, with noise, target and output"),
         ("buffers", own.buffers, "communication, AdamW's step, and gradients of activations, at the peak"),
     ]
-    lines = [f"{'each of ' + str(recipe.cluster.fewest) + ' GPUs':<16}{'bytes':>10}"]
+    fewest = recipe.cluster.fewest
+    lines = [f"{f'each of {fewest} GPUs' if fewest > 1 else 'the GPU':<16}{'bytes':>10}"]
     lines += [f"{what:<16}{in_bytes(count):>10}  {note}".rstrip() for what, count, note in rows]
     overlap = "  less than the sum: gradients appear as activations are freed"
     added = sum(count for _, count, _ in rows)
@@ -237,12 +241,17 @@ def cost(recipe: Recipe, buckets: dict[str, Sizes], clips: list[int], options: P
     padding = f"; {added} clips of a step's micro-batches are padding" if added else ""
     size = checkpoint_bytes(model, lora)
     return [
-        f"compute: {clip:.3g} FLOPs per clip, forward and backward; {train.steps:,} steps of {train.batch_size} clips "
-        f"are {in_hours(hours)} on {world} {options.gpu}, assumed to reach {options.mfu:.0%} of its "
-        f"{peak / 1e12:,.0f} TFLOP/s{' in bf16' * train.half}{padding}",
+        f"compute: {clip:.3g} FLOPs per clip, forward and backward; {train.steps:,} steps of "
+        f"{counted(train.batch_size, 'clip')} are {in_hours(hours)} on {world} {options.gpu}, assumed to reach "
+        f"{options.mfu:.0%} of its {peak / 1e12:,.0f} TFLOP/s{' in bf16' * train.half}{padding}",
         f"disk: {in_bytes(size)} per checkpoint; train.keep_checkpoints {train.keep_checkpoints} and one being "
         f"written: {in_bytes(size * (train.keep_checkpoints + 1))}",
     ]
+
+
+def counted(count: int, what: str) -> str:
+    """`1 clip`, `2 clips`."""
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def in_hours(hours: float) -> str:

@@ -56,6 +56,7 @@ def sample_prompts(path: str | Path, ask: SampleOptions, read: ReadGiven | None 
     run = load_run(path, weights=ask.weights, lora=parse_lora(ask.lora))
     flags = ask.model_dump(include=set(Sampling.model_fields), exclude_none=True)
     how = build(Sampling, run.recipe.validation.model_dump(include=set(Sampling.model_fields)), flags, "sora sample")
+    check_guidance(run, how)
     manifest = run.manifest
     shape = (ask.frames or manifest.frames, ask.height or manifest.height, ask.width or manifest.width)
     sample_shape(run, shape)
@@ -95,6 +96,16 @@ def sample_prompts(path: str | Path, ask: SampleOptions, read: ReadGiven | None 
             listing[file.name] = {"file": file.name, **about}
         write_listing(folder, run, list(listing.values()))
     return written
+
+
+def check_guidance(run: Run, how: Sampling) -> None:
+    """Raises RecipeError for guidance without given frames from a model that learned only one of both kinds."""
+    probability = run.recipe.conditioning.probability
+    if how.guidance_without == "text_and_frames" and probability in (0, 1):
+        raise RecipeError(
+            f"--guidance_without text_and_frames needs a model that learned clips with given frames and clips without, "
+            f"and {run.folder} was trained with conditioning.probability {probability:g}. Use text"
+        )
 
 
 def pair_prompts(ask: SampleOptions) -> list[tuple[str, str | None]]:

@@ -64,7 +64,7 @@ def test_an_image_that_is_none_ends_the_command_before_ray(recipe_with, tmp_path
     with pytest.raises(UserError, match=r"validation.images .*nowhere.png: there is no such file"):
         launch_training(recipe_with(str(tmp_path / "nowhere.png")))
     (tmp_path / "text.png").write_text("a red circle\n" * 50)
-    with pytest.raises(UserError, match=r"validation.images .*text.png: .*not supported; convert"):
+    with pytest.raises(UserError, match=r"validation.images .*text.png is not an image. Name an image: JPEG"):
         launch_training(recipe_with(str(tmp_path / "text.png")))
     assert not (tmp_path / "runs").exists()
 

@@ -137,6 +137,29 @@ def test_the_plan_needs_no_shards_and_takes_what_they_say(tiny_shards):
     assert "captions of up to 4 tokens" in page
 
 
+def test_the_plan_refuses_given_frames_that_leave_nothing_to_learn():
+    given = {"conditioning__probability": 0.5, "conditioning__frames": 16}
+    with pytest.raises(RecipeError, match="conditioning.frames 16 leaves nothing to learn, .* have 16 latent frames"):
+        format_plan(large(**given), PlanOptions())
+    assert "16 latent" not in format_plan(large(**given | {"conditioning__frames": 15}), PlanOptions())
+
+
+def test_one_worker_and_one_clip_are_no_plural():
+    page = format_plan(large(cluster__workers=1, train__micro_batch_size=1), PlanOptions())
+    assert "1 worker, micro-batches of 1 clip, " in page
+    assert "\nthe GPU " in page
+    assert "of 1 clips" not in page
+
+
+def test_fp8_takes_some_more_memory_and_counts_against_bf16s_peak():
+    plans = [
+        estimate(large().model, large(train__precision=name).train, replace(CLIP, b=2), 8) for name in ("bf16", "fp8")
+    ]
+    assert plans[0].states == plans[1].states
+    assert 1 < plans[1].total / plans[0].total < 1.05
+    assert "989 TFLOP/s in bf16" in format_plan(large(train__precision="fp8"), PlanOptions())
+
+
 def test_a_smaller_card_is_a_flag():
     assert "does not fit" in format_plan(large(train__micro_batch_size=1), PlanOptions(memory=24.0))
     assert "does not fit" in format_plan(large(train__micro_batch_size=1), PlanOptions(gpu="A10", memory=22.0))

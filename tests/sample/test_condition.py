@@ -122,6 +122,10 @@ def test_what_cannot_begin_with_an_image_is_refused_with_the_reason(run_folder, 
     plain = make_run()
     with pytest.raises(UserError, match=r"can't continue given frames: it was trained with conditioning.probability 0"):
         sampled(plain, tmp_path, image=image)
+    with pytest.raises(
+        UserError, match=r"text_and_frames needs .* was trained with conditioning.probability 0. Use text"
+    ):
+        sampled(plain, tmp_path, guidance_without="text_and_frames")
     with pytest.raises(UserError, match="--image and --video are two beginnings of one video"):
         sampled(run_folder, tmp_path, image=image, video=image)
     with pytest.raises(UserError, match=r"1 latent frame would be given, and a video of 1 frame has 1: .* 2 frames or"):
