@@ -99,6 +99,7 @@ def write_row_groups(file: BinaryIO, encoding_hash: str, tables: Iterable[pa.Tab
     # Latents don't compress, and uncompressed pages can be read from a memory map without a copy. Checksums, since
     # nothing else would detect a flipped byte in a latent.
     encoding = {"compression": "none", "use_dictionary": False, "write_statistics": False, "write_page_checksum": True}
+    encoding |= {"write_batch_size": 4}  # after so many clips a page may end; a page of 32 long clips has 26 MB
     with pq.ParquetWriter(file, schema, **encoding) as writer:
         for group in row_groups(tables):
             writer.write_table(group.select(SHARD_SCHEMA.names), row_group_size=ROW_GROUP)

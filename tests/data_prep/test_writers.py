@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -184,6 +185,28 @@ def test_a_lost_block_stalls_the_pipeline(tmp_path: Path, local_ray):
 
     with pytest.raises(PipelineStalled, match="the facts of a block was lost"):
         fetch(block_facts.remote(lost.remote()), "the facts of a block")
+
+
+def test_writers_that_do_not_finish_stall_the_pipeline(tmp_path: Path, local_ray, monkeypatch: pytest.MonkeyPatch):
+    """The other bucket is written all the same, before the one that hangs ends with `cancel`."""
+    import ray
+
+    function = module.write_blocks._function
+
+    def hang(folder, path, key, rows, *blocks):
+        while "8x64x64" in path:
+            time.sleep(0.1)
+        return function(folder, path, key, rows, *blocks)
+
+    monkeypatch.setattr(module, "write_blocks", ray.remote(num_cpus=0)(hang))
+    made = ShardWriters(str(tmp_path), "key", 256_000_000)
+    for bucket in ("8x64x64", "4x64x64"):
+        table = ray.put(block(range(16)))
+        made.add(table, {bucket: list(range(16))}, fetch(block_facts.remote(table), "facts").to_pylist())
+    with pytest.raises(PipelineStalled, match="no shard was written for 10 s"):
+        made.flush(10)
+    made.cancel()
+    assert ids(tmp_path) == {"4x64x64": list(range(16))}
 
 
 @pytest.mark.slow

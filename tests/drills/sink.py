@@ -4,10 +4,12 @@
 
 Variants take turns: `driver` is how prep wrote until 2026-11-27, all in the driver, which is also how fast one process
 copies a clip three times; `1 writer` and `2 writers` are `data_prep/writers.py` with so many writers at a time. Prints
-clips/s, GB/s, and the driver's CPU time per clip. FOLDER is deleted; on /dev/shm the disk is not the limit.
+clips/s, GB/s, and CPU time per clip of the driver and of all processes, which other work on the machine changes less.
+FOLDER is deleted; on /dev/shm the disk is not the limit.
 """
 
 import argparse
+import contextlib
 import io
 import shutil
 import statistics
@@ -16,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
@@ -28,10 +31,10 @@ from sora_train.storage import atomic_write, resolve
 
 BUCKET, LATENTS, TOKENS, WIDTH = "16x256x256", (2, 16, 4, 32, 32), 100, 4096
 CLIP_BYTES = 2 * (int(np.prod(LATENTS)) + TOKENS * WIDTH)
-BLOCK_CLIPS = 16
+BLOCK_CLIPS, SHARD_BYTES = 16, 128 * 10**6
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=1)
 def make_block(start: int) -> pa.Table:
     """A block of clips as long as 16 x 256 x 256 with 100 tokens of T5-XXL."""
     random = np.random.default_rng(start)
@@ -66,11 +69,22 @@ def by_driver(folder: Path, blocks: list[ray.ObjectRef]) -> None:
 def by_writers(folder: Path, blocks: list[ray.ObjectRef], count: int) -> None:
     """As the sink does, with `count` writers at a time."""
     writers.WRITERS_PER_NODE = count
-    made = ShardWriters(str(folder), "key", 256 * 10**6)
+    made = ShardWriters(str(folder), "key", SHARD_BYTES)
     for block in blocks:
         facts = fetch(block_facts.remote(block), "facts").to_pylist()
         made.add(block, {BUCKET: list(range(len(facts)))}, facts)
     made.flush(600)
+
+
+def cpu_of_all() -> float:
+    """CPU seconds of this process and of Ray's workers."""
+    me = psutil.Process()
+    found = 0.0
+    for process in [me, *me.children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):
+            if process == me or "ray::" in "".join(process.cmdline()[:1]):
+                found += sum(process.cpu_times()[:2])
+    return found
 
 
 def main() -> None:
@@ -88,23 +102,23 @@ def main() -> None:
         "1 writer": lambda folder: by_writers(folder, blocks, 1),
         "2 writers": lambda folder: by_writers(folder, blocks, 2),
     }
-    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
+    rates: dict[str, list[tuple[float, float, float]]] = {name: [] for name in variants}
     for number in range(asked.rounds + 1):  # the first one warms up: workers start
         for name, write in variants.items():
             shutil.rmtree(asked.folder, ignore_errors=True)
-            began, cpu = time.monotonic(), time.process_time()
+            began, cpu, every = time.monotonic(), time.process_time(), cpu_of_all()
             write(asked.folder)
+            took, cpu, every = time.monotonic() - began, time.process_time() - cpu, cpu_of_all() - every
             if number:
-                rates[name].append((clips / (time.monotonic() - began), (time.process_time() - cpu) / clips))
+                rates[name].append((clips / took, 1000 * cpu / clips, 1000 * every / clips))
     shutil.rmtree(asked.folder, ignore_errors=True)
     print(f"{clips} clips of {CLIP_BYTES / 1e6:.2f} MB, blocks of {BLOCK_CLIPS}, {asked.rounds} rounds")
-    print("| variant | clips/s (median, rounds) | GB/s | ms of the driver's CPU per clip |\n|---|---|---|---|")
+    print("| variant | clips/s (median, rounds) | GB/s | CPU ms per clip: driver | all |\n|---|---|---|---|---|")
     for name, found in rates.items():
-        each = [rate for rate, _ in found]
-        cpu = statistics.median(cpu for _, cpu in found)
-        middle = statistics.median(each)
+        each = [rate for rate, _, _ in found]
+        middle, cpu, every = (statistics.median(values) for values in zip(*found, strict=True))
         rounds = ", ".join(f"{rate:.0f}" for rate in each)
-        print(f"| {name} | {middle:.0f} ({rounds}) | {middle * CLIP_BYTES / 1e9:.2f} | {1000 * cpu:.2f} |")
+        print(f"| {name} | {middle:.0f} ({rounds}) | {middle * CLIP_BYTES / 1e9:.2f} | {cpu:.2f} | {every:.2f} |")
 
 
 if __name__ == "__main__":
