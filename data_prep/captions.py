@@ -1,20 +1,20 @@
-"""Reads file names and captions: from CSV, JSON lines or Parquet, or from a folder with a `.txt` next to each video.
+"""Streams file names and captions: from CSV, JSON lines or Parquet, or from a folder with a `.txt` next to each video.
 
 Other columns are ignored. In JSON lines and Parquet a caption may be a list of captions.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
 import posixpath
 import reprlib
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from itertools import islice
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,9 +22,9 @@ from pyarrow import fs
 
 from data_prep.csv_records import SEPARATORS, Records
 from sora_train.data.config import DataConfig
-from sora_train.errors import RecipeError
+from sora_train.errors import RecipeError, UserError
 from sora_train.log import log
-from sora_train.storage import decode_text, hint, read_bytes, storage_errors
+from sora_train.storage import decode_text, decoded_lines, hint, storage_errors
 
 JSON_LINES, PARQUET = (".jsonl", ".ndjson", ".json"), (".parquet", ".pq")
 COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
@@ -34,11 +34,11 @@ MAX_COLUMNS_SHOWN = 12  # in a message
 IMAGES = "avif bmp heic heif jpeg jpg png tif tiff webp"
 VIDEOS = "3g2 3gp apng asf avi f4v flv gif m2ts m4v mkv mov mp4 mpe mpeg mpg mts mxf ogg ogv ts vob webm wmv y4m"
 MEDIA = frozenset(f".{name}" for name in f"{IMAGES} {VIDEOS}".split())
-READERS = 16  # threads that read `.txt` files
+READERS, FOLDER_BATCH = 16, 4096  # threads that read `.txt` files, and how many of these they read at a time
+CHUNK, PARQUET_ROWS = 2**20, 2**15  # bytes or rows that are read at a time
 
 
-@dataclass(frozen=True, slots=True)
-class CaptionLine:
+class CaptionLine(NamedTuple):
     """A file name with its captions. `where` names the line in messages; an unusable line has a `reason`."""
 
     where: str
@@ -48,28 +48,40 @@ class CaptionLine:
     message: str = ""
 
 
-def read_captions(data: DataConfig, system: fs.FileSystem, path: str) -> list[CaptionLine]:
-    """The lines of the file `data.captions`, in order. A line without a caption is `no_caption`.
+def read_captions(data: DataConfig, system: fs.FileSystem, path: str) -> Iterator[CaptionLine]:
+    """Yields the lines of the file `data.captions`, in order. A line without a caption is `no_caption`.
 
     Raises RecipeError for an invalid file or line, UserError if the file can't be read.
     """
-    place = data.captions
     stem, ending = posixpath.splitext(path.lower())
     ending = posixpath.splitext(stem)[1] if ending in COMPRESSED else ending
     if ending in PARQUET:
         lines = _read_parquet(data, system, path)
     else:
-        try:
-            text = decode_text(read_bytes(system, path) or b"")
-        except ValueError as error:
-            raise RecipeError(f"data.captions: {place} {error}") from None
+        text = _read_text(data, system, path)
         lines = (_read_json_lines if ending in JSON_LINES else _read_csv)(data, text)
-    if not lines:
-        raise RecipeError(f"data.captions: {place} has no rows; add one per clip")
-    return lines
+    line = None
+    for line in lines:
+        yield line
+    if line is None:
+        raise RecipeError(f"data.captions: {data.captions} has no rows; add one per clip")
 
 
-def _read_csv(data: DataConfig, text: str) -> list[CaptionLine]:
+def _read_text(data: DataConfig, system: fs.FileSystem, path: str) -> Iterator[str]:
+    def chunks() -> Iterator[bytes]:
+        with storage_errors(path, "read", system), system.open_input_stream(path) as file:
+            while chunk := file.read(CHUNK):
+                yield chunk
+
+    try:
+        yield from decoded_lines(chunks())
+    except UserError:
+        raise
+    except ValueError as error:
+        raise RecipeError(f"data.captions: {data.captions} {error}") from None
+
+
+def _read_csv(data: DataConfig, text: Iterator[str]) -> Iterator[CaptionLine]:
     place, wanted = data.captions, (data.file_column, data.caption_column)
     records = Records(place, text, wanted)
     if not any(records.header):
@@ -82,32 +94,30 @@ def _read_csv(data: DataConfig, text: str) -> list[CaptionLine]:
     columns = _find_columns(data, records.header)
     if records.separator != ",":
         log.info(f"{place}: cells are separated by {SEPARATORS.get(records.separator, records.separator)}s")
-    lines: list[CaptionLine] = []
     for number, cells in records:
         source, caption = (cells[column] if column < len(cells) else "" for column in columns)
         line = _line(f"line {number}", source, caption)
         if line.reason and len(cells) < len(records.header):
             counts = f"line {number} has {len(cells)} cells of the header's {len(records.header)}"
-            line = replace(line, message=f"{counts}, and no caption")
-        lines.append(line)
-    return lines
+            line = line._replace(message=f"{counts}, and no caption")
+        yield line
 
 
-def _read_json_lines(data: DataConfig, text: str) -> list[CaptionLine]:
+def _read_json_lines(data: DataConfig, text: Iterator[str]) -> Iterator[CaptionLine]:
     place = data.captions
     example = json.dumps({data.file_column: "a.mp4", data.caption_column: "a caption"})
     advice = f"write one object per line, such as {example}"
-    if text.lstrip().startswith("["):
-        raise RecipeError(
-            f"data.captions: {place} is one JSON array, not JSON lines. Convert it, for example by `jq -c '.[]'`; "
-            f"{advice}"
-        )
-    lines: list[CaptionLine] = []
     found: dict[str, None] = {}  # keys in the order of their first use
-    for number, line in enumerate(io.StringIO(text, newline=None), start=1):
+    is_first = True
+    for number, line in enumerate(text, start=1):
         if not line.strip():
             continue
-        where = f"line {number}"
+        if is_first and line.lstrip().startswith("["):
+            raise RecipeError(
+                f"data.captions: {place} is one JSON array, not JSON lines. Convert it, for example by `jq -c '.[]'`; "
+                f"{advice}"
+            )
+        is_first, where = False, f"line {number}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -117,25 +127,30 @@ def _read_json_lines(data: DataConfig, text: str) -> list[CaptionLine]:
         found |= dict.fromkeys(row)
         if data.file_column not in row:
             _find_columns(data, list(row), where)
-        lines.append(_checked_line(place, where, row.get(data.file_column), row.get(data.caption_column)))
-    if lines:
+        yield _checked_line(place, where, row.get(data.file_column), row.get(data.caption_column))
+    if found:
         _find_columns(data, list(found))
-    return lines
 
 
-def _read_parquet(data: DataConfig, system: fs.FileSystem, path: str) -> list[CaptionLine]:
-    place, names = data.captions, [data.file_column, data.caption_column]
+def _read_parquet(data: DataConfig, system: fs.FileSystem, path: str) -> Iterator[CaptionLine]:
+    place, names, number = data.captions, [data.file_column, data.caption_column], 0
     try:
         with system.open_input_file(path) as opened:
-            file = pq.ParquetFile(opened)
+            file = pq.ParquetFile(opened, pre_buffer=False)
             _find_columns(data, file.schema_arrow.names)
-            table = file.read(columns=names)  # not the others, which may hold the videos themselves
+            # Not the other columns, which may hold the videos themselves.
+            for batch in file.iter_batches(PARQUET_ROWS, columns=names, use_threads=False):
+                pairs = zip(*(batch.column(name).to_pylist() for name in names), strict=True)
+                for source, caption in pairs:
+                    number += 1
+                    if type(source) is type(caption) is str and source.isprintable() and caption.isprintable():
+                        yield _line(f"row {number}", source.strip(), caption.strip())  # the usual case
+                    else:
+                        yield _checked_line(place, f"row {number}", source, caption)
     except (OSError, pa.ArrowException) as error:
         raise RecipeError(
             f"data.captions: {place} can't be read as Parquet ({error}); write it again{hint(place)}"
         ) from None
-    pairs = zip(*(table.column(name).to_pylist() for name in names), strict=True)
-    return [_checked_line(place, f"row {number}", *pair) for number, pair in enumerate(pairs, start=1)]
 
 
 def _find_columns(data: DataConfig, found: list[str], where: str = "") -> tuple[int, int]:
@@ -175,11 +190,13 @@ def _checked_line(place: str, where: str, source: object, caption: object) -> Ca
 
 
 def _line(where: str, source: str, *captions: str) -> CaptionLine:
+    if len(captions) == 1 and captions[0][:1].isalnum() and captions[0] not in NO_CAPTION:
+        return CaptionLine(where, source, captions)  # the usual case, since there may be millions
     found = tuple(caption for caption in captions if is_visible(caption) and caption not in NO_CAPTION)
-    word = next(filter(None, captions), "")
-    why = f"the caption {word!r}, which stands for a missing one" if word else "no caption"
     if found:
         return CaptionLine(where, source, found)
+    word = next(filter(None, captions), "")
+    why = f"the caption {word!r}, which stands for a missing one" if word else "no caption"
     return CaptionLine(where, source, (), "no_caption", f"{where} has {why}")
 
 
@@ -188,30 +205,42 @@ def is_visible(text: str) -> bool:
     return any(not sign.isspace() and unicodedata.category(sign) not in ("Cc", "Cf") for sign in text)
 
 
-def read_folder(place: str, system: fs.FileSystem, path: str) -> list[CaptionLine]:
-    """A line for every video and image below a folder, by name, with the caption from the `.txt` next to it.
+def read_folder(place: str, system: fs.FileSystem, path: str) -> Iterator[CaptionLine]:
+    """Yields a line for every video and image below a folder, by name, with the caption from the `.txt` next to it.
 
     Hidden files are skipped. A file without a text is `no_caption`; texts without a file are counted in a printed line.
     Raises RecipeError if there is no video or image, UserError if the folder can't be read.
     """
-    with storage_errors(place, "read", system):
-        names = sorted(_walk(path) if isinstance(system, fs.LocalFileSystem) else _list(system, path))
-    media = [name for name in names if posixpath.splitext(name)[1].lower() in MEDIA]
-    texts: dict[str, list[str]] = {}  # by stem in one Unicode normal form, since macOS and zip use another
-    for name in names:
-        if name.lower().endswith(".txt"):
-            texts.setdefault(unicodedata.normalize("NFC", name[:-4]), []).append(name)
-    stems = [unicodedata.normalize("NFC", posixpath.splitext(name)[0]) for name in media]
-    if not media:
+    unused: list[str] = []
+    is_local, found = isinstance(system, fs.LocalFileSystem), False
+    files = _walk(path, unused) if is_local else _pairs(_list(system, path), unused)
+    with storage_errors(place, "read", system), ThreadPoolExecutor(READERS) as pool:
+        while media := list(islice(files, FOLDER_BATCH)):
+            yield from pool.map(lambda pair: _media_line(system, path, *pair), media)
+            found = True
+    if not found:
         raise RecipeError(
             f"data.captions: {place} is a folder without a video or image; name one with media and a .txt of the same "
             "name next to each, or a CSV, JSONL or Parquet file"
         )
-    if unused := sorted(set(texts) - set(stems)):
-        example = _printable(texts[unused[0]][0])
-        log.info(f"{place}: {len(unused)} .txt without a video or image, such as {example}")
-    with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(lambda name, stem: _media_line(system, path, name, texts.get(stem, [])), media, stems))
+    if unused:
+        log.info(f"{place}: {len(unused)} .txt without a video or image, such as {_printable(min(unused))}")
+
+
+def _pairs(names: Iterable[str], unused: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yields the media among the names, sorted, each with the texts of its stem. Other texts are added to `unused`."""
+    names = sorted(names)
+    texts: dict[str, list[str]] = {}  # by stem in one Unicode normal form, since macOS and zip use another
+    for name in names:
+        if name.lower().endswith(".txt"):
+            texts.setdefault(unicodedata.normalize("NFC", name[:-4]), []).append(name)
+    stems: set[str] = set()
+    for name in names:
+        stem, ending = posixpath.splitext(name)
+        if ending.lower() in MEDIA:
+            stems.add(stem := unicodedata.normalize("NFC", stem))
+            yield name, texts.get(stem, [])
+    unused += [found[0] for stem, found in texts.items() if stem not in stems]
 
 
 def _media_line(system: fs.FileSystem, path: str, name: str, texts: list[str]) -> CaptionLine:
@@ -225,7 +254,7 @@ def _media_line(system: fs.FileSystem, path: str, name: str, texts: list[str]) -
         return CaptionLine(name, name, (), "no_caption", why)
     try:
         with system.open_input_stream(f"{path}/{texts[0]}", compression=None) as file:
-            return replace(_line(texts[0], name, decode_text(file.read()).strip()), where=name)
+            return _line(texts[0], name, decode_text(file.read()).strip())._replace(where=name)
     except ValueError as error:
         return CaptionLine(name, name, (), "no_caption", f"{texts[0]} {error}")
     except OSError as error:
@@ -237,19 +266,24 @@ def _printable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def _walk(root: str, below: str = "", parents: tuple[str, ...] = ()) -> Iterator[str]:
-    """Names below a local folder. pyarrow would loop on a circle of links, and fail on names that are not UTF-8."""
+def _walk(
+    root: str, unused: list[str], below: str = "", parents: tuple[str, ...] = ()
+) -> Iterator[tuple[str, list[str]]]:
+    """`_pairs` of a local folder and those below it, sorted by name. At most a folder's names are in memory at a time.
+
+    pyarrow would loop on a circle of links, and fail on names that are not UTF-8.
+    """
     real = os.path.realpath(os.path.join(root, below))
     if real in parents:
         return
     with os.scandir(real) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                yield from _walk(root, f"{below}{entry.name}/", (*parents, real))
-            else:
-                yield f"{below}{entry.name}"
+        names = [f"{below}{entry.name}{'/' * entry.is_dir()}" for entry in entries if not entry.name.startswith(".")]
+    media = dict(_pairs((name for name in names if not name.endswith("/")), unused))
+    for name in sorted(names):
+        if name.endswith("/"):
+            yield from _walk(root, unused, name, (*parents, real))
+        elif name in media:
+            yield name, media[name]
 
 
 def _list(system: fs.FileSystem, root: str) -> Iterator[str]:

@@ -11,7 +11,7 @@ import pyarrow as pa
 from data_prep.resume import SETTINGS_KEY, SourceRecord
 from data_prep.shard_index import MAX_PIECES, compact_index
 from sora_train import index
-from sora_train.schema import QUARANTINE_SCHEMA, ROW_GROUP, bucket_of
+from sora_train.schema import ROW_GROUP, bucket_of
 
 COMMIT_EVERY_S = 30.0
 
@@ -30,7 +30,7 @@ class Commits:
 
     def __init__(self, folder: str, encoding_hash: str, settings_hash: str):
         self.folder, self.encoding_hash = folder, encoding_hash
-        self.settings = {SETTINGS_KEY.decode(): settings_hash}
+        self.settings = {SETTINGS_KEY: settings_hash}
         self.shards: list[FinishedShard] = []
         self.records: dict[str, SourceRecord] = {}
         self.commits = 0
@@ -42,9 +42,12 @@ class Commits:
             index.append(self.folder, "shards", pa.Table.from_pylist(list(map(self._shard, self.shards)), index.SHARDS))
             self.shards.clear()
 
-    def save_sources(self, failures: list[dict], unwritten: Container[str]) -> None:
-        """Appends failures, then the sources none of whose clips are `unwritten`. Raises UserError as `save_shards`."""
-        index.append(self.folder, "failures", pa.Table.from_pylist(failures, QUARANTINE_SCHEMA), self.settings)
+    def save_sources(self, failures: pa.Table, unwritten: Container[str]) -> None:
+        """Appends failures, then the sources none of whose clips are `unwritten`. Raises UserError as `save_shards`.
+
+        `failures` are rows of QUARANTINE_SCHEMA.
+        """
+        index.append(self.folder, "failures", failures, self.settings)
         done = {
             row_id: record
             for row_id, record in self.records.items()

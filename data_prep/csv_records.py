@@ -7,9 +7,9 @@ reader would silently change captions.
 from __future__ import annotations
 
 import csv
-import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 
 from sora_train.errors import RecipeError
 
@@ -23,13 +23,17 @@ UNCLOSED = "Close it, or double a mark that belongs to the text"
 
 
 class Records:
-    """The records of a CSV that are not blank. The first one is the header."""
+    """The records of a CSV that are not blank, read as they are needed. The first one is the header."""
 
-    def __init__(self, place: str, text: str, wanted: Sequence[str]):
+    def __init__(self, place: str, lines: Iterable[str], wanted: Sequence[str]):
+        """`lines` end with a line feed, a carriage return or both, except the last one."""
         csv.field_size_limit(MAX_CELL)
-        self.place = place
-        self.lines = io.StringIO(text, newline="").readlines()  # ended by \n, \r\n or a single \r
-        self.skipped, self.separator = _dialect(self.lines, wanted)
+        self.place, lines, head = place, iter(lines), list[str]()
+        while not (head and head[-1].strip()) and (line := next(lines, "")):
+            head.append(line)
+        has_sep_line, self.separator = _dialect(head[-1] if head else "", wanted)
+        self._skipped, self._lines = (len(head), lines) if has_sep_line else (0, chain(head, lines))
+        self._raw: list[str] = []  # lines of the current record
         self._records = self._read()
         first = next(self._records, (1, []))
         self.header = [name.strip() for name in first[1]]
@@ -45,26 +49,29 @@ class Records:
             yield number, cells
 
     def _read(self) -> Iterator[tuple[int, list[str]]]:
-        table = csv.reader(self.lines[self.skipped :], delimiter=self.separator, skipinitialspace=True, strict=True)
-        begin = self.skipped + 1
+        table = csv.reader(self._remembered(), delimiter=self.separator, skipinitialspace=True, strict=True)
+        begin = self._skipped + 1
         try:
             for cells in table:
-                end = self.skipped + table.line_num
                 # A \" in a cell is text if the file doubles its mark, as in RFC 4180; else it was meant as an escape.
-                if sum(cell.count('\\"') for cell in cells) > self._raw(begin, end).count('\\""'):
+                escaped = sum(cell.count('\\"') for cell in cells)
+                if escaped and escaped > "".join(self._raw).count('\\""'):
                     raise self._error(begin, BACKSLASHES)
                 if any(cell.strip() for cell in cells):
                     yield begin, cells
-                begin = end + 1  # a cell may contain line ends
+                begin = self._skipped + table.line_num + 1  # a cell may contain line ends
+                self._raw.clear()
         except csv.Error as error:
-            raise self._error(begin, self._explain(str(error), begin, self.skipped + table.line_num)) from None
+            raise self._error(begin, self._explain(str(error), begin, self._skipped + table.line_num)) from None
 
-    def _raw(self, begin: int, end: int) -> str:
-        return "".join(self.lines[begin - 1 : end])
+    def _remembered(self) -> Iterator[str]:
+        for line in self._lines:
+            self._raw.append(line)
+            yield line
 
     def _explain(self, error: str, begin: int, end: int) -> str:
         """The cause of an error of Python's csv module, and what to do."""
-        if '\\"' in self._raw(begin, end):
+        if '\\"' in "".join(self._raw):
             return BACKSLASHES
         if "end of data" in error:
             return f"a quotation mark is never closed, so the rest of the file is one cell. {UNCLOSED}"
@@ -78,7 +85,7 @@ class Records:
         return f"{error}. Correct that line"
 
     def _too_many(self, number: int, cells: list[str]) -> str:
-        name, raw = SEPARATORS.get(self.separator, repr(self.separator)), self.lines[number - 1]
+        name, raw = SEPARATORS.get(self.separator, repr(self.separator)), self._raw[0]
         why = ""
         if f"\\{self.separator}" in raw:
             why = f": a {name} is escaped by a backslash, which CSV does not know"
@@ -93,18 +100,17 @@ class Records:
         return RecipeError(f"data.captions: {self.place}, line {number}: {sentence}")
 
 
-def _dialect(lines: list[str], wanted: Sequence[str]) -> tuple[int, str]:
-    """The number of lines before the header, and the separator.
+def _dialect(first: str, wanted: Sequence[str]) -> tuple[bool, str]:
+    """Whether the first line is Excel's `sep=`, and the separator.
 
-    That is what Excel's line `sep=` names, or the one that gives the wanted names, or else the most names.
+    That is what this line names, or the one that gives the wanted names, or else the most names.
     """
-    first = next((number for number, line in enumerate(lines) if line.strip()), 0)
-    if not lines:
-        return 0, ","
-    if excel := re.fullmatch(r'"?sep=(.)"?[\r\n]*', lines[first], re.IGNORECASE):
-        return first + 1, excel[1]
+    if excel := re.fullmatch(r'"?sep=(.)"?[\r\n]*', first, re.IGNORECASE):
+        return True, excel[1]
+    if not first:
+        return False, ","
     found: dict[str, tuple[bool, int]] = {}
     for separator in SEPARATORS:
-        names = [name.strip() for name in next(csv.reader([lines[first]], delimiter=separator, skipinitialspace=True))]
+        names = [name.strip() for name in next(csv.reader([first], delimiter=separator, skipinitialspace=True))]
         found[separator] = set(wanted) <= set(names), len(names)
-    return 0, max(found, key=found.__getitem__)
+    return False, max(found, key=found.__getitem__)

@@ -10,11 +10,12 @@ import os
 import posixpath
 import re
 import stat
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
+from itertools import chain, groupby
+from typing import NamedTuple
 from unicodedata import normalize
 from urllib.parse import unquote
 
@@ -23,17 +24,18 @@ from pyarrow import fs
 LIST_ABOVE = 100
 """A remote folder from which more files are wanted is listed, at 1000 names per request; else one request per file."""
 REQUESTS = 24  # in parallel; pyarrow itself looks up one file after the other
+FIRST_FILES, SLOW_STAT_S = 128, 5e-5
+"""The disk is slow if looking up so many files takes longer than this for each; with a warm local disk it is 5e-6."""
 NO_FILE = "no such file"
 
 
-@dataclass(frozen=True, slots=True)
-class File:
+class File(NamedTuple):
     """Where a file is, its size and version; or why it is missing. Names of one file have the same `identity`."""
 
     path: str
     size: int = 0
     version: str = ""
-    identity: object = None
+    identity: str = ""
     missing: str = ""
 
 
@@ -64,11 +66,84 @@ def relative_name(name: str, prefixes: Iterable[str]) -> str | None:
     return posixpath.normpath(name)
 
 
-def find_files(system: fs.FileSystem, root: str, paths: Iterable[str]) -> dict[str, File]:
-    """The file of each path below the root. Raises OSError if remote storage does not answer."""
-    paths, is_local = sorted(set(paths)), isinstance(system, fs.LocalFileSystem)
-    files = {path: _local_file(path) for path in paths} if is_local else _find_remote(system, paths)
-    return files | _find_similar(system, root, [path for path in paths if files[path].missing == NO_FILE])
+class FileFinder:
+    """Looks up files below a data root. What it learns of folders serves later calls too."""
+
+    def __init__(self, system: fs.FileSystem, root: str):
+        self.system, self.root = system, root
+        self.is_local = isinstance(system, fs.LocalFileSystem)
+        self._listing = lru_cache(maxsize=1)(self._list_folder)
+        self._names_in = lru_cache(maxsize=4)(self._folded_names)
+        self._spelling_on_disk = lru_cache(maxsize=1024)(self._find_spelling)
+
+    def find(self, paths: Iterable[str]) -> dict[str, File]:
+        """The file of each path below the root. Raises OSError if remote storage does not answer."""
+        paths = sorted(set(paths))
+        files = find_local(paths) if self.is_local else self._find_remote(paths)
+        return files | self._find_similar([path for path in paths if files[path].missing == NO_FILE])
+
+    def _find_similar(self, missing: list[str]) -> dict[str, File]:
+        """Files whose names differ from the missing ones in normal form only; hints for other differences."""
+        files: dict[str, File] = {}
+        for path in missing:
+            found, hint = self._spelling_on_disk(path)
+            if found:
+                files[path] = _local_file(found) if self.is_local else _remote_file(self.system.get_file_info(found))
+            else:
+                files[path] = File(path, missing=NO_FILE + hint)
+        return files
+
+    def _folded_names(self, folder: str) -> dict[str, list[str]]:
+        try:
+            names = (
+                os.listdir(folder)
+                if self.is_local
+                else [info.base_name for info in self.system.get_file_info(fs.FileSelector(folder))]
+            )
+        except OSError:
+            return {}
+        found: dict[str, list[str]] = {}
+        for name in names:
+            found.setdefault(_folded(name), []).append(name)
+        return found
+
+    def _find_spelling(self, path: str) -> tuple[str | None, str]:
+        if self.is_local and (os.path.lexists(path) or not path.startswith(f"{self.root.rstrip('/')}/")):
+            return path, ""
+        above = posixpath.dirname(path)
+        folder, hint = self._spelling_on_disk(above) if self.is_local else (above, "")
+        return _choose(folder, posixpath.basename(path), self._names_in(folder)) if folder else (None, hint)
+
+    def _find_remote(self, paths: list[str]) -> dict[str, File]:
+        single: list[str] = []
+        files: dict[str, File] = {}
+        for folder, group in groupby(sorted(paths, key=posixpath.dirname), key=posixpath.dirname):
+            wanted = list(group)
+            if len(wanted) <= LIST_ABOVE:
+                single += wanted
+                continue
+            listed = self._listing(folder)
+            files |= {path: listed.get(path) or File(path, missing=NO_FILE) for path in wanted}
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            found = pool.map(lambda path: _remote_file(self.system.get_file_info(path)), single)
+            return files | dict(zip(single, found, strict=True))
+
+    def _list_folder(self, folder: str) -> dict[str, File]:
+        infos = self.system.get_file_info(fs.FileSelector(folder, allow_not_found=True))
+        return {info.path: _remote_file(info) for info in infos}
+
+
+def find_local(paths: list[str]) -> dict[str, File]:
+    """The file of each path. In threads if the disk is slow, as over a network."""
+    began = time.monotonic()
+    files = [_local_file(path) for path in paths[:FIRST_FILES]]
+    rest = paths[FIRST_FILES:]
+    if time.monotonic() - began < SLOW_STAT_S * len(files) or not rest:
+        return dict(zip(paths, chain(files, map(_local_file, rest)), strict=True))
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        found = pool.map(lambda start: [_local_file(path) for path in rest[start : start + FIRST_FILES]],
+                         range(0, len(rest), FIRST_FILES))  # fmt: skip
+        return dict(zip(paths, chain(files, *found), strict=True))
 
 
 def _local_file(path: str) -> File:
@@ -82,42 +157,8 @@ def _local_file(path: str) -> File:
         return File(path, missing="a folder, not a file" if stat.S_ISDIR(found.st_mode) else "not a regular file")
     version = str(found.st_mtime_ns) if found.st_mtime_ns else ""
     # Size and time too, since some network file systems number files by a short hash of their names.
-    identity = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-    return File(path, found.st_size, version, identity if found.st_ino else path)
-
-
-def _find_similar(system: fs.FileSystem, root: str, missing: list[str]) -> dict[str, File]:
-    """Files whose names differ from the missing ones in normal form only; hints for other differences."""
-    is_local = isinstance(system, fs.LocalFileSystem)
-
-    @lru_cache(maxsize=4)
-    def names_in(folder: str) -> dict[str, list[str]]:
-        try:
-            names = (
-                os.listdir(folder) if is_local else [i.base_name for i in system.get_file_info(fs.FileSelector(folder))]
-            )
-        except OSError:
-            return {}
-        found: dict[str, list[str]] = {}
-        for name in names:
-            found.setdefault(_folded(name), []).append(name)
-        return found
-
-    @lru_cache(maxsize=1024)
-    def spelling_on_disk(path: str) -> tuple[str | None, str]:
-        if is_local and (os.path.lexists(path) or not path.startswith(f"{root.rstrip('/')}/")):
-            return path, ""
-        folder, hint = spelling_on_disk(posixpath.dirname(path)) if is_local else (posixpath.dirname(path), "")
-        return _choose(folder, posixpath.basename(path), names_in(folder)) if folder else (None, hint)
-
-    files: dict[str, File] = {}
-    for path in missing:
-        found, hint = spelling_on_disk(path)
-        if found:
-            files[path] = _local_file(found) if is_local else _remote_file(system.get_file_info(found))
-        else:
-            files[path] = File(path, missing=NO_FILE + hint)
-    return files
+    identity = f"{found.st_dev} {found.st_ino} {found.st_size} {version}" if found.st_ino else path
+    return File(path, found.st_size, version, identity)
 
 
 def _folded(name: str) -> str:
@@ -132,22 +173,6 @@ def _choose(folder: str, name: str, names: dict[str, list[str]]) -> tuple[str | 
     if len(same) == 1:
         return f"{folder.rstrip('/')}/{same[0]}", ""
     return None, f" (there is {' and '.join(map(repr, similar))})" if similar else ""
-
-
-def _find_remote(system: fs.FileSystem, paths: list[str]) -> dict[str, File]:
-    single: list[str] = []
-    files: dict[str, File] = {}
-    for folder, group in groupby(sorted(paths, key=posixpath.dirname), key=posixpath.dirname):
-        wanted = list(group)
-        if len(wanted) <= LIST_ABOVE:
-            single += wanted
-            continue
-        infos = system.get_file_info(fs.FileSelector(folder, allow_not_found=True))
-        listed = {info.path: _remote_file(info) for info in infos}
-        files |= {path: listed.get(path) or File(path, missing=NO_FILE) for path in wanted}
-    with ThreadPoolExecutor(REQUESTS) as pool:
-        found = pool.map(lambda path: _remote_file(system.get_file_info(path)), single)
-        return files | dict(zip(single, found, strict=True))
 
 
 def _remote_file(info: fs.FileInfo) -> File:

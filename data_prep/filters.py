@@ -13,7 +13,6 @@ from itertools import pairwise
 
 import cv2
 import numpy as np
-import pyarrow as pa
 
 from data_prep.reasons import ClipError
 from sora_train.data.config import SelectionConfig
@@ -25,7 +24,6 @@ FROZEN_BLOCKS, FROZEN_STEP = 16, 4  # blocks along the short side; largest chang
 FLOW_SIDE = 96  # pixels of the short side when motion is measured; OpenCV's DIS crashes below 16
 HASH_SIDE = 64  # pixels of the short side when frames are hashed; imagehash is slow at shrinking to its 32 x 32
 CUT_SIDE = 256  # pixels of the long side when cuts are searched, as in PySceneDetect
-BLOCK = 2**16  # hashes compared at once, which fit into the processor's cache
 
 
 def check_pixels(frames: np.ndarray, fps: float, selection: SelectionConfig) -> None:
@@ -156,62 +154,3 @@ def scene_spans(path: str, threshold: float, alive: Callable[[], None] = lambda:
     if not count:
         raise ClipError("corrupt", f"no frame decodes{damage}")
     return list(pairwise([*starts, max(end, header.container_duration_s)]))
-
-
-class Duplicates:
-    """Finds duplicates of the clips that were added before, by bytes and span or by perceptual hashes.
-
-    The middle frames' hashes are compared first: under 2 ms for a million clips. Images without any structure, such as
-    all black and all white, have almost the same hash.
-    """
-
-    def __init__(self, selection: SelectionConfig):
-        self.exact, self.bits = selection.duplicates, selection.near_duplicates
-        self.ids: list[str] = []  # of the columns of `hashes`
-        self.hashes = np.empty((3, 1024), np.uint64)  # of the first, middle and last frame; doubled when full
-        self.seen: dict[tuple[str, tuple[float, float]], str] = {}
-        self.sources: dict[str, str] = {}  # by sample_id
-
-    def add(
-        self, sample_id: str, source: str, content_hash: str, perceptual_hash: str, span: tuple[float, float]
-    ) -> None:
-        """Adds a clip; `perceptual_hash` may be empty."""
-        if self.exact or self.bits is not None:
-            self.sources[sample_id] = source
-        if self.exact:
-            self.seen.setdefault((content_hash, span), sample_id)
-        if self.bits is None or not perceptual_hash:
-            return
-        count = len(self.ids)
-        if count == self.hashes.shape[1]:
-            self.hashes = np.concatenate([self.hashes, np.empty_like(self.hashes)], axis=1)
-        self.hashes[:, count] = as_uint64(perceptual_hash)
-        self.ids.append(sample_id)
-
-    def add_table(self, table: pa.Table) -> None:
-        """Adds clips, in order; `table` has the columns of `resume.HASHES_SCHEMA`."""
-        if self.exact or self.bits is not None:
-            for row in table.to_pylist():
-                span = row.pop("start_s"), row.pop("end_s")
-                self.add(**row, span=span)
-
-    def find(self, content_hash: str, perceptual_hash: str, span: tuple[float, float]) -> tuple[str, str] | None:
-        """`duplicate` or `near_duplicate`, and the sample_id of the earliest clip like this one; or None."""
-        if self.exact and (earlier := self.seen.get((content_hash, span))):
-            return "duplicate", earlier
-        if self.bits is None or not perceptual_hash or not self.ids:
-            return None
-        first, middle, last = as_uint64(perceptual_hash)
-        for begin in range(0, len(self.ids), BLOCK):
-            block = slice(begin, min(begin + BLOCK, len(self.ids)))
-            near = begin + np.flatnonzero(np.bitwise_count(self.hashes[1, block] ^ middle) <= self.bits)
-            for row, hashed in ((0, first), (2, last)):
-                near = near[np.bitwise_count(self.hashes[row, near] ^ hashed) <= self.bits]
-            if len(near):
-                return "near_duplicate", self.ids[near[0]]
-        return None
-
-
-def as_uint64(perceptual_hash: str) -> np.ndarray:
-    """48 hex digits as three uint64."""
-    return np.array([int(perceptual_hash[i : i + 16], 16) for i in (0, 16, 32)], np.uint64)

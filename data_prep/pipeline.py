@@ -12,12 +12,14 @@ from collections.abc import Callable
 
 from data_prep.buckets import TRANSFORM_VERSION, buckets_of
 from data_prep.ray_pipeline import run_pipeline
-from data_prep.resume import ResumeState, SavedProgress, reconcile
-from data_prep.shard_index import compact_index, drop_samples, sync_index
-from data_prep.shards import manifest_or_none, read_stored_clips, remove_unfinished
+from data_prep.reasons import kind_of
+from data_prep.resume import ResumeState, load_progress, reconcile
+from data_prep.shard_index import compact_index, sync_index
+from data_prep.shards import manifest_or_none, remove_unfinished
 from data_prep.sink import ShardSink
-from data_prep.sources import SourceRow, read_rows
+from data_prep.sources import SourceRows, read_rows
 from data_prep.stats import PrepStats
+from data_prep.stored import count_clips, drop_repeats, read_stored
 from data_prep.watchdog import PipelineStalled
 from sora_train.codec.conventions import HAS_FTFY, cleaning_of
 from sora_train.codec.files import TextFiles, VaeFiles, find_text_encoder, find_vae
@@ -28,7 +30,7 @@ from sora_train.locks import run_lock
 from sora_train.log import log
 from sora_train.manifest import SCHEMA_VERSION, Counts, LatentFormat, Manifest, commonest_shape
 from sora_train.recipe import Recipe
-from sora_train.schema import bucket_name, bucket_of
+from sora_train.schema import bucket_name
 from sora_train.storage import reject_job_dir
 
 MAX_FRUITLESS_STARTS = 3
@@ -95,7 +97,7 @@ def with_restarts(run: Callable[[], ShardSink]) -> ShardSink:
             log.info(f"prep: {why}; restarts with the missing clips")
 
 
-def encode_missing(recipe: Recipe, rows: list[SourceRow], vae: VaeFiles, text: TextFiles, key: str) -> ShardSink:
+def encode_missing(recipe: Recipe, rows: SourceRows, vae: VaeFiles, text: TextFiles, key: str) -> ShardSink:
     """Encodes the clips of the rows that the shards don't hold. Raises UserError as `prep`, and PipelineStalled."""
     data = recipe.data
     sync_index(data.output, key, encoding_differences(recipe, vae, text))
@@ -118,15 +120,13 @@ def encode_missing(recipe: Recipe, rows: list[SourceRow], vae: VaeFiles, text: T
     return sink
 
 
-def resume_state(
-    recipe: Recipe, rows: list[SourceRow], vae: VaeFiles, text: TextFiles, quiet: bool = False
-) -> ResumeState:
+def resume_state(recipe: Recipe, rows: SourceRows, vae: VaeFiles, text: TextFiles, quiet: bool = False) -> ResumeState:
     """What the shards hold of the rows, and what is to do. `quiet`: known failures are counted, but not logged."""
     data, key = recipe.data, encoding_hash(recipe, vae, text)
-    stored, repeated = read_stored_clips(data.output, key, encoding_differences(recipe, vae, text))
-    saved = SavedProgress.load(data.output, settings_hash(recipe, key))
-    stats = PrepStats(len({row.source for row in rows}), data.max_bad_fraction, data.output, quiet)
-    return reconcile(data, rows, stored, repeated, saved, stats)
+    stored = read_stored(data.output, key, encoding_differences(recipe, vae, text))
+    saved = load_progress(data.output, settings_hash(recipe, key))
+    stats = PrepStats(rows.sources, data.max_bad_fraction, data.output, quiet)
+    return reconcile(data, rows, stored, saved, stats)
 
 
 def resolve_caption_cleaning(recipe: Recipe) -> Recipe:
@@ -219,16 +219,19 @@ def build_manifest(
 ) -> Manifest:
     """The manifest, with counts taken from the shards. Raises RuntimeError if they don't add up."""
     data, codec, stats = recipe.data, recipe.codec, state.stats
-    clips, repeated = read_stored_clips(data.output, key)
-    for shard, samples in repeated.items():  # a writer that was given up, with its node, has finished nevertheless
-        log.info(f"prep: drops {len(samples)} clips of {shard.rpartition('/')[2]}: an earlier shard has them too")
-    if repeated:
-        drop_samples(data.output, repeated)
-    kinds = Counter(failure["kind"] for failure in stats.failures)
-    counts = Counts(asked=stats.asked, written=len(clips), quarantined=kinds["quarantined"], filtered=kinds["filtered"])
-    if counts.asked != counts.written + counts.quarantined + counts.filtered:
+    kinds = Counter[str]()
+    for reason, count in stats.reasons.items():
+        kinds[kind_of(reason)] += count
+    missing = kinds["quarantined"] + kinds["filtered"]
+    # A writer that was given up, with its node, may have finished nevertheless.
+    if count_clips(data.output).total() > stats.asked - missing and (repeated := drop_repeats(data.output, key)):
+        log.info(f"prep: drops {repeated} clips that an earlier shard has too")
+    found = count_clips(data.output)
+    counts = Counts(
+        asked=stats.asked, written=found.total(), quarantined=kinds["quarantined"], filtered=kinds["filtered"]
+    )
+    if counts.asked != counts.written + missing:
         raise RuntimeError(f"the counts of {data.output} don't add up: {counts}")
-    found = Counter(bucket_of(clip.shard) for clip in clips.values())
     frames, height, width = commonest_shape(found) or data.shapes[0]
     return Manifest(
         encoding_hash=key,

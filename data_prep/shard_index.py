@@ -44,22 +44,25 @@ MAX_PIECES = 64
 OTHER_ENCODING = "other frames, VAE, text encoder or code"
 
 
-def stored_clips(folder: str, encoding_hash: str, difference: str = OTHER_ENCODING) -> Iterator[pa.Table]:
-    """Yields the clips in the shards as rows of CLIPS, without dropped ones.
+def stored_clips(
+    folder: str, encoding_hash: str, difference: str = OTHER_ENCODING, columns: Sequence[str] | None = None
+) -> Iterator[pa.Table]:
+    """Yields the clips in the shards as rows of CLIPS, or some of its columns, without dropped ones.
 
     They come from the index, or from the shards that it does not describe. Raises UserError for a shard that can't be
     read, or one of another encoding, with the `difference`.
     """
     found = _compare(folder, encoding_hash, difference)
-    for table in read(folder, "clips"):
+    names = list(columns or CLIPS.names)
+    for table in read(folder, "clips", [*names, *({"shard", "row"} - set(names))]):
         places = shard_places(table, found.complete["shard"])
         if found.dropped is not None:
             codes = places.fill_null(-1).to_numpy()
             numbers = found.starts[codes] + table["row"].to_numpy()
             places = pc.if_else(pa.array(np.isin(numbers, found.dropped)), None, places)
-        yield table.filter(places.is_valid())
+        yield table.filter(places.is_valid()).select(names)
     for _, clips in _read_shards(folder, found.others, encoding_hash, difference):
-        yield clips
+        yield clips.select(names)
 
 
 def sync_index(folder: str, encoding_hash: str, difference: str = OTHER_ENCODING) -> None:
@@ -130,17 +133,6 @@ def all_dropped(folder: str, names: Sequence[str]) -> pa.Table:
     """The rows of SHARDS of these shards, with all clips dropped."""
     table = _shard_rows(folder, names)
     return _with_dropped(table, [list(range(count)) for count in rows_of(table).tolist()])
-
-
-def drop_samples(folder: str, samples: Mapping[str, set[str]]) -> None:
-    """Drops clips, given by shard (its path on the filesystem) and `sample_id`. Needs the folder's lock."""
-    system, root = resolve(folder)
-    rows: dict[str, list[int]] = {}
-    for path, gone in samples.items():
-        with storage_errors(path, "read", system), system.open_input_file(path) as file:
-            ids = pq.ParquetFile(file).read(["sample_id"], use_threads=False)["sample_id"].to_pylist()
-        rows[path[len(root) + 1 :]] = [row for row, sample in enumerate(ids) if sample in gone]
-    drop_rows(folder, rows)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import BinaryIO
 
@@ -12,47 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from data_prep.shard_index import OTHER_ENCODING, stored_clips
 from sora_train.errors import UserError
 from sora_train.manifest import Manifest
 from sora_train.schema import ENCODING_KEY, ROW_GROUP, SHARD_SCHEMA, shard_files
 from sora_train.shard_list import dropped_rows, without_rows
 from sora_train.storage import DRAFT_PREFIX, atomic_output, resolve, storage_errors
-
-
-@dataclass(slots=True)
-class StoredClip:
-    """A clip in a shard: what decides whether it may stay, and what a duplicate of it looks like."""
-
-    row_id: str
-    source: str
-    source_size: int
-    source_version: str
-    shard: str
-    content_hash: str
-    perceptual_hash: str
-    span: tuple[float, float]
-
-
-def read_stored_clips(
-    folder: str, encoding_hash: str, difference: str = OTHER_ENCODING
-) -> tuple[dict[str, StoredClip], dict[str, set[str]]]:
-    """The clips in the shards by `sample_id`; and by shard, the ids that an earlier shard holds too.
-
-    Raises UserError as `stored_clips`.
-    """
-    _, root = resolve(folder)
-    clips: dict[str, StoredClip] = {}
-    repeated: dict[str, set[str]] = {}
-    rows = [row for table in stored_clips(folder, encoding_hash, difference) for row in table.to_pylist()]
-    for row in sorted(rows, key=lambda row: (row["shard"], row["row"])):
-        file = f"{root}/{row['shard']}"
-        if row["sample_id"] in clips:
-            repeated.setdefault(file, set()).add(row["sample_id"])
-            continue
-        same = {name: row[name] for name in StoredClip.__slots__ if name in row and name != "shard"}
-        clips[row["sample_id"]] = StoredClip(shard=file, span=(row["start_s"], row["end_s"]), **same)
-    return clips, repeated
 
 
 def read_shards(folder: str) -> Iterator[tuple[str, pa.Table]]:

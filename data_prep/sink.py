@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from data_prep.commits import COMMIT_EVERY_S, Commits
-from data_prep.filters import Duplicates
+from data_prep.duplicates import Duplicates
 from data_prep.reasons import remark_kinds
 from data_prep.resume import ResumeState, SourceRecord, save_quarantine
 from data_prep.schemas import END_OF_SOURCE, NOT_STARTED
@@ -96,14 +96,15 @@ class ShardSink:
         """Records in the index what is finished, and removes stale clips. Raises UserError if it can't be written."""
         self.commits.save_shards()
         self.state.remove_stale(self.folder)  # before a source is finished, none of its clips may be there twice
-        failures, self.saved_failures = self.stats.failures[self.saved_failures :], len(self.stats.failures)
+        failures = pa.concat_tables(self.stats.failures.tables(self.saved_failures))
+        self.saved_failures = len(self.stats.failures)
         self.commits.save_sources(failures, self._writers.unwritten() if self._writers else ())
         self.committed_at = time.monotonic()
 
     def close(self) -> None:
         """Records what is finished, and writes the list of failures."""
         self.commit()
-        save_quarantine(self.folder, self.settings_hash, self.stats.failures)
+        save_quarantine(self.folder, self.settings_hash, self.stats.failures.tables())
 
     def _count_finished(self) -> None:
         shards = self.writers.take_finished()
@@ -117,8 +118,8 @@ class ShardSink:
         looks = row["content_hash"], row["perceptual_hash"], (row["start_s"], row["end_s"])
         found = self.duplicates.find(*looks)
         if found and found[1] != row["sample_id"]:
-            row["reason"], row["duplicate_of"] = found
-            row["message"] = f"like {self.duplicates.sources[found[1]]} (clip {found[1]})"
+            row["reason"], row["duplicate_of"], source = found
+            row["message"] = f"like {source} (clip {found.sample_id})"
             return False
         self.duplicates.add(row["sample_id"], row["source"], *looks)
         self.stats.count_written(row["source"])
@@ -129,6 +130,6 @@ class ShardSink:
     def _finish_source(self, row: dict) -> None:
         """Records a source all of whose clips have come."""
         kinds = sorted(set(remark_kinds(row["remark"] or "")))
-        self.stats.opened.add(row["source"])
+        self.stats.count_opened(row["source"])
         record = SourceRecord(row["source"], row["source_size"], row["source_version"], row["asked"], kinds)
         self.commits.records[row["row_id"]] = self.state.finish(row["row_id"], record)

@@ -17,9 +17,10 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import fs
 
+from data_prep.lookup import data_root
 from data_prep.reasons import ClipError
 from data_prep.schemas import CLIPS, DECODED, ENCODED, END_OF_SOURCE, NOT_STARTED, SOURCE, WITH_LATENTS
-from data_prep.sources import data_root, sample_id
+from data_prep.sources import sample_id
 from data_prep.video.decode_process import Decoder
 from data_prep.watchdog import DeviceLost
 from sora_train.codec import CodecConfig

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 from pyarrow import fs
 
 from data_prep.buckets import buckets_of
 from data_prep.estimate.measure import CAPTIONS, CLIPS, Measurement, measure
-from data_prep.estimate.probe import ProbeResult, pick_evenly, probe_files
+from data_prep.estimate.probe import MAX_FILES, ProbeResult, pick_evenly, probe_files
 from data_prep.pipeline import check_shapes, find_codec, resolve_caption_cleaning, resume_state, warn_of_model
 from data_prep.reasons import BAD_SOURCE_REASONS
 from data_prep.resume import ResumeState
-from data_prep.sources import SourceRow, read_rows
+from data_prep.sources import SourceRow, SourceRows, read_rows
 from sora_train.codec import CodecConfig
 from sora_train.codec.conventions import clean
 from sora_train.codec.files import TextFiles, VaeFiles
@@ -27,8 +32,8 @@ from sora_train.storage import free_bytes, resolve, storage_errors
 
 TOKENIZED = 500  # rows at most whose captions are counted in tokens
 BYTES = 2  # of a float16
-RowClips = tuple[SourceRow, Counter[str], float]
-"""A row, its clips per bucket, and how many such rows it stands for."""
+SourceClips = tuple[str, Counter[str], float]
+"""The source of a row, its clips per bucket, and how many such rows it stands for."""
 
 
 @dataclass(frozen=True)
@@ -108,15 +113,38 @@ def estimate_prep(recipe: Recipe) -> PrepEstimate:
     warn_of_model(recipe, vae, text)
     rows = read_rows(recipe.data)
     state = resume_state(recipe, rows, vae, text, quiet=True)
-    probes = probe_files([row for row, _ in state.todo], recipe.data, recipe.selection)
+    files = first_of_files(rows, state.is_pending)
+    probes = probe_files(some_rows(rows, files, MAX_FILES), recipe.data, recipe.selection)
     found = estimate(recipe, rows, state, probes, vae, text)
-    good = [row for row, _ in state.todo if row.path in probes and probes[row.path].clips]
+    good = [row for row in rows_of_files(rows, state.is_pending, probes) if probes[row.path].clips]
     if not good:
         return found
     log.info(f"plan: {len(probes)} files opened; now a few clips are encoded, to see how long they take")
     good.sort(key=lambda row: sorted(probes[row.path].clips))  # bucket by bucket
     captions = pick_evenly(sorted({caption for row in good for caption in row.captions}), CAPTIONS)
     return replace(found, measured=measure(recipe, pick_evenly(good, CLIPS), captions))
+
+
+def first_of_files(rows: SourceRows, mask: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Among the rows that a mask chooses, the number of the first one of each file."""
+    hashes = [table["source_hash"].to_numpy() for _, table in rows.tables(["source_hash"])]
+    chosen = np.flatnonzero(mask)
+    _, first = np.unique(np.concatenate([np.empty(0, np.int64), *hashes])[chosen], return_index=True)
+    return chosen[np.sort(first)]
+
+
+def some_rows(rows: SourceRows, numbers: NDArray[np.int64], most: int) -> list[SourceRow]:
+    """At most `most` of the rows with these numbers, evenly spaced."""
+    mask = np.zeros(len(rows), bool)
+    mask[pick_evenly(numbers.tolist(), most)] = True
+    return [row for _, some in rows.select(mask) for row in some]
+
+
+def rows_of_files(rows: SourceRows, mask: NDArray[np.bool_], paths: Iterable[str]) -> list[SourceRow]:
+    """Among the rows that a mask chooses, those of some files."""
+    wanted = pa.array(list(paths), pa.string())
+    found = [pc.is_in(table["path"], value_set=wanted).to_numpy() for _, table in rows.tables(["path"])]
+    return [row for _, some in rows.select(mask & np.concatenate([np.empty(0, bool), *found])) for row in some]
 
 
 def count_tokens(rows: list[SourceRow], text: TextFiles, codec: CodecConfig) -> tuple[float, float]:
@@ -135,38 +163,33 @@ def count_tokens(rows: list[SourceRow], text: TextFiles, codec: CodecConfig) -> 
 
 def estimate(
     recipe: Recipe,
-    rows: list[SourceRow],
+    rows: SourceRows,
     state: ResumeState,
     probes: dict[str, ProbeResult],
     vae: VaeFiles,
     text: TextFiles,
 ) -> PrepEstimate:
     """Counts the clips of finished sources, and scales the probed files up to all that are to process."""
-    todo = {row.row_id for row, _ in state.todo}
-    files = {row.path for row, _ in state.todo}
-    scale = len(files) / max(1, len(probes))
-    clips: list[RowClips] = []
-    for row in rows:
-        if row.row_id not in todo:
-            shards = [state.stored[sample].shard for sample in state.stored_of_row.get(row.row_id, [])]
-            clips.append((row, Counter(map(bucket_of, shards)), 1.0))
-        elif row.path in probes:
-            clips.append((row, Counter(probes[row.path].clips), scale))
-    with_clips = [row for row, found, _ in clips if found]
-    good = [row for row in with_clips if row.row_id in todo]
+    files = len(first_of_files(rows, state.is_pending))
+    scale = files / max(1, len(probes))
+    probed = rows_of_files(rows, state.is_pending, probes)
+    good = [row for row in probed if probes[row.path].clips]
+    clips = [(row.source, Counter(probes[row.path].clips), scale) for row in probed]
     buckets = estimate_buckets(recipe, state, clips, vae)
-    per_clip, cut_share = count_tokens(with_clips, text, recipe.codec)
+    per_clip, cut_share = count_tokens(
+        good + some_rows(rows, np.flatnonzero(state.is_done), TOKENIZED), text, recipe.codec
+    )
     stored_bytes, free = disk_space(recipe.data.output)
     bad = sum(probe.reason in BAD_SOURCE_REASONS for probe in probes.values())
     return PrepEstimate(
         rows=len(rows),
-        sources=len({row.source for row in rows}),
-        files=len(files),
+        sources=rows.sources,
+        files=files,
         probed=len(probes),
         bad_sources=len(state.stats.bad_sources) + round(scale * bad),
         longest_s=max((probe.seconds for probe in probes.values()), default=0.0),
         buckets=buckets,
-        dropped=count_dropped(state, probes, scale),
+        dropped=count_dropped(state, probed, probes, scale),
         todo=round(scale * len(good)),
         captions=round(scale * len({caption for row in good for caption in row.captions})),
         cut_share=cut_share,
@@ -177,29 +200,36 @@ def estimate(
 
 
 def estimate_buckets(
-    recipe: Recipe, state: ResumeState, clips: list[RowClips], vae: VaeFiles
+    recipe: Recipe, state: ResumeState, clips: list[SourceClips], vae: VaeFiles
 ) -> tuple[BucketEstimate, ...]:
-    """Clips of each bucket, and what one of them takes."""
-    encoded = Counter(bucket_of(clip.shard) for clip in state.stored.values())
+    """Clips of each bucket, and what one of them takes. `clips` are those to make of the probed rows."""
+    fraction = recipe.data.holdout_fraction
+    encoded, finished, held = Counter[str](), Counter[str](), Counter[str]()
+    for table in state.kept_sources():
+        for row in table.group_by(["source", "shard", "is_finished"]).aggregate([([], "count_all")]).to_pylist():
+            bucket, count = bucket_of(row["shard"]), row["count_all"]
+            encoded[bucket] += count
+            finished[bucket] += count * row["is_finished"]
+            held[bucket] += count * row["is_finished"] * is_held_out(row["source"], fraction)
     buckets: list[BucketEstimate] = []
     for bucket in buckets_of(recipe.data):
         f, c, h, w = vae.latent_shape(bucket.frames, bucket.height, bucket.width)
-        counts = [(row, weight * found[bucket.name]) for row, found, weight in clips]
-        held = round(sum(n for row, n in counts if is_held_out(row.source, recipe.data.holdout_fraction)))
-        count = max(round(sum(n for _, n in counts)), encoded[bucket.name])
+        counts = [(source, weight * found[bucket.name]) for source, found, weight in clips]
+        held_out = held[bucket.name] + round(sum(n for source, n in counts if is_held_out(source, fraction)))
+        count = max(finished[bucket.name] + round(sum(n for _, n in counts)), encoded[bucket.name])
         size, tokens = BYTES * vae.moments * f * c * h * w, f * (h // recipe.model.patch) * (w // recipe.model.patch)
-        steps = -(-(count - held) // recipe.train.batch_size)
-        row = count, encoded[bucket.name], held, bucket.seconds, tokens, size, steps
+        steps = -(-(count - held_out) // recipe.train.batch_size)
+        row = count, encoded[bucket.name], held_out, bucket.seconds, tokens, size, steps
         buckets.append(BucketEstimate(bucket.name, *row))
     return tuple(buckets)
 
 
-def count_dropped(state: ResumeState, probes: dict[str, ProbeResult], scale: float) -> dict[str, tuple[int, str]]:
+def count_dropped(
+    state: ResumeState, probed: list[SourceRow], probes: dict[str, ProbeResult], scale: float
+) -> dict[str, tuple[int, str]]:
     """What gives no clip: known failures, and rows whose file was opened; with an example of each reason."""
-    counts, examples = Counter[str](state.stats.reasons), dict[str, str]()
-    for failure in state.stats.failures:
-        examples.setdefault(failure["reason"], f"{failure['source']}: {failure['message']}")
-    found = [(row, probes[row.path]) for row, _ in state.todo if row.path in probes and probes[row.path].reason]
+    counts, examples = Counter[str](state.stats.reasons), dict(state.stats.examples)
+    found = [(row, probes[row.path]) for row in probed if probes[row.path].reason]
     for reason, rows in Counter(probe.reason for _, probe in found).items():
         counts[reason] += round(scale * rows)
     for row, probe in found:

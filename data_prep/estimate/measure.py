@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.lookup import data_root
 from data_prep.ray_pipeline import vae_batch_size
 from data_prep.reasons import ClipError
-from data_prep.sources import SourceRow, data_root
+from data_prep.sources import SourceRow
 from data_prep.stages import local_copy
 from data_prep.video.decode_process import Decoder
 from sora_train.log import log

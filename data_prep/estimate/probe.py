@@ -12,8 +12,9 @@ from typing import TypeVar
 
 from pyarrow import fs
 
+from data_prep.lookup import data_root
 from data_prep.reasons import ClipError
-from data_prep.sources import SourceRow, data_root
+from data_prep.sources import SourceRow
 from data_prep.stages import local_copy
 from data_prep.video.decode_process import Decoder
 from sora_train.data.config import DataConfig, SelectionConfig

@@ -14,10 +14,10 @@ from pyarrow import fs
 
 from data_prep.buckets import Bucket
 from data_prep.estimate.probe import pick_evenly
-from data_prep.files import find_files, relative_name
+from data_prep.files import FileFinder, relative_name
 from data_prep.inspect.table import Inventory, opened_parquet
+from data_prep.lookup import data_root
 from data_prep.reasons import ClipError
-from data_prep.sources import data_root
 from data_prep.stages import local_copy
 from data_prep.video.clips import ClipSpan
 from data_prep.video.decode_process import Decoder
@@ -157,7 +157,7 @@ class SourceFrames:
         try:
             system, root = resolve(self.root or data_root(self.data))
             path = f"{root}/{name}"
-            file = find_files(system, root, [path])[path]
+            file = FileFinder(system, root).find([path])[path]
             if file.missing:
                 return None, f"source not found: {path}"
             span = ClipSpan(row["start_s"], row["end_s"], Bucket(*bucket_size(bucket), self.fps))

@@ -18,13 +18,15 @@ from multiprocessing.synchronize import Barrier
 from pydantic import PositiveFloat, PositiveInt
 
 from data_prep.buckets import buckets_of
+from data_prep.compare import NO_PROGRESS
 from data_prep.pipeline import encoding_hash, find_codec, resolve_caption_cleaning, settings_hash
 from data_prep.ray_pipeline import allocate_cpus, run_stages, vae_batch_size
-from data_prep.resume import ResumeState
+from data_prep.resume import reconcile
 from data_prep.sink import ShardSink
-from data_prep.sources import SourceRow, read_rows, row_id
+from data_prep.sources import SourceRow, SourceRows, read_rows, row_id
 from data_prep.stages import EncodeVideo
 from data_prep.stats import PrepStats
+from data_prep.stored import NO_CLIPS
 from sora_train.bench.core import BenchOptions, Row, Table, interleave, spread
 from sora_train.errors import UserError
 from sora_train.provenance import usable_cores
@@ -98,7 +100,8 @@ def pipeline_rate(recipe: Recipe, sources: list[SourceRow]) -> float:
     with tempfile.TemporaryDirectory() as folder:
         there = recipe.model_copy(update={"data": recipe.data.model_copy(update={"output": folder})})
         stats = PrepStats(len(sources), 1.0, folder)
-        sink = ShardSink(there, key, settings_hash(there, key), ResumeState(stats))
+        state = reconcile(there.data, SourceRows.of(sources), NO_CLIPS, NO_PROGRESS, stats)
+        sink = ShardSink(there, key, settings_hash(there, key), state)
         with connect(recipe.cluster.address):
             for block in run_stages(there, vae, [(row, []) for row in sources]):
                 sink.consume(fetch(block.facts, "the facts of a block"), block.table)

@@ -9,11 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_prep import sources
 from data_prep.captions import NO_CAPTION
 from data_prep.csv_records import Records
-from data_prep.sources import read_rows
+from data_prep.sources import SourceRow
 from sora_train.data.config import DataConfig
 from sora_train.errors import RecipeError
+from sora_train.storage import decoded_lines
+
+
+def read_rows(data: DataConfig) -> list[SourceRow]:
+    return list(sources.read_rows(data))
+
 
 HEAD = "video_file_name,prompt\n"
 
@@ -151,5 +158,6 @@ def written(rows, delimiter: str, quoting, end: str) -> str:
 )
 def test_what_pythons_writer_writes_is_read_back(rows, delimiter: str, quoting, end: str):
     stripped = [(a.strip(), b.strip()) for a, b in rows]
-    found = [tuple(cells) for _, cells in Records("c.csv", written(rows, delimiter, quoting, end), ("f", "p"))]
+    lines = decoded_lines([written(rows, delimiter, quoting, end).encode()])
+    found = [tuple(cells) for _, cells in Records("c.csv", lines, ("f", "p"))]
     assert found == [row for row in stripped if any(row)]

@@ -6,9 +6,14 @@ from unicodedata import normalize
 
 import pytest
 
-from data_prep.sources import read_rows, row_id
+from data_prep import sources
+from data_prep.sources import SourceRow, row_id
 from sora_train.data.config import DataConfig
 from sora_train.data.shards import is_held_out
+
+
+def read_rows(data: DataConfig) -> list[SourceRow]:
+    return list(sources.read_rows(data))
 
 
 def rows_of(folder: Path, *names: str, root: str = ""):

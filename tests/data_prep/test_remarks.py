@@ -7,10 +7,11 @@ import pyarrow as pa
 
 from data_prep.commits import Commits
 from data_prep.reasons import remark_kinds
-from data_prep.resume import SavedProgress, SourceRecord
+from data_prep.resume import SourceRecord, load_progress
 from data_prep.schemas import DECODED, END_OF_SOURCE
 from data_prep.stages import Decode
 from sora_train.data.config import DataConfig, SelectionConfig
+from sora_train.schema import QUARANTINE_SCHEMA
 
 
 def test_a_source_ends_with_all_remarks_on_it(tmp_path: Path, write):
@@ -41,5 +42,6 @@ def test_remarks_are_saved_with_their_source(tmp_path: Path):
     }
     commits = Commits(str(tmp_path), "encoding", "key")
     commits.records = dict(records)
-    commits.save_sources([], set())
-    assert SavedProgress.load(str(tmp_path), "key").records == records
+    commits.save_sources(QUARANTINE_SCHEMA.empty_table(), set())
+    (saved,) = load_progress(str(tmp_path), "key").sources(["row_id", "remarks"])
+    assert saved.to_pylist() == [{"row_id": "r", "remarks": ["hdr", "interlaced"]}, {"row_id": "s", "remarks": []}]

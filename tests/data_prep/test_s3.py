@@ -11,13 +11,17 @@ import numpy as np
 import pytest
 from pyarrow import fs
 
-from data_prep import files
-from data_prep.sources import SourceRow, read_rows
+from data_prep import files, sources
+from data_prep.sources import SourceRow
 from sora_train.data.config import DataConfig
 from sora_train.errors import RecipeError, UserError
 from sora_train.manifest import Counts, LatentFormat, Manifest, TextFacts, VaeFacts
 from sora_train.schema import shard_files
 from sora_train.storage import atomic_write, read_bytes, resolve
+
+
+def read_rows(data: DataConfig) -> list[SourceRow]:
+    return list(sources.read_rows(data))
 
 
 def put(place: str, content: bytes) -> None:

@@ -11,9 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.sources import data_root, read_rows, row_id, sample_id
+from data_prep import sources
+from data_prep.lookup import data_root
+from data_prep.sources import SourceRow, row_id, sample_id
 from sora_train.data.config import DataConfig
 from sora_train.errors import RecipeError
+
+
+def read_rows(data: DataConfig) -> list[SourceRow]:
+    return list(sources.read_rows(data))
 
 
 def rows_of(folder: Path, text: str | bytes):

@@ -8,12 +8,15 @@ import pyarrow as pa
 import pytest
 import torch
 
+from data_prep.compare import NO_PROGRESS
 from data_prep.reasons import remark_kinds
-from data_prep.resume import ResumeState
+from data_prep.resume import reconcile
 from data_prep.schemas import DECODED, END_OF_SOURCE, WITH_LATENTS
 from data_prep.sink import ShardSink
+from data_prep.sources import SourceRows
 from data_prep.stages import EmbedText, EncodeVideo, run_batch
 from data_prep.stats import PrepStats
+from data_prep.stored import NO_CLIPS
 from data_prep.watchdog import DeviceLost
 from data_prep.writers import facts_of
 from sora_train.codec import CodecConfig
@@ -123,7 +126,9 @@ def test_a_worker_that_can_not_start_ends_prep_with_one_message(tmp_path: Path):
     rows = pa.Table.from_pylist([row(name, ["x"], frames=frames) for name in "ab"], DECODED)
     made = EmbedText(CODEC, shapes, 32, 1, "cpu")(EncodeVideo(codec, 1, "cpu")(rows))
     recipe = Recipe(data=DataConfig(output=str(tmp_path / "shards")))
-    sink = ShardSink(recipe, "", "", ResumeState(PrepStats(2, 0.5, "")))
+    sink = ShardSink(
+        recipe, "", "", reconcile(recipe.data, SourceRows.of([]), NO_CLIPS, NO_PROGRESS, PrepStats(2, 0.5, ""))
+    )
     with pytest.raises(UserError, match=r"codec\.vae: no folder '.*none'"):
         sink.consume(facts_of(made), None)
     (failed,) = EncodeVideo(CODEC, 0, "cpu")(rows).to_pylist()

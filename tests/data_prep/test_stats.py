@@ -15,7 +15,7 @@ def run(stats: PrepStats, start: int, stop: int, reason: str | None = None) -> N
             stats.count_failure(row | {"start_s": 0.0, "end_s": 1.0, "reason": reason, "message": "words"})
         else:
             stats.count_written(source)
-        stats.opened.add(source)
+        stats.count_opened(source)
         stats.asked += 1
 
 

@@ -4,16 +4,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from data_prep.compare import NO_PROGRESS, SavedProgress
 from data_prep.estimate.estimate import PrepEstimate, estimate
 from data_prep.estimate.measure import Measurement
 from data_prep.estimate.probe import ProbeResult, pick_evenly
 from data_prep.estimate.table import check_estimate, format_estimate
-from data_prep.resume import SavedProgress, SourceRecord, reconcile
-from data_prep.shards import StoredClip
-from data_prep.sources import SourceRow
+from data_prep.resume import reconcile
+from data_prep.sources import SourceRow, SourceRows, row_id
 from data_prep.stats import PrepStats
+from data_prep.stored import NO_CLIPS, StoredClips
+from sora_train import index
 from sora_train.codec.files import VaeFiles, find_text_encoder, find_vae
 from sora_train.codec.text import load_text_encoder
 from sora_train.data.shards import is_held_out
@@ -26,10 +29,7 @@ TEXT = find_text_encoder("builtin")
 
 
 def rows(number: int, prefix: str = "clip") -> list[SourceRow]:
-    return [
-        SourceRow(f"{prefix}{i}", f"{prefix}{i}.mp4", (f"a thing number {i}",), f"/{prefix}{i}.mp4")
-        for i in range(number)
-    ]
+    return [SourceRow("", f"{prefix}{i}.mp4", (f"a thing number {i}",), f"/{prefix}{i}.mp4") for i in range(number)]
 
 
 def recipe(tmp_path: Path, **data: object) -> Recipe:
@@ -44,13 +44,12 @@ def estimated(
     wanted: Recipe,
     asked: list[SourceRow],
     probes: dict[str, ProbeResult],
-    stored: dict[str, StoredClip] | None = None,
-    saved: SavedProgress | None = None,
+    stored: StoredClips = NO_CLIPS,
+    saved: SavedProgress = NO_PROGRESS,
     vae: VaeFiles = VAE,
 ) -> PrepEstimate:
-    stats = PrepStats(len(asked), 0.1, "", quiet=True)
-    state = reconcile(wanted.data, asked, stored or {}, {}, saved or SavedProgress(), stats)
-    return estimate(wanted, asked, state, probes, vae, TEXT)
+    stats, rows = PrepStats(len(asked), 0.1, "", quiet=True), SourceRows.of(asked)
+    return estimate(wanted, rows, reconcile(wanted.data, rows, stored, saved, stats), probes, vae, TEXT)
 
 
 def test_tokens_bytes_and_steps_are_those_of_the_clips(tmp_path: Path):
@@ -119,13 +118,24 @@ def test_encoded_clips_are_not_still_to_do(tmp_path: Path):
     wanted = recipe(tmp_path, buckets=["16x256x448"])
     asked = rows(4)
     shard = "bucket=16x256x448/part.parquet"
-    stored = {
-        f"{row.row_id}-{i}": StoredClip(row.row_id, row.source, 0, "", shard, "", "", (2.0 * i, 2.0 * i + 2.0))
-        for row, clips in ((asked[0], 2), (asked[1], 2), (asked[2], 1))
-        for i in range(clips)
-    }
-    done = {row.row_id: SourceRecord(row.source, 0, "", [f"{row.row_id}-{i}" for i in (0, 1)]) for row in asked[:2]}
-    found = estimated(wanted, asked, {row.path: landscape(2) for row in asked[2:]}, stored, SavedProgress(done, {}))
+    keys = [row_id(row.source, row.captions) for row in asked]
+    clips = [
+        dict.fromkeys(index.CLIPS.names)
+        | {"row_id": key, "sample_id": f"{key}-{i}", "source": row.source, "source_size": 0, "source_version": ""}
+        | {"shard": shard, "place": 2 * number + i}
+        for number, (row, key, count) in enumerate(zip(asked, keys, (2, 2, 1), strict=False))
+        for i in range(count)
+    ]
+    table = pa.Table.from_pylist(clips, pa.schema([*index.CLIPS, pa.field("place", pa.int64())]))
+    stored = StoredClips([shard], lambda columns: iter([table.select([*columns, "place"])]))
+    record = {"source_size": 0, "source_version": "", "remarks": []}
+    records = [
+        record | {"row_id": key, "source": row.source, "sample_ids": [f"{key}-{i}" for i in (0, 1)]}
+        for row, key in zip(asked[:2], keys, strict=False)
+    ]
+    done = pa.Table.from_pylist(records, index.SOURCES)
+    saved = SavedProgress(lambda columns: iter([done.select(columns)]), NO_PROGRESS.failures)
+    found = estimated(wanted, asked, {row.path: landscape(2) for row in asked[2:]}, stored, saved)
     assert (found.clips, found.encoded, found.files, found.todo, found.captions) == (8, 5, 2, 2, 2)
     assert "8 clips, 5 of them encoded already, 3 to encode" in format_estimate(found, wanted)
     measured = Measurement(1, "cpu", open_s=0.0, decode_s=3600.0, vae_s=0.0, text_s=0.0)
