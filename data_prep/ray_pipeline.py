@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from data_prep.buckets import buckets_of
 from data_prep.progress import Progress
@@ -36,7 +36,6 @@ def run_pipeline(recipe: Recipe, vae: VaeFiles, sink: ShardSink) -> None:
     encoded are written.
     """
     from data_prep.executor import end_execution
-    from data_prep.writers import fetch
     from sora_train.ray_cluster.connection import connect, resources_in_use
 
     total = sink.state.pending
@@ -48,8 +47,7 @@ def run_pipeline(recipe: Recipe, vae: VaeFiles, sink: ShardSink) -> None:
                 for todo in sink.state.rounds():
                     with closing(with_watchdog(run_stages(recipe, vae, todo), end_execution)) as blocks:
                         for block in blocks:
-                            facts = fetch(block.facts, "the facts of a block")
-                            progress.add(*sink.consume(facts, block.table), sink.stats.reasons)
+                            progress.add(*sink.consume(block.facts(), block.table), sink.stats.reasons)
             except BaseException:
                 with contextlib.suppress(UserError, PipelineStalled):
                     sink.flush(ENDING_TIMEOUT_S)
@@ -67,7 +65,7 @@ def run_stages(recipe: Recipe, vae: VaeFiles, todo: list[PendingSource]) -> Iter
 
     from data_prep.executor import record_executor
     from data_prep.stages import Decode, EmbedText, EncodeVideo
-    from data_prep.writers import Block, block_facts
+    from data_prep.writers import with_facts
 
     quiet_ray_data()
     record_executor()
@@ -95,10 +93,7 @@ def run_stages(recipe: Recipe, vae: VaeFiles, todo: list[PendingSource]) -> Iter
         threads=allocation.text.threads, device=device if allocation.text.gpus else "cpu",
     )  # fmt: skip
     encoded.set_name(f"prep {recipe.name}")  # as Ray's dashboard and metrics show it
-    for bundle in encoded.iter_internal_ref_bundles():
-        for block in bundle.block_refs:
-            table: Any = block
-            yield Block(table, block_facts.remote(table))
+    yield from with_facts(ref for bundle in encoded.iter_internal_ref_bundles() for ref in bundle.block_refs)
 
 
 def quiet_ray_data() -> None:
