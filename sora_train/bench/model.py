@@ -113,7 +113,7 @@ Network = tuple[nn.Module, Callable[..., Tensor]]
 
 
 def load_ours(case: Case, compiled: bool, weights: str) -> Network:
-    """Our model, checkpointed and compiled as training does it."""
+    """Our model, in FP8, checkpointed and compiled as training does it."""
     from sora_train.model.convert import from_diffusers
     from sora_train.train.activation_checkpointing import apply_activation_checkpointing
     from sora_train.train.compile import compile_blocks

@@ -9,8 +9,9 @@ from diffusers import LatteTransformer3DModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sora_train.model import build
+from sora_train.model import ModelConfig, Transformer, build
 from sora_train.model.convert import from_diffusers, to_diffusers
+from sora_train.train.fp8 import use_fp8
 from tests.gpu.setting import apart, size_of
 
 
@@ -44,10 +45,15 @@ def numerics(device: torch.device, out: Path) -> str:
     joint = replace(size.model, attention="joint", positions="rotary", pooled_text=True)
     runs = [results(random_model(joint), batch, device, dtype) for dtype in (torch.bfloat16, torch.float32)]
     said.append(compare("joint with rotary positions, bf16", *runs, 0.1, 0.2))
+    eighth = random_model(size.model)
+    use_fp8(eighth, device)
+    said.append(
+        compare("ours, fp8", results(eighth, batch, device, torch.bfloat16, out / "gradients"), exact, 0.2, 0.4)
+    )
     return "errors of outputs and of gradients: " + "; ".join(said)
 
 
-def random_model(config: Any) -> torch.nn.Module:
+def random_model(config: ModelConfig) -> Transformer:
     """A model none of whose weights is zero, which would hide differences."""
     torch.manual_seed(0)
     model = build(config)

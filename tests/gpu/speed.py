@@ -14,7 +14,7 @@ from sora_train.bench.case import Case, size_of
 from sora_train.bench.core import log, markdown
 from sora_train.bench.model import TrainingStep, profile, profile_tables, row_of
 from sora_train.errors import error_line
-from sora_train.model import ModelConfig
+from sora_train.model import ModelConfig, layers
 from sora_train.recipe import Recipe, save_recipe
 from sora_train.sample import generate_each, load_run
 from sora_train.sampling import Sampling
@@ -38,6 +38,9 @@ class Variant:
     attention: str = "factorised"
     heads: int = 0
     checkpointing: str = "none"
+    dtype: str = "bf16"
+    kernels: bool = True
+    """Our Triton kernels where they fit, else torch's attention alone."""
     shape: str = "16x256x256"
 
     def __str__(self) -> str:
@@ -47,6 +50,8 @@ class Variant:
             self.whose,
             "compiled" if self.compiled else "eager",
             self.checkpointing if self.checkpointing != "none" else "",
+            self.dtype if self.dtype != "bf16" else "",
+            "" if self.kernels else "without our kernels",
         )
         return ", ".join(filter(None, words))
 
@@ -58,17 +63,19 @@ VARIANTS = (
     Variant("latte_t2v", 4, "diffusers", compiled=False),
     Variant("XL", 8),
     Variant("XL", 8, attention="joint"),
-    Variant("XL", 8, attention="joint", heads=18),
-    Variant("XL", 8, attention="joint", heads=9),
+    Variant("XL_heads64", 8, attention="joint"),
+    Variant("XL_heads128", 8, attention="joint"),
     Variant("L", 8),
     Variant("wide", 4),
+    Variant("latte_t2v", 4, dtype="fp8"),
+    Variant("latte_t2v", 4, kernels=False),
     Variant("latte_t2v", 8, checkpointing="selective"),
-    Variant("latte_t2v", 16, checkpointing="full"),
 )  # the most valuable first
 TINY = (
-    Variant("tiny", 1, compiled=False, shape="4x32x32"),
-    Variant("tiny", 1, "diffusers", compiled=False, shape="4x32x32"),
-    Variant("tiny", 1, compiled=False, attention="joint", heads=1, checkpointing="full", shape="4x32x32"),
+    Variant("tiny", 1, compiled=False, dtype="fp32", shape="4x32x32"),
+    Variant("tiny", 1, "diffusers", compiled=False, dtype="fp32", shape="4x32x32"),
+    Variant("tiny", 1, compiled=False, dtype="fp32", kernels=False, shape="4x32x32"),
+    Variant("tiny", 1, compiled=False, attention="joint", heads=1, checkpointing="full", dtype="fp8", shape="4x32x32"),
 )
 PROFILED = (VARIANTS[0], VARIANTS[5], TINY[0])
 HEADER = "| what | batch | clip | ms a step | TFLOP/s | MFU | GB | first step, s |\n|---|---|---|---|---|---|---|---|"
@@ -108,14 +115,19 @@ def measure(variant: Variant, device: torch.device) -> tuple[dict, Breakdown | N
     """A row of `sora bench model`, and of some variants the parts of a step."""
     log(str(variant))
     cuda = device.type == "cuda"
-    case = Case(variant.preset, variant.attention, size_of(variant.shape), "bf16" if cuda else "fp32",
+    case = Case(variant.preset, variant.attention, size_of(variant.shape), variant.dtype,
                 variant.checkpointing, variant.batch, 120 if cuda else 7, device.type, variant.heads)  # fmt: skip
-    step = TrainingStep(case, variant.whose == "diffusers", variant.compiled)
-    first = step.turn()["step_s"]
-    step.turn()
-    turns = [step.turn() for _ in range(TURNS)]
-    parts = profile(step) if variant in PROFILED else None
-    return row_of(case, str(variant), turns, [], None, step.memory() if cuda else None, first), parts
+    fits = layers.fits_short_attention
+    layers.fits_short_attention = fits if variant.kernels else lambda qkv, heads: False
+    try:
+        step = TrainingStep(case, variant.whose == "diffusers", variant.compiled)
+        first = step.turn()["step_s"]
+        step.turn()
+        turns = [step.turn() for _ in range(TURNS)]
+        parts = profile(step) if variant in PROFILED else None
+        return row_of(case, str(variant), turns, [], None, step.memory() if cuda else None, first), parts
+    finally:
+        layers.fits_short_attention = fits
 
 
 def against(times: dict[Variant, float]) -> str:
