@@ -23,7 +23,7 @@ from sora_train.diffusion import make_objective
 from sora_train.model import Transformer, build
 from sora_train.recipe import Recipe
 from sora_train.train.activation_checkpointing import apply_activation_checkpointing
-from sora_train.train.compile import compile_blocks
+from sora_train.train.compile import compile_blocks, is_wanted
 from sora_train.train.engine import decay_groups
 from sora_train.train.fp8 import use_fp8
 from sora_train.train.skipped_blocks import add_zero_gradients
@@ -110,7 +110,7 @@ def make_bare(recipe: Recipe) -> Callable[[int], None]:
         use_fp8(model, device)
     add_zero_gradients(model)
     apply_activation_checkpointing(model, config.activation_checkpointing)
-    if config.compile:
+    if is_wanted(config.compile, device):
         compile_blocks(model, len(shards.rows) * len(padded_lengths(shards.manifest.text.max_tokens)))
     return bare_loop(model.to(device), recipe, cycle(held))
 

@@ -1,8 +1,9 @@
-"""The data loader: one thread reads and collates micro-batches ahead of the loop."""
+"""The data loader: one thread reads and collates micro-batches ahead of the loop, which copies them to its device."""
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 
 import torch
 
@@ -81,3 +82,35 @@ def batches(
             yield pending.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def on_device(micro_batches: Sequence[MicroBatch], device: torch.device) -> Iterator[MicroBatch]:
+    """Yields each micro-batch on the device.
+
+    On a GPU each is copied on a stream of its own while the one before computes; two are there at a time.
+    """
+    if device.type != "cuda":
+        yield from (micro.to(device) for micro in micro_batches)
+        return
+    compute, side = torch.cuda.current_stream(device), side_stream(device)
+
+    def copied(micro: MicroBatch) -> tuple[MicroBatch, torch.cuda.Event]:
+        with torch.cuda.stream(side):
+            there, arrived = micro.to(device), torch.cuda.Event()
+            arrived.record(side)
+            return there, arrived
+
+    coming = deque(map(copied, micro_batches[:1]))
+    for following in [*micro_batches[1:], None]:
+        if following is not None:
+            coming.append(copied(following))
+        micro, arrived = coming.popleft()
+        compute.wait_event(arrived)
+        micro.record_stream(compute)
+        yield micro
+
+
+@cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream that copies to a GPU."""
+    return torch.cuda.Stream(device)

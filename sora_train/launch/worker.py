@@ -28,6 +28,7 @@ from sora_train.launch.validation import ValidationStatus, stop_requested
 from sora_train.plan.table import describe_parameters
 from sora_train.recipe import Recipe, save_recipe
 from sora_train.train import checkpoint
+from sora_train.train.hardware import use_expandable_segments
 from sora_train.train.known_errors import known_errors
 from sora_train.train.loop import train
 from sora_train.train.metrics import Events
@@ -59,9 +60,9 @@ def run_training(recipe: Recipe, run: Path) -> str:
     """Sets up this rank and runs the training loop."""
     world, rank = dist.get_world_size(), dist.get_rank()
     torch.set_num_threads(recipe.cluster.cpus_per_worker)
-    gc.collect()
-    gc.freeze()  # objects of imports are never garbage; without them collections, which stop every rank, are short
+    gc.disable()  # until training begins: imports and the engine are no garbage, and take a second to look through
     if get_device().type == "cuda":
+        use_expandable_segments()
         torch.cuda.set_device(get_device())  # where NCCL sends objects; a worker sees all GPUs of its machine
 
     hosts = [""] * world

@@ -13,6 +13,7 @@ from sora_train.report.read import is_number
 TITLES = {
     "failed": "training failed",
     "damaged": "a checkpoint was damaged",
+    "not_compiled": "blocks run without torch.compile",
     "rollback": "went back to a checkpoint",
     "skipped": "a step was skipped",
     "worker_lost": "a worker was lost",

@@ -1,20 +1,164 @@
 """torch.compile, block by block, applied to a model after activation checkpointing."""
 
-from sora_train.model import Transformer
+import importlib.util
+import os
+import sysconfig
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from shutil import which
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sora_train.data.collate import padded_lengths
+from sora_train.data.shards import ShardSet
+from sora_train.errors import UserError, error_line
+from sora_train.log import log
+from sora_train.model import ModelConfig, Transformer
+from sora_train.schema import bucket_size
+from sora_train.train.config import TrainConfig
+from sora_train.train.run_dir import RunDir
+
+COMPILERS = {"cuda": ("CC", "gcc", "clang"), "cpu": ("CXX", "g++")}
+"""The environment variable that names the compiler, and the names that triton (GPU) and torch (CPU) look for."""
 
 
-def compile_blocks(model: Transformer, shapes: int) -> None:
+def compile_blocks(model: Transformer, shapes: int, failed: Callable[[str], object] | None = None) -> None:
     """Compiles each kind of block when it first sees a shape; blocks of one kind share the graph.
 
     `shapes` is how many inputs there are that differ in the clip's shape, the caption's padded length or whether
-    gradients are taken. More graphs than these need are an error, since a step that compiles takes a hundred times as
-    long. Modules' hooks, such as ZeRO-3's, stay outside of the graphs.
+    gradients are taken. Many more graphs are not compiled, since that takes a hundred times as long as a step; such
+    inputs run without. If torch can't compile, all run without and `failed` gets the reason once; the error is raised
+    if there is no `failed`. Modules' hooks, such as ZeRO-3's, stay outside of the graphs.
     """
     import torch._dynamo  # takes a second
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
-    # One graph for each kind of block and shape, and one for `skipped_blocks.py`.
-    limit = 2 * shapes + 1 if model.config.factorised else shapes
+    # Twice two kinds of blocks, and one for `skipped_blocks.py`. Strides may differ between a kind's blocks.
+    limit = 4 * shapes + 1
     torch._dynamo.config.recompile_limit = limit
     torch._dynamo.config.accumulated_recompile_limit = limit
+    reasons: list[str] = []
+
+    def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+        fast = torch.compile(forward, fullgraph=True, dynamic=False)
+
+        def compiled_forward(*args: Any) -> Any:
+            if broken:
+                return forward(*args)
+            try:
+                return fast(*args)
+            except FailOnRecompileLimitHit:  # what is compiled already stays so
+                why = f"the blocks need more than {limit} graphs, so inputs of other shapes run without torch.compile"
+            except TorchDynamoException as error:
+                if failed is None:
+                    raise
+                broken.append(why := error_line(error))
+            if not reasons:
+                reasons.append(why)
+                (failed or log.warning)(why)
+            return forward(*args)
+
+        return compiled_forward
+
+    broken: list[str] = []
     for block in model.blocks:
-        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+        forward = compiled(block.forward)
+        block.forward = without_text(forward) if getattr(block, "text_attention", block) is None else forward
+
+
+def without_text(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a block that ignores the caption, called with one token: one graph fits captions of any length."""
+    blank: list[Tensor] = []
+
+    def forward_without_text(x: Tensor, modulation: Tensor, text: Tensor, text_mask: Tensor, *rope: Any) -> Any:
+        if not blank:
+            blank.extend((text.new_zeros(1, 1, text.shape[-1]), text_mask.new_ones(1, 1)))
+        return forward(x, modulation, *blank, *rope)
+
+    return forward_without_text
+
+
+def graph_count(config: ModelConfig, buckets: Iterable[str], max_tokens: int) -> int:
+    """Graphs that training needs.
+
+    One for each kind of block, number of frames, pixels of a frame, and padded caption length if the blocks see the
+    caption. Images skip the temporal blocks, which then run on one token of zeros (`skipped_blocks.py`): one more.
+    """
+    sizes = {(frames, height * width) for frames, height, width in map(bucket_size, buckets)}
+    lengths, images = len(padded_lengths(max_tokens)), sum(frames == 1 for frames, _ in sizes)
+    if not config.factorised:
+        return len(sizes) * lengths
+    temporal = lengths if config.cross_attention_in == "every" else 1
+    return len(sizes) * lengths + (len(sizes) - images) * temporal + (images > 0)
+
+
+def why_not_compiled(device: torch.device) -> str:
+    """Why torch can't compile for a device of this machine, or an empty string."""
+    variable, *names = COMPILERS[device.type]
+    names = [os.environ[variable]] if variable in os.environ else names
+    if not any(map(which, names)):
+        return f"there is no C compiler ({' or '.join(names)})"
+    if device.type == "cpu":
+        return ""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+        return "Python's headers (python3-dev), which triton needs, are not installed"
+    if torch.cuda.get_device_capability(device) < (7, 0):
+        return f"triton needs compute capability 7.0, which {torch.cuda.get_device_name(device)} does not have"
+    return ""
+
+
+def is_wanted(choice: str, device: torch.device) -> bool:
+    """Whether `train.compile` asks to compile on a device: `auto` does on GPUs."""
+    return choice == "yes" or (choice == "auto" and device.type == "cuda")
+
+
+class Compilation:
+    """Whether this run compiles, and the announcements of what takes long."""
+
+    def __init__(
+        self, config: TrainConfig, model: ModelConfig, shards: ShardSet, run_dir: RunDir, device: torch.device
+    ) -> None:
+        """`auto` compiles on GPUs, if all ranks can. Collective. UserError if `yes` can't be done."""
+        max_tokens = shards.manifest.text.max_tokens
+        self.run_dir, self.graphs = run_dir, graph_count(model, shards.rows, max_tokens)
+        self.shapes = len(shards.rows) * len(padded_lengths(max_tokens))
+        self.seen = set[tuple[str, int]]()
+        self.auto, self.on = config.compile == "auto", is_wanted(config.compile, device)
+        if not self.on:
+            return
+        reasons = [""] * dist.get_world_size()
+        dist.all_gather_object(reasons, why_not_compiled(device))
+        why = next((f"on rank {rank} {reason}" for rank, reason in enumerate(reasons) if reason), "")
+        if why and not self.auto:
+            raise UserError(
+                f"train.compile is yes, but {why}. Install it there, or set train.compile to no", code="compile"
+            )
+        self.on = not why
+        if why and dist.get_rank() == 0:
+            self.failed(why)
+
+    def apply(self, model: Transformer) -> None:
+        """Compiles the model's blocks, if the run does."""
+        if self.on:
+            compile_blocks(model, self.shapes, self.failed if self.auto else None)
+
+    def failed(self, why: str) -> None:
+        """Records that blocks run without compilation."""
+        self.run_dir.events.write("not_compiled", 0, f"{why}. Steps are slower; train.compile no skips the attempt")
+
+    def announce(self, step: int, bucket: str, tokens: int) -> None:
+        """Writes an event before the first step of a shape, since it takes long. Ranks may meet it at other steps."""
+        if not self.on or (bucket, tokens) in self.seen:
+            return
+        self.seen.add((bucket, tokens))
+        reason = f"{bucket}, captions of up to {tokens} tokens; at most {self.graphs} graphs in all"
+        attempt: list[str] = []  # what other ranks announced
+        for event in self.run_dir.events.lines.read():
+            attempt = [] if event["event"] in ("start", "resume") else [*attempt, event["reason"]]
+        if reason not in attempt:
+            self.run_dir.events.write("compiling", step, reason)

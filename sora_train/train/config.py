@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from sora_train.section import Section
 
@@ -73,9 +73,9 @@ class TrainConfig(Section):
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Saves memory by recomputing activations in the backward pass.
     `selective` recomputes all except matmuls and attention, `full` recomputes every block."""
-    compile: bool = False
-    """Apply torch.compile to every block.
-    Needs a C++ compiler, and minutes for each shape. Worth it on GPUs."""
+    compile: Literal["auto", "yes", "no"] = "auto"
+    """Apply torch.compile to every block; `auto`: on GPUs, if a C compiler and triton are there.
+    The first step of each bucket and padded caption length takes up to a minute longer. Not worth it on CPUs."""
     guard_spike: NonNegativeFloat = 5.0
     """Skips a step whose gradient norm is too large.
     The limit is this many times the largest norm of the last 100 good steps. Steps that are not finite are always
@@ -98,3 +98,9 @@ class TrainConfig(Section):
     def half(self) -> bool:
         """Whether weights and activations are bfloat16, with `fp8` too."""
         return self.precision != "fp32"
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def takes_truth_values(cls, value: object) -> object:
+        """Reads the truth values that `compile` had before version 0.2."""
+        return {"true": "yes", "on": "yes", "false": "no", "off": "no"}.get(str(value).lower(), value)

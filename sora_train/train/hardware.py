@@ -1,5 +1,6 @@
-"""Peak FLOP/s and memory use of a device, for `mfu` and `memory_gb`."""
+"""Peak FLOP/s and memory use of a device, for `mfu` and `memory_gb`, and settings of its allocator."""
 
+import os
 import resource
 import sys
 
@@ -44,6 +45,15 @@ def peak_of(name: str, half: bool) -> float | None:
     words = f" {name.replace('-', ' ')} "
     fits = [known for known in PEAKS if f" {known} " in words]
     return PEAKS[max(fits, key=len)][0 if half else 1] if fits and not LESS & set(words.split()) else None
+
+
+def use_expandable_segments() -> None:
+    """Has CUDA's allocator grow its segments, unless the environment configures it. Call it before the first use.
+
+    Micro-batches of several shapes fragment segments of fixed size.
+    """
+    if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def memory_gb(device: torch.device) -> float:

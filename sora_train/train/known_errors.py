@@ -25,14 +25,14 @@ def known_errors(config: TrainConfig, device: torch.device) -> Iterator[None]:
                 "train.zero_stage; `sora preflight RECIPE --plan` says what fits",
                 code="memory",
             ) from error
-        if config.compile and type(error).__name__ == "BackendCompilerFailed":
+        if any(kind.__name__ == "BackendCompilerFailed" for kind in type(error).__mro__):
             from torch._inductor.runtime.cache_dir_utils import cache_dir
 
             why = said[min(1, len(said) - 1)][:500]  # the first line names the backend
             raise UserError(
                 f"train.compile failed on {socket.gethostname()}: {why}. A compilation that was killed leaves "
                 f"incomplete files in torch's cache. Remove the folder {cache_dir()} there and run the same command "
-                "again. If that does not help, set train.compile to false",
+                "again. If that does not help, set train.compile to no",
                 code="compile",
             ) from error
         raise

@@ -3,6 +3,7 @@
 Read it from top to bottom: fetch, forward and backward, check and step, average; then what happens once in a while.
 """
 
+import gc
 import math
 from collections.abc import Generator
 from dataclasses import replace
@@ -15,7 +16,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from sora_train.data import loader
-from sora_train.data.collate import MicroBatch, padded_lengths
+from sora_train.data.collate import MicroBatch
 from sora_train.data.order import SampleOrder, batch, batch_number
 from sora_train.data.shards import ShardSet
 from sora_train.diffusion import ConditioningConfig, DiffusionConfig, make_objective
@@ -25,7 +26,7 @@ from sora_train.model import ModelConfig
 from sora_train.train import checkpoint, guard
 from sora_train.train.activation_checkpointing import apply_activation_checkpointing
 from sora_train.train.adapted import build_adapted
-from sora_train.train.compile import compile_blocks
+from sora_train.train.compile import Compilation
 from sora_train.train.config import TrainConfig
 from sora_train.train.ema import Ema
 from sora_train.train.engine import Engine
@@ -40,6 +41,7 @@ from sora_train.train.skipped_blocks import add_zero_gradients
 from sora_train.train.state import State, with_clips
 
 HEARTBEAT_S = 10.0  # a metrics record at least this often, if a step is not longer
+COLLECT_EVERY = 50  # steps between garbage collections; a step leaves less than 0.2 MB for them
 
 
 def train(
@@ -70,13 +72,12 @@ def train(
         model = build_adapted(model_config, lora, device, half=config.half, new=resume is None)
     else:
         model = make_model(model_config, device, resumed=resume is not None)
-    shapes = len(shards.rows) * len(padded_lengths(shards.manifest.text.max_tokens))
     if config.precision == "fp8":
         use_fp8(model, device)
     add_zero_gradients(model)
     apply_activation_checkpointing(model, config.activation_checkpointing)
-    if config.compile:
-        compile_blocks(model, shapes)
+    compilation = Compilation(config, model_config, shards, run_dir, device)
+    compilation.apply(model)
     objective = make_objective(diffusion, model_config.learned_variance, conditioning)
     engine = Engine(model, config, accumulation=accumulation(config, world), device=device)
     ema = Ema(engine, config.ema_decay)
@@ -105,10 +106,14 @@ def train(
         return order, loader.batches(make, numbers, device=device)
 
     order, data = start_loader()
-    peak, compiled = peak_flops(device, config.half), set[tuple[str, int]]()
+    peak = peak_flops(device, config.half)
     tally, losses_since_save = Tally(), list[float]()
     save_requested = False
     profiler = StepProfiler(*config.profile, run_dir, device) if config.profile and rank == 0 else None
+    gc.collect()
+    if not (frozen := gc.get_freeze_count()):
+        gc.freeze()  # modules and the engine are no garbage
+    gc.disable()  # else each rank collects at another step, and the others wait for it
     try:
         while state.step < config.steps:
             if profiler is not None:
@@ -121,13 +126,8 @@ def train(
 
             # forward and backward: DeepSpeed averages over the ranks, so world / clips makes it the mean over all clips
             sums = torch.zeros(4, 2, dtype=torch.float64, device=device)  # loss and clips by quarter of diffusion time
-            for micro in micro_batches:
-                shape = taken.bucket, micro.text.shape[1]
-                if config.compile and rank == 0 and shape not in compiled:  # compiling takes long
-                    compiled.add(shape)
-                    of = f"{shape[0]}, captions of up to {shape[1]} tokens"
-                    run_dir.events.write("compiling", step, f"{of} (shape {len(compiled)} of at most {shapes})")
-                micro = micro.to(device)
+            for micro in loader.on_device(micro_batches, device):
+                compilation.announce(step, taken.bucket, micro.text.shape[1])
                 texts = micro.text, micro.text_mask
                 losses = objective.loss(engine, micro.latents, micro.noise, micro.t, *texts, micro.given)
                 engine.backward((losses * micro.weight).sum() * (world / clips))
@@ -176,6 +176,10 @@ def train(
                     tally, losses_since_save = Tally(), []
                     continue
 
+            # once in a while: garbage collection
+            if step % COLLECT_EVERY == 0:
+                gc.collect()
+
             # once in a while: a metrics record
             due = step % config.log_every == 0 or step == config.steps or tally.seconds > HEARTBEAT_S
             if rank == 0 and due and not skipped_because:
@@ -203,6 +207,9 @@ def train(
             if stop:
                 break
     finally:
+        gc.enable()
+        if not frozen:
+            gc.unfreeze()
         data.close()
     if profiler is not None:
         profiler.close()
