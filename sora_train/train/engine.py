@@ -207,17 +207,21 @@ class Engine:
 
             optimizer.check_overflow = lambda partition_gradients=True: None
             optimizer.scaled_global_norm = norm
-        else:  # the bf16 optimizer of stage 1, which reads gradients twice: for their norm and to clip them
-            from deepspeed.runtime.utils import get_global_norm_of_tensors
+        else:  # the bf16 optimizer of stage 1
+            from deepspeed.runtime.utils import mask_nan_or_inf_with_val_inplace
 
             grads_of = optimizer.get_grads_for_norm
+            optimizer.clip_grad = 0.0  # it would clip all gradients one by one, also those that other ranks update
 
-            def grads(for_clipping: bool = False) -> Any:
-                found = grads_of(for_clipping=for_clipping)
-                if for_clipping:
-                    return found
-                norm = get_global_norm_of_tensors(input_tensors=found[0], mpu=None, norm_type=2)
-                return ([torch.full((1,), math.inf, device=self.device)], {}) if self._reject(norm) else found
+            def grads() -> tuple[list[Tensor], dict[str, Any]]:
+                norms = torch.stack(torch._foreach_norm(grads_of()[0]))
+                norm = norms.pow(2.0).sum().pow(0.5)
+                mask_nan_or_inf_with_val_inplace(norm, device=norm.device)  # DeepSpeed's own check, with its -1
+                if self._reject(norm):
+                    return [torch.full((1,), math.inf, device=self.device)], {}
+                if self.clip and (factor := self.clip / (norm + 1e-6)) < 1:
+                    torch._foreach_mul_(optimizer.fp32_groups_gradient_flat_partition, factor)
+                return [norm], {}  # the optimizer takes the norm of what it gets, which is the norm again
 
             optimizer.get_grads_for_norm = grads
 
