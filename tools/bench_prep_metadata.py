@@ -15,6 +15,7 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -56,18 +57,15 @@ def make(folder: Path, count: int) -> None:
         looks = rng.bytes(24 * len(keys)).hex()
         n = len(keys)
         shard_names = [f"bucket=16x256x256/part-{i // SHARD_ROWS:06d}.parquet" for i in numbers]
-        facts = {
+        facts: dict[str, Any] = {
             "row_id": keys, "sample_id": samples, "source": names, "source_size": np.ones(n, int),
             "source_version": [str(MTIME * 10**9)] * n, "content_hash": [s[::-1] + s for s in samples],
             "perceptual_hash": [looks[i : i + 48] for i in range(0, len(looks), 48)], "start_s": np.zeros(n),
             "end_s": np.ones(n), "tokens": [[20]] * n, "shard": shard_names,
             "row": np.arange(begin, begin + n, dtype=np.int32) % SHARD_ROWS,
         }  # fmt: skip
-        index.append(
-            str(shards),
-            "clips",
-            pa.table([facts[name] for name in index.CLIPS.names], index.CLIPS.names).cast(index.CLIPS),
-        )
+        clips = pa.table([facts[name] for name in index.CLIPS.names], index.CLIPS.names)
+        index.append(str(shards), "clips", clips.cast(index.CLIPS))
         rows: list[dict] = []
         for shard in dict.fromkeys(shard_names):
             with open(shards / shard, "wb") as file:
@@ -77,17 +75,9 @@ def make(folder: Path, count: int) -> None:
             rows.append(index.shard_row(shard, SHARD_ROWS * 1_000_000, "key", groups, inside))
         index.append(str(shards), "shards", pa.Table.from_pylist(rows, index.SHARDS))
         done = np.arange(n) % 100 != 0
-        records = pa.table(
-            [
-                keys,
-                names,
-                np.ones(n, int),
-                [str(MTIME * 10**9)] * n,
-                [[s] for s in samples],
-                [["hdr"] if i % 50 == 1 else [] for i in numbers],
-            ],
-            index.SOURCES.names,
-        ).cast(index.SOURCES)
+        remarks = [["hdr"] if i % 50 == 1 else [] for i in numbers]
+        columns: list[Any] = [keys, names, np.ones(n, int), facts["source_version"], [[s] for s in samples], remarks]
+        records = pa.table(columns, index.SOURCES.names).cast(index.SOURCES)
         index.append(str(shards), "sources", records.filter(pa.array(done)), {SETTINGS_KEY: "settings"})
         print(f"{begin + n} made", flush=True)
     writer.close()
