@@ -50,10 +50,15 @@ def block_facts(block: pa.Table) -> pa.Table:
     return facts_of(block)
 
 
-@ray.remote(num_cpus=0)
-def empty_text(block: pa.Table) -> bytes:
+def empty_text_of(block: pa.Table) -> bytes:
     """The empty prompt's embedding, if the block has it."""
     return next((value.as_py() for value in block.column("empty_text") if value.is_valid), b"")
+
+
+@ray.remote(num_cpus=0)
+def block_empty_text(block: pa.Table) -> bytes:
+    """The empty prompt's embedding, if the block has it."""
+    return empty_text_of(block)
 
 
 @ray.remote(num_cpus=0)
@@ -173,7 +178,8 @@ class ShardWriters:
 
     def empty_text(self, block: ObjectRef) -> bytes:
         """The empty prompt's embedding, if the block has it. Raises as `fetch`."""
-        return fetch(empty_text.remote(block), "the empty prompt's embedding")
+        what = "the empty prompt's embedding"
+        return empty_text_of(fetch(block, what)) if single_node() else fetch(block_empty_text.remote(block), what)
 
     def take_finished(self) -> list[Shard]:
         """The shards that were finished since the last call."""
@@ -249,13 +255,18 @@ class ShardWriters:
             time.sleep(0.2)
 
 
+def single_node() -> bool:
+    """Whether all blocks are on the driver's node."""
+    return sum(node["Alive"] for node in ray.nodes()) == 1
+
+
 def with_facts(blocks: Iterable[Any]) -> Iterator[Block]:
     """Starts a task for the facts of each block.
 
     On a single node the driver reads them in place, in shared memory, which copies no clip. A task would cost more:
     Ray ends idle workers after a second if there are more than CPUs, and a new one takes a second of CPU.
     """
-    alone = sum(node["Alive"] for node in ray.nodes()) == 1
+    alone = single_node()
     for table in blocks:
         yield Block(table, None if alone else block_facts.remote(table))
 
