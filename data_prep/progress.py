@@ -5,15 +5,21 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
+from itertools import chain
+from statistics import fmean
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from tqdm import tqdm
 
 from sora_train.log import log
 
 WINDOW_S, MIN_WINDOW_S = 60.0, 10.0
 """Rates are measured over the last WINDOW_S, once there is output for MIN_WINDOW_S."""
+LIMITING = 0.8
+"""A stage limits the others if its workers work for this share of the time."""
 
 
 class Progress:
@@ -24,8 +30,10 @@ class Progress:
         self.total, self.every_s, self.clock = total, every_s, clock
         self.sources = self.clips = self.written = self.bad = self.filtered = 0
         self.started = clock()
-        self.history: deque[tuple[float, int, int]] = deque()
-        """Time, sources and clips after each table of the last WINDOW_S, and of one before."""
+        self.bytes = 0
+        self.history: deque[tuple[float, int, int, int, dict[tuple[str, str], float]]] = deque()
+        """Time, sources, clips and bytes after each table of the last WINDOW_S, and of one before, and the seconds of
+        work on the table by stage and worker."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._metrics = None
@@ -45,15 +53,27 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def add(self, sources: int, written: int, bad: int, filtered: int, reasons: Counter[str] | None = None) -> None:
-        """Counts finished sources and clips. `reasons` are of all clips without a row so far."""
+    def add(
+        self, sources: int, written: int, bad: int, filtered: int, reasons: Counter[str] | None = None,
+        facts: pa.Table | None = None, sink_s: float = 0.0,
+    ) -> None:  # fmt: skip
+        """Counts finished sources and clips. `reasons` are of all clips without a row so far.
+
+        `facts` are the block's FACTS, and `sink_s` how long the sink took for it.
+        """
+        work = defaultdict[tuple[str, str], float](float, {("sink", ""): sink_s})
+        if facts is not None:
+            self.bytes += pc.sum(facts["bytes"]).as_py() or 0
+            listed: list[list[dict]] = facts["work"].drop_null().to_pylist()  # pyright: ignore[reportAssignmentType]
+            for each in chain.from_iterable(listed):
+                work[each["stage"], each["worker"]] += each["seconds"]
         self.sources += sources
         self.clips += written + bad + filtered
         self.written += written
         self.bad += bad
         self.filtered += filtered
         now = self.clock()
-        self.history.append((now, self.sources, self.clips))
+        self.history.append((now, self.sources, self.clips, self.bytes, work))
         while len(self.history) > 1 and self.history[1][0] < now - WINDOW_S:
             self.history.popleft()
         if self._metrics is not None:
@@ -67,7 +87,10 @@ class Progress:
             self._bar.set_postfix_str(f"{self.clips} clips, {self.bad} bad, {self.filtered} filtered", refresh=False)
 
     def line(self) -> str:
-        """`prep: 512 of 1500 sources (34 %), 530 clips, 45.1 clips/s, 3 bad, 0 filtered, 22 s left`."""
+        """`prep: 512 of 1500 sources (34 %), 530 clips, 45.1 clips/s, 3 bad, 0 filtered, 22 s left`.
+
+        Then, once known, what `limit` returns.
+        """
         if not self.history:
             since = self.clock() - self.started
             return f"prep: starting Ray and loading the VAE and the text encoder, {since:.0f} s so far"
@@ -75,7 +98,27 @@ class Progress:
         rates = self.rates()
         clips_per_s = f", {rates[1]:.3g} clips/s" if rates else ""
         left = f", {(self.total - self.sources) / rates[0]:.0f} s left" if rates and rates[0] else ""
-        return f"{text}, {self.clips} clips{clips_per_s}, {self.bad} bad, {self.filtered} filtered{left}"
+        text += f", {self.clips} clips{clips_per_s}, {self.bad} bad, {self.filtered} filtered{left}"
+        return text + self.limit()
+
+    def limit(self) -> str:
+        """`; 0.05 GB/s; the VAE limits the speed, 97 % busy`; empty if not known."""
+        history, busy = list(self.history), self.busy()
+        if self.rates() is None or not any(busy.values()):
+            return ""
+        rate = (history[-1][3] - history[0][3]) / (self.clock() - history[0][0]) / 1e9
+        stage, share = max(busy.items(), key=lambda item: item[1])
+        what = f"the {stage} limits the speed" if share >= LIMITING else f"the {stage} is the busiest stage"
+        return f"; {rate:.2g} GB/s; {what}, {100 * share:.0f} % busy"
+
+    def busy(self) -> dict[str, float]:
+        """The share of the recent time that each stage worked, the mean over its workers."""
+        history, work = list(self.history), defaultdict[str, dict[str, float]](dict)
+        for *_, seconds in history[1:]:
+            for (stage, worker), value in seconds.items():
+                work[stage][worker] = work[stage].get(worker, 0.0) + value
+        elapsed = history[-1][0] - history[0][0] if history else 0.0
+        return {stage: fmean(each.values()) / elapsed for stage, each in work.items()} if elapsed else {}
 
     def rates(self) -> tuple[float, float] | None:
         """Recent sources and clips per second, without start-up; None until there is enough output to tell."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -47,7 +48,10 @@ def run_pipeline(recipe: Recipe, vae: VaeFiles, sink: ShardSink) -> None:
                 for todo in sink.state.rounds():
                     with closing(with_watchdog(run_stages(recipe, vae, todo), end_execution)) as blocks:
                         for block in blocks:
-                            progress.add(*sink.consume(block.facts(), block.table), sink.stats.reasons)
+                            facts = block.facts()
+                            began = time.monotonic()
+                            counts = sink.consume(facts, block.table)
+                            progress.add(*counts, sink.stats.reasons, facts, time.monotonic() - began)
             except BaseException:
                 with contextlib.suppress(UserError, PipelineStalled):
                     sink.flush(ENDING_TIMEOUT_S)

@@ -7,7 +7,10 @@ end the whole Ray Data job. Only the actors that need torch import it, not the d
 from __future__ import annotations
 
 import functools
+import os
+import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,15 +107,17 @@ class Decode:
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         pending: list[dict] = []
-        good = 0
+        good, began = 0, time.monotonic()
         for source in table.to_pylist():
             for clip in self.clips(source):
                 pending.append(clip)
                 good += "frames" in clip
                 if good >= self.batch:
+                    add_work(pending, "decode", began)
                     yield pa.Table.from_pylist(pending, DECODED)
-                    pending, good = [], 0
+                    pending, good, began = [], 0, time.monotonic()
         if pending:
+            add_work(pending, "decode", began)
             yield pa.Table.from_pylist(pending, DECODED)
 
     def clips(self, source: dict) -> Iterator[dict]:
@@ -162,7 +167,7 @@ class EncodeVideo:
         self.vae = vae_of(codec, device)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        rows = table.drop_columns(["frames"]).to_pylist()
+        began, rows = time.monotonic(), table.drop_columns(["frames"]).to_pylist()
         column = table.column("frames")
         by_bucket: dict[str, list[int]] = {}
         for i, row in enumerate(rows):
@@ -176,6 +181,7 @@ class EncodeVideo:
                     rows[i] |= {"reason": "encode_failed", "message": latents}
                 else:
                     rows[i] |= {"latents": latents.tobytes()}
+        add_work(rows, "VAE", began)
         return with_notes(rows, self.vae.remarks, WITH_LATENTS)
 
     def encode(self, clips: list[np.ndarray]) -> list[np.ndarray]:
@@ -207,10 +213,11 @@ class EmbedText:
         self.cache: dict[str, np.ndarray] = {}
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        rows = table.to_pylist()
+        began, rows = time.monotonic(), table.to_pylist()
         embeddings = self.embed({caption for row in rows if not row["reason"] for caption in row["captions"]})
         encoded = [self.encode(row, embeddings) for row in rows]
         encoded[0]["empty_text"] = self.empty_prompt()
+        add_work(encoded, "text encoder", began)
         return with_notes(encoded, self.encoder.remarks, ENCODED)
 
     def empty_prompt(self) -> bytes | None:
@@ -274,6 +281,13 @@ def run_batch(
         if len(items) == 1:
             return [f"{network}: {error}"]
     return [run_batch(work, [item], network, device)[0] for item in items]  # here the error's memory is free again
+
+
+def add_work(rows: list[dict], stage: str, began: float) -> None:
+    """Has the first row carry how long this process worked on the rows."""
+    worker = f"{socket.gethostname()} {os.getpid()}"
+    work = {"stage": stage, "worker": worker, "seconds": time.monotonic() - began}
+    rows[0]["work"] = [*(rows[0].get("work") or []), work]
 
 
 def with_notes(rows: list[dict], remarks: list[str], schema: pa.Schema) -> pa.Table:

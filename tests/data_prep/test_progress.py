@@ -12,9 +12,11 @@ import time
 import urllib.request
 from collections import Counter
 
+import pyarrow as pa
 import pytest
 
 from data_prep.progress import Progress
+from data_prep.schemas import FACTS
 
 
 class Clock:
@@ -44,6 +46,29 @@ def test_rate_and_time_left_are_shown_once_known():
     clock.now += 9.99
     progress.add(10, 10, 0, 0)
     assert progress.line() == "prep: 46 of 66 sources (69 %), 46 clips, 1.6 clips/s, 1 bad, 0 filtered, 12 s left"
+
+
+def facts(clip_bytes: int, **seconds: float) -> pa.Table:
+    work = [{"stage": name, "worker": worker, "seconds": s}
+            for key, s in seconds.items() for name, worker in [key.split("_")]]  # fmt: skip
+    rows = [{"bytes": clip_bytes, "work": work}, {"bytes": None, "work": None}]
+    return pa.Table.from_pylist(rows, pa.schema([FACTS.field("bytes"), FACTS.field("work")]))
+
+
+def test_the_busiest_stage_and_the_bytes_are_shown():
+    clock = Clock()
+    progress = Progress(100, clock=clock)
+    for second in range(21):  # two VAEs that always work, a decoder that works half of the time
+        clock.now += 1
+        progress.add(1, 1, 0, 0, None, facts(10**8, VAE_a=1.0, VAE_b=1.0, decode_c=0.5), 0.1)
+        if second == 5:
+            assert progress.limit() == ""
+    busy = progress.busy()
+    assert busy == pytest.approx({"VAE": 1.0, "decode": 0.5, "sink": 0.1})
+    assert progress.line().endswith("left; 0.1 GB/s; the VAE limits the speed, 100 % busy")
+    clock.now += 60
+    progress.add(1, 1, 0, 0, None, facts(0, VAE_a=1.0), 0.1)
+    assert "is the busiest stage" in progress.limit()
 
 
 def test_rates_are_of_the_last_minute_and_fall_in_a_pause():
