@@ -136,7 +136,7 @@ class TextEncoder:
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids])
         device = self.model.device
         hidden = self.model(input_ids=tokens.to(device), attention_mask=mask.to(device)).last_hidden_state
-        return hidden.float().cpu()
+        return hidden.cpu().float()  # in this order half the bytes are copied in bf16
 
 
 @without_torchao()

@@ -73,7 +73,8 @@ class Vae:
         if wrong := shape_errors((count, height, width), self.factor, self.time_factor):
             raise ValueError("; ".join(wrong))
         together = self._together("encode", count * height * width)
-        return torch.cat([self._encode_clips(clips) for clips in frames.split(together)])
+        # Only the last copy waits for the GPU, so the next frames are on their way while it computes.
+        return torch.cat([self._encode_clips(clips) for clips in frames.split(together)]).cpu()
 
     @torch.inference_mode()
     def decode(self, latents: Float[Tensor, "b f c h w"]) -> UInt8[Tensor, "b F H W 3"]:
@@ -127,12 +128,14 @@ class Vae:
 
     def _moments(self, x: Tensor) -> Tensor:
         """Moments (stacked along axis 1) of uint8 images or videos `b c ... H W`."""
-        x = (x.to(self.model.device).float() / 127.5 - 1).to(self.model.dtype, memory_format=self._format(x))
+        device = self.model.device
+        x = (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+        x = (x.float() / 127.5 - 1).to(self.model.dtype, memory_format=self._format(x))
         encoded = self.model.encode(x)
         if self.moments == 1:
-            return encoded.latents[:, None].float().cpu()
+            return encoded.latents[:, None].float()
         posterior = encoded.latent_dist
-        return torch.stack((posterior.mean, posterior.logvar), dim=1).float().cpu()
+        return torch.stack((posterior.mean, posterior.logvar), dim=1).float()
 
     def _decode_clips(self, latents: Tensor) -> Tensor:
         batch, count, _, height, width = latents.shape
