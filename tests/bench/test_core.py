@@ -78,7 +78,7 @@ def test_markdown_tables_line_up_and_omit_columns_without_values() -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ([], "what to measure is missing; choices: model, data"),
+        ([], "what to measure is missing; choices: model, attention, data"),
         (["speed"], "speed is not a bench"),
         (["model", "--rounds", "-3"], "--rounds is '-3'; it should be greater than 0"),
         (["model", "--shapes", "16x250x256"], "height 250 does not divide by 16"),
