@@ -171,9 +171,9 @@ def trained(device: torch.device, out: Path) -> str:
     """`sora train` whole: Ray, the loader, DeepSpeed and logs, compared with a bare loop of the same arithmetic."""
     if device.type == "cuda":
         size = setting.Size(ModelConfig(width=1152, depth=12, heads=16, text_width=4096), 16, 32, 120, 96)
-        batch, steps, compile = 32, 20, True
+        batch, steps, compile = 32, 20, "auto"
     else:
-        size, batch, steps, compile = setting.size_of(device), 4, 8, False
+        size, batch, steps, compile = setting.size_of(device), 4, 8, "no"
     make_shards(out / "shards", size)
     keys = ("width", "depth", "heads", "text_width", "sample_size")
     recipe = Recipe.model_validate(
