@@ -30,7 +30,8 @@ SETTINGS_KEY = "settings_hash"
 HASHES = ["sample_id", "source", "content_hash", "perceptual_hash", "start_s", "end_s"]
 PendingSource = tuple[SourceRow, list[str]]
 """A source to open, and the clips of it to skip: `bucket/sample_id`, or `sample_id` in any bucket."""
-ROUND_SOURCES = 100_000
+ROUND_SOURCES = 400_000
+"""The stages start again for each round, which takes about as long as loading the VAE and the text encoder."""
 
 
 @dataclass(slots=True)
