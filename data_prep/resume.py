@@ -137,7 +137,8 @@ class ResumeState:
     def remove_stale(self, folder: str) -> None:
         """Removes stale clips from the shards."""
         if self._stale:
-            log.info(f"prep: drops {len(self._stale)} clips: repeated, no longer asked for, or of a changed file")
+            why = "repeated, no longer asked for (or with another caption), or of a changed file"
+            log.info(f"prep: drops {len(self._stale)} clips: {why}")
             drop_clips(folder, self.stored, np.array(self._stale, np.int64))
         self._stale.clear()
 

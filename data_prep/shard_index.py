@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_prep.sources import row_id
-from sora_train.data.opening import rows_of
+from sora_train.data.opening import check_columns, rows_of
 from sora_train.errors import UserError
 from sora_train.index import (
     CLIPS,
@@ -210,6 +210,7 @@ def _read_shard(folder: str, name: str, encoding_hash: str, difference: str) -> 
     try:
         with system.open_input_file(path) as opened:
             file = pq.ParquetFile(opened, page_checksum_verification=True)
+            check_columns(path, file.schema_arrow)
             encoding = (file.metadata.metadata or {}).get(ENCODING_KEY, b"").decode()
             _check_encoding(folder, name, encoding, encoding_hash, difference)
             return describe(file, name, opened.size())
@@ -234,7 +235,8 @@ def _check_encoding(folder: str, name: str, found: str, wanted: str, difference:
     if found != wanted:
         raise UserError(
             f"data.output: {folder} holds shards of another encoding ({name.rpartition('/')[2]}): {difference}. "
-            "Encodings never mix: set data.output to another folder, or delete this one to encode again"
+            f"Encodings never mix: set data.output to another folder, or delete {folder} to encode all again; if only "
+            "this file is foreign, move it away"
         )
 
 

@@ -27,9 +27,9 @@ def parse_flags(words: Sequence[str], *sections: type) -> tuple[dict[str, object
     """Splits a command's words into dotted overrides (`--section.key value …`) and the words that belong to no flag.
 
     Dashes and underscores in a key are the same, and `--key=value` is allowed. A list takes every word up to the next
-    flag, and more if its flag is repeated; a key that is one number or several (`cluster.workers`) takes every number;
-    a truth value needs no word to be true. A word with a blank in it, such as a prompt, is never a flag. Raises
-    RecipeError for a key of none of the sections and for a missing value.
+    flag, and more if its flag is repeated; a key that is one number or several (`cluster.workers`) takes every number,
+    also as `[20, 3]`; a truth value needs no word to be true. A word with a blank in it, such as a prompt, is never a
+    flag. Raises RecipeError for a key of none of the sections and for a missing value.
     """
     known = {key: hint for section in sections for key, hint in keys(section)}
     overrides: dict[str, Any] = {}
@@ -51,6 +51,8 @@ def parse_flags(words: Sequence[str], *sections: type) -> tuple[dict[str, object
             if hint is bool and queue[0].lower() not in TRUTHS:
                 break
             values.append(queue.pop(0))
+        if takes_numbers and len(values) == 1 and values[0].startswith("["):  # as in a recipe
+            values = [number.strip() for number in values[0].strip("[]").split(",")]
         if hint is bool and not values:
             values = ["true"]
         if not values and not takes_many:

@@ -265,6 +265,10 @@ def _explain(detail: Mapping[str, Any], section: type, overrides: Mapping[str, o
     message = re.sub(r"^\w+ should", "it should", detail["msg"])
     if kind in ("tuple_type", "list_type"):
         message = f"it takes a list, such as [{got}]"
+        if source.startswith("--"):
+            message = f"it takes several values, one after the other: {source} {got} …"
+    if kind == "missing":
+        message = "a value is missing"
     if kind in ("model_type", "dataclass_type", "model_attributes_type", "dict_type"):
         message = "it is a section and takes keys of its own"
     return f"{source} is {got!r}; {message}"

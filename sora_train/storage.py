@@ -79,7 +79,8 @@ def storage_errors(place: str, what: str, system: fs.FileSystem | None = None) -
         if system and "://" not in place and not isinstance(system, fs.LocalFileSystem):
             place = f"{system.type_name}://{place}"
         said = one_line(str(error)).replace(place, hide_password(place))
-        raise UserError(f"{hide_password(place)} can't be {what}: {said}{hint(place)}") from None
+        remedy = ". Free space there or make it writable" if what == "written" and "://" not in place else hint(place)
+        raise UserError(f"{hide_password(place)} can't be {what}: {said}{remedy}") from None
 
 
 def hide_password(place: str) -> str:

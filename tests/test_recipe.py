@@ -123,6 +123,7 @@ def test_overrides_lie_over_the_file_and_leave_the_rest(tmp_path: Path) -> None:
         (f"name: {'a' * 201}", "can't be a run's folder; use up to 200 letters"),
         ("model: {attention: full}", "choices: 'factorised' or 'joint'"),
         ("model: {width: 30, heads: 4}", "model.width 30 is not a multiple of model.heads 4"),
+        ("train: {profile: [5]}", "train.profile.1 is [5]; a value is missing"),
         ("validation: {prompts: a}", "validation.prompts is 'a'; it takes a list, such as [a]"),
         ("- train", "holds a list; a recipe is a mapping"),
         ("just words", "holds a str"),

@@ -17,6 +17,7 @@ from pyarrow import fs
 
 from data_prep.reasons import REMARKS
 from data_prep.shards import manifest_or_none
+from sora_train.data.opening import check_columns
 from sora_train.errors import UserError, one_line
 from sora_train.manifest import Manifest
 from sora_train.schema import bucket_of, bucket_size, shard_files
@@ -89,6 +90,7 @@ def read_inventory(folder: str) -> Inventory:
 def _read_lengths(system: fs.FileSystem, file: str, dropped: np.ndarray | None) -> tuple[int, int, list[np.ndarray]]:
     """Rows of a shard without dropped ones, its bytes, and the values of LENGTHS."""
     with opened_parquet(system, file) as (parquet, size):
+        check_columns(file, parquet.schema_arrow)
         table = without_rows(parquet.read(columns=COLUMNS, use_threads=False), dropped)
         captions = table.column("captions")
         words = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(pc.list_flatten(captions)))
@@ -129,17 +131,18 @@ def counts_of(inventory: Inventory) -> dict:
     """Counts by name, in clips unless the name says otherwise.
 
     `asked` = `written` + `quarantined` + `filtered`. `settled` is false if no run has finished over these shards.
+    `dropped` clips are in the shards, but no longer count.
     `captions_at_limit` is the share of captions with as many tokens as the text encoder takes; most are truncated.
     """
     lengths = {name: inventory.lengths.get(name, np.zeros(0)) for name in LENGTHS}
     manifest, tokens, written = inventory.manifest, lengths["caption_tokens"], sum(inventory.rows.values())
-    dropped = {kind: sum(n for (which, _), n in inventory.reasons.items() if which == kind) for kind in KINDS}
+    left_out = {kind: sum(n for (which, _), n in inventory.reasons.items() if which == kind) for kind in KINDS}
     max_tokens = manifest.text.max_tokens if manifest else 0
     at_limit = float((tokens >= max_tokens).mean()) if len(tokens) else 0.0
     return {
-        "asked": written + sum(dropped.values()),
+        "asked": written + sum(left_out.values()),
         "written": written,
-        **dropped,
+        **left_out,
         "buckets": {name: inventory.buckets[name] for name in sorted(inventory.buckets, key=bucket_size)},
         "seconds": round(float(lengths["clip_seconds"].sum()), 3),
         "captions": len(tokens),
@@ -148,8 +151,9 @@ def counts_of(inventory: Inventory) -> dict:
         "captions_at_limit": round(at_limit, 6) if max_tokens else None,
         "bytes": inventory.size,
         "shards": len(inventory.rows),
+        "dropped": sum(map(len, inventory.dropped.values())),
         "remarks": manifest.remarks if manifest else {},
-        "settled": manifest is not None and sum(dropped.values()) + written == manifest.counts.asked,
+        "settled": manifest is not None and sum(left_out.values()) + written == manifest.counts.asked,
         "reasons": {
             kind: {
                 reason: {"clips": n, "example": _example(inventory.examples[which, reason][0])}
@@ -211,6 +215,8 @@ def _table_lines(counts: dict) -> Iterator[str]:
             low, median, high = (f"{counts[name][key]:,.6g}" for key in ("min", "median", "max"))
             yield f"{name.replace('_', ' '):<24}{low:>12}{median:>10}{high:>10}{notes.get(name, '')}"
         yield f"\n{'on disk':<24}{in_bytes(counts['bytes']):>12} in {counts['shards']:,} shards"
+        if counts["dropped"]:
+            yield f"{'dropped':<24}{counts['dropped']:>12,} clips more are in the shards and no longer count"
     for kind in KINDS:
         if counts["reasons"][kind]:
             yield f"\n{kind}"
@@ -222,6 +228,6 @@ def _table_lines(counts: dict) -> Iterator[str]:
             yield f"  {kind:<22}{sources:>12,}  {REMARKS.get(kind, '')}"
     if not counts["settled"]:
         yield (
-            "\nthese are not the clips that manifest.json counts: a run is under way or was stopped, or a shard is "
-            "missing. Run `sora prep` to encode what is missing"
+            "\nthese are not the clips that manifest.json counts: a run is under way or was stopped, a shard is "
+            "missing, or the index, which says what no longer counts. Run `sora prep`: it restores both"
         )

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sora_train.bench.case import Case, CaseOptions, inputs, relative, seeded, size_of
 from sora_train.bench.core import Row, Table, interleave, log, seconds, spread, synchronize
+from sora_train.codec.imports import without_torchao
 from sora_train.model.flops import forward_flops, parameter_count
 from sora_train.train.hardware import peak_flops
 from sora_train.train.profile import LISTED, Breakdown, activities, breakdown
@@ -128,6 +129,7 @@ def load_ours(case: Case, compiled: bool, weights: str) -> Network:
     return model, lambda model, x, t, text, mask: model(x, t, text, mask)
 
 
+@without_torchao()
 def load_diffusers(case: Case, compiled: bool, weights: str) -> Network:
     """diffusers' model, compiled block by block as ours is. Its axes are `b c f h w`.
 

@@ -145,7 +145,7 @@ def _read_shard(system: fs.FileSystem, folder: str, name: str, manifest: Manifes
     path = f"{resolve(folder)[1]}/{name}"
     with shard_errors(path):
         file = pq.ParquetFile(path, filesystem=system, page_checksum_verification=True)
-        _check_columns(path, file.schema_arrow)
+        check_columns(path, file.schema_arrow)
         encoding = (file.metadata.metadata or {}).get(ENCODING_KEY, manifest.encoding_hash.encode()).decode()
         _check_encoding(path, encoding, folder, manifest)
         groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
@@ -159,7 +159,8 @@ def _read_shard(system: fs.FileSystem, folder: str, name: str, manifest: Manifes
     return {"shard": name, "encoding_hash": encoding, "groups": groups, "dropped": [], "held_out": held_out}
 
 
-def _check_columns(path: str, schema: pa.Schema) -> None:
+def check_columns(path: str, schema: pa.Schema) -> None:
+    """Raises UserError if a file in a bucket's folder is not a shard."""
     for column in COLUMNS:
         wanted = SHARD_SCHEMA.field(column).type
         if (place := schema.get_field_index(column)) < 0 or schema.field(place).type != wanted:

@@ -49,9 +49,15 @@ def use_fp8(model: Transformer, device: torch.device) -> None:
     config = Float8LinearConfig(emulate=device.type == "cpu", pad_inner_dim=True, round_scales_to_power_of_2=True)
     convert_to_float8_training(model, module_filter_fn=takes_fp8, config=config)
     product = product_of_weight()
-    for layer in model.modules():
-        if isinstance(layer, Float8Linear):
-            layer.forward = partial(fp8_forward, layer, product)
+    layers = [layer for layer in model.modules() if isinstance(layer, Float8Linear)]
+    if not layers:
+        raise UserError(
+            f"train.precision is fp8, but no layer of model.width {model.config.width} has sizes that divide by 16. "
+            "Change the width, or set train.precision to bf16",
+            code="fp8",
+        )
+    for layer in layers:
+        layer.forward = partial(fp8_forward, layer, product)
 
 
 def takes_fp8(layer: nn.Module, name: str) -> bool:

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data_prep import commits
+from data_prep.inspect.table import format_table, inspect
 from data_prep.resume import SourceRecord
 from data_prep.shard_index import drop_rows, stored_clips, sync_index
 from data_prep.shards import write_shard
@@ -176,3 +178,17 @@ def test_an_index_in_a_bucket_follows_its_shards(s3: str):
     drop_rows(folder, {A: [3], B: [0, 1, 2, 3, 4]})
     assert clips(folder)["sample_id"].to_pylist() == ids(0, 1, 2, *range(4, 40))
     assert len(shard_files(folder)) == 1
+
+
+def test_a_parquet_file_that_is_no_shard_is_to_be_moved_away(folder: str):
+    pq.write_table(pa.table({"a": [1]}), f"{folder}/{Path(A).parent}/mine.parquet")
+    with pytest.raises(UserError, match=r"mine\.parquet is not a shard: .* Move it out of the folder"):
+        sync_index(folder, "key")
+
+
+def test_inspect_counts_dropped_clips_apart(folder: str):
+    sync_index(folder, "key")
+    drop_rows(folder, {A: [0, 3]})
+    counts = inspect(folder)
+    assert (counts["written"], counts["dropped"]) == (53, 2)
+    assert "2 clips more are in the shards and no longer count" in format_table(counts)

@@ -117,6 +117,11 @@ def test_a_clip_does_not_depend_on_its_micro_batch():
         assert torch.equal(model(*clips), alone)
 
 
+def test_a_model_without_a_layer_that_fits_is_refused():
+    with pytest.raises(UserError, match=r"no layer of model\.width 20 has sizes that divide by 16"):
+        use_fp8(build(SMALL.model_copy(update={"width": 20})), torch.device("cpu"))
+
+
 def test_without_torchao_the_message_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch):
     check_fp8(torch.device("cpu"))
     monkeypatch.setitem(sys.modules, "torchao", None)

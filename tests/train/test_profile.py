@@ -95,7 +95,7 @@ def test_a_trace_without_operations_is_refused(tmp_path: Path):
 
 
 def losses(shards: Path, out: Path, **changes: object) -> list[float]:
-    out.mkdir()
+    out.mkdir(exist_ok=True)
     config = TrainConfig(steps=4, batch_size=4, micro_batch_size=2, log_every=1, **changes)  # pyright: ignore[reportArgumentType]
     torch.set_num_threads(1)
     device = torch.device("cpu")
@@ -118,3 +118,11 @@ def test_profiled_steps_leave_a_trace_and_a_table_and_the_same_losses(
     assert f"on the CPU, mean of {steps}" in (folder / "table.txt").read_text()
     events = [json.loads(line) for line in (tmp_path / "profiled/events.jsonl").read_text().splitlines()]
     assert [event["reason"].partition(":")[0] for event in events if event["event"] == "profiled"] == [found]
+
+
+def test_a_profile_that_can_not_be_written_does_not_end_training(tiny_shards: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "profile").write_text("a file")
+    assert len(losses(tiny_shards, run, profile=(2, 1))) == 4
+    assert "steps 2 to 2: not written: " in (run / "events.jsonl").read_text()

@@ -140,7 +140,7 @@ def test_what_can_not_be_read_is_named(shards: Path, tmp_path: Path):
     with pytest.raises(UserError, match="is a file"):
         inspect(str(file))
     pq.write_table(pa.table({"caption": ["of another tool"]}), file)
-    with pytest.raises(UserError, match=r"part\.parquet can't be read .* Delete it"):
+    with pytest.raises(UserError, match=r"part\.parquet is not a shard: .* Move it out of the folder"):
         inspect(str(shards))
     file.write_bytes(b"no parquet")
     with pytest.raises(UserError, match=r"part\.parquet can't be read .* Delete it"):
