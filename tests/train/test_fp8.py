@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -119,7 +120,7 @@ def test_a_clip_does_not_depend_on_its_micro_batch():
 
 def test_a_model_without_a_layer_that_fits_is_refused():
     with pytest.raises(UserError, match=r"no layer of model\.width 20 has sizes that divide by 16"):
-        use_fp8(build(SMALL.model_copy(update={"width": 20})), torch.device("cpu"))
+        use_fp8(build(replace(SMALL, width=20)), torch.device("cpu"))
 
 
 def test_without_torchao_the_message_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch):
