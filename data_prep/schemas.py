@@ -21,7 +21,7 @@ SOURCES = pa.schema(SOURCE | {"path": STRING, "skip": STRINGS})
 SPAN = {"start_s": pa.float64(), "end_s": pa.float64()}
 HASHES = {"content_hash": STRING, "perceptual_hash": STRING}
 RESULT = {"reason": STRING, "message": STRING, "remark": STRING, "note": STRING, "asked": STRINGS}
-WORK = pa.list_(pa.struct({"stage": STRING, "worker": STRING, "seconds": pa.float64()}))
+WORK = pa.list_(pa.struct([("stage", STRING), ("worker", STRING), ("seconds", pa.float64())]))
 """How long stages worked on a table; its first row carries it."""
 CLIPS = pa.schema(SOURCE | {"sample_id": STRING, "bucket": STRING} | SPAN | HASHES | RESULT | {"work": WORK})
 DECODED = pa.schema([*CLIPS, pa.field("frames", BYTES)])
