@@ -199,6 +199,7 @@ def test_writers_that_do_not_finish_stall_the_pipeline(tmp_path: Path, local_ray
         return function(folder, path, key, rows, *blocks)
 
     monkeypatch.setattr(module, "write_blocks", ray.remote(num_cpus=0)(hang))
+    monkeypatch.setattr(module, "CPUS_OF_A_WRITER", 1)
     made = ShardWriters(str(tmp_path), "key", 256_000_000)
     for bucket in ("8x64x64", "4x64x64"):
         table = ray.put(block(range(16)))

@@ -68,7 +68,7 @@ def by_driver(folder: Path, blocks: list[ray.ObjectRef]) -> None:
 
 def by_writers(folder: Path, blocks: list[ray.ObjectRef], count: int) -> None:
     """As the sink does, with `count` writers at a time."""
-    writers.WRITERS_PER_NODE = count
+    writers.WRITERS_PER_NODE, writers.CPUS_OF_A_WRITER = count, 1
     made = ShardWriters(str(folder), "key", SHARD_BYTES)
     for block in blocks:
         facts = fetch(block_facts.remote(block), "facts").to_pylist()
