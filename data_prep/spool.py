@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -116,7 +117,14 @@ def to_ids(names: Any) -> pa.Array:
         digits = HEX[_content(names.cast(pa.binary()).cast(pa.binary(32)), 32)]
         if digits.max(initial=0) < 16:
             return as_ids((digits[0::2] << 4 | digits[1::2]).tobytes())
-    return as_ids(b"".join(hashlib.blake2b(name.encode(), digest_size=16).digest() for name in names.to_pylist()))
+    return as_ids(b"".join(map(_to_id, names.to_pylist())))
+
+
+def _to_id(name: str) -> bytes:
+    """The id of one name, which does not depend on the others in its column."""
+    if re.fullmatch("[0-9a-f]{32}", name):
+        return bytes.fromhex(name)
+    return hashlib.blake2b(name.encode(), digest_size=16).digest()
 
 
 def as_ids(content: bytes) -> pa.Array:

@@ -382,3 +382,10 @@ def test_dropped_clips_are_gone_from_the_index_and_their_shards_stay(tmp_path: P
     assert ids("a3", "a4") == [i for table in stored.read(["sample_id"]) for i in table["sample_id"].to_pylist()]
     sync_index(folder, "key")
     assert count_clips(folder) == {"4x16x32": 2}
+
+
+def test_an_id_does_not_depend_on_the_other_names_of_its_column():
+    name = "0123456789abcdef" * 2
+    alone, mixed = to_ids(pa.array([name])), to_ids(pa.array(["", name, "A" * 32]))
+    assert mixed[1].as_py() == alone[0].as_py() == bytes.fromhex(name)
+    assert len(set(mixed.to_pylist())) == 3
