@@ -199,7 +199,7 @@ def _with_dropped(table: pa.Table, dropped: list[list[int]]) -> pa.Table:
 def _read_shards(folder: str, names: list[str], encoding_hash: str, difference: str) -> Iterator[tuple[dict, pa.Table]]:
     """A row of SHARDS and the rows of CLIPS of each shard, from its own columns."""
     with ThreadPoolExecutor(READ_AT_ONCE) as pool:
-        for first in range(0, len(names), AHEAD):  # so that few are held
+        for first in range(0, len(names), AHEAD):  # few shards are held at a time
             part = names[first : first + AHEAD]
             yield from pool.map(lambda name: _read_shard(folder, name, encoding_hash, difference), part)
 

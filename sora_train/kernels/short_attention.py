@@ -8,17 +8,14 @@ Sums have a fixed order, so a repeated step gives the same bits.
 """
 
 import math
-import os
-import sysconfig
 from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
-from shutil import which
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from sora_train.kernels.tools import why_no_triton
 
 LONGEST, WIDEST = 64, 128
 """Tokens of a group, and width of a head, of which a tile fits in registers."""
@@ -42,10 +39,8 @@ def triton_runs(device: int) -> bool:
 
 @cache
 def triton_builds() -> bool:
-    """Whether Triton can be imported and has the C compiler and Python's headers that it needs."""
-    compiler = "CC" in os.environ or which("gcc") or which("clang")
-    headers = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists()
-    return bool(torch.version.cuda and find_spec("triton") and compiler and headers)
+    """Whether Triton can build kernels for NVIDIA GPUs here."""
+    return bool(torch.version.cuda) and not why_no_triton()
 
 
 def short_attention(qkv: Float[Tensor, "*g s ddd"], heads: int) -> Float[Tensor, "*g s d"]:

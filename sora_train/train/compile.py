@@ -1,11 +1,6 @@
 """torch.compile, block by block, applied to a model after activation checkpointing."""
 
-import importlib.util
-import os
-import sysconfig
 from collections.abc import Callable, Iterable
-from pathlib import Path
-from shutil import which
 from typing import Any
 
 import torch
@@ -15,14 +10,12 @@ from torch import Tensor
 from sora_train.data.collate import padded_lengths
 from sora_train.data.shards import ShardSet
 from sora_train.errors import UserError, error_line
+from sora_train.kernels.tools import why_no_compiler, why_no_triton
 from sora_train.log import log
 from sora_train.model import ModelConfig, Transformer
 from sora_train.schema import bucket_size
 from sora_train.train.config import TrainConfig
 from sora_train.train.run_dir import RunDir
-
-COMPILERS = {"cuda": ("CC", "gcc", "clang"), "cpu": ("CXX", "g++")}
-"""The environment variable that names the compiler, and the names that triton (GPU) and torch (CPU) look for."""
 
 
 def compile_blocks(model: Transformer, shapes: int, failed: Callable[[str], object] | None = None) -> None:
@@ -97,16 +90,10 @@ def graph_count(config: ModelConfig, buckets: Iterable[str], max_tokens: int) ->
 
 def why_not_compiled(device: torch.device) -> str:
     """Why torch can't compile for a device of this machine, or an empty string."""
-    variable, *names = COMPILERS[device.type]
-    names = [os.environ[variable]] if variable in os.environ else names
-    if not any(map(which, names)):
-        return f"there is no C compiler ({' or '.join(names)})"
     if device.type == "cpu":
-        return ""
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
-        return "Python's headers (python3-dev), which triton needs, are not installed"
+        return why_no_compiler("CXX", "g++")
+    if why := why_no_triton():
+        return why
     if torch.cuda.get_device_capability(device) < (7, 0):
         return f"triton needs compute capability 7.0, which {torch.cuda.get_device_name(device)} does not have"
     return ""
