@@ -4,6 +4,7 @@ import functools
 import gc
 import os
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -137,9 +138,16 @@ def write_noise_shards() -> Callable[..., Path]:
 
     from sora_train import manifest, schema
 
-    def write(folder: Path, caption_tokens: list[int], text_width: int) -> Path:
-        """A clip of 2 latent frames of 4 x 4 x 4 for each number of caption tokens."""
-        rng, clips = np.random.default_rng(0), len(caption_tokens)
+    def write(
+        folder: Path,
+        caption_tokens: list[int],
+        text_width: int,
+        size: tuple[int, int, int] = (2, 4, 4),
+        images: int = 0,
+    ) -> Path:
+        """A clip of noise of f h w latents for each number of caption tokens; the first ones are `images`."""
+        rng, (f, h, w) = np.random.default_rng(0), size
+        names = [f"{1 if i < images else f}x{8 * h}x{8 * w}" for i in range(len(caption_tokens))]
         rows = [
             schema.encode_row(
                 sample_id=f"{i:04x}",
@@ -150,27 +158,30 @@ def write_noise_shards() -> Callable[..., Path]:
                 start_s=0.0,
                 end_s=0.25,
                 captions=[f"clip {i}"],
-                latents=rng.standard_normal((1, 2, 4, 4, 4)),
+                latents=rng.standard_normal((1, 1 if i < images else f, 4, h, w)),
                 text=[rng.standard_normal((tokens, text_width))],
             )
             for i, tokens in enumerate(caption_tokens)
         ]
-        place = folder / "bucket=2x32x32"
-        place.mkdir()
-        pq.write_table(pa.Table.from_pylist(rows, schema=schema.SHARD_SCHEMA), place / "part.parquet", row_group_size=8)
+        for bucket in {*names}:
+            (folder / f"bucket={bucket}").mkdir()
+            table = pa.Table.from_pylist(
+                [row for row, name in zip(rows, names, strict=True) if name == bucket], schema=schema.SHARD_SCHEMA
+            )
+            pq.write_table(table, folder / f"bucket={bucket}/part.parquet", row_group_size=8)
         manifest.Manifest(
             encoding_hash="tiny",
             vae=manifest.VaeFacts(name="none", hash="none", channels=4, factor=8, mean=(0.0,) * 4, std=(1.0,) * 4),
             text=manifest.TextFacts(name="none", hash="none", width=text_width, max_tokens=max(caption_tokens)),
             latents=manifest.LatentFormat(moments=1),
-            frames=2,
+            frames=f,
             fps=8.0,
-            height=32,
-            width=32,
-            buckets={"2x32x32": clips},
+            height=8 * h,
+            width=8 * w,
+            buckets=dict(Counter(names)),
             empty_text=base64.b64encode(np.zeros((1, text_width), np.float16).tobytes()).decode(),
             empty_tokens=1,
-            counts=manifest.Counts(asked=clips, written=clips, quarantined=0, filtered=0),
+            counts=manifest.Counts(asked=len(rows), written=len(rows), quarantined=0, filtered=0),
             reasons={},
         ).save(str(folder))
         return folder

@@ -23,6 +23,7 @@ from sora_train.model.embed import (
     to_patches,
 )
 from sora_train.model.layers import Block, TextAttention, modulate
+from sora_train.model.sequence import ALONE, FRAMES, PLACES
 
 
 class Latte(nn.Module):
@@ -30,7 +31,7 @@ class Latte(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.ranks = config, ALONE
         d, self.joint = config.width, config.attention == "joint"
         self.patch_in = nn.Linear(config.in_channels * config.patch**2, d)
         self.time = TimeEmbedding(d)
@@ -74,6 +75,8 @@ class Latte(nn.Module):
         if x.shape[3] % p or x.shape[4] % p:
             raise ValueError(f"latents of {x.shape[3]} x {x.shape[4]} do not divide into patches of {p} x {p}")
         h, w = x.shape[3] // p, x.shape[4] // p
+        n, ranks = h * w, self.ranks  # ranks may share the clips: each computes its own frames, or places
+        shared = (PLACES, n) if self.joint else (FRAMES, f)
 
         time = self.time(t if t.ndim == 2 else t[:, None])
         if self.pooled_text is not None:
@@ -89,17 +92,22 @@ class Latte(nn.Module):
         if frame is not None and (self.joint or self.config.temporal_positions == "input"):
             x, frame = x + frame.to(x.dtype), None
 
+        x, of_own = ranks.cut(x, *shared), ranks.cut(modulation, *shared)
         for i, block in enumerate(self.blocks):
             if self.joint or i % 2 == 0:
-                x = block(x, modulation, text, text_mask, space_rope)
+                x = block(x, of_own, text, text_mask, space_rope, n)
             elif f > 1:
+                x = ranks.exchange(x, split=PLACES, join=FRAMES, length=f)
                 if i == 1 and frame is not None:
                     x = x + frame.to(x.dtype)
                 tokens, of_frames = rearrange(x, "b f n d -> b n f d"), modulation.transpose(1, 2)
                 x = rearrange(block(tokens, of_frames, text, text_mask, time_rope), "b n f d -> b f n d")
+                x = ranks.exchange(x, split=FRAMES, join=PLACES, length=n)
 
-        shift, scale = rearrange(self.table_out + time[:, :, None], "b f two d -> two b f 1 d")
-        return from_patches(self.patch_out(modulate(self.norm_out(x), shift, scale)), p, h, w)
+        table = rearrange(self.table_out + time[:, :, None], "b f two d -> two b f 1 d")
+        shift, scale = (ranks.cut(part, *shared) for part in table)
+        x = self.patch_out(modulate(self.norm_out(x), shift, scale))
+        return from_patches(ranks.join(x, *shared), p, h, w)
 
     def added_positions(
         self, f: int, h: int, w: int, device: torch.device

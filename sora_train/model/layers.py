@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from sora_train.kernels.short_attention import fits_short_attention, short_attention
 from sora_train.model.config import ModelConfig
 from sora_train.model.embed import apply_rope
+from sora_train.model.sequence import ALONE
 
 MAX_GROUPS = 2**16 - 1
 """CUDA's attention kernels put the batch in a grid dimension of at most this size (pytorch issue 142228)."""
@@ -27,21 +28,24 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads, self.joint = config.heads, config.attention == "joint"
+        self.ranks = ALONE  # or the ranks that share the tokens of a clip, if joint
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.attention_bias)
         self.out = nn.Linear(config.width, config.width)
 
     def forward(
-        self, x: Float[Tensor, "b g s d"], rope: Float[Tensor, "2 i r"] | None = None
+        self, x: Float[Tensor, "b g s d"], rope: Float[Tensor, "2 i r"] | None = None, places: int = 0
     ) -> Float[Tensor, "b g s d"]:
         qkv = self.qkv(x)
         if not self.joint and fits_short_attention(qkv, self.heads):
             return self.out(short_attention(qkv if rope is None else rotate(qkv, rope, self.heads), self.heads))
         groups = "b m (g s) k" if self.joint else "(b g) m s k"
         # cut by `chunk`, so one copy makes the gradient; `rearrange(… -> three …)` takes two
-        q, k, v = (rearrange(part, f"b g s (m k) -> {groups}", m=self.heads) for part in qkv.chunk(3, dim=-1))
+        parts, heads = self.ranks.to_heads(*qkv.chunk(3, dim=-1), places=places), self.heads // self.ranks.size
+        q, k, v = (rearrange(part, f"b g s (m k) -> {groups}", m=heads) for part in parts)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
-        return self.out(rearrange(attend(q, k, v), f"{groups} -> b g s (m k)", b=x.shape[0], g=x.shape[1]))
+        y = rearrange(attend(q, k, v), f"{groups} -> b g s (m k)", b=x.shape[0], g=x.shape[1])
+        return self.out(self.ranks.to_tokens(y, x.shape[-1]))
 
 
 def rotate(qkv: Float[Tensor, "b g s ddd"], rope: Float[Tensor, "2 s r"], heads: int) -> Float[Tensor, "b g s ddd"]:
@@ -122,10 +126,14 @@ class Block(nn.Module):
         text: Float[Tensor, "b l d"],
         text_mask: Bool[Tensor, "b l"],
         rope: Float[Tensor, "2 i r"] | None = None,
+        places: int = 0,
     ) -> Float[Tensor, "b g s d"]:
-        """`modulation` is the diffusion time's share of shift, scale and gate; `rope` is made by `embed.rope_freqs`."""
+        """`modulation` is the diffusion time's share of shift, scale and gate; `rope` is made by `embed.rope_freqs`.
+
+        `places` is a frame's number of tokens, of which x has a share if ranks share a clip of joint attention.
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.table + modulation).unbind(dim=3)
-        x = torch.addcmul(x, gate1, self.attention(modulate(self.norm1(x), shift1, scale1), rope))
+        x = torch.addcmul(x, gate1, self.attention(modulate(self.norm1(x), shift1, scale1), rope, places))
         if self.text_attention is not None:
             x = x + self.text_attention(x, text, text_mask)
         return torch.addcmul(x, gate2, self.feed_forward(modulate(self.norm2(x), shift2, scale2)))

@@ -15,6 +15,7 @@ from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attenti
 from sora_train.model.config import ModelConfig
 from sora_train.model.embed import TextEmbedding, TimeEmbedding, apply_rope_pairs, from_patches, rope_freqs, to_patches
 from sora_train.model.layers import FeedForward, modulate
+from sora_train.model.sequence import ALONE, PLACES
 
 
 class Wan(nn.Module):
@@ -22,7 +23,7 @@ class Wan(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.ranks = config, ALONE
         d = config.width
         self.patch_in = nn.Linear(config.in_channels * config.patch**2, d)
         self.time = TimeEmbedding(d)
@@ -77,11 +78,12 @@ class Wan(nn.Module):
         text = self.text(nn.functional.pad(text.masked_fill(~text_mask[..., None], 0), zeros))
         rope = self.rope(f, h, w, x.device)
 
-        x = self.patch_in(to_patches(x, p))
+        x = self.ranks.cut(self.patch_in(to_patches(x, p)), PLACES, h * w)  # ranks may share the places of a clip
         for block in self.blocks:
             x = block(x, modulation, text, rope)
         shift, scale = rearrange(self.table_out.float() + time.float()[:, :, None], "b f two d -> two b f 1 d")
-        return from_patches(self.patch_out(modulate(self.norm_out(x), shift, scale).to(x.dtype)), p, h, w)
+        x = self.patch_out(modulate(self.norm_out(x), shift, scale).to(x.dtype))
+        return from_patches(self.ranks.join(x, PLACES, h * w), p, h, w)
 
     def rope(self, f: int, h: int, w: int, device: torch.device) -> Float[Tensor, "2 s r"]:
         """Rotary embeddings of all tokens: their frame, row and column."""
@@ -141,16 +143,18 @@ class WanAttention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        d, self.heads = config.width, config.heads
+        d, self.heads, self.ranks = config.width, config.heads, ALONE
         self.qkv = nn.Linear(d, 3 * d)
         self.norm_q, self.norm_k = (RmsNorm(d, eps=config.norm_eps) for _ in range(2))
         self.out = nn.Linear(d, d)
 
     def forward(self, x: Float[Tensor, "b f n d"], rope: Float[Tensor, "2 s r"]) -> Float[Tensor, "b f n d"]:
-        q, k, v = rearrange(self.qkv(x), "b f n ddd -> b (f n) ddd").chunk(3, dim=-1)
-        q, k, v = (rearrange(y, "b s (m k) -> b m s k", m=self.heads) for y in (self.norm_q(q), self.norm_k(k), v))
+        f, d = x.shape[1], x.shape[3]
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        parts = self.ranks.to_heads(self.norm_q(q), self.norm_k(k), v, places=rope.shape[1] // f)
+        q, k, v = (rearrange(y, "b f n (m k) -> b m (f n) k", m=self.heads // self.ranks.size) for y in parts)
         y = scaled_dot_product_attention(apply_rope_pairs(q, rope), apply_rope_pairs(k, rope), v)
-        return self.out(rearrange(y, "b m (f n) k -> b f n (m k)", f=x.shape[1]))
+        return self.out(self.ranks.to_tokens(rearrange(y, "b m (f n) k -> b f n (m k)", f=f), d))
 
 
 class WanTextAttention(nn.Module):

@@ -37,6 +37,7 @@ from sora_train.train.initial import make_model
 from sora_train.train.metrics import Tally
 from sora_train.train.profile import StepProfiler
 from sora_train.train.run_dir import RunDir
+from sora_train.train.sequence_parallel import share_clips
 from sora_train.train.skipped_blocks import add_zero_gradients
 from sora_train.train.state import State, with_clips
 
@@ -57,15 +58,18 @@ def train(
     null_prompt: str = "eos",
     conditioning: ConditioningConfig | None = None,
     lora: LoraConfig = NO_LORA,
+    sequence_parallel: int = 1,
 ) -> str:
     """Trains from step 0, or from the checkpoint `resume`, to `config.steps`. Returns why it ended early, or "".
 
-    Uses the process group, or starts one for this process alone if there is none. Raises UserError for errors that a
-    restart would repeat: damaged shards or checkpoints, a full disk, too many rollbacks.
+    Each `sequence_parallel` consecutive ranks share the tokens of their clips. Uses the process group, or starts one
+    for this process alone if there is none. Raises UserError for errors that a restart would repeat: damaged shards or
+    checkpoints, a full disk, too many rollbacks.
     """
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     rank, world = dist.get_rank(), dist.get_world_size()
+    group, groups, first_of_group = rank // sequence_parallel, world // sequence_parallel, not rank % sequence_parallel
 
     torch.manual_seed(config.seed)  # the same initial weights on every rank
     if lora.rank:
@@ -75,11 +79,12 @@ def train(
     if config.precision == "fp8":
         use_fp8(model, device)
     add_zero_gradients(model)
+    share_clips(model, sequence_parallel)
     apply_activation_checkpointing(model, config.activation_checkpointing)
     compilation = Compilation(config, model_config, shards, run_dir, device)
     compilation.apply(model)
     objective = make_objective(diffusion, model_config.learned_variance, conditioning)
-    engine = Engine(model, config, accumulation=accumulation(config, world), device=device)
+    engine = Engine(model, config, accumulation=accumulation(config, groups), device=device)
     ema = Ema(engine, config.ema_decay)
     fingerprint = [shards.fingerprint if rank == 0 else ""]
     dist.broadcast_object_list(fingerprint, src=0)
@@ -97,8 +102,8 @@ def train(
             shards,
             order,
             objective,
-            rank=rank,
-            world=world,
+            rank=group,
+            world=groups,
             micro_batch_size=config.micro_batch_size,
             caption_dropout=config.caption_dropout,
             null_prompt=null_prompt,
@@ -131,10 +136,11 @@ def train(
                 texts = micro.text, micro.text_mask
                 losses = objective.loss(engine, micro.latents, micro.noise, micro.t, *texts, micro.given)
                 engine.backward((losses * micro.weight).sum() * (world / clips))
-                sums += loss_by_time(objective.model_time(micro.t), losses.detach(), micro.weight)
+                if first_of_group:  # the others have the same clips
+                    sums += loss_by_time(objective.model_time(micro.t), losses.detach(), micro.weight)
 
             # check and step: every rank has the same sums and the same norm, so all decide alike
-            tokens = sum(micro.tokens for micro in micro_batches)
+            tokens = sum(micro.tokens for micro in micro_batches) if first_of_group else 0
             others = torch.tensor([tokens, *run_dir.poll_requests(step)], dtype=torch.float64, device=device)
             reduced = torch.cat([sums.flatten(), others])
             dist.all_reduce(reduced)
@@ -165,7 +171,7 @@ def train(
                 losses_since_save.append(loss)
             if config.log_samples:  # none for a skipped step, which may repeat one that was taken
                 names = [name for micro in micro_batches for name in micro.sample_ids if name]
-                run_dir.log_samples(rank, step, number, [] if skipped_because else names)
+                run_dir.log_samples(rank, step, number, names if first_of_group and not skipped_because else [])
 
             # once in a while: too many bad steps in a row
             if len(state.streak) >= config.guard_max_consecutive:
@@ -226,9 +232,9 @@ def loss_by_time(
     return sums.index_add_(0, quarter, torch.stack([losses * weight, weight], dim=1).double())
 
 
-def accumulation(config: TrainConfig, world: int) -> int:
-    """Micro-batches of a step on each rank; the last may hold padding."""
-    return -(-config.batch_size // (world * config.micro_batch_size))
+def accumulation(config: TrainConfig, groups: int) -> int:
+    """Micro-batches of a step on each rank, or group of ranks that share clips; the last may hold padding."""
+    return -(-config.batch_size // (groups * config.micro_batch_size))
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

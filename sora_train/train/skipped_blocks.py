@@ -17,12 +17,16 @@ def add_zero_gradients(model: Transformer) -> None:
     """Makes images, when training, add 0 times the output of each temporal block that they skip."""
     if not model.config.factorised:
         return
-    blocks = list(model.blocks)
+    blocks, images = list(model.blocks), [False]
+
+    def see(module: nn.Module, args: tuple[Any, ...]) -> None:
+        images[0] = args[0].shape[1] == 1  # b f c h w; a block may see one frame of a video, if ranks share it
+
+    model.register_forward_pre_hook(see)
     for block, following in zip(blocks[1::2], [*blocks[2::2], model.norm_out], strict=True):
 
         def add_zero(module: nn.Module, args: tuple[Any, ...], block: nn.Module = block) -> tuple[Any, ...] | None:
-            is_image = args[0].shape[1] == 1  # b f n d
-            if not (is_image and model.training and torch.is_grad_enabled()):
+            if not (images[0] and model.training and torch.is_grad_enabled()):
                 return None
             return args[0] + zero_from(block, args[0]), *args[1:]
 

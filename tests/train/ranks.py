@@ -2,9 +2,10 @@
 
 A task is {"out": folder, "train": {…}} with, as needed, "resume": a checkpoint, "init_from": a folder, "shards": other
 shards than the others', "model": keys of the model, "conditioning": keys of that section, "act": instead of training, a
-function of `acts.py`, "largest": bytes that a file of rank 1 may have from then on, as if its disk were full,
-"noticed": a step at which a checkpoint is wanted at once. With "refused": true the task is to end in
-a UserError: its message goes to refused_RANK.txt in `out`, and the next task begins, on the same group.
+function of `acts.py`, "sequence_parallel": ranks that share each clip, "largest": bytes that a file of rank 1 may have
+from then on, as if its disk were full, "noticed": a step at which a checkpoint is wanted at once. With "refused": true
+the task is to end in a UserError: its message goes to refused_RANK.txt in `out`, and the next task begins, on the same
+group.
 """
 
 import os
@@ -40,6 +41,7 @@ def run(
     noticed: int | None = None,
     conditioning: dict | None = None,
     lora: dict | None = None,
+    sequence_parallel: int = 1,
     **model: Any,
 ) -> None:
     """Trains, and leaves every checkpoint and a line for every step in `out`."""
@@ -54,6 +56,7 @@ def run(
         resume=Path(resume) if resume else None,
         conditioning=ConditioningConfig(**(conditioning or {})),
         lora=LoraConfig(**lora or {}),
+        sequence_parallel=sequence_parallel,
     )
 
 
@@ -79,6 +82,7 @@ def main(rank: int, world: int, store: Path, shards: str, tasks: list[dict], log
                 task.get("noticed"),
                 task.get("conditioning"),
                 task.get("lora"),
+                task.get("sequence_parallel", 1),
             )
             run(task.get("shards", shards), out, task["train"], *rest, **task.get("model", {}))
         except UserError as error:
