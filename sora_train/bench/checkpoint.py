@@ -21,6 +21,7 @@ from sora_train.train import checkpoint
 from sora_train.train.config import TrainConfig
 from sora_train.train.ema import Ema
 from sora_train.train.engine import Engine
+from sora_train.train.load_checkpoint import load_checkpoint
 from sora_train.train.run_dir import RunDir
 from sora_train.train.state import State
 
@@ -78,7 +79,7 @@ def measure(case: Case, rounds: int, folder: Path) -> Row:
         whole = stall + seconds(run_dir.wait)
         newest = folder / "checkpoints" / checkpoint.name_of(turn)
         fresh = make()
-        resume = seconds(lambda: checkpoint.load(newest, *fresh))  # noqa: B023
+        resume = seconds(lambda: load_checkpoint(newest, *fresh))  # noqa: B023
         if turn:
             for name, value in zip(times, (alone, stall, whole, resume), strict=True):
                 times[name].append(value)

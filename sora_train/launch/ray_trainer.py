@@ -34,10 +34,13 @@ from sora_train.launch.checks import worker_resources
 from sora_train.launch.private_ray import Trainer, start_autoscaling_coordinator
 from sora_train.launch.run_folder import last_step, read_fatal_error, resume_hint
 from sora_train.launch.validation import supervise
-from sora_train.launch.worker import train_worker
+from sora_train.launch.worker import rank_ranges, train_worker
 from sora_train.ray_cluster.connection import root_cause
 from sora_train.recipe import Recipe
 from sora_train.train.metrics import Events
+
+MAX_CAUSES = 5
+"""Causes of lost workers in an event."""
 
 
 def run_trainer(recipe: Recipe, run: Path, gpu: bool) -> str:
@@ -130,12 +133,23 @@ class EventCallback(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """A worker was lost: its process or node died, or it raised."""
         if not read_fatal_error(Path(self.run)):
-            why = "; ".join(f"rank {rank}: {root_cause(error)}" for rank, error in sorted(worker_exceptions.items()))
-            self.write_event("worker_lost", last_step(Path(self.run)), why)
+            self.write_event("worker_lost", last_step(Path(self.run)), describe_lost(worker_exceptions))
 
     def write_event(self, event: str, step: int, reason: str) -> None:
         with contextlib.suppress(UserError):  # a full disk must not end Ray's controller
             Events(Path(self.run)).write(event, step, reason)
+
+
+def describe_lost(errors: dict[int, Exception]) -> str:
+    """The causes of lost workers with their ranks; at most `MAX_CAUSES`, since one lost worker may fail all others."""
+    ranks: dict[str, list[int]] = {}
+    for rank, error in sorted(errors.items()):
+        ranks.setdefault(root_cause(error), []).append(rank)
+    shown = list(ranks.items())[:MAX_CAUSES]
+    whys = [f"rank{'s' if len(of) > 1 else ''} {rank_ranges(of)}: {cause}" for cause, of in shown]
+    if others := len(errors) - sum(len(of) for _, of in shown):
+        whys.append(f"and {others} more with other causes")
+    return "; ".join(whys)
 
 
 logging.getLogger("ray.train").setLevel(logging.ERROR)

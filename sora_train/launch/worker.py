@@ -6,7 +6,7 @@ import errno
 import gc
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ from sora_train.train.metrics import Events
 from sora_train.train.run_dir import Report, RunDir
 
 STALE_S = 600.0  # a validation this much over both attempts' time has lost its supervisor
+MAX_RANGES = 20
+"""Ranges of ranks in a message; a thousand lost workers need not be listed one by one."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -79,7 +81,7 @@ def run_training(recipe: Recipe, run: Path) -> str:
     why, checkpoints = decided[0]
     if why:
         return why
-    step, resume = checkpoints[-1] if checkpoints else (0, None)
+    step, resume, _ = checkpoints[-1] if checkpoints else (0, None, None)
     run_dir = RunDir(run, checkpoint_reporter(recipe, run, checkpoints), preemption_watcher(run))
     cache = int(1e9 * recipe.train.shard_cache_gb)
     # Rank 0 lists the shards: storage is asked once, and all ranks see the same ones.
@@ -119,16 +121,17 @@ def run_training(recipe: Recipe, run: Path) -> str:
         )
 
 
-def read_start_state(run: Path) -> tuple[str, list[tuple[int, Path]]]:
-    """Why not to start, or an empty string; and the complete checkpoints."""
+def read_start_state(run: Path) -> tuple[str, list[tuple[int, Path, float | None]]]:
+    """Why not to start, or an empty string; and step, folder and loss of the complete checkpoints. For rank 0."""
     if why := read_fatal_error(run):
         return why, []
     if stop_requested(run):
         return "stop requested before training resumed", []
-    return "", checkpoint.complete_checkpoints(run / "checkpoints")
+    found = checkpoint.complete_checkpoints(run / "checkpoints")
+    return "", [(step, path, (checkpoint.read_state(path) or {}).get("loss")) for step, path in found]
 
 
-def checkpoint_reporter(recipe: Recipe, run: Path, checkpoints: list[tuple[int, Path]]) -> Report:
+def checkpoint_reporter(recipe: Recipe, run: Path, checkpoints: list[tuple[int, Path, float | None]]) -> Report:
     """Returns the function that reports checkpoints to Ray, so Ray's keep-best policy sees all of them.
 
     It first reports any on disk that Ray does not know, after a restart or if a worker died before reporting. Ray must
@@ -157,13 +160,12 @@ def checkpoint_reporter(recipe: Recipe, run: Path, checkpoints: list[tuple[int, 
             validation=validate,
         )
 
-    for step, path in checkpoints:
+    for step, path, loss in checkpoints:
         if path.name not in reported:
-            state = checkpoint.read_state(path) or {}
             # A validation that was cut off with the run is requested again.
             cut_off = dist.get_rank() == 0 and ValidationStatus(run).get(step) == "lost"
             validate = cut_off and request_validation(recipe, run, step)
-            metrics = {"step": step, "again": True, "loss": sortable_loss(state.get("loss"))}
+            metrics = {"step": step, "again": True, "loss": sortable_loss(loss)}
             report_to_ray(path, metrics, lambda: None, validate)
 
     def report(step: int, metrics: dict[str, float], folder: Path, wait: Callable[[], None]) -> None:
@@ -219,11 +221,23 @@ def preemption_watcher(run: Path) -> Callable[[int], bool]:
             return False
         known[0] = info
         by = f" by {datetime.fromtimestamp(info.deadline_ms / 1000, UTC):%H:%M:%S} UTC" if info.deadline_ms else ""
-        ranks = ", ".join(map(str, info.preempted_ranks))
+        ranks = rank_ranges(info.preempted_ranks)
         Events(run).write("preempted", step, f"the nodes of ranks {ranks} go away{by}; saving a checkpoint now")
         return True
 
     return preemption_requested
+
+
+def rank_ranges(ranks: Iterable[int]) -> str:
+    """Ranks as text, such as `0-7, 16`; at most `MAX_RANGES` of them."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    texts = [f"{first}-{last}" if last > first else f"{first}" for first, last in runs]
+    return ", ".join(texts[:MAX_RANGES] + ["…"] * (len(texts) > MAX_RANGES))
 
 
 def request_validation(recipe: Recipe, run: Path, step: int) -> bool:

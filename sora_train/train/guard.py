@@ -17,6 +17,7 @@ from sora_train.train import checkpoint
 from sora_train.train.config import TrainConfig
 from sora_train.train.ema import Ema
 from sora_train.train.engine import Engine
+from sora_train.train.load_checkpoint import load_checkpoint
 from sora_train.train.run_dir import RunDir
 from sora_train.train.state import State, with_clips
 
@@ -77,7 +78,7 @@ def rollback(
     folder = run_dir.newest_checkpoint(first_bad)
     if folder is not None and folder.name == checkpoint.name_of(state.back_at):
         folder = run_dir.newest_checkpoint(state.back_at - 1) or folder  # that one led to bad steps before
-    back = state if folder is None else checkpoint.load(folder, engine, ema)
+    back = state if folder is None else load_checkpoint(folder, engine, ema)
     skipped = tuple(sorted({*state.skipped, *back.skipped}))
     if back.clips not in ("", state.clips):  # saved before `--new-data`: a new order begins, which repeats no batch
         skipped, back = back.skipped, with_clips(back, state.clips, order.epoch(state.streak[-1]))

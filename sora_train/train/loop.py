@@ -34,6 +34,7 @@ from sora_train.train.fp8 import use_fp8
 from sora_train.train.frozen_base import with_base
 from sora_train.train.hardware import memory_gb, peak_flops
 from sora_train.train.initial import make_model
+from sora_train.train.load_checkpoint import load_checkpoint
 from sora_train.train.metrics import Tally
 from sora_train.train.profile import StepProfiler
 from sora_train.train.run_dir import RunDir
@@ -88,7 +89,7 @@ def train(
     ema = Ema(engine, config.ema_decay)
     fingerprint = [shards.fingerprint if rank == 0 else ""]
     dist.broadcast_object_list(fingerprint, src=0)
-    state = with_clips(State() if resume is None else checkpoint.load(resume, engine, ema), fingerprint[0])
+    state = with_clips(State() if resume is None else load_checkpoint(resume, engine, ema), fingerprint[0])
     if lora.rank:
         state = with_base(state, Path(model_config.init_from))
 

@@ -82,11 +82,14 @@ class RunDir:
                 result.unlink(missing_ok=True)
 
     def poll_requests(self, step: int) -> tuple[bool, bool]:
-        """Whether a checkpoint is requested now, and whether the run is to stop after it. On every rank, each step."""
+        """Whether a checkpoint is requested now, and whether the run is to stop after it. On every rank, each step.
+
+        The loop combines the ranks' answers, so only rank 0 looks for the stop file.
+        """
         if STEP_DELAY_S:
             time.sleep(STEP_DELAY_S)
         save = self.preemption_requested is not None and self.preemption_requested(step)
-        if time.monotonic() - self.polled_at > POLL_STOP_FILE_S:
+        if dist.get_rank() == 0 and time.monotonic() - self.polled_at > POLL_STOP_FILE_S:
             self.polled_at, self.stop_requested = time.monotonic(), (self.run / STOP_FILE).exists()
         return save, self.stop_requested
 

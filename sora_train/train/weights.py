@@ -55,12 +55,11 @@ def read_trained_weights(checkpoint: Path, shapes: dict[str, torch.Size]) -> dic
     weights = {name: torch.empty(math.prod(shape)) for name, shape in shapes.items()}
     missing = {name: len(tensor) for name, tensor in weights.items()}
 
-    def fits(name: str, begin: int, count: int) -> bool:
-        return name in weights and begin + count <= len(weights[name])
-
-    for name, begin, tensors in read_parts(checkpoint, about["world_size"], ("weights",), fits):
-        source = tensors["weights"]
-        weights[name][begin : begin + len(source)] = source
+    for name, begin, tensors in read_parts(checkpoint, about, range(about["world_size"]), ("weights",)):
+        source, room = tensors["weights"], weights.get(name, torch.empty(0))
+        if begin + len(source) > len(room):
+            continue
+        room[begin : begin + len(source)] = source
         missing[name] -= len(source)
     if wrong := [name for name, count in missing.items() if count]:
         raise UserError(

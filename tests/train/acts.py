@@ -22,6 +22,7 @@ from sora_train.train.adapted import adapt
 from sora_train.train.config import TrainConfig
 from sora_train.train.ema import Ema
 from sora_train.train.engine import Engine
+from sora_train.train.load_checkpoint import load_checkpoint
 from sora_train.train.state import State
 
 
@@ -37,7 +38,7 @@ def opened(model: ModelConfig, settings: dict, resume: str | None) -> tuple[Engi
         adapt(made, lora, half=config.precision == "bf16")
     engine = Engine(made, config, accumulation=2, device=torch.device("cpu"))
     ema = Ema(engine, config.ema_decay)
-    return engine, ema, State() if resume is None else checkpoint.load(Path(resume), engine, ema)
+    return engine, ema, State() if resume is None else load_checkpoint(Path(resume), engine, ema)
 
 
 def write_again(model: ModelConfig, out: Path, settings: dict, resume: str) -> None:

@@ -81,6 +81,7 @@ def ask(nodes: list[dict[str, Any]], folder: Path, *expected: Any) -> list[NodeI
     ]
     done, _ = ray.wait(tasks, num_returns=len(tasks), timeout=ANSWER_S)
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    ends = time.monotonic() + FILE_DELAY_S  # for all nodes together: a thousand may not share the folder
     found: list[NodeInfo] = []
     for node, task in zip(nodes, tasks, strict=True):
         answer, address, resources = NodeInfo(), node["NodeManagerAddress"], node["Resources"]
@@ -91,7 +92,7 @@ def ask(nodes: list[dict[str, Any]], folder: Path, *expected: Any) -> list[NodeI
             if task not in done:
                 raise TimeoutError(f"no answer in {ANSWER_S:g} s; restart Ray there, or remove the node")
             answer, problem = ray.get(task), ""
-            if not appears(folder / node["NodeID"]):
+            if not appears(folder / node["NodeID"], ends):
                 problem = f"files that it writes into {folder.parent} are not visible here{MOUNT}"
             elif (counted := int(resources.get("GPU", 0))) > len(answer.gpus):
                 problem = (
@@ -161,9 +162,9 @@ def parse_gpus(output: str) -> tuple[tuple[str, int], ...]:
     return tuple((name.strip(), int(mib) * 2**20) for name, _, mib in rows if mib.strip().isdigit())
 
 
-def appears(path: Path) -> bool:
-    """Whether a path exists, or does within `FILE_DELAY_S`."""
-    ends = time.monotonic() + FILE_DELAY_S
+def appears(path: Path, ends: float | None = None) -> bool:
+    """Whether a path exists, or does until `ends` (monotonic time), by default `FILE_DELAY_S` from now."""
+    ends = time.monotonic() + FILE_DELAY_S if ends is None else ends
     while not path.exists() and time.monotonic() < ends:
         with suppress(OSError):
             os.listdir(path.parent)  # has NFS ask the server again
