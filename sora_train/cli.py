@@ -101,7 +101,11 @@ def run(verb: str, words: Sequence[str]) -> None:
                 progress(str(write_page(shards, options.html, options.clips, options.root)))
         case "preflight":
             recipe, options = recipe_of(verb, words)
-            gpu = {name: value for name in ("gpu", "memory", "mfu") if (value := getattr(options, name)) is not None}
+            gpu = {
+                name: value
+                for name in ("gpu", "memory", "mfu", "mtbf")
+                if (value := getattr(options, name)) is not None
+            }
             if options.plan:
                 from sora_train.plan.table import PlanOptions, format_plan
 

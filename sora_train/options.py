@@ -43,6 +43,8 @@ class PreflightOptions:
     """With --plan: GPU memory that training may use, in 10⁹ bytes. That of the H100 or A100 if not given."""
     mfu: PositiveFloat | None = None
     """With --plan: share of the GPU's FLOP/s that training reaches. 0.35 if not given."""
+    mtbf: PositiveFloat | None = None
+    """With --plan: mean hours between failures of all GPUs together. By a published rate if not given."""
 
 
 @options

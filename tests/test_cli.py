@@ -65,7 +65,7 @@ def test_the_help_of_a_recipe_shows_what_it_sets(tmp_path: Path, capsys: pytest.
     [
         ("download", ["--to "]),
         ("prep", ["--plan "]),
-        ("preflight", ["--plan ", "--gpu ", "--memory ", "--mfu "]),
+        ("preflight", ["--plan ", "--gpu ", "--memory ", "--mfu ", "--mtbf "]),
         ("train", ["--fresh ", "--overwrite ", "--new_data ", "--no_preflight "]),
     ],
 )

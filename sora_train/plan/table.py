@@ -17,6 +17,8 @@ from sora_train.lora.flops import training_flops
 from sora_train.manifest import Manifest
 from sora_train.plan.activations import Sizes, activations
 from sora_train.plan.estimate import Estimate, estimate, largest_micro_batch, step_flops
+from sora_train.plan.forecast_table import format_forecast
+from sora_train.plan.measured import Figure
 from sora_train.plan.states import checkpoint_bytes, host_memory, parameter_counts
 from sora_train.recipe import Recipe
 from sora_train.schema import bucket_name
@@ -42,6 +44,8 @@ class PlanOptions:
     fragmentation take the rest. Required for other GPUs."""
     mfu: Annotated[float, Field(gt=0, le=1)] = 0.35
     """Share of the GPU's FLOP/s that training is assumed to reach."""
+    mtbf: PositiveFloat | None = None
+    """Mean hours between failures of all GPUs together. By a published rate if not given."""
 
 
 def plan_inputs(recipe: Recipe) -> tuple[dict[str, Sizes], list[int], str]:
@@ -92,6 +96,7 @@ def format_plan(recipe: Recipe, options: PlanOptions) -> str:
     train, world, room = recipe.train, recipe.cluster.fewest, int(memory * 1e9)
     sizes = replace(sizes, b=train.micro_batch_size)
     own = estimate(recipe.model, train, sizes, world, recipe.lora)
+    planned_step = Figure(step_seconds(recipe, buckets, clips, options), f"planned, at {options.mfu:.0%} MFU")
     lines = [
         f"{recipe.name}: {describe_parameters(recipe)}, {train.precision}, "
         f"ZeRO {train.zero_stage}, {counted(world, 'worker')}, micro-batches of "
@@ -106,6 +111,8 @@ def format_plan(recipe: Recipe, options: PlanOptions) -> str:
         "",
         verdict(recipe, own, sizes, room, memory),
         *cost(recipe, buckets, clips, options),
+        "",
+        *format_forecast(recipe, planned_step, options.mtbf),
     ]
     return "\n".join(lines)
 
@@ -227,19 +234,31 @@ def remedies_for(recipe: Recipe, sizes: Sizes, room: int) -> list[str]:
     return found
 
 
-def cost(recipe: Recipe, buckets: dict[str, Sizes], clips: list[int], options: PlanOptions) -> list[str]:
-    """FLOPs, hours and disk."""
-    model, train, world, lora = recipe.model, recipe.train, recipe.cluster.most, recipe.lora
+def step_seconds(recipe: Recipe, buckets: dict[str, Sizes], clips: list[int], options: PlanOptions) -> float:
+    """Mean seconds of a step at the assumed MFU. RecipeError for a GPU whose FLOP/s are not known."""
+    train, world = recipe.train, recipe.cluster.most
     peak = peak_of(options.gpu, train.half)
     if peak is None:
         raise RecipeError(f"--gpu {options.gpu}: its FLOP/s are not known; those of {', '.join(PEAKS)} are")
-    weighted = [(count / max(1, sum(clips)), s) for count, s in zip(clips, buckets.values(), strict=True)]
-    clip = sum(weight * training_flops(model, lora, s.f, s.h, s.w, s.l, s.frame_times) for weight, s in weighted)
-    step = sum(weight * step_flops(model, train, s, world, lora) for weight, s in weighted)
-    hours = train.steps * step / (world * peak * options.mfu) / 3600
+    flops = sum(share * step_flops(recipe.model, train, s, world, recipe.lora) for share, s in shares(buckets, clips))
+    return flops / (world * peak * options.mfu)
+
+
+def shares(buckets: dict[str, Sizes], clips: list[int]) -> list[tuple[float, Sizes]]:
+    """The share of all clips of each bucket, and its sizes."""
+    return [(count / max(1, sum(clips)), s) for count, s in zip(clips, buckets.values(), strict=True)]
+
+
+def cost(recipe: Recipe, buckets: dict[str, Sizes], clips: list[int], options: PlanOptions) -> list[str]:
+    """FLOPs, hours and disk."""
+    model, train, world, lora = recipe.model, recipe.train, recipe.cluster.most, recipe.lora
+    hours = train.steps * step_seconds(recipe, buckets, clips, options) / 3600
+    clip = sum(
+        share * training_flops(model, lora, s.f, s.h, s.w, s.l, s.frame_times) for share, s in shares(buckets, clips)
+    )
     added = accumulation(train, world) * train.micro_batch_size * world - train.batch_size
     padding = f"; {added} clips of a step's micro-batches are padding" if added else ""
-    size = checkpoint_bytes(model, lora)
+    size, peak = checkpoint_bytes(model, lora), peak_of(options.gpu, train.half) or 0.0
     return [
         f"compute: {clip:.3g} FLOPs per clip, forward and backward; {train.steps:,} steps of "
         f"{counted(train.batch_size, 'clip')} are {in_hours(hours)} on {world} {options.gpu}, assumed to reach "
