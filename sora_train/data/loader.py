@@ -1,7 +1,7 @@
 """The data loader: one thread reads and collates micro-batches ahead of the loop, which copies them to its device."""
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 
@@ -21,18 +21,19 @@ def micro_batches(
     *,
     rank: int = 0,
     world: int = 1,
-    micro_batch_size: int,
+    micro_batch_size: int | Mapping[str, int],
     caption_dropout: float,
     null_prompt: str = "eos",
 ) -> list[MicroBatch]:
-    """One rank's micro-batches of a batch; all ranks get equally many, of equal size.
+    """One rank's micro-batches of a batch; all ranks get equally many, of equal size, which buckets may have their own.
 
     A pure function: everything random depends on the batch's number, not on the step that takes it. Raises UserError
     if a shard can't be read.
     """
     taken = batch(order, number)
     result: list[MicroBatch] = []
-    for rows in share(taken, rank, world, micro_batch_size, order.batch_size):
+    size = micro_batch_size if isinstance(micro_batch_size, int) else micro_batch_size[taken.bucket]
+    for rows in share(taken, rank, world, size, order.batch_size_of(taken.bucket)):
         real = [row for row in rows if row is not None]
         padding = len(rows) - len(real)
         clips = shards.read(taken.bucket, real + (real or list(taken.rows))[:1] * padding)

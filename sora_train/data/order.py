@@ -34,13 +34,15 @@ WINDOW_GROUPS = 64
 class Bucket:
     """Clips of one shape: `rows` >= 1 in the split, in groups of `group_rows` neighbours; the last may be short.
 
-    `images`: they have one frame; it matters only with an `image_ratio`.
+    `images`: they have one frame; it matters only with an `image_ratio`. `batch_size`: clips of its batches, if not the
+    order's.
     """
 
     name: str
     rows: int
     group_rows: int = 32
     images: bool = False
+    batch_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,12 @@ class SampleOrder:
         count, total = (self.image_ratio or Fraction(0)).as_integer_ratio()
         return (k * count + stable_hash(self.seed, "pictures") % total) // total
 
+    def batch_size_of(self, name: str) -> int:
+        """Clips of a full batch of a bucket."""
+        return next(bucket.batch_size for bucket in self.buckets if bucket.name == name) or self.batch_size
+
     def _steps(self, bucket: Bucket) -> int:
-        return -(-bucket.rows // self.batch_size)
+        return -(-bucket.rows // (bucket.batch_size or self.batch_size))
 
     def bucket_at(self, epoch: int, step: int) -> tuple[Bucket, int]:
         """The bucket at a step of a stream's epoch, and how many of its batches came before in that epoch.
@@ -140,8 +146,9 @@ def batch(order: SampleOrder, k: int) -> Batch:
     passes, step = divmod(number, stream.steps_per_epoch)
     epoch = stream.epochs + passes
     bucket, turn = stream.bucket_at(epoch, step)
-    first = turn * order.batch_size
-    rows = ordered_rows(stream, bucket, epoch, first, min(first + order.batch_size, bucket.rows))
+    size = bucket.batch_size or order.batch_size
+    first = turn * size
+    rows = ordered_rows(stream, bucket, epoch, first, min(first + size, bucket.rows))
     return Batch(epoch, bucket.name, tuple(np.sort(rows).tolist()))
 
 

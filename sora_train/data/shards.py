@@ -7,7 +7,7 @@ numbers count the rows of one split of one bucket, with files sorted by name, wi
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from typing import Any
@@ -69,19 +69,24 @@ class ShardSet:
         """Clips of the split in each bucket."""
         return {name: int(shards.ends[-1]) for name, shards in self._shards.items()}
 
-    def sample_order(self, batch_size: int, seed: int, image_ratio: float | None = None) -> SampleOrder:
+    def sample_order(
+        self, batch_size: int | Mapping[str, int], seed: int, image_ratio: float | None = None
+    ) -> SampleOrder:
         """The order in which training takes these clips, in groups of the most frequent row group size.
 
-        Raises UserError if the split lacks the images or the videos that `image_ratio` (data.image_ratio) needs.
+        `batch_size` may be one for all buckets, or one for each. Raises UserError if the split lacks the images or the
+        videos that `image_ratio` (data.image_ratio) needs.
         """
         if wrong := image_ratio_error(image_ratio, map(bucket_size, self.rows)):
             raise UserError(f"{wrong} (the {self.split} split of {self.folder})", code="shards")
         buckets: list[Bucket] = []
         for name, rows in self.rows.items():
             group_rows = self._shards[name].commonest_group()
-            buckets.append(Bucket(name, rows, group_rows, images=bucket_size(name)[0] == 1))
+            own = None if isinstance(batch_size, int) else batch_size[name]
+            buckets.append(Bucket(name, rows, group_rows, images=bucket_size(name)[0] == 1, batch_size=own))
         ratio = None if image_ratio is None else Fraction(str(image_ratio))  # exactly as written: 0.1 is a tenth
-        return SampleOrder(tuple(buckets), batch_size, seed, image_ratio=ratio)
+        least = batch_size if isinstance(batch_size, int) else min(batch_size.values())
+        return SampleOrder(tuple(buckets), least, seed, image_ratio=ratio)
 
     def read(self, bucket: str, rows: Sequence[int]) -> Clips:
         """The clips with these numbers, in this order; repeats are allowed."""

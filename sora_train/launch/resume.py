@@ -23,6 +23,7 @@ FIXED_KEYS = (
     "data.holdout_fraction",
     "data.image_ratio",
     "train.batch_size",
+    "train.balance",
     "train.betas",
     "train.ema_decay",
     "train.caption_dropout",

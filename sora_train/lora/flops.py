@@ -49,7 +49,7 @@ def training_flops(
         "ff": (of_self * (d + inner) / d, 0),  # two adapters of d x inner
     }
     forward = adapted = 0.0
-    for target in targets:
+    for target in sorted(targets):  # the same rounding on every rank
         whole, text = tokens[target]
         forward += lora.rank * 2 * d * (whole + text)
         adapted += lora.rank * (4 * d * whole + 3 * d * text)

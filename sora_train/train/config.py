@@ -20,6 +20,10 @@ class TrainConfig(Section):
     micro_batch_size: PositiveInt = 8
     """Clips that one worker processes at a time.
     Gradients accumulate until `batch_size` is reached."""
+    balance: bool = False
+    """Balance the steps of buckets of unlike cost.
+    `batch_size` and `micro_batch_size` then hold for the costliest bucket. The others take more clips, by the model's
+    FLOPs for a clip, so all steps take about equally long, and larger micro-batches, by the clip's tokens."""
     learning_rate: PositiveFloat = 1e-4
     """Peak learning rate of AdamW."""
     warmup_steps: NonNegativeInt = 0

@@ -34,8 +34,8 @@ CheckNorm = Callable[[float], str]
 class Engine:
     """A model, AdamW and ZeRO on an existing process group.
 
-    Gradients of `accumulation` calls of `backward` are summed, then averaged over the ranks. Nothing else is divided,
-    so the caller scales the loss. Raises RuntimeError without a process group, and UserError for values of
+    Gradients of at most `accumulation` calls of `backward` are summed, then averaged over the ranks. Nothing else is
+    divided, so the caller scales the loss. Raises RuntimeError without a process group, and UserError for values of
     `train.deepspeed` that DeepSpeed rejects.
     """
 
@@ -104,8 +104,13 @@ class Engine:
                 return self.inner(x, t, text, text_mask).float()
         return self.inner(x.to(self.dtype), t, text.to(self.dtype), text_mask).float()
 
-    def backward(self, loss: Float[Tensor, ""]) -> None:
-        """Adds the gradients of `loss`; after a step's last micro-batch they are averaged over the ranks."""
+    def backward(self, loss: Float[Tensor, ""], last: bool | None = None) -> None:
+        """Adds the gradients of `loss`; after a step's last micro-batch they are averaged over the ranks.
+
+        `last` says whether it is the last one; otherwise every `accumulation`-th is.
+        """
+        if last is not None:
+            self.inner.set_gradient_accumulation_boundary(last)
         if self.stage == 2:  # it sums over the ranks, see `deepspeed_config`
             loss = loss / self.world
         self.inner.backward(loss, scale_wrt_gas=False)

@@ -26,6 +26,7 @@ from sora_train.model import ModelConfig
 from sora_train.train import checkpoint, guard
 from sora_train.train.activation_checkpointing import apply_activation_checkpointing
 from sora_train.train.adapted import build_adapted
+from sora_train.train.balance import shard_configs
 from sora_train.train.compile import Compilation
 from sora_train.train.config import TrainConfig
 from sora_train.train.ema import Ema
@@ -85,7 +86,10 @@ def train(
     compilation = Compilation(config, model_config, shards, run_dir, device)
     compilation.apply(model)
     objective = make_objective(diffusion, model_config.learned_variance, conditioning)
-    engine = Engine(model, config, accumulation=accumulation(config, groups), device=device)
+    timed = objective.conditioning.frame_times
+    by_bucket = shard_configs(config, model_config, lora, shards, frame_times=timed, world=groups)
+    most = max(accumulation(own, groups) for own in by_bucket.values())
+    engine = Engine(model, config, accumulation=most, device=device)
     ema = Ema(engine, config.ema_decay)
     fingerprint = [shards.fingerprint if rank == 0 else ""]
     dist.broadcast_object_list(fingerprint, src=0)
@@ -95,7 +99,8 @@ def train(
 
     def start_loader() -> tuple[SampleOrder, Generator[tuple[int, list[MicroBatch]], None, None]]:
         """The order of samples and the batches from the current state on."""
-        order = shards.sample_order(config.batch_size, config.seed, image_ratio)
+        batch_sizes = {name: own.batch_size for name, own in by_bucket.items()}
+        order = shards.sample_order(batch_sizes, config.seed, image_ratio)
         order, skipped = replace(order, origin=state.data_from, epochs=state.data_epoch), state.skipped
         numbers = (batch_number(step, skipped) for step in range(state.step, config.steps))
         make = partial(
@@ -105,7 +110,7 @@ def train(
             objective,
             rank=group,
             world=groups,
-            micro_batch_size=config.micro_batch_size,
+            micro_batch_size={name: own.micro_batch_size for name, own in by_bucket.items()},
             caption_dropout=config.caption_dropout,
             null_prompt=null_prompt,
         )
@@ -132,11 +137,11 @@ def train(
 
             # forward and backward: DeepSpeed averages over the ranks, so world / clips makes it the mean over all clips
             sums = torch.zeros(4, 2, dtype=torch.float64, device=device)  # loss and clips by quarter of diffusion time
-            for micro in loader.on_device(micro_batches, device):
+            for count, micro in enumerate(loader.on_device(micro_batches, device), 1):
                 compilation.announce(step, taken.bucket, micro.text.shape[1])
                 texts = micro.text, micro.text_mask
                 losses = objective.loss(engine, micro.latents, micro.noise, micro.t, *texts, micro.given)
-                engine.backward((losses * micro.weight).sum() * (world / clips))
+                engine.backward((losses * micro.weight).sum() * (world / clips), last=count == len(micro_batches))
                 if first_of_group:  # the others have the same clips
                     sums += loss_by_time(objective.model_time(micro.t), losses.detach(), micro.weight)
 

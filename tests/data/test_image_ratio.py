@@ -27,7 +27,7 @@ quick = settings(deadline=None, max_examples=15)
 
 def mixed_plan_of(mix: Mix) -> SampleOrder:
     images, videos, batch_size, seed, ratio = mix
-    buckets = [Bucket(f"images {i}", *shape, images=True) for i, shape in enumerate(images)]
+    buckets = [Bucket(f"images {i}", *shape, images=True, batch_size=3 * batch_size) for i, shape in enumerate(images)]
     buckets += [Bucket(f"videos {i}", *shape) for i, shape in enumerate(videos)]
     return SampleOrder(tuple(buckets), batch_size, seed, window=3, image_ratio=ratio)
 

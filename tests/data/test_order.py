@@ -46,10 +46,11 @@ for ratio in (None, Fraction("0.2")):
     print(memory, np.median(times))
 """
 
-Spec = tuple[list[tuple[int, int]], int, int, int]
+Spec = tuple[list[tuple[int, int, int | None]], int, int, int]
 seeds = st.integers(0, 2**63)
-specs = st.tuples(  # rows and group_rows of each bucket, batch_size, seed, window
-    st.lists(st.tuples(st.integers(1, 200), st.integers(1, 40)), min_size=1, max_size=3),
+own = st.none() | st.integers(4, 90)
+specs = st.tuples(  # rows, group_rows and own batch_size of each bucket, batch_size, seed, window
+    st.lists(st.tuples(st.integers(1, 200), st.integers(1, 40), own), min_size=1, max_size=3),
     st.integers(4, 40),
     seeds,
     st.integers(1, 6),
@@ -59,7 +60,8 @@ quick = settings(deadline=None, max_examples=40)
 
 def plan_of(spec: Spec) -> SampleOrder:
     shapes, batch_size, seed, window = spec
-    return SampleOrder(tuple(Bucket(f"bucket {i}", *shape) for i, shape in enumerate(shapes)), batch_size, seed, window)
+    buckets = [Bucket(f"bucket {i}", rows, group, False, size) for i, (rows, group, size) in enumerate(shapes)]
+    return SampleOrder(tuple(buckets), batch_size, seed, window)
 
 
 def epoch_of(plan: SampleOrder, epoch: int) -> list[Batch]:
@@ -151,7 +153,8 @@ def test_an_epoch_has_every_row_once_in_batches_of_one_bucket(spec: Spec, epoch:
     for bucket in plan.buckets:
         assert sorted(rows_of(batches, bucket)) == list(range(bucket.rows))
     first = order_of(plan, epoch)
-    cuts = [np.sort(first[i : i + plan.batch_size]) for i in range(0, len(first), plan.batch_size)]
+    size = plan.batch_size_of("bucket 0")
+    cuts = [np.sort(first[i : i + size]) for i in range(0, len(first), size)]
     assert rows_of(batches, plan.buckets[0]) == np.concatenate(cuts).tolist()
     assert sum(len(taken.rows) for taken in batches) == sum(bucket.rows for bucket in plan.buckets)
     assert all(taken.epoch == epoch for taken in batches)
@@ -164,8 +167,10 @@ def test_only_the_last_batch_of_a_bucket_is_short(spec: Spec):
     batches = epoch_of(plan, 0)
     for bucket in plan.buckets:
         *others, last = [len(taken.rows) for taken in batches if taken.bucket == bucket.name]
-        assert all(length == plan.batch_size for length in others)
-        assert last == (bucket.rows - 1) % plan.batch_size + 1
+        size = bucket.batch_size or plan.batch_size
+        assert plan.batch_size_of(bucket.name) == size
+        assert all(length == size for length in others)
+        assert last == (bucket.rows - 1) % size + 1
 
 
 @quick
@@ -173,8 +178,9 @@ def test_only_the_last_batch_of_a_bucket_is_short(spec: Spec):
 def test_all_ranks_get_equally_many_micro_batches_of_a_batch(spec: Spec, world: int, micro: int):
     plan = plan_of(spec)
     for taken in epoch_of(plan, 0):
-        ranks = [share(taken, rank, world, micro, plan.batch_size) for rank in range(world)]
-        assert {len(rank) for rank in ranks} == {-(-plan.batch_size // (world * micro))}
+        size = plan.batch_size_of(taken.bucket)
+        ranks = [share(taken, rank, world, micro, size) for rank in range(world)]
+        assert {len(rank) for rank in ranks} == {-(-size // (world * micro))}
         assert {len(rows) for rank in ranks for rows in rank} == {micro}
         assert tuple(row for rank in ranks for rows in rank for row in rows if row is not None) == taken.rows
         sizes = [sum(row is not None for rows in rank for row in rows) for rank in ranks]
@@ -187,7 +193,7 @@ def test_any_stretch_of_steps_keeps_the_proportions_of_the_buckets(spec: Spec):
     plan = plan_of(spec)
     names = [taken.bucket for taken in epoch_of(plan, 0)]
     for bucket in plan.buckets:
-        share_of_steps = -(-bucket.rows // plan.batch_size) / len(names)
+        share_of_steps = -(-bucket.rows // plan.batch_size_of(bucket.name)) / len(names)
         excess = np.cumsum([0, *(float(name == bucket.name) - share_of_steps for name in names)])
         assert excess.max() - excess.min() < 1 + len(plan.buckets)
 
