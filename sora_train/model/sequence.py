@@ -40,13 +40,18 @@ class SequenceGroup:
 
     def exchange(self, x: Tensor, *, split: int, join: int, length: int) -> Tensor:
         """From a share of axis `join` to all `length` of it, and from all of axis `split` to a share: an all-to-all."""
+        return self.exchange_all((x,), split=split, join=join, length=length)[0]
+
+    def exchange_all(self, parts: tuple[Tensor, ...], *, split: int, join: int, length: int) -> tuple[Tensor, ...]:
+        """The same with several tensors of one shape, in one message."""
         if self.size == 1:
-            return x
-        shares = torch.stack(self.padded(x, split).chunk(self.size, split))
-        rows = [1] * self.size
+            return parts
+        shares = zip(*(self.padded(x, split).chunk(self.size, split) for x in parts), strict=True)
+        sent, each = torch.stack([share for of_rank in shares for share in of_rank]), [len(parts)] * self.size
         # the operators that torch's own functional collectives call: they have gradients, and torch.compile traces them
-        shares = wait_tensor(torch.ops._c10d_functional.all_to_all_single(shares, rows, rows, self.name))
-        return torch.cat(shares.unbind(), join).narrow(join, 0, length).contiguous()
+        got = wait_tensor(torch.ops._c10d_functional.all_to_all_single(sent, each, each, self.name)).unbind()
+        joined = (torch.cat(got[i :: len(parts)], join) for i in range(len(parts)))
+        return tuple(x.narrow(join, 0, length).contiguous() for x in joined)
 
     def join(self, x: Tensor, axis: int, length: int) -> Tensor:
         """All `length` of an axis, of which each rank has a share. Only the own share passes a gradient back."""
@@ -59,10 +64,7 @@ class SequenceGroup:
 
     def to_heads(self, *parts: Float[Tensor, "b f n d"], places: int) -> tuple[Float[Tensor, "b f p e"], ...]:
         """Exchanges all heads of own tokens for own heads of all tokens, of queries, keys and values in one message."""
-        if self.size == 1:
-            return parts
-        together = torch.stack(parts)
-        return self.exchange(together, split=1 + CHANNELS, join=1 + PLACES, length=places).unbind()
+        return self.exchange_all(parts, split=CHANNELS, join=PLACES, length=places)
 
     def to_tokens(self, x: Float[Tensor, "b f p e"], width: int) -> Float[Tensor, "b f n d"]:
         """The way back: all heads of own tokens."""

@@ -39,7 +39,7 @@ from sora_train.train.load_checkpoint import load_checkpoint
 from sora_train.train.metrics import Tally
 from sora_train.train.profile import StepProfiler
 from sora_train.train.run_dir import RunDir
-from sora_train.train.sequence_parallel import share_clips
+from sora_train.train.sequence_parallel import make_sequence_group, share_clips
 from sora_train.train.skipped_blocks import add_zero_gradients
 from sora_train.train.state import State, with_clips
 
@@ -81,7 +81,7 @@ def train(
     if config.precision == "fp8":
         use_fp8(model, device)
     add_zero_gradients(model)
-    share_clips(model, sequence_parallel)
+    share_clips(model, make_sequence_group(model_config, sequence_parallel))
     apply_activation_checkpointing(model, config.activation_checkpointing)
     compilation = Compilation(config, model_config, shards, run_dir, device)
     compilation.apply(model)

@@ -10,23 +10,25 @@ import torch.distributed as dist
 from sora_train.errors import UserError
 from sora_train.model import ModelConfig, Transformer
 from sora_train.model.layers import Attention
-from sora_train.model.sequence import SequenceGroup
+from sora_train.model.sequence import ALONE, SequenceGroup
 from sora_train.model.wan import WanAttention
 
 
-def share_clips(model: Transformer, size: int) -> None:
-    """Has each `size` consecutive ranks share the tokens of their clips. Collective.
-
-    Raises UserError if the ranks, or the heads of an attention over whole clips, do not divide.
-    """
-    if size == 1:
-        return
-    check_sequence_parallel(model.config, size, dist.get_world_size())
-    own: Any = dist.new_subgroups(size)[0]
-    model.ranks = SequenceGroup(dist.get_rank() % size, size, own.group_name)
+def share_clips(model: Transformer, ranks: SequenceGroup) -> None:
+    """Has these ranks share the tokens of each clip that the model gets."""
+    model.ranks = ranks
     for module in model.modules():
         if isinstance(module, Attention | WanAttention) and not model.config.factorised:
-            module.ranks = model.ranks
+            module.ranks = ranks
+
+
+def make_sequence_group(model: ModelConfig, size: int) -> SequenceGroup:
+    """This rank's group of `size` consecutive ranks. Collective. Raises as `check_sequence_parallel` does."""
+    check_sequence_parallel(model, size, dist.get_world_size())
+    if size == 1:
+        return ALONE
+    group: Any = dist.new_subgroups(size)[0]
+    return SequenceGroup(dist.get_rank() % size, size, group.group_name)
 
 
 def check_sequence_parallel(model: ModelConfig, size: int, world: int) -> None:
@@ -38,7 +40,7 @@ def check_sequence_parallel(model: ModelConfig, size: int, world: int) -> None:
         )
     if not model.factorised and model.heads % size:
         raise UserError(
-            f"cluster.sequence_parallel is {size}, and model.heads {model.heads} do not divide by it: each rank of a "
-            "group computes the attention of as many heads. Use a divisor of the heads",
+            f"cluster.sequence_parallel is {size}, which does not divide model.heads {model.heads}: each rank of a "
+            "group computes the attention of its share of the heads. Use a divisor of the heads",
             code="sequence_parallel",
         )
