@@ -6,7 +6,7 @@ With one file, latents and model can't disagree. This module does not import Ray
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -16,8 +16,6 @@ from pydantic import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
-    ValidationError,
     field_validator,
 )
 
@@ -34,6 +32,7 @@ from sora_train.settings import build, read_yaml
 from sora_train.storage import atomic_write_text
 from sora_train.train.config import TrainConfig
 from sora_train.train.deepspeed_config import contradictions
+from sora_train.workers import ClusterConfig
 
 I3D_FRAMES = 16
 """Minimum number of frames of a clip for the Fréchet video distance."""
@@ -74,51 +73,6 @@ class ValidationConfig(Sampling):
     A task that exceeds it is stopped and recorded in `events.jsonl`. Training continues."""
     resources: dict[str, NonNegativeFloat] = {"CPU": 1.0}
     """Ray resources of the task, in addition to training's; such as `{GPU: 1}`."""
-
-
-class ClusterConfig(Section):
-    """Where training runs."""
-
-    address: str = "auto"
-    """Ray cluster: `auto`, `local` or an address.
-    `auto` joins the cluster that this machine or job belongs to, if any; otherwise it starts one on this machine, as
-    `local` always does."""
-    workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
-    """Number of training workers: one per GPU, or processes on CPUs.
-    Two numbers (minimum, maximum) make training elastic: it continues with fewer workers when nodes are lost, and with
-    more when nodes join."""
-    elastic_poll_s: PositiveFloat = 60.0
-    """Seconds between checks for new nodes, if `workers` is two numbers."""
-    gpu: Literal["auto", "yes", "no"] = "auto"
-    """Whether each worker uses a GPU; `auto`: if the cluster has enough GPUs."""
-    cpus_per_worker: PositiveInt = 1
-    """CPU cores (and threads) of a worker."""
-    max_failures: NonNegativeInt = 3
-    """Maximum number of restarts from the last checkpoint after lost workers."""
-
-    @field_validator("workers", mode="wrap")
-    @classmethod
-    def is_a_number_or_two(
-        cls, given: object, take: Callable[[object], int | tuple[int, int]]
-    ) -> int | tuple[int, int]:
-        """Merges pydantic's two error messages, one for each form, into one."""
-        try:
-            return take(given)
-        except ValidationError:
-            raise ValueError(
-                f"cluster.workers is {given!r}; it takes a number of workers, such as 4, or the fewest and the most, "
-                "such as [2, 4]"
-            ) from None
-
-    @property
-    def fewest(self) -> int:
-        """Minimum number of workers."""
-        return self.workers if isinstance(self.workers, int) else self.workers[0]
-
-    @property
-    def most(self) -> int:
-        """Maximum number of workers."""
-        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class TrackingConfig(Section):
@@ -247,14 +201,7 @@ def check(recipe: Recipe) -> list[str]:
         wrong.append(f"selection.min_motion {low:g} is above selection.max_motion {high:g}; nothing would be left")
     if recipe.selection.max_seconds and recipe.selection.min_seconds > recipe.selection.max_seconds:
         wrong.append("selection.min_seconds is above selection.max_seconds; nothing would be left")
-    fewest, most = recipe.cluster.fewest, recipe.cluster.most
-    if fewest > most:
-        wrong.append(f"cluster.workers are {fewest} at least and {most} at most; use [{most}, {fewest}]")
-    if max(fewest, most) > train.batch_size:
-        wrong.append(
-            f"cluster.workers {max(fewest, most)} is more than train.batch_size {train.batch_size}, so that some "
-            f"would never see a clip; use at most {train.batch_size} workers or a larger batch"
-        )
+    wrong += workers_errors(recipe)
     if 0 < train.guard_spike < 1:
         wrong.append(
             f"train.guard_spike {train.guard_spike:g} would refuse steps like all others; use 1 or more, such as 5, or "
@@ -268,6 +215,39 @@ def check(recipe: Recipe) -> list[str]:
         )
     wrong += contradictions(train)
     return wrong
+
+
+def workers_errors(recipe: Recipe) -> list[str]:
+    """Finds numbers of workers that contradict each other, the batch or the model."""
+    cluster, batch_size, model = recipe.cluster, recipe.train.batch_size, recipe.model
+    fewest, most, group = cluster.fewest, cluster.most, cluster.sequence_parallel
+    found: list[str] = []
+    if fewest > most:
+        found.append(f"cluster.workers are {fewest} at least and {most} at most; use [{most}, {fewest}]")
+    if max(fewest, most) > batch_size * group:
+        found.append(
+            f"cluster.workers {max(fewest, most)} is more than train.batch_size {batch_size}"
+            + (f" times cluster.sequence_parallel {group}" if group > 1 else "")
+            + f", so that some would never see a clip; use at most {batch_size * group} workers or a larger batch"
+        )
+    if group > 1 and fewest != most:
+        found.append(
+            f"cluster.sequence_parallel is {group} and cluster.workers are {fewest} to {most}; groups need a fixed "
+            f"number of workers, such as {max(group, fewest // group * group)}"
+        )
+    elif most % group:
+        choices = " or ".join(str(n) for n in (most // group * group, -(-most // group) * group) if n)
+        found.append(
+            f"cluster.workers {most} is no multiple of cluster.sequence_parallel {group}, the workers that share a "
+            f"clip; use {choices} workers"
+        )
+    if not model.factorised and model.heads % group:
+        fits = [n for n in range(group, 0, -1) if model.heads % n == 0 and most % n == 0]
+        found.append(
+            f"cluster.sequence_parallel {group} does not divide model.heads {model.heads}, which the workers of a "
+            f"group share in attention; use {fits[0]}"
+        )
+    return found
 
 
 def images_errors(recipe: Recipe) -> list[str]:

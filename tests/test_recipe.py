@@ -168,6 +168,19 @@ def test_a_wrong_recipe_is_told_which_key_and_what_fits(tmp_path: Path, text: st
         ("validation: {guidance_without: text_and_frames}", "and conditioning.probability is 0; use text"),
         ("validation: {every: 500}", "validation.prompts is empty but validation.every is not 0"),
         ("cluster: {workers: 20}", "cluster.workers 20 is more than train.batch_size 16"),
+        (
+            "cluster: {workers: 66, sequence_parallel: 2}\ntrain: {batch_size: 32}",
+            "cluster.workers 66 is more than train.batch_size 32 times cluster.sequence_parallel 2, so that some would "
+            "never see a clip; use at most 64 workers",
+        ),
+        ("cluster: {workers: 7, sequence_parallel: 4}", "cluster.workers 7 is no multiple of cluster.sequence_parall"),
+        ("cluster: {workers: 3, sequence_parallel: 4}", "the workers that share a clip; use 4 workers"),
+        ("cluster: {workers: [2, 5], sequence_parallel: 2}", "groups need a fixed number of workers, such as 2"),
+        (
+            "cluster: {workers: 4, sequence_parallel: 4}\nmodel: {attention: joint, heads: 6, width: 384}",
+            "cluster.sequence_parallel 4 does not divide model.heads 6, which the workers of a group share in "
+            "attention; use 2",
+        ),
         ("train: {betas: [0.9, 1.0]}", "train.betas are (0.9, 1.0)"),
         ("model: {learned_variance: true}", "with diffusion.kind flow there is no variance to learn; use"),
         ("diffusion: {prediction: v}", "diffusion.prediction v is read only if diffusion.kind is ddpm"),

@@ -227,6 +227,22 @@ def idle_gpus(recipe: Recipe, nodes: list[dict[str, float]]) -> str:
     )
 
 
+def split_groups(recipe: Recipe, gpu: bool, nodes: list[dict[str, float]]) -> str:
+    """What to do if workers that share clips may be placed on two nodes; empty if they can't be.
+
+    Ray places workers one by one, so only a number that divides into groups on every node is sure.
+    """
+    group, worker = recipe.cluster.sequence_parallel, worker_resources(recipe, gpu)
+    room = sorted({fitting(node, worker) for node in nodes if fitting(node, worker) % group})
+    if not room or sum(fitting(node, worker) > 0 for node in nodes) == 1:
+        return ""
+    return (
+        f"cluster.sequence_parallel is {group}, and nodes have room for {' or '.join(map(str, room))} workers, so that "
+        "a group of workers that share clips may be on two nodes, which is much slower. Use a number that divides the "
+        f"workers of every node, or nodes with a multiple of {group} {'GPUs' if gpu else 'workers'}"
+    )
+
+
 def count_workers(recipe: Recipe, gpu: bool, nodes: list[dict[str, float]]) -> int:
     """How many workers fit on the nodes next to a validation, each on one node; 0 if the validation fits on none."""
     worker = worker_resources(recipe, gpu)

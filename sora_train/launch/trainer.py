@@ -26,6 +26,7 @@ from sora_train.launch.checks import (
     idle_gpus,
     resolve_recipe,
     run_resources,
+    split_groups,
 )
 from sora_train.launch.clips import Clips, check_clips, read_clips
 from sora_train.launch.images import check_image_files, read_images, save_images
@@ -88,8 +89,9 @@ def launch_training(
     with SignalHandler(folder) as signals, connect(recipe.cluster.address, min_cpus=cpus) as own:
         signals.reinstall()
         gpu = check_cluster(recipe)
-        if why := idle_gpus(recipe, alive_nodes()):
-            log.warning(why)
+        for why in (idle_gpus(recipe, alive_nodes()), split_groups(recipe, gpu, alive_nodes())):
+            if why:
+                log.warning(why)
         if preflight:
             check_quickly(recipe, manifest, gpu)
         set_ray_train_env(recipe, own)

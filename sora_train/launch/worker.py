@@ -97,6 +97,8 @@ def run_training(recipe: Recipe, run: Path) -> str:
             )
         run_dir.truncate(step)
         workers = f"{world} worker{'s' if world > 1 else ''} on {get_device()}"
+        if recipe.cluster.sequence_parallel > 1:
+            workers += f" in groups of {recipe.cluster.sequence_parallel} that share clips"
         where = f"{workers}, ZeRO {recipe.train.zero_stage}, {recipe.train.precision}"
         if recipe.lora.rank:
             where += f", {describe_parameters(recipe)}"
@@ -105,6 +107,7 @@ def run_training(recipe: Recipe, run: Path) -> str:
             run_dir.events.write(
                 "resume" if resume else "start", step, f"from {resume.name if resume else start}; {where}"
             )
+    warn_if_group_split(recipe.cluster.sequence_parallel, rank, run_dir.events)
     with known_errors(recipe.train, get_device()):
         return train(
             recipe.train,
@@ -118,6 +121,17 @@ def run_training(recipe: Recipe, run: Path) -> str:
             null_prompt=recipe.codec.null_prompt,
             lora=recipe.lora,
             conditioning=recipe.conditioning,
+            sequence_parallel=recipe.cluster.sequence_parallel,
+        )
+
+
+def warn_if_group_split(size: int, rank: int, events: Events) -> None:
+    """Writes an event if a group of workers that share clips is on two nodes. A node's ranks are consecutive."""
+    if rank % size and ray.train.get_context().get_local_rank() == 0:
+        events.write(
+            "group_split",
+            0,
+            f"ranks {rank - rank % size} to {rank - rank % size + size - 1} share clips and are on more than one node",
         )
 
 

@@ -40,6 +40,8 @@ class Sizes:
     l: int  # noqa: E741
     frame_times: bool = False
     """Whether each frame has a diffusion time, as in training with given frames, instead of each clip."""
+    shared: int = 1
+    """Ranks that share the tokens of each clip (`cluster.sequence_parallel`)."""
 
     def tokens(self, model: ModelConfig) -> int:
         """Patches of all clips."""

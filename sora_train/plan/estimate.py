@@ -6,7 +6,7 @@ from sora_train.lora.config import NO_LORA, LoraConfig
 from sora_train.lora.flops import training_flops
 from sora_train.model.config import ModelConfig
 from sora_train.plan.activations import FLOAT, HALF, Sizes, activations
-from sora_train.plan.states import States, states
+from sora_train.plan.states import States, parameter_counts, states
 from sora_train.train.config import TrainConfig
 from sora_train.train.loop import accumulation
 
@@ -30,17 +30,25 @@ class Estimate:
     """The same as gradients are reduced."""
     stepping: int
     """The same as AdamW steps."""
+    starting: int
+    """Before DeepSpeed distributes it over the ranks: the whole model in float32, with adapters the base as it trains.
+    """
 
     @property
     def total(self) -> int:
         """The peak."""
+        return max(self.starting, self.of_a_step)
+
+    @property
+    def of_a_step(self) -> int:
+        """The peak of a step."""
         return self.states.held + max(self.backward, self.sending, self.stepping)
 
     @property
     def buffers(self) -> int:
-        """`total` without states, activations and batch: communication, the update, gradients of activations."""
+        """`of_a_step` without states, activations and batch: communication, the update, gradients of activations."""
         shown = self.states.held + self.states.gradients + self.blocks + self.other + self.batch
-        return max(0, self.total - shown)
+        return max(0, self.of_a_step - shown)
 
 
 def estimate(model: ModelConfig, train: TrainConfig, sizes: Sizes, world: int, lora: LoraConfig = NO_LORA) -> Estimate:
@@ -52,14 +60,14 @@ def estimate(model: ModelConfig, train: TrainConfig, sizes: Sizes, world: int, l
         recomputed = max(whole - part for whole, part in zip(plain.blocks, made.blocks, strict=True))
     number = HALF if train.half else FLOAT
     # gradients within a block, and of padded captions
-    values = sizes.tokens(model) * max(8 * model.width, 2 * model.inner_width)
+    values = -(-sizes.tokens(model) // sizes.shared) * max(8 * model.width, 2 * model.inner_width)
     workspace = number * (values + sizes.b * model.text_tokens * model.width) + recomputed
     if lora.base_precision == "int8":  # a layer's weight, widened for its product
         workspace += number * model.width * model.inner_width
     if train.precision == "fp8":
         workspace += fp8_bytes(model, sizes)
     batch = batch_bytes(model, train, sizes)
-    before = held.gradients if accumulation(train, world) > 1 else held.lasting
+    before = held.gradients if accumulation(train, world // sizes.shared) > 1 else held.lasting
     return Estimate(
         states=held,
         blocks=sum(made.blocks),
@@ -68,7 +76,15 @@ def estimate(model: ModelConfig, train: TrainConfig, sizes: Sizes, world: int, l
         backward=before + made.total + batch + workspace + held.bucket + held.gathered,
         sending=held.gradients + held.bucket + held.copies + held.gathered + batch,
         stepping=held.gradients + held.update + (held.bucket if train.zero_stage == 3 else 0),
+        starting=starting_bytes(model, train, lora),
     )
+
+
+def starting_bytes(model: ModelConfig, train: TrainConfig, lora: LoraConfig) -> int:
+    """Bytes of the model that each rank makes before DeepSpeed gets it."""
+    counts = parameter_counts(model, lora)
+    base = HALF if train.half else FLOAT
+    return FLOAT * sum(counts.trained) + base * sum(counts.frozen) + sum(counts.int8)
 
 
 def batch_bytes(model: ModelConfig, train: TrainConfig, sizes: Sizes) -> int:
@@ -86,7 +102,7 @@ def fp8_bytes(model: ModelConfig, sizes: Sizes) -> int:
     of both its products. A layer saves the same bfloat16 input as without FP8.
     """
     d, inner = model.width, model.inner_width
-    return 2 * (sizes.tokens(model) * (d + inner) + d * inner)
+    return 2 * (sizes.tokens(model) // sizes.shared * (d + inner) + d * inner)
 
 
 def largest_micro_batch(
@@ -111,6 +127,7 @@ def step_flops(model: ModelConfig, train: TrainConfig, sizes: Sizes, world: int,
     """FLOPs of one step on all ranks, with a second forward pass if blocks are recomputed. Clips that pad the last
     micro-batches count too.
     """
-    clips = accumulation(train, world) * train.micro_batch_size * world
+    groups = world // sizes.shared
+    clips = accumulation(train, groups) * train.micro_batch_size * groups
     shape = sizes.f, sizes.h, sizes.w, sizes.l, sizes.frame_times
     return clips * training_flops(model, lora, *shape, recompute=train.activation_checkpointing == "full")

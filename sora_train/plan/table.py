@@ -69,8 +69,8 @@ def plan_inputs(recipe: Recipe) -> tuple[dict[str, Sizes], list[int], str]:
     shapes = [latent_shape(recipe.model.in_channels, *factors, *shape) for shape in recipe.data.shapes]
     if why := recipe.conditioning.leaves_nothing(max(f for f, *_ in shapes)):
         raise RecipeError(why)
-    timed = recipe.conditioning.frame_times
-    sizes = {name: Sizes(1, f, h, w, tokens, timed) for name, (f, _, h, w) in zip(names, shapes, strict=True)}
+    timed, shared = recipe.conditioning.frame_times, recipe.cluster.sequence_parallel
+    sizes = {name: Sizes(1, f, h, w, tokens, timed, shared) for name, (f, _, h, w) in zip(names, shapes, strict=True)}
     return sizes, clips, source
 
 
@@ -145,7 +145,7 @@ def largest_bucket(recipe: Recipe, buckets: dict[str, Sizes]) -> tuple[str, Size
 def grid(recipe: Recipe, sizes: Sizes, room: int, memory: float) -> list[str]:
     """Memory and largest micro-batch by ZeRO stage and number of workers; the recipe's own is in brackets."""
     train, own = recipe.train, recipe.cluster.fewest
-    columns = sorted({own, recipe.cluster.most, *(n for n in WORKERS if n <= train.batch_size)})
+    columns = sorted({own, recipe.cluster.most, *worker_counts(train, sizes)})
     lines = [
         f"GB per GPU with micro-batches of {counted(train.micro_batch_size, 'clip')} / largest micro-batch in "
         f"{memory:g} GB (the recipe's own in brackets)",
@@ -160,6 +160,11 @@ def grid(recipe: Recipe, sizes: Sizes, room: int, memory: float) -> list[str]:
             cells.append(f"[{cell}]" if (stage, world) == (train.zero_stage, own) else f"{cell} ")
         lines.append(f"ZeRO {stage:<4}" + "".join(f"{cell:>{WIDTH}}" for cell in cells))
     return lines
+
+
+def worker_counts(train: TrainConfig, sizes: Sizes) -> list[int]:
+    """Numbers of workers to compare: whole groups that share clips, at most one for each clip of a batch."""
+    return [n for n in WORKERS if n % sizes.shared == 0 and n // sizes.shared <= train.batch_size]
 
 
 def at_stage(train: TrainConfig, stage: int) -> TrainConfig:
@@ -186,9 +191,12 @@ def breakdown(recipe: Recipe, own: Estimate, sizes: Sizes) -> list[str]:
     fewest = recipe.cluster.fewest
     lines = [f"{f'each of {fewest} GPUs' if fewest > 1 else 'the GPU':<16}{'bytes':>10}"]
     lines += [f"{what:<16}{in_bytes(count):>10}  {note}".rstrip() for what, count, note in rows]
-    overlap = "  less than the sum: gradients appear as activations are freed"
-    added = sum(count for _, count, _ in rows)
-    lines.append(f"{'at most':<16}{in_bytes(own.total):>10}{overlap if added > own.total else ''}")
+    note, added = "", sum(count for _, count, _ in rows)
+    if own.total == own.starting:
+        note = "  at the start: each rank has the whole model until DeepSpeed distributes it"
+    elif added > own.total:
+        note = "  less than the sum: gradients appear as activations are freed"
+    lines.append(f"{'at most':<16}{in_bytes(own.total):>10}{note}")
     world = recipe.cluster.fewest
     parts, averaged = host_memory(recipe.model, recipe.train, world, recipe.lora)
     parts["row groups of shards (train.shard_cache_gb)"] = int(1e9 * recipe.train.shard_cache_gb)
@@ -220,7 +228,7 @@ def remedies_for(recipe: Recipe, sizes: Sizes, room: int) -> list[str]:
             for mode in modes
         ],
         [(f"raise train.zero_stage to {stage}", dict(at_stage(train, stage)), world) for stage in stages],
-        [(f"raise cluster.workers to {n}", {}, n) for n in WORKERS if world < n <= train.batch_size],
+        [(f"raise cluster.workers to {n}", {}, n) for n in worker_counts(train, sizes) if world < n],
         [(f"set train.offload to {where}", {"offload": where}, world) for where in offload],
     ]
     most = largest_micro_batch(model, train, sizes, world, room, lora)
@@ -256,7 +264,8 @@ def cost(recipe: Recipe, buckets: dict[str, Sizes], clips: list[int], options: P
     clip = sum(
         share * training_flops(model, lora, s.f, s.h, s.w, s.l, s.frame_times) for share, s in shares(buckets, clips)
     )
-    added = accumulation(train, world) * train.micro_batch_size * world - train.batch_size
+    groups = world // recipe.cluster.sequence_parallel
+    added = accumulation(train, groups) * train.micro_batch_size * groups - train.batch_size
     padding = f"; {added} clips of a step's micro-batches are padding" if added else ""
     size, peak = checkpoint_bytes(model, lora), peak_of(options.gpu, train.half) or 0.0
     return [

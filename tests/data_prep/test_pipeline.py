@@ -25,8 +25,9 @@ from sora_train.codec.vae import load_vae
 from sora_train.data.config import DataConfig, PrepConfig, SelectionConfig
 from sora_train.errors import RecipeError, UserError
 from sora_train.manifest import Manifest
-from sora_train.recipe import ClusterConfig, Recipe
+from sora_train.recipe import Recipe
 from sora_train.schema import decode_rows, shard_files
+from sora_train.workers import ClusterConfig
 from tests.data_prep.clip_files import plan_clips, read_clip
 
 

@@ -9,8 +9,9 @@ from data_prep.pipeline import prep
 from sora_train.codec import CodecConfig
 from sora_train.data.config import DataConfig
 from sora_train.data.shards import ShardSet
-from sora_train.recipe import ClusterConfig, Recipe
+from sora_train.recipe import Recipe
 from sora_train.storage import atomic_write, resolve
+from sora_train.workers import ClusterConfig
 
 
 @pytest.mark.slow

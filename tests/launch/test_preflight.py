@@ -16,7 +16,7 @@ import torch.distributed as dist
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from sora_train.errors import RecipeError, UserError
-from sora_train.launch.checks import check_shards, count_workers, idle_gpus
+from sora_train.launch.checks import check_shards, count_workers, idle_gpus, split_groups
 from sora_train.launch.preflight import node_info, table, verdicts
 from sora_train.launch.preflight.allreduce import check_allreduce, run_ranks, time_sum
 from sora_train.launch.preflight.node_info import NodeInfo, ask, collect, describe_node, parse_gpus, versions
@@ -79,6 +79,8 @@ def test_a_batch_that_does_not_divide_is_told_which_would(recipe_of, tmp_path: P
     for size in (12, 24):
         even = {"train__batch_size": size, "train__micro_batch_size": 3}
         verdicts.check_batch(recipe_of(tmp_path, tmp_path, cluster__workers=4, **even))
+    shared = {"cluster__workers": 8, "cluster__sequence_parallel": 2, "train__batch_size": 8}
+    assert verdicts.check_batch(recipe_of(tmp_path, tmp_path, **shared)).startswith("8 clips over 4 groups of 2 worke")
 
 
 def test_more_workers_than_clips_of_a_batch_are_refused(recipe_of, tmp_path: Path):
@@ -144,6 +146,17 @@ def test_gpus_that_training_leaves_idle_are_named_with_the_remedy(recipe_of, tmp
     validated = recipe_of(tmp_path, tmp_path, cluster__workers=1, **VALIDATED, validation__resources={"GPU": 1.0})
     words = "1 worker and the validation's {'GPU': 1.0} need 2 GPUs", "Take GPU out of validation.resources"
     assert all(word in idle_gpus(validated, [{"GPU": 1.0}]) for word in words)
+
+
+def test_a_group_that_may_be_on_two_nodes_is_told(recipe_of, tmp_path: Path):
+    recipe = recipe_of(tmp_path, tmp_path, cluster__workers=8, cluster__sequence_parallel=4)
+    eight, six, none = ({"CPU": 64.0, "GPU": count} for count in (8.0, 6.0, 0.0))
+    why = split_groups(recipe, True, [eight, six])
+    assert why.startswith("cluster.sequence_parallel is 4, and nodes have room for 6 workers")
+    assert why.endswith("or nodes with a multiple of 4 GPUs")
+    one = recipe_of(tmp_path, tmp_path, cluster__workers=8)
+    fine = [(recipe, [eight, eight]), (recipe, [six, none]), (one, [eight, six])]
+    assert [split_groups(each, True, nodes) for each, nodes in fine] == ["", "", ""]
 
 
 def test_an_all_reduce_is_exact():

@@ -173,3 +173,13 @@ def test_a_model_of_the_smallest_shape_can_be_planned():
     tiny = ModelConfig(width=16, depth=2, heads=2, text_width=64, sample_size=4)
     for stage in range(4):
         assert estimate(tiny, TrainConfig(zero_stage=stage), Sizes(1, 1, 4, 4, 1), 1).total > 0
+
+
+def test_the_whole_model_before_its_distribution_may_take_most():
+    """Each rank makes the float32 model first; ZeRO 3 over many ranks holds less than that at every step."""
+    train = BF16.model_copy(update={"zero_stage": 3, "deepspeed": {"zero_optimization": {"reduce_bucket_size": 1}}})
+    sizes = Sizes(1, 1, 2, 2, 8)
+    found = estimate(LATTE, train, sizes, world=64)
+    assert found.total == found.starting == 4 * sum(parameter_counts(LATTE).trained)
+    one = estimate(LATTE, train, sizes, world=1)
+    assert one.total > one.starting

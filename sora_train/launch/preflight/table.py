@@ -128,6 +128,8 @@ def check_cluster(recipe: Recipe, manifest: Manifest | None, table: Table) -> No
     gpu = table.check("cluster", lambda: checks.check_cluster(recipe), lambda it: "with GPUs" if it else "on CPUs")
     if why := checks.idle_gpus(recipe, checks.alive_nodes()):
         table.add("gpus", "warning", why)
+    if gpu is not None and (why := checks.split_groups(recipe, gpu, checks.alive_nodes())):
+        table.add("groups", "warning", why)
     nodes = check_nodes(recipe, manifest, table)
     table.check("disk", lambda: check_disk(recipe))
     if gpu:

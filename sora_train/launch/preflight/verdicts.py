@@ -19,10 +19,12 @@ USABLE = 0.93
 
 def check_batch(recipe: Recipe) -> str:
     """Micro-batches fill the batch without padding."""
-    train, world = recipe.train, recipe.cluster.most
+    train, group = recipe.train, recipe.cluster.sequence_parallel
+    world = recipe.cluster.most // group
     unit = world * train.micro_batch_size
     slots = -(-train.batch_size // unit) * unit
-    batch = f"{train.batch_size} clips over {world} workers, {train.micro_batch_size} at a time"
+    over = f"{world} workers" if group == 1 else f"{world} groups of {group} workers"
+    batch = f"{train.batch_size} clips over {over}, {train.micro_batch_size} at a time"
     if slots == train.batch_size:
         return f"{batch}: {slots // unit} micro-batches each"
     sizes = " or ".join(str(size) for size in (slots - unit, slots) if size)
