@@ -47,9 +47,7 @@ class SequenceGroup:
         if self.size == 1:
             return parts
         shares = zip(*(self.padded(x, split).chunk(self.size, split) for x in parts), strict=True)
-        sent, each = torch.stack([share for of_rank in shares for share in of_rank]), [len(parts)] * self.size
-        # the operators that torch's own functional collectives call: they have gradients, and torch.compile traces them
-        got = wait_tensor(torch.ops._c10d_functional.all_to_all_single(sent, each, each, self.name)).unbind()
+        got = self.all_to_all(torch.stack([share for of_rank in shares for share in of_rank])).unbind()
         joined = (torch.cat(got[i :: len(parts)], join) for i in range(len(parts)))
         return tuple(x.narrow(join, 0, length).contiguous() for x in joined)
 
@@ -57,8 +55,7 @@ class SequenceGroup:
         """All `length` of an axis, of which each rank has a share. Only the own share passes a gradient back."""
         if self.size == 1:
             return x
-        of_all = torch.ops._c10d_functional.all_gather_into_tensor(x.detach().contiguous(), self.size, self.name)
-        shares = list(wait_tensor(of_all).chunk(self.size))
+        shares = list(self.all_gather(x.detach().contiguous()).chunk(self.size))
         shares[self.rank] = x
         return torch.cat(shares, axis).narrow(axis, 0, length)
 
@@ -69,6 +66,17 @@ class SequenceGroup:
     def to_tokens(self, x: Float[Tensor, "b f p e"], width: int) -> Float[Tensor, "b f n d"]:
         """The way back: all heads of own tokens."""
         return self.exchange(x, split=PLACES, join=CHANNELS, length=width)
+
+    # the operators that torch's own functional collectives call: they have gradients, and torch.compile traces them
+
+    def all_to_all(self, shares: Float[Tensor, "shares *rest"]) -> Float[Tensor, "shares *rest"]:
+        """Sends an equal number of shares to each rank, in the order of the ranks, and receives theirs for this rank."""
+        rows = [len(shares) // self.size] * self.size
+        return wait_tensor(torch.ops._c10d_functional.all_to_all_single(shares, rows, rows, self.name))
+
+    def all_gather(self, x: Float[Tensor, "b *rest"]) -> Float[Tensor, "all *rest"]:
+        """The tensors of all ranks, along the first axis."""
+        return wait_tensor(torch.ops._c10d_functional.all_gather_into_tensor(x, self.size, self.name))
 
     def padded(self, x: Tensor, axis: int) -> Tensor:
         """With zeros at the end of an axis, so that it divides."""

@@ -20,9 +20,11 @@ from torch.utils._pytree import tree_iter
 
 from sora_train.lora.config import NO_LORA, LoraConfig
 from sora_train.model import ModelConfig, Transformer, build
+from sora_train.model.sequence import SequenceGroup
 from sora_train.train.activation_checkpointing import Mode, apply_activation_checkpointing
 from sora_train.train.adapted import adapt
 from sora_train.train.config import TrainConfig
+from sora_train.train.sequence_parallel import share_clips
 
 FLOAT, HALF = 4, 2
 """Bytes of a float32 and of a bfloat16."""
@@ -95,6 +97,7 @@ def trace(
         with FakeTensorMode():
             made = build(model) if adapted is None else with_storages(adapted)
             use_fused_norms(made)
+            share_clips(made, Alike(size=sizes.shared))
             apply_activation_checkpointing(made, mode)
             x = torch.empty(sizes.b, sizes.f, model.in_channels, sizes.h, sizes.w)
             text, mask = torch.empty(sizes.b, sizes.l, model.text_width), torch.ones(sizes.b, sizes.l).bool()
@@ -128,6 +131,16 @@ def with_storages(model: Transformer) -> Transformer:
         for name, p in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad))
     return model
+
+
+class Alike(SequenceGroup):
+    """A group in which all ranks hold the same tensors, so a trace of one rank needs no others."""
+
+    def all_to_all(self, shares: Tensor) -> Tensor:
+        return shares.clone()
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return torch.cat([x] * self.size)
 
 
 @contextmanager

@@ -103,3 +103,11 @@ def test_the_plan_extrapolates_from_few_blocks_and_clips(mode: str, stage: int):
     train = TrainConfig(zero_stage=stage, precision="bf16", activation_checkpointing=mode)
     whole = trace(model, mode, True, stage == 0, sizes)
     assert activations(model, train, sizes).total == pytest.approx(sum(whole), rel=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("name", ["factorised", "joint", "wan"])
+def test_ranks_that_share_a_clip_share_its_activations(name: str, mode: str):
+    train, sizes = TrainConfig(zero_stage=1, activation_checkpointing=mode), Sizes(1, 8, 64, 64, 7)
+    whole, *shares = (activations(MODELS[name], train, replace(sizes, shared=n)).total for n in (1, 2, 4))
+    assert [n * share for n, share in zip((2, 4), shares, strict=True)] == pytest.approx([whole, whole], rel=0.1)
