@@ -70,7 +70,7 @@ class SequenceGroup:
     # the operators that torch's own functional collectives call: they have gradients, and torch.compile traces them
 
     def all_to_all(self, shares: Float[Tensor, "shares *rest"]) -> Float[Tensor, "shares *rest"]:
-        """Sends an equal number of shares to each rank, in the order of the ranks, and receives theirs for this rank."""
+        """Sends equally many shares to each rank, in the order of the ranks, and receives theirs for this rank."""
         rows = [len(shares) // self.size] * self.size
         return wait_tensor(torch.ops._c10d_functional.all_to_all_single(shares, rows, rows, self.name))
 
