@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import profile
 
 from sora_train.lora.config import NO_LORA, LoraConfig
-from sora_train.model import ModelConfig, Transformer, build
+from sora_train.model import ModelConfig, Transformer, build, preset
 from sora_train.plan.activations import Sizes, activations, trace, use_fused_norms
 from sora_train.train.activation_checkpointing import apply_activation_checkpointing
 from sora_train.train.adapted import adapt
@@ -105,10 +105,16 @@ def test_the_plan_extrapolates_from_few_blocks_and_clips(mode: str, stage: int):
     assert activations(model, train, sizes).total == pytest.approx(sum(whole), rel=1e-3)
 
 
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
-@pytest.mark.parametrize("name", ["factorised", "joint", "wan"])
-def test_ranks_that_share_a_clip_share_its_activations(name: str, mode: str):
-    train, sizes = TrainConfig(zero_stage=1, activation_checkpointing=mode), Sizes(1, 8, 128, 128, 7)
-    model = replace(MODELS[name], width=256)  # wide enough for the patches, which each rank has whole, not to matter
-    whole, *shares = (activations(model, train, replace(sizes, shared=n)).total for n in (1, 2, 4))
-    assert [n * share for n, share in zip((2, 4), shares, strict=True)] == pytest.approx([whole, whole], rel=0.1)
+@pytest.mark.parametrize("mode", ["none", "full"])
+@pytest.mark.parametrize(
+    ("name", "clip"),
+    [
+        ("latte_t2v", Sizes(1, 16, 64, 64, 120)),
+        ("XL", Sizes(1, 16, 32, 32, 120)),
+        ("wan2.1_t2v_1.3b", Sizes(1, 21, 60, 104, 512)),
+    ],
+)
+def test_ranks_that_share_a_clip_share_its_activations(name: str, clip: Sizes, mode: str):
+    train = TrainConfig(zero_stage=2, precision="bf16", activation_checkpointing=mode)
+    whole, *shares = (activations(preset(name), train, replace(clip, shared=n)).total for n in (1, 2, 4))
+    assert [n * share for n, share in zip((2, 4), shares, strict=True)] == pytest.approx([whole, whole], rel=0.05)
