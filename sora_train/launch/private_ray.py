@@ -6,7 +6,11 @@ from typing import Any
 
 from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.checkpoint.sync_actor import SynchronizationActor
 from ray.train.v2._internal.execution.context import get_train_context
+
+MOST_WORKERS = 100_000
+"""Workers that may report at a time."""
 
 
 class Trainer(TorchTrainer):
@@ -19,6 +23,15 @@ class Trainer(TorchTrainer):
 def start_autoscaling_coordinator() -> None:
     """Starts the actor that Ray Train's controller waits for, so both start at the same time."""
     get_or_create_autoscaling_coordinator()
+
+
+def allow_many_workers() -> None:
+    """Lets more than 1,000 workers report. Has an effect in the process of Ray Train's controller.
+
+    Every worker waits in a call of one actor until all have called it, and by default an actor runs 1,000 calls at a
+    time: with more workers none would ever return.
+    """
+    SynchronizationActor._default_options["max_concurrency"] = MOST_WORKERS  # type: ignore[attr-defined]
 
 
 def preemption_info() -> Any:

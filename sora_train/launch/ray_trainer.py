@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from ray.util import placement_group_table
 
 from sora_train.errors import UserError
 from sora_train.launch.checks import worker_resources
-from sora_train.launch.private_ray import Trainer, start_autoscaling_coordinator
+from sora_train.launch.private_ray import Trainer, allow_many_workers, start_autoscaling_coordinator
 from sora_train.launch.run_folder import last_step, read_fatal_error, resume_hint
 from sora_train.launch.validation import supervise
 from sora_train.launch.worker import rank_ranges, train_worker
@@ -140,7 +141,7 @@ class EventCallback(UserCallback):
             Events(Path(self.run)).write(event, step, reason)
 
 
-def describe_lost(errors: dict[int, Exception]) -> str:
+def describe_lost(errors: Mapping[int, Exception]) -> str:
     """The causes of lost workers with their ranks; at most `MAX_CAUSES`, since one lost worker may fail all others."""
     ranks: dict[str, list[int]] = {}
     for rank, error in sorted(errors.items()):
@@ -153,3 +154,4 @@ def describe_lost(errors: dict[int, Exception]) -> str:
 
 
 logging.getLogger("ray.train").setLevel(logging.ERROR)
+allow_many_workers()  # here, because the controller imports this module with `EventCallback`

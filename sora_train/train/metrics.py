@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,16 +23,18 @@ STOP_FILE = "leave"
 class JsonLines:
     """A file of one JSON object per line, which driver, workers and validations on several nodes append to.
 
-    Each line is on disk before `write` returns (fsync). Writers use a lock file, since appending is not atomic on NFS.
+    Each line is on disk before `write` returns (fsync). Writers use a lock file, since appending is not atomic on NFS;
+    not if the file is not `shared`, but of one process.
     Floats keep every digit. Raises UserError if writing fails, for example on a full disk.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, shared: bool = True) -> None:
+        self.path, self.shared = path, shared
 
     def write(self, record: dict[str, Any]) -> None:
         line = (json.dumps(record) + "\n").encode()
-        with self._write_errors(), file_lock(self.path), self.path.open("a+b") as file:
+        lock = file_lock(self.path) if self.shared else nullcontext()
+        with self._write_errors(), lock, self.path.open("a+b") as file:
             if end := os.fstat(file.fileno()).st_size:
                 file.seek(end - 1)
                 line = line if file.read(1) == b"\n" else b"\n" + line  # after the half line of a killed writer

@@ -33,6 +33,7 @@ class RunDir:
         """`preemption_requested(step)` is called on every rank at every step: whether to save a checkpoint now."""
         self.run, self.report, self.preemption_requested = run, report, preemption_requested
         self.metrics, self.events = JsonLines(run / "metrics.jsonl"), Events(run)
+        self.samples: JsonLines | None = None
         self.writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.writing: Future[None] | None = None  # the last checkpoint
         self.writing_events: list[Future[None]] = []
@@ -62,10 +63,10 @@ class RunDir:
         A step that is repeated, after a resume or a rollback, is written again. Its last line in the last attempt
         counts; an attempt is named by the time of its start.
         """
-        folder = self.run / "trained"
-        folder.mkdir(exist_ok=True)
-        line = {"attempt": self.attempt, "step": step, "batch": batch, "sample_ids": sample_ids}
-        JsonLines(folder / f"rank_{rank:05d}.jsonl").write(line)
+        if self.samples is None:
+            (self.run / "trained").mkdir(exist_ok=True)
+            self.samples = JsonLines(self.run / "trained" / f"rank_{rank:05d}.jsonl", shared=False)
+        self.samples.write({"attempt": self.attempt, "step": step, "batch": batch, "sample_ids": sample_ids})
 
     @cached_property
     def attempt(self) -> int:
