@@ -8,7 +8,9 @@ import pytest
 import ray
 from ray.train.v2._internal.execution.checkpoint.sync_actor import SynchronizationActor
 
-from sora_train.launch.preflight.node_info import appears
+from sora_train.errors import UserError
+from sora_train.launch.preflight.node_info import NodeInfo, appears
+from sora_train.launch.preflight.verdicts import check_nodes
 from sora_train.launch.private_ray import allow_many_workers
 from sora_train.launch.ray_trainer import EventCallback, describe_lost
 from sora_train.launch.worker import rank_ranges
@@ -47,6 +49,12 @@ def test_a_thousand_lost_workers_are_a_short_event():
     each = describe_lost({rank: RuntimeError(f"process {rank} died") for rank in range(1024)})
     assert each.startswith("rank 0: RuntimeError: process 0 died; rank 1")
     assert each.endswith("and 1019 more with other causes")
+
+
+def test_a_thousand_nodes_without_a_folder_are_a_short_message():
+    nodes = [NodeInfo(address=f"10.0.{i // 256}.{i % 256}", problems=("no folder",)) for i in range(1000)]
+    with pytest.raises(UserError, match=r"^10\.0\.0\.0, .* 10\.0\.0\.9 and 990 more: no folder$"):
+        check_nodes(nodes)
 
 
 def test_files_of_a_thousand_nodes_are_awaited_together(tmp_path: Path):

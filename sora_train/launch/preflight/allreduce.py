@@ -13,6 +13,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from sora_train.errors import UserError
 from sora_train.launch.checks import worker_resources
+from sora_train.launch.preflight.verdicts import MOST
 from sora_train.ray_cluster.connection import root_cause
 from sora_train.recipe import Recipe
 
@@ -61,9 +62,10 @@ def run_ranks(group: PlacementGroup, need: dict[str, float], world: int, backend
             failed.append(f"rank {rank} on {addresses.get(nodes.get(rank), 'a lost node')}: {root_cause(error)}")
     if failed:
         raise UserError(
-            f"{backend} all-reduce failed: {'; '.join(failed)}. Ranks may use the wrong network interface: set "
-            f"{backend.upper()}_SOCKET_IFNAME to the one that the nodes share (see `ip addr`), and open all ports "
-            "between them. For wrong sums, leave these nodes out or try NCCL_P2P_DISABLE=1"
+            f"{backend} all-reduce failed on {len(failed)} of {world} ranks: {'; '.join(failed[:MOST])}. Ranks may use "
+            f"the wrong network interface: set {backend.upper()}_SOCKET_IFNAME to the one that the nodes share (see "
+            "`ip addr`), and open all ports between them. For wrong sums, leave these nodes out or try "
+            "NCCL_P2P_DISABLE=1"
         )
     return max(times)
 

@@ -16,6 +16,9 @@ from sora_train.storage import in_bytes
 USABLE = 0.93
 """Share of a GPU's memory that tensors can use; the rest is CUDA, NCCL and fragmentation."""
 
+MOST = 10
+"""Names or problems in a message."""
+
 
 def check_batch(recipe: Recipe) -> str:
     """Micro-batches fill the batch without padding."""
@@ -43,10 +46,15 @@ def check_nodes(nodes: list[NodeInfo]) -> str:
         for problem in node.problems:
             wrong.setdefault(problem, []).append(node.address)
     if wrong:
-        raise UserError("; ".join(f"{', '.join(addresses)}: {problem}" for problem, addresses in wrong.items()))
+        raise UserError("; ".join(f"{first_of(places)}: {problem}" for problem, places in list(wrong.items())[:MOST]))
     kinds = ", ".join(sorted({name for node in nodes for name, _ in node.gpus}))
     cpus, gpus = (sum(node.resources.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
     return f"{len(nodes)} nodes, {cpus:g} CPUs" + (f", {gpus:g} GPUs ({kinds})" if gpus else "")
+
+
+def first_of(places: list[str]) -> str:
+    """The first names of a list; a thousand nodes may fail alike."""
+    return ", ".join(places[:MOST]) + (f" and {len(places) - MOST} more" if len(places) > MOST else "")
 
 
 def check_disk(recipe: Recipe, free: int, existing: int) -> str:
