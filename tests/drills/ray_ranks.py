@@ -1,6 +1,6 @@
 """Measures Ray Train's report path by the number of workers: start, stall of a report, and the controller's time.
 
-    python -m tests.drills.ray_ranks [--workers 8 16 32 64] [--calls 64 1024 10000] [--bundles 1024 10000]
+    python -m tests.drills.ray_ranks [--workers 8 16 32 64] [--calls 64 1024 10000] [--bundles 1024 4096]
 
 `--workers`: real worker actors that report as `launch/worker.py` does, each its own part of a checkpoint, but import no
 torch: 64 fit into 8 GB. `--calls`: the barrier that each report passes, an actor of Ray's, called by one process for so
@@ -146,7 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="*", default=[8, 16, 32, 64])
     parser.add_argument("--calls", type=int, nargs="*", default=[64, 256, 1024, 4096, 10000])
-    parser.add_argument("--bundles", type=int, nargs="*", default=[64, 1024, 10000])
+    parser.add_argument("--bundles", type=int, nargs="*", default=[64, 1024, 4096])
     parser.add_argument("--default", action="store_true", help="the barrier's concurrency is Ray's own")
     options = parser.parse_args()
     os.environ.update(RAY_TRAIN_V2_ENABLED="1", RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="1", OMP_NUM_THREADS="1")
@@ -160,10 +160,6 @@ def main() -> None:
         print("| ranks | s for a report's barrier |\n|---|---|")
         for count in options.calls:
             print(barrier(count), flush=True)
-    if options.bundles:
-        print("| bundles | s until placed |\n|---|---|")
-        for count in options.bundles:
-            print(placed(count), flush=True)
     if options.workers:
         print(
             "| workers | s until all train | s a report stalls: median | worst | s until it is committed "
@@ -171,6 +167,10 @@ def main() -> None:
         )
         for count in options.workers:
             print(with_workers(count), flush=True)
+    if options.bundles:
+        print("| bundles | s until placed |\n|---|---|")
+        for count in options.bundles:
+            print(placed(count), flush=True)
 
 
 if __name__ == "__main__":
