@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from sora_train.bench.case import Case, CaseOptions, inputs, size_of
-from sora_train.bench.core import Row, Table, log, seconds, spread
+from sora_train.bench.core import Row, Table, drop_from_cache, log, seconds, spread
 from sora_train.model import build
 from sora_train.train import checkpoint
 from sora_train.train.config import TrainConfig
@@ -25,7 +25,8 @@ from sora_train.train.load_checkpoint import load_checkpoint
 from sora_train.train.run_dir import RunDir
 from sora_train.train.state import State
 
-NOTE = "stall: seconds that training waits; whole: until every byte is on disk; resume: reading it back with checksums"
+NOTE = "stall: seconds that training waits; whole: until all is on disk; resume: reading it from disk with checksums"
+"""Under the table."""
 
 
 class Options(CaseOptions):
@@ -79,6 +80,7 @@ def measure(case: Case, rounds: int, folder: Path) -> Row:
         whole = stall + seconds(run_dir.wait)
         newest = folder / "checkpoints" / checkpoint.name_of(turn)
         fresh = make()
+        drop_from_cache(newest.iterdir())
         resume = seconds(lambda: load_checkpoint(newest, *fresh))  # noqa: B023
         if turn:
             for name, value in zip(times, (alone, stall, whole, resume), strict=True):

@@ -6,7 +6,6 @@ as raw bytes; from the page cache and from the disk. SHARDS is a folder of `sora
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +13,7 @@ from functools import partial
 from pyarrow import fs
 from pydantic import PositiveInt
 
-from sora_train.bench.core import BenchOptions, Row, Table, interleave, log, seconds, spread
+from sora_train.bench.core import BenchOptions, Row, Table, drop_from_cache, interleave, log, seconds, spread
 from sora_train.data.loader import batches, micro_batches
 from sora_train.data.order import batch
 from sora_train.data.shards import ShardSet
@@ -92,10 +91,8 @@ def bench(options: Options, folder: str) -> list[Table]:
 
 def time_reader(read: Callable[[str, int], int], folder: str, batch_size: int, cold: bool) -> tuple[float, int]:
     """Seconds and clips of one pass; `cold` drops the files from the page cache first."""
-    for path in shard_files(folder) if cold else ():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if cold:
+        drop_from_cache(shard_files(folder))
     clips: list[int] = []
     return seconds(lambda: clips.append(read(folder, batch_size))), clips[0]
 

@@ -98,7 +98,7 @@ def work_of(recipe: Recipe) -> dict[str, Any]:
         "lora": recipe.lora.rank,
         "shapes": recipe.data.shapes,
         "train": recipe.train.model_dump(include=keys),
-        "workers": recipe.cluster.workers,
+        "cluster": recipe.cluster.model_dump(include={"workers", "sequence_parallel"}),
     }
 
 

@@ -11,6 +11,7 @@ from sora_train.bench import data
 from sora_train.bench.case import Case, inputs, relative, seeded
 from sora_train.bench.model import TrainingStep, profile, profile_tables
 from sora_train.bench.validate import split_steps
+from sora_train.plan.measured import BENCH_FILE, bench_rates
 
 TINY = ("--presets", "tiny", "--batch", "2", "--text_tokens", "7", "--rounds", "2", "--threads", "1")
 
@@ -99,14 +100,17 @@ def test_times_of_a_reader_that_loses_clips_do_not_count(tiny_shards: Path, monk
 
 
 def test_a_checkpoint_is_timed_from_the_stall_to_the_resume(tmp_path: Path) -> None:
-    words = [*TINY, "--shape", "4x32x32", "--out", str(tmp_path / "b.jsonl"), "--tmp", str(tmp_path)]
+    words = [*TINY, "--shape", "4x32x32", "--out", str(tmp_path / BENCH_FILE), "--tmp", str(tmp_path)]
     assert cli.main(["bench", "checkpoint", *words]) == 0
-    (row,) = json.loads((tmp_path / "b.jsonl").read_text())["rows"]
+    (row,) = json.loads((tmp_path / BENCH_FILE).read_text())["rows"]
     parameters = sum(p.numel() for p in seeded(case()).parameters())
     assert 5 * 4 * parameters < 1e9 * row["gb"] < 1.3 * 5 * 4 * parameters  # weights, two moments, average twice
     assert row["stall_s"]["median"] <= row["whole_s"]["median"]
     assert row["resume_s"]["n"] == 2
     assert not list(tmp_path.glob("tmp*"))
+    rates, source = bench_rates(tmp_path)
+    assert rates["copy"] == pytest.approx(1e9 * row["gb"] / row["stall_s"]["median"])
+    assert source.startswith("`sora bench checkpoint` on ")
 
 
 def test_steps_are_split_by_the_validations_that_ran() -> None:
