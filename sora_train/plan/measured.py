@@ -92,12 +92,12 @@ def earlier_runs(recipe: Recipe) -> list[Path]:
 
 def work_of(recipe: Recipe) -> dict[str, Any]:
     """The keys of a recipe that change the time of a step or the bytes of a checkpoint."""
-    keys = {"batch_size", "micro_batch_size", "zero_stage", "precision", "activation_checkpointing", "offload"}
+    sizes, modes = {"batch_size", "micro_batch_size", "balance"}, {"activation_checkpointing", "compile", "offload"}
     return {
         "model": recipe.model_dump()["model"] | {"init_from": ""},
         "lora": recipe.lora.rank,
         "shapes": recipe.data.shapes,
-        "train": recipe.train.model_dump(include=keys),
+        "train": recipe.train.model_dump(include=sizes | modes | {"zero_stage", "precision"}),
         "cluster": recipe.cluster.model_dump(include={"workers", "sequence_parallel"}),
     }
 
