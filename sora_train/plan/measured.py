@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
+from math import inf
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -116,11 +117,14 @@ def run_seconds(run: Path) -> dict[str, float]:
 
 
 def values(records: Sequence[dict[str, Any]], *keys: str) -> list[list[float]]:
-    """The numbers under these keys, of each record that has all of them."""
-    rows = [[record.get(key) for key in keys] for record in records]
-    return [
-        numbers for row in rows if len(numbers := [float(v) for v in row if isinstance(v, int | float)]) == len(row)
-    ]
+    """The seconds under these keys, of each record that has all of them."""
+    rows: list[list[Any]] = [[record.get(key) for key in keys] for record in records]
+    return [[float(value) for value in row] for row in rows if all(is_seconds(value) for value in row)]
+
+
+def is_seconds(value: object) -> bool:
+    """Whether a JSON value is a time that can be calculated with."""
+    return isinstance(value, int | float) and 0 < value < inf
 
 
 def resume_seconds(events: Sequence[dict[str, Any]], step_s: float, checkpoint_s: float) -> list[float]:
@@ -162,5 +166,6 @@ def bench_rates(folder: Path) -> tuple[dict[str, float], str]:
             size = 1e9 * row["gb"]
             rates = {"copy": size / stall, "write": size / (whole - stall), "read": 0.8 * size / resume}
             machine = ", ".join(record["hardware"]["gpus"]) or record["hardware"]["cpu"]
-            return rates, f"`sora bench checkpoint` on {machine}"
+            if all(0 < rate < inf for rate in rates.values()):
+                return rates, f"`sora bench checkpoint` on {machine}"
     return ASSUMED_RATES, "assumed"

@@ -44,7 +44,7 @@ class PlanOptions:
     fragmentation take the rest. Required for other GPUs."""
     mfu: Annotated[float, Field(gt=0, le=1)] = 0.35
     """Share of the GPU's FLOP/s that training is assumed to reach."""
-    mtbf: PositiveFloat | None = None
+    mtbf: Annotated[float, Field(gt=0, le=1e9)] | None = None
     """Mean hours between failures of all GPUs together. By a published rate if not given."""
 
 

@@ -72,7 +72,9 @@ def test_runs_of_other_work_do_not_count(tmp_path: Path, other: dict):
 def test_records_that_are_cut_short_or_garbage_are_passed_over(tmp_path: Path):
     run = write_run(recipe_in(tmp_path))
     (run / "events.jsonl").write_text('{"event": "worker_lost", "step": 1}\n{"event": "checkpoint", "step": 7, "time"')
-    (run / "metrics.jsonl").write_text('{"step": 1, "step_s": "slow"}\nnothing\n')
+    (run / "metrics.jsonl").write_text(
+        '{"step": 1, "step_s": "slow"}\n{"step": 2, "step_s": NaN}\n{"step": 3, "step_s": 0}\nno'
+    )
     (tmp_path / "bench.jsonl").write_text('[]\n{"what": "checkpoint", "rows": []}\n{"what"')
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "recipe.yaml").write_text("{")
