@@ -241,8 +241,8 @@ def workers_errors(recipe: Recipe) -> list[str]:
             f"cluster.workers {most} is no multiple of cluster.sequence_parallel {group}, the workers that share a "
             f"clip; use {choices} workers"
         )
-    if not model.factorised and model.heads % group:
-        fits = [n for n in range(group, 0, -1) if model.heads % n == 0 and most % n == 0]
+    if not model.shares_clips_by(group):
+        fits = [n for n in range(group, 0, -1) if model.shares_clips_by(n) and most % n == 0]
         found.append(
             f"cluster.sequence_parallel {group} does not divide model.heads {model.heads}, which the workers of a "
             f"group share in attention; use {fits[0]}"

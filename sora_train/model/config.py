@@ -108,6 +108,10 @@ class ModelConfig:
         """Whether odd blocks are temporal. A single frame skips them."""
         return self.family == "latte" and self.attention == "factorised"
 
+    def shares_clips_by(self, size: int) -> bool:
+        """Whether groups of `size` ranks can share clips: attention over whole clips is shared by heads."""
+        return self.factorised or self.heads % size == 0
+
     @property
     def inner_width(self) -> int:
         """Width inside the feed-forward layers."""

@@ -99,7 +99,9 @@ def format_plan(recipe: Recipe, options: PlanOptions) -> str:
     planned_step = Figure(step_seconds(recipe, buckets, clips, options), f"planned, at {options.mfu:.0%} MFU")
     lines = [
         f"{recipe.name}: {describe_parameters(recipe)}, {train.precision}, "
-        f"ZeRO {train.zero_stage}, {counted(world, 'worker')}, micro-batches of "
+        f"ZeRO {train.zero_stage}, {counted(world, 'worker')}"
+        + (f" in groups of {sizes.shared} that share clips" if sizes.shared > 1 else "")
+        + f", micro-batches of "
         f"{counted(train.micro_batch_size, 'clip')}, "
         f"activation_checkpointing {train.activation_checkpointing}, offload {train.offload}",
         f"clips of {name}: latents {sizes.f}x{sizes.h}x{sizes.w}, {sizes.tokens(recipe.model) // sizes.b:,} tokens, "
@@ -138,7 +140,8 @@ def usable_memory(options: PlanOptions) -> float:
 def largest_bucket(recipe: Recipe, buckets: dict[str, Sizes]) -> tuple[str, Sizes]:
     """The bucket whose clips take the most memory."""
     return max(
-        buckets.items(), key=lambda bucket: estimate(recipe.model, recipe.train, bucket[1], 1, recipe.lora).total
+        buckets.items(),
+        key=lambda bucket: estimate(recipe.model, recipe.train, bucket[1], bucket[1].shared, recipe.lora).total,
     )
 
 
@@ -222,23 +225,27 @@ def remedies_for(recipe: Recipe, sizes: Sizes, room: int) -> list[str]:
     model, train, world, lora = recipe.model, recipe.train, recipe.cluster.fewest, recipe.lora
     stages, modes = range(train.zero_stage + 1, 4), MODES[MODES.index(train.activation_checkpointing) + 1 :]
     offload = ["optimizer"] if train.offload == "none" and train.zero_stage else []
-    changes = [
+    groups = [n for n in WORKERS if n > sizes.shared and (world % n == 0 or world == 1) and model.shares_clips_by(n)]
+    both = "cluster.workers and " if world == 1 else ""
+    changes: list[list[tuple[str, dict[str, Any], int, int]]] = [
         [
-            (f"set train.activation_checkpointing to {mode}", {"activation_checkpointing": mode}, world)
+            (f"set train.activation_checkpointing to {mode}", {"activation_checkpointing": mode}, world, sizes.shared)
             for mode in modes
         ],
-        [(f"raise train.zero_stage to {stage}", dict(at_stage(train, stage)), world) for stage in stages],
-        [(f"raise cluster.workers to {n}", {}, n) for n in worker_counts(train, sizes) if world < n],
-        [(f"set train.offload to {where}", {"offload": where}, world) for where in offload],
+        [(f"raise train.zero_stage to {stage}", dict(at_stage(train, stage)), world, sizes.shared) for stage in stages],
+        [(f"raise cluster.workers to {n}", {}, n, sizes.shared) for n in worker_counts(train, sizes) if world < n],
+        [(f"set train.offload to {where}", {"offload": where}, world, sizes.shared) for where in offload],
+        [(f"set {both}cluster.sequence_parallel to {n}", {}, max(world, n), n) for n in groups],
     ]
     most = largest_micro_batch(model, train, sizes, world, room, lora)
     found = [f"lower train.micro_batch_size to {most}"] if most else []
 
-    def fits(update: dict[str, Any], workers: int) -> bool:
-        return estimate(model, train.model_copy(update=update), sizes, workers, lora).total <= room
+    def fits(update: dict[str, Any], workers: int, shared: int) -> bool:
+        changed = train.model_copy(update=update)
+        return estimate(model, changed, replace(sizes, shared=shared), workers, lora).total <= room
 
     for same_key in changes:  # the mildest that fits
-        found += [text for text, update, workers in same_key if fits(update, workers)][:1]
+        found += [text for text, *change in same_key if fits(*change)][:1]
     return found
 
 
