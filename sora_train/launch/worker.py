@@ -107,7 +107,9 @@ def run_training(recipe: Recipe, run: Path) -> str:
             run_dir.events.write(
                 "resume" if resume else "start", step, f"from {resume.name if resume else start}; {where}"
             )
-    warn_if_group_split(recipe.cluster.sequence_parallel, rank, run_dir.events)
+    warn_if_group_split(
+        recipe.cluster.sequence_parallel, rank, ray.train.get_context().get_local_rank(), run_dir.events
+    )
     with known_errors(recipe.train, get_device()):
         return train(
             recipe.train,
@@ -125,9 +127,9 @@ def run_training(recipe: Recipe, run: Path) -> str:
         )
 
 
-def warn_if_group_split(size: int, rank: int, events: Events) -> None:
+def warn_if_group_split(size: int, rank: int, local_rank: int, events: Events) -> None:
     """Writes an event if a group of workers that share clips is on two nodes. A node's ranks are consecutive."""
-    if rank % size and ray.train.get_context().get_local_rank() == 0:
+    if rank % size and local_rank == 0:
         events.write(
             "group_split",
             0,

@@ -20,7 +20,7 @@ from sora_train.launch.run_folder import (
 from sora_train.launch.signals import SignalHandler
 from sora_train.launch.trainer import run_until_end
 from sora_train.launch.validation import ValidationStatus
-from sora_train.launch.worker import read_start_state
+from sora_train.launch.worker import read_start_state, warn_if_group_split
 from sora_train.locks import run_lock
 from sora_train.manifest import Manifest
 from sora_train.model import Latte
@@ -224,3 +224,14 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path: Path, link: str):
         check_writable(tmp_path / "runs/tiny")
     with wrong, run_lock(str(tmp_path / "runs/tiny"), "sora train"):
         pass
+
+
+def test_a_group_of_workers_on_two_nodes_is_an_event(tmp_path: Path):
+    events = Events(tmp_path)
+    for rank in range(8):  # nodes of 4 workers, then of 6 and of 2
+        warn_if_group_split(4, rank, rank % 4, events)
+    assert not (tmp_path / "events.jsonl").exists()
+    for rank in range(8):
+        warn_if_group_split(4, rank, rank % 6, events)
+    (event,) = events.lines.read()
+    assert (event["event"], event["reason"].partition(" share")[0]) == ("group_split", "ranks 4 to 7")
