@@ -149,4 +149,6 @@ def _live_tables(system: fs.FileSystem, root: str, group: list[Shard]) -> Iterat
                             table = table.append_column(field, pa.nulls(len(table), field.type))
                     yield without_rows(table, inside)
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path} can't be read ({error}). Delete it and run `sora prep` again") from None
+            raise UserError(
+                f"{path} can't be read ({error}). Delete it and run `sora prep` again", code="shards"
+            ) from None

@@ -43,19 +43,19 @@ def _read(decoder: Decoder, name: str, key: str) -> GivenFrames:
     try:
         still = bool(image_format(str(path)))
         if still and key == "--video":
-            raise UserError(f"{shown} is an image. Use --image", code="given")
+            raise UserError(f"{shown} is an image. Use --image", code="media")
         plan = decoder.plan_clips(str(path))
         if not plan.is_image and key != "--video":
             use = "--video continues its last frames" if key == "--image" else IMAGES
-            raise UserError(f"{shown} is a video or an animation. {use}", code="given")
+            raise UserError(f"{shown} is a video or an animation. {use}", code="media")
         clip = decoder.read(str(path), _last_span(plan), "")
     except ClipError as error:
         if not still and key != "--video" and error.reason == "unreadable" and "HEIC" not in error.message:
-            raise UserError(f"{shown} is not an image. {IMAGES}", code="given") from None
+            raise UserError(f"{shown} is not an image. {IMAGES}", code="media") from None
         remedy = "" if error.reason in FILTERED or "convert" in error.message else ". Name another file"
-        raise UserError(f"{shown}: {error.message}{remedy}", code="given") from None
+        raise UserError(f"{shown}: {error.message}{remedy}", code="media") from None
     except OSError as error:
-        raise UserError(f"{shown} can't be read ({error.strerror or error})", code="given") from None
+        raise UserError(f"{shown} can't be read ({error.strerror or error})", code="media") from None
     for remark in filter(None, (plan.remark, clip.remark)):
         log.warning(f"{shown}: {remark}")
     _report_fit(shown, plan)
@@ -66,13 +66,13 @@ def check_file(name: str, key: str) -> Path:
     """The path of a local file that is not empty. Raises UserError for anything else."""
     shown = f"{key} {one_line(name)[:200]}"
     if "://" in name:
-        raise UserError(f"{shown} is remote. Copy it to this machine and name the copy", code="given")
+        raise UserError(f"{shown} is remote. Copy it to this machine and name the copy", code="media")
     path = Path(name).expanduser()
     if not path.is_file():
         why = "a folder" if path.is_dir() else "not a regular file" if path.exists() else ""
-        raise UserError(f"{shown} is {why}. Name a file" if why else f"{shown}: there is no such file", code="given")
+        raise UserError(f"{shown} is {why}. Name a file" if why else f"{shown}: there is no such file", code="media")
     if not path.stat().st_size:
-        raise UserError(f"{shown} is empty. Name another file", code="given")
+        raise UserError(f"{shown} is empty. Name another file", code="media")
     return path
 
 

@@ -92,7 +92,8 @@ def with_restarts(run: Callable[[], ShardSink]) -> ShardSink:
                     f"{why}. prep was started {fruitless} times in a row without encoding a clip: a node, its network "
                     "or a GPU fails each time. See `ray status`, the GPUs (`nvidia-smi`) and the logs of the workers "
                     "(/tmp/ray/session_latest/logs), exclude the faulty node, and run the same command again; encoded "
-                    "clips are kept"
+                    "clips are kept",
+                    code="workers",
                 ) from None
             log.info(f"prep: {why}; restarts with the missing clips")
 

@@ -180,12 +180,15 @@ def _check_output_folder(
         example = next(table["source"][0] for table in stored.read(["source"]) if len(table))
         raise UserError(
             f"data.output: {data.output} holds {found.clips} clips of other sources, such as {example}, and none that "
-            f"data.captions names. {advice}"
+            f"data.captions names. {advice}",
+            code="shards",
         )
     buckets = {bucket_of(shard) for shard in stored.shards}
     if not buckets & wanted:
         names, asked = (", ".join(sorted(some)) for some in (buckets, wanted))
-        raise UserError(f"data.output: {data.output} holds clips of {names}; the recipe asks for {asked}. {advice}")
+        raise UserError(
+            f"data.output: {data.output} holds clips of {names}; the recipe asks for {asked}. {advice}", code="shards"
+        )
 
 
 def load_progress(folder: str, settings_hash: str) -> SavedProgress:

@@ -216,7 +216,8 @@ def _read_shard(folder: str, name: str, encoding_hash: str, difference: str) -> 
             return describe(file, name, opened.size())
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(
-            f"data.output: shard {path} can't be read ({error}). Delete it and run the same command again"
+            f"data.output: shard {path} can't be read ({error}). Delete it and run the same command again",
+            code="shards",
         ) from None
 
 
@@ -236,7 +237,8 @@ def _check_encoding(folder: str, name: str, found: str, wanted: str, difference:
         raise UserError(
             f"data.output: {folder} holds shards of another encoding ({name.rpartition('/')[2]}): {difference}. "
             f"Encodings never mix: set data.output to another folder, or delete {folder} to encode all again; if only "
-            "this file is foreign, move it away"
+            "this file is foreign, move it away",
+            code="shards",
         )
 
 

@@ -56,7 +56,7 @@ class ShardSink:
         """
         rows = facts.to_pylist()
         if messages := [row["message"] for row in rows if row["reason"] == NOT_STARTED]:
-            raise UserError(messages[0], code="worker")
+            raise UserError(messages[0], code="workers")
         counts = {"sources": 0, "written": 0, "quarantined": 0, "filtered": 0}
         good: dict[str, list[int]] = {}
         for i, row in enumerate(rows):

@@ -153,13 +153,15 @@ class PrepStats:
                 raise UserError(
                     f"{bad} of {total} sources can't be read, decoded or encoded, more than data.max_bad_fraction "
                     f"{self.max_bad_fraction:g} allows: {self._commonest(Counter(self.bad_sources.values()))}. "
-                    f"{self.folder}/quarantine.parquet lists them; {self._hint()}, or raise data.max_bad_fraction"
+                    f"{self.folder}/quarantine.parquet lists them; {self._hint()}, or raise data.max_bad_fraction",
+                    code="media",
                 )
         if finished and not self.written:
             reasons = {failure["source"]: failure["reason"] for failure in self.failures}
             raise UserError(
                 f"none of {self.sources} sources gave a clip: {self._commonest(Counter(reasons.values()))}. "
-                f"{self.folder}/quarantine.parquet lists them"
+                f"{self.folder}/quarantine.parquet lists them",
+                code="media",
             )
 
     def _hint(self) -> str:

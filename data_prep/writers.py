@@ -252,7 +252,7 @@ class ShardWriters:
                 raise UserError(
                     f"data.output: {shard.path} was written on node {node}, but this machine does not see it. Set "
                     "data.output to a folder that every node sees, or to a URI such as s3://bucket/shards",
-                    code="output",
+                    code="paths",
                 )
             time.sleep(0.2)
 

@@ -1,8 +1,9 @@
 """`sora COMMAND RECIPE [--section.key value …]`: the command line.
 
 Each command imports what it needs when it runs, so `sora --help` is quick and `sora sample` needs no Ray. A user's
-mistake ends as one message without a traceback. Exit codes: 2 for recipes and flags, 1 for other failures, 75 for a
-run that was asked to stop and can be resumed (EX_TEMPFAIL of sysexits.h), 130 after Ctrl-C.
+mistake ends as one message without a traceback. Exit codes: 2 for recipes and flags, 1 for other failures (the message
+ends with the error's code), 75 for a run that was asked to stop and can be resumed (EX_TEMPFAIL of sysexits.h), 130
+after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -48,8 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         # Ray hands a worker's error on as a subclass that prints the worker's traceback; its cause is the bare one.
         cause = getattr(error, "cause", None)
-        print(f"sora {verb}: {cause if isinstance(cause, UserError) else error}", file=sys.stderr)
-        return EXIT_RECIPE if isinstance(error, RecipeError) else EXIT_FAILED
+        said = cause if isinstance(cause, UserError) else error
+        if isinstance(error, RecipeError):
+            print(f"sora {verb}: {said}", file=sys.stderr)
+            return EXIT_RECIPE
+        print(f"sora {verb}: {said} (error code: {said.code})", file=sys.stderr)
+        return EXIT_FAILED
     except Stopped as stopped:
         print(f"sora {verb}: {stopped}", file=sys.stderr)
         return EXIT_RESUMABLE

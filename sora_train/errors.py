@@ -1,27 +1,61 @@
 """Errors that the user can fix, of which the command line prints the message alone, and text for one line."""
 
+import functools
 import re
 import unicodedata
+from typing import Any, Literal
+
+Code = Literal[
+    "recipe",
+    "media",
+    "shards",
+    "clips",
+    "weights",
+    "codec",
+    "lora",
+    "download",
+    "run",
+    "checkpoint",
+    "resume",
+    "exists",
+    "locked",
+    "not_writable",
+    "paths",
+    "storage",
+    "package",
+    "memory",
+    "ray",
+    "cluster",
+    "preflight",
+    "workers",
+    "diverged",
+    "compile",
+    "deepspeed",
+    "unsupported",
+    "evaluation",
+]
+"""The kinds of errors. docs/operations.md says what each means and what to do."""
 
 
 class UserError(ValueError):
     """A file, a folder, a machine or a service is wrong. The message says what, where, and what to do.
 
-    `code` is a short name of the kind of error, which stays while wording changes: tests and scripts match it.
+    `code` names the kind of error and stays while wording changes: tests and scripts match it.
     """
 
-    code = "failed"
-
-    def __init__(self, message: str = "", code: str = "") -> None:
+    def __init__(self, message: str, *, code: Code) -> None:
         super().__init__(message)
-        if code:
-            self.code = code
+        self.code: Code = code
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a pickled exception is otherwise made of its message alone
+        return functools.partial(type(self), code=self.code), self.args, self.__dict__
 
 
 class RecipeError(UserError):
     """The recipe or a flag is wrong. The message names the key, its value, and the choices."""
 
-    code = "recipe"
+    def __init__(self, message: str, *, code: Code = "recipe") -> None:
+        super().__init__(message, code=code)
 
 
 class Stopped(Exception):  # noqa: N818  not a failure

@@ -127,7 +127,9 @@ class Manifest(Section):
         system, path = resolve(folder)
         content = read_bytes(system, f"{path}/manifest.json")
         if content is None:
-            raise UserError(f"no manifest.json in {folder}: encode the clips first with `sora prep RECIPE`")
+            raise UserError(
+                f"no manifest.json in {folder}: encode the clips first with `sora prep RECIPE`", code="shards"
+            )
         try:
             found = cls.model_validate_json(content)
             # Older manifests named the largest shape.
@@ -135,10 +137,11 @@ class Manifest(Section):
             return found.model_copy(update=dict(zip(("frames", "height", "width"), shape, strict=True)))
         except ValueError as error:
             if f'"schema_version":{SCHEMA_VERSION},' in content.decode(errors="replace").replace(" ", ""):
-                raise UserError(f"{folder}/manifest.json can't be read: {error}") from error
+                raise UserError(f"{folder}/manifest.json can't be read: {error}", code="shards") from error
             raise UserError(
                 f"{folder}/manifest.json is not of schema version {SCHEMA_VERSION}, which this version of sora_train "
-                "reads: encode the clips again with `sora prep RECIPE` into another data.output"
+                "reads: encode the clips again with `sora prep RECIPE` into another data.output",
+                code="shards",
             ) from None
 
     def null_embedding(self, null_prompt: str) -> np.ndarray:
@@ -155,6 +158,7 @@ class Manifest(Section):
         if len(tokens) < 2:
             raise UserError(
                 "codec.null_prompt is padded, but the shards were made by an earlier version, which did not keep the "
-                "padding's embedding. Run `sora prep` again, or set codec.null_prompt: eos"
+                "padding's embedding. Run `sora prep` again, or set codec.null_prompt: eos",
+                code="codec",
             )
         return tokens[[0] + [1] * (self.text.max_tokens - 1)]

@@ -24,7 +24,7 @@ from urllib.parse import quote, urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
-from sora_train.errors import UserError, one_line
+from sora_train.errors import Code, UserError, one_line
 
 OBJECT_STORES = ("s3", "gcs", "abfs")
 """Filesystems, by pyarrow's names, where an upload is atomic and a rename is a copy."""
@@ -47,7 +47,8 @@ def resolve(place: str) -> tuple[fs.FileSystem, str]:
     if "?" in rest:
         raise UserError(
             f"{place} has a query string, but file names are appended to this URI. Leave out "
-            f"{place[place.index('?') :]}; for another S3 store set the environment variable AWS_ENDPOINT_URL"
+            f"{place[place.index('?') :]}; for another S3 store set the environment variable AWS_ENDPOINT_URL",
+            code="storage",
         )
     authority, slash, path = rest.partition("/")
     path = path.rstrip("/")  # otherwise an object would have two names
@@ -63,7 +64,8 @@ def reject_job_dir(key: str, place: str) -> None:
         return
     raise UserError(
         f"{key} is {place}, which is in the submitted job's working folder and is deleted with it. Give an absolute "
-        f"path on storage that every node sees, such as --{key} /shared/{Path(place).name}"
+        f"path on storage that every node sees, such as --{key} /shared/{Path(place).name}",
+        code="paths",
     )
 
 
@@ -79,8 +81,9 @@ def storage_errors(place: str, what: str, system: fs.FileSystem | None = None) -
         if system and "://" not in place and not isinstance(system, fs.LocalFileSystem):
             place = f"{system.type_name}://{place}"
         said = one_line(str(error)).replace(place, hide_password(place))
+        code: Code = "not_writable" if what == "written" else "storage"
         remedy = ". Free space there or make it writable" if what == "written" and "://" not in place else hint(place)
-        raise UserError(f"{hide_password(place)} can't be {what}: {said}{remedy}") from None
+        raise UserError(f"{hide_password(place)} can't be {what}: {said}{remedy}", code=code) from None
 
 
 def hide_password(place: str) -> str:

@@ -61,4 +61,4 @@ def print_result(text: str) -> None:
         lost = error
     if lost is not None and lost.errno not in (errno.EPIPE, errno.EIO):
         remedy = "Free the disk, or send" if lost.errno == errno.ENOSPC else "Send"
-        raise UserError(f"stdout can't be written: {lost.strerror}. {remedy} the output elsewhere")
+        raise UserError(f"stdout can't be written: {lost.strerror}. {remedy} the output elsewhere", code="not_writable")

@@ -157,12 +157,15 @@ def test_a_mistake_shows_no_traceback_in_a_real_process(tmp_path: Path) -> None:
 
 def test_exit_codes_tell_failures_apart(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     class WorkerError(UserError):
-        cause = UserError("the file is gone")
+        cause = UserError("the file is gone", code="paths")
+
+        def __init__(self) -> None:  # as Ray's own
+            self.args = ("Traceback …",)
 
     for error, code, says in [
-        (UserError("no disk"), 1, "sora train: no disk\n"),
+        (UserError("no disk", code="not_writable"), 1, "sora train: no disk (error code: not_writable)\n"),
         (RecipeError("no key"), 2, "sora train: no key\n"),
-        (WorkerError("Traceback …"), 1, "sora train: the file is gone\n"),
+        (WorkerError(), 1, "sora train: the file is gone (error code: paths)\n"),
         (KeyboardInterrupt(), 130, "The same command continues from what is done"),
         (Stopped("stopped at step 3 after SIGTERM"), 75, "sora train: stopped at step 3 after SIGTERM\n"),
     ]:

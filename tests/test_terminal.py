@@ -52,7 +52,8 @@ def test_a_result_that_stdout_can_not_take_is_an_error():
     done = subprocess.run(["bash", "-c", '"$@" > /dev/full', "_", *SORA, "--help"], stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
     assert done.stderr == (
-        "sora --help: stdout can't be written: No space left on device. Free the disk, or send the output elsewhere\n"
+        "sora --help: stdout can't be written: No space left on device. Free the disk, or send the output elsewhere "
+        "(error code: not_writable)\n"
     )
     done = subprocess.run(["bash", "-c", '"$@" | head -1; exit ${PIPESTATUS[0]}', "_", *SORA, "--help"], check=True)
 
@@ -62,7 +63,10 @@ def test_a_result_for_a_closed_stdout_is_an_error(tiny_shards: Path, words: list
     command = [*SORA, *(str(tiny_shards) if word == "SHARDS" else word for word in words)]
     done = subprocess.run(["bash", "-c", '"$@" >&-', "_", *command], stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
-    assert done.stderr == (f"sora {words[0]}: stdout can't be written: it is closed. Send the output elsewhere\n")
+    assert done.stderr == (
+        f"sora {words[0]}: stdout can't be written: it is closed. Send the output elsewhere "
+        "(error code: not_writable)\n"
+    )
 
 
 @pytest.mark.parametrize(("before", "code"), [("", -signal.SIGTERM), ("trap '' HUP;", 0)])

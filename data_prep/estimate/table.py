@@ -26,12 +26,14 @@ def check_estimate(estimate: PrepEstimate, data: DataConfig) -> None:
         raise UserError(
             f"{estimate.bad_sources} of {estimate.sources} sources can't be read, more than data.max_bad_fraction "
             f"{data.max_bad_fraction:g} allows: {_examples(estimate, BAD_SOURCE_REASONS)}. Repair or remove them, "
-            "check data.root, or raise data.max_bad_fraction"
+            "check data.root, or raise data.max_bad_fraction",
+            code="media",
         )
     if not estimate.clips:
         raise UserError(
             f"no clip in {estimate.rows} rows: {_examples(estimate, {*QUARANTINED, *FILTERED})}. Check data.root, "
-            "data.buckets and selection"
+            "data.buckets and selection",
+            code="media",
         )
     if empty := [bucket for bucket in estimate.buckets if not bucket.clips]:
         names = ", ".join(f"{bucket.name} ({bucket.seconds:.2f} s at {data.fps:g} fps)" for bucket in empty)

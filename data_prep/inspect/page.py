@@ -27,7 +27,9 @@ def write_page(folder: str, out: str, clips: int = 12, root: str = "", models: s
     system, path = resolve(out)
     with storage_errors(out, "written"):
         if system.get_file_info(path).type == fs.FileType.Directory:
-            raise UserError(f"--html: {out} is a folder. Name a file, such as {out.rstrip('/')}/inspect.html")
+            raise UserError(
+                f"--html: {out} is a folder. Name a file, such as {out.rstrip('/')}/inspect.html", code="not_writable"
+            )
     inventory = read_inventory(folder)
     manifest = inventory.manifest or (Manifest.load(folder) if inventory.rows else None)  # load raises UserError
     shown = list(previews(inventory, manifest, clips, root, models)) if manifest else []

@@ -75,7 +75,8 @@ def load_manifest_vae(manifest: Manifest, models: str) -> Vae:
         raise UserError(
             f"the VAE {manifest.vae.name} is not the one that made these shards: its hash is {vae.hash}, the "
             f"manifest's {manifest.vae.hash}. Restore the weights that they were made with, or encode again into "
-            "another data.output"
+            "another data.output",
+            code="weights",
         )
     return vae
 
@@ -129,7 +130,8 @@ def decode_latents(row: dict, bucket: str, manifest: Manifest, vae: Vae) -> np.n
     if numbers.size != np.prod(shape):
         raise UserError(
             f"{row['sample_id']} of bucket {bucket} has {numbers.size} numbers in its latents, not those of {shape}: "
-            "the shard is damaged, or of another manifest. Delete it and run `sora prep` again"
+            "the shard is damaged, or of another manifest. Delete it and run `sora prep` again",
+            code="shards",
         )
     mean = torch.from_numpy(numbers.reshape(shape)[:1].astype(np.float32))
     return vae.decode(mean)[0].numpy()
@@ -144,7 +146,7 @@ class SourceFrames:
     def __init__(self, manifest: Manifest, root: str = ""):
         self.fps, self.root, self.decoder = manifest.fps, root, None
         if root and fs_type(root) != fs.FileType.Directory:
-            raise UserError(f"--root: there is no folder {root}. Name the folder of the sources")
+            raise UserError(f"--root: there is no folder {root}. Name the folder of the sources", code="paths")
         if "data" in manifest.settings:
             self.data = DataConfig.model_validate(manifest.settings["data"])
             self.decoder = Decoder(self.data, SelectionConfig())  # no filters: the clip has passed them

@@ -65,7 +65,7 @@ def read_inventory(folder: str) -> Inventory:
     system, path = resolve(folder)
     with storage_errors(folder, "read"):
         if system.get_file_info(path).type == fs.FileType.File:
-            raise UserError(f"{folder} is a file. Name the folder of the shards (data.output)")
+            raise UserError(f"{folder} is a file. Name the folder of the shards (data.output)", code="shards")
         files, manifest = shard_files(folder), manifest_or_none(folder)
     inventory = Inventory(folder, manifest, dropped=dropped_rows(folder))
     inventory.buckets.update(dict.fromkeys(manifest.buckets if manifest else (), 0))
@@ -80,10 +80,14 @@ def read_inventory(folder: str) -> Inventory:
     has_quarantine = _read_quarantine(inventory, system, f"{path}/quarantine.parquet")
     if not files and not has_quarantine:
         inner = f". Its shards are in {folder}/shards" if shard_files(f"{folder}/shards") else ""
-        raise UserError(f"{folder} holds no shards{inner or '. Encode clips into it with `sora prep RECIPE`'}")
+        raise UserError(
+            f"{folder} holds no shards{inner or '. Encode clips into it with `sora prep RECIPE`'}", code="shards"
+        )
     for bucket in inventory.buckets:
         if not re.fullmatch(r"\d+x\d+x\d+", bucket):
-            raise UserError(f"{folder}/bucket={bucket} is not a bucket FRAMESxHEIGHTxWIDTH. Move its files elsewhere")
+            raise UserError(
+                f"{folder}/bucket={bucket} is not a bucket FRAMESxHEIGHTxWIDTH. Move its files elsewhere", code="shards"
+            )
     return inventory
 
 
@@ -110,7 +114,7 @@ def opened_parquet(system: fs.FileSystem, file: str) -> Iterator[tuple[pq.Parque
         with system.open_input_file(file) as opened:
             yield pq.ParquetFile(opened), opened.size()
     except (pa.ArrowException, OSError, KeyError) as error:
-        raise UserError(f"{file} can't be read ({error}). Delete it and run `sora prep` again") from None
+        raise UserError(f"{file} can't be read ({error}). Delete it and run `sora prep` again", code="shards") from None
 
 
 def _read_quarantine(inventory: Inventory, system: fs.FileSystem, file: str) -> bool:
@@ -190,7 +194,7 @@ def check_shards(folder: str) -> None:
         except (pa.ArrowException, OSError) as error:
             damaged.append(f"{file} ({one_line(str(error))})")
     if damaged:
-        raise UserError(f"damaged: {'; '.join(damaged)}. Delete these files and run `sora prep` again")
+        raise UserError(f"damaged: {'; '.join(damaged)}. Delete these files and run `sora prep` again", code="shards")
 
 
 def format_table(counts: dict) -> str:

@@ -74,7 +74,7 @@ def bench(options: Options, folder: str) -> list[Table]:
     system, _ = resolve(folder)
     files = shard_files(folder)
     if not files:
-        raise UserError(f"{folder} has no shards. Make some with `sora prep RECIPE`")
+        raise UserError(f"{folder} has no shards. Make some with `sora prep RECIPE`", code="shards")
     batch_size, size = options.batch, sum(info.size for info in system.get_file_info(files))
     table = Table("data", [], [f"{len(files)} files, {size / 1e6:,.1f} MB; batches of {batch_size}"])
     table.notes.append("of raw: raw seconds over the reader's, by turns; GB/s: bytes of the files, opening included")

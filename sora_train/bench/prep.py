@@ -110,7 +110,9 @@ def pipeline_rate(recipe: Recipe, sources: list[SourceRow]) -> float:
     workers = allocate_cpus(usable_cores(), 0, recipe.prep).vae.workers
     began = [mark for mark in marks if mark[1]][:workers][-1:]
     if not began:
-        raise UserError(f"no source in {recipe.data.captions} gives a clip: check data.captions with sora prep --plan")
+        raise UserError(
+            f"no source in {recipe.data.captions} gives a clip: check data.captions with sora prep --plan", code="media"
+        )
     return (marks[-1][1] - began[0][1]) / (marks[-1][0] - began[0][0])
 
 
@@ -118,7 +120,7 @@ def sample(recipe: Recipe, clips: int) -> list[SourceRow]:
     """The recipe's first sources, repeated up to `clips`. Each copy has its own caption, so it is encoded again."""
     good = list(islice((row for row in read_rows(recipe.data) if not row.reason), clips))
     if not good:
-        raise UserError(f"no source in {recipe.data.captions} can be read: check data.captions")
+        raise UserError(f"no source in {recipe.data.captions} can be read: check data.captions", code="media")
 
     def copy(row: SourceRow, number: int) -> SourceRow:
         captions = (f"{row.captions[0]} ({number})", *row.captions[1:])

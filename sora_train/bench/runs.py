@@ -34,5 +34,5 @@ def train(recipe: Recipe, changes: dict[str, object]) -> tuple[list[dict[str, An
             first = time.monotonic() - began
         if process.returncode:
             said = " ".join(log.read_text(errors="replace").strip().splitlines()[-3:])
-            raise UserError(f"sora train ended with exit status {process.returncode}: {said[-500:]}")
+            raise UserError(f"sora train ended with exit status {process.returncode}: {said[-500:]}", code="workers")
         return metrics.read(), first

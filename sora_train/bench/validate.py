@@ -36,7 +36,9 @@ def bench(options: Options, recipe: Recipe) -> list[Table]:
     if options.steps < 2 * options.every:
         raise RecipeError(f"--steps {options.steps} is less than twice --every {options.every}. Use more steps")
     if not recipe.validation.prompts:
-        raise UserError("validation.prompts is empty. Add prompts, such as --validation.prompts 'a red circle'")
+        raise UserError(
+            "validation.prompts is empty. Add prompts, such as --validation.prompts 'a red circle'", code="evaluation"
+        )
     log(f"training {options.steps} steps")
     metrics, _ = train(recipe, {
         "train.steps": options.steps, "train.checkpoint_every": options.every,

@@ -84,7 +84,9 @@ def class_of(folder: str) -> str:
             try:
                 return json.loads((place / "config.json").read_text(encoding="utf-8")).get("_class_name", "")
             except (ValueError, AttributeError) as error:
-                raise UserError(f"model.init_from: {place / 'config.json'} can't be read: {error}") from None
+                raise UserError(
+                    f"model.init_from: {place / 'config.json'} can't be read: {error}", code="weights"
+                ) from None
     return ""
 
 

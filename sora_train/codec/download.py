@@ -55,7 +55,8 @@ def hub_ids(names: dict[str, str]) -> dict[str, tuple[str, tuple[str, ...]]]:
         before, keys = asked.get(repository, ("", ()))
         if before and revision and before != revision:
             raise UserError(
-                f"{key} is {name}, but {keys[0]} is {repository}@{before}; one folder holds one revision. Use one"
+                f"{key} is {name}, but {keys[0]} is {repository}@{before}; one folder holds one revision. Use one",
+                code="download",
             )
         asked[repository] = (before or revision, (*keys, key))
     return asked
@@ -84,7 +85,8 @@ def check_disk(found: list[Repository], to: str) -> None:
         log.info(f"\n{in_bytes(total)} in all, {in_bytes(present)} already there; {in_bytes(free)} free in {to}\n")
     if total - present > free:
         raise UserError(
-            f"{to} has {in_bytes(free)} free, but {in_bytes(total - present)} are missing. Use a larger disk"
+            f"{to} has {in_bytes(free)} free, but {in_bytes(total - present)} are missing. Use a larger disk",
+            code="not_writable",
         )
 
 
@@ -109,7 +111,9 @@ def fetch(repository: Repository, folder: Path) -> dict[str, Any]:
         state |= {"complete": True, "files": files}
         write_state(folder, state)
     except OSError as error:
-        raise UserError(f"{folder} can't be written: {error}. Fix that, or name another folder with --to") from None
+        raise UserError(
+            f"{folder} can't be written: {error}. Fix that, or name another folder with --to", code="not_writable"
+        ) from None
     return state
 
 
@@ -133,13 +137,15 @@ def fetch_file(repository: Repository, file: File, folder: Path) -> None:
                 if (now := part.stat().st_size) <= have:
                     raise UserError(
                         f"{repository.name}: {file.path} was interrupted at {in_bytes(now)} of {in_bytes(file.size)}: "
-                        f"{error}. Run the same command again to resume"
+                        f"{error}. Run the same command again to resume",
+                        code="download",
                     ) from None
     if not file.is_at(part):
         part.unlink()
         raise UserError(
             f"{repository.name}: {file.path} arrived with another size or hash than the hub lists, and was removed. "
-            "Run the same command again; if that repeats, look for a proxy in between"
+            "Run the same command again; if that repeats, look for a proxy in between",
+            code="download",
         )
     part.replace(place)
 

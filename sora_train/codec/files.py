@@ -100,18 +100,25 @@ def find_vae(name: str, models: str = "") -> VaeFiles:
     folder = find_folder(name, "codec.vae", PARTS["codec.vae"], models)
     place = part_of(folder, PARTS["codec.vae"], "config.json")
     if place is None:
-        raise UserError(f"codec.vae: {folder} has no VAE in diffusers' format: no config.json, no vae/config.json")
+        raise UserError(
+            f"codec.vae: {folder} has no VAE in diffusers' format: no config.json, no vae/config.json", code="weights"
+        )
     config = read_config(place)
     kind = config.get("_class_name", "network without a class name")
     if kind not in SCALING_FACTORS:
-        raise UserError(f"codec.vae: {place} holds a {kind}. Supported: {', '.join(SCALING_FACTORS)}")
+        raise UserError(f"codec.vae: {place} holds a {kind}. Supported: {', '.join(SCALING_FACTORS)}", code="weights")
     channels, factor, time_factor = sizes(kind, config)
     if kind == "AutoencoderKLWan" and time_factor != 4:
-        raise UserError(f"codec.vae: {place} compresses time by {time_factor}; diffusers reads Wan's VAE only with 4")
+        raise UserError(
+            f"codec.vae: {place} compresses time by {time_factor}; diffusers reads Wan's VAE only with 4",
+            code="weights",
+        )
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if kind == "AutoencoderKLCogVideoX" or mean is None or std is None:  # CogVideoX's pipelines only scale
         if kind == "AutoencoderKLWan":
-            raise UserError(f"codec.vae: {place / 'config.json'} has no latents_mean and latents_std. Add them")
+            raise UserError(
+                f"codec.vae: {place / 'config.json'} has no latents_mean and latents_std. Add them", code="weights"
+            )
         mean = [float(config.get("shift_factor") or 0.0)] * channels
         std = [1 / (config.get("scaling_factor") or SCALING_FACTORS[kind])] * channels
     files = (*weight_files(place, "codec.vae"), place / "config.json")
@@ -143,17 +150,22 @@ def find_text_encoder(name: str, models: str = "") -> TextFiles:
     folder = find_folder(name, "codec.text", PARTS["codec.text"], models)
     place = part_of(folder, ("text_encoder",), "config.json")
     if place is None:
-        raise UserError(f"codec.text: {folder} has no text encoder: no config.json, no text_encoder/config.json")
+        raise UserError(
+            f"codec.text: {folder} has no text encoder: no config.json, no text_encoder/config.json", code="weights"
+        )
     config = read_config(place)
     if (kind := config.get("model_type")) not in TEXT_ENCODERS:
-        raise UserError(f"codec.text: {place} holds a {kind!r} model. Supported: {', '.join(TEXT_ENCODERS)}")
+        raise UserError(
+            f"codec.text: {place} holds a {kind!r} model. Supported: {', '.join(TEXT_ENCODERS)}", code="weights"
+        )
     for file in ("tokenizer.json", "spiece.model"):
         if tokenizer := part_of(folder, ("tokenizer",), file):
             files = (*weight_files(place, "codec.text"), place / "config.json", tokenizer / file)
             return TextFiles(place, tokenizer, files, TEXT_ENCODERS[kind], config["d_model"])
     raise UserError(
         f"codec.text: no tokenizer in {folder}: no tokenizer.json or spiece.model, also not in tokenizer/. Copy the "
-        "tokenizer's files next to the encoder's"
+        "tokenizer's files next to the encoder's",
+        code="weights",
     )
 
 
@@ -168,15 +180,16 @@ def weight_files(folder: Path, key: str) -> list[Path]:
     if not files:
         raise UserError(
             f"{key}: no safetensors in {folder}: pickled weights are never loaded. Convert them once with "
-            "`model.save_pretrained(folder)` on a machine that may run them, and name that folder"
+            "`model.save_pretrained(folder)` on a machine that may run them, and name that folder",
+            code="weights",
         )
     for path in files:
         try:
             read_header(path)
         except WeightsError as error:
-            raise UserError(f"{key}: {error}. Fetch it again") from None
+            raise UserError(f"{key}: {error}. Fetch it again", code="weights") from None
         except OSError as error:
-            raise UserError(f"{key}: {path} can't be read: {error}") from None
+            raise UserError(f"{key}: {path} can't be read: {error}", code="weights") from None
     return files
 
 
@@ -210,12 +223,15 @@ def damaged_file_errors(what: str, folder: Path | None = None) -> Iterator[None]
             raise
         cause = (str(error).strip() or "no reason given").splitlines()[0][:300]
         if isinstance(error, ImportError):
-            raise UserError(f"{what} can't be read: a package is missing here ({cause}). Install it") from error
+            raise UserError(
+                f"{what} can't be read: a package is missing here ({cause}). Install it", code="package"
+            ) from error
         if isinstance(error, OSError) and error.errno:
-            raise UserError(f"{what} can't be read: {error.strerror}") from error
+            raise UserError(f"{what} can't be read: {error.strerror}", code="weights") from error
         raise UserError(
             f"{what} can't be read ({type(error).__name__}: {cause}). The files are damaged, or of another kind of "
-            f"network. Fetch them again{newer_library(folder) if folder else ''}"
+            f"network. Fetch them again{newer_library(folder) if folder else ''}",
+            code="weights",
         ) from error
 
 

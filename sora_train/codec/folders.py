@@ -23,14 +23,16 @@ def find_folder(name: str, key: str, parts: tuple[str, ...], models: str = "") -
     if name == "builtin":
         folder = BUILTIN / key.rpartition(".")[2]
         if not folder.is_dir():
-            raise UserError(f"{key}: the built-in network is missing ({folder}). Reinstall sora_train")
+            raise UserError(f"{key}: the built-in network is missing ({folder}). Reinstall sora_train", code="package")
         return folder
     if os.path.isdir(name):
         return Path(name)
     repository, revision = hub_id(name, key)
     if models:
         if not os.path.isdir(models):
-            raise UserError(f"codec.models: no folder {models!r}. Fill it with `sora download RECIPE --to {models}`")
+            raise UserError(
+                f"codec.models: no folder {models!r}. Fill it with `sora download RECIPE --to {models}`", code="paths"
+            )
         folder = downloaded_folder(models, repository)
         if folder.is_dir():
             check_state(folder, name, revision, key, models)
@@ -44,13 +46,16 @@ def check_state(folder: Path, name: str, revision: str, key: str, models: str) -
         return  # filled by hand
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     if not state["complete"]:
-        raise UserError(f"{key}: `sora download` was interrupted in {folder}. Run it again with `--to {models}`")
+        raise UserError(
+            f"{key}: `sora download` was interrupted in {folder}. Run it again with `--to {models}`", code="download"
+        )
     commit = state["commit"]
     if revision not in ("", state["revision"]) and not (len(revision) >= 7 and commit.startswith(revision)):
         raise UserError(
             f"{key} is {name}, but {folder} holds {state['revision'] or 'the newest revision of its day'} (commit "
             f"{commit}). Run `sora download` again with `--to {models}`, or set {key} to "
-            f"{state['repository']}@{commit}"
+            f"{state['repository']}@{commit}",
+            code="download",
         )
 
 
@@ -72,5 +77,6 @@ def _from_hub(repository: str, revision: str, key: str, parts: tuple[str, ...]) 
             raise UserError(
                 f"{key}: {repository!r} is neither a folder nor in the local cache, and the hub can't be reached "
                 f"({error}). On a machine that reaches it, run `sora download RECIPE --to DIR` and set codec.models: "
-                f"DIR; or download the repository and set {key} to its folder; or use `builtin`"
+                f"DIR; or download the repository and set {key} to its folder; or use `builtin`",
+                code="download",
             ) from None

@@ -52,7 +52,9 @@ def hub_id(name: str, key: str) -> tuple[str, str]:
     """Repository and revision ("" if not given) of `owner/name@revision`. Raises UserError for anything else."""
     repository, _, revision = name.partition("@")
     if repository.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"{key}: no folder {name!r}. Use `builtin`, an existing folder, or a hub id: `owner/name`")
+        raise UserError(
+            f"{key}: no folder {name!r}. Use `builtin`, an existing folder, or a hub id: `owner/name`", code="weights"
+        )
     return repository, revision
 
 
@@ -87,7 +89,7 @@ def refusals(where: str, name: str, revision: str) -> Iterator[None]:
         advice = f"can't be read: the hub refuses ({error})"
     else:
         return
-    raise UserError(f"{where} {advice}")
+    raise UserError(f"{where} {advice}", code="download")
 
 
 def look_up(asked: dict[str, tuple[str, tuple[str, ...]]], to: str) -> list[Repository]:
@@ -106,7 +108,7 @@ def look_up(asked: dict[str, tuple[str, tuple[str, ...]]], to: str) -> list[Repo
         except UserError:
             raise
         except Exception as error:  # of whichever HTTP client
-            raise UserError(by_hand(asked, to, constants.ENDPOINT, error)) from None
+            raise UserError(by_hand(asked, to, constants.ENDPOINT, error), code="download") from None
         found.append(Repository(name, keys, revision, info.sha or "", files))
     return found
 
@@ -120,11 +122,12 @@ def list_files(siblings: list[Any], keys: tuple[str, ...], where: str) -> tuple[
         if not any(file.endswith(".safetensors") for file in files):
             raise UserError(
                 f"{where} has no safetensors for {key}: pickled weights are never loaded. Name another repository, or "
-                "convert the weights once with `model.save_pretrained(folder)` and name that folder"
+                "convert the weights once with `model.save_pretrained(folder)` and name that folder",
+                code="weights",
             )
         wanted.update(files)
     if odd := [file for file in wanted if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts]:
-        raise UserError(f"{where} has a file named {odd[0]!r}, which is outside its folder")
+        raise UserError(f"{where} has a file named {odd[0]!r}, which is outside its folder", code="weights")
     return tuple(
         File(file, by_name[file].size, by_name[file].lfs.sha256 if by_name[file].lfs else "", by_name[file].blob_id)
         for file in sorted(wanted)

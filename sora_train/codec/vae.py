@@ -168,7 +168,8 @@ class Vae:
         made = made[:, :, : self._frames(count)] if self.time_factor > 1 else made
         if not made.isfinite().all():  # NaN would become black in uint8
             raise UserError(
-                f"the VAE {self.files.place} makes pixels that are not finite of these latents, in {self.model.dtype}"
+                f"the VAE {self.files.place} makes pixels that are not finite of these latents, in {self.model.dtype}",
+                code="diverged",
             )
         return ((made.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 

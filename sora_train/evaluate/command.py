@@ -65,18 +65,20 @@ def evaluate(path: str | Path, how: EvalOptions, oracle: Oracle | None = None) -
     except UserError as error:
         remarks.append(f"obedience: {error}")
     if not figures and "obedience" not in record:
-        raise UserError("\n".join(["nothing could be measured, and nothing was written:", *remarks]))
+        raise UserError("\n".join(["nothing could be measured, and nothing was written:", *remarks]), code="evaluation")
     record["remarks"] = remarks
     print_result(json.dumps(record) if how.json else table(record))
     wanted = {"holdout_loss": how.holdout_clips, "fvd": how.i3d or how.fvd_clips, "similarity": how.clip}
     wanted["given_psnr"] = how.given_clips
     if lost := [NAMES[key] for key, value in wanted.items() if value and key not in figures]:
         reasons = [remark for remark in remarks if remark.split(":")[0] in lost]
-        raise UserError("\n".join([*reasons, f"{file} was not written"]))
+        raise UserError("\n".join([*reasons, f"{file} was not written"]), code="evaluation")
     try:
         atomic_write_text(file, json.dumps(record, indent=1) + "\n")
     except OSError as error:
-        raise UserError(f"{file} can't be written ({error.strerror}); name another file with --out") from None
+        raise UserError(
+            f"{file} can't be written ({error.strerror}); name another file with --out", code="not_writable"
+        ) from None
     progress(f"written to {file}")
     return record
 
@@ -110,11 +112,13 @@ def check_flags(run: Run, how: EvalOptions, file: Path) -> None:
         try:
             check_shards(run, how.shards)
         except UserError as error:
-            raise UserError(f"--shards: {error}") from None
+            raise UserError(f"--shards: {error}", code="shards") from None
     if how.given_clips:
         check_takes_frames(run, "--given_clips")
     if how.fvd_clips and not (how.i3d or run.recipe.validation.fvd):
-        raise UserError("--fvd_clips: the run's validation.fvd is off; name I3D's weights too, with --i3d FILE")
+        raise UserError(
+            "--fvd_clips: the run's validation.fvd is off; name I3D's weights too, with --i3d FILE", code="evaluation"
+        )
     if how.i3d or how.fvd_clips:
         check_frames(run)
     if how.i3d:

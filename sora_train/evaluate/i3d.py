@@ -69,7 +69,8 @@ class I3D:
         if videos.shape[1] < I3D_FRAMES:
             raise UserError(
                 f"I3D needs videos of at least {I3D_FRAMES} frames, these have {videos.shape[1]}: FVD can be had of "
-                f"runs with data.frames {I3D_FRAMES} or more"
+                f"runs with data.frames {I3D_FRAMES} or more",
+                code="unsupported",
             )
         x = rearrange(videos.to(self.device), "b F H W c -> b c F H W").float()
         x = 2 * resized(x, SIZE) / 255 - 1
@@ -168,16 +169,22 @@ def load_i3d(path: str | Path, device: str | torch.device = "cpu", key: str = "v
         content = place.read_bytes()
         weights = load(content)
     except OSError as error:
-        raise UserError(f"{key}: {place} can't be read ({error.strerror}); name I3D's safetensors") from None
+        raise UserError(
+            f"{key}: {place} can't be read ({error.strerror}); name I3D's safetensors", code="weights"
+        ) from None
     except SafetensorError as error:
         raise UserError(
             f"{key}: {place} is cut short or no safetensors ({error}); nothing else is loaded, since a pickle "
-            "could run anything"
+            "could run anything",
+            code="weights",
         ) from None
     for name, shape in shapes().items():
         if name not in weights or tuple(weights[name].shape) != shape:
             found = f"{tuple(weights[name].shape)}" if name in weights else "missing"
-            raise UserError(f"{key}: {place} is not I3D with {LOGITS} logits: {name} should be {shape} and is {found}")
+            raise UserError(
+                f"{key}: {place} is not I3D with {LOGITS} logits: {name} should be {shape} and is {found}",
+                code="weights",
+            )
     convolutions: dict[str, Convolution] = {LAST: (weights[f"{LAST}.conv.weight"], weights[f"{LAST}.conv.bias"])}
     for name in {key.removesuffix(".conv.weight") for key in weights if key.endswith(".conv.weight")} - {LAST}:
         weight, bias, mean, var = (weights[f"{name}.{key}"] for key in ("conv.weight", "bn.bias", "bn.mean", "bn.var"))

@@ -92,7 +92,7 @@ def open_held_out(run: Run, folder: str) -> ShardSet:
     check_shards(run, folder)
     if not run.recipe.data.holdout_fraction:
         what = "data.holdout_fraction is 0, so no clip was held out. Train a run with another value, such as 0.02"
-        raise UserError(what, code="no_holdout")
+        raise UserError(what, code="evaluation")
     return ShardSet(folder, run.recipe.data.holdout_fraction, "holdout")
 
 
@@ -104,7 +104,9 @@ def _held_out(
     names = tuple(name for name in shards.rows if bucket_size(name)[0] > 1 or run.recipe.data.image_ratio != 0)
     refs = choose_clips(run, shards, config.holdout_clips, names, "held-out loss", remark)
     if not refs:
-        raise UserError("only images were held out, and data.image_ratio 0 leaves them out of training")
+        raise UserError(
+            "only images were held out, and data.image_ratio 0 leaves them out of training", code="evaluation"
+        )
     compile_if_worth(run, held_out_flops(run.model.config, shards, refs))
     progress = partial(report, "held-out loss")
     loss = held_out_loss(run.predict, run.objective, shards, refs, run.device, progress=progress)
@@ -113,20 +115,20 @@ def _held_out(
 
 def _similarity(run: Run, config: ValidationConfig, videos: Iterable[Video] | None, report: Progress) -> Figures:
     if videos is None and not config.prompts:
-        raise UserError("validation.prompts is empty, so there are no prompts to sample")
+        raise UserError("validation.prompts is empty, so there are no prompts to sample", code="evaluation")
     clip = load_clip(config.clip, run.device, run.recipe.codec.models)
     if videos is None:
         seeds, progress = [config.seed] * len(config.prompts), partial(report, "samples of the prompts, step")
         videos = zip(config.prompts, generate_each(run, config.prompts, seeds, config, progress=progress), strict=True)
     scores = [similarity(clip, prompt, video) for prompt, video in videos]
     if not scores:
-        raise UserError("there are no samples to score")
+        raise UserError("there are no samples to score", code="evaluation")
     return {"similarity": float(np.mean(scores))}
 
 
 def _fvd(run: Run, config: ValidationConfig, folder: str, report: Progress, remark: Callable[[str], None]) -> Figures:
     if not config.i3d:
-        raise UserError("validation.i3d is empty; name the safetensors of I3D's weights")
+        raise UserError("validation.i3d is empty; name the safetensors of I3D's weights", code="evaluation")
     manifest = run.manifest
     check_frames(run)
     bucket = bucket_name(manifest.frames, manifest.height, manifest.width)  # the shape of samples
@@ -134,7 +136,8 @@ def _fvd(run: Run, config: ValidationConfig, folder: str, report: Progress, rema
     refs = choose_clips(run, shards, config.fvd_clips, (bucket,), f"FVD of {bucket}", remark)
     if len(refs) < 2:
         raise UserError(
-            f"{len(refs)} of the held-out clips are of {bucket}, the shape of samples; at least two are needed"
+            f"{len(refs)} of the held-out clips are of {bucket}, the shape of samples; at least two are needed",
+            code="evaluation",
         )
     i3d = load_i3d(config.i3d, run.device)
     real = reference(run, i3d, shards, refs, partial(report, "I3D of held-out clips"))
@@ -158,7 +161,8 @@ def check_frames(run: Run) -> None:
     if run.manifest.frames < I3D_FRAMES:
         raise UserError(
             f"the run's clips have {run.manifest.frames} frames and I3D needs {I3D_FRAMES}; train one with data.frames "
-            f"{I3D_FRAMES} or more"
+            f"{I3D_FRAMES} or more",
+            code="unsupported",
         )
 
 

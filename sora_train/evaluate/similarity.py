@@ -41,9 +41,11 @@ def find_clip(name: str, models: str = "", key: str = KEY) -> Path:
     """
     folder = find_folder(name, key, (), models)
     if not (folder / "config.json").is_file():
-        raise UserError(f"{key}: {folder} has no config.json; name a folder that transformers saved a CLIP to")
+        raise UserError(
+            f"{key}: {folder} has no config.json; name a folder that transformers saved a CLIP to", code="weights"
+        )
     if (kind := read_config(folder).get("model_type")) != "clip":
-        raise UserError(f"{key}: {folder} holds a {kind!r} model; a CLIP of transformers is needed")
+        raise UserError(f"{key}: {folder} holds a {kind!r} model; a CLIP of transformers is needed", code="weights")
     weight_files(folder, key)
     return folder
 
@@ -68,7 +70,9 @@ def load_clip(name: str, device: str | torch.device = "cpu", models: str = "", k
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         images = transformers.AutoImageProcessor.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"{key}: {folder} can't be read as a CLIP: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"{key}: {folder} can't be read as a CLIP: {str(error).splitlines()[0]}", code="weights"
+        ) from None
     finally:
         if bars:
             transformers.utils.logging.enable_progress_bar()

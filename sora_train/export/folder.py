@@ -46,7 +46,7 @@ def export(
     out = Path(out).expanduser()
     check_free(out)
     if is_released(Path(path).expanduser()):
-        raise UserError(f"{path} is a released pipeline, not a run: there is nothing to export")
+        raise UserError(f"{path} is a released pipeline, not a run: there is nothing to export", code="unsupported")
     adapted = find_adapted(path, weights or "ema")
     check_choice(path, adapted is not None, lora, merge, weights_only)
     if lora and adapted is not None:
@@ -57,7 +57,8 @@ def export(
     if not weights_only and (reasons := refusals(run.recipe, run.manifest)):
         raise UserError(
             f"{run.folder} can't become a {PIPELINES[run.recipe.model.family]}: {'; '.join(reasons)}. --weights_only "
-            "writes its weights and recipe, which `sora sample` reads"
+            "writes its weights and recipe, which `sora sample` reads",
+            code="unsupported",
         )
     with_draft(out, lambda draft: write_weights(run, draft) if weights_only else write_whole_pipeline(run, draft))
     log.info(f"{out}: the {run.weights} weights of {run.checkpoint}; its README.md says how to use it")
@@ -84,14 +85,15 @@ def check_free(out: Path) -> None:
     """
     if out.suffix == ".safetensors":
         raise UserError(
-            f"{out} is a file's name, and OUT is a folder that gets several files; name one without .safetensors"
+            f"{out} is a file's name, and OUT is a folder that gets several files; name one without .safetensors",
+            code="exists",
         )
     if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise UserError(f"{out} is there and no folder; name another one")
+        raise UserError(f"{out} is there and no folder; name another one", code="exists")
     if out.is_dir() and any(out.iterdir()):
         note = read_note(out) if (out / EXPORT_INFO).is_file() else None
         holds = f"holds an export of step {note.step}; remove it first, or" if note else "is not empty;"
-        raise UserError(f"{out} {holds} name another folder")
+        raise UserError(f"{out} {holds} name another folder", code="exists")
 
 
 def with_draft(out: Path, write: Callable[[Path], None]) -> None:
@@ -108,7 +110,9 @@ def with_draft(out: Path, write: Callable[[Path], None]) -> None:
             out.rmdir()  # it is empty; renaming onto it fails on some systems
         draft.rename(out)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{out} can't be written ({error}); make room there, or name another folder") from None
+        raise UserError(
+            f"{out} can't be written ({error}); make room there, or name another folder", code="not_writable"
+        ) from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

@@ -157,7 +157,7 @@ def check_text(recipe: Recipe, manifest: Manifest) -> None:
             f"codec.caption_cleaning is {wanted}, but {recipe.data.output} was encoded with {there}"
             + (f", and model.init_from {recipe.model.init_from} was not" if recipe.model.init_from else "")
             + f". Run `sora prep` into another data.output, or set codec.caption_cleaning: {there}",
-            code="captions",
+            code="codec",
         )
     manifest.null_embedding(recipe.codec.null_prompt)
 

@@ -78,7 +78,7 @@ def run_trainer(recipe: Recipe, run: Path, gpu: bool) -> str:
     except ray.train.TrainingFailedError as error:
         why, details = root_cause(error), str(error)
     if (fatal := read_fatal_error(run)) or details:
-        raise training_failed(run, fatal or why, details)
+        raise training_failed(run, fatal or UserError(why, code="workers"), details)
     if not why:
         Events(run).write("end", last_step(run), "all steps are done")
     return why
@@ -108,17 +108,16 @@ def resource_wait_reason(recipe: Recipe, gpu: bool) -> str:
     )
 
 
-def training_failed(run: Path, why: str, details: str) -> UserError:
+def training_failed(run: Path, why: UserError, details: str) -> UserError:
     """Records a failure as far as the disk has space, and returns the error to raise."""
     step, where = last_step(run), ""
     with contextlib.suppress(OSError, UserError):  # a full disk
-        Events(run).write("failed", step, why)
+        Events(run).write("failed", step, str(why))
         if details:
             (run / "failure.txt").write_text(details, encoding="utf-8")
             where = f"Details are in {run / 'failure.txt'}. "
-    return UserError(
-        f"training stopped near step {step}: {why}\n{where}{resume_hint(run)}, once the cause is fixed", code="training"
-    )
+    message = f"training stopped near step {step}: {why}\n{where}{resume_hint(run)}, once the cause is fixed"
+    return UserError(message, code=why.code)
 
 
 class EventCallback(UserCallback):

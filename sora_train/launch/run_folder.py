@@ -80,7 +80,7 @@ def check_fresh(run: Path, overwrite: bool) -> None:
         raise UserError(
             f"{run} holds {held}, which --fresh would remove. Add --overwrite to remove it, give this run another name "
             "(--name), or leave out --fresh to resume",
-            code="run_exists",
+            code="exists",
         )
 
 
@@ -96,7 +96,7 @@ def check_some_complete(run: Path) -> None:
         raise UserError(
             f"no checkpoint in {run / 'checkpoints'} is complete ({named}). Copy a complete one there, or start again "
             "with --fresh --overwrite",
-            code="checkpoints",
+            code="checkpoint",
         )
 
 
@@ -192,21 +192,24 @@ def os_errors_as_user_errors(run: Path) -> Iterator[None]:
         ) from None
 
 
-def record_fatal_error(run: Path, reason: str) -> None:
+def record_fatal_error(run: Path, error: UserError) -> None:
     """Writes why the run must end; the first reason is kept. A full disk leaves no file, and Ray tries again."""
     file = run / FATAL_ERROR_FILE
     with contextlib.suppress(OSError), file.open("x", encoding="utf-8") as opened:
-        json.dump({"reason": reason}, opened)
+        json.dump({"reason": str(error), "code": error.code}, opened)
 
 
-def read_fatal_error(run: Path) -> str:
-    """Why a worker ended the run; empty if none did."""
+def read_fatal_error(run: Path) -> UserError | None:
+    """The error with which a worker ended the run, if one did."""
+    file = run / FATAL_ERROR_FILE
     try:
-        return str(json.loads((run / FATAL_ERROR_FILE).read_text(encoding="utf-8"))["reason"])
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        return UserError(saved["reason"], code=saved["code"])
     except FileNotFoundError:
-        return ""
+        return None
     except (OSError, ValueError, KeyError):  # cut off by a full disk
-        return f"a worker failed with an unrecoverable error but could not write the reason to {run / FATAL_ERROR_FILE}"
+        why = f"a worker failed with an unrecoverable error but could not write the reason to {file}"
+        return UserError(why, code="workers")
 
 
 def last_step(run: Path) -> int:

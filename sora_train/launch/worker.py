@@ -50,11 +50,11 @@ def train_worker(config: dict[str, Any]) -> str:
     try:
         return run_training(recipe, run)
     except UserError as error:
-        record_fatal_error(run, str(error))
+        record_fatal_error(run, error)
         raise
     except OSError as error:
         if error.errno in DISK_FULL:
-            record_fatal_error(run, f"{run} can't be written: {error}. Make room there")
+            record_fatal_error(run, UserError(f"{run} can't be written: {error}. Make room there", code="not_writable"))
         raise
 
 
@@ -139,8 +139,8 @@ def warn_if_group_split(size: int, rank: int, local_rank: int, events: Events) -
 
 def read_start_state(run: Path) -> tuple[str, list[tuple[int, Path, float | None]]]:
     """Why not to start, or an empty string; and step, folder and loss of the complete checkpoints. For rank 0."""
-    if why := read_fatal_error(run):
-        return why, []
+    if fatal := read_fatal_error(run):
+        return str(fatal), []
     if stop_requested(run):
         return "stop requested before training resumed", []
     found = checkpoint.complete_checkpoints(run / "checkpoints")
@@ -161,7 +161,7 @@ def checkpoint_reporter(recipe: Recipe, run: Path, checkpoints: list[tuple[int, 
             try:
                 wait()
             except UserError as error:  # in a thread of Ray's, which ends the workers before the loop sees the error
-                record_fatal_error(run, str(error))
+                record_fatal_error(run, error)
                 raise
             return of
 

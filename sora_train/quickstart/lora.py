@@ -68,7 +68,9 @@ def check_base_run(recipe: Recipe) -> Path:
     """The folder of the quickstart's run. Raises UserError if it is not there."""
     base = Path(recipe.model.init_from)
     if not (base / "checkpoints").is_dir():
-        raise UserError(f"{base} is no run. Run `make quickstart` first, or name a run of it with --model.init_from")
+        raise UserError(
+            f"{base} is no run. Run `make quickstart` first, or name a run of it with --model.init_from", code="run"
+        )
     return base
 
 

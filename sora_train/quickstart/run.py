@@ -57,7 +57,9 @@ def find_recipe(path: str | Path) -> Path:
     for place in places:
         if place.is_file():
             return place
-    raise UserError(f"no recipe at {places[0]} nor at {places[1]}; run the demo from a checkout of the repository")
+    raise UserError(
+        f"no recipe at {places[0]} nor at {places[1]}; run the demo from a checkout of the repository", code="paths"
+    )
 
 
 @contextmanager
@@ -78,7 +80,8 @@ def clips(recipe: Recipe, count: int = CLIPS, image: bool = False) -> Path:
     captions = Path(recipe.data.captions)
     if captions.name != "captions.csv":
         raise UserError(
-            f"data.captions is {captions}, but the demo writes its own: name a path that ends in captions.csv"
+            f"data.captions is {captions}, but the demo writes its own: name a path that ends in captions.csv",
+            code="paths",
         )
     folder = captions.parent
     if captions.is_file() and are_whole(captions, count):

@@ -43,7 +43,7 @@ def write_report(*runs: str | Path, out: str | Path | None = None) -> Path:
     page can't be written.
     """
     if not runs:
-        raise UserError("no run to report on. Name the folder that `sora train` made (train.output/name)")
+        raise UserError("no run to report on. Name the folder that `sora train` made (train.output/name)", code="run")
     records = with_unique_names([read_run(run) for run in runs])
     for run in records:
         for line in unreadable(run, run.folder):

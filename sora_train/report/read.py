@@ -77,10 +77,10 @@ def read_run(folder: str | Path) -> RunRecord:
     folder = Path(folder).expanduser()
     if any((folder / name).is_file() for name in EXPORT):
         why = "is an export, which has no history to report on. Name the run that it was made of"
-        raise UserError(f"{folder} {why}", code="export")
+        raise UserError(f"{folder} {why}", code="run")
     if not (folder / "recipe.yaml").is_file():
         what = "is not a run: it has no recipe.yaml" if folder.is_dir() else "does not exist"
-        raise UserError(f"{folder} {what}. Name the folder that `sora train` made (train.output/name)", code="no_run")
+        raise UserError(f"{folder} {what}. Name the folder that `sora train` made (train.output/name)", code="run")
     flaws: Flaws = {}
     recipe = read_text(folder / "recipe.yaml", flaws) or ""
     if not (settings := parse_recipe(recipe)):

@@ -66,7 +66,9 @@ def sample_prompts(path: str | Path, ask: SampleOptions, read: ReadGiven | None 
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder} can't be made ({error.strerror}); name another folder with --out") from None
+        raise UserError(
+            f"{folder} can't be made ({error.strerror}); name another folder with --out", code="not_writable"
+        ) from None
     asked = [(prompt, seed, each) for (prompt, _), each in zip(starts, given, strict=True) for seed in seeds]
     log.info(f"sampling {len(asked)} of {describe_shape(run, shape)} from {run.checkpoint} on {run.device}")
     progress = every_few_seconds(lambda done, of: log.info(f"sampling: {done} of {of} steps"))
@@ -90,7 +92,9 @@ def sample_prompts(path: str | Path, ask: SampleOptions, read: ReadGiven | None 
                 save_given(folder, start)
                 write_video(file, video, run.fps, prompt)
             except OSError as error:
-                raise UserError(f"{file} can't be written ({error}); make room, or name a folder: --out") from None
+                raise UserError(
+                    f"{file} can't be written ({error}); make room, or name a folder: --out", code="not_writable"
+                ) from None
             written.append(file)
             log.info(str(file))
             listing[file.name] = {"file": file.name, **about}

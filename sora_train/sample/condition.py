@@ -54,7 +54,7 @@ def check_takes_frames(run: Run, key: str) -> None:
         else "it was trained with conditioning.probability 0. Train a model with conditioning.probability above 0, "
         "such as 0.5 (it may start from this one: model.init_from)"
     )
-    raise UserError(f"{key}: {run.folder} can't continue given frames: {why}", code="not_conditioned")
+    raise UserError(f"{key}: {run.folder} can't continue given frames: {why}", code="unsupported")
 
 
 def given_count(conditioning: ConditioningConfig, manifest: Manifest, key: str) -> int:

@@ -52,5 +52,7 @@ def read_note(folder: Path) -> ExportNote | None:
         if note.kind not in ("pipeline", "weights", "lora") or note.weights not in ("ema", "raw"):
             raise ValueError("an unknown kind")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{place} can't be read ({error!r}); export the run again with this version") from None
+        raise UserError(
+            f"{place} can't be read ({error!r}); export the run again with this version", code="run"
+        ) from None
     return note

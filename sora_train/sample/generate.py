@@ -110,7 +110,8 @@ def generate_each(
             asked = shape or (run.manifest.frames, run.manifest.height, run.manifest.width)
             raise UserError(
                 f"out of memory on {run.device} with {len(generators)} of {' x '.join(map(str, asked))} (frames x "
-                "height x width) at once; ask for fewer frames or a smaller size: --frames, --height, --width"
+                "height x width) at once; ask for fewer frames or a smaller size: --frames, --height, --width",
+                code="memory",
             ) from None
         yield from videos
 
@@ -145,7 +146,8 @@ def check_finite(run: Run, latents: Float[Tensor, "b f c h w"], prompts: Sequenc
         raise UserError(
             f"the sample of {one_line(bad[0])[:200]!r} from {run.checkpoint} is not finite"
             + (f" ({len(bad)} of {len(latents)} at once)" if len(bad) > 1 else "")
-            + f"; {why if weights else 'its weights are not finite: use an earlier checkpoint'}"
+            + f"; {why if weights else 'its weights are not finite: use an earlier checkpoint'}",
+            code="diverged",
         )
 
 

@@ -95,7 +95,8 @@ class Run:
         if found != trained:
             raise UserError(
                 f"{key} {name!r} is not what {self.folder} was trained with (content {found[:12]}, trained with "
-                f"{trained[:12]}); name the folder of the original in {self.checkpoint / 'recipe.yaml'}"
+                f"{trained[:12]}); name the folder of the original in {self.checkpoint / 'recipe.yaml'}",
+                code="codec",
             )
 
 
@@ -116,9 +117,14 @@ def load_run(
     at = Path(path).expanduser()
     note, released = read_note(at), is_released(at)
     if released and weights is not None:
-        raise UserError(f"{at} is a released pipeline with one kind of weights; leave out --weights")
+        raise UserError(
+            f"{at} is a released pipeline with one kind of weights; leave out --weights", code="unsupported"
+        )
     if note is not None and note.kind == "lora":
-        raise UserError(f"{at} holds adapters alone. Name their base, and add them: sora sample BASE --lora {at}")
+        raise UserError(
+            f"{at} holds adapters alone. Name their base, and add them: sora sample BASE --lora {at}",
+            code="unsupported",
+        )
     folder, checkpoint = (at, at) if note or released else find_checkpoint(path, weights or "ema")
     recipe, manifest = read_released(at) if released else read_recipe(folder, checkpoint, note, weights)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -132,7 +138,7 @@ def load_run(
             model.load_state_dict(tensors, assign=True)
         except RuntimeError as error:
             first = str(error).splitlines()[-1].strip()
-            raise UserError(f"{place} does not fit the model in its recipe.yaml: {first}") from None
+            raise UserError(f"{place} does not fit the model in its recipe.yaml: {first}", code="checkpoint") from None
     merge_files(model, lora)  # before the weights are rounded to a lower precision
     if dtype is None:
         dtype = torch.bfloat16 if recipe.train.half else torch.float32
@@ -147,7 +153,9 @@ def read_recipe(
 ) -> tuple[Recipe, Manifest]:
     """Recipe and manifest of a checkpoint or an export, with the codec as it was in training."""
     if note is not None and weights not in (None, note.weights):
-        raise UserError(f"{folder} holds the {note.weights} weights alone; for the {weights} ones name the run")
+        raise UserError(
+            f"{folder} holds the {note.weights} weights alone; for the {weights} ones name the run", code="unsupported"
+        )
     remedy = (
         "export the run again"
         if note is not None
@@ -158,7 +166,7 @@ def read_recipe(
     try:
         manifest = Manifest.load(str(facts.parent))
     except UserError:  # its own message tells to encode the clips again
-        raise UserError(f"{facts} is damaged, or of another version of sora_train; {remedy}") from None
+        raise UserError(f"{facts} is damaged, or of another version of sora_train; {remedy}", code="run") from None
     codec = as_trained(recipe.codec, manifest)
     if note is not None and note.kind == "pipeline":  # it is self-contained and may have been moved
         codec = codec.model_copy(update={"vae": str(folder), "text": str(folder), "models": ""})
@@ -184,47 +192,52 @@ def _read(
         return folder / WEIGHTS, read_weights(folder / WEIGHTS)
     if note is not None and note.kind == "weights":
         if not is_whole(folder / EXPORTED):
-            raise UserError(f"{folder / EXPORTED} is missing, cut short or no safetensors; {remedy}")
+            raise UserError(f"{folder / EXPORTED} is missing, cut short or no safetensors; {remedy}", code="run")
         return folder / EXPORTED, read_weights(folder / EXPORTED)
     try:
         if note is not None and note.transformer and transformer_hash(folder) != note.transformer:
-            raise UserError(f"{folder / 'transformer'} is damaged or was changed since; {remedy}")
+            raise UserError(f"{folder / 'transformer'} is damaged or was changed since; {remedy}", code="run")
         check_fit(model.config, folder)
         return folder / "transformer", from_diffusers(folder).state_dict()
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"{folder / 'transformer'} can't be read: {error}; {remedy}") from None
+        raise UserError(f"{folder / 'transformer'} can't be read: {error}; {remedy}", code="run") from None
 
 
 def find_checkpoint(path: str | Path, weights: Weights = "ema") -> tuple[Path, Path]:
     """The run's folder and a checkpoint: the one at `path`, or the run's newest one with complete weights."""
     if "://" in str(path):
-        raise UserError(f"{path} is remote; copy the checkpoint's folder here and name the copy")
+        raise UserError(f"{path} is remote; copy the checkpoint's folder here and name the copy", code="paths")
     folder = Path(path).expanduser()
     if folder.is_file():
-        raise UserError(f"{folder} is a file; name the folder: {folder.parent}")
+        raise UserError(f"{folder} is a file; name the folder: {folder.parent}", code="run")
     if not folder.is_dir():
         near = [str(place.parent) for place in sorted(folder.parent.glob("*/recipe.yaml"))]
         hint = f"runs there: {', '.join(near)}" if near else "`sora train RECIPE` makes one"
-        raise UserError(f"no run at {folder}; {hint}")
+        raise UserError(f"no run at {folder}; {hint}", code="run")
     if (folder / WEIGHTS).is_file():
         above = folder.absolute().parent.parent
         if not is_whole(folder / WEIGHTS):
-            raise UserError(f"{folder / WEIGHTS} is cut short or no safetensors; use another checkpoint")
+            raise UserError(
+                f"{folder / WEIGHTS} is cut short or no safetensors; use another checkpoint", code="checkpoint"
+            )
         return (above if (above / "recipe.yaml").is_file() else folder), folder
     if any((folder / name).is_file() for name in ("model_index.json", EXPORTED)):
         raise UserError(
             f"{folder} is an export without {EXPORT_INFO}, or of other software; copy the whole folder that "
-            "`sora export` made, or export the run again"
+            "`sora export` made, or export the run again",
+            code="run",
         )
     if (folder / "config.json").is_file():
         whole = folder.absolute().parent
         found = any((whole / name).is_file() for name in ("model_index.json", "transformer/config.json"))
         where = f"its parent folder: {whole}" if found else "a folder with its VAE and text encoder too"
-        raise UserError(f"{folder} is one network of a pipeline; name {where}")
+        raise UserError(f"{folder} is one network of a pipeline; name {where}", code="run")
     if not (folder / "recipe.yaml").is_file():
-        raise UserError(f"{folder} is no run: it has no recipe.yaml; name the folder that `sora train` made")
+        raise UserError(
+            f"{folder} is no run: it has no recipe.yaml; name the folder that `sora train` made", code="run"
+        )
     checkpoints = step_folders(folder / "checkpoints")
     for checkpoint in reversed(checkpoints):
         if is_whole(checkpoint / WEIGHTS) and (weights == "ema" or isinstance(check_complete(checkpoint), dict)):
@@ -234,11 +247,13 @@ def find_checkpoint(path: str | Path, weights: Weights = "ema") -> tuple[Path, P
         averaged = weights == "raw" and any(is_whole(checkpoint / WEIGHTS) for checkpoint in checkpoints)
         raise UserError(
             f"{folder} has no complete checkpoint: none of its {len(checkpoints)} is whole; "
-            + ("the averaged weights can be had (--weights ema)" if averaged else "run `sora train` again")
+            + ("the averaged weights can be had (--weights ema)" if averaged else "run `sora train` again"),
+            code="checkpoint",
         )
     raise UserError(
         f"{folder} has no complete checkpoint yet; one is written every train.checkpoint_every steps and at the end: "
-        "wait, or run `sora train` again to resume"
+        "wait, or run `sora train` again to resume",
+        code="checkpoint",
     )
 
 
@@ -248,4 +263,4 @@ def _beside(checkpoint: Path, folder: Path, name: str, remedy: str) -> Path:
         if (place / name).is_file():
             return place / name
     places = " nor in ".join(map(str, dict.fromkeys((checkpoint, folder))))
-    raise UserError(f"{checkpoint} can't be read: there is no {name} in {places}; {remedy}")
+    raise UserError(f"{checkpoint} can't be read: there is no {name} in {places}; {remedy}", code="run")

@@ -59,7 +59,9 @@ def parse_one(word: str) -> LoraFile:
         name = word
     file = adapter_file(Path(name).expanduser())
     if not file.is_file():
-        raise UserError(f"--lora: {file} does not exist. Name a file of adapters, with FILE:WEIGHT for a weight")
+        raise UserError(
+            f"--lora: {file} does not exist. Name a file of adapters, with FILE:WEIGHT for a weight", code="lora"
+        )
     return LoraFile(file, weight)
 
 
@@ -87,7 +89,7 @@ def load_adapted(model: Transformer, checkpoint: Path, recipe: Recipe, weights: 
     try:
         merge(model, adapter.tensors, adapter.scales)
     except ValueError as error:
-        raise UserError(f"{checkpoint} does not fit the model in its recipe.yaml: {error}") from None
+        raise UserError(f"{checkpoint} does not fit the model in its recipe.yaml: {error}", code="checkpoint") from None
 
 
 def load_base(model: Transformer, checkpoint: Path, recipe: Recipe) -> None:
@@ -101,7 +103,7 @@ def load_base(model: Transformer, checkpoint: Path, recipe: Recipe) -> None:
     if folder is None:
         raise UserError(
             f"{checkpoint} holds adapters, and their base is neither in {' nor in '.join(places)}. Put it back there",
-            code="base",
+            code="weights",
         )
     folder = resolve_initial(folder.expanduser())
     if state.get("base"):

@@ -50,17 +50,19 @@ def read_released(folder: Path) -> tuple[Recipe, Manifest]:
     if missing := [f"{part} ({file})" for part, file in PARTS.items() if not (folder / file).exists()]:
         raise UserError(
             f"{folder} is a pipeline without {', '.join(missing)}. Fetch the whole repository, for instance with `sora "
-            "download`"
+            "download`",
+            code="run",
         )
     config = read_config(folder / "transformer")
     if (family := FAMILIES.get(config.get("_class_name", ""))) is None:
         raise UserError(
-            f"{folder}/transformer holds a {config.get('_class_name')}; `sora sample` reads {', '.join(FAMILIES)}"
+            f"{folder}/transformer holds a {config.get('_class_name')}; `sora sample` reads {', '.join(FAMILIES)}",
+            code="unsupported",
         )
     try:
         model = asdict(config_from_diffusers(config))
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}/transformer can't be read: {error}") from None
+        raise UserError(f"{folder}/transformer can't be read: {error}", code="weights") from None
     scheduler = read_json(folder / PARTS["scheduler"])
     diffusion, sampler = flow_of(scheduler) if family == "wan" else ddpm_of(scheduler)
     precision = "bf16" if torch.cuda.is_available() else "fp32"
@@ -103,10 +105,14 @@ def check_class(folder: Path) -> None:
         why = " It needs an image encoder." if name == "WanImageToVideoPipeline" else ""
         raise UserError(
             f"{folder} is a {name}; `sora sample` reads a WanPipeline, a LattePipeline, or a WanImageToVideoPipeline "
-            f"with expand_timesteps.{why}"
+            f"with expand_timesteps.{why}",
+            code="unsupported",
         )
     if (index.get("transformer_2") or [None])[0]:
-        raise UserError(f"{folder} has two transformers, for high and low noise; only pipelines with one are supported")
+        raise UserError(
+            f"{folder} has two transformers, for high and low noise; only pipelines with one are supported",
+            code="unsupported",
+        )
 
 
 def takes_image(folder: Path) -> bool:
@@ -136,7 +142,8 @@ def flow_of(scheduler: dict[str, Any]) -> tuple[dict[str, Any], str]:
         return {"kind": "flow", "shift": scheduler.get("shift", 1.0)}, "euler"
     raise UserError(
         f"the pipeline's scheduler is {name} with prediction_type {scheduler.get('prediction_type')}; Wan needs "
-        "UniPCMultistepScheduler with flow_prediction, or FlowMatchEulerDiscreteScheduler"
+        "UniPCMultistepScheduler with flow_prediction, or FlowMatchEulerDiscreteScheduler",
+        code="unsupported",
     )
 
 
@@ -147,7 +154,8 @@ def ddpm_of(scheduler: dict[str, Any]) -> tuple[dict[str, Any], str]:
     if schedule is None or prediction is None or scheduler.get("trained_betas") is not None:
         raise UserError(
             f"the pipeline's scheduler has beta_schedule {scheduler.get('beta_schedule')} and prediction_type "
-            f"{scheduler.get('prediction_type')}; linear or squaredcos_cap_v2 and {', '.join(PREDICTIONS)} can be read"
+            f"{scheduler.get('prediction_type')}; linear or squaredcos_cap_v2 and {', '.join(PREDICTIONS)} can be read",
+            code="unsupported",
         )
     if (spacing := scheduler.get("timestep_spacing", "leading")) != "trailing":
         log.info(
@@ -166,7 +174,8 @@ def manifest_of(recipe: Recipe, family: str) -> Manifest:
     if vae.channels != recipe.model.in_channels:
         raise UserError(
             f"{vae.place} is a VAE of {vae.channels} channels, and the transformer takes {recipe.model.in_channels}: "
-            "they are not of one pipeline. Fetch the whole pipeline again"
+            "they are not of one pipeline. Fetch the whole pipeline again",
+            code="weights",
         )
     frames, height, width, fps = 16, vae.factor * recipe.model.sample_size, vae.factor * recipe.model.sample_size, 8.0
     if family == "wan":  # Wan 2.2's VAE compresses twice as much, for twice the size

@@ -104,7 +104,7 @@ def snapshot(engine: Engine, ema: Ema, state: State) -> Snapshot:
     if not finite.item():
         raise UserError(
             f"at step {state.step} weights are no longer finite, so no checkpoint was made. Lower train.learning_rate",
-            code="checkpoint",
+            code="diverged",
         )
     owned = {name: part for name, part in engine.slices().items() if part.owned}
     tensors = {f"{kind}/{name}": source for name in owned for kind, source in rank_tensors(engine, ema, name)}

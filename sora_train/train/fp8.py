@@ -27,7 +27,7 @@ def check_fp8(device: torch.device | None = None) -> None:
         raise UserError(
             "train.precision is fp8, which needs torchao. Install it on every node (pip install torchao), or "
             "set train.precision to bf16",
-            code="fp8",
+            code="package",
         )
     if device is not None and device.type == "cuda":
         found = torch.cuda.get_device_capability(device)
@@ -35,7 +35,7 @@ def check_fp8(device: torch.device | None = None) -> None:
             raise UserError(
                 f"train.precision is fp8, and {torch.cuda.get_device_name(device)} has compute capability "
                 f"{found[0]}.{found[1]}. FP8 needs 8.9 or more (Ada, Hopper). Set train.precision to bf16",
-                code="fp8",
+                code="unsupported",
             )
 
 
@@ -54,7 +54,7 @@ def use_fp8(model: Transformer, device: torch.device) -> None:
         raise UserError(
             f"train.precision is fp8, but no layer of model.width {model.config.width} has sizes that divide by 16. "
             "Change the width, or set train.precision to bf16",
-            code="fp8",
+            code="unsupported",
         )
     for layer in layers:
         layer.forward = partial(fp8_forward, layer, product)

@@ -46,7 +46,7 @@ def base_hash(folder: Path) -> str:
         raise UserError(
             f"the frozen base of the adapters can't be read: {error}. Put it back there, or name a copy of it with "
             "model.init_from",
-            code="base",
+            code="weights",
         ) from None
 
 
@@ -64,7 +64,7 @@ def with_base(state: State, folder: Path) -> State:
             found = ["", str(error)]
     dist.broadcast_object_list(found, src=0)
     if found[1]:
-        raise UserError(found[1], code="base")
+        raise UserError(found[1], code="weights")
     return replace(state, base=found[0], base_from=str(folder))
 
 
@@ -79,6 +79,6 @@ def check_same_base(trained_on: str, trained_from: str, folder: Path) -> str:
             f"the adapters were trained on other weights: those of {trained_from} had the hash {trained_on[:12]}, and "
             f"{folder} has {found[:12]}. Put the original back, name a copy of it with model.init_from, or begin a new "
             "run (--name)",
-            code="base",
+            code="weights",
         )
     return found

@@ -73,7 +73,7 @@ def rollback(
             f"at step {state.step} {len(state.streak)} steps in a row had to be skipped, after {state.rollbacks} "
             "rollbacks; events.jsonl of the run names the clips. Lower train.learning_rate, look at those clips with "
             "`sora inspect`, or raise train.guard_max_rollbacks",
-            code="guard",
+            code="diverged",
         )
     folder = run_dir.newest_checkpoint(first_bad)
     if folder is not None and folder.name == checkpoint.name_of(state.back_at):

@@ -32,7 +32,7 @@ def resolve_initial(folder: Path) -> Path:
     if not (found := complete_checkpoints(folder / "checkpoints")):
         raise UserError(
             f"model.init_from: the run {folder} has no whole checkpoint yet; wait for one, or name another",
-            code="init_from",
+            code="checkpoint",
         )
     return found[-1][1]
 
@@ -132,4 +132,4 @@ def cannot_start(folder: Path, error: Exception) -> UserError:
     elif isinstance(error, WeightsError):
         remedy = ". Fetch the weights again (`sora download` compares each file with the hub's), or use others"
     said = str(error).splitlines()[-1].strip()
-    return UserError(f"model.init_from: training can't start from {folder}: {said}{remedy}", code="init_from")
+    return UserError(f"model.init_from: training can't start from {folder}: {said}{remedy}", code="weights")

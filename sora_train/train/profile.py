@@ -86,7 +86,7 @@ def breakdown(trace: Path) -> Breakdown:
     if not found:
         device, found = "CPU", [event for event in events if event.get("cat") in ON_CPU]
     if not found:
-        raise UserError(f"{trace} holds no kernels and no operations. Profile at least one step", code="profile")
+        raise UserError(f"{trace} holds no kernels and no operations. Profile at least one step", code="evaluation")
     sums: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
     for name, us in own_times(found):
         sums[name] = sums[name][0] + us / 1000, sums[name][1] + 1

@@ -36,11 +36,11 @@ def check_sequence_parallel(model: ModelConfig, size: int, world: int) -> None:
     if world % size:
         raise UserError(
             f"cluster.sequence_parallel is {size}, which does not divide {world} workers. Change one of them",
-            code="sequence_parallel",
+            code="recipe",
         )
     if not model.shares_clips_by(size):
         raise UserError(
             f"cluster.sequence_parallel is {size}, which does not divide model.heads {model.heads}: each rank of a "
             "group computes the attention of its share of the heads. Use a divisor of the heads",
-            code="sequence_parallel",
+            code="recipe",
         )

@@ -95,7 +95,7 @@ def test_a_stdout_that_fails_ends_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_tracker_that_can_note_nothing_ends_nothing(tmp_path: Path):
     def full(why: str) -> None:
-        raise UserError("events.jsonl can't be written: No space left on device")
+        raise UserError("events.jsonl can't be written: No space left on device", code="not_writable")
 
     tracker = Tracker(tmp_path / "nowhere", mode="offline", project="p", config={}, failed=full)
     tracker.log([{"step": 1, "loss": 1.0}])

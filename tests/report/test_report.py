@@ -297,7 +297,7 @@ def test_an_export_has_no_history_to_report_on(tmp_path, name):
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(UserError) as caught:
         write_report(tmp_path)
-    assert caught.value.code == "export"
+    assert caught.value.code == "run"
     assert not (tmp_path / "report.html").exists()
 
 
@@ -339,8 +339,8 @@ def test_old_videos_beyond_the_budget_are_linked(tmp_path, monkeypatch):
 def test_folders_without_a_run_and_unwritable_pages_are_errors(tmp_path):
     folder = make_run(tmp_path / "trial")
     for run, out, code in (
-        (tmp_path, None, "no_run"),
-        (tmp_path / "none", None, "no_run"),
+        (tmp_path, None, "run"),
+        (tmp_path / "none", None, "run"),
         (folder, tmp_path, "not_writable"),
         (folder, tmp_path / "none" / "page.html", "not_writable"),
     ):

@@ -65,7 +65,8 @@ def run_ranks(group: PlacementGroup, need: dict[str, float], world: int, backend
             f"{backend} all-reduce failed on {len(failed)} of {world} ranks: {'; '.join(failed[:MOST])}. Ranks may use "
             f"the wrong network interface: set {backend.upper()}_SOCKET_IFNAME to the one that the nodes share (see "
             "`ip addr`), and open all ports between them. For wrong sums, leave these nodes out or try "
-            "NCCL_P2P_DISABLE=1"
+            "NCCL_P2P_DISABLE=1",
+            code="cluster",
         )
     return max(times)
 

@@ -122,7 +122,7 @@ def describe_node(file: Path, expected: dict[str, str], shards: str, encoding: s
         problems.append(f"train.output {file.parent.parent} can't be written there: {error}{MOUNT}")
     try:
         if encoding and (found := Manifest.load(shards).encoding_hash) != encoding:
-            raise UserError(f"their encoding is {found} there and {encoding} here")
+            raise UserError(f"their encoding is {found} there and {encoding} here", code="shards")
     except (UserError, OSError) as error:
         problems.append(f"data.output {shards} does not hold the same shards: {error}{MOUNT}")
     return NodeInfo(gpus=list_gpus(), problems=tuple(problems))

@@ -35,7 +35,8 @@ def check_batch(recipe: Recipe) -> str:
     micro = f", or train.micro_batch_size {fits[0]}" if fits else ""
     raise UserError(
         f"{batch}: {slots - train.batch_size} of {slots} slots are padding, which costs as much as clips. Use "
-        f"train.batch_size {sizes}{micro}"
+        f"train.batch_size {sizes}{micro}",
+        code="preflight",
     )
 
 
@@ -46,7 +47,8 @@ def check_nodes(nodes: list[NodeInfo]) -> str:
         for problem in node.problems:
             wrong.setdefault(problem, []).append(node.address)
     if wrong:
-        raise UserError("; ".join(f"{first_of(places)}: {problem}" for problem, places in list(wrong.items())[:MOST]))
+        message = "; ".join(f"{first_of(places)}: {problem}" for problem, places in list(wrong.items())[:MOST])
+        raise UserError(message, code="cluster")
     kinds = ", ".join(sorted({name for node in nodes for name, _ in node.gpus}))
     cpus, gpus = (sum(node.resources.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
     return f"{len(nodes)} nodes, {cpus:g} CPUs" + (f", {gpus:g} GPUs ({kinds})" if gpus else "")
@@ -66,7 +68,8 @@ def check_disk(recipe: Recipe, free: int, existing: int) -> str:
         return message
     raise UserError(
         f"{message} in {recipe.train.output}, {in_bytes(need - existing - free)} too little. Free space there, lower "
-        "train.keep_checkpoints, or set another folder with --train.output"
+        "train.keep_checkpoints, or set another folder with --train.output",
+        code="not_writable",
     )
 
 
@@ -84,7 +87,8 @@ def check_ram(recipe: Recipe, nodes: list[dict[str, float]], gpu: bool) -> str:
                 f"{workers} workers on a node take {in_bytes(need)} of CPU memory, and it has {in_bytes(there)}: "
                 f"{in_bytes(each)} each ({names}), and on rank 0 {in_bytes(averaged)} of the averaged weights. Use "
                 "nodes with more memory, or more nodes with fewer workers each"
-                + (", or train.offload none" if recipe.train.offload != "none" else "")
+                + (", or train.offload none" if recipe.train.offload != "none" else ""),
+                code="memory",
             )
     return f"{in_bytes(each)} a worker, and {in_bytes(averaged)} on rank 0 at a checkpoint"
 
@@ -101,4 +105,4 @@ def check_memory(recipe: Recipe, nodes: list[NodeInfo]) -> str:
     if need <= room:
         return message
     remedies = remedies_for(recipe, sizes, room)
-    raise UserError(f"{message}. To fit: {'; or '.join(remedies) or 'see `sora preflight --plan`'}")
+    raise UserError(f"{message}. To fit: {'; or '.join(remedies) or 'see `sora preflight --plan`'}", code="memory")
