@@ -15,9 +15,12 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from sora_train.log import log
+from sora_train.storage import in_bytes
 
 WINDOW_S, MIN_WINDOW_S = 60.0, 10.0
 """Rates are measured over the last WINDOW_S, once there is output for MIN_WINDOW_S."""
+BUSY_WINDOW_S = 20.0
+"""The busiest stage is known once there is output for so long: the first clips were decoded while others started."""
 LIMITING = 0.8
 """A stage limits the others if its workers work for this share of the time."""
 
@@ -102,14 +105,14 @@ class Progress:
         return text + self.limit()
 
     def limit(self) -> str:
-        """`; 0.05 GB/s; the VAE limits the speed, 97 % busy`; empty if not known."""
+        """`; 50 MB/s; the VAE limits the speed, 97 % busy`; empty if not known."""
         history, busy = list(self.history), self.busy()
-        if self.rates() is None or not any(busy.values()):
+        if not any(busy.values()) or history[-1][0] - history[0][0] < BUSY_WINDOW_S:
             return ""
-        rate = (history[-1][3] - history[0][3]) / (self.clock() - history[0][0]) / 1e9
+        rate = (history[-1][3] - history[0][3]) / (self.clock() - history[0][0])
         stage, share = max(busy.items(), key=lambda item: item[1])
         what = f"the {stage} limits the speed" if share >= LIMITING else f"the {stage} is the busiest stage"
-        return f"; {rate:.2g} GB/s; {what}, {100 * share:.0f} % busy"
+        return f"; {in_bytes(rate)}/s; {what}, {100 * share:.0f} % busy"
 
     def busy(self) -> dict[str, float]:
         """The share of the recent time that each stage worked, the mean over its workers."""
@@ -118,7 +121,7 @@ class Progress:
             for (stage, worker), value in seconds.items():
                 work[stage][worker] = work[stage].get(worker, 0.0) + value
         elapsed = history[-1][0] - history[0][0] if history else 0.0
-        return {stage: fmean(each.values()) / elapsed for stage, each in work.items()} if elapsed else {}
+        return {stage: min(1.0, fmean(each.values()) / elapsed) for stage, each in work.items()} if elapsed else {}
 
     def rates(self) -> tuple[float, float] | None:
         """Recent sources and clips per second, without start-up; None until there is enough output to tell."""

@@ -48,7 +48,7 @@ def next_number(folder: str) -> int:
 
 
 def write_shard(system: fs.FileSystem, path: str, encoding_hash: str, tables: Iterable[pa.Table]) -> None:
-    """Writes tables with the columns of SHARD_SCHEMA as one shard, complete or not at all, by row groups.
+    """Writes the columns of SHARD_SCHEMA of tables as one shard, complete or not at all, by row groups.
 
     The memory of one row group suffices, except on an object store.
     """
@@ -57,15 +57,15 @@ def write_shard(system: fs.FileSystem, path: str, encoding_hash: str, tables: It
 
 
 def write_row_groups(file: BinaryIO, encoding_hash: str, tables: Iterable[pa.Table]) -> None:
-    """Writes tables with the columns of SHARD_SCHEMA to an open file, by row groups."""
+    """Writes tables to an open file, by row groups. Of each table it takes the columns of SHARD_SCHEMA."""
     schema = SHARD_SCHEMA.with_metadata({ENCODING_KEY: encoding_hash.encode()})
     # Latents don't compress, and uncompressed pages can be read from a memory map without a copy. Checksums, since
     # nothing else would detect a flipped byte in a latent.
     encoding = {"compression": "none", "use_dictionary": False, "write_statistics": False, "write_page_checksum": True}
     encoding |= {"write_batch_size": 4}  # after so many clips a page may end; a page of 32 long clips has 26 MB
     with pq.ParquetWriter(file, schema, **encoding) as writer:
-        for group in row_groups(tables):
-            writer.write_table(group.select(SHARD_SCHEMA.names), row_group_size=ROW_GROUP)
+        for group in row_groups(table.select(SHARD_SCHEMA.names) for table in tables):
+            writer.write_table(group, row_group_size=ROW_GROUP)
 
 
 def row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:

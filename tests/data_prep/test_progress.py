@@ -65,7 +65,7 @@ def test_the_busiest_stage_and_the_bytes_are_shown():
             assert progress.limit() == ""
     busy = progress.busy()
     assert busy == pytest.approx({"VAE": 1.0, "decode": 0.5, "sink": 0.1})
-    assert progress.line().endswith("left; 0.1 GB/s; the VAE limits the speed, 100 % busy")
+    assert progress.line().endswith("left; 100 MB/s; the VAE limits the speed, 100 % busy")
     clock.now += 60
     progress.add(1, 1, 0, 0, None, facts(0, VAE_a=1.0), 0.1)
     assert "is the busiest stage" in progress.limit()

@@ -91,6 +91,13 @@ def test_each_bucket_has_its_clips_in_order_and_full_row_groups(tmp_path: Path, 
         assert pq.read_table(shard.path, columns=["sample_id"])["sample_id"].to_pylist() == names
 
 
+def test_what_is_left_of_a_block_is_written_with_the_next_block(tmp_path: Path, local_ray):
+    """Clips of one bucket, and row groups that end within blocks."""
+    write(tmp_path, [block(range(i, i + 20)) for i in range(0, 160, 20)], shard_bytes=1)
+    assert ids(tmp_path) == {"4x64x64": list(range(160))}
+    assert len(shard_files(str(tmp_path))) == 160 // ROW_GROUP
+
+
 def test_less_than_2_kb_of_a_clip_reach_the_driver(tmp_path: Path, local_ray, monkeypatch: pytest.MonkeyPatch):
     import ray
 
