@@ -25,6 +25,8 @@ NOTICE_S = 20.0
 START_S, COMPILE_S = 60.0, 25.0
 """Until workers have started, imported and joined, and until the first step is compiled. Assumed: on one H200, the
 first step came 27 s after the command without compiling, and took 23 s with it."""
+REPORT_S = 1e-3
+"""Of each rank in Ray's barrier at a checkpoint, for which training waits. Measured up to 10,000 ranks on two cores."""
 BENCH_FILE = "bench.jsonl"
 MOST_RUNS = 20
 
@@ -57,10 +59,10 @@ def costs_of(recipe: Recipe, planned_step_s: Figure) -> Costs:
     def by_rate(what: str, count: int | float) -> Figure:
         return Figure(count / rates[what], f"{in_bytes(round(count))} at {rates[what] / 1e9:.2g} GB/s, {source}")
 
-    read = by_rate("read", 0.8 * size)
+    read, copy, report_s = by_rate("read", 0.8 * size), by_rate("copy", share * size), REPORT_S * recipe.cluster.most
     assumed = Costs(
         step=planned_step_s,
-        stall=by_rate("copy", share * size),
+        stall=Figure(copy.seconds + report_s, f"{copy.origin}; Ray's report {report_s:.2g} s"),
         write=by_rate("write", size),
         resume=Figure(
             START_S + COMPILE_S + read.seconds,

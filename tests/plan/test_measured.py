@@ -8,7 +8,7 @@ import pytest
 
 from sora_train.plan.forecast import Forecast
 from sora_train.plan.forecast_table import format_forecast
-from sora_train.plan.measured import ASSUMED_RATES, COMPILE_S, START_S, Figure, costs_of, rank0_share
+from sora_train.plan.measured import ASSUMED_RATES, COMPILE_S, REPORT_S, START_S, Figure, costs_of, rank0_share
 from sora_train.plan.states import checkpoint_bytes
 from sora_train.recipe import Recipe, save_recipe
 from sora_train.settings import build
@@ -92,7 +92,7 @@ def test_a_bench_gives_the_rates_of_any_model(tmp_path: Path):
     assert "assumed" in assumed.write.origin
     write_bench(tmp_path, gb=10.0, stall=2.0, whole=7.0, resume=2.0)
     costs = costs_of(recipe, STEP)
-    assert costs.stall.seconds == pytest.approx(rank0_share(4) * size / 5e9)
+    assert costs.stall.seconds == pytest.approx(rank0_share(4) * size / 5e9 + 4 * REPORT_S)
     assert costs.write.seconds == pytest.approx(size / 2e9)
     assert costs.resume.seconds == pytest.approx(START_S + COMPILE_S + 0.8 * size / 4e9)
     assert "`sora bench checkpoint` on NVIDIA H100" in costs.write.origin

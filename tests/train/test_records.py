@@ -1,14 +1,18 @@
 """Metrics, events, schedule, tracking: what needs no process group."""
 
 import math
+import time
 from pathlib import Path
 
 import pytest
 
+from sora_train.train.checkpoint import Snapshot
 from sora_train.train.config import TrainConfig
 from sora_train.train.ema import decay_at
 from sora_train.train.loop import accumulation, learning_rate
 from sora_train.train.metrics import JsonLines, duration, log_line
+from sora_train.train.run_dir import RunDir
+from sora_train.train.state import State
 
 
 def test_the_schedule_is_linear_warm_up_and_a_cosine_to_a_hundredth():
@@ -83,3 +87,13 @@ def test_a_line_after_a_torn_one_is_whole(tmp_path: Path):
         file.write(b'{"step": 2, "lo')  # the writer was killed
     lines.write({"step": 3})
     assert [record["step"] for record in lines.read()] == [1, 3]
+
+
+def test_the_stall_of_a_checkpoint_includes_the_report_to_ray(tmp_path: Path):
+    run_dir = RunDir(tmp_path, report=lambda step, metrics, folder, wait: time.sleep(0.3))
+    run_dir.save_async(lambda: Snapshot(State(), 0, 1, 1, {}, {}, {}, "token"))
+    run_dir.wait()
+    run_dir.log_metrics({"step": 0})
+    (record,) = run_dir.metrics.read()
+    assert record["checkpoint_stall_s"] >= 0.3
+    assert record["checkpoint_s"] > 0
