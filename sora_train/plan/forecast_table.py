@@ -9,8 +9,8 @@ from sora_train.plan.states import checkpoint_bytes
 from sora_train.recipe import Recipe
 from sora_train.storage import in_bytes
 
-FAR_OFF = 0.01
-"""Goodput that `train.checkpoint_every` may lose compared with the best number before the plan warns."""
+FAR_OFF, FAR_OFF_S = 0.01, 300.0
+"""Goodput and seconds of the run that `train.checkpoint_every` may lose before the plan warns."""
 
 
 def forecast_of(costs: Costs, mtbf_s: float) -> Forecast:
@@ -41,9 +41,9 @@ def format_forecast(recipe: Recipe, planned_step_s: Figure, mtbf_h: float | None
         ("write", seconds(forecast.write), f"in the background: {costs.write.origin}"),
         ("restart", seconds(forecast.restart), f"notice of a lost node {NOTICE_S:.0f} s; {costs.resume.origin}"),
         ("first step", seconds(costs.resume.seconds), "after the command, as in a restart"),
-        ("best goodput", percent(goodput), f"with a checkpoint every {seconds(interval)} ({best:,} steps); lost to "
-         f"checkpoints {percent(lost.checkpoints)}, to repeated steps {percent(lost.repeated)}, to restarts "
-         f"{percent(lost.restarts)}"),
+        ("best goodput", percent(goodput), f"with a checkpoint every {seconds(interval)} ({best:,} "
+         f"step{'s' * (best != 1)}); lost to checkpoints {percent(lost.checkpoints)}, to repeated steps "
+         f"{percent(lost.repeated)}, to restarts {percent(lost.restarts)}"),
         ("the recipe's", percent(forecast.goodput(own)), f"with train.checkpoint_every {train.checkpoint_every:,} "
          f"({seconds(own)})"),
         ("storage", in_bytes(size), f"per checkpoint, {average}/s on average"),
@@ -57,13 +57,14 @@ def warnings(recipe: Recipe, forecast: Forecast, step_s: float, best: int) -> li
     """What to change in the recipe, one sentence for each key."""
     train, found = recipe.train, list[str]()
     goodput, most = forecast.goodput(train.checkpoint_every * step_s), forecast.goodput(best * step_s)
-    if most - goodput > FAR_OFF:
+    run_s = train.steps * step_s
+    if most - goodput > FAR_OFF and run_s / max(goodput, 1e-9) - run_s / most > FAR_OFF_S:
         found.append(
             f"train.checkpoint_every {train.checkpoint_every} ({seconds(train.checkpoint_every * step_s)}) has a "
             f"goodput of {percent(goodput)}, {best} ({seconds(best * step_s)}) {percent(most)}. Set "
             f"train.checkpoint_every to {best}"
         )
-    expected = train.steps * step_s / most / forecast.mtbf if most else 0.0
+    expected = run_s / most / forecast.mtbf if most else 0.0
     if expected > recipe.cluster.max_failures:
         found.append(
             f"{expected:.1f} failures are expected in {train.steps:,} steps, and cluster.max_failures "

@@ -109,6 +109,7 @@ def test_a_checkpoint_interval_that_is_far_off_is_a_warning_that_helps(tmp_path:
     assert 1 < best < 10_000
     assert not warned(best)
     assert "Set train.checkpoint_every to " in often
+    assert not warned(10_000, train__steps=400)
     prompts = {"validation__every": 3000, "validation__prompts": ["a cat"]}
     assert 3000 % int(warned(10_000, **prompts)[0].rpartition(" ")[2]) == 0
 
