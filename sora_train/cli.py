@@ -103,7 +103,7 @@ def run(verb: str, words: Sequence[str]) -> None:
             if options.html:
                 from data_prep.inspect.page import write_page
 
-                progress(str(write_page(shards, options.html, options.clips, options.root)))
+                progress(str(write_page(shards, options.html, options.clips, options.root, options.models)))
         case "preflight":
             recipe, options = recipe_of(verb, words)
             gpu = {

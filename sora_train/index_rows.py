@@ -54,9 +54,9 @@ def shard_row(shard: str, size: int, encoding_hash: str, groups: Sequence[int], 
     }
 
 
-def clip_rows(rows: pa.Table, shard: str, row_ids: Sequence[str], first: int = 0) -> pa.Table:
-    """Rows of CLIPS for those of a shard from row `first` on, a table with columns of SHARD_SCHEMA."""
-    places = pa.array(np.arange(first, first + len(rows), dtype=np.int32))
+def clip_rows(rows: pa.Table, shard: str, row_ids: Sequence[str]) -> pa.Table:
+    """Rows of CLIPS for all rows of a shard, a table with columns of SHARD_SCHEMA."""
+    places = pa.array(np.arange(len(rows), dtype=np.int32))
     extra = {"row_id": pa.array(row_ids, STRING), "shard": pa.array([shard] * len(rows), STRING), "row": places}
     columns = [extra[name] if name in extra else rows[name] for name in CLIPS.names]
     return pa.table(columns, CLIPS.names).cast(CLIPS)

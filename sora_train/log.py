@@ -32,13 +32,13 @@ def progress(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def every_few_seconds(show: Callable[P, object], seconds: float = 5.0) -> Callable[P, None]:
-    """`show` for progress: calls are ignored until `seconds` after the last one that was not."""
+def every_few_seconds(show: Callable[P, object]) -> Callable[P, None]:
+    """`show` for progress: a call less than 5 s after the last one that was shown is ignored."""
     last = time.monotonic()
 
     def call(*args: P.args, **kwargs: P.kwargs) -> None:
         nonlocal last
-        if time.monotonic() - last >= seconds:
+        if time.monotonic() - last >= 5:
             last = time.monotonic()
             show(*args, **kwargs)
 

@@ -85,6 +85,8 @@ class InspectOptions:
     """Clips of each bucket on the page."""
     root: str = ""
     """Folder of the source videos, if they were moved after encoding."""
+    models: str = ""
+    """Folder that `sora download` filled, if the networks came from one (codec.models)."""
 
 
 _optional: Any = {

@@ -38,7 +38,7 @@ def test_every_kind_is_read_as_it_was_appended(tmp_path: Path):
     )  # fmt: skip
     source = {"row_id": "r", "source": "a", "source_size": 1, "source_version": "", "sample_ids": ["s"], "remarks": []}
     tables = {
-        "clips": clip_rows(pa.Table.from_pylist([clip] * 3, SHARD_SCHEMA), "bucket=1x8x8/a.parquet", ["r"] * 3, 5),
+        "clips": clip_rows(pa.Table.from_pylist([clip] * 3, SHARD_SCHEMA), "bucket=1x8x8/a.parquet", ["r"] * 3),
         "shards": shards(("a", 3), ("b", 4)),
         "sources": pa.Table.from_pylist([source], KINDS["sources"]),
         "failures": failures(1, 2),
@@ -49,7 +49,7 @@ def test_every_kind_is_read_as_it_was_appended(tmp_path: Path):
         assert pa.concat_tables(read(str(tmp_path), kind)).equals(table)
         assert pieces(str(tmp_path), kind)[0].metadata == {"settings_hash": "h"}
     assert tables["clips"].schema == CLIPS
-    assert tables["clips"]["row"].to_pylist() == [5, 6, 7]
+    assert tables["clips"]["row"].to_pylist() == [0, 1, 2]
     assert tables["clips"]["tokens"][0].as_py() == [3, 2]
     assert next(read(str(tmp_path), "clips", columns=["source"])).column_names == ["source"]
 

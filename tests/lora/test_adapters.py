@@ -19,10 +19,11 @@ from sora_train.lora.adapters import (
     trained_parameters,
 )
 from sora_train.lora.config import LoraConfig
-from sora_train.model import ModelConfig, Transformer, build
+from sora_train.model import ModelConfig, Transformer
 from sora_train.model.convert import to_diffusers
 from sora_train.model.convert_latte import latte_names
 from sora_train.model.convert_wan import wan_names
+from tests.model.awake import nudged
 from tests.model.wan_reference import opened, run_reference
 
 MODELS = {
@@ -34,16 +35,6 @@ ALL = ("to_q", "to_k", "to_v", "to_out", "ff")
 LORA = LoraConfig(rank=4, alpha=6, targets=ALL)
 THEIRS = {"to_out": "to_out.0", "ff": r"net.0.proj|net.2"}
 """Layers of diffusers' blocks by target, where they have another name."""
-
-
-def base(config: ModelConfig) -> Transformer:
-    """A model whose every weight matters; its own zeros would hide mistakes."""
-    torch.manual_seed(0)
-    model = build(config)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    return model
 
 
 def adapted(model: Transformer, lora: LoraConfig = LORA) -> Transformer:
@@ -63,7 +54,7 @@ def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_split_projections_and_new_adapters_change_no_output(name: str):
-    model = base(MODELS[name])
+    model = nudged(MODELS[name])
     split = deepcopy(model)
     split_projections(split)
     with_adapters = deepcopy(model)
@@ -77,7 +68,7 @@ def test_split_projections_and_new_adapters_change_no_output(name: str):
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_a_merged_model_equals_base_and_adapters(name: str, targets: tuple):
-    model = base(MODELS[name])
+    model = nudged(MODELS[name])
     lora = LORA.model_copy(update={"targets": targets})
     with_adapters = adapted(model, lora)
     expected, before = with_adapters(*inputs()), model(*inputs())
@@ -113,7 +104,7 @@ def diffusers_model(model: Transformer, folder: Path) -> nn.Module:
 @pytest.mark.parametrize("targets", [ALL, ("to_q", "to_k", "to_v", "to_out")])
 @pytest.mark.parametrize("name", ["wan", "latte"])
 def test_outputs_and_gradients_are_those_of_peft_on_diffusers_model(tmp_path, name: str, targets: tuple):
-    model = base(MODELS[name])
+    model = nudged(MODELS[name])
     lora = LORA.model_copy(update={"targets": targets})
     ours, theirs = adapted(model, lora), diffusers_model(model, tmp_path)
     layers = [part for target in targets for part in THEIRS.get(target, target).split("|")]
@@ -147,7 +138,7 @@ def test_outputs_and_gradients_are_those_of_peft_on_diffusers_model(tmp_path, na
 
 
 def test_only_adapters_have_gradients():
-    model = adapted(base(MODELS["wan"]))
+    model = adapted(nudged(MODELS["wan"]))
     model(*inputs()).square().mean().backward()
     assert {name for name, p in model.named_parameters() if p.grad is None} == {
         name for name, p in model.named_parameters() if ".lora_" not in name
@@ -157,7 +148,7 @@ def test_only_adapters_have_gradients():
 
 
 def test_adapters_of_a_half_precision_base_start_as_those_of_a_float32_one():
-    models = [base(MODELS["latte"]), base(MODELS["latte"]).bfloat16()]
+    models = [nudged(MODELS["latte"]), nudged(MODELS["latte"]).bfloat16()]
     for model in models:
         torch.manual_seed(3)
         add_adapters(model, LORA)
@@ -167,7 +158,7 @@ def test_adapters_of_a_half_precision_base_start_as_those_of_a_float32_one():
 
 
 def test_adapters_that_do_not_fit_are_one_message():
-    model = base(MODELS["wan"])
+    model = nudged(MODELS["wan"])
     state = adapter_state(adapted(model))
     first = "blocks.0.attention.qkv.q.lora_A.weight"
     before = {name: p.clone() for name, p in model.state_dict().items()}

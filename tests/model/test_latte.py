@@ -8,6 +8,7 @@ import torch
 from sora_train.model import Latte, ModelConfig
 from sora_train.model.embed import from_patches, to_patches
 from sora_train.model.layers import MAX_GROUPS, attend
+from tests.model.awake import awake
 
 SMALL = ModelConfig(width=32, depth=4, heads=4, text_width=12, sample_size=8)
 VARIANTS = [
@@ -19,16 +20,6 @@ VARIANTS = [
     replace(SMALL, temporal_positions="rotary"),
     replace(SMALL, temporal_positions="rotary", attention="joint", depth=3),
 ]
-
-
-def awake(config: ModelConfig) -> Latte:
-    """A model with no zeros left, so that every input reaches the output."""
-    torch.manual_seed(0)
-    model = Latte(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.2)
-    return model
 
 
 def inputs(f: int = 3, l: int = 5) -> tuple[torch.Tensor, ...]:  # noqa: E741

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.profiler import profile
 
-from sora_train.model import ModelConfig, Transformer, build
+from sora_train.model import ModelConfig
 from sora_train.train.activation_checkpointing import apply_activation_checkpointing
 from sora_train.train.skipped_blocks import add_zero_gradients
+from tests.model.awake import awake
 
 SMALL = ModelConfig(width=32, depth=4, heads=4, text_width=12, sample_size=8)
 VARIANTS = [
@@ -20,14 +21,6 @@ VARIANTS = [
     replace(SMALL, attention="joint", positions="rotary", depth=2),
     ModelConfig(family="wan", width=32, depth=2, heads=4, text_width=12),
 ]
-
-
-def awake(config: ModelConfig) -> Transformer:
-    torch.manual_seed(0)
-    model = build(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model
 
 
 def clip(f: int, given: bool = False) -> tuple[torch.Tensor, ...]:

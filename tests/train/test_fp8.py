@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sora_train.errors import UserError
 from sora_train.model import ModelConfig, Transformer, build
 from sora_train.train.fp8 import check_fp8, takes_fp8, use_fp8
+from tests.model.awake import nudged
 
 LAST, HELD = 6, 3
 SETTINGS = {"steps": LAST, "batch_size": 4, "micro_batch_size": 1, "learning_rate": 1e-3, "log_every": 1,
@@ -23,16 +24,6 @@ RESUMED = (1, 3)
 SMALL = ModelConfig(width=32, depth=2, heads=2, text_width=16, sample_size=8)
 
 
-def alive_model(config: ModelConfig = SMALL) -> Transformer:
-    """A model none of whose weights is zero."""
-    torch.manual_seed(0)
-    model = build(config)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    return model
-
-
 def in_fp8(model: Transformer) -> Transformer:
     made = copy.deepcopy(model)
     use_fp8(made, torch.device("cpu"))
@@ -40,7 +31,7 @@ def in_fp8(model: Transformer) -> Transformer:
 
 
 def large_layer() -> nn.Linear:
-    layer = in_fp8(alive_model()).get_submodule("blocks.0.feed_forward.fc1")
+    layer = in_fp8(nudged(SMALL)).get_submodule("blocks.0.feed_forward.fc1")
     assert isinstance(layer, nn.Linear)
     return layer
 
@@ -52,7 +43,7 @@ def batch(b: int = 2) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def test_the_parameters_and_their_names_stay():
-    model = alive_model()
+    model = nudged(SMALL)
     shapes = [(name, p.shape) for name, p in model.named_parameters()]
     parameters = list(model.parameters())
     use_fp8(model, torch.device("cpu"))
@@ -112,7 +103,7 @@ def test_the_weight_itself_is_saved_so_zero_3_can_free_it():
 
 
 def test_a_clip_does_not_depend_on_its_micro_batch():
-    model, clips = in_fp8(alive_model()).bfloat16(), batch()
+    model, clips = in_fp8(nudged(SMALL)).bfloat16(), batch()
     with torch.no_grad():
         alone = torch.cat([model(*(tensor[i : i + 1] for tensor in clips)) for i in range(2)])
         assert torch.equal(model(*clips), alone)

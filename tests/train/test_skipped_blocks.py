@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sora_train.model import Latte, ModelConfig
+from sora_train.model import ModelConfig, Transformer
 from sora_train.train.skipped_blocks import add_zero_gradients
+from tests.model.awake import awake
 
 SMALL = ModelConfig(width=32, depth=4, heads=4, text_width=12, sample_size=8)
 VARIANTS = [
@@ -17,13 +18,8 @@ VARIANTS = [
 ]
 
 
-def awake(config: ModelConfig) -> Latte:
-    """A model with no zeros left, so that every input reaches the output."""
-    torch.manual_seed(0)
-    model = Latte(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.2)
+def prepared(config: ModelConfig) -> Transformer:
+    model = awake(config)
     add_zero_gradients(model)
     return model
 
@@ -36,20 +32,20 @@ def image() -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize("config", VARIANTS)
 def test_images_give_temporal_blocks_gradients_of_exactly_zero(config):
-    model, (x, t, text, mask) = awake(config), image()
+    model, (x, t, text, mask) = prepared(config), image()
     model(x, t, text, mask).square().mean().backward()
     assert all(p.grad is not None and not p.grad.any() for i in (1, 3) for p in model.blocks[i].parameters())
     assert all(p.grad is not None and p.grad.any() for p in model.blocks[2].parameters())
 
 
 def test_images_come_out_in_training_as_they_do_in_sampling():
-    model, (x, t, text, mask) = awake(SMALL), image()
+    model, (x, t, text, mask) = prepared(SMALL), image()
     trained = model.train()(x, t, text, mask)
     with torch.no_grad():
         assert torch.equal(model.eval()(x, t, text, mask), trained)
 
 
 def test_infinite_latents_of_an_image_reach_no_temporal_block():
-    model, (x, t, text, mask) = awake(SMALL), image()
+    model, (x, t, text, mask) = prepared(SMALL), image()
     x[0] = torch.inf
     assert model(x, t, text, mask)[1].isfinite().all()
