@@ -52,7 +52,7 @@ class Bucket:
     def crop_box(
         self, width: int, height: int, pixel_aspect: float = 1.0, offset: tuple[float, float] = (0.5, 0.5)
     ) -> tuple[float, float, float, float]:
-        """The largest part of a frame with the bucket's shape: left, top, right, bottom in the frame's pixels.
+        """The largest part of a frame with the bucket's shape: left, top, right and bottom in the frame's pixels.
 
         `pixel_aspect` is the width of a source pixel over its height. `offset` is the share of the surplus that is cut
         off at the left and at the top.

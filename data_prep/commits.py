@@ -22,7 +22,7 @@ class FinishedShard(Protocol):
     path: str
     size: int
     facts: list[dict[str, Any]]
-    """Of each row: its columns but the tensors, and `row_id`."""
+    """The columns of each row except the tensors, and its `row_id`."""
 
 
 class Commits:

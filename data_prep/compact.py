@@ -50,12 +50,12 @@ class Shard:
 
     @property
     def share_dropped(self) -> float:
-        """Of its clips."""
+        """The share of its clips that are dropped."""
         return len(self.dropped) / max(1, self.rows)
 
     @property
     def live_bytes(self) -> float:
-        """Of clips that are not dropped."""
+        """Bytes of the clips that are not dropped."""
         return self.bytes * (1 - self.share_dropped)
 
 

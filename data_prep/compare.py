@@ -22,7 +22,7 @@ from data_prep.spool import ID, Partitions, first_rows, id_hashes, places_in, te
 from data_prep.stored import ROW_BITS, StoredClips
 
 TODO, FAILED, DONE = 0, 1, 2
-"""What a row is: to be opened, unusable by itself, or in need of no more work."""
+"""Outcomes of a row: its source is to be opened, it can't be used, or it needs no more work."""
 CLIP_COLUMNS = ["row_id", "sample_id", "source", "source_size", "source_version"]
 RECORD_COLUMNS = ["row_id", "source_size", "source_version", "sample_ids", "remarks"]
 FAILURE_COLUMNS = ["sample_id", "source_size", "source_version", "reason", "duplicate_of"]
@@ -49,25 +49,25 @@ class Comparison:
     outcome: NDArray[np.int8]
     """TODO, FAILED or DONE of each row."""
     asked: int = 0
-    """Clips of the rows that are DONE."""
+    """Number of clips that the DONE rows ask for."""
     remarks: Counter[str] = field(default_factory=Counter)
-    """Rows that are DONE, by the kinds of their remarks."""
+    """Number of DONE rows by the kinds of their remarks."""
     clips: int = 0
-    """Different clips in the shards."""
+    """Number of different clips in the shards."""
     kept: int = 0
-    """Those that stay."""
+    """Number of these clips that stay."""
     kept_sources: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    """Hashes of their sources."""
+    """Hashes of the sources of clips that stay."""
     per_shard: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    """How many there are in each shard."""
+    """Number of clips that stay in each shard."""
     stale: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     """Places of clips to remove, sorted."""
     skip: pa.Table = field(default_factory=lambda: SKIP.empty_table())
-    """Clips that are not to be made: number of the row, sample (an id), place in the shards or -1. By number."""
+    """Clips to skip, sorted by the number of their row: their ids (`sample`), and their places in the shards or -1."""
     failures: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     """Numbers of the saved failures that hold, sorted."""
     is_strange: bool = True
-    """No clip in the shards is one of a row."""
+    """Whether no clip in the shards belongs to a row, so the folder is probably the wrong one."""
 
 
 CLIPS = pa.schema({"row_id": ID, "sample": ID, "size": pa.int64(), "version_hash": pa.int64(), "place": pa.int64(),
@@ -82,11 +82,11 @@ SKIP = pa.schema({"number": pa.int64(), "sample": ID, "place": pa.int64()})
 LOST = pa.schema({"number": pa.int64(), "sample": ID, "size": pa.int64(), "version_hash": pa.int64()})
 OPEN_ROWS = pa.schema({"number": pa.int64(), "asked": pa.int64(), "remarks": pa.list_(pa.string())})
 OPEN = 3  # an outcome that depends on the failures
-NO_ORIGINAL = to_ids(pa.array([""]))[0].as_py()  # what a failure that is no duplicate is one of
+NO_ORIGINAL = to_ids(pa.array([""]))[0].as_py()  # the original of a failure that is no duplicate
 
 
 def compare(rows: SourceRows, stored: StoredClips, wanted: NDArray[np.bool_], saved: SavedProgress) -> Comparison:
-    """Compares them. `wanted` says for each shard whether the recipe has its bucket."""
+    """Compares rows, clips and saved progress. `wanted` says for each shard whether the recipe has its bucket."""
     parts = Partitions(rows.parts.count)
     for table in stored.read(CLIP_COLUMNS):
         columns: dict[str, Any] = _common(table) | {"sample": to_ids(table["sample_id"]), "place": table["place"]}
@@ -206,7 +206,7 @@ class _Join:
 
 
 def _common(table: pa.Table, name: str = "row_id", id_name: str = "row_id") -> dict[str, Any]:
-    """The id, size and version that rows, clips, records and failures have."""
+    """The columns that rows, clips, records and failures have in common: id, size and version."""
     versions = text_hashes(table["source_version"])
     return {id_name: to_ids(table[name]), "size": table["source_size"], "version_hash": versions}
 
@@ -216,7 +216,7 @@ def _table(schema: pa.Schema, *columns: Any) -> pa.Table:
 
 
 def _by_place(clips: pa.Table) -> pa.Table:
-    """Clips sorted by their places in the shards, each once."""
+    """Clips sorted by their places in the shards, without repeats."""
     return clips.take(np.unique(clips["place"].to_numpy(), return_index=True)[1])
 
 

@@ -103,7 +103,7 @@ class Records:
 def _dialect(first: str, wanted: Sequence[str]) -> tuple[bool, str]:
     """Whether the first line is Excel's `sep=`, and the separator.
 
-    That is what this line names, or the one that gives the wanted names, or else the most names.
+    The separator is the one that this line names, or that finds the wanted column names, or that finds the most names.
     """
     if excel := re.fullmatch(r'"?sep=(.)"?[\r\n]*', first, re.IGNORECASE):
         return True, excel[1]

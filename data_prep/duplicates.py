@@ -37,7 +37,7 @@ class Duplicate(NamedTuple):
 
 
 class Duplicates:
-    """Finds duplicates of the clips that were added before, the first of them. What is off takes no memory.
+    """Finds duplicates of the clips that were added before, the first of them. Checks that are off take no memory.
 
     A clip takes 20 bytes for exact duplicates and 44 for near ones; names are in a temporary file. Images without any
     structure, such as all black and all white, have almost the same perceptual hash.

@@ -67,7 +67,7 @@ def relative_name(name: str, prefixes: Iterable[str]) -> str | None:
 
 
 class FileFinder:
-    """Looks up files below a data root. What it learns of folders serves later calls too."""
+    """Looks up files below a data root. It caches the listings of folders for later calls."""
 
     def __init__(self, system: fs.FileSystem, root: str):
         self.system, self.root = system, root

@@ -15,7 +15,7 @@ from sora_train.log import log
 from sora_train.sample.condition import GivenFrames
 from sora_train.schema import bucket_name
 
-BLURRED = 2.0  # times enlarged: from here on it is seen
+BLURRED = 2.0  # times enlarged: from here on the blur is visible
 IMAGES = "Name an image: JPEG, PNG, WebP, AVIF, BMP or TIFF"
 
 

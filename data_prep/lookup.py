@@ -76,7 +76,7 @@ def _look_up_files(data: DataConfig, lines: Iterator[CaptionLine]) -> Iterator[l
 
 
 def _with_file(line: CaptionLine, name: str | None, file: File | None, root: str) -> FoundLine:
-    """A line with this relative name, or none, and file, or none."""
+    """The line with its relative name and its file; each may be None."""
     if file and name and file.size and not (file.missing or line.reason):
         return FoundLine(line.where, name, line.captions, file.path, file.size, file.version, "", "", file.identity)
     reason, message, source = line.reason, line.message, name or line.source

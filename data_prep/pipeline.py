@@ -33,8 +33,8 @@ from sora_train.recipe import Recipe
 from sora_train.schema import bucket_name
 from sora_train.storage import reject_job_dir
 
-MAX_FRUITLESS_STARTS = 3
-"""Starts of the pipeline in a row that encode no clip, after which prep ends with an error."""
+MAX_STARTS_WITHOUT_CLIPS = 3
+"""After so many starts of the pipeline in a row that encode no clip, prep ends with an error."""
 
 
 def prep(recipe: Recipe) -> Manifest:
@@ -49,14 +49,14 @@ def prep(recipe: Recipe) -> Manifest:
     vae, text = find_codec(recipe)
     check_shapes(recipe, vae)
     warn_of_model(recipe, vae, text)
-    key = encoding_hash(recipe, vae, text)
+    encoding = encoding_hash(recipe, vae, text)
     rows = read_rows(data)
     with run_lock(data.output, "sora prep"):
         remove_unfinished(data.output)
-        sink = with_restarts(lambda: encode_missing(recipe, rows, vae, text, key))
-        sync_index(data.output, key)
-        empty_text = sink.empty_text or empty_prompt(recipe, key)
-        manifest = build_manifest(recipe, vae, text, key, empty_text, sink.state)
+        sink = with_restarts(lambda: encode_missing(recipe, rows, vae, text, encoding))
+        sync_index(data.output, encoding)
+        empty_text = sink.empty_text or empty_prompt(recipe, encoding)
+        manifest = build_manifest(recipe, vae, text, encoding, empty_text, sink.state)
         manifest.save(data.output)
         compact_index(data.output)
     log.info(f"prep: {sink.stats.summary()} in {time.monotonic() - started:.0f} s; shards in {data.output}")
@@ -79,18 +79,18 @@ def print_warnings(manifest: Manifest, recipe: Recipe) -> None:
 
 def with_restarts(run: Callable[[], ShardSink]) -> ShardSink:
     """Runs again if the pipeline stalls or a GPU fails. Raises UserError if restarts don't help."""
-    fruitless = 0
+    failed_starts = 0
     while True:
         try:
             return run()
         except PipelineStalled as error:
             # Ray turns a worker's error into one that prints its traceback, and Ray Data adds advice of its own.
             why = str(getattr(error, "cause", error)).splitlines()[0]
-            fruitless = 0 if error.made_progress else fruitless + 1
-            if fruitless == MAX_FRUITLESS_STARTS:
+            failed_starts = 0 if error.made_progress else failed_starts + 1
+            if failed_starts == MAX_STARTS_WITHOUT_CLIPS:
                 raise UserError(
-                    f"{why}. prep was started {fruitless} times in a row without encoding a clip: a node, its network "
-                    "or a GPU fails each time. See `ray status`, the GPUs (`nvidia-smi`) and the logs of the workers "
+                    f"{why}. prep was started {failed_starts} times in a row without encoding a clip: a node, its "
+                    "network or a GPU fails each time. See `ray status`, the GPUs (`nvidia-smi`) and the workers' logs "
                     "(/tmp/ray/session_latest/logs), exclude the faulty node, and run the same command again; encoded "
                     "clips are kept",
                     code="workers",
@@ -98,10 +98,10 @@ def with_restarts(run: Callable[[], ShardSink]) -> ShardSink:
             log.info(f"prep: {why}; restarts with the missing clips")
 
 
-def encode_missing(recipe: Recipe, rows: SourceRows, vae: VaeFiles, text: TextFiles, key: str) -> ShardSink:
+def encode_missing(recipe: Recipe, rows: SourceRows, vae: VaeFiles, text: TextFiles, encoding: str) -> ShardSink:
     """Encodes the clips of the rows that the shards don't hold. Raises UserError as `prep`, and PipelineStalled."""
     data = recipe.data
-    sync_index(data.output, key, encoding_differences(recipe, vae, text))
+    sync_index(data.output, encoding, encoding_differences(recipe, vae, text))
     state = resume_state(recipe, rows, vae, text)
     stats = state.stats
     state.remove_stale(data.output)
@@ -110,7 +110,7 @@ def encode_missing(recipe: Recipe, rows: SourceRows, vae: VaeFiles, text: TextFi
         f"prep: {len(rows)} sources, {stats.written} clips already encoded, {state.pending} sources to process; "
         f"{shapes} at {data.fps:g} fps"
     )
-    sink = ShardSink(recipe, key, settings_hash(recipe, key), state)
+    sink = ShardSink(recipe, encoding, settings_hash(recipe, encoding), state)
     try:
         stats.check_limits()
         if state.pending:
@@ -122,10 +122,10 @@ def encode_missing(recipe: Recipe, rows: SourceRows, vae: VaeFiles, text: TextFi
 
 
 def resume_state(recipe: Recipe, rows: SourceRows, vae: VaeFiles, text: TextFiles, quiet: bool = False) -> ResumeState:
-    """What the shards hold of the rows, and what is to do. `quiet`: known failures are counted, but not logged."""
-    data, key = recipe.data, encoding_hash(recipe, vae, text)
-    stored = read_stored(data.output, key, encoding_differences(recipe, vae, text))
-    saved = load_progress(data.output, settings_hash(recipe, key))
+    """Compares the rows with the shards, to find what is left to encode. `quiet` logs no remarks about single files."""
+    data, encoding = recipe.data, encoding_hash(recipe, vae, text)
+    stored = read_stored(data.output, encoding, encoding_differences(recipe, vae, text))
+    saved = load_progress(data.output, settings_hash(recipe, encoding))
     stats = PrepStats(rows.sources, data.max_bad_fraction, data.output, quiet)
     return reconcile(data, rows, stored, saved, stats)
 
@@ -172,11 +172,11 @@ def encoding_hash(recipe: Recipe, vae: VaeFiles, text: TextFiles) -> str:
     return _hash([SCHEMA_VERSION, *frames, vae.hash, codec.precision, *text_settings])
 
 
-def settings_hash(recipe: Recipe, key: str) -> str:
-    """Hash of everything that determines which clips a source has and which filters apply."""
+def settings_hash(recipe: Recipe, encoding: str) -> str:
+    """Hash of the encoding, and of everything that determines a source's clips and the filters."""
     data = recipe.data
-    cutting = [data.shapes, data.start_s, data.stride_s, data.clips_per_video, data.max_enlarge]
-    return _hash([key, *cutting, recipe.selection.model_dump(mode="json")])
+    clip_settings = [data.shapes, data.start_s, data.stride_s, data.clips_per_video, data.max_enlarge]
+    return _hash([encoding, *clip_settings, recipe.selection.model_dump(mode="json")])
 
 
 def _hash(parts: list) -> str:
@@ -205,10 +205,10 @@ def encoding_differences(recipe: Recipe, vae: VaeFiles, text: TextFiles) -> str:
     return "; ".join(changed) or f"this version of sora_train cuts or encodes differently{ftfy}"
 
 
-def empty_prompt(recipe: Recipe, key: str) -> bytes:
+def empty_prompt(recipe: Recipe, encoding: str) -> bytes:
     """The empty prompt's embedding if the pipeline made none: from the manifest, or computed in this process."""
     previous = manifest_or_none(recipe.data.output)
-    if previous and previous.encoding_hash == key and previous.empty_tokens == 2:
+    if previous and previous.encoding_hash == encoding and previous.empty_tokens == 2:
         return base64.b64decode(previous.empty_text)
     from sora_train.codec.text import null_tokens, text_encoder_of
 
@@ -216,7 +216,7 @@ def empty_prompt(recipe: Recipe, key: str) -> bytes:
 
 
 def build_manifest(
-    recipe: Recipe, vae: VaeFiles, text: TextFiles, key: str, empty_text: bytes, state: ResumeState
+    recipe: Recipe, vae: VaeFiles, text: TextFiles, encoding: str, empty_text: bytes, state: ResumeState
 ) -> Manifest:
     """The manifest, with counts taken from the shards. Raises RuntimeError if they don't add up."""
     data, codec, stats = recipe.data, recipe.codec, state.stats
@@ -224,8 +224,8 @@ def build_manifest(
     for reason, count in stats.reasons.items():
         kinds[kind_of(reason)] += count
     missing = kinds["quarantined"] + kinds["filtered"]
-    # A writer that was given up, with its node, may have finished nevertheless.
-    if count_clips(data.output).total() > stats.asked - missing and (repeated := drop_repeats(data.output, key)):
+    # A writer on a node that was taken for lost may have finished after all.
+    if count_clips(data.output).total() > stats.asked - missing and (repeated := drop_repeats(data.output, encoding)):
         log.info(f"prep: drops {repeated} clips that an earlier shard has too")
     found = count_clips(data.output)
     counts = Counts(
@@ -235,7 +235,7 @@ def build_manifest(
         raise RuntimeError(f"the counts of {data.output} don't add up: {counts}")
     frames, height, width = commonest_shape(found) or data.shapes[0]
     return Manifest(
-        encoding_hash=key,
+        encoding_hash=encoding,
         vae=vae.facts(codec, vae.hash),
         text=text.facts(codec, text.hash),
         latents=LatentFormat(moments=vae.moments),

@@ -38,8 +38,8 @@ FILTERED = {
 }
 """Why a clip is skipped although its file is sound -> the stage that found it."""
 BAD_SOURCE_REASONS = frozenset(QUARANTINED) - {"outside_root"}
-"""Reasons that count for `data.max_bad_fraction`. Encoding errors count too: if many clips fail, it is not their fault
-but that of the network, its precision or the memory."""
+"""Reasons that count for `data.max_bad_fraction`. Encoding errors count too: if many clips fail,
+the network, its precision or the memory is at fault."""
 PERMANENT = frozenset({"unreadable", "no_video_stream", "too_large", "truncated", "corrupt"}) | frozenset(FILTERED)
 """Reasons that hold as long as file and recipe are the same. Such a clip is not tried again."""
 REMARKS = {

@@ -46,21 +46,21 @@ class SourceRecord:
 
 
 class ResumeState:
-    """What is to do, updated while the sink consumes clips. Clips in the shards are known by their places there."""
+    """The sources to process and the clips to skip or remove; the sink updates it. Clips in the shards have a place."""
 
     def __init__(self, stats: PrepStats, rows: SourceRows, stored: StoredClips, found: Comparison):
         self.stats, self.stored = stats, stored
         self.remarks = found.remarks
-        """Sources that need no more work, by the kinds of their remarks."""
+        """Number of sources that need no more work, by the kinds of their remarks."""
         self.is_pending, self.is_done = found.outcome == TODO, found.outcome == DONE
         self.pending = int(self.is_pending.sum())
         """The number of sources to open."""
         self._rows, self._found, self._stale = rows, found, found.stale.tolist()
         self._skip_rows, self._skip_places = (found.skip[name].to_numpy() for name in ("number", "place"))
         self._places: dict[str, int] = {}
-        """Of the clips in the shards of sources that `rounds` has yielded, by `sample_id`."""
+        """Places of stored clips by `sample_id`, for the sources that `rounds` has yielded."""
         self._stored_of: dict[str, list[str]] = {}
-        """Their ids by `row_id`."""
+        """Ids of these clips by the `row_id` of their source."""
 
     def rounds(self) -> Iterator[list[PendingSource]]:
         """Yields the sources to open in the order of the rows, about ROUND_SOURCES at once."""
@@ -78,7 +78,7 @@ class ResumeState:
             yield some
 
     def _skipped(self, row: SourceRow, start: int, end: int) -> list[str]:
-        """Ids of clips not to make. One that the shards hold is skipped only if it belongs in the same bucket."""
+        """Ids of clips to skip. One that the shards hold is skipped only if it belongs in the same bucket."""
         skipped: list[Any] = self._found.skip["sample"].slice(start, end - start).to_pylist()
         ids = [sample.hex() for sample in skipped]
         places = dict(zip(ids, self._skip_places[start:end].tolist(), strict=True))
@@ -118,7 +118,7 @@ class ResumeState:
         self.stats.written -= 1
 
     def kept(self, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """Yields clips in the shards that stay, with columns of `index.CLIPS` and `place`. Before the sink consumes."""
+        """Yields the clips that stay, with columns of `index.CLIPS` and `place`. Call it before the sink consumes."""
         for table in self.stored.read(columns):
             yield table.filter(pa.array(~np.isin(table["place"].to_numpy(), self._found.stale)))
 
@@ -130,7 +130,7 @@ class ResumeState:
             yield pa.table(columns, ["source", "shard", "is_finished"])
 
     def known_hashes(self) -> Iterator[pa.Table]:
-        """Yields tables of HASHES: what duplicates of the clips in the shards look like."""
+        """Yields tables of HASHES of the clips in the shards, to find duplicates of them."""
         for table in self.kept(HASHES):
             yield table.select(HASHES)
 

@@ -29,7 +29,7 @@ WITH_LATENTS = pa.schema([*CLIPS, pa.field("latents", BYTES)])
 ENCODED = pa.schema([*CLIPS, *(field for field in SHARD_SCHEMA if field.name not in CLIPS.names),
                      pa.field("empty_text", BYTES)])  # fmt: skip
 FACTS = pa.schema([*CLIPS, SHARD_SCHEMA.field("tokens"), pa.field("bytes", pa.int64())])
-"""What the driver gets of ENCODED: no tensors. `bytes` are those of latents and text."""
+"""The columns of ENCODED that the driver gets: no tensors. `bytes` is the size of latents and text."""
 
 
 def to_table(sources: list[tuple[SourceRow, list[str]]]) -> pa.Table:

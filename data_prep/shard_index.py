@@ -36,11 +36,11 @@ from sora_train.shard_list import list_known
 from sora_train.storage import resolve, storage_errors
 
 COLUMNS = [*OF_SHARD, "captions"]
-READ_AT_ONCE, AHEAD = 8, 64  # shards: on remote storage each is a wait
+READ_AT_ONCE, AHEAD = 8, 64  # shards in parallel, since remote storage takes long to answer; and how many are queued
 APPEND_ROWS = 200_000
-"""Clips of one append."""
+"""Clips that are appended to the index at once."""
 MAX_PIECES = 64
-"""Of a kind of the index, after which they are merged."""
+"""Pieces of one kind of the index, after which they are merged."""
 OTHER_ENCODING = "other frames, VAE, text encoder or code"
 
 

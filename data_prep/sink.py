@@ -31,7 +31,7 @@ class ShardSink:
         self.state, self.stats = state, state.stats
         self._writers: ShardWriters | None = None
         self.shards = 0
-        """Finished by this run."""
+        """Number of shards that this run has finished."""
         self.commits = Commits(self.folder, encoding_hash, settings_hash)
         self.committed_at = time.monotonic()
         self.saved_failures = len(self.stats.failures)
@@ -42,7 +42,7 @@ class ShardSink:
 
     @property
     def writers(self) -> ShardWriters:
-        """They need a process that is connected to Ray."""
+        """The writers of shards, which need a process that is connected to Ray."""
         from data_prep.writers import ShardWriters
 
         self._writers = self._writers or ShardWriters(self.folder, self.encoding_hash, self.shard_bytes)

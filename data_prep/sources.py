@@ -72,7 +72,7 @@ class SourceRows:
         self._mark_repeats()
         names = (self.parts.read("names", part) for part in self.parts)
         self.sources = sum(pc.count_distinct(table["source_hash"]).as_py() for table in names if table)
-        """Different sources."""
+        """Number of different sources."""
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -96,7 +96,7 @@ class SourceRows:
 
     @classmethod
     def of(cls, rows: Iterable[SourceRow]) -> SourceRows:
-        """Of rows whose files were looked up before. Their `row_id` is computed."""
+        """Makes SourceRows of rows whose files were looked up before. Computes their `row_id`."""
         lines = (
             FoundLine(f"row {i}", r.source, r.captions, r.path, r.size, r.version, r.reason, r.message)
             for i, r in enumerate(rows)
@@ -174,7 +174,7 @@ class SourceRows:
             self._slots[i] = self._spool.write(pa.Table.from_pylist(rows, ROWS))
 
     def _split(self, numbers: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        """For sorted numbers of rows: the tables that have some, and the places in them."""
+        """Yields the tables that hold rows of these sorted numbers, with the places of the rows in them."""
         ends = np.searchsorted(numbers, self._starts)
         for i in np.flatnonzero(np.diff(ends)).tolist():
             yield i, numbers[ends[i] : ends[i + 1]] - self._starts[i]

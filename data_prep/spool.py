@@ -32,7 +32,7 @@ class Slot:
 
 
 class Spool:
-    """Tables in a file without a name, which ends with the process."""
+    """Tables in a temporary file without a name, which disappears with the process."""
 
     def __init__(self):
         self._file = tempfile.TemporaryFile(prefix="sora-prep-")  # noqa: SIM115

@@ -63,7 +63,7 @@ def local_copy(system: fs.FileSystem, path: str) -> Iterator[str]:
 
 
 def report_start_error(schema: pa.Schema) -> Callable[[type[A]], type[A]]:
-    """Has a stage whose constructor fails give a row NOT_STARTED, with the message, for each table.
+    """Makes a stage whose constructor fails return, for each table, a row NOT_STARTED with the message.
 
     If the constructor raised, Ray would restart the actor and print a traceback each time; if the first call raised,
     Ray Data would add two.

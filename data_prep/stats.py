@@ -1,4 +1,4 @@
-"""Counts of clips by what became of them, the limit on bad sources, and the closing line."""
+"""Counts clips by outcome, ends a run with too many bad sources, and writes the closing line."""
 
 from __future__ import annotations
 
@@ -86,7 +86,10 @@ class SourceSet:
 
 
 class PrepStats:
-    """Counts clips. `failures` are the rows of `quarantine.parquet`, `reasons` how many there are of each reason."""
+    """Counts clips. `failures` are the rows of `quarantine.parquet`, `reasons` their number by reason.
+
+    `quiet` prints no lines about single files.
+    """
 
     def __init__(self, sources: int, max_bad_fraction: float, folder: str, quiet: bool = False):
         self.sources, self.max_bad_fraction, self.folder = sources, max_bad_fraction, folder

@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 STARTUP_TIMEOUT_S = 1800.0
-"""For the first item: the VAE and the text encoder are loaded before it."""
+"""Longest wait for the first item: the VAE and the text encoder are loaded before it."""
 STALL_TIMEOUT_S, LONGEST_WAIT_FACTOR = 120.0, 10
-"""For a later item: this many seconds, or this many times the longest wait so far, if that is more."""
+"""Longest wait for a later item: STALL_TIMEOUT_S, or the longest wait so far times the factor, if that is more."""
 WRITE_TIMEOUT_S = 300.0
-"""For any of the writers to finish a shard, and for the facts of a block."""
+"""Longest wait until one of the writers finishes a shard, and for the facts of a block."""
 ENDING_TIMEOUT_S = 60.0
-"""For the reading thread to end after `end` was called, and for writers after the pipeline failed."""
+"""Longest wait for the reading thread after `end` was called, and for writers after the pipeline failed."""
 
 
 class PipelineStalled(Exception):  # noqa: N818

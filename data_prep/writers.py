@@ -25,14 +25,14 @@ from sora_train.schema import ROW_GROUP, SHARD_SCHEMA
 from sora_train.storage import resolve
 
 WRITERS_PER_NODE, CPUS_OF_A_WRITER = 2, 4
-"""At most so many, and one for as many CPUs: on 2 CPUs two writers were half as fast as one."""
+"""Most writers of a node, and CPUs for each of them: on 2 CPUs two writers were half as fast as one."""
 MAX_WRITE_DELAY_S = 30.0
 """After this time a shard is written although it is not full, which bounds the work that a kill can lose."""
 HELD_SHARE, HELD_SHARDS = 0.2, 4
 """Clips that wait for a shard or are being written take at most this share of the object store, in which these many
 shards must fit. Ray Data itself uses up to half of it."""
 VISIBLE_TIMEOUT_S = 30.0
-"""For a shard that another node wrote to be seen by the driver; NFS caches listings."""
+"""Longest wait until the driver sees a shard that another node wrote; NFS caches listings."""
 
 
 def facts_of(block: pa.Table) -> pa.Table:
@@ -102,12 +102,12 @@ class Shard:
     rows: list[list[int]] = field(default_factory=list)
     facts: list[dict] = field(default_factory=list)
     bytes: int = 0
-    """Of latents and text."""
+    """Bytes of latents and text."""
     since: float = field(default_factory=time.monotonic)
     """When the bucket's previous shard was started, or its first clip came."""
     path: str = ""
     size: int = 0
-    """Of the finished file in bytes."""
+    """Bytes of the finished file."""
 
     def add(self, block: ObjectRef, rows: list[int], facts: list[dict]) -> None:
         """Adds rows of a block."""
@@ -150,7 +150,7 @@ class ShardWriters:
 
     @property
     def held_bytes(self) -> int:
-        """Of clips that are in no finished shard yet."""
+        """Bytes of the clips that are in no finished shard yet."""
         return sum(shard.bytes for shard in (*self.collecting.values(), *self.running.values()))
 
     def add(self, block: ObjectRef, rows: dict[str, list[int]], facts: list[dict]) -> None:
@@ -233,7 +233,7 @@ class ShardWriters:
         self.running[task] = first
 
     def _wait(self, timeout_s: float) -> None:
-        """Waits until a writer has finished, with 0 for none."""
+        """Waits until a writer has finished. With `timeout_s` 0 it only takes what is finished already."""
         if not self.running:
             return
         done, _ = ray.wait(list(self.running), num_returns=1 if timeout_s else len(self.running), timeout=timeout_s)

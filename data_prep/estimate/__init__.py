@@ -1,1 +1,1 @@
-"""`sora prep --plan`: what there would be, from headers and a measured sample."""
+"""`sora prep --plan`: estimates clips, steps, bytes and hours from headers and a measured sample."""

@@ -48,7 +48,7 @@ class BucketEstimate:
     tokens: int
     clip_bytes: int
     steps: int
-    """Per epoch, without the clips that are held out."""
+    """Steps per epoch, without the clips that are held out."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class PrepEstimate:
     bad_sources: int
     """Sources that can't be read."""
     longest_s: float
-    """Of the sources that were opened."""
+    """Duration of the longest source that was opened."""
     buckets: tuple[BucketEstimate, ...]
     dropped: dict[str, tuple[int, str]]
     """Rows without a clip and an example, by reason, the most frequent first."""
@@ -74,14 +74,14 @@ class PrepEstimate:
     """Share of all captions with more tokens than codec.max_tokens."""
     text_bytes: int
     stored_bytes: int
-    """Of shards that exist already."""
+    """Bytes of the existing shards."""
     free_bytes: int | None
-    """On the output's disk; None if it is remote."""
+    """Free bytes on the output's disk; None if it is remote."""
     measured: Measurement | None = None
 
     @property
     def clips(self) -> int:
-        """In all buckets."""
+        """Clips of all buckets."""
         return sum(bucket.clips for bucket in self.buckets)
 
     @property
@@ -91,7 +91,7 @@ class PrepEstimate:
 
     @property
     def latent_bytes(self) -> int:
-        """Of all clips."""
+        """Bytes of all clips' latents."""
         return sum(bucket.clips * bucket.clip_bytes for bucket in self.buckets)
 
     def hours(self, measured: Measurement) -> tuple[float, float, float]:
@@ -227,7 +227,7 @@ def estimate_buckets(
 def count_dropped(
     state: ResumeState, probed: list[SourceRow], probes: dict[str, ProbeResult], scale: float
 ) -> dict[str, tuple[int, str]]:
-    """What gives no clip: known failures, and rows whose file was opened; with an example of each reason."""
+    """Counts rows without a clip by reason, each with an example: known failures, and opened files times `scale`."""
     counts, examples = Counter[str](state.stats.reasons), dict(state.stats.examples)
     found = [(row, probes[row.path]) for row in probed if probes[row.path].reason]
     for reason, rows in Counter(probe.reason for _, probe in found).items():

@@ -27,7 +27,7 @@ from sora_train.storage import in_bytes, resolve, storage_errors
 COLUMNS = ["captions", "tokens", "start_s", "end_s"]
 QUARANTINE_COLUMNS = ["source", "start_s", "end_s", "stage", "kind", "reason", "message"]
 LENGTHS = ("clip_seconds", "captions_of_a_clip", "caption_words", "caption_tokens")
-READ_AT_ONCE = 8  # shards: on remote storage each is a wait
+READ_AT_ONCE = 8  # shards in parallel, since remote storage takes long to answer
 MAX_EXAMPLES = 20  # rows of the quarantine for each reason
 KINDS = ("quarantined", "filtered")
 
@@ -39,7 +39,7 @@ class Inventory:
     folder: str
     manifest: Manifest | None
     rows: dict[str, int] = field(default_factory=dict)
-    """Of each shard file, without dropped ones."""
+    """Rows of each shard file, without dropped ones."""
     dropped: dict[str, np.ndarray] = field(default_factory=dict)
     """Rows of shard files that the index drops."""
     size: int = 0
@@ -47,7 +47,7 @@ class Inventory:
     buckets: Counter[str] = field(default_factory=Counter)
     lengths: dict[str, np.ndarray] = field(default_factory=dict)
     reasons: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """By (kind, reason)."""
+    """Clips by (kind, reason)."""
     examples: defaultdict[tuple[str, str], list[dict]] = field(default_factory=lambda: defaultdict(list))
     """The first MAX_EXAMPLES quarantine rows for each of `reasons`."""
 

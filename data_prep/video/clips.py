@@ -74,7 +74,7 @@ class Source:
 
     @property
     def header(self) -> Header:
-        """Of a video."""
+        """The header of a video."""
         assert self._header is not None
         return self._header
 

@@ -31,9 +31,9 @@ from data_prep.reasons import FILTERED, QUARANTINED, ClipError
 from data_prep.video.clips import Clip, ClipPlan, ClipSpan, Source
 from sora_train.data.config import DataConfig, SelectionConfig
 
-START_S = 120.0  # for a child to import its libraries on a busy machine
+START_S = 120.0  # until a child has imported its libraries on a busy machine
 ALIVE_S = 1.0  # between a child's reports of progress
-MOST_BYTES = 64 << 20  # of an answer: the clip plan of a very long video
+MOST_BYTES = 64 << 20  # in an answer: the clip plan of a very long video
 READY, ALIVE = b'"ready"', b'"alive"'
 CLIP_PLAN, FACTS, REFUSAL = TypeAdapter(ClipPlan), TypeAdapter(dict[str, str]), TypeAdapter(tuple[str, str])
 

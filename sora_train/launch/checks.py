@@ -171,7 +171,7 @@ def check_metric_models(recipe: Recipe) -> None:
 
 
 def check_cluster(recipe: Recipe) -> bool:
-    """Whether workers use GPUs. UserError if training and validation do not fit the nodes: Ray would wait for ever."""
+    """Whether workers use GPUs. UserError if training and validation do not fit the nodes: Ray would wait forever."""
     nodes = alive_nodes()
     gpu = recipe.cluster.gpu == "yes" or (recipe.cluster.gpu == "auto" and not missing_gpus(recipe, nodes))
     room = count_workers(recipe, gpu, nodes)

@@ -1,4 +1,4 @@
-"""The images of `validation.images`: read and fitted before Ray starts, kept in the run's folder for validations.
+"""The images of `validation.images`: read and fitted before Ray starts, saved in the run's folder for validations.
 
 A validation may run on a node that does not see the original files, and hours later. It does see the run's folder.
 """

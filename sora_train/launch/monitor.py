@@ -130,10 +130,10 @@ class Monitor:
         self.background.submit(self._catch_errors, act)
 
     def _catch_errors(self, act: Callable[[], T]) -> T | None:
-        """What `act` returns, or None if it raises; each error is reported once."""
+        """Calls `act`. Returns its result, or None if it raises; each error is reported once."""
         try:
             return act()
-        except Exception as error:  # what only shows a run must not end it
+        except Exception as error:  # an error in the monitor must not end the run
             why = f"{type(error).__name__}: {error}"
             if why not in self.seen_errors and len(self.seen_errors) < MAX_ERRORS:
                 self.seen_errors.add(why)

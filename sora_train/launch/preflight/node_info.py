@@ -139,7 +139,7 @@ def versions() -> dict[str, str]:
 
 
 def source_hash() -> str:
-    """Hash of both packages' source files. Ranks that run different code may wait for each other for ever."""
+    """Hash of both packages' source files. Ranks that run different code may wait for each other forever."""
     root, digest = Path(__file__).parents[3], hashlib.sha256()
     for package in ("data_prep", "sora_train"):
         for path in sorted((root / package).rglob("*.py")):

@@ -39,7 +39,7 @@ FILES_S, HASH_S, NETWORK_S = 20.0, 600.0, 120.0
 
 
 class Table:
-    """Runs checks one after another; a row for each is printed at once, and failures are kept."""
+    """Runs checks one after another; a row for each is printed at once, and failures are collected."""
 
     def __init__(self, print_rows: bool = True) -> None:
         self.print_rows, self.states, self.failures = print_rows, dict[str, str](), dict[str, str]()
