@@ -6,34 +6,10 @@ import unicodedata
 from typing import Any, Literal
 
 Code = Literal[
-    "recipe",
-    "media",
-    "shards",
-    "clips",
-    "weights",
-    "codec",
-    "lora",
-    "download",
-    "run",
-    "checkpoint",
-    "resume",
-    "exists",
-    "locked",
-    "not_writable",
-    "paths",
-    "storage",
-    "package",
-    "memory",
-    "ray",
-    "cluster",
-    "preflight",
-    "workers",
-    "diverged",
-    "compile",
-    "deepspeed",
-    "unsupported",
-    "evaluation",
-]
+    "recipe", "media", "shards", "clips", "weights", "codec", "lora", "download", "run", "checkpoint", "resume",
+    "exists", "locked", "not_writable", "paths", "storage", "package", "memory", "ray", "cluster", "preflight",
+    "workers", "diverged", "compile", "deepspeed", "unsupported", "evaluation",
+]  # fmt: skip
 """The kinds of errors. docs/operations.md says what each means and what to do."""
 
 

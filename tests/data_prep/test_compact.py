@@ -127,9 +127,9 @@ def test_the_new_name_is_sorted_where_the_old_ones_were(tmp_path: Path):
 
 
 def test_a_folder_in_use_or_without_a_manifest_is_refused(folder: str, tmp_path: Path):
-    with run_lock(folder, "sora prep"), pytest.raises(UserError, match="another `sora prep` is running"):
+    with run_lock(folder, "sora prep"), pytest.raises(UserError, check=lambda error: error.code == "locked"):
         compact_shards(folder, SHARD_BYTES)
-    with pytest.raises(UserError, match="no manifest.json"):
+    with pytest.raises(UserError, check=lambda error: error.code == "shards"):
         compact_shards(str(tmp_path / "none"), SHARD_BYTES)
 
 

@@ -148,10 +148,10 @@ def test_damaged_shards_end_a_run_at_once_with_the_reason(
     content = bytearray(file.read_bytes())
     content[content.index(table["latents"][20].as_py()) + 10] ^= 1
     file.write_bytes(content)
-    with pytest.raises(
-        UserError, match=r"(?s)near step \d+: .*bucket=2x32x32/part.parquet.*checkpoint.*once the cause is fixed"
-    ):
+    says = r"(?s)near step \d+: .*bucket=2x32x32/part.parquet.*checkpoint.*once the cause is fixed"
+    with pytest.raises(UserError, match=says) as raised:
         launch_training(recipe_of(shards, tmp_path, train__steps=30))
+    assert raised.value.code == "shards"  # that of the worker's error
     told = [event["event"] for event in lines(tmp_path / "tiny/events.jsonl")]
     assert told.count("failed") == told.count("start") == 1
     assert "worker_lost" not in told

@@ -269,6 +269,8 @@ def test_nothing_is_written_where_the_vae_is_not_the_one(changed, shards: Path, 
     ):
         with pytest.raises(UserError, match=message):
             write_page(changed(vae=facts.model_copy(update=update)), str(out))
+    with pytest.raises(UserError, match=r"codec.models: no folder .*none"):
+        write_page(changed(vae=facts.model_copy(update={"name": "a/vae"})), str(out), models=str(tmp_path / "none"))
     with pytest.raises(UserError, match=r"is a folder. Name a file, such as .*/inspect\.html"):
         write_page(str(shards), str(tmp_path))
     assert not out.exists()
