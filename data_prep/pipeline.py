@@ -23,7 +23,7 @@ from data_prep.stored import count_clips, drop_repeats, read_stored
 from data_prep.watchdog import PipelineStalled
 from sora_train.codec.conventions import HAS_FTFY, cleaning_of
 from sora_train.codec.files import TextFiles, VaeFiles, find_text_encoder, find_vae
-from sora_train.data.config import small_bucket_warnings, undividable_shapes
+from sora_train.data.config import undividable_shapes
 from sora_train.data.shards import ShardSet
 from sora_train.errors import RecipeError, UserError
 from sora_train.locks import run_lock
@@ -66,6 +66,9 @@ def prep(recipe: Recipe) -> Manifest:
 
 def print_warnings(manifest: Manifest, recipe: Recipe) -> None:
     """Prints remarks on sources, and the buckets that have no clip or too few."""
+    from sora_train.plan.steps import small_bucket_warnings
+    from sora_train.plan.table import plan_inputs
+
     if manifest.remarks:
         counts = ", ".join(f"{kind} {count}" for kind, count in manifest.remarks.items())
         log.info(f"prep: sources with remarks: {counts}; docs/data.md explains them")
@@ -73,7 +76,7 @@ def print_warnings(manifest: Manifest, recipe: Recipe) -> None:
         log.info(f"prep: no clip fills the bucket {name}; `sora prep RECIPE --plan` says why")
     with contextlib.suppress(UserError):  # all clips are held out, which training reports
         train_rows = ShardSet(recipe.data.output, recipe.data.holdout_fraction).rows
-        for warning in small_bucket_warnings(train_rows, recipe.train.batch_size):
+        for warning in small_bucket_warnings(recipe, train_rows, plan_inputs(recipe)[0]):
             log.warning(f"prep: {warning}")
 
 

@@ -26,6 +26,8 @@ from sora_train.codec.conventions import clean
 from sora_train.codec.files import TextFiles, VaeFiles
 from sora_train.data.shards import is_held_out
 from sora_train.log import log
+from sora_train.plan.activations import Sizes
+from sora_train.plan.steps import configs_of
 from sora_train.recipe import Recipe
 from sora_train.schema import bucket_of, bucket_size, shard_files
 from sora_train.storage import free_bytes, resolve, storage_errors
@@ -49,6 +51,8 @@ class BucketEstimate:
     clip_bytes: int
     steps: int
     """Steps per epoch, without the clips that are held out."""
+    sizes: Sizes
+    """Sizes of a clip with the longest caption."""
 
 
 @dataclass(frozen=True)
@@ -211,15 +215,22 @@ def estimate_buckets(
             encoded[bucket] += count
             finished[bucket] += count * row["is_finished"]
             held[bucket] += count * row["is_finished"] * is_held_out(row["source"], fraction)
+    longest, timed = recipe.codec.max_tokens, recipe.conditioning.frame_times
+    shapes = {it.name: vae.latent_shape(it.frames, it.height, it.width) for it in buckets_of(recipe.data)}
+    sizes = {
+        name: Sizes(1, f, h, w, longest, timed, recipe.cluster.sequence_parallel)
+        for name, (f, _, h, w) in shapes.items()
+    }
+    trains = configs_of(recipe, sizes, recipe.cluster.most)
     buckets: list[BucketEstimate] = []
     for bucket in buckets_of(recipe.data):
-        f, c, h, w = vae.latent_shape(bucket.frames, bucket.height, bucket.width)
+        f, c, h, w = shapes[bucket.name]
         counts = [(source, weight * found[bucket.name]) for source, found, weight in clips]
         held_out = held[bucket.name] + round(sum(n for source, n in counts if is_held_out(source, fraction)))
         count = max(finished[bucket.name] + round(sum(n for _, n in counts)), encoded[bucket.name])
-        size, tokens = BYTES * vae.moments * f * c * h * w, f * (h // recipe.model.patch) * (w // recipe.model.patch)
-        steps = -(-(count - held_out) // recipe.train.batch_size)
-        row = count, encoded[bucket.name], held_out, bucket.seconds, tokens, size, steps
+        size, tokens = BYTES * vae.moments * f * c * h * w, sizes[bucket.name].tokens(recipe.model)
+        steps = -(-(count - held_out) // trains[bucket.name].batch_size)
+        row = count, encoded[bucket.name], held_out, bucket.seconds, tokens, size, steps, sizes[bucket.name]
         buckets.append(BucketEstimate(bucket.name, *row))
     return tuple(buckets)
 

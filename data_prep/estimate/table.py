@@ -6,8 +6,9 @@ from collections.abc import Container, Sequence
 
 from data_prep.estimate.estimate import BucketEstimate, PrepEstimate, estimate_prep
 from data_prep.reasons import BAD_SOURCE_REASONS, FILTERED, QUARANTINED
-from sora_train.data.config import DataConfig, small_bucket_warnings
+from sora_train.data.config import DataConfig
 from sora_train.errors import RecipeError, UserError
+from sora_train.plan.steps import small_bucket_warnings, step_table
 from sora_train.recipe import Recipe
 from sora_train.storage import in_bytes
 from sora_train.terminal import print_result
@@ -80,7 +81,10 @@ def format_estimate(estimate: PrepEstimate, recipe: Recipe) -> str:
             f"{recipe.codec.max_tokens} tokens, and their end is cut off"
         )
     train = {bucket.name: bucket.clips - bucket.held_out for bucket in estimate.buckets}
-    lines += [f"WARNING: {warning}" for warning in small_bucket_warnings(train, recipe.train.batch_size)]
+    sizes = {bucket.name: bucket.sizes for bucket in estimate.buckets}
+    if table := step_table(recipe, sizes, recipe.cluster.most):
+        lines += ["", *table]
+    lines += [f"WARNING: {warning}" for warning in small_bucket_warnings(recipe, train, sizes)]
     return "\n".join([*lines, *_disk_lines(estimate, recipe.data.output), *_work_lines(estimate)])
 
 

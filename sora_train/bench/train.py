@@ -23,6 +23,7 @@ from sora_train.diffusion import make_objective
 from sora_train.model import Transformer, build
 from sora_train.recipe import Recipe
 from sora_train.train.activation_checkpointing import apply_activation_checkpointing
+from sora_train.train.balance import shard_configs
 from sora_train.train.compile import compile_blocks, is_wanted
 from sora_train.train.engine import decay_groups
 from sora_train.train.fp8 import use_fp8
@@ -100,10 +101,15 @@ def make_bare(recipe: Recipe) -> Callable[[int], None]:
     config, data = recipe.train, recipe.data
     device = torch.device("cuda" if torch.cuda.is_available() and recipe.cluster.gpu != "no" else "cpu")
     shards = ShardSet(data.output, data.holdout_fraction, "train")
-    order = shards.sample_order(config.batch_size, config.seed, data.image_ratio)
+    timed = recipe.conditioning.frame_times
+    own = shard_configs(config, recipe.model, recipe.lora, shards, frame_times=timed, world=1)
+    order = shards.sample_order({name: it.batch_size for name, it in own.items()}, config.seed, data.image_ratio)
     objective = make_objective(recipe.diffusion, recipe.model.learned_variance, recipe.conditioning)
-    how = {"micro_batch_size": config.micro_batch_size, "caption_dropout": config.caption_dropout}
-    held = [micro_batches(shards, order, objective, number, **how) for number in range(4)]
+    sizes = {name: it.micro_batch_size for name, it in own.items()}
+    held = [
+        micro_batches(shards, order, objective, number, micro_batch_size=sizes, caption_dropout=config.caption_dropout)
+        for number in range(4)
+    ]
     torch.manual_seed(config.seed)
     model = build(recipe.model)
     if config.precision == "fp8":
@@ -150,11 +156,13 @@ def bare_loop(model: Transformer, recipe: Recipe, data: Iterable[Sequence[MicroB
 
     def run(steps: int) -> None:
         for _ in range(steps):
-            for micro in next(batches):
+            step = next(batches)
+            clips = sum(int(micro.weight.sum()) for micro in step)
+            for micro in step:
                 micro = micro.to(device)
                 texts = micro.text, micro.text_mask
                 losses = objective.loss(predict, micro.latents, micro.noise, micro.t, *texts, micro.given)
-                ((losses * micro.weight).sum() / config.batch_size).backward()
+                ((losses * micro.weight).sum() / clips).backward()
                 if copied:
                     accumulate()
             if config.gradient_clip:

@@ -6,7 +6,7 @@ Imports neither torch nor Ray, because decoder processes import it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
@@ -119,17 +119,6 @@ def undividable_shapes(data: DataConfig, factor: int, time_factor: int, patch: i
         key = f"data.buckets: {'x'.join(map(str, shape))}: " if data.buckets else "data."
         wrong += [key + sentence for sentence in shape_errors(shape, factor, time_factor, patch)]
     return wrong
-
-
-def small_bucket_warnings(clips: Mapping[str, int], batch_size: int) -> list[str]:
-    """A warning for every bucket with fewer training clips than a batch."""
-    return [
-        f"the bucket {name} has {count} training clip{'s' * (count > 1)}, fewer than train.batch_size {batch_size}: "
-        "its steps average over fewer clips, so each of these weighs more than a clip of another bucket. Add clips of "
-        "this shape, remove it from data.buckets, or lower train.batch_size"
-        for name, count in clips.items()
-        if 0 < count < batch_size
-    ]
 
 
 class SelectionConfig(Section):

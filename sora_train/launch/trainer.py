@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 
-from sora_train.data.config import small_bucket_warnings
 from sora_train.errors import Stopped, UserError
 from sora_train.launch.checks import (
     alive_nodes,
@@ -49,6 +48,8 @@ from sora_train.launch.validation import ValidationStatus, update_report
 from sora_train.locks import run_lock
 from sora_train.log import log
 from sora_train.manifest import Manifest
+from sora_train.plan.steps import small_bucket_warnings
+from sora_train.plan.table import plan_inputs
 from sora_train.ray_cluster.connection import connect
 from sora_train.recipe import Recipe
 from sora_train.train import checkpoint
@@ -162,7 +163,7 @@ def check_models(recipe: Recipe, manifest: Manifest, clips: Clips, step: int) ->
     check_metric_models(recipe)
     if recipe.train.precision == "fp8":
         check_fp8()
-    for warning in small_bucket_warnings(clips.counts(held_out=False), recipe.train.batch_size):
+    for warning in small_bucket_warnings(recipe, clips.counts(held_out=False), plan_inputs(recipe)[0]):
         log.warning(warning)
     with contextlib.suppress(UserError):  # the VAE is out of reach
         if reasons := refusals(recipe, manifest):

@@ -16,10 +16,11 @@ from sora_train.latent_shape import latent_shape
 from sora_train.lora.flops import training_flops
 from sora_train.manifest import Manifest
 from sora_train.plan.activations import Sizes, activations
-from sora_train.plan.estimate import Estimate, estimate, largest_micro_batch, step_flops
+from sora_train.plan.estimate import Estimate, estimate, largest_micro_batch
 from sora_train.plan.forecast_table import format_forecast
 from sora_train.plan.measured import Figure
 from sora_train.plan.states import checkpoint_bytes, host_memory, parameter_counts
+from sora_train.plan.steps import configs_of, mean_step_flops, step_table
 from sora_train.recipe import Recipe
 from sora_train.schema import bucket_name
 from sora_train.storage import in_bytes
@@ -92,17 +93,14 @@ def vae_factors(recipe: Recipe) -> tuple[tuple[int, int], str]:
 def format_plan(recipe: Recipe, options: PlanOptions) -> str:
     """The whole text."""
     memory, (buckets, clips, source) = usable_memory(options), plan_inputs(recipe)
-    name, sizes = largest_bucket(recipe, buckets)
+    name, sizes, own = largest_bucket(recipe, buckets)
     train, world, room = recipe.train, recipe.cluster.fewest, int(memory * 1e9)
-    sizes = replace(sizes, b=train.micro_batch_size)
-    own = estimate(recipe.model, train, sizes, world, recipe.lora)
     planned_step = Figure(step_seconds(recipe, buckets, clips, options), f"planned, at {options.mfu:.0%} MFU")
     lines = [
         f"{recipe.name}: {describe_parameters(recipe)}, {train.precision}, "
         f"ZeRO {train.zero_stage}, {counted(world, 'worker')}"
         + (f" in groups of {sizes.shared} that share clips" if sizes.shared > 1 else "")
-        + f", micro-batches of "
-        f"{counted(train.micro_batch_size, 'clip')}, "
+        + f", micro-batches of {counted(sizes.b, 'clip')}, "
         f"activation_checkpointing {train.activation_checkpointing}, offload {train.offload}",
         f"clips of {name}: latents {sizes.f}x{sizes.h}x{sizes.w}, {sizes.tokens(recipe.model) // sizes.b:,} tokens, "
         f"captions of up to {sizes.l} tokens (from {source})",
@@ -113,6 +111,7 @@ def format_plan(recipe: Recipe, options: PlanOptions) -> str:
         "",
         verdict(recipe, own, sizes, room, memory),
         *cost(recipe, buckets, clips, options),
+        *step_table(recipe, buckets, recipe.cluster.most),
         "",
         *format_forecast(recipe, planned_step, options.mtbf),
     ]
@@ -137,12 +136,13 @@ def usable_memory(options: PlanOptions) -> float:
     return options.memory or 80.0
 
 
-def largest_bucket(recipe: Recipe, buckets: dict[str, Sizes]) -> tuple[str, Sizes]:
-    """The bucket whose clips take the most memory."""
-    return max(
-        buckets.items(),
-        key=lambda bucket: estimate(recipe.model, recipe.train, bucket[1], bucket[1].shared, recipe.lora).total,
-    )
+def largest_bucket(recipe: Recipe, buckets: dict[str, Sizes]) -> tuple[str, Sizes, Estimate]:
+    """The bucket whose micro-batches take the most memory, the sizes of one, and the memory."""
+    world, found = recipe.cluster.fewest, list[tuple[str, Sizes, Estimate]]()
+    for name, own in configs_of(recipe, buckets, world).items():
+        sizes = replace(buckets[name], b=own.micro_batch_size)
+        found.append((name, sizes, estimate(recipe.model, own, sizes, world, recipe.lora)))
+    return max(found, key=lambda each: each[2].backward)
 
 
 def grid(recipe: Recipe, sizes: Sizes, room: int, memory: float) -> list[str]:
@@ -150,7 +150,7 @@ def grid(recipe: Recipe, sizes: Sizes, room: int, memory: float) -> list[str]:
     train, own = recipe.train, recipe.cluster.fewest
     columns = sorted({own, recipe.cluster.most, *worker_counts(train, sizes)})
     lines = [
-        f"GB per GPU with micro-batches of {counted(train.micro_batch_size, 'clip')} / largest micro-batch in "
+        f"GB per GPU with micro-batches of {counted(sizes.b, 'clip')} / largest micro-batch in "
         f"{memory:g} GB (the recipe's own in brackets)",
         f"{'workers':<9}" + "".join(f"{n:>{WIDTH}}" for n in columns),
     ]
@@ -255,29 +255,23 @@ def step_seconds(recipe: Recipe, buckets: dict[str, Sizes], clips: list[int], op
     peak = peak_of(options.gpu, train.half)
     if peak is None:
         raise RecipeError(f"--gpu {options.gpu}: its FLOP/s are not known; those of {', '.join(PEAKS)} are")
-    flops = sum(share * step_flops(recipe.model, train, s, world, recipe.lora) for share, s in shares(buckets, clips))
-    return flops / (world * peak * options.mfu)
-
-
-def shares(buckets: dict[str, Sizes], clips: list[int]) -> list[tuple[float, Sizes]]:
-    """The share of all clips of each bucket, and its sizes."""
-    return [(count / max(1, sum(clips)), s) for count, s in zip(clips, buckets.values(), strict=True)]
+    return mean_step_flops(recipe, buckets, clips, world) / (world * peak * options.mfu)
 
 
 def cost(recipe: Recipe, buckets: dict[str, Sizes], clips: list[int], options: PlanOptions) -> list[str]:
     """FLOPs, hours and disk."""
     model, train, world, lora = recipe.model, recipe.train, recipe.cluster.most, recipe.lora
     hours = train.steps * step_seconds(recipe, buckets, clips, options) / 3600
-    clip = sum(
-        share * training_flops(model, lora, s.f, s.h, s.w, s.l, s.frame_times) for share, s in shares(buckets, clips)
-    )
+    weighted = [(count / max(1, sum(clips)), s) for count, s in zip(clips, buckets.values(), strict=True)]
+    clip = sum(share * training_flops(model, lora, s.f, s.h, s.w, s.l, s.frame_times) for share, s in weighted)
     groups = world // recipe.cluster.sequence_parallel
     added = accumulation(train, groups) * train.micro_batch_size * groups - train.batch_size
-    padding = f"; {added} clips of a step's micro-batches are padding" if added else ""
+    padding = f"; {added} clips of a step's micro-batches are padding" if added and not train.balance else ""
     size, peak = checkpoint_bytes(model, lora), peak_of(options.gpu, train.half) or 0.0
     return [
         f"compute: {clip:.3g} FLOPs per clip, forward and backward; {train.steps:,} steps of "
-        f"{counted(train.batch_size, 'clip')} are {in_hours(hours)} on {world} {options.gpu}, assumed to reach "
+        f"{counted(train.batch_size, 'clip')}{' or more' * (train.balance > 0)} are {in_hours(hours)} on {world} "
+        f"{options.gpu}, assumed to reach "
         f"{options.mfu:.0%} of its {peak / 1e12:,.0f} TFLOP/s{' in bf16' * train.half}{padding}",
         f"disk: {in_bytes(size)} per checkpoint; train.keep_checkpoints {train.keep_checkpoints} and one being "
         f"written: {in_bytes(size * (train.keep_checkpoints + 1))}",

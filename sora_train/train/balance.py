@@ -2,9 +2,11 @@
 
 `train.batch_size` is the step of the costliest bucket. Cheaper ones take more clips, by the model's FLOPs for a clip:
 these decide what is learned, so they depend on the recipe alone, not on the number of workers. The micro-batch is what
-fits: it grows with the inverse of a clip's activations, less than the clips of a step where attention dominates.
+fits: it grows with the inverse of a clip's activations, less than the clips of a step where attention dominates. So
+buckets differ in the number of micro-batches too.
 """
 
+import math
 from collections.abc import Mapping
 
 from sora_train.data.shards import ShardSet
@@ -34,16 +36,18 @@ def bucket_configs(
     `latents` has the axes f h w of a clip, `text_tokens` is the length of the longest caption.
     """
     if not config.balance:
-        return dict.fromkeys(latents, config)
+        return dict.fromkeys(latents, config)  # with padding in each micro-batch as the recipe has it
     text = model.text_tokens or text_tokens
     flops = {name: training_flops(model, lora, *shape, text, frame_times) for name, shape in latents.items()}
     room = {
         name: TEXT_SHARE * f * (h // model.patch) * (w // model.patch) + text for name, (f, h, w) in latents.items()
     }
+    costliest = max(flops, key=flops.__getitem__)
     found: dict[str, TrainConfig] = {}
     for name in latents:
-        clips = config.batch_size * max(flops.values()) // flops[name]
-        fitting = config.micro_batch_size * max(room.values()) // room[name]
+        more = (flops[costliest] / flops[name]) ** config.balance
+        clips = math.floor(config.batch_size * more * (1 + 1e-12))  # a whole number stays one whatever the rounding
+        fitting = max(1, config.micro_batch_size * room[costliest] // room[name])
         of_rank = -(-clips // world)
         micro = -(-of_rank // -(-of_rank // fitting))  # as few micro-batches as fit, of equal size
         found[name] = config.model_copy(update={"batch_size": clips, "micro_batch_size": micro})

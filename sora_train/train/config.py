@@ -20,10 +20,11 @@ class TrainConfig(Section):
     micro_batch_size: PositiveInt = 8
     """Clips that one worker processes at a time.
     Gradients accumulate until `batch_size` is reached."""
-    balance: bool = False
-    """Balance the steps of buckets of unlike cost.
-    `batch_size` and `micro_batch_size` then hold for the costliest bucket. The others take more clips, by the model's
-    FLOPs for a clip, so all steps take about equally long, and larger micro-batches, by the clip's tokens."""
+    balance: float = Field(default=0.0, ge=0, le=1)
+    """Balances the steps of buckets of unlike cost: 1 fully, 0 not at all.
+    `batch_size` and `micro_batch_size` hold for the costliest bucket. With 1 the others take as many clips as make
+    equally many FLOPs, so all steps take about equally long; with p between, that multiple of `batch_size` to the power
+    of p. Their micro-batches are as large as the costliest clips' tokens allow."""
     learning_rate: PositiveFloat = 1e-4
     """Peak learning rate of AdamW."""
     warmup_steps: NonNegativeInt = 0

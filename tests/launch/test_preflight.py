@@ -83,6 +83,13 @@ def test_a_batch_that_does_not_divide_is_told_which_would(recipe_of, tmp_path: P
     assert verdicts.check_batch(recipe_of(tmp_path, tmp_path, **shared)).startswith("8 clips over 4 groups of 2 worke")
 
 
+def test_with_balanced_steps_a_table_of_the_buckets_is_the_message(recipe_of, tmp_path: Path):
+    names = ["1x32x32", "2x32x32"]
+    balanced = {"train__balance": 1, "train__micro_batch_size": 3, "cluster__workers": 4}
+    rows = verdicts.check_batch(recipe_of(tmp_path, tmp_path, data__buckets=names, **balanced)).splitlines()
+    assert [row.split()[0] for row in rows[2:4]] == names
+
+
 def test_more_workers_than_clips_of_a_batch_are_refused(recipe_of, tmp_path: Path):
     (sentence,) = check(recipe_of(tmp_path, tmp_path, train__batch_size=4, cluster__workers=5))
     assert "use at most 4 workers" in sentence

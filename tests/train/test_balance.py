@@ -15,7 +15,7 @@ from sora_train.train.config import TrainConfig
 WAN = preset("wan2.1_t2v_1.3b")
 LATENTS = {"81x480x832": (21, 60, 104), "17x480x832": (5, 60, 104), "1x480x832": (1, 60, 104), "1x256x256": (1, 32, 32)}
 CASES = [(WAN, NO_LORA), (WAN, LoraConfig(rank=16)), (preset("XL"), NO_LORA), (preset("latte_t2v"), NO_LORA)]
-BALANCED = TrainConfig(balance=True, batch_size=60, micro_batch_size=4)
+BALANCED = TrainConfig(balance=1, batch_size=60, micro_batch_size=4)
 
 
 def configs(model: ModelConfig, train: TrainConfig, lora: LoraConfig = NO_LORA, world: int = 1):
@@ -53,7 +53,7 @@ def test_as_few_micro_batches_as_fit_hold_a_ranks_clips(world: int, micro: int):
 
 
 def test_without_balance_every_bucket_has_the_recipes_numbers():
-    train = BALANCED.model_copy(update={"balance": False})
+    train = BALANCED.model_copy(update={"balance": 0.0})
     assert all(own == train for own in configs(WAN, train, world=7).values())
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from sora_train.errors import UserError
 from sora_train.launch.checks import fitting, worker_resources
 from sora_train.launch.preflight.node_info import NodeInfo
-from sora_train.plan.estimate import estimate
 from sora_train.plan.states import checkpoint_bytes, host_memory
+from sora_train.plan.steps import step_table
 from sora_train.plan.table import largest_bucket, plan_inputs, remedies_for
 from sora_train.recipe import Recipe
 from sora_train.storage import in_bytes
@@ -21,9 +19,12 @@ MOST = 10
 
 
 def check_batch(recipe: Recipe) -> str:
-    """Micro-batches fill the batch without padding."""
+    """Micro-batches fill the batch without padding. With `train.balance`, which fits them, a table of the buckets."""
     train, group = recipe.train, recipe.cluster.sequence_parallel
     world = recipe.cluster.most // group
+    if train.balance:
+        table = step_table(recipe, plan_inputs(recipe)[0], recipe.cluster.most)
+        return "\n".join([f"train.batch_size {train.batch_size}, train.balance {train.balance:g}", *table])
     unit = world * train.micro_batch_size
     slots = -(-train.batch_size // unit) * unit
     over = f"{world} workers" if group == 1 else f"{world} groups of {group} workers"
@@ -98,9 +99,8 @@ def check_memory(recipe: Recipe, nodes: list[NodeInfo]) -> str:
     gpus = [memory for node in nodes for _, memory in node.gpus]
     if not gpus:
         return "not compared: nvidia-smi lists no GPU"
-    sizes = replace(largest_bucket(recipe, plan_inputs(recipe)[0])[1], b=recipe.train.micro_batch_size)
-    need = estimate(recipe.model, recipe.train, sizes, recipe.cluster.fewest, recipe.lora).total
-    room = int(USABLE * min(gpus))
+    _, sizes, planned = largest_bucket(recipe, plan_inputs(recipe)[0])
+    need, room = planned.total, int(USABLE * min(gpus))
     message = f"a step takes {in_bytes(need)} of a GPU by the plan; {in_bytes(room)} are usable"
     if need <= room:
         return message

@@ -159,7 +159,7 @@ def test_dropped_rows_are_counted_by_reason_with_an_example(tmp_path: Path):
     text = format_estimate(found, wanted)
     assert "too_short" in text
     assert "lasts 0.2 s" in text
-    assert "WARNING: the bucket 16x256x448 has 3 training clips, fewer than train.batch_size 16" in text
+    assert "WARNING: the bucket 16x256x448 has 3 training clips, fewer than the 16 of a step" in text
 
 
 def test_an_empty_bucket_is_an_error_that_says_why(tmp_path: Path):
