@@ -7,7 +7,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from sora_train.errors import UserError
 from sora_train.model import ModelConfig, Transformer
 from sora_train.model.layers import Attention
 from sora_train.model.sequence import ALONE, SequenceGroup
@@ -23,24 +22,14 @@ def share_clips(model: Transformer, ranks: SequenceGroup) -> None:
 
 
 def make_sequence_group(model: ModelConfig, size: int) -> SequenceGroup:
-    """This rank's group of `size` consecutive ranks. Collective. Raises as `check_sequence_parallel` does."""
-    check_sequence_parallel(model, size, dist.get_world_size())
+    """This rank's group of `size` consecutive ranks. Collective.
+
+    Raises ValueError, as recipes are checked before, if the ranks or the heads of attention over clips do not divide.
+    """
+    world = dist.get_world_size()
+    if world % size or not model.shares_clips_by(size):
+        raise ValueError(f"groups of {size} ranks can't share clips: there are {world} ranks, and {model.heads} heads")
     if size == 1:
         return ALONE
     group: Any = dist.new_subgroups(size)[0]
     return SequenceGroup(dist.get_rank() % size, size, group.group_name)
-
-
-def check_sequence_parallel(model: ModelConfig, size: int, world: int) -> None:
-    """Raises UserError unless groups of `size` ranks can share the clips of a model of this shape."""
-    if world % size:
-        raise UserError(
-            f"cluster.sequence_parallel is {size}, which does not divide {world} workers. Change one of them",
-            code="recipe",
-        )
-    if not model.shares_clips_by(size):
-        raise UserError(
-            f"cluster.sequence_parallel is {size}, which does not divide model.heads {model.heads}: each rank of a "
-            "group computes the attention of its share of the heads. Use a divisor of the heads",
-            code="recipe",
-        )

@@ -107,14 +107,14 @@ def test_the_plan_extrapolates_from_few_blocks_and_clips(mode: str, stage: int):
 
 @pytest.mark.parametrize("mode", ["none", "full"])
 @pytest.mark.parametrize(
-    ("name", "clip"),
+    ("model", "clip"),
     [
-        ("latte_t2v", Sizes(1, 16, 64, 64, 120)),
-        ("XL", Sizes(1, 16, 32, 32, 120)),
-        ("wan2.1_t2v_1.3b", Sizes(1, 21, 60, 104, 512)),
+        (preset("latte_t2v"), Sizes(1, 16, 64, 64, 120)),
+        (replace(preset("XL"), attention="joint"), Sizes(1, 16, 32, 32, 120)),
+        (preset("wan2.1_t2v_1.3b"), Sizes(1, 21, 60, 104, 512)),
     ],
 )
-def test_ranks_that_share_a_clip_share_its_activations(name: str, clip: Sizes, mode: str):
+def test_ranks_that_share_a_clip_share_its_activations(model: ModelConfig, clip: Sizes, mode: str):
     train = TrainConfig(zero_stage=2, precision="bf16", activation_checkpointing=mode)
-    whole, *shares = (activations(preset(name), train, replace(clip, shared=n)).total for n in (1, 2, 4))
-    assert [n * share for n, share in zip((2, 4), shares, strict=True)] == pytest.approx([whole, whole], rel=0.05)
+    whole, *shares = (activations(model, train, replace(clip, shared=n)).total for n in (1, 2, 4))
+    assert [n * share for n, share in zip((2, 4), shares, strict=True)] == pytest.approx([whole, whole], rel=0.06)

@@ -2,10 +2,10 @@
 
 A task is {"out": folder, "train": {…}} with, as needed, "resume": a checkpoint, "init_from": a folder, "shards": other
 shards than the others', "model": keys of the model, "conditioning": keys of that section, "act": instead of training, a
-function of `acts.py`, "sequence_parallel": ranks that share each clip, "largest": bytes that a file of rank 1 may have
-from then on, as if its disk were full, "noticed": a step at which a checkpoint is wanted at once. With "refused": true
-the task is to end in a UserError: its message goes to refused_RANK.txt in `out`, and the next task begins, on the same
-group.
+function of `acts.py` or `sharing.py`, "sequence_parallel": ranks that share each clip, "largest": bytes that a file of
+rank 1 may have from then on, as if its disk were full, "noticed": a step at which a checkpoint is wanted at once. With
+"refused": true the task is to end in a UserError: its message goes to refused_RANK.txt in `out`, and the next task
+begins, on the same group.
 """
 
 import os
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import acts
+import sharing
 import torch
 import torch.distributed as dist
 
@@ -74,7 +75,9 @@ def main(rank: int, world: int, store: Path, shards: str, tasks: list[dict], log
         try:
             if "act" in task:
                 model = replace(MODEL, **task.get("model", {}))
-                getattr(acts, task["act"])(model, out, task["train"], task.get("resume"))
+                getattr(sharing if task["act"] == "share" else acts, task["act"])(
+                    model, out, task["train"], task.get("resume")
+                )
                 continue
             rest = (
                 task.get("resume"),
