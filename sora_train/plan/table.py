@@ -245,7 +245,7 @@ def remedies_for(recipe: Recipe, sizes: Sizes, room: int) -> list[str]:
         return estimate(model, changed, replace(sizes, shared=shared), workers, lora).total <= room
 
     for same_key in changes:  # the mildest that fits
-        found += [text for text, *change in same_key if fits(*change)][:1]
+        found += [text for text, update, workers, shared in same_key if fits(update, workers, shared)][:1]
     return found
 
 
