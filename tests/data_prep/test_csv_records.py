@@ -90,7 +90,7 @@ def test_another_separator_is_printed(tmp_path: Path, capsys: pytest.CaptureFixt
         (HEAD.encode("utf-16-le"), "is UTF-16 without a byte order mark; save it as UTF-8"),
         ("\ufeffab".encode("utf-16-le")[:-1], "is not UTF-16 text; save it as UTF-8"),
         (HEAD.encode() + "a.mp4,café\n".encode("cp1252"), "is not UTF-8 text in line 2 .byte 0xe9."),
-        (gzip.compress(HEAD.encode()), "is compressed by gzip; add .gz to its name"),
+        (gzip.compress(HEAD.encode(), mtime=0), "is compressed by gzip; add .gz to its name"),
         (b"PK\x03\x04" + bytes(range(256)), "is a zip archive or an Excel workbook; save it as CSV in UTF-8"),
     ],
 )
