@@ -228,7 +228,7 @@ def workers_errors(recipe: Recipe) -> list[str]:
         found.append(
             f"cluster.workers {max(fewest, most)} is more than train.batch_size {batch_size}"
             + (f" times cluster.sequence_parallel {group}" if group > 1 else "")
-            + f", so that some would never see a clip; use at most {batch_size * group} workers or a larger batch"
+            + f", so some would never see a clip; use at most {batch_size * group} workers or a larger batch"
         )
     if group > 1 and fewest != most:
         found.append(
@@ -238,7 +238,7 @@ def workers_errors(recipe: Recipe) -> list[str]:
     elif most % group:
         choices = " or ".join(str(n) for n in (most // group * group, -(-most // group) * group) if n)
         found.append(
-            f"cluster.workers {most} is no multiple of cluster.sequence_parallel {group}, the workers that share a "
+            f"cluster.workers {most} is not a multiple of cluster.sequence_parallel {group}, the workers that share a "
             f"clip; use {choices} workers"
         )
     if not model.shares_clips_by(group):

@@ -170,10 +170,10 @@ def test_a_wrong_recipe_is_told_which_key_and_what_fits(tmp_path: Path, text: st
         ("cluster: {workers: 20}", "cluster.workers 20 is more than train.batch_size 16"),
         (
             "cluster: {workers: 66, sequence_parallel: 2}\ntrain: {batch_size: 32}",
-            "cluster.workers 66 is more than train.batch_size 32 times cluster.sequence_parallel 2, so that some would "
+            "cluster.workers 66 is more than train.batch_size 32 times cluster.sequence_parallel 2, so some would "
             "never see a clip; use at most 64 workers",
         ),
-        ("cluster: {workers: 7, sequence_parallel: 4}", "cluster.workers 7 is no multiple of cluster.sequence_parall"),
+        ("cluster: {workers: 7, sequence_parallel: 4}", "cluster.workers 7 is not a multiple of cluster.sequence_pa"),
         ("cluster: {workers: 3, sequence_parallel: 4}", "the workers that share a clip; use 4 workers"),
         ("cluster: {workers: [2, 5], sequence_parallel: 2}", "groups need a fixed number of workers, such as 2"),
         (

@@ -237,8 +237,8 @@ def split_groups(recipe: Recipe, gpu: bool, nodes: list[dict[str, float]]) -> st
     if not room or sum(fitting(node, worker) > 0 for node in nodes) == 1:
         return ""
     return (
-        f"cluster.sequence_parallel is {group}, and nodes have room for {' or '.join(map(str, room))} workers, so that "
-        "a group of workers that share clips may be on two nodes, which is much slower. Use a number that divides the "
+        f"cluster.sequence_parallel is {group}, and nodes have room for {' or '.join(map(str, room))} workers, so a "
+        "group of workers that share clips may be on two nodes, which is much slower. Use a number that divides the "
         f"workers of every node, or nodes with a multiple of {group} {'GPUs' if gpu else 'workers'}"
     )
 

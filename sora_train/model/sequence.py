@@ -64,7 +64,7 @@ class SequenceGroup:
         return self.exchange_all(parts, split=CHANNELS, join=PLACES, length=places)
 
     def to_tokens(self, x: Float[Tensor, "b f p e"], width: int) -> Float[Tensor, "b f n d"]:
-        """The way back: all heads of own tokens."""
+        """The inverse: all heads of own tokens."""
         return self.exchange(x, split=PLACES, join=CHANNELS, length=width)
 
     # the operators that torch's own functional collectives call: they have gradients, and torch.compile traces them
@@ -79,7 +79,7 @@ class SequenceGroup:
         return wait_tensor(torch.ops._c10d_functional.all_gather_into_tensor(x, self.size, self.name))
 
     def padded(self, x: Tensor, axis: int) -> Tensor:
-        """With zeros at the end of an axis, so that it divides."""
+        """With zeros at the end of an axis, so it divides."""
         lacking = -x.shape[axis] % self.size
         return pad(x, (0, 0) * (x.ndim - 1 - axis) + (0, lacking)) if lacking else x
 

@@ -36,7 +36,7 @@ def mean_time_between_failures(gpus: int) -> float:
 
 @dataclass(frozen=True)
 class Lost:
-    """Shares of the time that are no goodput."""
+    """Shares of the time that are not goodput."""
 
     checkpoints: float
     """Stalls, and waiting for the previous checkpoint."""
