@@ -196,7 +196,7 @@ def check_complete(folder: Path) -> dict[str, Any] | str:
             return "its state.json was changed"
         names = EMA_FILE, *(part_name(rank, about["world_size"]) for rank in range(about["world_size"]))
         flaw = flaw_of_files(folder, names, about["token"])
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return f"it has no {name}"
     except OSError as error:
         raise _unreadable(folder / name, error) from None
@@ -230,9 +230,7 @@ def flaw_of_opened(folder: Path, token: str, files: tuple[tuple[str, int, int, i
         except FileNotFoundError:
             return f"it has no {name}"
         except OSError as error:
-            raise UserError(
-                f"{folder / name} can't be read: {error}; try again when it can", code="checkpoint"
-            ) from None
+            raise _unreadable(folder / name, error) from None
         except (SafetensorError, ValueError, KeyError, TypeError, OverflowError):
             return f"its {name} is cut short or damaged"
 
