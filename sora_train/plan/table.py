@@ -225,6 +225,7 @@ def remedies_for(recipe: Recipe, sizes: Sizes, room: int) -> list[str]:
     model, train, world, lora = recipe.model, recipe.train, recipe.cluster.fewest, recipe.lora
     stages, modes = range(train.zero_stage + 1, 4), MODES[MODES.index(train.activation_checkpointing) + 1 :]
     offload = ["optimizer"] if train.offload == "none" and train.zero_stage else []
+    fixed = recipe.cluster.most == world  # an elastic run has no groups
     groups = [n for n in WORKERS if n > sizes.shared and (world % n == 0 or world == 1) and model.shares_clips_by(n)]
     both = "cluster.workers and " if world == 1 else ""
     changes: list[list[tuple[str, dict[str, Any], int, int]]] = [
@@ -235,7 +236,7 @@ def remedies_for(recipe: Recipe, sizes: Sizes, room: int) -> list[str]:
         [(f"raise train.zero_stage to {stage}", dict(at_stage(train, stage)), world, sizes.shared) for stage in stages],
         [(f"raise cluster.workers to {n}", {}, n, sizes.shared) for n in worker_counts(train, sizes) if world < n],
         [(f"set train.offload to {where}", {"offload": where}, world, sizes.shared) for where in offload],
-        [(f"set {both}cluster.sequence_parallel to {n}", {}, max(world, n), n) for n in groups],
+        [(f"set {both}cluster.sequence_parallel to {n}", {}, max(world, n), n) for n in groups if fixed],
     ]
     most = largest_micro_batch(model, train, sizes, world, room, lora)
     found = [f"lower train.micro_batch_size to {most}"] if most else []

@@ -117,6 +117,11 @@ def test_each_suggested_change_makes_the_recipe_fit():
     assert "\nfits: " in page_after
 
 
+def test_sharing_clips_is_suggested_only_for_a_fixed_number_of_workers():
+    fixed, elastic = (remedies_for(large(cluster__workers=n), replace(CLIP, b=2), GB80) for n in (8, [8, 16]))
+    assert [remedy for remedy in fixed if remedy not in elastic] == ["set cluster.sequence_parallel to 2"]
+
+
 def test_the_plan_needs_no_shards_and_takes_what_they_say(tiny_shards):
     assert "keeps frames, since nobody/has-this is not available here" in format_plan(large(), PlanOptions())
     recipe = build(
