@@ -68,7 +68,7 @@ def measure(case: Case, rounds: int, folder: Path) -> Row:
     engine, ema = make()
 
     def step() -> None:
-        engine.backward(engine(x, t, text, mask).square().mean())
+        engine.backward(engine(x, t, text, mask).square().mean(), last=True)
         engine.step(1e-5, lambda norm: "")
         ema.update(0)
 

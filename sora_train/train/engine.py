@@ -104,17 +104,13 @@ class Engine:
                 return self.inner(x, t, text, text_mask).float()
         return self.inner(x.to(self.dtype), t, text.to(self.dtype), text_mask).float()
 
-    def backward(self, loss: Float[Tensor, ""], last: bool | None = None) -> None:
-        """Adds the gradients of `loss`; after a step's last micro-batch they are averaged over the ranks.
-
-        `last` says whether it is the last one; otherwise every `accumulation`-th is.
-        """
-        if last is not None:
-            self.inner.set_gradient_accumulation_boundary(last)
+    def backward(self, loss: Float[Tensor, ""], *, last: bool) -> None:
+        """Adds the gradients of `loss`; after a step's `last` micro-batch they are averaged over the ranks."""
+        self.inner.set_gradient_accumulation_boundary(last)
         if self.stage == 2:  # it sums over the ranks, see `deepspeed_config`
             loss = loss / self.world
         self.inner.backward(loss, scale_wrt_gas=False)
-        if not self.inner.is_gradient_accumulation_boundary():
+        if not last:
             self.inner.step()  # DeepSpeed counts micro-batches by these calls
 
     def step(self, learning_rate: float, check_norm: CheckNorm) -> tuple[float, str]:

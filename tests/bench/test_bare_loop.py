@@ -38,9 +38,9 @@ def test_the_bare_loop_in_bf16_learns_what_the_engine_does(stage: int, tiny_shar
     bare_loop(plain, recipe, cycle(data))(STEPS)
     engine = Engine(made(), recipe.train, accumulation=2, device=torch.device("cpu"))
     for micros in data:
-        for micro in micros:
+        for count, micro in enumerate(micros, 1):
             losses = objective.loss(engine, micro.latents, micro.noise, micro.t, micro.text, micro.text_mask)
-            engine.backward((losses * micro.weight).sum() / 4)
+            engine.backward((losses * micro.weight).sum() / 4, last=count == len(micros))
         engine.step(1e-2, lambda norm: "")
     pairs = [*zip(plain.parameters(), engine.model.parameters(), begun.parameters(), strict=True)]
     assert all(a.dtype == b.dtype for a, b, _ in pairs)

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -85,9 +86,9 @@ def refuse_a_step(model: ModelConfig, out: Path, settings: dict, resume: str | N
 
 def learn(engine: Engine, seed: int, scale: float = 1.0) -> None:
     """The two micro-batches of a step, of noise, which differs between the ranks."""
-    for x, text in noise(engine.model.config, seed, engine.rank):
+    for micro, (x, text) in enumerate(noise(engine.model.config, seed, engine.rank)):
         y = engine(x, torch.tensor([500.0]), text, torch.ones(1, 3, dtype=torch.bool))
-        engine.backward(scale * (y - x).square().mean())
+        engine.backward(scale * (y - x).square().mean(), last=micro == 1)
 
 
 def noise(model: ModelConfig, seed: int, rank: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -178,13 +179,13 @@ def weigh(model: ModelConfig, out: Path, settings: dict, resume: str | None) -> 
 
     b, shape, text = settings["micro_batch_size"], (4, model.in_channels, 8, 8), (7, model.text_width)
 
-    def backward() -> None:
+    def backward(last: bool) -> None:
         x, words = torch.randn(b, *shape), torch.randn(b, *text)
         y = engine(x, torch.full((b,), 500.0), words, torch.ones(b, text[0], dtype=torch.bool))
-        engine.backward((y - x).square().mean())
+        engine.backward((y - x).square().mean(), last=last)
 
-    for _ in range(2):
-        backward()
+    for last in (False, True):
+        backward(last)
     engine.step(1e-4, lambda norm: "")
     parameters = storages(p.data for p in engine.model.parameters())
     if engine.stage == 3:
@@ -195,8 +196,8 @@ def weigh(model: ModelConfig, out: Path, settings: dict, resume: str | None) -> 
     moments = storages(state[key] for state in engine.adam.state.values() for key in ("exp_avg", "exp_avg_sq"))
     tries = []
     for _ in range(4):
-        first, left = most(backward)
-        second, _ = most(backward)
+        first, left = most(partial(backward, False))
+        second, _ = most(partial(backward, True))
         tries.append(max(first, left + second))
         engine.step(1e-4, lambda norm: "")
     told = {
