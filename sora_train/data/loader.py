@@ -33,7 +33,7 @@ def micro_batches(
     taken = batch(order, number)
     result: list[MicroBatch] = []
     size = micro_batch_size if isinstance(micro_batch_size, int) else micro_batch_size[taken.bucket]
-    for rows in share(taken, rank, world, size, order.batch_size_of(taken.bucket)):
+    for rows in share(taken, rank, world, size):
         real = [row for row in rows if row is not None]
         padding = len(rows) - len(real)
         clips = shards.read(taken.bucket, real + (real or list(taken.rows))[:1] * padding)

@@ -103,10 +103,6 @@ class SampleOrder:
         count, total = (self.image_ratio or Fraction(0)).as_integer_ratio()
         return (k * count + stable_hash(self.seed, "pictures") % total) // total
 
-    def batch_size_of(self, name: str) -> int:
-        """Clips of a full batch of a bucket."""
-        return next(bucket.batch_size for bucket in self.buckets if bucket.name == name) or self.batch_size
-
     def _steps(self, bucket: Bucket) -> int:
         return -(-bucket.rows // (bucket.batch_size or self.batch_size))
 
@@ -165,12 +161,12 @@ def batch_number(step: int, skipped: Iterable[int]) -> int:
     return number
 
 
-def share(batch: Batch, rank: int, world: int, micro_batch_size: int, batch_size: int) -> list[list[int | None]]:
+def share(batch: Batch, rank: int, world: int, micro_batch_size: int) -> list[list[int | None]]:
     """A rank's micro-batches of row indices, None for padding; all ranks get equally many, of equal size.
 
     Works for any world size. Shares differ by at most one row, so those of a short batch may be only padding.
     """
-    count = -(-batch_size // (world * micro_batch_size))
+    count = -(-len(batch.rows) // (world * micro_batch_size))
     mine = batch.rows[len(batch.rows) * rank // world : len(batch.rows) * (rank + 1) // world]
     padded = [*mine, *[None] * (count * micro_batch_size - len(mine))]
     return [padded[i : i + micro_batch_size] for i in range(0, len(padded), micro_batch_size)]

@@ -286,9 +286,9 @@ def test_every_clip_comes_once_an_epoch_when_the_world_changes(make_shards):
 
 
 def test_share_of_a_short_batch_leaves_late_ranks_with_padding():
-    assert share(Batch(0, BUCKET, (4, 9)), 0, 2, 2, 4) == [[4, None]]
-    assert share(Batch(0, BUCKET, (4, 9)), 1, 2, 2, 4) == [[9, None]]
-    assert [share(Batch(0, BUCKET, (4,)), rank, 2, 1, 4) for rank in range(2)] == [[[None], [None]], [[4], [None]]]
+    assert share(Batch(0, BUCKET, (4, 9)), 0, 2, 2) == [[4, None]]
+    assert share(Batch(0, BUCKET, (4, 9)), 1, 2, 2) == [[9, None]]
+    assert [share(Batch(0, BUCKET, (4,)), rank, 2, 1) for rank in range(2)] == [[[None]], [[4]]]
 
 
 def test_padding_is_masked_zeros():

@@ -22,7 +22,7 @@ mixes = st.tuples(  # rows and group_rows of each bucket of images and of videos
     st.fractions(Fraction(1, 20), Fraction(19, 20), max_denominator=20),
 )
 Mix = tuple[list[tuple[int, int]], list[tuple[int, int]], int, int, Fraction]
-quick = settings(deadline=None, max_examples=15)
+quick = settings(max_examples=15)
 
 
 def mixed_plan_of(mix: Mix) -> SampleOrder:
