@@ -88,6 +88,8 @@ def test_with_balanced_steps_a_table_of_the_buckets_is_the_message(recipe_of, tm
     balanced = {"train__balance": 1, "train__micro_batch_size": 3, "cluster__workers": 4}
     rows = verdicts.check_batch(recipe_of(tmp_path, tmp_path, data__buckets=names, **balanced)).splitlines()
     assert [row.split()[0] for row in rows[2:4]] == names
+    uneven = recipe_of(tmp_path, tmp_path, data__buckets=names, train__batch_size=9, **balanced)
+    fails(lambda: verdicts.check_batch(uneven), "9 clips over 4 workers", "3 of 12 slots are padding")
 
 
 def test_more_workers_than_clips_of_a_batch_are_refused(recipe_of, tmp_path: Path):

@@ -6,7 +6,7 @@ from sora_train.errors import UserError
 from sora_train.launch.checks import fitting, worker_resources
 from sora_train.launch.preflight.node_info import NodeInfo
 from sora_train.plan.states import checkpoint_bytes, host_memory
-from sora_train.plan.steps import step_table
+from sora_train.plan.steps import configs_of, step_table
 from sora_train.plan.table import largest_bucket, plan_inputs, remedies_for
 from sora_train.recipe import Recipe
 from sora_train.storage import in_bytes
@@ -19,18 +19,19 @@ MOST = 10
 
 
 def check_batch(recipe: Recipe) -> str:
-    """Micro-batches fill the batch without padding. With `train.balance`, which fits them, a table of the buckets."""
-    train, group = recipe.train, recipe.cluster.sequence_parallel
+    """Micro-batches fill the batch without padding. With `train.balance`: the costliest bucket's, and a table of all."""
+    train, group, table = recipe.train, recipe.cluster.sequence_parallel, list[str]()
     world = recipe.cluster.most // group
     if train.balance:
-        table = step_table(recipe, plan_inputs(recipe)[0], recipe.cluster.most)
-        return "\n".join([f"train.batch_size {train.batch_size}, train.balance {train.balance:g}", *table])
+        buckets = plan_inputs(recipe)[0]
+        table = step_table(recipe, buckets, recipe.cluster.most)
+        train = min(configs_of(recipe, buckets, recipe.cluster.most).values(), key=lambda own: own.batch_size)
     unit = world * train.micro_batch_size
     slots = -(-train.batch_size // unit) * unit
     over = f"{world} workers" if group == 1 else f"{world} groups of {group} workers"
     batch = f"{train.batch_size} clips over {over}, {train.micro_batch_size} at a time"
     if slots == train.batch_size:
-        return f"{batch}: {slots // unit} micro-batches each"
+        return "\n".join([f"{batch}: {slots // unit} micro-batches each", *table])
     sizes = " or ".join(str(size) for size in (slots - unit, slots) if size)
     fits = [m for m in range(train.micro_batch_size, 0, -1) if train.batch_size % (world * m) == 0]
     micro = f", or train.micro_batch_size {fits[0]}" if fits else ""
