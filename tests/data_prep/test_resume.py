@@ -189,7 +189,7 @@ ROWS = st.builds(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     rows=st.lists(ROWS, min_size=1, max_size=5),
     clips=st.lists(st.tuples(CLIPS, st.integers(1, 2), st.sampled_from(SHARDS)), max_size=8),
