@@ -22,9 +22,9 @@ class TrainConfig(Section):
     Gradients accumulate until `batch_size` is reached."""
     balance: float = Field(default=0.0, ge=0, le=1)
     """Balances the steps of buckets of unlike cost: 1 fully, 0 not at all.
-    `batch_size` and `micro_batch_size` hold for the costliest bucket. With 1 the others take as many clips as make
-    equally many FLOPs, so all steps take about equally long; with p between, that multiple of `batch_size` to the power
-    of p. Their micro-batches are as large as the costliest clips' tokens allow."""
+    `batch_size` and `micro_batch_size` apply to the costliest bucket. With 1 the others take more clips, so each step
+    has about as many FLOPs and takes about equally long. With p between 0 and 1 they take `batch_size` times the ratio
+    of FLOPs to the power of p. Their micro-batches are as large as the costliest clips' tokens allow."""
     learning_rate: PositiveFloat = 1e-4
     """Peak learning rate of AdamW."""
     warmup_steps: NonNegativeInt = 0

@@ -1,6 +1,6 @@
 """Groups of consecutive ranks that share each clip (`model/sequence.py`). Applied to a model from outside.
 
-ZeRO, EMA, checkpoints and the guard see all ranks and know nothing of groups.
+ZeRO, EMA, checkpoints and the guard work on all ranks and do not depend on groups.
 """
 
 from typing import Any
