@@ -19,7 +19,7 @@ MOST = 10
 
 
 def check_batch(recipe: Recipe) -> str:
-    """Micro-batches fill the batch without padding; with `train.balance` the costliest bucket's. Adds a table of all."""
+    """Micro-batches fill the batch without padding. With `train.balance`: the costliest bucket's; and a table."""
     train, group, table = recipe.train, recipe.cluster.sequence_parallel, list[str]()
     world = recipe.cluster.most // group
     if train.balance:
