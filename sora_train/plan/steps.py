@@ -20,8 +20,10 @@ def configs_of(recipe: Recipe, buckets: dict[str, Sizes], world: int) -> dict[st
     """The settings of each bucket's steps on `world` ranks, with its own `batch_size` and `micro_batch_size`."""
     latents = {name: (sizes.f, sizes.h, sizes.w) for name, sizes in buckets.items()}
     text, timed = max(sizes.l for sizes in buckets.values()), recipe.conditioning.frame_times
-    groups = world // recipe.cluster.sequence_parallel
-    return bucket_configs(recipe.train, recipe.model, recipe.lora, latents, text, frame_times=timed, world=groups)
+    shared = recipe.cluster.sequence_parallel
+    return bucket_configs(
+        recipe.train, recipe.model, recipe.lora, latents, text, frame_times=timed, world=world // shared, shared=shared
+    )
 
 
 def mean_step_flops(recipe: Recipe, buckets: dict[str, Sizes], clips: list[int], world: int) -> float:

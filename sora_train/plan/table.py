@@ -30,7 +30,7 @@ from sora_train.train.loop import accumulation
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
 MODES = ("none", "selective", "full")
-WIDTH = 15
+WIDTH, GPUS_OF_A_NODE = 15, 8
 EIGHTY_GB = ("A100", "A800", "H100", "H100 PCIe", "H800")
 
 
@@ -137,9 +137,14 @@ def usable_memory(options: PlanOptions) -> float:
 
 
 def largest_bucket(recipe: Recipe, buckets: dict[str, Sizes]) -> tuple[str, Sizes, Estimate]:
-    """The bucket whose micro-batches take the most memory, the sizes of one, and the memory."""
+    """The bucket whose micro-batches take the most memory, the sizes of one, and the memory.
+
+    With `train.balance` that is the costliest one, whose micro-batch is the recipe's.
+    """
     world, found = recipe.cluster.fewest, list[tuple[str, Sizes, Estimate]]()
-    for name, own in configs_of(recipe, buckets, world).items():
+    configs = configs_of(recipe, buckets, world)
+    fewest = min(own.batch_size for own in configs.values())
+    for name, own in ((name, own) for name, own in configs.items() if own.batch_size == fewest):
         sizes = replace(buckets[name], b=own.micro_batch_size)
         found.append((name, sizes, estimate(recipe.model, own, sizes, world, recipe.lora)))
     return max(found, key=lambda each: each[2].backward)
@@ -205,8 +210,9 @@ def breakdown(recipe: Recipe, own: Estimate, sizes: Sizes) -> list[str]:
     parts["row groups of shards (train.shard_cache_gb)"] = int(1e9 * recipe.train.shard_cache_gb)
     each, note = sum(parts.values()), ", ".join(name for name, count in parts.items() if count)
     lines.append(f"{'in CPU memory':<16}{in_bytes(each):>10}  at most, per worker: {note}")
-    node = f"with all workers on it; {in_bytes(averaged)} are the averaged weights, which rank 0 holds at a checkpoint"
-    lines.append(f"{'of one node':<16}{in_bytes(world * each + averaged):>10}  {node}")
+    there = min(world, GPUS_OF_A_NODE)
+    node = f"with {counted(there, 'worker')}; {in_bytes(averaged)} are the averaged weights, on rank 0 at a checkpoint"
+    lines.append(f"{'of one node':<16}{in_bytes(there * each + averaged):>10}  {node}")
     return lines
 
 
@@ -217,6 +223,7 @@ def verdict(recipe: Recipe, own: Estimate, sizes: Sizes, room: int, memory: floa
         return f"fits: {in_bytes(own.total)} of {memory:g} GB; train.micro_batch_size up to {most} would"
     remedies = remedies_for(recipe, sizes, room)
     none = "no single key is enough: use ZeRO 3 on more workers with activation_checkpointing full, or a larger GPU"
+    none = "each rank has the whole model at the start, so only a larger GPU helps" if own.starting > room else none
     return f"does not fit: {in_bytes(own.total)} of {memory:g} GB: {'; or '.join(remedies) or none}"
 
 
@@ -268,12 +275,13 @@ def cost(recipe: Recipe, buckets: dict[str, Sizes], clips: list[int], options: P
     groups = world // recipe.cluster.sequence_parallel
     added = accumulation(train, groups) * train.micro_batch_size * groups - train.batch_size
     padding = f"; {added} clips of a step's micro-batches are padding" if added and not train.balance else ""
+    again = " (blocks twice forward, as they are recomputed)" if train.activation_checkpointing == "full" else ""
     size, peak = checkpoint_bytes(model, lora), peak_of(options.gpu, train.half) or 0.0
     return [
-        f"compute: {clip:.3g} FLOPs per clip, forward and backward; {train.steps:,} steps of "
+        f"compute: {clip:.3g} FLOPs per clip, forward and backward{again}; {train.steps:,} steps of "
         f"{counted(train.batch_size, 'clip')}{' or more' * (train.balance > 0)} are {in_hours(hours)} on {world} "
-        f"{options.gpu}, assumed to reach "
-        f"{options.mfu:.0%} of its {peak / 1e12:,.0f} TFLOP/s{' in bf16' * train.half}{padding}",
+        f"{options.gpu}, assumed to reach {options.mfu:.0%} of its {peak / 1e12:,.0f} TFLOP/s"
+        f"{' in bf16' * train.half}{padding}",
         f"disk: {in_bytes(size)} per checkpoint; train.keep_checkpoints {train.keep_checkpoints} and one being "
         f"written: {in_bytes(size * (train.keep_checkpoints + 1))}",
     ]

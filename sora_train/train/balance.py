@@ -30,18 +30,18 @@ def bucket_configs(
     *,
     frame_times: bool,
     world: int,
+    shared: int = 1,
 ) -> dict[str, TrainConfig]:
-    """The settings of each bucket's steps on `world` workers: `batch_size` and `micro_batch_size` are the bucket's own.
+    """The settings of each bucket's steps on `world` workers, or groups of `shared` workers that share each clip.
 
-    `latents` has the axes f h w of a clip, `text_tokens` is the length of the longest caption.
+    `batch_size` and `micro_batch_size` are the bucket's own. `latents` has the axes f h w of a clip, `text_tokens` is
+    the length of the longest caption.
     """
     if not config.balance:
         return dict.fromkeys(latents, config)  # with padding in each micro-batch as the recipe has it
     text = model.text_tokens or text_tokens
     flops = {name: training_flops(model, lora, *shape, text, frame_times) for name, shape in latents.items()}
-    room = {
-        name: TEXT_SHARE * f * (h // model.patch) * (w // model.patch) + text for name, (f, h, w) in latents.items()
-    }
+    room = {name: TEXT_SHARE * tokens_of_rank(model, *shape, shared) + text for name, shape in latents.items()}
     costliest = max(flops, key=flops.__getitem__)
     found: dict[str, TrainConfig] = {}
     for name in latents:
@@ -54,11 +54,25 @@ def bucket_configs(
     return found
 
 
+def tokens_of_rank(model: ModelConfig, f: int, h: int, w: int, shared: int) -> int:
+    """Tokens of a clip that one of `shared` ranks holds: whole frames in factorised attention, else places."""
+    places = (h // model.patch) * (w // model.patch)
+    return -(-f // shared) * places if model.factorised else f * -(-places // shared)
+
+
 def shard_configs(
-    config: TrainConfig, model: ModelConfig, lora: LoraConfig, shards: ShardSet, *, frame_times: bool, world: int
+    config: TrainConfig,
+    model: ModelConfig,
+    lora: LoraConfig,
+    shards: ShardSet,
+    *,
+    frame_times: bool,
+    world: int,
+    shared: int = 1,
 ) -> dict[str, TrainConfig]:
     """`bucket_configs` of the buckets that a split has."""
     manifest = shards.manifest
     shapes = {name: manifest.vae.latent_shape(*bucket_size(name)) for name in shards.rows}
     latents = {name: (f, h, w) for name, (f, _, h, w) in shapes.items()}
-    return bucket_configs(config, model, lora, latents, manifest.text.max_tokens, frame_times=frame_times, world=world)
+    text = manifest.text.max_tokens
+    return bucket_configs(config, model, lora, latents, text, frame_times=frame_times, world=world, shared=shared)

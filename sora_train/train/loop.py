@@ -86,8 +86,10 @@ def train(
     compilation = Compilation(config, model_config, shards, run_dir, device)
     compilation.apply(model)
     objective = make_objective(diffusion, model_config.learned_variance, conditioning)
-    timed = objective.conditioning.frame_times
-    by_bucket = shard_configs(config, model_config, lora, shards, frame_times=timed, world=groups)
+    by_bucket = shard_configs(
+        config, model_config, lora, shards, frame_times=objective.conditioning.frame_times, world=groups,
+        shared=sequence_parallel,
+    )  # fmt: skip
     most = max(accumulation(own, groups) for own in by_bucket.values())
     engine = Engine(model, config, accumulation=most, device=device)
     ema = Ema(engine, config.ema_decay)

@@ -3,6 +3,7 @@
 ZeRO, EMA, checkpoints and the guard work on all ranks and do not depend on groups.
 """
 
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -11,6 +12,9 @@ from sora_train.model import ModelConfig, Transformer
 from sora_train.model.layers import Attention
 from sora_train.model.sequence import ALONE, SequenceGroup
 from sora_train.model.wan import WanAttention
+
+TIMEOUT = timedelta(minutes=30)
+"""Of an exchange; that of Ray Train's own group. For groups that are made later, NCCL's default is shorter."""
 
 
 def share_clips(model: Transformer, ranks: SequenceGroup) -> None:
@@ -31,5 +35,5 @@ def make_sequence_group(model: ModelConfig, size: int) -> SequenceGroup:
         raise ValueError(f"groups of {size} ranks can't share clips: there are {world} ranks, and {model.heads} heads")
     if size == 1:
         return ALONE
-    group: Any = dist.new_subgroups(size)[0]
+    group: Any = dist.new_subgroups(size, timeout=TIMEOUT)[0]
     return SequenceGroup(dist.get_rank() % size, size, group.group_name)

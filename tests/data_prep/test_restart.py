@@ -59,6 +59,7 @@ def test_a_restart_frees_the_actors_of_a_ray_that_was_connected(recipe: Recipe, 
     assert "gave no output for 0 s; restarts with the missing clips" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_restarts_without_a_clip_end_in_an_error(recipe: Recipe, monkeypatch, local_ray):
     wait_so_long(monkeypatch, 0.5, 0.5, 0.5)
     with pytest.raises(UserError, match="started 3 times in a row without encoding a clip.*`ray status`"):

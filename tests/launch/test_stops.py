@@ -128,7 +128,7 @@ def test_a_second_ctrl_c_ends_a_run_now(builtin_shards: Path, tmp_path: Path, re
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("moment", ["starting Ray", "starting workers"])
+@pytest.mark.parametrize("moment", [pytest.param("starting Ray", marks=pytest.mark.slow), "starting workers"])
 def test_sigterm_while_a_run_starts_ends_it_soon(moment: str, builtin_shards: Path, tmp_path: Path, recipe_of):
     recipe = recipe_of(builtin_shards, tmp_path, cluster__address="local", cluster__workers=1, train__steps=500)
     code, said, seconds = terminated(recipe, lambda said: moment in said)
@@ -137,6 +137,7 @@ def test_sigterm_while_a_run_starts_ends_it_soon(moment: str, builtin_shards: Pa
     assert seconds < 240  # and not the minutes that the run would take; a busy machine is slow to answer
 
 
+@pytest.mark.slow
 def test_damaged_shards_end_a_run_at_once_with_the_reason(
     local_ray: None, builtin_shards: Path, tmp_path: Path, recipe_of, monkeypatch: pytest.MonkeyPatch
 ):
@@ -157,6 +158,7 @@ def test_damaged_shards_end_a_run_at_once_with_the_reason(
     assert "worker_lost" not in told
 
 
+@pytest.mark.slow
 def test_a_run_says_that_it_waits_for_room_and_then_starts(
     local_ray: None, builtin_shards: Path, tmp_path: Path, recipe_of, monkeypatch: pytest.MonkeyPatch
 ):

@@ -226,6 +226,7 @@ def test_a_finished_run_says_so_and_starts_nothing(finished: Path, builtin_shard
     assert "is finished: 12 steps" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_finished_run_reruns_a_validation_that_was_cut_off(finished: Path, builtin_shards: Path, recipe_of, capsys):
     steps_validated = [line["step"] for line in lines(finished / "metrics.jsonl") if line.get("validation")]
     shutil.rmtree(finished / "samples/step_00000012")

@@ -100,6 +100,7 @@ def test_a_folder_too_long_for_sockets_is_replaced_or_refused(monkeypatch: pytes
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_ray_starts_without_a_home_and_next_to_a_random_py(tmp_path: Path):
     """With a temporary folder too long for its sockets too. No worker has the working folder on its path, all know the
     cluster's address, and none is ended by a hangup of the terminal. In a process of its own: this one may be connected

@@ -133,7 +133,7 @@ def test_what_cannot_begin_with_an_image_is_refused_with_the_reason(run_folder, 
     capsys.readouterr()
     assert cli.main(["sample", str(run_folder), "--prompt", "a", "--image", str(tmp_path / "nowhere.png")]) == 1
     said = capsys.readouterr().err
-    assert said.endswith("nowhere.png: there is no such file\n")
+    assert said.endswith("nowhere.png: there is no such file (error code: media)\n")
     assert "Traceback" not in said
 
 
