@@ -52,6 +52,7 @@ def test_a_lost_device_is_known_through_ray(local_ray):
 
 
 @pytest.mark.timeout(1900)
+@pytest.mark.slow
 def test_a_restart_frees_the_actors_of_a_ray_that_was_connected(recipe: Recipe, monkeypatch, capsys, local_ray):
     """It has two CPUs: no room for a second pipeline next to the first."""
     wait_so_long(monkeypatch, 0.5, 1800)
