@@ -49,6 +49,10 @@ class Sizes:
         """Patches of all clips."""
         return self.b * self.f * (self.h // model.patch) * (self.w // model.patch)
 
+    def tokens_of_rank(self, model: ModelConfig) -> int:
+        """One rank's share of these, rounded up."""
+        return -(-self.tokens(model) // self.shared)
+
 
 @dataclass(frozen=True)
 class Activations:

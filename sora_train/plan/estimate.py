@@ -60,7 +60,7 @@ def estimate(model: ModelConfig, train: TrainConfig, sizes: Sizes, world: int, l
         recomputed = max(whole - part for whole, part in zip(plain.blocks, made.blocks, strict=True))
     number = HALF if train.half else FLOAT
     # gradients within a block, and of padded captions
-    values = -(-sizes.tokens(model) // sizes.shared) * max(8 * model.width, 2 * model.inner_width)
+    values = sizes.tokens_of_rank(model) * max(8 * model.width, 2 * model.inner_width)
     workspace = number * (values + sizes.b * model.text_tokens * model.width) + recomputed
     if lora.base_precision == "int8":  # a layer's weight, widened for its product
         workspace += number * model.width * model.inner_width
@@ -102,7 +102,7 @@ def fp8_bytes(model: ModelConfig, sizes: Sizes) -> int:
     of both its products. A layer saves the same bfloat16 input as without FP8.
     """
     d, inner = model.width, model.inner_width
-    return 2 * (sizes.tokens(model) // sizes.shared * (d + inner) + d * inner)
+    return 2 * (sizes.tokens_of_rank(model) * (d + inner) + d * inner)
 
 
 def largest_micro_batch(

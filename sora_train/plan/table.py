@@ -17,6 +17,7 @@ from sora_train.lora.flops import training_flops
 from sora_train.manifest import Manifest
 from sora_train.plan.activations import Sizes, activations
 from sora_train.plan.estimate import Estimate, estimate, largest_micro_batch
+from sora_train.plan.forecast import GPUS_PER_NODE
 from sora_train.plan.forecast_table import format_forecast
 from sora_train.plan.measured import Figure
 from sora_train.plan.states import checkpoint_bytes, host_memory, parameter_counts
@@ -30,7 +31,7 @@ from sora_train.train.loop import accumulation
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
 MODES = ("none", "selective", "full")
-WIDTH, GPUS_OF_A_NODE = 15, 8
+WIDTH = 15
 EIGHTY_GB = ("A100", "A800", "H100", "H100 PCIe", "H800")
 
 
@@ -144,9 +145,10 @@ def largest_bucket(recipe: Recipe, buckets: dict[str, Sizes]) -> tuple[str, Size
     world, found = recipe.cluster.fewest, list[tuple[str, Sizes, Estimate]]()
     configs = configs_of(recipe, buckets, world)
     fewest = min(own.batch_size for own in configs.values())
-    for name, own in ((name, own) for name, own in configs.items() if own.batch_size == fewest):
-        sizes = replace(buckets[name], b=own.micro_batch_size)
-        found.append((name, sizes, estimate(recipe.model, own, sizes, world, recipe.lora)))
+    for name, own in configs.items():
+        if own.batch_size == fewest:
+            sizes = replace(buckets[name], b=own.micro_batch_size)
+            found.append((name, sizes, estimate(recipe.model, own, sizes, world, recipe.lora)))
     return max(found, key=lambda each: each[2].backward)
 
 
@@ -205,12 +207,11 @@ def breakdown(recipe: Recipe, own: Estimate, sizes: Sizes) -> list[str]:
     elif added > own.total:
         note = "  less than the sum: gradients appear as activations are freed"
     lines.append(f"{'at most':<16}{in_bytes(own.total):>10}{note}")
-    world = recipe.cluster.fewest
-    parts, averaged = host_memory(recipe.model, recipe.train, world, recipe.lora)
+    parts, averaged = host_memory(recipe.model, recipe.train, fewest, recipe.lora)
     parts["row groups of shards (train.shard_cache_gb)"] = int(1e9 * recipe.train.shard_cache_gb)
     each, note = sum(parts.values()), ", ".join(name for name, count in parts.items() if count)
     lines.append(f"{'in CPU memory':<16}{in_bytes(each):>10}  at most, per worker: {note}")
-    there = min(world, GPUS_OF_A_NODE)
+    there = min(fewest, GPUS_PER_NODE)
     node = f"with {counted(there, 'worker')}; {in_bytes(averaged)} are the averaged weights, on rank 0 at a checkpoint"
     lines.append(f"{'of one node':<16}{in_bytes(there * each + averaged):>10}  {node}")
     return lines

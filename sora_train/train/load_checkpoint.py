@@ -34,9 +34,9 @@ def load_checkpoint(folder: Path, engine: Engine, ema: Ema) -> State:
     Each part is read by one rank, its share of all parts, and the ranks exchange the elements that others hold. Raises
     UserError on every rank, naming the file, for a checkpoint that is incomplete, damaged, or of another model.
     """
-    told = [_together(lambda: state_of_complete(folder) if engine.rank == 0 else None, engine)]
-    dist.broadcast_object_list(told, src=0)
-    about: dict[str, Any] = told[0] or {}
+    found = [_together(lambda: state_of_complete(folder) if engine.rank == 0 else None, engine)]
+    dist.broadcast_object_list(found, src=0)
+    about: dict[str, Any] = found[0] or {}
     tensors = {
         f"{kind}/{name}": (part.offset, tensor)
         for name, part in engine.slices().items()
@@ -48,9 +48,10 @@ def load_checkpoint(folder: Path, engine: Engine, ema: Ema) -> State:
     exchange(pieces, tensors, engine.shapes, engine.device)
     known = {field.name for field in fields(State)}
     values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in about.items() if key in known}
-    engine.set_adam_step(State(**values).updates)
+    state = State(**values)
+    engine.set_adam_step(state.updates)
     engine.sync()
-    return State(**values)
+    return state
 
 
 def _together(act: Callable[[], T], engine: Engine) -> T:
@@ -63,9 +64,9 @@ def _together(act: Callable[[], T], engine: Engine) -> T:
     failed = torch.tensor(engine.rank if problem else engine.world, device=engine.device)
     dist.all_reduce(failed, op=dist.ReduceOp.MIN)
     if failed < engine.world:
-        told = [problem]
-        dist.broadcast_object_list(told, src=int(failed))
-        raise UserError(told[0], code="checkpoint")
+        problems = [problem]
+        dist.broadcast_object_list(problems, src=int(failed))
+        raise UserError(problems[0], code="checkpoint")
     return cast(T, result)
 
 

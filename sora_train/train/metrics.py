@@ -23,9 +23,9 @@ STOP_FILE = "leave"
 class JsonLines:
     """A file of one JSON object per line, which driver, workers and validations on several nodes append to.
 
-    Each line is on disk before `write` returns (fsync). Writers use a lock file, since appending is not atomic on NFS;
-    not if the file is not `shared`, but of one process.
-    Floats keep every digit. Raises UserError if writing fails, for example on a full disk.
+    Each line is on disk before `write` returns (fsync). Writers use a lock file, since appending is not atomic on NFS.
+    A file that is not `shared` has a single writer and no lock. Floats keep every digit. Raises UserError if writing
+    fails, for example on a full disk.
     """
 
     def __init__(self, path: Path, shared: bool = True) -> None:

@@ -9,10 +9,10 @@ from diffusers import LatteTransformer3DModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sora_train.model import ModelConfig, Transformer, build
 from sora_train.model.convert import from_diffusers, to_diffusers
 from sora_train.train.fp8 import use_fp8
 from tests.gpu.setting import apart, size_of
+from tests.model.awake import nudged
 
 
 def numerics(device: torch.device, out: Path) -> str:
@@ -26,7 +26,7 @@ def numerics(device: torch.device, out: Path) -> str:
         torch.randn(2, size.tokens, size.model.text_width, generator=draw),
         torch.arange(size.tokens) < torch.tensor([[size.tokens // 3], [size.tokens]]),
     )
-    model = random_model(size.model)
+    model = nudged(size.model, 0.02)
     to_diffusers(model, out / "weights", frames=size.frames)
     said = []
 
@@ -43,24 +43,14 @@ def numerics(device: torch.device, out: Path) -> str:
     said.append(compare("diffusers, bf16", half, exact, 0.1, 0.2))
     said.append(compare("ours, bf16", found_half, exact, 0.1, 0.2))
     joint = replace(size.model, attention="joint", positions="rotary", pooled_text=True)
-    runs = [results(random_model(joint), batch, device, dtype) for dtype in (torch.bfloat16, torch.float32)]
+    runs = [results(nudged(joint, 0.02), batch, device, dtype) for dtype in (torch.bfloat16, torch.float32)]
     said.append(compare("joint with rotary positions, bf16", *runs, 0.1, 0.2))
-    eighth = random_model(size.model)
+    eighth = nudged(size.model, 0.02)
     use_fp8(eighth, device)
     said.append(
         compare("ours, fp8", results(eighth, batch, device, torch.bfloat16, out / "gradients"), exact, 0.2, 0.4)
     )
     return "errors of outputs and of gradients: " + "; ".join(said)
-
-
-def random_model(config: ModelConfig) -> Transformer:
-    """A model none of whose weights is zero, which would hide differences."""
-    torch.manual_seed(0)
-    model = build(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    return model
 
 
 def results(model: Any, batch: Any, device: torch.device, dtype: torch.dtype, folder: Path | None = None) -> dict:

@@ -1,4 +1,4 @@
-"""A thousand workers: Ray lets them all report, and what they do is told in a line."""
+"""A thousand workers: Ray lets all of them report, and messages about them stay short."""
 
 import time
 from pathlib import Path

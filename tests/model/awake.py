@@ -15,11 +15,11 @@ def awake(config: ModelConfig) -> Transformer:
     return model
 
 
-def nudged(config: ModelConfig) -> Transformer:
+def nudged(config: ModelConfig, by: float = 0.05) -> Transformer:
     """A model of which every weight is near its first value."""
     torch.manual_seed(0)
     model = build(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+            parameter.add_(by * torch.randn_like(parameter))
     return model

@@ -7,6 +7,7 @@ import torch
 
 from sora_train.model import ModelConfig, build, preset
 from sora_train.model.convert import from_diffusers, to_diffusers
+from tests.model.awake import nudged
 from tests.model.wan_reference import inputs, opened, reference, run_reference
 
 SHAPES = [(3, 8, 12, (7, 3)), (1, 4, 4, (512,)), (5, 6, 4, (1, 40))]
@@ -59,7 +60,7 @@ def test_gradients_equal_diffusers(tmp_path, kind):
 
 @torch.no_grad()
 def test_a_time_of_each_frame_equals_one_of_the_clip_where_all_are_alike():
-    model = alive(SMALL)
+    model = nudged(SMALL, 0.1)
     x, text, mask = torch.randn(2, 3, 4, 8, 6), torch.randn(2, 5, 12), torch.ones(2, 5, dtype=torch.bool)
     t = torch.tensor([100.0, 900.0])
     torch.testing.assert_close(model(x, t[:, None].expand(2, 3), text, mask), model(x, t, text, mask))
@@ -70,7 +71,7 @@ def test_a_time_of_each_frame_equals_one_of_the_clip_where_all_are_alike():
 
 @torch.no_grad()
 def test_a_given_frame_reaches_the_other_frames():
-    model = alive(SMALL)
+    model = nudged(SMALL, 0.1)
     x, text, mask = torch.randn(2, 3, 4, 8, 6), torch.randn(2, 5, 12), torch.ones(2, 5, dtype=torch.bool)
     times = torch.tensor([[0.0, 500.0, 500.0]]).expand(2, 3)
     other = torch.cat([x[:, :1] + 1, x[:, 1:]], dim=1)
@@ -80,7 +81,7 @@ def test_a_given_frame_reaches_the_other_frames():
 
 @torch.no_grad()
 def test_padding_to_any_length_gives_the_same():
-    model = alive(SMALL)
+    model = nudged(SMALL, 0.1)
     x, t, text = torch.randn(1, 2, 4, 4, 4), torch.tensor([300.0]), torch.randn(1, 9, 12)
     mask = torch.arange(9)[None] < 4
     y = model(x, t, text, mask)
@@ -156,13 +157,3 @@ def test_wan_has_neither_skipped_blocks_nor_a_text_mask():
     config = preset("wan2.1_t2v_1.3b")
     assert not config.factorised
     assert (config.text_tokens, ModelConfig().text_tokens) == (512, 0)
-
-
-def alive(config: ModelConfig) -> torch.nn.Module:
-    """A model without zeros, which would hide mistakes."""
-    torch.manual_seed(0)
-    model = build(config)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return model
