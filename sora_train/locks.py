@@ -1,7 +1,7 @@
-"""Locks on shared folders, by files that only one process can create.
+"""Locks on shared folders, by files that only one process can create, and on object stores.
 
 `flock` is local to a node, or does nothing, on some cluster file systems (Lustre without `-o flock`, some NFS).
-Exclusive creation (`O_EXCL`) works on all of them.
+Exclusive creation (`O_EXCL`) works on all of them. Object stores have neither: see `OwnerObject`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pyarrow.fs import LocalFileSystem
+from pyarrow.fs import FileSystem, LocalFileSystem
 
 from sora_train.errors import UserError
 from sora_train.log import log
-from sora_train.storage import broken_link, resolve
+from sora_train.storage import atomic_write, broken_link, hide_password, resolve, storage_errors
 
 OWNER_FILE = ".owner"
-"""Name of the file in a locked folder that describes the owner process."""
+"""Name of the file or object in a locked folder that describes the owner process."""
 HEARTBEAT_S, STALE_S = 5.0, 30.0
 """An owner rewrites its file every `HEARTBEAT_S`. An owner on another machine is dead after `STALE_S` without one."""
+SETTLE_S = 2.0
+"""In an object store an owner reads its object back after this time."""
 ABANDONED_S, POLL_S = 10.0, 0.02
 """A file lock is held for milliseconds; one that stays for `ABANDONED_S` belongs to a killed process."""
 INSTEAD = {
@@ -56,18 +58,78 @@ def file_lock(path: Path) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
+class OwnerFile:
+    """The owner's file in a folder. Only one process can create it."""
+
+    def __init__(self, path: Path):
+        self.path, self.folder = path, str(path.parent)
+
+    def create(self, content: str) -> bool:
+        """Creates it; False if it exists."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return _create(self.path, content)
+
+    def read(self) -> str | None:
+        """Its content, None if it does not exist."""
+        return _read(self.path) or ("" if self.path.exists() else None)
+
+    def rewrite(self, content: str) -> None:
+        """Replaces the content by one of the same length."""
+        with self.path.open("r+", encoding="utf-8") as file:
+            file.write(content)
+
+    def remove(self, content: str) -> None:
+        """Removes it if it still has this content."""
+        _remove(self.path, content)
+
+
+class OwnerObject:
+    """The owner's object in an object store, where pyarrow can't create one exclusively. Methods as of `OwnerFile`.
+
+    A process that finds none writes its own, waits `SETTLE_S` and reads it back: the last of several writers wins.
+    If a request takes longer than that, two processes may hold the lock, until the next heartbeat of one of them finds
+    the other's object and ends its process. Reads must show the last write, as those of Amazon, Google and Azure do.
+    """
+
+    def __init__(self, system: FileSystem, path: str, folder: str):
+        self.system, self.path, self.folder = system, path, hide_password(folder)
+
+    def create(self, content: str) -> bool:
+        if self.read() is not None:
+            return False
+        self.rewrite(content)
+        time.sleep(SETTLE_S)
+        return self.read() == content
+
+    def read(self) -> str | None:
+        with storage_errors(self.folder, "read"):
+            try:
+                with self.system.open_input_stream(self.path, compression=None) as file:
+                    return file.read().decode("utf-8", "replace")
+            except FileNotFoundError:
+                return None
+
+    def rewrite(self, content: str) -> None:
+        atomic_write(self.system, self.path, content.encode())
+
+    def remove(self, content: str) -> None:
+        if self.read() == content:
+            with storage_errors(self.folder, "written"):
+                self.system.delete_file(self.path)
+
+
 @contextmanager
 def run_lock(folder: str, command: str) -> Iterator[None]:
-    """Keeps every other `sora prep` or `sora train`, on any node, out of a folder.
+    """Keeps every other `sora prep` or `sora train`, on any node, out of a folder, which may be a URI.
 
     Raises UserError if another process owns the folder; the message names it. A killed process loses its lock: at once
-    on the same machine, after `STALE_S` on another. A remote folder (`s3://…`) can't be locked, and is not.
+    on the same machine, after `STALE_S` on another.
     """
-    system, local = resolve(folder)
-    if not isinstance(system, LocalFileSystem):
-        yield
-        return
-    path = Path(local) / OWNER_FILE
+    system, path = resolve(folder)
+    if isinstance(system, LocalFileSystem):
+        file = OwnerFile(Path(path) / OWNER_FILE)
+    else:
+        file = OwnerObject(system, f"{path}/{OWNER_FILE}", folder)
     me = {
         "command": command,
         "process": os.getpid(),
@@ -77,35 +139,36 @@ def run_lock(folder: str, command: str) -> Iterator[None]:
         "token": uuid.uuid4().hex,
     }
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _acquire(path, me)
+        _acquire(file, me)
     except OSError as error:
-        why = broken_link(path.parent) or error.strerror or error
+        why = broken_link(Path(path)) or error.strerror or error
         raise UserError(
-            f"{path} can't be written: {why}. Free space there or make it writable", code="not_writable"
+            f"{file.path} can't be written: {why}. Free space there or make it writable", code="not_writable"
         ) from None
     ended = threading.Event()
-    heartbeat = threading.Thread(target=_heartbeat, args=(path, me, ended), name="run lock", daemon=True)
+    heartbeat = threading.Thread(target=_heartbeat, args=(file, me, ended), name="run lock", daemon=True)
     heartbeat.start()
     try:
         yield
     finally:
         ended.set()
         heartbeat.join()
-        if _parse(_read(path)).get("token") == me["token"]:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError, UserError):  # the next owner removes what stays
+            found = file.read() or ""
+            if _parse(found).get("token") == me["token"]:
+                file.remove(found)
 
 
-def _acquire(path: Path, me: dict) -> None:
-    """Creates the owner file once no living process has it."""
+def _acquire(file: OwnerFile | OwnerObject, me: dict) -> None:
+    """Creates the owner's file once no living process has it."""
     seen, waited = "", 0.0
-    while not _create(path, _line(me, 0)):
-        found = _read(path)
-        if not found and not path.exists():
+    while not file.create(_line(me, 0)):
+        found = file.read()
+        if found is None:
             continue  # the owner has just released it
         owner = _parse(found)
         other = (
-            f"another `{owner.get('command', 'sora')}` is running in {path.parent} "
+            f"another `{owner.get('command', 'sora')}` is running in {file.folder} "
             f"(process {owner.get('process', '?')} on {owner.get('host', 'an unknown host')})"
         )
         here = owner.get("machine") == me["machine"]
@@ -113,7 +176,7 @@ def _acquire(path: Path, me: dict) -> None:
         if alive or (waited and found and found != seen):
             raise UserError(f"{other}. Wait until it ends, stop it, or {INSTEAD[me['command']]}", code="locked")
         if here or waited >= STALE_S:
-            _remove(path, found)
+            file.remove(found)
             continue
         if not waited:
             log.info(f"{other}, or was killed. Waiting {STALE_S:.0f} s for its heartbeat")
@@ -121,22 +184,24 @@ def _acquire(path: Path, me: dict) -> None:
         time.sleep(1)
 
 
-def _heartbeat(path: Path, me: dict, ended: threading.Event) -> None:
-    """Rewrites the owner file periodically. Ends this process if another process has taken the folder over."""
+def _heartbeat(file: OwnerFile | OwnerObject, me: dict, ended: threading.Event) -> None:
+    """Rewrites the owner's file periodically. Ends this process if another process has taken the folder over."""
     count = 0
     while not ended.wait(HEARTBEAT_S):
         count += 1
-        with contextlib.suppress(OSError):  # a full or stalled disk; the next heartbeat may succeed
-            found = _parse(_read(path))
+        with contextlib.suppress(OSError, UserError):  # a full or stalled disk; the next heartbeat may succeed
+            content = file.read()
+            found = _parse(content or "")
             if found and found.get("token") != me["token"]:
                 other = f"process {found.get('process')} on {found.get('host')}"
                 with contextlib.suppress(OSError):
-                    why = f"{other} took over {path.parent} after {STALE_S:.0f} s without a heartbeat from this process"
+                    why = f"{other} took over {file.folder} after {STALE_S:.0f} s without a heartbeat from this process"
                     log.warning(f"{why}. This process ends")
                 os._exit(1)  # at once: anything else it writes would go into the other process's folder
-            if not _create(path, _line(me, count)):
-                with path.open("r+", encoding="utf-8") as file:
-                    file.write(_line(me, count))
+            if content is None:
+                file.create(_line(me, count))
+            else:
+                file.rewrite(_line(me, count))
 
 
 def _line(me: dict, count: int) -> str:
