@@ -112,9 +112,9 @@ def run(verb: str, words: Sequence[str]) -> None:
                 if (value := getattr(options, name)) is not None
             }
             if options.plan:
-                from sora_train.plan.table import PlanOptions, format_plan
+                from sora_train.plan.table import PlanOptions, show_plan
 
-                print_result(format_plan(recipe, build(PlanOptions, {}, gpu, "sora preflight")))
+                show_plan(recipe, build(PlanOptions, {}, gpu, "sora preflight"))
             elif gpu:
                 raise RecipeError(f"--{next(iter(gpu))} goes with --plan: without it the cluster's own GPUs count")
             else:

@@ -72,11 +72,11 @@ COMMANDS = {
         "jobs/quickstart.yaml --plan",
         PreflightOptions,
         "Exits with 1 if a check failed; each failure says what to do. --plan prints the bytes of a GPU by ZeRO stage "
-        "and workers, the largest micro-batch, FLOPs and hours. --memory 80 (10⁹ bytes of a GPU), --gpu H100 and "
-        "--mfu 0.35 (the share of its FLOP/s that training reaches) choose the GPU. It also forecasts, for "
-        "cluster.workers GPUs of which one fails every --mtbf hours, the goodput, the best train.checkpoint_every and "
-        "the traffic to storage. Seconds of steps, checkpoints and restarts are those of earlier runs in train.output, "
-        "else of `sora bench checkpoint --out TRAIN.OUTPUT/bench.jsonl`, else assumed.",
+        "and workers, the largest micro-batch, FLOPs and hours, and exits with 1 if the recipe does not fit. --memory "
+        "80 (10⁹ bytes of a GPU), --gpu H100 and --mfu 0.35 (the share of its FLOP/s that training reaches) choose the "
+        "GPU. It also forecasts, for cluster.workers GPUs of which one fails every --mtbf hours, the goodput, the best "
+        "train.checkpoint_every and the traffic to storage. Seconds of steps, checkpoints and restarts are those of "
+        "earlier runs in train.output, else of `sora bench checkpoint --out TRAIN.OUTPUT/bench.jsonl`, else assumed.",
     ),
     "train": Command(
         "RECIPE",

@@ -25,6 +25,7 @@ from sora_train.plan.steps import configs_of, mean_step_flops, step_table
 from sora_train.recipe import Recipe
 from sora_train.schema import bucket_name
 from sora_train.storage import in_bytes
+from sora_train.terminal import print_result
 from sora_train.train.config import TrainConfig
 from sora_train.train.hardware import PEAKS, peak_of
 from sora_train.train.loop import accumulation
@@ -89,6 +90,17 @@ def vae_factors(recipe: Recipe) -> tuple[tuple[int, int], str]:
     space, time = recipe.model.vae_factors
     kind = f"compresses time by {time}" if time > 1 else "keeps frames"
     return (space, time), f"a VAE with factor {space} that {kind}, since {name} is not available here"
+
+
+def show_plan(recipe: Recipe, options: PlanOptions) -> None:
+    """Prints the plan. UserError if the recipe does not fit the GPU."""
+    print_result(format_plan(recipe, options))
+    need, memory = largest_bucket(recipe, plan_inputs(recipe)[0])[-1].total, usable_memory(options)
+    if need > int(memory * 1e9):
+        text = (
+            f"the recipe does not fit: it takes {in_bytes(need)}, and {memory:g} GB are usable. The plan has remedies"
+        )
+        raise UserError(text, code="memory")
 
 
 def format_plan(recipe: Recipe, options: PlanOptions) -> str:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from sora_train import cli
 from sora_train.errors import RecipeError
 from sora_train.model import ModelConfig
 from sora_train.model.config import preset
@@ -115,6 +116,14 @@ def test_each_suggested_change_makes_the_recipe_fit():
     assert "\nfits: " in page_after
     page_after = format_plan(large(train__activation_checkpointing="selective"), PlanOptions())
     assert "\nfits: " in page_after
+
+
+@pytest.mark.parametrize(("memory", "code", "said"), [("3", 0, ""), ("1", 1, "it takes 2.08 GB, and 1 GB are usable")])
+def test_a_recipe_that_does_not_fit_exits_with_1(memory: str, code: int, said: str, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["preflight", "jobs/quickstart.yaml", "--plan", "--memory", memory]) == code
+    out, err = capsys.readouterr()
+    assert ("\ndoes not fit: " in out, "(error code: memory)" in err) == (bool(code), bool(code))
+    assert said in err
 
 
 def test_sharing_clips_is_suggested_only_for_a_fixed_number_of_workers():
