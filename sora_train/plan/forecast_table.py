@@ -11,6 +11,8 @@ from sora_train.storage import in_bytes
 
 FAR_OFF, FAR_OFF_S = 0.01, 300.0
 """Goodput and seconds of the run that `train.checkpoint_every` may lose before the plan warns."""
+LITTLE = 0.1
+"""The goodput below which no key helps."""
 
 
 def forecast_of(costs: Costs, mtbf_s: float) -> Forecast:
@@ -57,6 +59,11 @@ def warnings(recipe: Recipe, forecast: Forecast, step_s: float, best: int) -> li
     """What to change in the recipe, one sentence for each key."""
     train, found = recipe.train, list[str]()
     goodput, most = forecast.goodput(train.checkpoint_every * step_s), forecast.goodput(best * step_s)
+    if most < LITTLE:
+        return [
+            f"the run makes almost no progress with a failure every {seconds(forecast.mtbf)}: a restart takes "
+            f"{seconds(forecast.restart)}. --mtbf is in hours"
+        ]
     run_s = train.steps * step_s
     if most - goodput > FAR_OFF and run_s / max(goodput, 1e-9) - run_s / most > FAR_OFF_S:
         found.append(
@@ -64,7 +71,7 @@ def warnings(recipe: Recipe, forecast: Forecast, step_s: float, best: int) -> li
             f"goodput of {percent(goodput)}, {best} ({seconds(best * step_s)}) {percent(most)}. Set "
             f"train.checkpoint_every to {best}"
         )
-    expected = run_s / most / forecast.mtbf if most else 0.0
+    expected = run_s / most / forecast.mtbf
     if expected > recipe.cluster.max_failures:
         found.append(
             f"{expected:.1f} failures are expected in {train.steps:,} steps, and cluster.max_failures "

@@ -121,6 +121,14 @@ def test_more_failures_than_restarts_are_a_warning(tmp_path: Path):
     assert not any("cluster.max_failures" in line for line in format_forecast(recipe, STEP, 4.0))
 
 
+@pytest.mark.parametrize("hours", [1e-9, 1e-3, 1e-2])
+def test_where_restarts_take_all_the_time_no_key_is_suggested(tmp_path: Path, hours: float):
+    said = [line for line in format_forecast(recipe_in(tmp_path), STEP, hours) if line.startswith("warning")]
+    assert len(said) == 1
+    assert "almost no progress" in said[0]
+    assert " Set " not in said[0]
+
+
 def test_the_lines_show_the_formula_s_goodput(tmp_path: Path):
     recipe = recipe_in(tmp_path, train__checkpoint_every=100)
     costs = costs_of(recipe, STEP)
