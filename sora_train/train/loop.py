@@ -175,7 +175,8 @@ def train(
                 f, _, h, w = micro_batches[0].latents.shape[1:]
                 sizes = f, h, w, tokens / clips, objective.conditioning.frame_times
                 flops = clips * training_flops(model_config, lora, *sizes)
-                tally.add(clips, clips * f * h * w // model_config.patch**2, flops, by_time[0::2], by_time[1::2])
+                positions = clips * f * h * w // model_config.patch**2
+                tally.add(taken.bucket, clips, positions, flops, by_time[0::2], by_time[1::2])
                 losses_since_save.append(loss)
             if config.log_samples:  # none for a skipped step, which may repeat one that was taken
                 names = [name for micro in micro_batches for name in micro.sample_ids if name]
@@ -202,10 +203,11 @@ def train(
                         "step": step,
                         "samples_seen": state.samples_seen,
                         "epoch": order.epoch(number),
+                        "bucket": taken.bucket,
                         "loss": loss,
                         "lr": rate,
                         "grad_norm": norm,
-                        **tally.record(peak and peak * world),
+                        **tally.record(peak and peak * world, by_bucket=len(by_bucket) > 1),
                         "memory_gb": memory_gb(device),
                     }
                 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
@@ -96,6 +97,7 @@ class Tally:
         self.waited = 0.0
         self.steps = self.clips = self.positions = self.flops = 0
         self.losses, self.counts = [0.0] * 4, [0.0] * 4
+        self.by_bucket = defaultdict[str, list[float]](lambda: [0.0, 0.0])  # loss sum and clips
 
     def wait(self, make: Callable[[], T]) -> T:
         """Calls `make` and counts the time as waiting for data."""
@@ -104,8 +106,12 @@ class Tally:
         self.waited += time.perf_counter() - began
         return made
 
-    def add(self, clips: int, positions: int, flops: int, losses: list[float], counts: list[float]) -> None:
-        """Adds a step: clips, tokens, FLOPs, and loss sums and counts by quarter of diffusion time."""
+    def add(
+        self, bucket: str, clips: int, positions: int, flops: int, losses: list[float], counts: list[float]
+    ) -> None:
+        """Adds a step: its bucket, clips, tokens, FLOPs, and loss sums and counts by quarter of diffusion time."""
+        self.by_bucket[bucket][0] += sum(losses)
+        self.by_bucket[bucket][1] += clips
         self.steps += 1
         self.clips += clips
         self.positions += positions
@@ -117,15 +123,17 @@ class Tally:
     def seconds(self) -> float:
         return time.perf_counter() - self.began
 
-    def record(self, peak_flops: float | None) -> dict[str, float | None]:
-        """Means and rates. A quarter without clips is None, as is `mfu` without `peak_flops` (of all devices).
+    def record(self, peak_flops: float | None, by_bucket: bool = False) -> dict[str, float | None]:
+        """Means and rates, with `by_bucket` also the mean loss of each bucket that came.
 
-        Recomputed activations are not counted.
+        A quarter without clips is None, as is `mfu` without `peak_flops` (of all devices). Recomputed activations are
+        not counted.
         """
         seconds = max(self.seconds, 1e-9)
         quarters = zip(QUARTERS, self.losses, self.counts, strict=True)
         return {
             **{name: loss / count if count else None for name, loss, count in quarters},
+            **{f"loss_{name}": loss / clips for name, (loss, clips) in self.by_bucket.items() if by_bucket},
             "step_s": seconds / max(self.steps, 1),
             "samples_per_s": self.clips / seconds,
             "tokens_per_s": self.positions / seconds,

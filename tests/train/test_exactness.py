@@ -58,7 +58,7 @@ def runs(start, alive: str, tiny_shards: Path, write_noise_shards, tmp_path_fact
     two += [balanced(2, 0), balanced(2, 1), balanced(2, 2, offload="optimizer"), balanced(2, 2, micro=3)]
     two += [cut(2, 3, checkpoint_every=1), cut(2, 3, kind="wan"), balanced(2, 3)]
     one = [cut(1, 0, micro, kind) for micro in (1, 4) for kind in ("factorised", "given", *MODELS)] + [cut(1, 2)]
-    one += [balanced(1, 0, 4), balanced(1, 2)]
+    one += [balanced(1, 0, 4), balanced(1, 2), {**balanced(1, 0, 4, log_every=5), "out": str(root / "rarely")}]
     one += [task("zero0_clip", zero_stage=0, gradient_clip=0.1), task("zero2_clip", zero_stage=2, gradient_clip=0.1)]
     one += [task("started", steps=1, learning_rate=1e-12)]
     for end in [start(1, tiny_shards, one), start(2, tiny_shards, two), start(4, tiny_shards, four)]:
@@ -107,6 +107,24 @@ def test_balanced_steps_are_cut_as_exactly(runs: Path, name: str):
     seen = [record["samples_seen"] for record in records(run)]
     assert seen == [record["samples_seen"] for record in records(one)]
     assert {after - before for before, after in zip([0, *seen], seen, strict=False)} >= {4, 9}
+
+
+def test_records_name_the_bucket_and_the_mean_loss_of_each(runs: Path):
+    """The means are over the clips of the steps since the last record."""
+    steps, seen = records(runs / "balanced_1x4_zero0"), 0
+    for record in steps:
+        record["clips"], seen = record["samples_seen"] - seen, record["samples_seen"]
+        assert record[f"loss_{record['bucket']}"] == pytest.approx(record["loss"])
+    buckets = {record["bucket"] for record in steps}
+    assert len(buckets) == 2
+    for last, since in zip(records(runs / "rarely"), (steps[:5], steps[5:]), strict=True):
+        assert (last["bucket"], last["loss"]) == (since[-1]["bucket"], since[-1]["loss"])
+        for bucket in buckets:
+            own = [record for record in since if record["bucket"] == bucket]
+            mean = sum(record["loss"] * record["clips"] for record in own) / sum(record["clips"] for record in own)
+            assert last[f"loss_{bucket}"] == pytest.approx(mean)
+    alone = records(runs / "factorised_1x4_zero0")[0]
+    assert f"loss_{alone['bucket']}" not in alone  # of the only bucket
 
 
 @pytest.mark.parametrize("stage", range(4))

@@ -57,13 +57,15 @@ def test_wandb_has_every_key_and_video_once_also_after_resumes(tmp_path: Path):
     killed = subprocess.run([sys.executable, "-c", script, str(tmp_path), json.dumps(records)], timeout=120)
     assert killed.returncode == -9
     validations = [validation(tmp_path, 4), validation(tmp_path, 8)]
-    for rest in (steps(1, 9), [*steps(1, 12), *validations], [*steps(1, 12), *validations]):
+    last = [*steps(1, 11), {"bucket": "4x16x16"} | steps(12, 12)[0]]
+    for rest in (steps(1, 9), [*last, *validations], [*last, *validations]):
         tracker = tracker_of(tmp_path)
         tracker.log(rest)
         tracker.finish()
     every, validated = dict.fromkeys(range(1, 13), 1), {4: 1, 8: 1}
     assert held(tmp_path) == {
         "train/loss": every,
+        "train/bucket": {12: 1},
         "validation/holdout_loss": validated,
         "validation/done": validated,
         "samples/000-clip": validated,
