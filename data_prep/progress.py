@@ -21,6 +21,8 @@ WINDOW_S, MIN_WINDOW_S = 60.0, 10.0
 """Rates are measured over the last WINDOW_S, once there is output for MIN_WINDOW_S."""
 BUSY_WINDOW_S = 20.0
 """The busiest stage is known once there is output for so long: the first clips were decoded while others started."""
+QUIET_S = 30.0
+"""After so long without output the line says so."""
 LIMITING = 0.8
 """A stage limits the others if its workers work for this share of the time."""
 
@@ -92,17 +94,21 @@ class Progress:
     def line(self) -> str:
         """`prep: 512 of 1500 sources (34 %), 530 clips, 45.1 clips/s, 3 bad, 0 filtered, 22 s left`.
 
-        Then, once known, what `limit` returns.
+        Then, once known, what `limit` returns, or how long no clip has come.
         """
         if not self.history:
             since = self.clock() - self.started
             return f"prep: starting Ray and loading the VAE and the text encoder, {since:.0f} s so far"
         text = f"prep: {self.sources} of {self.total} sources ({100 * self.sources // max(1, self.total)} %)"
+        counts = f"{self.bad} bad, {self.filtered} filtered"
+        if self.sources == self.total:
+            return f"{text}, {self.clips} clips, {counts}; the last shards are being written"
         rates = self.rates()
         clips_per_s = f", {rates[1]:.3g} clips/s" if rates else ""
         left = f", {(self.total - self.sources) / rates[0]:.0f} s left" if rates and rates[0] else ""
-        text += f", {self.clips} clips{clips_per_s}, {self.bad} bad, {self.filtered} filtered{left}"
-        return text + self.limit()
+        idle = self.clock() - self.history[-1][0]
+        more = f"; no clip for {idle:.0f} s" if idle > QUIET_S else self.limit()
+        return f"{text}, {self.clips} clips{clips_per_s}, {counts}{left}{more}"
 
     def limit(self) -> str:
         """`; 50 MB/s; the VAE limits the speed, 97 % busy`; empty if not known."""

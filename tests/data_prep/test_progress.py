@@ -55,6 +55,22 @@ def facts(clip_bytes: int, **seconds: float) -> pa.Table:
     return pa.Table.from_pylist(rows, pa.schema([FACTS.field("bytes"), FACTS.field("work")]))
 
 
+def test_a_standstill_and_the_last_shards_are_named():
+    clock = Clock()
+    progress = Progress(20, clock=clock)
+    progress.add(8, 8, 0, 0)
+    clock.now += 10
+    progress.add(8, 8, 0, 0)
+    clock.now += 30
+    assert progress.line().endswith("20 s left")
+    clock.now += 1
+    assert progress.line().endswith("; no clip for 31 s")
+    progress.add(4, 3, 1, 0)
+    assert progress.line() == (
+        "prep: 20 of 20 sources (100 %), 20 clips, 1 bad, 0 filtered; the last shards are being written"
+    )
+
+
 def test_the_busiest_stage_and_the_bytes_are_shown():
     clock = Clock()
     progress = Progress(100, clock=clock)

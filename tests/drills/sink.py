@@ -1,11 +1,14 @@
 """Benchmark of the last step of `sora prep`, without a codec: made clips from Ray's object store to shards.
 
-    python -m tests.drills.sink FOLDER [--clips 500] [--rounds 3]
+    python -m tests.drills.sink FOLDER [--clips 500] [--rounds 3] [--core-share 0.3]
 
 Variants take turns: `driver` is how prep wrote until 2026-11-27, all in the driver, which is also how fast one process
 copies a clip three times; `1 writer` and `2 writers` are `data_prep/writers.py` with so many writers at a time. Prints
 clips/s, GB/s, and CPU time per clip of the driver and of all processes, which other work on the machine changes less.
 FOLDER is deleted; on /dev/shm the disk is not the limit.
+
+With `--core-share` each of Ray's workers gets this share of one core (Linux control groups, as root), so a machine of
+two cores shows what a second writer adds on one that has a core for each.
 """
 
 import argparse
@@ -14,7 +17,7 @@ import io
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +35,9 @@ from sora_train.storage import atomic_write, resolve
 BUCKET, LATENTS, TOKENS, WIDTH = "16x256x256", (2, 16, 4, 32, 32), 100, 4096
 CLIP_BYTES = 2 * (int(np.prod(LATENTS)) + TOKENS * WIDTH)
 BLOCK_CLIPS, SHARD_BYTES = 16, 128 * 10**6
+CPU_GROUPS, PERIOD_US = Path("/sys/fs/cgroup/cpu"), 20_000
+IDLE_WORKERS = 8
+"""CPUs that Ray is told of. It ends idle workers above this number after a second."""
 
 
 @ray.remote(num_cpus=1)
@@ -87,13 +93,38 @@ def cpu_of_all() -> float:
     return found
 
 
+@contextlib.contextmanager
+def limited_workers(share: float | None) -> Iterator[None]:
+    """Holds each of Ray's workers that run by now to a share of a core."""
+    groups = []
+    if share:
+        for process in psutil.Process().children(recursive=True):
+            if "ray::" in "".join(process.cmdline()[:1]):
+                groups.append(group := CPU_GROUPS / f"sora_sink_{process.pid}")
+                group.mkdir()
+                (group / "cpu.cfs_period_us").write_text(f"{PERIOD_US}")
+                (group / "cpu.cfs_quota_us").write_text(f"{int(share * PERIOD_US)}")
+                (group / "cgroup.procs").write_text(f"{process.pid}")
+    try:
+        yield
+    finally:
+        for group in groups:
+            with contextlib.suppress(OSError):  # a worker that has ended
+                (CPU_GROUPS / "cgroup.procs").write_text(group.name.rpartition("_")[2])
+            group.rmdir()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.drills.sink", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--clips", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--core-share", type=float)
     asked = parser.parse_args()
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, object_store_memory=6 * 10**9)
+    ray.init(
+        address="local", num_cpus=IDLE_WORKERS, include_dashboard=False, log_to_driver=False,
+        object_store_memory=6 * 10**9,
+    )  # fmt: skip
     blocks = [make_block.remote(i) for i in range(0, asked.clips, BLOCK_CLIPS)]
     ray.wait(blocks, num_returns=len(blocks))
     clips = BLOCK_CLIPS * len(blocks)
@@ -103,16 +134,18 @@ def main() -> None:
         "2 writers": lambda folder: by_writers(folder, blocks, 2),
     }
     rates: dict[str, list[tuple[float, float, float]]] = {name: [] for name in variants}
-    for number in range(asked.rounds + 1):  # the first one warms up: workers start
-        for name, write in variants.items():
-            shutil.rmtree(asked.folder, ignore_errors=True)
-            began, cpu, every = time.monotonic(), time.process_time(), cpu_of_all()
-            write(asked.folder)
-            took, cpu, every = time.monotonic() - began, time.process_time() - cpu, cpu_of_all() - every
-            if number:
+    by_writers(asked.folder, blocks, 2)  # warms up
+    with limited_workers(asked.core_share):
+        for _ in range(asked.rounds):
+            for name, write in variants.items():
+                shutil.rmtree(asked.folder, ignore_errors=True)
+                began, cpu, every = time.monotonic(), time.process_time(), cpu_of_all()
+                write(asked.folder)
+                took, cpu, every = time.monotonic() - began, time.process_time() - cpu, cpu_of_all() - every
                 rates[name].append((clips / took, 1000 * cpu / clips, 1000 * every / clips))
     shutil.rmtree(asked.folder, ignore_errors=True)
-    print(f"{clips} clips of {CLIP_BYTES / 1e6:.2f} MB, blocks of {BLOCK_CLIPS}, {asked.rounds} rounds")
+    held = f", workers held to {asked.core_share} of a core each" if asked.core_share else ""
+    print(f"{clips} clips of {CLIP_BYTES / 1e6:.2f} MB, blocks of {BLOCK_CLIPS}, {asked.rounds} rounds{held}")
     print("| variant | clips/s (median, rounds) | GB/s | CPU ms per clip: driver | all |\n|---|---|---|---|---|")
     for name, found in rates.items():
         each = [rate for rate, _, _ in found]
