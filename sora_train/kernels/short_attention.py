@@ -8,17 +8,28 @@ Sums have a fixed order, so a repeated step gives the same bits.
 """
 
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
+from sora_train.errors import error_line
 from sora_train.kernels.tools import why_no_triton
+from sora_train.log import log
 
 LONGEST, WIDEST = 64, 128
 """Tokens of a group, and width of a head, of which a tile fits in registers."""
+TOLERANCE = 2e-2
+"""Largest difference from float32, over the largest value, that bfloat16 explains."""
+
+
+refused: list[str] = []
+"""Why this process computes with torch's attention instead; empty as long as the kernels are right."""
 
 
 def fits_short_attention(qkv: Tensor, heads: int) -> bool:
@@ -28,19 +39,58 @@ def fits_short_attention(qkv: Tensor, heads: int) -> bool:
     """
     s, k = qkv.shape[-2], qkv.shape[-1] // (3 * heads)
     fits = qkv.is_cuda and qkv.dtype == torch.bfloat16 and s <= LONGEST and k <= WIDEST
-    return fits and triton_runs(qkv.device.index)
+    return fits and is_right(qkv.device, s, heads, k)
 
 
 @torch.compiler.assume_constant_result
-def triton_runs(device: int) -> bool:
-    """Whether Triton's kernels run on this GPU with tensor cores for bfloat16."""
-    return triton_builds() and torch.cuda.get_device_capability(device) >= (8, 0)
+def is_right(device: torch.device, s: int, heads: int, k: int) -> bool:
+    """Whether the kernels are right for groups of `s` tokens. Once they are not, none is used any more."""
+    if not refused and (why := why_no_short_attention(device, s, heads, k)):
+        refused.append(why)
+        log.warning(f"attention within short groups runs without sora_train's kernels: {why}")
+    return not refused
 
 
 @cache
-def triton_builds() -> bool:
-    """Whether Triton can build kernels for NVIDIA GPUs here."""
-    return bool(torch.version.cuda) and not why_no_triton()
+def why_no_short_attention(device: torch.device, s: int, heads: int, k: int) -> str:
+    """Why not to use the kernels on a device, or an empty string: what they lack there, or what they do wrong."""
+    if device.type == "cuda":
+        if not torch.version.cuda:
+            return "torch is not built for CUDA"
+        if why := why_no_triton():
+            return why
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return f"{torch.cuda.get_device_name(device)} has no tensor cores for bfloat16"
+    # A thread of its own has no autocast, no dispatch mode (as in checkpointing) and no graph that is being traced.
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(try_kernels, device, s, heads, k).result()
+
+
+def try_kernels(device: torch.device, s: int, heads: int, k: int) -> str:
+    """Compares both kernels with torch's attention in float32, on several tiles of which the last is not full."""
+    draw, groups = torch.Generator().manual_seed(0), 2 * (LONGEST // s) + 1  # not the generator that training uses
+    qkv, grad = (torch.randn(groups, s, n * heads * k, generator=draw).to(device, torch.bfloat16) for n in (3, 1))
+
+    def results(attend: Callable[[Tensor, int], Tensor], dtype: torch.dtype) -> list[Tensor]:
+        x = qkv.to(dtype).requires_grad_()
+        y = attend(x, heads)
+        return [y.detach().float(), torch.autograd.grad(y, x, grad.to(dtype))[0].float()]
+
+    try:
+        found = results(short_attention, torch.bfloat16)
+        expected = results(torch_attention, torch.float32)
+        errors = [(a - b).abs().max() / b.abs().max() for a, b in zip(found, expected, strict=True)]
+        off = float(torch.stack(errors).max())
+    except Exception as error:  # whatever Triton, its compiler or the driver raise
+        return f"groups of {s} tokens: {error_line(error)}"
+    wrong = f"groups of {s} tokens, {heads} heads of {k}: {off:.2g} of the largest value off torch's attention"
+    return "" if off < TOLERANCE else wrong  # not a number is wrong too
+
+
+def torch_attention(qkv: Tensor, heads: int) -> Tensor:
+    """What `short_attention` computes, by torch."""
+    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(-2, -3) for part in qkv.chunk(3, -1))
+    return scaled_dot_product_attention(q, k, v).transpose(-2, -3).flatten(-2)
 
 
 def short_attention(qkv: Float[Tensor, "*g s ddd"], heads: int) -> Float[Tensor, "*g s d"]:

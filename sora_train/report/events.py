@@ -14,6 +14,7 @@ TITLES = {
     "failed": "training failed",
     "damaged": "a checkpoint was damaged",
     "not_compiled": "blocks run without torch.compile",
+    "no_kernels": "attention runs without sora_train's kernels",
     "group_split": "workers that share clips are on two nodes",
     "rollback": "went back to a checkpoint",
     "skipped": "a step was skipped",

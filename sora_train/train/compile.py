@@ -104,6 +104,13 @@ def is_wanted(choice: str, device: torch.device) -> bool:
     return choice == "yes" or (choice == "auto" and device.type == "cuda")
 
 
+def first_reason(reason: str) -> str:
+    """The first rank's reason that is not empty, with the rank, on every rank; or an empty string. Collective."""
+    reasons = [""] * dist.get_world_size()
+    dist.all_gather_object(reasons, reason)
+    return next((f"on rank {rank} {reason}" for rank, reason in enumerate(reasons) if reason), "")
+
+
 class Compilation:
     """Whether this run compiles, and the announcements of what takes long."""
 
@@ -118,9 +125,7 @@ class Compilation:
         self.auto, self.on = config.compile == "auto", is_wanted(config.compile, device)
         if not self.on:
             return
-        reasons = [""] * dist.get_world_size()
-        dist.all_gather_object(reasons, why_not_compiled(device))
-        why = next((f"on rank {rank} {reason}" for rank, reason in enumerate(reasons) if reason), "")
+        why = first_reason(why_not_compiled(device))
         if why and not self.auto:
             raise UserError(
                 f"train.compile is yes, but {why}. Install it there, or set train.compile to no", code="compile"

@@ -26,6 +26,7 @@ from sora_train.model import ModelConfig
 from sora_train.train import checkpoint, guard
 from sora_train.train.activation_checkpointing import apply_activation_checkpointing
 from sora_train.train.adapted import build_adapted
+from sora_train.train.attention import check_attention
 from sora_train.train.balance import shard_configs
 from sora_train.train.compile import Compilation
 from sora_train.train.config import TrainConfig
@@ -83,6 +84,7 @@ def train(
     add_zero_gradients(model)
     share_clips(model, make_sequence_group(model_config, sequence_parallel))
     apply_activation_checkpointing(model, config.activation_checkpointing)
+    check_attention(config, model_config, shards, run_dir, device)
     compilation = Compilation(config, model_config, shards, run_dir, device)
     compilation.apply(model)
     objective = make_objective(diffusion, model_config.learned_variance, conditioning)

@@ -19,9 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sora_train.bench.attention import run_tile
-from sora_train.kernels.short_attention import fits_short_attention, short_attention
+from sora_train.kernels import short_attention as kernels
+from sora_train.kernels.short_attention import fits_short_attention, short_attention, why_no_short_attention
 from sora_train.model import Latte, ModelConfig
 from sora_train.train.activation_checkpointing import apply_activation_checkpointing
+from sora_train.train.metrics import Events
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 ON_GPU, INTERPRETED = torch.cuda.is_available(), os.environ.get("TRITON_INTERPRET") == "1"
@@ -134,7 +136,7 @@ def test_the_operator_keeps_torchs_rules_for_operators():
 
 
 def test_the_kernels_are_for_bf16_short_groups_and_narrow_heads_on_a_gpu(monkeypatch):
-    monkeypatch.setattr("sora_train.kernels.short_attention.triton_runs", lambda device: True)
+    monkeypatch.setattr("sora_train.kernels.short_attention.why_no_short_attention", lambda *_: "")
 
     def fits(device: str = "cuda", dtype: torch.dtype = torch.bfloat16, s: int = 64, k: int = 128) -> bool:
         with FakeTensorMode():  # has shapes and devices that this machine need not have
@@ -142,6 +144,55 @@ def test_the_kernels_are_for_bf16_short_groups_and_narrow_heads_on_a_gpu(monkeyp
 
     assert fits()
     assert not any([fits("cpu"), fits(dtype=torch.float32), fits(s=65), fits(k=129)])
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Replaces what launches a kernel; nothing is known of the kernels before and after."""
+
+    def replace_launch(launch) -> None:
+        monkeypatch.setattr(kernels, "launch", launch)
+
+    monkeypatch.setattr(kernels, "refused", [])
+    why_no_short_attention.cache_clear()
+    yield replace_launch
+    why_no_short_attention.cache_clear()
+
+
+def no_launch(kernel, tensors, heads) -> None:
+    raise OSError("PTX of another version")
+
+
+def half_launch(kernel, tensors, heads) -> None:
+    """Leaves out the gradients; the output is that of attention."""
+    qkv, *_, made = tensors
+    made.copy_(kernels.torch_attention(qkv, heads) if len(tensors) == 2 else torch.zeros_like(made))
+
+
+def empty_launch(kernel, tensors, heads) -> None:
+    tensors[-1].fill_(float("nan"))
+
+
+WRONG = [
+    (no_launch, "OSError: PTX of another version"),
+    (half_launch, "3 heads of 72: 1 of"),
+    (empty_launch, ": nan of"),
+]
+
+
+@runs
+@pytest.mark.gpu
+@pytest.mark.parametrize("s", [1, 16, 33, 64])
+def test_right_kernels_pass_the_check(s: int, launches):
+    assert why_no_short_attention(torch.device(DEVICE), s, 3, 72) == ""
+
+
+@runs
+@pytest.mark.gpu
+@pytest.mark.parametrize(("launch", "why"), WRONG)
+def test_wrong_kernels_fail_the_check(launch, why: str, launches):
+    launches(launch)
+    assert why in why_no_short_attention(torch.device(DEVICE), 16, 3, 72)
 
 
 class Calls(TorchDispatchMode):
@@ -164,8 +215,9 @@ def outcomes(request, monkeypatch):
     text, mask = noise(2, 5, 12, dtype=torch.float32), torch.ones(2, 5, dtype=torch.bool, device=DEVICE)
     inputs = noise(2, 3, 4, 8, 8, dtype=torch.float32), torch.tensor([3.0, 900.0], device=DEVICE), text, mask
 
-    def outcome(model: Latte, short: bool = True) -> list[Tensor]:
-        monkeypatch.setattr("sora_train.model.layers.fits_short_attention", lambda qkv, heads: short)
+    def outcome(model: Latte, short=True) -> list[Tensor]:
+        fits = short if callable(short) else lambda qkv, heads: short
+        monkeypatch.setattr("sora_train.model.layers.fits_short_attention", fits)
         model.zero_grad()
         y = model(*inputs)
         y.square().mean().backward()
@@ -203,6 +255,60 @@ def test_selective_checkpointing_saves_the_kernels_output(outcomes):
         assert calls.count == runs_of_two, mode
         # on a GPU, sums of torch's own kernels may have another order the second time
         assert same(found, expected, 0.0 if INTERPRETED else 1e-5), mode
+
+
+@runs
+@pytest.mark.gpu
+@pytest.mark.parametrize("outcomes", MODELS[:1], indirect=True)
+@pytest.mark.parametrize("launch", [None, no_launch, half_launch])
+def test_the_first_block_checks_the_kernels_once_and_the_model_never_fails(
+    outcomes, launch, launches, monkeypatch, capsys
+):
+    model, outcome = outcomes
+    expected = outcome(model, short=False)
+    if launch:
+        launches(launch)
+    apply_activation_checkpointing(model, "selective")  # a dispatch mode, which is not to see the check
+    with Calls() as calls:
+        found = outcome(model, short=lambda qkv, heads: kernels.is_right(qkv.device, qkv.shape[-2], heads, 8))
+    assert calls.count == (0 if launch else 2)
+    assert same(found, expected, 1e-4)
+    assert capsys.readouterr().err.count("runs without sora_train's kernels: groups of 16 tokens") == bool(launch)
+
+
+RANK = """
+import os, sys
+from pathlib import Path
+import torch, torch.distributed as dist
+from sora_train.kernels import short_attention as kernels
+from sora_train.model import ModelConfig
+from sora_train.train.attention import try_on_all_ranks
+from sora_train.train.run_dir import RunDir
+rank, wrong, store, out = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+def fail(*_):
+    raise OSError("PTX of another version")
+kernels.launch = fail if rank == wrong else kernels.launch
+try_on_all_ranks({1, 3, 16}, ModelConfig(width=32, heads=2), RunDir(Path(out)), torch.device("cpu"))
+print(*kernels.refused, flush=True)
+dist.barrier()
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="two ranks, of which one has a wrong kernel, in the interpreter")
+@pytest.mark.parametrize(
+    ("wrong", "said"), [(-1, ""), (1, "on rank 1 groups of 1 tokens: OSError: PTX of another version")]
+)
+def test_all_ranks_use_the_kernels_or_none_does(wrong: int, said: str, tmp_path):
+    words = [str(wrong), str(tmp_path / "store"), str(tmp_path)]
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", RANK, str(rank), *words], stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    assert [rank.communicate(timeout=120)[0].strip() for rank in ranks] == [said, said]
+    events = [event["reason"] for event in Events(tmp_path).lines.read() if event["event"] == "no_kernels"]
+    assert events == ([f"{said}. All ranks use torch's attention, which is slower"] if said else [])
 
 
 @pytest.mark.slow
