@@ -8,9 +8,8 @@ that cannot compute a case is named in a note.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
 from itertools import product
@@ -23,9 +22,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from sora_train.bench.case import Case, CaseOptions, relative, size_of
-from sora_train.bench.core import Row, Table, interleave, log, seconds, spread
+from sora_train.bench.core import Row, Table, interleave, log, spread
 from sora_train.bench.model import DTYPES
 from sora_train.kernels.short_attention import allocate_output, fits_short_attention, launch, short_attention
+from sora_train.model.attention_shapes import AttentionShape, attention_shapes
+from sora_train.train.hardware import seconds
 
 CALLS = 20
 """Calls of one measurement. A short call on a GPU takes less time than its launch, which a larger batch hides."""
@@ -46,51 +47,6 @@ class Options(CaseOptions):
     """Measure FlexAttention too, which is compiled for each shape first."""
     tiles: bool = False
     """Measure our kernels with other tiles too: `triton 32/2` has 32 tokens and 2 warps."""
-
-
-@dataclass(frozen=True)
-class Attention:
-    """The tokens of one kind of attention: `g` groups of `s` queries and `l` keys, with heads `m k`."""
-
-    kind: str
-    g: int
-    s: int
-    l: int  # noqa: E741
-    m: int
-    k: int
-
-    @property
-    def flops(self) -> int:
-        """Of the forward pass; the backward pass has 2.5 times as many."""
-        return 4 * self.g * self.m * self.s * self.l * self.k
-
-    def inputs(self, case: Case) -> tuple[Tensor, ...]:
-        """Queries, keys and values in one tensor `g s (three m k)`; to the text, queries in one of their own."""
-        torch.manual_seed(0)
-        widths = [(self.s, 1), (self.l, 2)] if self.kind == "text" else [(self.s, 3)]
-        made = (torch.randn(self.g, tokens, parts * self.m * self.k) for tokens, parts in widths)
-        return tuple(x.to(case.device, DTYPES[case.dtype]).requires_grad_() for x in made)
-
-    def heads(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Queries, keys and values as `g m s k`."""
-        parts = (inputs[0], *inputs[1].chunk(2, -1)) if self.kind == "text" else inputs[0].chunk(3, -1)
-        return tuple(part.unflatten(-1, (self.m, self.k)).transpose(1, 2) for part in parts)
-
-
-def attentions(case: Case) -> Iterator[Attention]:
-    """The kinds of attention in a model's blocks."""
-    (f, h, w), model, b = case.latents, case.model, case.batch
-    n, shape = h * w // model.patch**2, (model.heads, model.width // model.heads)
-    if model.factorised:
-        yield Attention("spatial", b * f, n, n, *shape)
-        yield Attention("temporal", b * n, f, f, *shape)
-    else:
-        yield Attention("joint", b, f * n, f * n, *shape)
-    yield Attention("text", b, f * n, model.text_tokens or case.text_tokens, *shape)
-
-
-def run_torch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    return scaled_dot_product_attention(q, k, v, mask)
 
 
 def run_padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -125,24 +81,19 @@ def compiled_flex() -> Callable[..., Any]:
 
 
 def variants(
-    case: Case, one: Attention, options: Options
+    case: Case, one: AttentionShape, options: Options
 ) -> dict[str, Callable[[], tuple[Tensor, Callable[[], object]]]]:
     """By name, what calculates the output and returns it with a function that calculates the gradients."""
-    inputs, mask = one.inputs(case), None
-    if one.kind == "text" and not case.model.text_tokens:
-        lengths = torch.linspace(max(one.l / 4, 1), one.l, one.g + 2)[1:-1].long()
-        mask = (torch.arange(one.l) < lengths[:, None])[:, None, None].to(case.device)
-
-    def by(attend: Callable[..., Tensor]) -> Tensor:
-        return attend(*one.heads(inputs), mask).transpose(1, 2).flatten(2)
-
-    found: dict[str, tuple[Any, Callable[[], Tensor]]] = {"torch": (nullcontext, partial(by, run_torch))}
+    device = torch.device(case.device)
+    inputs, mask = one.inputs(device, DTYPES[case.dtype]), one.mask(device)
+    by = partial(one.run, inputs, mask)
+    found: dict[str, tuple[Any, Callable[[], Tensor]]] = {"torch": (nullcontext, by)}
     if one.k % SHARE:
         found["padded"] = nullcontext, partial(by, run_padded)
     if case.device != "cpu":
         for name in ("flash", "cudnn", "efficient"):
             backend = getattr(SDPBackend, f"{name.upper()}_ATTENTION")
-            found[name] = partial(sdpa_kernel, backend), partial(by, run_torch)
+            found[name] = partial(sdpa_kernel, backend), by
         if options.flex:
             found["flex"] = nullcontext, partial(by, run_flex)
         if find_spec("flash_attn_interface"):
@@ -188,7 +139,7 @@ def bench(options: Options) -> list[Table]:
         case = Case(preset, attention, size_of(shape), options.dtype, "none", options.batch, options.text_tokens,
                     options.device, heads)  # fmt: skip
         log(str(case))
-        for one in attentions(case):
+        for one in attention_shapes(case.model, case.latents, case.batch, case.text_tokens):
             runs = variants(case, one, options)
             outputs, _ = interleave({name: lambda run=run: run()[0].detach() for name, run in runs.items()}, 1, 0)
             times, errors = interleave({name: partial(turn, run) for name, run in runs.items()}, options.rounds)
@@ -200,7 +151,7 @@ def bench(options: Options) -> list[Table]:
     return [Table("attention", rows, notes)]
 
 
-def row_of(case: Case, one: Attention, name: str, turns: list[tuple[float, float]]) -> Row:
+def row_of(case: Case, one: AttentionShape, name: str, turns: list[tuple[float, float]]) -> Row:
     """The row of a variant: its times and the rates that follow from them."""
     forward, backward = spread([turn[0] for turn in turns]), spread([turn[1] for turn in turns])
     return {

@@ -15,12 +15,13 @@ import torch
 import torch.distributed as dist
 
 from sora_train.bench.case import Case, CaseOptions, inputs, size_of
-from sora_train.bench.core import Row, Table, drop_from_cache, log, seconds, spread
+from sora_train.bench.core import Row, Table, drop_from_cache, log, spread
 from sora_train.model import build
 from sora_train.train import checkpoint
 from sora_train.train.config import TrainConfig
 from sora_train.train.ema import Ema
 from sora_train.train.engine import Engine
+from sora_train.train.hardware import seconds
 from sora_train.train.load_checkpoint import load_checkpoint
 from sora_train.train.run_dir import RunDir
 from sora_train.train.state import State

@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -64,27 +63,12 @@ def interleave(
     return {name: values for name, values in results.items() if name not in errors}, errors
 
 
-def seconds(call: Callable[[], object]) -> float:
-    """Wall time of a call, including its work on the GPU."""
-    synchronize()
-    began = time.perf_counter()
-    call()
-    synchronize()
-    return time.perf_counter() - began
-
-
 def drop_from_cache(files: Iterable[str | Path]) -> None:
     """Has files read from disk the next time, not from the page cache."""
     for path in files:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def synchronize() -> None:
-    """Waits for the GPU if this process uses one."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

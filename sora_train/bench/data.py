@@ -13,7 +13,7 @@ from functools import partial
 from pyarrow import fs
 from pydantic import PositiveInt
 
-from sora_train.bench.core import BenchOptions, Row, Table, drop_from_cache, interleave, log, seconds, spread
+from sora_train.bench.core import BenchOptions, Row, Table, drop_from_cache, interleave, log, spread
 from sora_train.data.loader import batches, micro_batches
 from sora_train.data.order import batch
 from sora_train.data.shards import ShardSet
@@ -22,6 +22,7 @@ from sora_train.errors import UserError
 from sora_train.manifest import Manifest
 from sora_train.schema import shard_files
 from sora_train.storage import resolve
+from sora_train.train.hardware import seconds
 
 CHUNK = 2**23
 

@@ -18,10 +18,10 @@ from pydantic import NonNegativeInt
 from torch import Tensor, nn
 
 from sora_train.bench.case import Case, CaseOptions, inputs, relative, seeded, size_of
-from sora_train.bench.core import Row, Table, interleave, log, seconds, spread, synchronize
+from sora_train.bench.core import Row, Table, interleave, log, spread
 from sora_train.codec.imports import without_torchao
 from sora_train.model.flops import forward_flops, parameter_count
-from sora_train.train.hardware import peak_flops
+from sora_train.train.hardware import peak_flops, seconds, synchronize
 from sora_train.train.profile import LISTED, Breakdown, activities, breakdown
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.1, "fp8": 0.2}

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from sora_train.bench.core import BenchOptions, Row, Table, log, seconds, spread
+from sora_train.bench.core import BenchOptions, Row, Table, log, spread
 from sora_train.bench.runs import train
 from sora_train.data.collate import MicroBatch, padded_lengths
 from sora_train.data.loader import micro_batches
@@ -27,6 +27,7 @@ from sora_train.train.balance import shard_configs
 from sora_train.train.compile import compile_blocks, is_wanted
 from sora_train.train.engine import decay_groups
 from sora_train.train.fp8 import use_fp8
+from sora_train.train.hardware import seconds
 from sora_train.train.skipped_blocks import add_zero_gradients
 
 KEYS = ("step_s", "samples_per_s", "data_wait_share", "mfu")

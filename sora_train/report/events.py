@@ -30,7 +30,7 @@ TITLES = {
     "new_data": "clips were added or removed",
 }
 GRAVE = {"failed", "damaged", "rollback", "worker_lost", "driver_lost"}
-NORMAL = {"start", "resume", "checkpoint", "validation_done", "left_out", "compiling", "profiled", "end"}
+NORMAL = {"start", "resume", "checkpoint", "validation_done", "left_out", "attention", "compiling", "profiled", "end"}
 STATES = {"end": "finished", "failed": "failed", "stopped": "stopped, can resume", "interrupted": "interrupted",
           "start": "running", "resume": "running"}  # fmt: skip
 MAX_OF_A_KIND, MAX_PROBLEMS, MAX_ROWS = 3, 60, 3000

@@ -1,8 +1,10 @@
-"""Peak FLOP/s and memory use of a device, for `mfu` and `memory_gb`, and settings of its allocator."""
+"""Peak FLOP/s and memory use of a device, for `mfu` and `memory_gb`, settings of its allocator, and its time."""
 
 import os
 import resource
 import sys
+import time
+from collections.abc import Callable
 
 import torch
 
@@ -62,3 +64,18 @@ def memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Wall time of a call, including its work on the GPU."""
+    synchronize()
+    began = time.perf_counter()
+    call()
+    synchronize()
+    return time.perf_counter() - began
+
+
+def synchronize() -> None:
+    """Waits for the GPU if this process uses one."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()

@@ -26,7 +26,7 @@ from sora_train.model import ModelConfig
 from sora_train.train import checkpoint, guard
 from sora_train.train.activation_checkpointing import apply_activation_checkpointing
 from sora_train.train.adapted import build_adapted
-from sora_train.train.attention import check_attention
+from sora_train.train.attention import choose_attention
 from sora_train.train.balance import shard_configs
 from sora_train.train.compile import Compilation
 from sora_train.train.config import TrainConfig
@@ -84,7 +84,6 @@ def train(
     add_zero_gradients(model)
     share_clips(model, make_sequence_group(model_config, sequence_parallel))
     apply_activation_checkpointing(model, config.activation_checkpointing)
-    check_attention(config, model_config, shards, run_dir, device)
     compilation = Compilation(config, model_config, shards, run_dir, device)
     compilation.apply(model)
     objective = make_objective(diffusion, model_config.learned_variance, conditioning)
@@ -92,6 +91,7 @@ def train(
         config, model_config, lora, shards, frame_times=objective.conditioning.frame_times, world=groups,
         shared=sequence_parallel,
     )  # fmt: skip
+    choose_attention(by_bucket, model_config, shards, run_dir, device, sequence_parallel)
     most = max(accumulation(own, groups) for own in by_bucket.values())
     engine = Engine(model, config, accumulation=most, device=device)
     ema = Ema(engine, config.ema_decay)

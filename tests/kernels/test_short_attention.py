@@ -281,15 +281,16 @@ import os, sys
 from pathlib import Path
 import torch, torch.distributed as dist
 from sora_train.kernels import short_attention as kernels
-from sora_train.model import ModelConfig
-from sora_train.train.attention import try_on_all_ranks
+from sora_train.model.attention_shapes import AttentionShape
+from sora_train.train.attention import try_kernels_on_all_ranks
 from sora_train.train.run_dir import RunDir
 rank, wrong, store, out = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
 dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
 def fail(*_):
     raise OSError("PTX of another version")
 kernels.launch = fail if rank == wrong else kernels.launch
-try_on_all_ranks({1, 3, 16}, ModelConfig(width=32, heads=2), RunDir(Path(out)), torch.device("cpu"))
+groups = [AttentionShape("temporal", 2, s, s, 2, 16) for s in (16, 1, 3)]
+try_kernels_on_all_ranks(groups, RunDir(Path(out)), torch.device("cpu"))
 print(*kernels.refused, flush=True)
 dist.barrier()
 os._exit(0)
