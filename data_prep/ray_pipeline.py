@@ -67,17 +67,20 @@ def run_stages(recipe: Recipe, vae: VaeFiles, todo: list[PendingSource]) -> Iter
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
-    from data_prep.executor import record_executor
+    from data_prep.executor import lost_means_stalled, record_executor
     from data_prep.stages import Decode, EmbedText, EncodeVideo
     from data_prep.writers import with_facts
 
     quiet_ray_data()
     record_executor()
-    DataContext.get_current().execution_options.preserve_order = True  # the same captions give the same shards
+    context = DataContext.get_current()
+    context.execution_options.preserve_order = True  # the same captions give the same shards
     total = ray.cluster_resources()
     allocation = allocate_cpus(int(total.get("CPU", 1)), int(total.get("GPU", 0)), recipe.prep)
     device = "cuda" if allocation.vae.gpus else "cpu"
     batch = vae_batch_size(recipe, gpus=allocation.vae.gpus)
+    # Ray merges what Decode yields until it has more bytes than this; with its own 128 MiB the VAE would get that much.
+    context.target_max_block_size = batch * max(bucket.clip_bytes for bucket in buckets_of(recipe.data))
 
     def stage(dataset: ray.data.Dataset, actor: type, resources: StageResources, **arguments: object):
         pool = ActorPoolStrategy(size=resources.workers)
@@ -97,7 +100,8 @@ def run_stages(recipe: Recipe, vae: VaeFiles, todo: list[PendingSource]) -> Iter
         threads=allocation.text.threads, device=device if allocation.text.gpus else "cpu",
     )  # fmt: skip
     encoded.set_name(f"prep {recipe.name}")  # as Ray's dashboard and metrics show it
-    yield from with_facts(ref for bundle in encoded.iter_internal_ref_bundles() for ref in bundle.block_refs)
+    with lost_means_stalled("a block of clips"):
+        yield from with_facts(ref for bundle in encoded.iter_internal_ref_bundles() for ref in bundle.block_refs)
 
 
 def quiet_ray_data() -> None:

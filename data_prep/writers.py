@@ -15,12 +15,12 @@ from typing import Any
 import pyarrow as pa
 import ray
 from ray import ObjectRef
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
+from data_prep.executor import fetch
 from data_prep.schemas import FACTS
 from data_prep.shards import next_number, pick_rows, shard_name, write_shard
 from data_prep.watchdog import WRITE_TIMEOUT_S, PipelineStalled
-from sora_train.errors import UserError, error_line
+from sora_train.errors import UserError
 from sora_train.schema import ROW_GROUP, SHARD_SCHEMA
 from sora_train.storage import resolve
 
@@ -277,21 +277,3 @@ def cut(block: ObjectRef, parts: list[list[int]]) -> list[ObjectRef]:
     """A small block for each part."""
     made = cut_block.options(num_returns=len(parts)).remote(block, parts)
     return made if isinstance(made, list) else [made]
-
-
-def fetch(task: ObjectRef, what: str) -> Any:
-    """A task's result.
-
-    Raises UserError if the task did, and PipelineStalled if it does not come or what it needs was lost with a node.
-    """
-    try:
-        return ray.get(task, timeout=WRITE_TIMEOUT_S)
-    except GetTimeoutError:
-        raise PipelineStalled(f"{what} did not come for {WRITE_TIMEOUT_S:.0f} s") from None
-    except RayError as error:
-        cause = error.cause if isinstance(error, RayTaskError) else error
-        if isinstance(cause, UserError | PipelineStalled):
-            raise cause from None
-        if isinstance(cause, RayError):  # a node or worker was lost, again and again
-            raise PipelineStalled(f"{what} was lost: {error_line(cause)}") from None
-        raise

@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from data_prep import stages
 from data_prep.estimate.estimate import estimate_prep
 from data_prep.inspect.table import inspect
 from data_prep.pipeline import prep
@@ -103,6 +104,31 @@ def clips_of(folder: Path) -> dict[str, dict]:
     rows = rows_in(str(folder / "shards"))
     assert len({row["sample_id"] for row in rows}) == len(rows)
     return {row["source"]: row for row in rows}
+
+
+@pytest.mark.ray
+def test_the_vae_gets_batches_of_its_size_from_a_long_video(
+    tmp_path: Path, write, vae_folder: Path, local_ray, monkeypatch: pytest.MonkeyPatch
+):
+    log = tmp_path / "batches"
+
+    class Counted(stages.EncodeVideo):
+        def encode(self, clips: list[np.ndarray]) -> list[np.ndarray]:
+            with log.open("a") as file:
+                file.write(f"{len(clips)} ")
+            return super().encode(clips)
+
+    monkeypatch.setattr(stages, "EncodeVideo", Counted)
+    write(tmp_path / "long.mp4", np.arange(360) / 30)
+    save_captions(tmp_path, [("long.mp4", "one"), ("lost.mp4", "two")])
+    written: list[list[bytes]] = []
+    for batch, expected in ((3, [3] * 7 + [2]), (100, [23])):
+        made = recipe(tmp_path, vae_folder, stride_s=0.5, max_bad_fraction=1.0, output=str(tmp_path / str(batch)))
+        prep(made.model_copy(update={"prep": PrepConfig(vae_batch=batch, vae_workers=1)}))
+        assert list(map(int, log.read_text().split())) == expected
+        log.unlink()
+        written.append([Path(file).read_bytes() for file in shard_files(made.data.output)])
+    assert written[0] == written[1]
 
 
 @pytest.mark.ray

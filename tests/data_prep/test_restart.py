@@ -1,13 +1,17 @@
 """Prep restarts if Ray hangs or a GPU fails, and ends if restarts don't help."""
 
 import csv
-from collections.abc import Callable, Iterable
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from data_prep import ray_pipeline
+from data_prep.executor import lost_means_stalled
 from data_prep.pipeline import prep
 from data_prep.watchdog import DeviceLost, PipelineStalled, with_watchdog
 from sora_train.errors import UserError
@@ -49,6 +53,67 @@ def test_a_lost_device_is_known_through_ray(local_ray):
         list(with_watchdog(tables, lambda: None))
     assert isinstance(error.value, DeviceLost)
     assert str(getattr(error.value, "cause", None)).startswith("VAE: cuda:0 no longer works: CUDA error\n")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_repeat_that_gives_another_number_of_blocks_is_a_stall(tmp_path: Path, one_ray, change: int):
+    """As if a file timed out only when its clips are decoded again, because their node was lost."""
+    import ray
+    from ray.cluster_utils import Cluster
+    from ray.data import ActorPoolStrategy
+
+    began, lost = tmp_path / "began", tmp_path / "lost"
+
+    class Decode:
+        def __call__(self, table: pa.Table) -> Iterator[dict]:
+            count = 6 + change * began.exists()
+            for _ in range(count):
+                yield {"frames": [np.zeros(500_000, np.uint8)]}
+            began.touch()
+
+    class Encode:
+        def __call__(self, table: pa.Table) -> dict:
+            while not lost.exists():
+                time.sleep(0.1)
+            return {"latents": [1] * len(table)}
+
+    def read(found: list[BaseException]) -> None:
+        ray_pipeline.quiet_ray_data()
+        context = ray.data.DataContext.get_current()
+        context.target_max_block_size = 400_000
+        context.execution_options.preserve_order = True
+        stages = ray.data.from_arrow(pa.table({"source": [1]}))
+        for stage, node in ((Decode, "second"), (Encode, "first")):
+            where = {"num_cpus": 0.1, "resources": {node: 0.1}, "compute": ActorPoolStrategy(size=1)}
+            stages = stages.map_batches(stage, batch_size=None, batch_format="pyarrow", **where)
+        try:
+            with lost_means_stalled("a block of clips"):
+                list(stages.iter_internal_ref_bundles())
+        except BaseException as error:
+            found.append(error)
+
+    one_ray.stop()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "resources": {"first": 1}})
+    try:
+        node = cluster.add_node(num_cpus=1, resources={"second": 1})
+        ray.init(cluster.address, log_to_driver=False)
+        found: list[BaseException] = []
+        reader = threading.Thread(target=read, args=(found,))
+        reader.start()
+        while not began.exists():
+            time.sleep(0.1)
+        time.sleep(1)  # until the last block is in the node's store
+        cluster.remove_node(node, allow_graceful=False)
+        cluster.add_node(num_cpus=1, resources={"second": 1})
+        lost.touch()
+        reader.join(200)
+        assert [type(error) for error in found] == [PipelineStalled]
+        assert "a block of clips was lost: StreamingGeneratorReplayInconsistentError" in str(found[0])
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
 
 
 @pytest.mark.timeout(1900)
