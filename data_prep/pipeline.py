@@ -43,15 +43,15 @@ def prep(recipe: Recipe) -> Manifest:
     Clips that fail are listed in `quarantine.parquet` and don't stop the run. Raises UserError if captions, codec or
     shards are invalid, too many sources are bad, or there is no clip.
     """
-    started, recipe = time.monotonic(), resolve_caption_cleaning(recipe)
-    data = recipe.data
+    started, data = time.monotonic(), recipe.data
     reject_job_dir("data.output", data.output)
-    vae, text = find_codec(recipe)
-    check_shapes(recipe, vae)
-    warn_of_model(recipe, vae, text)
-    encoding = encoding_hash(recipe, vae, text)
-    rows = read_rows(data)
-    with run_lock(data.output, "sora prep"):
+    with run_lock(data.output, "sora prep"):  # first: hashing the networks and reading the captions may take minutes
+        recipe = resolve_caption_cleaning(recipe)
+        vae, text = find_codec(recipe)
+        check_shapes(recipe, vae)
+        warn_of_model(recipe, vae, text)
+        encoding = encoding_hash(recipe, vae, text)
+        rows = read_rows(data)
         remove_unfinished(data.output)
         sink = with_restarts(lambda: encode_missing(recipe, rows, vae, text, encoding))
         sync_index(data.output, encoding)

@@ -25,6 +25,7 @@ from sora_train.codec.text import load_text_encoder
 from sora_train.codec.vae import load_vae
 from sora_train.data.config import DataConfig, PrepConfig, SelectionConfig
 from sora_train.errors import RecipeError, UserError
+from sora_train.locks import run_lock
 from sora_train.manifest import Manifest
 from sora_train.recipe import Recipe
 from sora_train.schema import decode_rows, shard_files
@@ -262,6 +263,22 @@ def test_other_settings_encode_only_the_missing_clips(tmp_path: Path, write, vae
     assert [row["source"] for sample, row in latest.items() if old[sample] != row] == ["tall.mp4"]
     with pytest.raises(UserError, match="holds clips of 4x16x32, 4x64x32, 8x16x32; the recipe asks for 4x16x16"):
         prep(recipe(tmp_path, vae_folder, height=16, width=16))
+
+
+def test_a_second_prep_is_refused_before_it_reads_anything(tmp_path: Path):
+    made = recipe(tmp_path, tmp_path / "no_vae")
+    with (
+        run_lock(made.data.output, "sora prep"),
+        pytest.raises(UserError, check=lambda error: error.code == "locked"),
+    ):
+        prep(made)
+
+
+def test_a_plan_needs_no_lock(tmp_path: Path, vae_folder: Path):
+    save_captions(tmp_path, [("lost.mp4", "x")])
+    made = recipe(tmp_path, vae_folder)
+    with run_lock(made.data.output, "sora prep"):
+        assert estimate_prep(made).bad_sources == 1
 
 
 def test_missing_files_are_found_out_before_ray_starts(tmp_path: Path, vae_folder: Path):
