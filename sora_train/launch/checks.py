@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import ray
+import torch
 
 from sora_train.codec import CodecConfig
 from sora_train.codec.conventions import cleaning_of, null_prompt_of
@@ -25,6 +27,9 @@ from sora_train.recipe import Recipe
 from sora_train.schema import bucket_name, bucket_size
 from sora_train.storage import reject_job_dir
 from sora_train.train import checkpoint
+from sora_train.train.compile import check_compile, why_no_tools
+from sora_train.train.config import TrainConfig
+from sora_train.train.fp8 import check_fp8
 
 
 def resolve_recipe(recipe: Recipe, fresh: bool = False) -> Recipe:
@@ -168,6 +173,21 @@ def check_metric_models(recipe: Recipe) -> None:
         load_i3d(recipe.validation.i3d)
     if recipe.validation.every and recipe.validation.clip:
         find_clip(recipe.validation.clip, recipe.codec.models)
+
+
+def check_worker(train: TrainConfig, adapters: bool, gpu: bool) -> None:
+    """UserError if this machine lacks what a worker needs. Looks at no GPU, so it needs none of its own."""
+    if gpu and not (torch.version.cuda or torch.version.hip):
+        raise UserError(
+            f"workers use GPUs, and torch {torch.__version__} is built for CPUs. Install the build for GPUs, or set "
+            "cluster.gpu to no",
+            code="package",
+        )
+    check_compile(train, why_no_tools("cuda" if gpu else "cpu"))
+    if train.precision == "fp8":
+        check_fp8()
+    if adapters and find_spec("peft") is None:
+        raise UserError("lora.rank is above 0, which needs peft. Install it (pip install peft)", code="package")
 
 
 def check_cluster(recipe: Recipe) -> bool:

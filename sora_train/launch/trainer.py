@@ -53,7 +53,6 @@ from sora_train.plan.table import plan_inputs
 from sora_train.ray_cluster.connection import connect
 from sora_train.recipe import Recipe
 from sora_train.train import checkpoint
-from sora_train.train.fp8 import check_fp8
 from sora_train.train.metrics import STOP_FILE, Events
 
 
@@ -161,8 +160,6 @@ def check_models(recipe: Recipe, manifest: Manifest, clips: Clips, step: int) ->
     elif recipe.lora.rank:
         check_base_unchanged(recipe, Path(recipe.train.output) / recipe.name)
     check_metric_models(recipe)
-    if recipe.train.precision == "fp8":
-        check_fp8()
     for warning in small_bucket_warnings(recipe, clips.counts(held_out=False), plan_inputs(recipe)[0]):
         log.warning(warning)
     with contextlib.suppress(UserError):  # the VAE is out of reach

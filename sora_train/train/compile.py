@@ -88,13 +88,24 @@ def graph_count(config: ModelConfig, buckets: Iterable[str], max_tokens: int) ->
     return len(sizes) * lengths + (len(sizes) - images) * temporal + (images > 0)
 
 
+def why_no_tools(kind: str) -> str:
+    """Why torch can't build code for a kind of device, `cpu` or `cuda`, on this machine, or an empty string."""
+    return why_no_compiler("CXX", "g++") if kind == "cpu" else why_no_triton()
+
+
+def check_compile(config: TrainConfig, why: str) -> None:
+    """UserError if `train.compile` is `yes` and there is a reason why it can't be done."""
+    if why and config.compile == "yes":
+        raise UserError(
+            f"train.compile is yes, but {why}. Install it there, or set train.compile to no", code="compile"
+        )
+
+
 def why_not_compiled(device: torch.device) -> str:
     """Why torch can't compile for a device of this machine, or an empty string."""
-    if device.type == "cpu":
-        return why_no_compiler("CXX", "g++")
-    if why := why_no_triton():
+    if why := why_no_tools(device.type):
         return why
-    if torch.cuda.get_device_capability(device) < (7, 0):
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
         return f"triton needs compute capability 7.0, which {torch.cuda.get_device_name(device)} does not have"
     return ""
 
@@ -126,10 +137,7 @@ class Compilation:
         if not self.on:
             return
         why = first_reason(why_not_compiled(device))
-        if why and not self.auto:
-            raise UserError(
-                f"train.compile is yes, but {why}. Install it there, or set train.compile to no", code="compile"
-            )
+        check_compile(config, why)
         self.on = not why
         if why and dist.get_rank() == 0:
             self.failed(why)

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from sora_train.errors import RecipeError, UserError
-from sora_train.launch.checks import check_shards, count_workers, idle_gpus, split_groups
+from sora_train.launch import checks
+from sora_train.launch.checks import check_shards, check_worker, count_workers, idle_gpus, split_groups
 from sora_train.launch.preflight import node_info, table, verdicts
 from sora_train.launch.preflight.allreduce import check_allreduce, run_ranks, time_sum
 from sora_train.launch.preflight.node_info import NodeInfo, ask, collect, describe_node, parse_gpus, versions
@@ -70,6 +71,40 @@ def test_a_folder_that_a_node_lacks_or_can_not_write_is_named(tmp_path: Path, mo
     (full,) = describe_node(tmp_path / ".there" / "id2", versions(), "", "").problems
     assert "can't be written" in full
     assert "Mount" in full
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "says"),
+    [
+        ({"train__compile": "yes"}, "compile", "train.compile is yes, but there is no C compiler (no-such-compiler). "),
+        ({"train__precision": "fp8"}, "package", "train.precision is fp8, which needs torchao"),
+        ({"lora__rank": 4, "model__init_from": "a"}, "package", "lora.rank is above 0, which needs peft"),
+        ({}, "package", "workers use GPUs, and torch"),
+    ],
+)
+def test_what_a_worker_would_lack_is_named_before_it_starts(
+    changes: dict, code: str, says: str, recipe_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    recipe, gpu = recipe_of(tmp_path, tmp_path, **changes), not changes
+    worker = recipe.train, bool(recipe.lora.rank), gpu
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    check_worker(*worker)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    with pytest.raises(UserError) as raised:
+        check_worker(*worker)
+    assert raised.value.code == code
+    assert str(raised.value).startswith(says)
+    (tmp_path / ".there").mkdir()
+    assert describe_node(tmp_path / ".there/id", versions(), "", "", worker).lacks == str(raised.value)
+
+
+def test_what_a_node_without_room_for_a_worker_lacks_does_not_matter():
+    head, node = (NodeInfo(name, {"CPU": 8.0, "GPU": n}, lacks="no compiler") for name, n in (("head", 0), ("node", 8)))
+    fails(lambda: verdicts.check_nodes([head, node], {"CPU": 1.0, "GPU": 1.0}), "node: no compiler")
+    assert verdicts.check_nodes([head], {"CPU": 1.0, "GPU": 1.0}).startswith("1 nodes")
 
 
 def test_a_batch_that_does_not_divide_is_told_which_would(recipe_of, tmp_path: Path):
@@ -275,6 +310,19 @@ class TestWithRay:
         with pytest.raises(UserError, match=r"(?s)the run would fail:\ndisk: .*--no-preflight"):
             launch_training(recipe)
         assert not (tmp_path / "tiny" / "metrics.jsonl").exists()
+
+    def test_training_does_not_start_without_the_compiler_that_it_needs(
+        self, builtin_shards: Path, tmp_path: Path, recipe_of, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setenv("CXX", "no-such-compiler")
+        with pytest.raises(UserError, match="train.compile is yes, but there is no C compiler") as raised:
+            launch_training(recipe_of(builtin_shards, tmp_path, train__compile="yes"))
+        assert raised.value.code == "compile"
+        assert not (tmp_path / "tiny" / "recipe.yaml").exists()
+
+    def test_every_node_is_asked_what_a_worker_would_lack(self, builtin_shards: Path, tmp_path: Path, recipe_of):
+        (found,) = collect(recipe_of(builtin_shards, tmp_path), gpu=True)
+        assert found.lacks.startswith("workers use GPUs, and torch") == (torch.version.cuda is None)
 
     def test_this_node_has_no_problem(self, builtin_shards: Path, tmp_path: Path, recipe_of):
         (found,) = collect(recipe_of(builtin_shards, tmp_path), Manifest.load(str(builtin_shards)).encoding_hash)

@@ -21,6 +21,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sora_train.errors import UserError
+from sora_train.launch.checks import check_worker
 from sora_train.log import log
 from sora_train.manifest import Manifest
 from sora_train.provenance import package_versions
@@ -51,10 +52,14 @@ class NodeInfo:
     """Name and bytes of each GPU that the node's driver lists."""
     problems: tuple[str, ...] = ()
     """What differs from this machine or is missing, each with what to do."""
+    lacks: str = ""
+    """What a worker there would lack."""
 
 
-def collect(recipe: Recipe, encoding: str = "") -> list[NodeInfo]:
+def collect(recipe: Recipe, encoding: str = "", gpu: bool | None = None) -> list[NodeInfo]:
     """Asks all nodes at once. They must read the shards of `encoding`, if given, and share `train.output`.
+
+    `gpu` is whether workers use GPUs; None: what workers need is not asked.
 
     A node that leaves the cluster meanwhile is only a warning.
     """
@@ -63,7 +68,8 @@ def collect(recipe: Recipe, encoding: str = "") -> list[NodeInfo]:
     folder.mkdir(parents=True)
     try:
         alive = [node for node in ray.nodes() if node["Alive"]]
-        return ask(alive, folder, versions(), recipe.data.output, encoding)
+        worker = None if gpu is None else (recipe.train, bool(recipe.lora.rank), gpu)
+        return ask(alive, folder, versions(), recipe.data.output, encoding, worker)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if created:
@@ -106,8 +112,13 @@ def ask(nodes: list[dict[str, Any]], folder: Path, *expected: Any) -> list[NodeI
     return found
 
 
-def describe_node(file: Path, expected: dict[str, str], shards: str, encoding: str) -> NodeInfo:
-    """Describes the machine that this runs on, and writes `file` into the folder that the driver made."""
+def describe_node(
+    file: Path, expected: dict[str, str], shards: str, encoding: str, worker: tuple[Any, ...] | None = None
+) -> NodeInfo:
+    """Describes the machine that this runs on, and writes `file` into the folder that the driver made.
+
+    `worker` has the arguments of `check_worker`.
+    """
     there = versions()
     problems = [
         f"{name} is {there[name]} there and {value} here{INSTALL}"
@@ -125,7 +136,13 @@ def describe_node(file: Path, expected: dict[str, str], shards: str, encoding: s
             raise UserError(f"their encoding is {found} there and {encoding} here", code="shards")
     except (UserError, OSError) as error:
         problems.append(f"data.output {shards} does not hold the same shards: {error}{MOUNT}")
-    return NodeInfo(gpus=list_gpus(), problems=tuple(problems))
+    lacks = ""
+    try:
+        if worker is not None:
+            check_worker(*worker)
+    except UserError as error:
+        lacks = str(error)
+    return NodeInfo(gpus=list_gpus(), problems=tuple(problems), lacks=lacks)
 
 
 def versions() -> dict[str, str]:

@@ -31,7 +31,6 @@ from sora_train.ray_cluster.connection import connect
 from sora_train.recipe import Recipe
 from sora_train.storage import free_bytes
 from sora_train.terminal import print_result
-from sora_train.train.fp8 import check_fp8
 
 T = TypeVar("T")
 FILES_S, HASH_S, NETWORK_S = 20.0, 600.0, 120.0
@@ -113,8 +112,6 @@ def check_files(recipe: Recipe, table: Table) -> tuple[Recipe, Manifest | None]:
         if any(recipe.validation.images):
             images = ", ".join(recipe.validation.images)
             table.check("images", lambda: read_images(recipe, manifest), lambda _: images)
-    if recipe.train.precision == "fp8":
-        table.check("fp8", check_fp8, lambda _: "torchao is installed")
     if recipe.model.init_from and step is None:
         table.check("init_from", lambda: check_initial_weights(recipe), lambda _: recipe.model.init_from)
     elif recipe.lora.rank and step is not None:
@@ -130,7 +127,7 @@ def check_cluster(recipe: Recipe, manifest: Manifest | None, table: Table) -> No
         table.add("gpus", "warning", why)
     if gpu is not None and (why := checks.split_groups(recipe, gpu, checks.alive_nodes())):
         table.add("groups", "warning", why)
-    nodes = check_nodes(recipe, manifest, table)
+    nodes = check_nodes(recipe, manifest, table, gpu)
     table.check("disk", lambda: check_disk(recipe))
     if gpu:
         table.check("memory", lambda: verdicts.check_memory(recipe, nodes))
@@ -139,15 +136,16 @@ def check_cluster(recipe: Recipe, manifest: Manifest | None, table: Table) -> No
         table.check("network", lambda: check_allreduce(recipe, gpu), timeout_s=NETWORK_S)
 
 
-def check_nodes(recipe: Recipe, manifest: Manifest | None, table: Table) -> list[NodeInfo]:
-    """Compares all nodes with this machine and with each other. Returns them."""
-    nodes = node_info.collect(recipe, manifest.encoding_hash if manifest else "")
-    table.check("nodes", lambda: verdicts.check_nodes(nodes))
+def check_nodes(recipe: Recipe, manifest: Manifest | None, table: Table, gpu: bool | None) -> list[NodeInfo]:
+    """Compares all nodes with this machine, with each other, and with what workers on CPUs or GPUs need, if known."""
+    nodes = node_info.collect(recipe, manifest.encoding_hash if manifest else "", gpu)
+    worker = None if gpu is None else checks.worker_resources(recipe, gpu)
+    table.check("nodes", lambda: verdicts.check_nodes(nodes, worker))
     return nodes
 
 
 def check_quickly(recipe: Recipe, manifest: Manifest, gpu: bool) -> None:
-    """The checks of `sora train`: disk, GPU memory, and with several nodes what must be the same on them.
+    """The checks of `sora train`: disk, memory, what workers need, and with several nodes what must be the same there.
 
     Warns if micro-batches hold padding. UserError if a check fails.
     """
@@ -155,11 +153,13 @@ def check_quickly(recipe: Recipe, manifest: Manifest, gpu: bool) -> None:
         verdicts.check_batch(recipe)
     except UserError as error:
         log.warning(str(error))
+    several = sum(node["Alive"] for node in ray.nodes()) > 1
+    if not several:
+        checks.check_worker(recipe.train, bool(recipe.lora.rank), gpu)
     table = Table(print_rows=False)
     table.check("disk", lambda: check_disk(recipe))
     table.check("CPU memory", lambda: verdicts.check_ram(recipe, checks.alive_nodes(), gpu))
-    several = sum(node["Alive"] for node in ray.nodes()) > 1
-    nodes = check_nodes(recipe, manifest, table) if several else [NodeInfo(gpus=node_info.list_gpus())]
+    nodes = check_nodes(recipe, manifest, table, gpu) if several else [NodeInfo(gpus=node_info.list_gpus())]
     if gpu:
         table.check("memory", lambda: verdicts.check_memory(recipe, nodes))
     if table.failures:

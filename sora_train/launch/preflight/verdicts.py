@@ -42,11 +42,12 @@ def check_batch(recipe: Recipe) -> str:
     )
 
 
-def check_nodes(nodes: list[NodeInfo]) -> str:
-    """Every node answers, has its GPUs, the same versions, and the same folders."""
+def check_nodes(nodes: list[NodeInfo], worker: dict[str, float] | None = None) -> str:
+    """Every node answers, has its GPUs, the same versions and folders, and if a worker fits on it what that needs."""
     wrong: dict[str, list[str]] = {}
     for node in nodes:
-        for problem in node.problems:
+        lacks = (node.lacks,) if node.lacks and worker and fitting(node.resources, worker) else ()
+        for problem in (*node.problems, *lacks):
             wrong.setdefault(problem, []).append(node.address)
     if wrong:
         message = "; ".join(f"{first_of(places)}: {problem}" for problem, places in list(wrong.items())[:MOST])
