@@ -87,8 +87,8 @@ COMMANDS = {
         "checkpoint and exits with 75, and the same command resumes. A second signal stops it at once. --fresh starts "
         "at step 0; if the folder holds a run, it also needs --overwrite, which removes what that run wrote except "
         "shards. --new-data resumes although `sora prep` added or removed clips since: optimizer, EMA and step stay, "
-        "and a new epoch of the present clips begins. --no-preflight skips the quick part of `sora preflight`: disk "
-        "and GPU memory; on several nodes also versions, code and storage.",
+        "and a new epoch of the present clips begins. --no-preflight skips the quick part of `sora preflight`: disk, "
+        "memory and what workers need; on several nodes also versions, code and storage.",
     ),
     "sample": Command(
         "RUN",
