@@ -37,9 +37,10 @@ def mean_step_flops(recipe: Recipe, buckets: dict[str, Sizes], clips: list[int],
 
 
 def step_table(recipe: Recipe, buckets: dict[str, Sizes], world: int) -> list[str]:
-    """A row for each bucket; nothing if there is only one."""
+    """A row for each bucket if there are several, and warnings of ranks that idle."""
+    idle = idle_ranks(recipe, buckets)
     if len(buckets) < 2:
-        return []
+        return idle
     own, lines = configs_of(recipe, buckets, world), list[str]()
     flops = {name: step_flops(recipe.model, own[name], sizes, world, recipe.lora) for name, sizes in buckets.items()}
     longest, shortest = max(flops.values()), min(flops.values())
@@ -60,7 +61,24 @@ def step_table(recipe: Recipe, buckets: dict[str, Sizes], world: int) -> list[st
         lines.append(
             f"the longest step takes {longest / shortest:,.1f} times as long as the shortest; train.balance evens them"
         )
-    return lines
+    return lines + idle
+
+
+def idle_ranks(recipe: Recipe, buckets: dict[str, Sizes]) -> list[str]:
+    """A warning for every bucket whose clips are too short or small for the ranks that share them."""
+    model, shared, found = recipe.model, recipe.cluster.sequence_parallel, list[str]()
+    for name, sizes in buckets.items():
+        places = (sizes.h // model.patch) * (sizes.w // model.patch)
+        axes = {"latent frames": sizes.f, "places": places} if model.factorised else {"places": places}
+        for axis, length in axes.items():
+            busy = -(-length // -(-length // shared))  # each has as many as the first, the last fewer or none
+            if busy < shared:
+                blocks = ("spatial" if axis == "latent frames" else "temporal") if model.factorised else "all"
+                found.append(
+                    f"warning: clips of {name} have {length} {axis}, so {shared - busy} of the {shared} workers that "
+                    f"share one idle in {blocks} blocks; with cluster.sequence_parallel {busy} none would"
+                )
+    return found
 
 
 def small_bucket_warnings(recipe: Recipe, clips: Mapping[str, int], buckets: dict[str, Sizes]) -> list[str]:

@@ -116,6 +116,9 @@ def test_a_batch_that_does_not_divide_is_told_which_would(recipe_of, tmp_path: P
         verdicts.check_batch(recipe_of(tmp_path, tmp_path, cluster__workers=4, **even))
     shared = {"cluster__workers": 8, "cluster__sequence_parallel": 2, "train__batch_size": 8}
     assert verdicts.check_batch(recipe_of(tmp_path, tmp_path, **shared)).startswith("8 clips over 4 groups of 2 worke")
+    wide = shared | {"cluster__sequence_parallel": 8}
+    said = verdicts.check_batch(recipe_of(tmp_path, tmp_path, **wide))
+    assert "2 latent frames, so 6 of the 8 workers" in said
 
 
 def test_with_balanced_steps_a_table_of_the_buckets_is_the_message(recipe_of, tmp_path: Path):

@@ -3,11 +3,13 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from sora_train.lora.flops import training_flops
+from sora_train.model.sequence import SequenceGroup
 from sora_train.plan.activations import Sizes
 from sora_train.plan.estimate import estimate
-from sora_train.plan.steps import configs_of, mean_step_flops, small_bucket_warnings, step_table
+from sora_train.plan.steps import configs_of, idle_ranks, mean_step_flops, small_bucket_warnings, step_table
 from sora_train.plan.table import PlanOptions, format_plan, largest_bucket
 from sora_train.recipe import Recipe
 from sora_train.settings import build
@@ -81,6 +83,25 @@ def test_the_mean_step_counts_the_steps_that_the_clips_fill():
     assert mean_step_flops(even, VIDEOS, clips, 8) == pytest.approx(total / (sum(clips) / 64))
     balanced = mean_step_flops(recipe(), VIDEOS, clips, 8)
     assert balanced == pytest.approx(64 * cost(even, "16x256x256"), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("frames", "shared", "idle"), [(5, 2, 0), (5, 4, 1), (5, 8, 3), (8, 8, 0), (9, 8, 3), (1, 2, 1)]
+)
+def test_workers_that_get_no_frame_of_a_shared_clip_are_counted(frames: int, shared: int, idle: int):
+    """Counted by cutting a tensor as training does."""
+    shares = [SequenceGroup(rank, shared).cut(torch.ones(1, frames, 1, 1), 1, frames) for rank in range(shared)]
+    assert sum(not share.any() for share in shares) == idle
+    found = recipe(cluster__workers=8, cluster__sequence_parallel=shared)
+    warned = step_table(found, {"clips": Sizes(1, frames, 16, 16, 120)}, 8)
+    assert [f"{idle} of the {shared} workers" in line for line in warned] == [True] * (idle > 0)
+
+
+def test_workers_that_get_no_place_of_a_shared_clip_are_counted():
+    found = recipe(model__attention="joint", cluster__sequence_parallel=4)
+    (warning,) = idle_ranks(found, {"small": Sizes(1, 16, 2, 6, 120), "large": Sizes(1, 16, 4, 4, 120)})
+    assert "small have 3 places, so 1 of the 4 workers" in warning
+    assert "cluster.sequence_parallel 3 none would" in warning
 
 
 def test_a_bucket_with_fewer_clips_than_its_step_is_named():

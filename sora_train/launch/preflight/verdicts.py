@@ -19,10 +19,13 @@ MOST = 10
 
 
 def check_batch(recipe: Recipe) -> str:
-    """Micro-batches fill the batch without padding. With `train.balance`: the costliest bucket's; and a table."""
+    """Micro-batches fill the batch without padding. With `train.balance`: the costliest bucket's; and a table.
+
+    Names workers that share clips and would idle.
+    """
     train, group, table = recipe.train, recipe.cluster.sequence_parallel, list[str]()
     world = recipe.cluster.most // group
-    if train.balance:
+    if train.balance or group > 1:
         buckets = plan_inputs(recipe)[0]
         table = step_table(recipe, buckets, recipe.cluster.most)
         train = min(configs_of(recipe, buckets, recipe.cluster.most).values(), key=lambda own: own.batch_size)
