@@ -86,11 +86,13 @@ class Monitor:
 
     def _start_tracking(self) -> None:
         """Starts wandb and sends it all earlier lines, some of which a kill may have kept from it."""
-        events = Events(self.run)
-        self.tracker = Tracker(
-            self.run, **self.tracking, config=self.config, failed=lambda why: events.write("tracking_failed", 0, why)
-        )
-        self._track(JsonLines(self.metrics.path).read(), True)
+        events, metrics = Events(self.run), JsonLines(self.metrics.path)
+
+        def failed(why: str) -> None:
+            events.write("tracking_failed", metrics.last_step(), why)
+
+        self.tracker = Tracker(self.run, **self.tracking, config=self.config, failed=failed)
+        self._track(metrics.read(), True)
 
     def _track(self, records: list[dict[str, Any]], alert: bool) -> None:
         if self.tracker is not None and self.tracker.writer is not None:

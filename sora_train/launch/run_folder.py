@@ -214,7 +214,7 @@ def read_fatal_error(run: Path) -> UserError | None:
 
 def last_step(run: Path) -> int:
     """The last logged step."""
-    return max((record["step"] for record in JsonLines(run / "metrics.jsonl").read()), default=0)
+    return JsonLines(run / "metrics.jsonl").last_step()
 
 
 def resume_hint(run: Path) -> str:

@@ -107,9 +107,8 @@ def run_training(recipe: Recipe, run: Path) -> str:
             run_dir.events.write(
                 "resume" if resume else "start", step, f"from {resume.name if resume else start}; {where}"
             )
-    warn_if_group_split(
-        recipe.cluster.sequence_parallel, rank, ray.train.get_context().get_local_rank(), run_dir.events
-    )
+    local_rank = ray.train.get_context().get_local_rank()
+    warn_if_group_split(recipe.cluster.sequence_parallel, rank, local_rank, run_dir.events, step)
     with known_errors(recipe.train, get_device()):
         return train(
             recipe.train,
@@ -127,12 +126,12 @@ def run_training(recipe: Recipe, run: Path) -> str:
         )
 
 
-def warn_if_group_split(size: int, rank: int, local_rank: int, events: Events) -> None:
+def warn_if_group_split(size: int, rank: int, local_rank: int, events: Events, step: int) -> None:
     """Writes an event if a group of workers that share clips is on two nodes. A node's ranks are consecutive."""
     if rank % size and local_rank == 0:
         events.write(
             "group_split",
-            0,
+            step,
             f"ranks {rank - rank % size} to {rank - rank % size + size - 1} share clips and are on more than one node",
         )
 

@@ -149,7 +149,8 @@ class Compilation:
 
     def failed(self, why: str) -> None:
         """Records that blocks run without compilation."""
-        self.run_dir.events.write("not_compiled", 0, f"{why}. Steps are slower; train.compile no skips the attempt")
+        step, remedy = self.run_dir.metrics.last_step(), "Steps are slower; train.compile no skips the attempt"
+        self.run_dir.events.write("not_compiled", step, f"{why}. {remedy}")
 
     def announce(self, step: int, bucket: str, tokens: int) -> None:
         """Writes an event before the first step of a shape, since it takes long. Ranks may meet it at other steps."""

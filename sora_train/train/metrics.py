@@ -49,6 +49,10 @@ class JsonLines:
             return []
         return [record for line in self.path.read_bytes().splitlines() if (record := parse(line)) is not None]
 
+    def last_step(self) -> int:
+        """The last step of a record; 0 without records."""
+        return max((record["step"] for record in self.read()), default=0)
+
     def truncate(self, step: int) -> None:
         """Removes records of steps after `step`, and lines that are no records, such as one that a crash cut short."""
         if not self.path.exists():

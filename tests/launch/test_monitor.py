@@ -128,4 +128,4 @@ def test_a_tracker_that_hangs_holds_no_line_up(
         assert "step 2/9" in said
         answers.set()
     (event,) = Events(tmp_path).lines.read()
-    assert event["event"] == "tracking_failed"
+    assert (event["event"], event["step"]) == ("tracking_failed", 2)

@@ -229,9 +229,10 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path: Path, link: str):
 def test_a_group_of_workers_on_two_nodes_is_an_event(tmp_path: Path):
     events = Events(tmp_path)
     for rank in range(8):  # nodes of 4 workers, then of 6 and of 2
-        warn_if_group_split(4, rank, rank % 4, events)
+        warn_if_group_split(4, rank, rank % 4, events, 7)
     assert not (tmp_path / "events.jsonl").exists()
     for rank in range(8):
-        warn_if_group_split(4, rank, rank % 6, events)
+        warn_if_group_split(4, rank, rank % 6, events, 7)
     (event,) = events.lines.read()
-    assert (event["event"], event["reason"].partition(" share")[0]) == ("group_split", "ranks 4 to 7")
+    assert (event["event"], event["step"]) == ("group_split", 7)
+    assert event["reason"].startswith("ranks 4 to 7 share")

@@ -10,6 +10,7 @@ from shutil import which
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from sora_train.data.shards import ShardSet
@@ -17,7 +18,7 @@ from sora_train.diffusion import DiffusionConfig
 from sora_train.errors import UserError
 from sora_train.model import ModelConfig, build
 from sora_train.model.convert import to_diffusers
-from sora_train.train.compile import graph_count, is_wanted, why_not_compiled
+from sora_train.train.compile import Compilation, graph_count, is_wanted, why_not_compiled
 from sora_train.train.config import TrainConfig
 from sora_train.train.loop import train
 from sora_train.train.run_dir import RunDir
@@ -184,6 +185,20 @@ def test_yes_without_a_compiler_is_one_message(tiny_shards: Path, tmp_path: Path
     shards, run_dir = ShardSet(str(tiny_shards)), RunDir(tmp_path)
     with pytest.raises(UserError, match="on rank 0 there is no C compiler .*, or set train.compile to no"):
         train(config, model, DiffusionConfig(), shards, device=torch.device("cpu"), run_dir=run_dir)
+
+
+def test_auto_without_a_compiler_is_an_event_at_the_last_logged_step(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    run_dir = RunDir(tmp_path)
+    run_dir.log_metrics({"step": 7})
+    config, shards = TrainConfig(compile="auto"), ShardSet(str(tiny_shards))
+    assert not Compilation(config, ModelConfig(), shards, run_dir, torch.device("cuda")).on
+    (event,) = run_dir.events.lines.read()
+    assert (event["event"], event["step"]) == ("not_compiled", 7)
 
 
 FALLS_BACK = """
