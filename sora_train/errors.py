@@ -3,6 +3,7 @@
 import functools
 import re
 import unicodedata
+from collections.abc import Sequence
 from typing import Any, Literal
 
 Code = Literal[
@@ -42,6 +43,11 @@ def one_line(text: str) -> str:
     """Text on one line: white space becomes a blank; control, format (bidi) and surrogate characters are removed."""
     spaced = re.sub(r"\s+", " ", text)
     return "".join(character for character in spaced if unicodedata.category(character)[0] != "C").strip()
+
+
+def first_of(names: Sequence[str], most: int = 10) -> str:
+    """The first names of a list; a thousand may fail alike."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def error_line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from sora_train.codec.conventions import cleaning_of, null_prompt_of
 from sora_train.codec.files import find_text_encoder, find_vae
 from sora_train.data.config import DataConfig, undividable_shapes
 from sora_train.data.shards import ShardSet
-from sora_train.errors import UserError
+from sora_train.errors import UserError, first_of
 from sora_train.evaluate.i3d import load_i3d
 from sora_train.evaluate.similarity import find_clip
 from sora_train.latent_shape import shape_errors
@@ -197,7 +197,7 @@ def check_cluster(recipe: Recipe) -> bool:
     room = count_workers(recipe, gpu, nodes)
     if room < recipe.cluster.fewest:
         validation = f" next to validation's {recipe.validation.resources}" if recipe.validation.every else ""
-        have = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes)
+        have = first_of([f"{node.get('CPU', 0):g} CPU and {node.get('GPU', 0):g} GPU" for node in nodes])
         raise UserError(
             f"the cluster has room for {room} workers of {worker_resources(recipe, gpu)}{validation}, and "
             f"{recipe.cluster.fewest} are needed. Its nodes have {have}. {without_gpus(recipe, gpu, nodes)}"

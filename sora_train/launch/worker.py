@@ -20,7 +20,7 @@ from ray.train.torch import get_device
 
 from sora_train.data.opening import open_shards
 from sora_train.data.shards import ShardSet
-from sora_train.errors import UserError
+from sora_train.errors import UserError, first_of
 from sora_train.launch.clips import saved_clips
 from sora_train.launch.private_ray import preemption_info
 from sora_train.launch.run_folder import read_fatal_error, record_fatal_error
@@ -71,7 +71,7 @@ def run_training(recipe: Recipe, run: Path) -> str:
     dist.all_gather_object(hosts, "" if (run / "recipe.yaml").is_file() else socket.gethostname())
     if any(hosts):
         raise UserError(
-            f"{run} is not there on {', '.join(sorted({*hosts} - {''}))}: train.output must be a folder that every "
+            f"{run} is not there on {first_of(sorted({*hosts} - {''}))}: train.output must be a folder that every "
             "node sees, such as one on NFS",
             code="paths",
         )

@@ -25,6 +25,8 @@ HISTORY = 100
 """How many gradient norms of good steps are kept."""
 MIN_HISTORY = 20
 """With fewer norms, only steps that are not finite are skipped."""
+MAX_IDS = 20
+"""Clips of a batch that its event names; a batch of images may have thousands."""
 MAX_SKIP_BEFORE = 100
 """Most batches before the first bad one that a rollback skips too."""
 
@@ -71,7 +73,7 @@ def rollback(
         run_dir.wait()
         raise UserError(
             f"at step {state.step} {len(state.streak)} steps in a row had to be skipped, after {state.rollbacks} "
-            "rollbacks; events.jsonl of the run names the clips. Lower train.learning_rate, look at those clips with "
+            "rollbacks; events.jsonl of the run names some clips. Lower train.learning_rate, look at those clips with "
             "`sora inspect`, or raise train.guard_max_rollbacks",
             code="diverged",
         )
@@ -95,13 +97,15 @@ def rollback(
 
 
 def describe_batches(shards: ShardSet, order: SampleOrder, numbers: Sequence[int], before: str = "") -> list[str]:
-    """A line for each batch with its sample ids. Reads each row group once for all of them."""
+    """A line for each batch with its first sample ids. Reads each row group once for all of them."""
     taken = [batch(order, number) for number in numbers]
+    shown = [replace(one, rows=one.rows[:MAX_IDS]) for one in taken]
     ids: dict[tuple[str, int], str] = {}
     for bucket in {one.bucket for one in taken}:
-        rows = sorted({row for one in taken if one.bucket == bucket for row in one.rows})
+        rows = sorted({row for one in shown if one.bucket == bucket for row in one.rows})
         ids |= {(bucket, row): name for row, name in zip(rows, shards.sample_ids(bucket, rows), strict=True)}
     return [
         f"{before}batch {number}: {' '.join(ids[one.bucket, row] for row in one.rows)}"
-        for number, one in zip(numbers, taken, strict=True)
+        + (f" and {len(whole.rows) - MAX_IDS} more" if len(whole.rows) > MAX_IDS else "")
+        for number, whole, one in zip(numbers, taken, shown, strict=True)
     ]

@@ -21,7 +21,15 @@ from safetensors.torch import load_file
 from sora_train.data.order import SampleOrder, batch
 from sora_train.data.shards import ShardSet
 from sora_train.train import checkpoint
-from sora_train.train.guard import HISTORY, MAX_SKIP_BEFORE, MIN_HISTORY, add_norm, batches_to_skip, skip_reason
+from sora_train.train.guard import (
+    HISTORY,
+    MAX_SKIP_BEFORE,
+    MIN_HISTORY,
+    add_norm,
+    batches_to_skip,
+    describe_batches,
+    skip_reason,
+)
 
 SETTINGS = {
     "batch_size": 4,
@@ -69,6 +77,13 @@ def test_a_rollback_skips_the_bad_batches_and_some_before_them(first: int, good:
     assert set(result) - skipped <= set(range(first, streak[-1] + 1))
     assert set(result) >= skipped | set(streak) | set(range(max(first, streak[0] - MAX_SKIP_BEFORE), streak[0]))
     assert len(set(result) - skipped) <= bad + MAX_SKIP_BEFORE
+
+
+def test_the_event_of_a_large_batch_names_twenty_clips_and_counts_the_rest(tiny_shards: Path):
+    shards = ShardSet(str(tiny_shards))
+    order = shards.sample_order(21, 0)
+    (line,) = describe_batches(shards, order, [3], "bad; ")
+    assert line == f"bad; batch 3: {' '.join(ids(order, 3)[:20])} and 1 more"
 
 
 def bad_batches(order: SampleOrder, rows: Sequence[int], count: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sora_train.errors import UserError
+from sora_train.errors import UserError, first_of
 from sora_train.launch.checks import fitting, worker_resources
 from sora_train.launch.preflight.node_info import NodeInfo
 from sora_train.plan.states import checkpoint_bytes, host_memory
@@ -15,7 +15,7 @@ USABLE = 0.93
 """Share of a GPU's memory that tensors can use; the rest is CUDA, NCCL and fragmentation."""
 
 MOST = 10
-"""Names or problems in a message."""
+"""Problems in a message."""
 
 
 def check_batch(recipe: Recipe) -> str:
@@ -58,11 +58,6 @@ def check_nodes(nodes: list[NodeInfo], worker: dict[str, float] | None = None) -
     kinds = ", ".join(sorted({name for node in nodes for name, _ in node.gpus}))
     cpus, gpus = (sum(node.resources.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
     return f"{len(nodes)} nodes, {cpus:g} CPUs" + (f", {gpus:g} GPUs ({kinds})" if gpus else "")
-
-
-def first_of(places: list[str]) -> str:
-    """The first names of a list; a thousand nodes may fail alike."""
-    return ", ".join(places[:MOST]) + (f" and {len(places) - MOST} more" if len(places) > MOST else "")
 
 
 def check_disk(recipe: Recipe, free: int, existing: int) -> str:
