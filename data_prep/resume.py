@@ -30,8 +30,6 @@ SETTINGS_KEY = "settings_hash"
 HASHES = ["sample_id", "source", "content_hash", "perceptual_hash", "start_s", "end_s"]
 PendingSource = tuple[SourceRow, list[str]]
 """A source to open, and the clips of it to skip: `bucket/sample_id`, or `sample_id` in any bucket."""
-ROUND_SOURCES = 400_000
-"""The stages start again for each round, which takes about as long as loading the VAE and the text encoder."""
 
 
 @dataclass(slots=True)
@@ -62,8 +60,8 @@ class ResumeState:
         self._stored_of: dict[str, list[str]] = {}
         """Ids of these clips by the `row_id` of their source."""
 
-    def rounds(self) -> Iterator[list[PendingSource]]:
-        """Yields the sources to open in the order of the rows, about ROUND_SOURCES at once."""
+    def rounds(self, size: int) -> Iterator[list[PendingSource]]:
+        """Yields the sources to open in the order of the rows, about `size` at once."""
         some: list[PendingSource] = []
         for numbers, rows in self._rows.select(self.is_pending):
             starts, ends = (np.searchsorted(self._skip_rows, numbers, side) for side in ("left", "right"))
@@ -71,7 +69,7 @@ class ResumeState:
                 (row, self._skipped(row, start, end) if end > start else [])
                 for row, start, end in zip(rows, starts.tolist(), ends.tolist(), strict=True)
             ]
-            if len(some) >= ROUND_SOURCES:
+            if len(some) >= size:
                 yield some
                 some = []
         if some:

@@ -102,7 +102,7 @@ def run(folder: Path, *flags: str) -> None:
     stored, saved = read_stored(data.output, "key"), load_progress(data.output, "settings")
     state = reconcile(data, rows, stored, saved, PrepStats(rows.sources, 0.1, data.output))
     report(f"compared: {state.stats.summary()}; {state.pending} to process")
-    first = next(iter(state.rounds()), [])
+    first = next(iter(state.rounds(400_000)), [])
     report(f"first round: {len(first)} sources")
     if flags:
         duplicates = Duplicates(SelectionConfig(duplicates=True, near_duplicates=int(flags[0])))

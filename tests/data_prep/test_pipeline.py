@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from data_prep import stages
+from data_prep import ray_pipeline, sources, stages
 from data_prep.estimate.estimate import estimate_prep
 from data_prep.inspect.table import inspect
 from data_prep.pipeline import prep
@@ -128,6 +128,22 @@ def test_the_vae_gets_batches_of_its_size_from_a_long_video(
         prep(made.model_copy(update={"prep": PrepConfig(vae_batch=batch, vae_workers=1)}))
         assert list(map(int, log.read_text().split())) == expected
         log.unlink()
+        written.append([Path(file).read_bytes() for file in shard_files(made.data.output)])
+    assert written[0] == written[1]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_rounds_give_the_shards_of_one_round(
+    tmp_path: Path, write, vae_folder: Path, local_ray, monkeypatch: pytest.MonkeyPatch
+):
+    make_source(tmp_path, write, {f"{i}.mp4": f"clip {i}" for i in range(5)}, [])
+    written: list[list[bytes]] = []
+    for name, rows in (("one", 100), ("rounds", 2)):
+        monkeypatch.setattr(sources, "TABLE_ROWS", rows)
+        monkeypatch.setattr(ray_pipeline, "ROUND_BLOCKS", 1)
+        made = recipe(tmp_path, vae_folder, output=str(tmp_path / name))
+        prep(made.model_copy(update={"prep": PrepConfig(vae_batch=2)}))
         written.append([Path(file).read_bytes() for file in shard_files(made.data.output)])
     assert written[0] == written[1]
 

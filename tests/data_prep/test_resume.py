@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import spool
+from data_prep import sources, spool
 from data_prep.commits import Commits
-from data_prep.compare import SavedProgress
+from data_prep.compare import NO_PROGRESS, SavedProgress
 from data_prep.reasons import PERMANENT
 from data_prep.resume import (
     ResumeState,
@@ -29,7 +29,7 @@ from data_prep.shards import write_shard
 from data_prep.sources import SourceRow, SourceRows, row_id
 from data_prep.spool import to_ids
 from data_prep.stats import PrepStats
-from data_prep.stored import ROW_BITS, StoredClips, count_clips, read_stored
+from data_prep.stored import NO_CLIPS, ROW_BITS, StoredClips, count_clips, read_stored
 from sora_train import index
 from sora_train.data.config import DataConfig
 from sora_train.errors import UserError
@@ -108,7 +108,7 @@ def resume(
 ) -> tuple[ResumeState, PrepStats, list[tuple[str, list[str]]]]:
     stats = PrepStats(len(rows), 1.0, "out", quiet=True)
     state = reconcile(DATA, SourceRows.of(rows), clips, saved, stats)
-    return state, stats, [(row.source, skip) for some in state.rounds() for row, skip in some]
+    return state, stats, [(row.source, skip) for some in state.rounds(400_000) for row, skip in some]
 
 
 def kept(state: ResumeState) -> list[str]:
@@ -117,6 +117,15 @@ def kept(state: ResumeState) -> list[str]:
 
 def ids(*names: str) -> list[str]:
     return [sid(name) for name in names]
+
+
+def test_rounds_have_all_sources_in_order(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sources, "TABLE_ROWS", 4)
+    rows = [row(f"{i:02d}") for i in range(22)]
+    state = reconcile(DATA, SourceRows.of(rows), NO_CLIPS, NO_PROGRESS, PrepStats(22, 1.0, "out", quiet=True))
+    rounds = [[source.source for source, _ in some] for some in state.rounds(7)]
+    assert [len(some) for some in rounds] == [8, 8, 6]
+    assert [name for some in rounds for name in some] == [f"{i:02d}.mp4" for i in range(22)]
 
 
 def test_a_complete_source_is_not_opened_again():
