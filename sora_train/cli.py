@@ -96,6 +96,10 @@ def run(verb: str, words: Sequence[str]) -> None:
             (shards,), options = folders_of(verb, words)
             from data_prep.inspect.table import check_shards, format_table, inspect
 
+            if options.html:
+                from data_prep.inspect.page import check_page
+
+                check_page(options.html)
             if options.check:
                 check_shards(shards)
             counts = inspect(shards)

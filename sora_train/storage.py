@@ -12,6 +12,7 @@ import io
 import os
 import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -275,6 +276,19 @@ def broken_link(path: Path) -> str:
         if place.is_symlink() and not os.path.exists(place):
             return f"{place} is a symbolic link to {os.readlink(place)}, which does not exist"
     return ""
+
+
+def why_not_writable(folder: Path) -> str:
+    """Why no file can be created in a folder, which need not exist; empty if one can. Leaves nothing behind."""
+    above = folder
+    try:
+        above = next(place for place in (folder, *folder.parents) if place.exists())
+        with tempfile.TemporaryFile(dir=above) as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+    except OSError as error:
+        return broken_link(folder) or f"{error.strerror or error} ({above})"
+    return broken_link(folder)
 
 
 def free_bytes(path: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import statistics
 from importlib import resources
+from pathlib import Path
 
 import yaml
 from jinja2 import Environment, StrictUndefined
@@ -15,7 +16,23 @@ from data_prep.inspect.table import KINDS, Inventory, counts_of, read_inventory
 from sora_train.errors import UserError, one_line
 from sora_train.manifest import Manifest
 from sora_train.report import style_sheet
-from sora_train.storage import atomic_write, in_bytes, resolve, storage_errors
+from sora_train.storage import atomic_write, draft_name, in_bytes, resolve, storage_errors, why_not_writable
+
+
+def check_page(out: str) -> None:
+    """Raises UserError if the page can't be written to the path or URI `out`. Leaves nothing behind."""
+    system, path = resolve(out)
+    with storage_errors(out, "written"):
+        if system.get_file_info(path).type == fs.FileType.Directory:
+            raise UserError(
+                f"--html: {out} is a folder. Name a file, such as {out.rstrip('/')}/inspect.html", code="not_writable"
+            )
+        if not isinstance(system, fs.LocalFileSystem):
+            draft = f"{path.rpartition('/')[0]}/{draft_name('page')}"
+            system.open_output_stream(draft).close()
+            system.delete_file(draft)
+        elif why := why_not_writable(Path(path).parent):
+            raise UserError(f"--html: {out} can't be written: {why}. Name another file", code="not_writable")
 
 
 def write_page(folder: str, out: str, clips: int = 12, root: str = "", models: str = "") -> str:
@@ -24,19 +41,14 @@ def write_page(folder: str, out: str, clips: int = 12, root: str = "", models: s
     `root` is the folder of the sources if they have moved, `models` that of downloaded models. Raises UserError if the
     shards, their VAE or `out` are unusable. A source that can't be read becomes a remark on the page.
     """
-    system, path = resolve(out)
-    with storage_errors(out, "written"):
-        if system.get_file_info(path).type == fs.FileType.Directory:
-            raise UserError(
-                f"--html: {out} is a folder. Name a file, such as {out.rstrip('/')}/inspect.html", code="not_writable"
-            )
+    check_page(out)
     inventory = read_inventory(folder)
     manifest = inventory.manifest or (Manifest.load(folder) if inventory.rows else None)  # load raises UserError
     shown = list(previews(inventory, manifest, clips, root, models)) if manifest else []
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     template = resources.files("data_prep.inspect").joinpath("page.html").read_text(encoding="utf-8")
     html = environment.from_string(template).render(**template_variables(inventory, manifest, shown))
-    atomic_write(system, path, html.encode("utf-8", "replace"))
+    atomic_write(*resolve(out), html.encode("utf-8", "replace"))
     return out
 
 

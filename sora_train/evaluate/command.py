@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from sora_train.options import EvalOptions
 from sora_train.recipe import ValidationConfig
 from sora_train.sample import Run, load_run
 from sora_train.sample.condition import check_takes_frames
-from sora_train.storage import atomic_write_text
+from sora_train.storage import atomic_write_text, why_not_writable
 from sora_train.terminal import print_result
 
 Oracle = Callable[[Run, Iterable[str], Callable[[int, int], None]], dict[str, Any] | None]
@@ -104,10 +103,9 @@ def check_flags(run: Run, how: EvalOptions, file: Path) -> None:
     """
     if file.is_dir():
         raise UserError(f"{file} is a folder; name a file with --out", code="not_writable")
-    if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
-        why = "can't be written to" if file.parent.is_dir() else "is no folder"
-        what = f"{file} can't be written ({file.parent} {why})"
-        raise UserError(f"{what}; name another file with --out", code="not_writable")
+    why = why_not_writable(file.parent) if file.parent.is_dir() else f"{file.parent} is no folder"
+    if why:
+        raise UserError(f"{file} can't be written: {why}; name another file with --out", code="not_writable")
     if how.shards:
         try:
             check_shards(run, how.shards)

@@ -22,7 +22,7 @@ from sora_train.recipe import save_recipe
 from sora_train.sample.export_note import EXPORT_FORMAT, ExportNote, Weights, read_note, transformer_hash
 from sora_train.sample.load import Run, load_run
 from sora_train.sample.released import is_released
-from sora_train.storage import draft_name, follow_umask
+from sora_train.storage import draft_name, follow_umask, why_not_writable
 from sora_train.train.weights import EXPORT_INFO, EXPORTED, save_weights
 
 
@@ -79,7 +79,7 @@ def check_choice(path: str | Path, adapted: bool, lora: bool, merge: bool, weigh
 
 
 def check_free(out: Path) -> None:
-    """Raises UserError unless `out` is a new or an empty folder.
+    """Raises UserError unless `out` is a new or an empty folder that can be written.
 
     An export never replaces anything. A name that ends in .safetensors is refused too, because `out` is a folder.
     """
@@ -90,6 +90,8 @@ def check_free(out: Path) -> None:
         )
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise UserError(f"{out} is there and no folder; name another one", code="exists")
+    if why := why_not_writable(out.absolute().parent):
+        raise UserError(f"{out} can't be written: {why}; name another folder", code="not_writable")
     if out.is_dir() and any(out.iterdir()):
         note = read_note(out) if (out / EXPORT_INFO).is_file() else None
         holds = f"holds an export of step {note.step}; remove it first, or" if note else "is not empty;"

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,7 @@ from sora_train.launch.validation import EMBEDDINGS, ValidationStatus
 from sora_train.manifest import Manifest
 from sora_train.provenance import git_commit, package_versions
 from sora_train.recipe import Recipe, save_recipe
-from sora_train.storage import DRAFT_PREFIX, atomic_write_text, broken_link
+from sora_train.storage import DRAFT_PREFIX, atomic_write_text, why_not_writable
 from sora_train.train import checkpoint
 from sora_train.train.metrics import STOP_FILE, Events, JsonLines
 from sora_train.train.run_dir import RunDir
@@ -56,15 +55,7 @@ PACKAGES = ("sora_train", "torch", "ray", "deepspeed", "diffusers", "transformer
 
 def check_writable(run: Path) -> None:
     """UserError if the run's folder can't be created or written. Leaves nothing behind."""
-    above = next(place for place in (run, *run.parents) if place.exists())
-    why = broken_link(run)
-    try:
-        with tempfile.TemporaryFile(dir=above) as file:
-            file.write(b"\0" * 4096)
-            file.flush()
-    except OSError as error:
-        why = f"{error.strerror or error} ({above})"
-    if why:
+    if why := why_not_writable(run):
         raise UserError(
             f"the run's folder {run} can't be written: {why}. Set another folder with --train.output, or free space "
             "there",

@@ -32,7 +32,7 @@ from sora_train.sample.write import read_listing, settings_of, write_listing
 from sora_train.sampling import Sampling
 from sora_train.schema import bucket_name
 from sora_train.settings import build
-from sora_train.storage import decode_text
+from sora_train.storage import decode_text, why_not_writable
 from sora_train.video import contact_sheet, slug, write_gif, write_mp4
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".pq", ".xlsx", ".gz")
@@ -53,6 +53,8 @@ def sample_prompts(path: str | Path, ask: SampleOptions, read: ReadGiven | None 
     if wrong := [seed for seed in seeds if not 0 <= seed < 2**63]:
         raise RecipeError(f"seed {wrong[0]} is out of range; use 0 to 2^63 - 1")
     starts = pair_prompts(ask)
+    if ask.out is not None:
+        check_writable(Path(ask.out))
     run = load_run(path, weights=ask.weights, lora=parse_lora(ask.lora))
     flags = ask.model_dump(include=set(Sampling.model_fields), exclude_none=True)
     how = build(Sampling, run.recipe.validation.model_dump(include=set(Sampling.model_fields)), flags, "sora sample")
@@ -63,12 +65,8 @@ def sample_prompts(path: str | Path, ask: SampleOptions, read: ReadGiven | None 
     given = read_starts(run, ask, [start for _, start in starts], shape, read)
     settings = settings_of(run, how) | dict(zip(("frames", "height", "width"), shape, strict=True))
     folder = Path(ask.out) if ask.out is not None else run.folder / "samples" / "prompts"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{folder} can't be made ({error.strerror}); name another folder with --out", code="not_writable"
-        ) from None
+    check_writable(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     asked = [(prompt, seed, each) for (prompt, _), each in zip(starts, given, strict=True) for seed in seeds]
     log.info(f"sampling {len(asked)} of {describe_shape(run, shape)} from {run.checkpoint} on {run.device}")
     progress = every_few_seconds(lambda done, of: log.info(f"sampling: {done} of {of} steps"))
@@ -100,6 +98,12 @@ def sample_prompts(path: str | Path, ask: SampleOptions, read: ReadGiven | None 
             listing[file.name] = {"file": file.name, **about}
         write_listing(folder, run, list(listing.values()))
     return written
+
+
+def check_writable(folder: Path) -> None:
+    """Raises UserError if the videos can't be written, before any is sampled."""
+    if why := why_not_writable(folder):
+        raise UserError(f"{folder} can't be written: {why}; name another folder with --out", code="not_writable")
 
 
 def check_guidance(run: Run, how: Sampling) -> None:

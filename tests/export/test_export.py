@@ -320,8 +320,9 @@ def test_nothing_is_ever_written_over(exported, tmp_path):
         export(folder, tmp_path / "w.safetensors", weights_only=True)
     with pytest.raises(UserError, match="no folder"):
         export(folder, tmp_path / "mine" / "letter.txt")
-    with pytest.raises(UserError, match="can't be written"):
-        export(folder, tmp_path / "mine" / "letter.txt" / "out", weights_only=True)
+    for run in (folder, tmp_path / "nowhere"):  # before anything is loaded
+        with pytest.raises(UserError, match="can't be written"):
+            export(run, tmp_path / "mine" / "letter.txt" / "out", weights_only=True)
     (tmp_path / "empty").mkdir()
     export(folder, tmp_path / "empty", weights_only=True)
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}

@@ -157,8 +157,11 @@ def test_what_cannot_be_sampled_is_refused_with_what_to_do(made_run, run, tmp_pa
         sample_prompts(made_run, SampleOptions())
     with pytest.raises(UserError, match="out of range"):
         sample_prompts(made_run, SampleOptions(prompt=("a",), seed=(-1,)))
-    with pytest.raises(UserError, match=r"can't be made .*--out"):
-        sample_prompts(made_run, SampleOptions(prompt=("a",), out=str(tmp_path / "recipe.yaml" / "inside")))
+    for folder in (made_run, tmp_path / "nowhere"):  # before anything is loaded
+        with pytest.raises(UserError, match=r"can't be written: .*--out"):
+            sample_prompts(folder, SampleOptions(prompt=("a",), out=str(tmp_path / "recipe.yaml" / "inside")))
+    with pytest.raises(UserError, match=r"/proc can't be written: .*--out"):
+        sample_prompts(made_run, SampleOptions(prompt=("a",), out="/proc"))
     with pytest.raises(UserError, match="--guidance_interval is .9.0, 1.0.; it must rise"):
         sample_prompts(made_run, SampleOptions(prompt=("a",), guidance_interval=(9, 1)))
 

@@ -18,10 +18,10 @@ from PIL import Image
 from pyarrow import fs
 
 from data_prep.buckets import Bucket
-from data_prep.inspect.page import write_page
+from data_prep.inspect.page import check_page, write_page
 from data_prep.video.clips import ClipSpan
 from data_prep.video.decode_process import Decoder
-from sora_train import manifest, schema
+from sora_train import cli, manifest, schema
 from sora_train.codec.vae import Vae, load_vae
 from sora_train.data.config import DataConfig, SelectionConfig
 from sora_train.errors import UserError
@@ -274,6 +274,25 @@ def test_nothing_is_written_where_the_vae_is_not_the_one(changed, shards: Path, 
     with pytest.raises(UserError, match=r"is a folder. Name a file, such as .*/inspect\.html"):
         write_page(str(shards), str(tmp_path))
     assert not out.exists()
+
+
+@pytest.mark.parametrize("place", ["{tmp_path}/file/page.html", "/proc/page.html", "s3://no-such-bucket/page.html"])
+def test_a_page_that_can_not_be_written_is_found_before_the_shards_are_read(
+    tmp_path: Path, s3: str, capsys: pytest.CaptureFixture[str], place: str
+):
+    (tmp_path / "file").touch()
+    page = place.format(tmp_path=tmp_path)
+    assert cli.main(["inspect", str(tmp_path / "nowhere"), "--check", "--html", page]) == cli.EXIT_FAILED
+    assert f"{page} can't be written: " in capsys.readouterr().err
+
+
+def test_the_check_of_a_page_leaves_nothing(tmp_path: Path, s3: str):
+    for folder in (str(tmp_path), s3):
+        check_page(f"{folder}/new/page.html")
+    system, bucket = resolve(s3)
+    infos = system.get_file_info(fs.FileSelector(bucket, recursive=True))
+    assert [info.path for info in infos if info.type == fs.FileType.File] == []
+    assert not list(tmp_path.iterdir())
 
 
 def test_latents_of_another_shape_are_named(changed, tmp_path: Path):
