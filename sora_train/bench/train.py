@@ -146,7 +146,7 @@ def bare_loop(model: Transformer, recipe: Recipe, data: Iterable[Sequence[MicroB
         if copied:
             return model(x.bfloat16(), t, text.bfloat16(), text_mask).float()
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            return model(x, t, text, text_mask).float()
+            return model(x, t, text.float(), text_mask).float()
 
     def accumulate() -> None:
         """Adds the gradients of a micro-batch to those of the masters."""

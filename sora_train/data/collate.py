@@ -23,7 +23,7 @@ PAD_TOKENS = 32
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Float32 tensors of one forward and backward pass, and the clips that they were made of."""
+    """Tensors of one forward and backward pass, float32 except the text, and the clips that they were made of."""
 
     latents: Float[Tensor, "b f c h w"]
     """Normalised per channel: about mean 0, standard deviation 1."""
@@ -31,7 +31,8 @@ class MicroBatch:
     t: Float[Tensor, "b"]
     """Diffusion times, as the objective draws them."""
     text: Float[Tensor, "b l e"]
-    """Caption embeddings, padded with zeros to one of `padded_lengths`."""
+    """Caption embeddings in the shards' float16, padded with zeros to one of `padded_lengths`. The device gets half the
+    bytes of float32, and converts them exactly, or rounds them to bfloat16 as it would round float32."""
     text_mask: Bool[Tensor, "b l"]
     """True for real tokens."""
     weight: Float[Tensor, "b"]
@@ -104,7 +105,7 @@ def collate(
         null[: len(caption)] if drawn.dropped else caption for caption, drawn in zip(drawn_text, draws, strict=True)
     ]
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (manifest.vae.mean, manifest.vae.std))
-    embeddings = [torch.from_numpy(caption.astype(np.float32)) for caption in captions]
+    embeddings = [torch.from_numpy(caption.astype(np.float16)) for caption in captions]  # a copy; torch warns of views
     text, text_mask = pad_text(embeddings, manifest.text.max_tokens)
     return MicroBatch(
         latents=(torch.stack([drawn.latents for drawn in draws]) - mean) / std,

@@ -98,10 +98,10 @@ class Engine:
         text: Float[Tensor, "b l e"],
         text_mask: Bool[Tensor, "b l"],
     ) -> Float[Tensor, "b f o h w"]:
-        """Runs the model in the run's precision; float32 in, float32 out."""
+        """Runs the model in the run's precision; float32 in, with text also float16, and float32 out."""
         if self.autocast:
             with torch.autocast(self.device.type, torch.bfloat16):
-                return self.inner(x, t, text, text_mask).float()
+                return self.inner(x, t, text.float(), text_mask).float()
         return self.inner(x.to(self.dtype), t, text.to(self.dtype), text_mask).float()
 
     def backward(self, loss: Float[Tensor, ""], *, last: bool) -> None:

@@ -159,12 +159,12 @@ def test_text_is_a_caption_or_the_empty_one_with_masked_padding(make_shards):
     shards = ShardSet(make_shards(30))
     clips = shards.read(BUCKET, range(30))
     made = collate(clips, 0, manifest=shards.manifest, objective=FLOW, seed=0, step=0, caption_dropout=0.3)
-    empty = torch.from_numpy(shards.manifest.null_embedding("eos").astype(np.float32))
+    empty = torch.from_numpy(shards.manifest.null_embedding("eos").copy())
     assert 0 < made.dropped.sum() < 30
     for row in range(30):
         text = made.text[row][made.text_mask[row]]
         assert not made.text[row][~made.text_mask[row]].any()
-        choices = [torch.from_numpy(caption.astype(np.float32)) for caption in clips.text[row]]
+        choices = [torch.from_numpy(caption.copy()) for caption in clips.text[row]]
         assert any(torch.equal(text, choice) for choice in ([empty] if made.dropped[row] else choices))
     assert made.text_mask.sum(1).max() == 5
     assert made.text.shape[1] == 9  # the shards' longest caption
@@ -183,11 +183,12 @@ def test_a_dropped_caption_becomes_a_null_prompt_of_its_length(make_shards):
     assert len(set(kept.text_mask.sum(1).tolist())) > 2  # captions of several lengths
     assert torch.equal(made.text_mask, kept.text_mask)
     for row, dropped in enumerate(made.dropped.tolist()):
-        null = torch.tensor([0.5] + [-2.0] * (int(kept.text_mask[row].sum()) - 1))[:, None].expand(-1, width)
+        values = [0.5] + [-2.0] * (int(kept.text_mask[row].sum()) - 1)
+        null = torch.tensor(values, dtype=torch.float16)[:, None].expand(-1, width)
         expected = null if dropped else kept.text[row][kept.text_mask[row]]
         assert torch.equal(made.text[row][made.text_mask[row]], expected)
     single = collate(clips, 0, **how, caption_dropout=1.0, null_prompt="eos")
-    assert torch.equal(single.text[single.text_mask], torch.full((30, width), 0.5))
+    assert torch.equal(single.text[single.text_mask], torch.full((30, width), 0.5, dtype=torch.float16))
 
 
 def test_captions_are_dropped_per_clip_and_drawn_evenly():

@@ -11,6 +11,7 @@ from reading import KINDS, at_step, checkpoint_at, distance, losses, parts, reco
 from safetensors.torch import load_file
 
 from sora_train.errors import UserError
+from sora_train.model import ModelConfig, build
 from sora_train.train.config import TrainConfig
 from sora_train.train.engine import Engine
 
@@ -171,3 +172,25 @@ def test_a_value_that_deepspeed_does_not_take_is_one_message(raw: dict, says: st
         Engine(torch.nn.Linear(4, 4), config, accumulation=1, device=torch.device("cpu"))
     assert str(caught.value).startswith("DeepSpeed rejects train.deepspeed: ")
     assert says in str(caught.value)
+
+
+def test_text_in_float16_is_rounded_as_its_float32_would_be():
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    text = bits[bits.isfinite()]
+    assert torch.equal(text.bfloat16(), text.float().bfloat16())
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "bf16"), (3, "bf16"), (1, "fp32")])
+def test_an_engine_computes_the_same_from_text_in_float16(stage: int, precision: str):
+    if not dist.is_initialized():  # all tests of a process share one: DeepSpeed keeps the first
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    config = TrainConfig(zero_stage=stage, precision=precision, batch_size=2, micro_batch_size=2)
+    torch.manual_seed(0)
+    model = build(ModelConfig(width=16, depth=2, heads=2, text_width=8, sample_size=4, pooled_text=True))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    engine = Engine(model, config, accumulation=1, device=torch.device("cpu"))
+    x, t, text = torch.randn(2, 2, 4, 4, 4), torch.tensor([3.0, 900.0]), torch.randn(2, 5, 8).half()
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    with torch.no_grad():
+        assert torch.equal(engine(x, t, text, mask), engine(x, t, text.float(), mask))
