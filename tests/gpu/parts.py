@@ -22,6 +22,7 @@ from sora_train.train.config import TrainConfig
 from sora_train.train.ema import Ema
 from sora_train.train.engine import Engine
 from sora_train.train.fp8 import LEAST_CAPABILITY
+from sora_train.train.metrics import Events
 from tests.gpu.numerics import numerics
 from tests.gpu.setting import apart, join, make_shards, only, run, size_of
 from tests.gpu.speed import attention, sampled, table, trained
@@ -94,16 +95,23 @@ def compiled(device: torch.device, out: Path) -> str:
 
 
 def resumed(device: torch.device, out: Path) -> str:
-    """A resume gives the losses of the run that went on."""
+    """A resume gives the losses of the run that went on. Our kernels are right, and a choice of attention was made."""
     join(device)
     shards = make_shards(out / "shards", size_of(device))
     settings = {"steps": 6, "checkpoint_every": 3, "precision": "bf16"}
     whole = [line["loss"] for line in run(device, shards, out / "whole", **settings)]
+    events = [(event["event"], event["reason"]) for event in Events(out / "whole").lines.read()]
+    assert "no_kernels" not in dict(events), events
+    (out / "rest").mkdir()
+    for event in events:  # a resume is in the same folder, and knows the choice of attention
+        Events(out / "rest").write(event[0], 0, event[1])
     rest = run(device, shards, out / "rest", out / "whole/checkpoints/step_00000003", **settings)
+    chosen = [reason for name, reason in events if name == "attention"]
+    assert len(chosen) == (device.type == "cuda"), events
     assert [line["step"] for line in rest] == [4, 5, 6]
     worst = furthest([line["loss"] for line in rest], whole[3:])
     assert worst <= (0.0 if device.type == "cpu" else 1e-3), f"a loss after the resume is {worst:.1e} off"
-    return f"losses of steps 4 to 6 within {worst:.1e}"
+    return "; attention: ".join([f"losses of steps 4 to 6 within {worst:.1e}", *chosen])
 
 
 def codecs(device: torch.device, out: Path) -> str:
