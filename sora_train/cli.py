@@ -94,13 +94,15 @@ def run(verb: str, words: Sequence[str]) -> None:
                 prep(recipe)
         case "inspect":
             (shards,), options = folders_of(verb, words)
-            from data_prep.inspect.table import check_shards, format_table, inspect
+            from data_prep.inspect.table import format_table, inspect
 
             if options.html:
                 from data_prep.inspect.page import check_page
 
                 check_page(options.html)
             if options.check:
+                from data_prep.inspect.check import check_shards
+
                 check_shards(shards)
             counts = inspect(shards)
             print_result(json.dumps(counts) if options.json else format_table(counts))

@@ -49,6 +49,8 @@ GRACE_S = 600.0
 """A replaced piece stays for this time, for readers that listed it before."""
 OPENERS = 16  # footers that are fetched in parallel
 LISTINGS = 5
+DAMAGE = (pa.ArrowException, OSError, KeyError)
+"""What reading a damaged piece raises."""
 
 
 @dataclass(frozen=True)
@@ -137,11 +139,25 @@ def pieces(folder: str, kind: Kind) -> list[Piece]:
     return _survey(folder, kind)[0]
 
 
+def find_damaged(folder: str, kind: Kind) -> list[str]:
+    """Paths of the pieces that can't be read completely. Reads all of them; reasons are logged."""
+    (system, _), (found, damaged) = resolve(folder), _survey(folder, kind)
+    for piece in found:
+        try:
+            for _ in _tables(system, kind, piece, KINDS[kind].names):
+                pass
+        except DAMAGE as error:
+            _report_damage(system, piece.path, error)
+            damaged.append(piece.path)
+    return damaged
+
+
 def delete_damaged(folder: str, kind: Kind) -> None:
-    """Deletes the pieces that can't be read. Their rows must be added again."""
+    """Deletes the pieces that can't be read completely. Their rows must be added again."""
     system, _ = resolve(folder)
+    damaged = find_damaged(folder, kind)
     with storage_errors(folder, "cleaned up"):
-        for path in _survey(folder, kind)[1]:
+        for path in damaged:
             system.delete_file(path)
 
 
@@ -199,14 +215,18 @@ def _open(system: fs.FileSystem, kind: Kind, info: fs.FileInfo) -> Piece | None:
 def _read_piece(
     system: fs.FileSystem, kind: Kind, piece: Piece, columns: Sequence[str] | None = None
 ) -> Iterator[pa.Table]:
-    names = list(columns or KINDS[kind].names)
     try:
-        with system.open_input_file(piece.path) as file:
-            opened = pq.ParquetFile(file, metadata=piece.footer, pre_buffer=False, page_checksum_verification=True)
-            for group in range(opened.num_row_groups):
-                yield opened.read_row_group(group, names, use_threads=False).replace_schema_metadata(None)
-    except (pa.ArrowException, OSError, KeyError) as error:
+        yield from _tables(system, kind, piece, columns or KINDS[kind].names)
+    except DAMAGE as error:
         _report_damage(system, piece.path, error)
+
+
+def _tables(system: fs.FileSystem, kind: Kind, piece: Piece, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """The row groups of a piece. Raises one of DAMAGE."""
+    with system.open_input_file(piece.path) as file:
+        opened = pq.ParquetFile(file, metadata=piece.footer, pre_buffer=False, page_checksum_verification=True)
+        for group in range(opened.num_row_groups):
+            yield opened.read_row_group(group, list(columns), use_threads=False).replace_schema_metadata(None)
 
 
 def _report_damage(system: fs.FileSystem, path: str, error: Exception) -> None:

@@ -78,7 +78,7 @@ class InspectOptions:
     json: bool = False
     """Print one JSON object instead of a table."""
     check: bool = False
-    """Verify the checksums of all bytes in the shards, and name what is damaged."""
+    """Verify the checksums of all bytes in the shards and their index, compare the two, and name what is damaged."""
     html: str | None = None
     """Write one HTML page: clips decoded from their latents, distributions, and skipped clips."""
     clips: PositiveInt = 12

@@ -181,22 +181,6 @@ def _example(row: dict) -> str:
     return one_line(f"{row['source']}: {row['message']}"[:300])
 
 
-def check_shards(folder: str) -> None:
-    """Reads every page of every shard. Raises UserError that names files whose checksums don't match."""
-    system, _ = resolve(folder)
-    damaged: list[str] = []
-    for file in shard_files(folder):
-        try:
-            with system.open_input_file(file) as opened:
-                parquet = pq.ParquetFile(opened, page_checksum_verification=True)
-                for group in range(parquet.num_row_groups):
-                    parquet.read_row_group(group, use_threads=False)
-        except (pa.ArrowException, OSError) as error:
-            damaged.append(f"{file} ({one_line(str(error))})")
-    if damaged:
-        raise UserError(f"damaged: {'; '.join(damaged)}. Delete these files and run `sora prep` again", code="shards")
-
-
 def format_table(counts: dict) -> str:
     """The counts as text."""
     return "\n".join(_table_lines(counts))

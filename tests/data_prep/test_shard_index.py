@@ -1,5 +1,6 @@
 """The index agrees with the shards after every kill, deletion and damage, and drops clips without rewriting them."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep import commits
+from data_prep.inspect.check import check_shards
 from data_prep.inspect.table import format_table, inspect
 from data_prep.resume import SourceRecord
 from data_prep.shard_index import drop_rows, stored_clips, sync_index
@@ -15,7 +17,7 @@ from data_prep.shards import write_shard
 from data_prep.sources import row_id
 from data_prep.stored import count_clips
 from sora_train.errors import UserError
-from sora_train.index import CLIPS, append, compact, pieces, read
+from sora_train.index import CLIPS, KINDS, SOURCES, append, compact, pieces, read
 from sora_train.schema import QUARANTINE_SCHEMA, SHARD_SCHEMA, encode_row, shard_files
 from sora_train.storage import resolve
 
@@ -50,6 +52,10 @@ def clips(folder: str) -> pa.Table:
 def indexed(folder: str) -> list[str]:
     """Sorted ids of all clips in the index."""
     return sorted(name for table in read(folder, "clips", ["sample_id"]) for name in table["sample_id"].to_pylist())
+
+
+def one_row(schema: pa.Schema) -> pa.Table:
+    return pa.table([pa.nulls(1, kind) for kind in schema.types], schema=schema)
 
 
 def ids(*numbers: int) -> list[str]:
@@ -118,6 +124,42 @@ def test_a_damaged_piece_is_replaced(folder: str, kind, tmp_path: Path, caplog: 
     assert clips(folder)["sample_id"].to_pylist() == before["sample_id"].to_pylist() + ids(*range(70, 75))
     assert not caplog.text
     assert not first.exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cut", [True, False], ids=["cut off", "flipped byte"])
+def test_check_names_a_damaged_piece_and_prep_replaces_it(folder: str, kind, cut: bool, tmp_path: Path):
+    sync_index(folder, "key")
+    append(folder, "sources", one_row(SOURCES))
+    append(folder, "failures", one_row(QUARANTINE_SCHEMA))
+    check_shards(folder)
+    (piece,) = (tmp_path / "index" / kind).iterdir()
+    content = bytearray(piece.read_bytes())
+    column = pq.read_metadata(piece).row_group(0).column(0)
+    content[(column.dictionary_page_offset or column.data_page_offset) + column.total_compressed_size - 1] ^= 1
+    piece.write_bytes(content[:-9] if cut else content)
+    with pytest.raises(UserError, match=f"damaged: {piece}. Delete these files and run `sora prep`"):
+        check_shards(folder)
+    sync_index(folder, "key")
+    assert not piece.exists()
+    check_shards(folder)
+    assert indexed(folder) == clips(folder)["sample_id"].to_pylist() == ids(*range(55))
+
+
+def test_check_names_shards_that_the_index_describes_otherwise(folder: str, tmp_path: Path, capsys):
+    sync_index(folder, "key")
+    drop_rows(folder, {A: [0]})
+    write(folder, "bucket=1x8x8/part-000009-d.parquet", 70, 75)
+    check_shards(folder)
+    assert "the index does not describe bucket=1x8x8/part-000009-d.parquet;" in capsys.readouterr().out
+    size = (tmp_path / B).stat().st_size
+    write(folder, B, 46, 51)
+    assert (tmp_path / B).stat().st_size == size
+    with pytest.raises(UserError, match=f"describes {B} otherwise than they are. Delete {tmp_path}/index and run"):
+        check_shards(folder)
+    shutil.rmtree(tmp_path / "index")
+    sync_index(folder, "key")
+    check_shards(folder)
 
 
 def test_a_dropped_clip_is_gone_while_its_shard_stays(folder: str):

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_prep.inspect.check import check_shards
 from data_prep.inspect.previews import read_rows_at
-from data_prep.inspect.table import check_shards, format_table, inspect, min_median_max, read_inventory
+from data_prep.inspect.table import format_table, inspect, min_median_max, read_inventory
 from data_prep.shard_index import drop_rows, sync_index
 from sora_train.errors import UserError
 from sora_train.manifest import Manifest
