@@ -134,7 +134,8 @@ def describe_changes(run: Path, recipe: Recipe, step: int) -> str:
     """The keys that changed since the run last started, and any jump of the learning rate at `step`; "" if none."""
     changed = changed_keys(run, recipe)
     found = [change for change in changed if change.startswith(CLIP_KEYS) or not change.startswith(UNREPORTED_KEYS)]
-    before, after = learning_rate(saved_recipe(run).train, step - 1), learning_rate(recipe.train, step)
-    if found and abs(after - before) > 0.2 * before:
+    before, now = (learning_rate(r.train, step - 1) for r in (saved_recipe(run), recipe))
+    if abs(now - before) > 0.2 * before:
+        after = learning_rate(recipe.train, step)
         found.append(f"the learning rate is {before:.3g} at step {step} and {after:.3g} at step {step + 1}")
     return "; ".join(found)

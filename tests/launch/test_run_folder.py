@@ -142,6 +142,18 @@ def test_in_bf16_a_run_does_not_change_from_or_to_stage_0(
     assert check_resume(run, of(now, "fp32"), manifest) == 3
 
 
+def test_a_rate_that_only_warms_up_is_no_change(run: Path, recipe):
+    """From step 3 to 4 of the warm-up the rate rises by a third."""
+
+    def of(**changes: object):
+        return recipe.model_copy(update={"train": recipe.train.model_copy(update={"warmup_steps": 100} | changes)})
+
+    save_recipe(of(), run / "recipe.yaml")
+    assert describe_changes(run, of(), 3) == ""
+    assert describe_changes(run, of(guard_spike=7.0), 3) == "train.guard_spike was 5.0 and is 7.0"
+    assert "the learning rate is 3e-06 at step 3 and 4e-05 at step 4" in describe_changes(run, of(warmup_steps=10), 3)
+
+
 @pytest.mark.parametrize(
     ("then", "now", "same"),
     [("bf16", "fp8", True), ("fp8", "bf16", True), ("fp32", "bf16", False), ("fp8", "fp32", False)],
