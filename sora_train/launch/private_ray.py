@@ -1,4 +1,7 @@
-"""All uses of Ray's private modules (ray 2.60). `tests/launch/test_private_ray.py` fails when they change."""
+"""Uses of Ray's private modules (ray 2.60), except one in `ray_cluster/local_ray.py`.
+
+`tests/launch/test_private_ray.py` and `test_stops.py` fail when they change.
+"""
 
 from __future__ import annotations
 

@@ -17,9 +17,9 @@ import ray
 from sora_train.errors import UserError
 from sora_train.log import log
 from sora_train.ray_cluster.local_ray import (
-    block_sighup,
     fixed_address,
     outside_working_dir,
+    own_process_groups,
     private_token,
     short_temp_dir,
     temp_dir,
@@ -55,7 +55,7 @@ def connect(address: str = "auto", min_cpus: int = 1) -> Iterator[bool]:
             stack.enter_context(outside_working_dir())
             if own:
                 # With `local` Ray never joins a cluster that another process left running; `num_cpus` would raise then.
-                for setting in (short_temp_dir, private_token, fixed_address, block_sighup):
+                for setting in (short_temp_dir, private_token, fixed_address, own_process_groups):
                     stack.enter_context(setting())
                 cpus, wait = max(os.cpu_count() or 1, min_cpus), "Ray is still starting on this machine"
             else:

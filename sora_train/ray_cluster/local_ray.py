@@ -1,4 +1,4 @@
-"""Settings for a Ray started on this machine: temporary folder, address, token, signals."""
+"""Settings for a Ray started on this machine: temporary folder, address, token, process groups."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import contextlib
 import os
 import random
 import secrets
-import signal
 import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import ray
+from ray._private import services
 
 import sora_train
 from sora_train.errors import UserError
@@ -41,13 +42,18 @@ def outside_working_dir() -> Iterator[None]:
 
 
 @contextmanager
-def block_sighup() -> Iterator[None]:
-    """Processes started in the block ignore SIGHUP: a closed terminal must not end Ray before a checkpoint is saved."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+def own_process_groups() -> Iterator[None]:
+    """Ray's processes that are started in the block leave this command's process group.
+
+    A closed terminal and `timeout` send their signal to the whole group, which would end Ray before a checkpoint is
+    saved. Ray has no setting for it, so its class for processes is replaced (ray 2.60).
+    """
+    before = services.ConsolePopen
+    services.ConsolePopen = partial(before, process_group=0)  # type: ignore[assignment]
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        services.ConsolePopen = before
 
 
 @contextmanager

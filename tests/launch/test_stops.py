@@ -39,8 +39,8 @@ def answers_signals() -> None:
 def terminated(
     recipe: Recipe, when: Callable[[str], bool], number: int = signal.SIGTERM, times: int = 1
 ) -> tuple[int, str, float]:
-    """Runs `sora train` and sends it a signal once `when` holds for what it has printed, SIGTERM to it alone and others
-    to its process group, as a terminal does; returns its exit code, its output, and the seconds that it took to end."""
+    """Runs `sora train` and signals its process group once `when` holds for what it has printed, as a terminal and
+    `timeout` do; returns its exit code, its output, and the seconds that it took to end."""
     path = Path(recipe.train.output) / f"{recipe.name}.yaml"
     save_recipe(recipe, path)
     said = path.with_suffix(".txt")
@@ -58,10 +58,7 @@ def terminated(
                 time.sleep(0.1)
             began = time.monotonic()
             for _ in range(times):
-                if number == signal.SIGTERM:
-                    process.send_signal(number)
-                else:
-                    os.killpg(process.pid, number)
+                os.killpg(process.pid, number)
                 while process.poll() is None and "saving a checkpoint" not in said.read_text() and times > 1:
                     time.sleep(0.05)
             code = process.wait(timeout=240)
