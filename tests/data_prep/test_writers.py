@@ -1,7 +1,9 @@
 """Clips reach shards through Ray's tasks, whole and in order; the driver gets only facts."""
 
+import contextlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -250,3 +252,76 @@ def test_blocks_that_are_lost_with_their_node_stall_the_pipeline(tmp_path: Path,
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_writer_that_wakes_after_its_repeat_changes_nothing(tmp_path: Path, one_ray, monkeypatch):
+    """Its node stops in the middle of a shard until Ray has repeated the task elsewhere, and then goes on."""
+    import ray
+    from ray.cluster_utils import Cluster
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    stopped, woken, folder = tmp_path / "stopped", tmp_path / "woken", tmp_path / "shards"
+    stop_in, write_all = stopped_once_in(stopped), module.write_blocks._function
+
+    def stop_once(folder, path, key, rows, *blocks):
+        if stopped.exists():
+            return write_all(folder, path, key, rows, *blocks)
+        write_shard(resolve(folder)[0], path, key, stop_in(blocks))
+        woken.touch()
+        return os.stat(path).st_size, ray.util.get_node_ip_address()
+
+    one_ray.stop()
+    # A node is lost after three seconds without an answer, a worker on it after ten: by default after seven minutes.
+    quick = {"health_check_period_ms": 1000, "health_check_timeout_ms": 1000, "health_check_failure_threshold": 3}
+    quick |= {"grpc_client_keepalive_time_ms": 5000, "grpc_client_keepalive_timeout_ms": 5000}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": quick})
+    node = cluster.add_node(num_cpus=1)
+    raylet, worker = node.all_processes["raylet"][0].process.pid, 0
+    try:
+        ray.init(cluster.address, log_to_driver=False)
+        there = NodeAffinitySchedulingStrategy(node.node_id, soft=True)
+        task = ray.remote(num_cpus=0, max_retries=3, scheduling_strategy=there)(stop_once)
+        monkeypatch.setattr(module, "write_blocks", task)
+        made = ShardWriters(str(folder), "key", 256_000_000)
+        for start in range(0, 80, 16):
+            table = ray.put(block(range(start, start + 16)))
+            facts = fetch(block_facts.remote(table), "facts").to_pylist()
+            made.add(table, {"4x64x64": list(range(16))}, facts)
+        flush = threading.Thread(target=made.flush, args=(100,))
+        flush.start()
+        while not (stopped.exists() and stopped.read_text()):
+            time.sleep(0.1)
+        worker = int(stopped.read_text())
+        os.kill(raylet, signal.SIGSTOP)
+        flush.join(150)
+        (shard,) = made.take_finished()
+        before = Path(shard.path).read_bytes(), os.stat(shard.path).st_ino
+        assert not woken.exists()
+        os.kill(worker, signal.SIGCONT)
+        while not woken.exists():
+            time.sleep(0.1)
+        assert os.stat(shard.path).st_ino != before[1]  # it was written again
+        assert Path(shard.path).read_bytes() == before[0]
+        assert ids(folder) == {"4x64x64": list(range(80))}
+        assert [path.name for path in folder.rglob("*") if path.is_file()] == [Path(shard.path).name]
+    finally:
+        for process in filter(None, (worker, raylet)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def stopped_once_in(mark: Path) -> Callable:
+    """Stops the process the first time after the third table."""
+
+    def tables(given):
+        for number, table in enumerate(given):
+            if number == 3:
+                mark.write_text(str(os.getpid()))
+                os.kill(os.getpid(), signal.SIGSTOP)
+            yield table
+
+    return tables
