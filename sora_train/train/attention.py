@@ -72,8 +72,8 @@ def try_kernels_on_all_ranks(groups: Iterable[AttentionShape], run_dir: RunDir, 
 
 def choose_on_rank_0(weights: Mapping[AttentionShape, float], run_dir: RunDir, device: torch.device) -> str:
     """The choice that an earlier start of the run made on such a GPU, or what is measured. Collective."""
-    lacks_flash3 = first_reason("" if find_spec("flash_attn_interface") else "has no FlashAttention-3")
-    choices, chosen = [name for name in OFF if name != FLASH3 or not lacks_flash3], [OWN]
+    no_flash3, chosen = first_reason(why_no_flash3()), [OWN]
+    choices = [name for name in OFF if name != FLASH3 or not no_flash3]
     if dist.get_rank() == 0 and weights:
         where = f"on {torch.cuda.get_device_name(device)} with torch {torch.__version__}"
         reasons = [event["reason"] for event in run_dir.events.lines.read() if event["event"] == "attention"]
@@ -125,6 +125,19 @@ def time_passes(one: AttentionShape, device: torch.device) -> tuple[list[Tensor]
     return found, seconds(lambda: [once() for _ in range(calls)]) / calls if calls > 1 else taken
 
 
+def why_no_flash3() -> str:
+    """Why this process can't use FlashAttention-3, or an empty string."""
+    if find_spec("flash_attn_interface") is None:
+        return "its package is not installed"
+    try:
+        use(FLASH3)
+    except Exception as error:  # of the package, or of another torch
+        return error_line(error)
+    finally:
+        use(OWN)
+    return ""
+
+
 def fastest(times: Mapping[str, float]) -> str:
     """The choice that takes least, or torch's own order if that is about as fast."""
     best = min(times, key=times.__getitem__)
@@ -137,5 +150,5 @@ def use(choice: str) -> None:
     torch.backends.cuda.enable_flash_sdp("flash" not in OFF[choice])
     if choice == FLASH3:
         backends.activate_flash_attention_impl("FA3")
-    elif backends.current_flash_attention_impl():
+    elif getattr(backends, "current_flash_attention_impl", bool)():  # older versions of torch have none
         backends.restore_flash_attention_impl()

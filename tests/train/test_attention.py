@@ -91,6 +91,13 @@ def test_nothing_is_measured_on_a_cpu(tiny_shards: Path, tmp_path: Path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("found", [None, "a package"])
+def test_flash_attention_3_that_is_absent_or_broken_is_no_choice(found: str | None, monkeypatch):
+    monkeypatch.setattr(attention, "find_spec", lambda name: found)  # it is not there, or can't be imported
+    assert attention.why_no_flash3()
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
 RANK = """
 import os, sys
 from pathlib import Path
@@ -101,11 +108,11 @@ from sora_train.train.run_dir import RunDir
 rank, store, out, own, other = int(sys.argv[1]), *sys.argv[2:]
 dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
 torch.cuda.get_device_name = lambda device: "NVIDIA Made Up"
-def measure(*_):
-    assert rank == 0
+def measure(weights, choices, device):
+    assert rank == 0 and attention.FLASH3 not in choices  # rank 1 lacks it
     return {attention.OWN: float(own), "no flash": float(other)}
 attention.measure = measure
-attention.find_spec = lambda name: rank  # rank 0 lacks FlashAttention-3
+attention.why_no_flash3 = lambda: "it is not installed" if rank else ""
 weights = {AttentionShape("joint", 1, 8, 8, 2, 16): 1.0}
 print(attention.choose_on_rank_0(weights, RunDir(Path(out)), torch.device("cpu")), flush=True)
 dist.barrier()
