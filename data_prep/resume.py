@@ -158,7 +158,7 @@ def reconcile(
     for table in saved.failures(QUARANTINE_SCHEMA.names):
         begin, end = np.searchsorted(found.failures, [number, number + len(table)])
         for failure in table.take(found.failures[begin:end] - number).to_pylist():
-            stats.count_failure(failure)
+            stats.count_failure(failure, known=True)
         number += len(table)
     for _, failed in rows.select(found.outcome == FAILED):
         stats.asked += len(failed)

@@ -120,8 +120,8 @@ class PrepStats:
         if self._opened.add(source):
             self._bad_opened += source in self.bad_sources
 
-    def count_failure(self, failure: dict) -> str:
-        """Counts a clip that is not in the shards. Returns `quarantined` or `filtered`.
+    def count_failure(self, failure: dict, known: bool = False) -> str:
+        """Counts a clip that is not in the shards, and prints it unless `known`. Returns `quarantined` or `filtered`.
 
         `failure` has the columns of the quarantine; `stage` and `kind` follow from the reason.
         """
@@ -134,7 +134,8 @@ class PrepStats:
         if reason in BAD_SOURCE_REASONS and source not in self._good:
             self._bad_opened += source not in self.bad_sources and source in self._opened
             self.bad_sources[source] = reason
-        self.print_remark(f"{source} is {kind}: {reason}: {failure['message']}")
+        if not known:
+            self.print_remark(f"{source} is {kind}: {reason}: {failure['message']}")
         return kind
 
     def print_remark(self, remark: str) -> None:

@@ -150,6 +150,14 @@ def test_only_failures_that_are_not_permanent_are_tried_again():
     assert (stats.asked, stats.written) == (2, 2)
 
 
+def test_failures_of_earlier_runs_are_counted_and_not_printed_again(capsys: pytest.CaptureFixture[str]):
+    stats = PrepStats(2, 1.0, "out")
+    saved = progress({"a1": "corrupt"}, a=["a0", "a1"])
+    reconcile(DATA, SourceRows.of([row("a"), row("b", reason="missing_file")]), stored("a0"), saved, stats)
+    assert stats.reasons == {"corrupt": 1, "missing_file": 1}
+    assert capsys.readouterr().out == "prep: b.mp4 is quarantined: missing_file: \n"
+
+
 def test_a_changed_file_is_encoded_again():
     state, stats, todo = resume([row("a", size=2), row("b")], stored("a0", "b0"), progress(a=["a0"], b=["b0"]))
     assert todo == [("a.mp4", [])]
