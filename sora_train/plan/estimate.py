@@ -88,12 +88,13 @@ def starting_bytes(model: ModelConfig, train: TrainConfig, lora: LoraConfig) -> 
 
 
 def batch_bytes(model: ModelConfig, train: TrainConfig, sizes: Sizes) -> int:
-    """Latents, noise, their mixture, target and error in float32, and the output. In bf16 also a second mixture,
-    output and text.
+    """Latents, noise, their mixture, target and error in float32, text in float16, and the output.
+
+    In bf16 also a second mixture and output. The text in the model's own dtype is among the activations.
     """
     half = HALF if train.half else 0
     values = sizes.b * sizes.f * sizes.h * sizes.w
-    text = sizes.b * sizes.l * model.text_width * FLOAT if half else 0  # in fp32 it is among the activations
+    text = sizes.b * sizes.l * model.text_width * HALF
     return values * (model.in_channels * (5 * FLOAT + half) + model.out_channels * (FLOAT + half)) + text
 
 

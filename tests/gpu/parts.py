@@ -170,7 +170,7 @@ def planned(device: torch.device, out: Path) -> str:
         for step in range(2):
             for last in (False, True):
                 x = torch.randn(micro, size.frames, 4, size.side, size.side, device=device)
-                words = torch.randn(micro, size.tokens, size.model.text_width, device=device)
+                words = torch.randn(micro, size.tokens, size.model.text_width, device=device).half()
                 mask = torch.ones(micro, size.tokens, dtype=torch.bool, device=device)
                 y = engine(x, torch.full((micro,), 500.0, device=device), words, mask)
                 engine.backward((y - x).square().mean(), last=last)

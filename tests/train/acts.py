@@ -180,7 +180,7 @@ def weigh(model: ModelConfig, out: Path, settings: dict, resume: str | None) -> 
     b, shape, text = settings["micro_batch_size"], (4, model.in_channels, 8, 8), (7, model.text_width)
 
     def backward(last: bool) -> None:
-        x, words = torch.randn(b, *shape), torch.randn(b, *text)
+        x, words = torch.randn(b, *shape), torch.randn(b, *text).half()
         y = engine(x, torch.full((b,), 500.0), words, torch.ones(b, text[0], dtype=torch.bool))
         engine.backward((y - x).square().mean(), last=last)
 
