@@ -47,11 +47,11 @@ class SplitLinear(nn.Module):
         return torch.cat([part(x) for part in self.children()], dim=-1)
 
 
-def add_adapters(model: Transformer, config: LoraConfig) -> None:
+def add_adapters(model: Transformer, config: LoraConfig, device: torch.device | None = None) -> None:
     """Puts adapters into the blocks of a model and freezes the rest. Changes no output: the matrices B are zero.
 
-    The adapters are float32 whatever the dtype of the base, and on its device. torch's generator of the CPU draws A, as
-    peft does.
+    The adapters are float32 whatever the dtype of the base, and on its device if no other is given. torch's generator
+    of the CPU draws A, as peft does.
     """
     import peft  # takes seconds
     from peft.tuners.lora import LoraLayer
@@ -67,6 +67,9 @@ def add_adapters(model: Transformer, config: LoraConfig) -> None:
     for layer in [module for module in model.modules() if isinstance(module, LoraLayer)]:
         layer.lora_A.float()
         layer.lora_B.float()
+        if device is not None:
+            layer.lora_A.to_empty(device=device)
+            nn.init.zeros_(layer.lora_B.to_empty(device=device).get_parameter(f"{ADAPTER}.weight"))
         a = layer.get_parameter(f"lora_A.{ADAPTER}.weight")  # peft's own is rounded to the base's dtype
         a.data.copy_(nn.init.kaiming_uniform_(torch.empty(a.shape, device="cpu"), a=5**0.5))
         layer.cast_input_dtype_enabled = False  # autocast casts, which a second copy of the input would not spare

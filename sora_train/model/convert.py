@@ -5,9 +5,9 @@ of each class.
 """
 
 import json
-from collections.abc import Collection
-from contextlib import ExitStack
+from collections.abc import Callable, Collection
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,22 +140,33 @@ def load_diffusers(model: Transformer, folder: str | Path) -> None:
     """Copies weights in diffusers' format into a model of their config, one tensor at a time. Raises as above."""
     folder = transformer_folder(Path(folder))
     check_weights(model, folder)
-    settings = json.loads((folder / "config.json").read_text())
-    image, padded, config = is_image_model(settings), settings.get(PADDED, False), model.config
-    if image and isinstance(model, Latte):
+    if isinstance(model, Latte) and not has_every_weight(folder):
         start_as_identity(model)
     wanted = model.state_dict()
-    names = tensor_names(config, wanted, image)
-    with ExitStack() as stack:
-        files: list[Any] = [stack.enter_context(safe_open(path, "pt")) for path in weight_files(folder)]
-        there: dict[str, Any] = {name: file for file in files for name in file.keys()}  # noqa: SIM118
-        for ours, theirs in names.items():
-            tensor = torch.cat([there[name].get_tensor(name) for name in theirs])
-            if not tensor.isfinite().all():
-                raise WeightsError(f"{folder}: {', '.join(theirs)} has values that are not finite")
-            if padded and ours.startswith("patch_out."):
-                tensor = without_variance(tensor, config)
-            wanted[ours].copy_(tensor.reshape(wanted[ours].shape))
+    for name, read in open_diffusers(model, folder).items():
+        wanted[name].copy_(read())
+
+
+def open_diffusers(model: Transformer, folder: Path) -> dict[str, Callable[[], Tensor]]:
+    """The weights in a transformer's folder by our names, for a model of their config. Each is read when called.
+
+    Raises WeightsError then for values that are not finite.
+    """
+    settings = json.loads((folder / "config.json").read_text())
+    shapes, padded = {name: tensor.shape for name, tensor in model.state_dict().items()}, settings.get(PADDED, False)
+    files: list[Any] = [safe_open(path, "pt") for path in weight_files(folder)]
+    there: dict[str, Any] = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+
+    def read(ours: str, theirs: tuple[str, ...]) -> Tensor:
+        tensor = torch.cat([there[name].get_tensor(name) for name in theirs])
+        if not tensor.isfinite().all():
+            raise WeightsError(f"{folder}: {', '.join(theirs)} has values that are not finite")
+        if padded and ours.startswith("patch_out."):
+            tensor = without_variance(tensor, model.config)
+        return tensor.reshape(shapes[ours])
+
+    names = tensor_names(model.config, shapes, is_image_model(settings))
+    return {ours: partial(read, ours, theirs) for ours, theirs in names.items()}
 
 
 def tensor_names(config: ModelConfig, wanted: Collection[str], image: bool = False) -> dict[str, tuple[str, ...]]:

@@ -6,7 +6,7 @@ from sora_train.lora.config import NO_LORA, LoraConfig
 from sora_train.lora.flops import training_flops
 from sora_train.model.config import ModelConfig
 from sora_train.plan.activations import FLOAT, HALF, Sizes, activations
-from sora_train.plan.states import States, parameter_counts, states
+from sora_train.plan.states import States, states
 from sora_train.train.config import TrainConfig
 from sora_train.train.loop import accumulation
 
@@ -30,25 +30,17 @@ class Estimate:
     """The same as gradients are reduced."""
     stepping: int
     """The same as AdamW steps."""
-    starting: int
-    """Before DeepSpeed distributes it over the ranks: the whole model in float32, with adapters the base as it trains.
-    """
 
     @property
     def total(self) -> int:
-        """The peak."""
-        return max(self.starting, self.of_a_step)
-
-    @property
-    def of_a_step(self) -> int:
-        """The peak of a step."""
+        """The peak, which is one of a step: before the first, parameters are made one at a time."""
         return self.states.held + max(self.backward, self.sending, self.stepping)
 
     @property
     def buffers(self) -> int:
-        """`of_a_step` without states, activations and batch: communication, the update, gradients of activations."""
+        """`total` without states, activations and batch: communication, the update, gradients of activations."""
         shown = self.states.held + self.states.gradients + self.blocks + self.other + self.batch
-        return max(0, self.of_a_step - shown)
+        return max(0, self.total - shown)
 
 
 def estimate(model: ModelConfig, train: TrainConfig, sizes: Sizes, world: int, lora: LoraConfig = NO_LORA) -> Estimate:
@@ -76,15 +68,7 @@ def estimate(model: ModelConfig, train: TrainConfig, sizes: Sizes, world: int, l
         backward=before + made.total + batch + workspace + held.bucket + held.gathered,
         sending=held.gradients + held.bucket + held.copies + held.gathered + batch,
         stepping=held.gradients + held.update + (held.bucket if train.zero_stage == 3 else 0),
-        starting=starting_bytes(model, train, lora),
     )
-
-
-def starting_bytes(model: ModelConfig, train: TrainConfig, lora: LoraConfig) -> int:
-    """Bytes of the model that each rank makes before DeepSpeed gets it."""
-    counts = parameter_counts(model, lora)
-    base = HALF if train.half else FLOAT
-    return FLOAT * sum(counts.trained) + base * sum(counts.frozen) + sum(counts.int8)
 
 
 def batch_bytes(model: ModelConfig, train: TrainConfig, sizes: Sizes) -> int:

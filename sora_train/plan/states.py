@@ -121,13 +121,21 @@ def host_memory(
 ) -> tuple[dict[str, int], int]:
     """Bytes of CPU memory: of each rank by what they are, and the averaged weights on rank 0, at a checkpoint.
 
-    Without row groups of shards, and the processes themselves. `model` without `init_from` starts on the CPU.
+    Without row groups of shards, and the processes themselves. Random weights are drawn there before the first step;
+    below stage 3 rank 0 has all of them, in the place of the averaged ones.
     """
     held, counts = states(model, train, world, lora), parameter_counts(model, lora)
     copy = 4 * (held.ema + held.host.get("ema", 0))  # weights, two moments, EMA
-    more = FLOAT * sum(counts.every) - copy - sum(held.host.values())
+    more = drawn_bytes(model, world if train.zero_stage == 3 else 0) - copy - sum(held.host.values())
     begins = {} if model.init_from else {"random weights at the start": max(0, more)}
     return {**held.host, "a checkpoint's copy": copy, **begins}, FLOAT * sum(counts.trained)
+
+
+def drawn_bytes(model: ModelConfig, world: int) -> int:
+    """Bytes of random initial weights: a rank's share among `world` ranks, or none if 0, and the largest parameter."""
+    counts = parameter_counts(model).trained
+    share = sum(-(-count // world) for count in counts) if world else 0
+    return FLOAT * (share + max(counts))
 
 
 def states(model: ModelConfig, train: TrainConfig, world: int, lora: LoraConfig = NO_LORA) -> States:

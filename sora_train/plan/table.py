@@ -214,9 +214,7 @@ def breakdown(recipe: Recipe, own: Estimate, sizes: Sizes) -> list[str]:
     lines = [f"{f'each of {fewest} GPUs' if fewest > 1 else 'the GPU':<16}{'bytes':>10}"]
     lines += [f"{what:<16}{in_bytes(count):>10}  {note}".rstrip() for what, count, note in rows]
     note, added = "", sum(count for _, count, _ in rows)
-    if own.total == own.starting:
-        note = "  at the start: each rank has the whole model until DeepSpeed distributes it"
-    elif added > own.total:
+    if added > own.total:
         note = "  less than the sum: gradients appear as activations are freed"
     lines.append(f"{'at most':<16}{in_bytes(own.total):>10}{note}")
     parts, averaged = host_memory(recipe.model, recipe.train, fewest, recipe.lora)
@@ -236,7 +234,6 @@ def verdict(recipe: Recipe, own: Estimate, sizes: Sizes, room: int, memory: floa
         return f"fits: {in_bytes(own.total)} of {memory:g} GB; train.micro_batch_size up to {most} would"
     remedies = remedies_for(recipe, sizes, room)
     none = "no single key is enough: use ZeRO 3 on more workers with activation_checkpointing full, or a larger GPU"
-    none = "each rank has the whole model at the start, so only a larger GPU helps" if own.starting > room else none
     return f"does not fit: {in_bytes(own.total)} of {memory:g} GB: {'; or '.join(remedies) or none}"
 
 

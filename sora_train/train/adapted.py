@@ -1,37 +1,61 @@
 """Models with adapters on a frozen base (`lora`), as training builds them."""
 
+from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from sora_train.errors import UserError
-from sora_train.lora.adapters import adapter_state, add_adapters, load_adapter_state
+from sora_train.lora.adapters import FUSED, adapter_state, add_adapters, load_adapter_state
 from sora_train.lora.config import LoraConfig
 from sora_train.lora.files import read_lora
-from sora_train.lora.int8 import quantise_base
-from sora_train.model import ModelConfig, Transformer, build, build_empty
+from sora_train.lora.int8 import Int8Linear, quantise_base, quantised
+from sora_train.model import ModelConfig, Transformer, build
 from sora_train.train.frozen_base import check_base
-from sora_train.train.initial import cannot_start, load_initial
+from sora_train.train.initial import cannot_start, open_initial
+from sora_train.train.placement import Weights
 
 
-def build_adapted(config: ModelConfig, lora: LoraConfig, device: torch.device, *, half: bool, new: bool) -> Transformer:
-    """The weights of `model.init_from`, frozen, in bfloat16 if `half`, with float32 adapters.
+def build_adapted(config: ModelConfig, lora: LoraConfig, *, half: bool, new: bool) -> tuple[Transformer, Weights]:
+    """The model of `model.init_from` on the meta device, frozen, in bfloat16 if `half`, and its weights.
 
-    Those of a `new` run are loaded from `lora.init_from`, if any. Every rank makes the same, by torch's global
-    generator. Raises UserError for weights that are damaged or do not fit.
+    The adapters are in memory, in float32, by torch's global generator or, of a `new` run, from `lora.init_from`.
+    Raises UserError for weights that do not fit, and as one is read for damaged ones.
     """
     folder = Path(config.init_from)
     try:
         check_base(folder)
     except (OSError, ValueError) as error:
         raise cannot_start(folder, error) from None
-    model = build_empty(config, device, torch.bfloat16 if half else torch.float32)
-    load_initial(model, folder)
-    adapt(model, lora, half=half)
+    found = open_initial(config, folder)
+    read = lru_cache(maxsize=2)(lambda name: found[name]())  # parts of a fused map follow each other, with their bias
+    with torch.device("meta"):
+        model = build(config)
+    adapt(model, lora, half=half, device=torch.device("cpu"))
     if new and lora.init_from:
         load_adapter_state(model, adapter_state(model) | initial_adapters(config, lora))
-    return model
+    base = {
+        f"{place}.{leaf}".lstrip("."): partial(frozen_value, read, place, module, leaf)
+        for place, module in model.named_modules()
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if parameter.is_meta
+    }
+    return model, Weights(base)
+
+
+def frozen_value(read: Callable[[str], Tensor], place: str, module: nn.Module, leaf: str) -> Tensor:
+    """A parameter of the base, by the weights of a model without adapters: its part of a fused map, in 8 bits."""
+    *above, last = place.removesuffix(".base_layer").split(".")
+    fused = above[-1] if above and above[-1] in FUSED else ""
+    source = ".".join([*above, *([] if fused else [last]), "weight" if leaf == "scale" else leaf]).lstrip(".")
+    value = read(source)
+    if fused:
+        value = value.chunk(len(fused))[fused.index(last)]
+    if isinstance(module, Int8Linear) and leaf != "bias":
+        return quantised(value.to(module.scale.dtype))[leaf == "scale"]
+    return value
 
 
 def initial_adapters(config: ModelConfig, lora: LoraConfig) -> dict[str, Tensor]:
@@ -63,11 +87,11 @@ def initial_adapters(config: ModelConfig, lora: LoraConfig) -> dict[str, Tensor]
     return {name: scaled(name, matrix) for name, matrix in found.tensors.items()}
 
 
-def adapt(model: Transformer, lora: LoraConfig, *, half: bool) -> None:
-    """Puts adapters into a model with weights as training does it: the rest frozen, in `lora.base_precision`, which
-    means bfloat16 if `half`.
+def adapt(model: Transformer, lora: LoraConfig, *, half: bool, device: torch.device | None = None) -> None:
+    """Puts adapters into a model as training does it: the rest frozen, in `lora.base_precision`, which means bfloat16
+    if `half`. The adapters are made on the device of the model, if no other is given.
     """
-    add_adapters(model, lora)
+    add_adapters(model, lora, device)
     for parameter in model.parameters():
         if half and not parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()

@@ -25,6 +25,7 @@ from sora_train.model.layers import Block
 from sora_train.model.wan import WanBlock
 from sora_train.train.config import TrainConfig
 from sora_train.train.deepspeed_config import deepspeed_config, rejection
+from sora_train.train.placement import Weights, place
 from sora_train.train.zero_layout import Slice, bucketed, find_slices
 
 CheckNorm = Callable[[float], str]
@@ -35,11 +36,19 @@ class Engine:
     """A model, AdamW and ZeRO on an existing process group.
 
     Gradients of at most `accumulation` calls of `backward` are summed, then averaged over the ranks. Nothing else is
-    divided, so the caller scales the loss. Raises RuntimeError without a process group, and UserError for values of
-    `train.deepspeed` that DeepSpeed rejects.
+    divided, so the caller scales the loss. Parameters on the meta device get `weights`. Raises RuntimeError without a
+    process group, and UserError for values of `train.deepspeed` that DeepSpeed rejects and weights that can't be read.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig, *, accumulation: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        *,
+        accumulation: int,
+        device: torch.device,
+        weights: Weights | None = None,
+    ) -> None:
         if not dist.is_initialized():
             raise RuntimeError("the engine needs a process group: call torch.distributed.init_process_group first")
         deepspeed = _quiet_deepspeed(device)
@@ -51,13 +60,8 @@ class Engine:
         # Stage 0 keeps the whole float32 model on every rank: it computes bf16 by autocast, with no second copy.
         self.autocast = self.stage == 0 and self.dtype == torch.bfloat16
         self.shapes = {name: p.shape for name, p in trained_parameters(model)}
-        model = model.to(device)
-        optimizer = torch.optim.AdamW(
-            decay_groups(model, config.weight_decay),
-            lr=config.learning_rate,
-            betas=config.betas,
-            fused=True,
-        )
+        groups = decay_groups(model, config.weight_decay)  # by shapes, before stage 3 distributes the parameters
+        settings = deepspeed_config(config, accumulation=accumulation, world=self.world)
         self._check_norm: CheckNorm = lambda norm: ""
         self._norm_and_reason = (0.0, "")
         if self.stage == 3:
@@ -67,12 +71,16 @@ class Engine:
         self.inner: Any
         try:
             with contextlib.redirect_stdout(None):  # the bf16 optimizer prints the machine's memory
+                half = self.dtype == torch.bfloat16 and not self.autocast
+                place(model, weights or Weights(), device, half=half, zero3=settings if self.stage == 3 else None)
                 self.inner, *_ = deepspeed.initialize(
                     model=model,
-                    optimizer=optimizer,
+                    optimizer=torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True),
                     dist_init_required=False,
-                    config=deepspeed_config(config, accumulation=accumulation, world=self.world),
+                    config=settings,
                 )
+        except UserError:
+            raise
         except (ValueError, TypeError, AttributeError, AssertionError, DeepSpeedConfigError) as error:
             if not config.deepspeed:
                 raise
@@ -165,6 +173,7 @@ class Engine:
             for i, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
                 optimizer.fp16_partitioned_groups_flat[i].data.copy_(flat.data)
                 optimizer._unflatten_partitioned_parameters(i)
+            optimizer.invalidate_secondary_tensor()  # copies that `zero_hpz_partition_size` makes
             if optimizer.persistent_parameters:
                 optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
         elif self.stage:

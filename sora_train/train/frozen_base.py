@@ -5,8 +5,10 @@ A checkpoint of adapters holds no base. `state.json` has its hash, so a run neve
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from sora_train.codec.files import content_hash
@@ -14,6 +16,7 @@ from sora_train.errors import UserError
 from sora_train.model.convert import transformer_folder, weight_files
 from sora_train.model.convert_latte import is_image_model
 from sora_train.train.initial import own_weights_file
+from sora_train.train.placement import together
 from sora_train.train.state import State
 
 
@@ -50,21 +53,15 @@ def base_hash(folder: Path) -> str:
         ) from None
 
 
-def with_base(state: State, folder: Path) -> State:
+def with_base(state: State, folder: Path, device: torch.device) -> State:
     """The state of a run whose base is in `folder`. Collective.
 
     UserError on every rank if a checkpoint's base was another. Only rank 0 reads the files: DeepSpeed broadcasts its
     weights.
     """
-    found = ["", ""]
-    if dist.get_rank() == 0:
-        try:
-            found = [check_same_base(state.base, state.base_from, folder), ""]
-        except UserError as error:
-            found = ["", str(error)]
+    check = partial(check_same_base, state.base, state.base_from, folder)
+    found = [together(check if dist.get_rank() == 0 else str, device)]
     dist.broadcast_object_list(found, src=0)
-    if found[1]:
-        raise UserError(found[1], code="weights")
     return replace(state, base=found[0], base_from=str(folder))
 
 

@@ -3,26 +3,34 @@
 Of a run or a checkpoint they are the averaged weights, as for sampling; optimizer, EMA and step start from zero.
 """
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from sora_train.errors import RecipeError, UserError
-from sora_train.model import ModelConfig, Transformer, build_empty
+from sora_train.model import Latte, ModelConfig, Transformer
 from sora_train.model import build as build_model
 from sora_train.model.config import with_preset
 from sora_train.model.convert import (
     check_fit,
     check_weights,
     config_differences,
-    has_every_weight,
-    load_diffusers,
+    open_diffusers,
+    transformer_folder,
 )
+from sora_train.model.convert_latte import start_as_identity
 from sora_train.settings import build, read_yaml
 from sora_train.train.checkpoint import EMA_FILE, complete_checkpoints
-from sora_train.train.weights import EXPORTED, read_weights
+from sora_train.train.placement import DrawnShares, Weights
+from sora_train.train.weights import EXPORTED, open_weights
 from sora_train.weight_headers import WeightsError, check_tensors, read_header
+
+T = TypeVar("T")
 
 
 def resolve_initial(folder: Path) -> Path:
@@ -48,8 +56,8 @@ def own_recipe(folder: Path) -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
-def check_initial(config: ModelConfig, folder: Path) -> None:
-    """Checks that a model of this shape can load the weights in a folder.
+def check_initial(config: ModelConfig, folder: Path) -> Transformer:
+    """Checks that a model of this shape can load the weights in a folder. Returns one on the meta device.
 
     Reads configs and the headers of weights. Raises ValueError, with every key that differs, if not, or if it holds
     adapters; WeightsError if tensors are cut short, missing, unexpected or of another shape; FileNotFoundError without
@@ -73,6 +81,7 @@ def check_initial(config: ModelConfig, folder: Path) -> None:
                 "lora.init_from, or the pipeline that `sora export --merge` makes of both"
             )
         check_tensors(there, shapes, weights)
+    return model
 
 
 def check_own_recipe(config: ModelConfig, folder: Path) -> None:
@@ -88,38 +97,48 @@ def check_own_recipe(config: ModelConfig, folder: Path) -> None:
         raise ValueError("; ".join(wrong))
 
 
-def make_model(config: ModelConfig, device: torch.device, resumed: bool) -> Transformer:
-    """The model of a run's first step; if `resumed`, with zeros that a checkpoint replaces.
+def make_model(config: ModelConfig, rank: int, world: int, resumed: bool) -> tuple[Transformer, Weights]:
+    """The model of a run's first step on the meta device, and its weights; none if `resumed`.
 
-    Random weights are made on the CPU, for all devices alike. Without them the model is made on its device, and weights
-    are read one at a time, so ranks do not hold a model each in the memory of their node. Raises UserError as
-    `load_initial` does.
+    Random weights are those of `build`, drawn on the CPU for all devices alike; a rank has only its share of them, see
+    `DrawnShares`. Raises UserError for weights that do not fit; for damaged ones, when they are read.
     """
-    start = Path(config.init_from) if config.init_from else None
+    with torch.device("meta"):
+        model = build_model(config)
     if resumed:
-        return build_empty(config, device)
-    if start is None:
-        return build_model(config)
-    try:
-        whole = own_weights_file(start) or has_every_weight(start)
-    except (OSError, ValueError) as error:
-        raise cannot_start(start, error) from None
-    model = build_empty(config, device) if whole else build_model(config)
-    load_initial(model, start)
-    return model
+        return model, Weights()
+    read = open_initial(config, Path(config.init_from)) if config.init_from else {}
+    if read.keys() >= dict(model.named_parameters()).keys():
+        return model, Weights(read)
+    with torch.device("meta"), DrawnShares(model, rank, world) as drawn:
+        model = build_model(config)
+        if read and isinstance(model, Latte):  # an image model's
+            start_as_identity(model)
+    return model, Weights(read, drawn.shares)
 
 
 def load_initial(model: Transformer, folder: Path) -> None:
-    """Loads the weights into the model. Raises UserError if they are damaged or do not fit."""
-    weights = own_weights_file(folder)
-    try:
-        check_initial(model.config, folder)
-        if weights is None:
-            load_diffusers(model, folder)
-        else:
-            model.load_state_dict(read_weights(weights))
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise cannot_start(folder, error) from None
+    """Loads all weights of the model. Raises UserError if they are damaged or do not fit."""
+    wanted = model.state_dict()
+    for name, read in open_initial(model.config, folder).items():
+        wanted[name].copy_(read())
+
+
+def open_initial(config: ModelConfig, folder: Path) -> dict[str, Callable[[], Tensor]]:
+    """The weights in a folder by name; each is read when called. Raises UserError, then too, for wrong ones."""
+
+    def clear(act: Callable[[], T]) -> T:
+        try:
+            return act()
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise cannot_start(folder, error) from None
+
+    def open_all() -> dict[str, Callable[[], Tensor]]:
+        model = check_initial(config, folder)
+        weights = own_weights_file(folder)
+        return open_diffusers(model, transformer_folder(folder)) if weights is None else open_weights(weights)
+
+    return {name: partial(clear, read) for name, read in clear(open_all).items()}
 
 
 def cannot_start(folder: Path, error: Exception) -> UserError:

@@ -5,10 +5,9 @@ once. A rank of the same world size and stage reads only its own part.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,10 +17,10 @@ from sora_train.errors import UserError
 from sora_train.train.checkpoint import KINDS, rank_tensors, read_parts, read_state
 from sora_train.train.ema import Ema
 from sora_train.train.engine import Engine
+from sora_train.train.placement import together
 from sora_train.train.state import State
 from sora_train.train.zero_layout import bucketed
 
-T = TypeVar("T")
 Tensors = dict[str, tuple[int, Tensor]]
 """A rank's tensors by KIND/NAME, each with the element of NAME at which it begins."""
 Pieces = dict[str, list[tuple[int, Tensor]]]
@@ -34,7 +33,7 @@ def load_checkpoint(folder: Path, engine: Engine, ema: Ema) -> State:
     Each part is read by one rank, its share of all parts, and the ranks exchange the elements that others hold. Raises
     UserError on every rank, naming the file, for a checkpoint that is incomplete, damaged, or of another model.
     """
-    found = [_together(lambda: state_of_complete(folder) if engine.rank == 0 else None, engine)]
+    found = [together(lambda: state_of_complete(folder) if engine.rank == 0 else None, engine.device)]
     dist.broadcast_object_list(found, src=0)
     about: dict[str, Any] = found[0] or {}
     tensors = {
@@ -43,7 +42,7 @@ def load_checkpoint(folder: Path, engine: Engine, ema: Ema) -> State:
         for kind, tensor in rank_tensors(engine, ema, name)
     }
     share = share_of_parts(about["world_size"], engine.rank, engine.world)
-    pieces = _together(lambda: read_share(folder, about, share, tensors, engine.shapes), engine)
+    pieces = together(lambda: read_share(folder, about, share, tensors, engine.shapes), engine.device)
     _check_counts(folder, engine, pieces)
     exchange(pieces, tensors, engine.shapes, engine.device)
     known = {field.name for field in fields(State)}
@@ -52,22 +51,6 @@ def load_checkpoint(folder: Path, engine: Engine, ema: Ema) -> State:
     engine.set_adam_step(state.updates)
     engine.sync()
     return state
-
-
-def _together(act: Callable[[], T], engine: Engine) -> T:
-    """What `act` returns on this rank. A UserError of one rank is raised on all: else they would wait for it."""
-    result, problem = None, ""
-    try:
-        result = act()
-    except UserError as error:
-        problem = str(error)
-    failed = torch.tensor(engine.rank if problem else engine.world, device=engine.device)
-    dist.all_reduce(failed, op=dist.ReduceOp.MIN)
-    if failed < engine.world:
-        problems = [problem]
-        dist.broadcast_object_list(problems, src=int(failed))
-        raise UserError(problems[0], code="checkpoint")
-    return cast(T, result)
 
 
 def state_of_complete(folder: Path) -> dict[str, Any]:

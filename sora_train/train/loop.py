@@ -76,9 +76,10 @@ def train(
 
     torch.manual_seed(config.seed)  # the same initial weights on every rank
     if lora.rank:
-        model = build_adapted(model_config, lora, device, half=config.half, new=resume is None)
+        model, weights = build_adapted(model_config, lora, half=config.half, new=resume is None)
     else:
-        model = make_model(model_config, device, resumed=resume is not None)
+        parts = world if config.zero_stage == 3 else 1
+        model, weights = make_model(model_config, rank, parts, resumed=resume is not None)
     if config.precision == "fp8":
         use_fp8(model, device)
     add_zero_gradients(model)
@@ -93,13 +94,14 @@ def train(
     )  # fmt: skip
     choose_attention(by_bucket, model_config, shards, run_dir, device, sequence_parallel)
     most = max(accumulation(own, groups) for own in by_bucket.values())
-    engine = Engine(model, config, accumulation=most, device=device)
+    engine = Engine(model, config, accumulation=most, device=device, weights=weights)
+    del weights  # with its open files
     ema = Ema(engine, config.ema_decay)
     fingerprint = [shards.fingerprint if rank == 0 else ""]
     dist.broadcast_object_list(fingerprint, src=0)
     state = with_clips(State() if resume is None else load_checkpoint(resume, engine, ema), fingerprint[0])
     if lora.rank:
-        state = with_base(state, Path(model_config.init_from))
+        state = with_base(state, Path(model_config.init_from), device)
 
     def start_loader() -> tuple[SampleOrder, Generator[tuple[int, list[MicroBatch]], None, None]]:
         """The order of samples and the batches from the current state on."""

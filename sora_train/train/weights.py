@@ -5,7 +5,10 @@ The averaged weights are one file. The trained ones are joined from the parts th
 
 import json
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -23,16 +26,24 @@ EXPORT_INFO = "sora_export.json"
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """All tensors of a file such as `ema.safetensors`. Raises UserError if a checksum is wrong."""
-    with safe_open(path, "pt") as file:
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is not a mapping
-        sums = json.loads((file.metadata() or {}).get("crc32", "{}"))
-    damaged = [name for name, tensor in weights.items() if name in sums and crc32(name, tensor) != sums[name]]
-    if damaged:
-        raise UserError(
-            f"{path} is damaged: {damaged[0]} has another checksum than was written. Use another file",
-            code="checkpoint",
-        )
-    return weights
+    return {name: read() for name, read in open_weights(path).items()}
+
+
+def open_weights(path: Path) -> dict[str, Callable[[], Tensor]]:
+    """The same by name; each is read, and its checksum compared, when called."""
+    file: Any = safe_open(path, "pt")
+    sums = json.loads((file.metadata() or {}).get("crc32", "{}"))
+
+    def read(name: str) -> Tensor:
+        tensor: Tensor = file.get_tensor(name)
+        if name in sums and crc32(name, tensor) != sums[name]:
+            raise UserError(
+                f"{path} is damaged: {name} has another checksum than was written. Use another file",
+                code="checkpoint",
+            )
+        return tensor
+
+    return {name: partial(read, name) for name in file.keys()}  # noqa: SIM118  it is not a mapping
 
 
 def save_weights(path: Path, weights: dict[str, Tensor]) -> None:

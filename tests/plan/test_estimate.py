@@ -1,6 +1,7 @@
 """What the plan makes of its bytes."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 
@@ -10,7 +11,7 @@ from sora_train.model import ModelConfig
 from sora_train.model.config import preset
 from sora_train.plan.activations import Sizes
 from sora_train.plan.estimate import MAX_MICRO_BATCH, estimate, largest_micro_batch, step_flops
-from sora_train.plan.states import DEFAULTS, parameter_counts, states
+from sora_train.plan.states import DEFAULTS, host_memory, parameter_counts, states
 from sora_train.plan.table import PlanOptions, format_plan, remedies_for
 from sora_train.recipe import Recipe
 from sora_train.settings import build
@@ -189,11 +190,11 @@ def test_a_model_of_the_smallest_shape_can_be_planned():
         assert estimate(tiny, TrainConfig(zero_stage=stage), Sizes(1, 1, 4, 4, 1), 1).total > 0
 
 
-def test_the_whole_model_before_its_distribution_may_take_most():
-    """Each rank makes the float32 model first; ZeRO 3 over many ranks holds less than that at every step."""
-    train = BF16.model_copy(update={"zero_stage": 3, "deepspeed": {"zero_optimization": {"reduce_bucket_size": 1}}})
-    sizes = Sizes(1, 1, 2, 2, 8)
-    found = estimate(LATTE, train, sizes, world=64)
-    assert found.total == found.starting == 4 * sum(parameter_counts(LATTE).trained)
-    one = estimate(LATTE, train, sizes, world=1)
-    assert one.total > one.starting
+def test_random_weights_at_the_start_need_no_memory_of_their_own():
+    """A rank has its share and one parameter, which together are less than a checkpoint's copy."""
+    for stage, world in product(range(4), (1, 8)):
+        parts, _ = host_memory(LATTE, BF16.model_copy(update={"zero_stage": stage}), world)
+        assert parts["random weights at the start"] == 0
+    many = BF16.model_copy(update={"zero_stage": 3})
+    parts, _ = host_memory(LATTE, many, 4096)
+    assert 0 < parts["random weights at the start"] < 4 * max(parameter_counts(LATTE).trained)

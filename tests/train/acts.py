@@ -1,11 +1,13 @@
 """What ranks do with an engine alone, without the loop. `ranks.py` calls them: act(model, out, train, resume)."""
 
 import contextlib
+import gc
 import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -16,14 +18,17 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from sora_train.lora.config import LoraConfig
-from sora_train.model import ModelConfig, build
+from sora_train.model import ModelConfig, Transformer, build
 from sora_train.plan.activations import use_fused_norms
 from sora_train.train import checkpoint
 from sora_train.train.adapted import adapt
 from sora_train.train.config import TrainConfig
+from sora_train.train.deepspeed_config import deepspeed_config
 from sora_train.train.ema import Ema
 from sora_train.train.engine import Engine
+from sora_train.train.initial import make_model
 from sora_train.train.load_checkpoint import load_checkpoint
+from sora_train.train.placement import Weights, place
 from sora_train.train.state import State
 
 
@@ -160,22 +165,11 @@ def weigh(model: ModelConfig, out: Path, settings: dict, resume: str | None) -> 
     AdamW itself is left out. Of some tries the least counts: gloo's threads free what they sent a moment later than a
     GPU's stream would, on a busy machine much later.
     """
-    from torch.profiler import profile
-
     engine, ema, _ = opened(model, settings, resume)
     use_fused_norms(engine.model)
 
     def storages(tensors: Any) -> dict[int, int]:
         return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-
-    def most(act: Any) -> tuple[int, int]:
-        """The highest sum of what was allocated and not freed, and the last."""
-        with profile(profile_memory=True) as seen:
-            act()
-            time.sleep(0.05)
-        events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
-        sums = list(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
-        return max(sums), sums[-1]
 
     b, shape, text = settings["micro_batch_size"], (4, model.in_channels, 8, 8), (7, model.text_width)
 
@@ -209,6 +203,53 @@ def weigh(model: ModelConfig, out: Path, settings: dict, resume: str | None) -> 
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / f"weighed_{engine.rank}.json").write_text(json.dumps(told))
+
+
+def most(act: Callable[[], object]) -> tuple[int, int]:
+    """The highest sum of the bytes that were allocated and not freed, and the last."""
+    from torch.profiler import profile
+
+    gc.collect()
+    gc.disable()  # it would free what was there before
+    with profile(profile_memory=True) as seen:
+        act()
+        time.sleep(0.05)
+    gc.enable()
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sums = list(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    return max(sums), sums[-1]
+
+
+def begin(model: ModelConfig, out: Path, settings: dict, resume: str | None) -> None:
+    """An engine's initial weights, those of `model.init_from` or random ones, how often each rank read one, and the
+    most bytes that each needed: as they were drawn, and until DeepSpeed's engine was made (at stage 3).
+    """
+    config, world, reads = TrainConfig(**settings), dist.get_world_size(), [0]
+    parts, cpu = world if config.zero_stage == 3 else 1, torch.device("cpu")
+
+    def made() -> tuple[Transformer, Weights]:
+        torch.manual_seed(config.seed)
+        made, weights = make_model(model, dist.get_rank(), parts, resumed=False)
+        return made, replace(weights, read={name: partial(counted, read) for name, read in weights.read.items()})
+
+    def counted(read: Callable[[], torch.Tensor]) -> torch.Tensor:
+        reads[0] += 1
+        return read()
+
+    def placed() -> None:
+        place(*made(), cpu, half=config.half, zero3=deepspeed_config(config, accumulation=1, world=world))
+
+    network, weights = made()
+    engine = Engine(network, config, accumulation=1, device=cpu, weights=weights)
+    masters = {name: (part.offset, part.master.detach()) for name, part in engine.slices().items() if part.owned}
+    whole, told = engine.gather_to_rank0(masters), {"reads": reads[0]}
+    if engine.stage == 3:
+        told["drawn"] = most(made)[0]
+        told["placed"] = min(most(placed)[0] for _ in range(3))  # gloo's threads free late, see `weigh`
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"told_{engine.rank}.json").write_text(json.dumps(told))
+    if engine.rank == 0:
+        save_file(whole, out / "weights.safetensors")
 
 
 def leave_the_base(model: ModelConfig, out: Path, settings: dict, resume: str | None) -> None:

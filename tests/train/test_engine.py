@@ -152,6 +152,20 @@ def test_raw_keys_reach_deepspeed_and_leave_the_numbers(runs: Path, stage: int):
         assert (told["wall_clock_breakdown"], told["steps_per_print"]) == (False, 1000)
 
 
+def test_copies_of_partitions_begin_and_resume_as_the_partitions(start, tiny_shards: Path, tmp_path: Path):
+    hpz = {"deepspeed": {"zero_optimization": {"zero_hpz_partition_size": 2}}}  # at most one engine in a process
+    settings = SETTINGS | {"zero_stage": 3}
+    plain = {"out": str(tmp_path / "plain"), "train": settings}
+    begun = {"out": str(tmp_path / "begun"), "train": settings | hpz}
+    resumed = begun | {"out": str(tmp_path / "resumed"), "resume": str(checkpoint_at(tmp_path / "plain", HELD))}
+    ends = [start(2, tiny_shards, tasks) for tasks in ([plain, resumed], [begun])]
+    for end in ends:
+        codes, output = end()
+        assert not any(codes), "\n".join(output)
+    for name in ("begun", "resumed"):
+        agree(tmp_path / name, tmp_path / "plain")
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_an_engine_that_compiles_nothing_does_not_load_the_compiler(runs: Path, stage: int):
     assert json.loads((runs / f"told{stage}/told.json").read_text())["loaded_inductor"] is False
