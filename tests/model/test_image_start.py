@@ -10,6 +10,7 @@ from diffusers import PixArtTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 from sora_train.model.convert import check_fit, config_from_diffusers, from_diffusers, to_diffusers
+from sora_train.train.initial import make_model
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -81,6 +82,24 @@ def test_every_parameter_learns_from_the_second_step_on(tmp_path):
     with torch.no_grad():
         backwards = model(x.flip(1), t, text, mask).flip(1)  # and frames begin to know their place
     assert not torch.allclose(backwards, model(x, t, text, mask), atol=1e-4)
+
+
+def test_training_has_the_same_weights_in_shares_of_ranks(tmp_path):
+    image_model().save_pretrained(tmp_path)
+    torch.manual_seed(4)
+    expected, shares = from_diffusers(tmp_path), []
+    for rank in range(3):
+        torch.manual_seed(4)
+        model, weights = make_model(replace(expected.config, init_from=str(tmp_path)), rank, 3, resumed=False)
+        shares.append({name: weights.drawn.get(p) for name, p in model.named_parameters()})
+    assert 0 < len(weights.read) < len(shares[0])
+    for name, tensor in expected.state_dict().items():
+        parts = [each[name] for each in shares]
+        if name in weights.read:
+            parts = [weights.read[name]().flatten()]
+        elif parts[0] is None:  # a table, which is not cut
+            parts = [model.get_parameter(name).flatten()]
+        assert torch.equal(torch.cat(parts), tensor.flatten()), name
 
 
 def test_a_recipe_that_an_image_model_does_not_fit_is_told_every_key(tmp_path):

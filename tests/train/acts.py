@@ -209,12 +209,9 @@ def most(act: Callable[[], object]) -> tuple[int, int]:
     """The highest sum of the bytes that were allocated and not freed, and the last."""
     from torch.profiler import profile
 
-    gc.collect()
-    gc.disable()  # it would free what was there before
     with profile(profile_memory=True) as seen:
         act()
         time.sleep(0.05)
-    gc.enable()
     events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
     sums = list(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
     return max(sums), sums[-1]
@@ -244,8 +241,10 @@ def begin(model: ModelConfig, out: Path, settings: dict, resume: str | None) -> 
     masters = {name: (part.offset, part.master.detach()) for name, part in engine.slices().items() if part.owned}
     whole, told = engine.gather_to_rank0(masters), {"reads": reads[0]}
     if engine.stage == 3:
+        gc.disable()  # it would free models of before
         told["drawn"] = most(made)[0]
         told["placed"] = min(most(placed)[0] for _ in range(3))  # gloo's threads free late, see `weigh`
+        gc.enable()
     out.mkdir(parents=True, exist_ok=True)
     (out / f"told_{engine.rank}.json").write_text(json.dumps(told))
     if engine.rank == 0:
