@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from sora_train.errors import error_line
-from sora_train.kernels.tools import why_no_triton
+from sora_train.kernels.tools import why_no_kernels
 from sora_train.log import log
 
 LONGEST, WIDEST = 64, 128
@@ -54,13 +54,8 @@ def is_right(device: torch.device, s: int, heads: int, k: int) -> bool:
 @cache
 def why_no_short_attention(device: torch.device, s: int, heads: int, k: int) -> str:
     """Why not to use the kernels on a device, or an empty string: what they lack there, or what they do wrong."""
-    if device.type == "cuda":
-        if not torch.version.cuda:
-            return "torch is not built for CUDA"
-        if why := why_no_triton():
-            return why
-        if torch.cuda.get_device_capability(device) < (8, 0):
-            return f"{torch.cuda.get_device_name(device)} has no tensor cores for bfloat16"
+    if why := why_no_kernels(device):
+        return why
     # A thread of its own has no autocast, no dispatch mode (as in checkpointing) and no graph that is being traced.
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(try_kernels, device, s, heads, k).result()

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from sora_train.kernels.norm_modulate import fits_norm_modulate, norm_modulate
 from sora_train.kernels.short_attention import fits_short_attention, short_attention
 from sora_train.model.config import ModelConfig
 from sora_train.model.embed import apply_rope
@@ -118,6 +119,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(d, eps=config.norm_eps, elementwise_affine=False)
         self.feed_forward = FeedForward(d, 4 * d)
         self.table = nn.Parameter(torch.randn(6, d) / d**0.5)  # diffusers' `scale_shift_table`
+        self.fused = False  # or norms, modulation and residuals run in our kernels where they fit (`train/norms.py`)
 
     def forward(
         self,
@@ -133,7 +135,21 @@ class Block(nn.Module):
         `places` is a frame's number of tokens, of which x has a share if ranks share a clip of joint attention.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.table + modulation).unbind(dim=3)
-        x = torch.addcmul(x, gate1, self.attention(modulate(self.norm1(x), shift1, scale1), rope, places))
+        x, h = self.modulated(self.norm1, x, shift1, scale1)
+        y, gate = self.attention(h, rope, places), gate1
         if self.text_attention is not None:
-            x = x + self.text_attention(x, text, text_mask)
-        return torch.addcmul(x, gate2, self.feed_forward(modulate(self.norm2(x), shift2, scale2)))
+            x, gate = torch.addcmul(x, gate1, y), None
+            y = self.text_attention(x, text, text_mask)
+        x, h = self.modulated(self.norm2, x, shift2, scale2, y, gate)
+        return torch.addcmul(x, gate2, self.feed_forward(h))
+
+    def modulated(
+        self, norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor, y: Tensor | None = None,
+        gate: Tensor | None = None,
+    ) -> tuple[Float[Tensor, "b g s d"], Float[Tensor, "b g s d"]]:  # fmt: skip
+        """x plus y, if any, times a gate, if any; and its modulated norm."""
+        if self.fused and shift.dtype == x.dtype and fits_norm_modulate(x, shift):
+            return norm_modulate(x, shift, scale, y, gate, norm.eps)
+        if y is not None:
+            x = x + y if gate is None else torch.addcmul(x, gate, y)
+        return x, modulate(norm(x), shift, scale)

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attention
 
+from sora_train.kernels.norm_modulate import fits_norm_modulate, norm_modulate
 from sora_train.model.config import ModelConfig
 from sora_train.model.embed import TextEmbedding, TimeEmbedding, apply_rope_pairs, from_patches, rope_freqs, to_patches
 from sora_train.model.layers import FeedForward, modulate
@@ -105,6 +106,7 @@ class WanBlock(nn.Module):
         self.norm2 = Norm(d, eps=config.norm_eps, elementwise_affine=False)
         self.feed_forward = FeedForward(d, config.inner_width)
         self.table = nn.Parameter(torch.randn(6, d) / d**0.5)  # diffusers' `scale_shift_table`
+        self.fused = False  # as in a `Block`
 
     def forward(
         self,
@@ -116,11 +118,29 @@ class WanBlock(nn.Module):
         """`modulation` is the diffusion time's share of shift, scale and gate; `rope` is made by `embed.rope_freqs`."""
         table = self.table.float() + modulation.float()
         shift1, scale1, gate1, shift2, scale2, gate2 = rearrange(table, "b f six d -> six b f 1 d")
-        y = self.attention(modulate(self.norm1(x), shift1, scale1).to(x.dtype), rope)
-        x = torch.addcmul(x, gate1, y).to(x.dtype)
-        x = x + self.text_attention(self.text_norm(x).to(x.dtype), text)
-        y = self.feed_forward(modulate(self.norm2(x), shift2, scale2).to(x.dtype))
-        return torch.addcmul(x, gate2, y).to(x.dtype)
+        x, h = self.modulated(self.norm1, x, shift1, scale1)
+        x, h = self.gated(self.text_norm, x, gate1, self.attention(h, rope))
+        x, h = self.modulated(self.norm2, x, shift2, scale2, self.text_attention(h, text))
+        return torch.addcmul(x, gate2, self.feed_forward(h)).to(x.dtype)
+
+    def modulated(
+        self, norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor, y: Tensor | None = None
+    ) -> tuple[Float[Tensor, "b f n d"], Float[Tensor, "b f n d"]]:
+        """x plus y, if any, and its modulated norm, in the tokens' dtype."""
+        if self.fused and fits_norm_modulate(x, shift):
+            return norm_modulate(x, shift, scale, y, eps=norm.eps)
+        x = x if y is None else x + y
+        return x, modulate(norm(x), shift, scale).to(x.dtype)
+
+    def gated(
+        self, norm: nn.LayerNorm, x: Tensor, gate: Tensor, y: Tensor
+    ) -> tuple[Float[Tensor, "b f n d"], Float[Tensor, "b f n d"]]:
+        """x plus gated y, and its norm, in the tokens' dtype. To the kernels, weight and bias are a modulation."""
+        if self.fused and fits_norm_modulate(x, gate):
+            weight, bias = (each.float().expand_as(gate) for each in (norm.weight, norm.bias))
+            return norm_modulate(x, bias, weight - 1, y, gate, norm.eps)
+        x = torch.addcmul(x, gate, y).to(x.dtype)
+        return x, norm(x).to(x.dtype)
 
 
 class Norm(nn.LayerNorm):

@@ -14,7 +14,7 @@ TITLES = {
     "failed": "training failed",
     "damaged": "a checkpoint was damaged",
     "not_compiled": "blocks run without torch.compile",
-    "no_kernels": "attention runs without sora_train's kernels",
+    "no_kernels": "runs without some of sora_train's kernels",
     "group_split": "workers that share clips are on two nodes",
     "rollback": "went back to a checkpoint",
     "skipped": "a step was skipped",
@@ -30,7 +30,8 @@ TITLES = {
     "new_data": "clips were added or removed",
 }
 GRAVE = {"failed", "damaged", "rollback", "worker_lost", "driver_lost"}
-NORMAL = {"start", "resume", "checkpoint", "validation_done", "left_out", "attention", "compiling", "profiled", "end"}
+NORMAL = {"start", "resume", "checkpoint", "validation_done", "left_out", "attention", "norms", "compiling", "profiled",
+          "end"}  # fmt: skip
 STATES = {"end": "finished", "failed": "failed", "stopped": "stopped, can resume", "interrupted": "interrupted",
           "start": "running", "resume": "running"}  # fmt: skip
 MAX_OF_A_KIND, MAX_PROBLEMS, MAX_ROWS = 3, 60, 3000

@@ -6,7 +6,8 @@ process, so compiled blocks and recomputed ones follow it.
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -72,18 +73,31 @@ def try_kernels_on_all_ranks(groups: Iterable[AttentionShape], run_dir: RunDir, 
 
 def choose_on_rank_0(weights: Mapping[AttentionShape, float], run_dir: RunDir, device: torch.device) -> str:
     """The choice that an earlier start of the run made on such a GPU, or what is measured. Collective."""
-    no_flash3, chosen = first_reason(why_no_flash3()), [OWN]
+    no_flash3 = first_reason(why_no_flash3())
     choices = [name for name in OFF if name != FLASH3 or not no_flash3]
-    if dist.get_rank() == 0 and weights:
+    measured = partial(measure, weights, choices, device) if weights else dict[str, float]
+    return agree("attention", choices, run_dir, device, measured, "Seconds for an epoch of the clips")
+
+
+def agree(
+    event: str, choices: Sequence[str], run_dir: RunDir, device: torch.device,
+    measured: Callable[[], Mapping[str, float]], unit: str,
+) -> str:  # fmt: skip
+    """The choice that an earlier start of the run made on such a GPU, or the fastest that rank 0 measures. Collective.
+
+    The event has the choice and what was measured.
+    """
+    chosen = [choices[0]]
+    if dist.get_rank() == 0:
         where = f"on {torch.cuda.get_device_name(device)} with torch {torch.__version__}"
-        reasons = [event["reason"] for event in run_dir.events.lines.read() if event["event"] == "attention"]
+        reasons = [line["reason"] for line in run_dir.events.lines.read() if line["event"] == event]
         earlier = [name for reason in reasons for name in choices if reason.startswith(f"{name} {where}")]
         if earlier:
             chosen = earlier[-1:]
-        elif times := measure(weights, choices, device):
+        elif times := measured():
             chosen = [fastest(times)]
             figures = ", ".join(f"{name} {taken:.3g}" for name, taken in times.items())
-            run_dir.events.write("attention", 0, f"{chosen[0]} {where}. Seconds for an epoch of the clips: {figures}")
+            run_dir.events.write(event, 0, f"{chosen[0]} {where}. {unit}: {figures}")
     dist.broadcast_object_list(chosen, src=0)
     return chosen[0]
 
@@ -139,9 +153,9 @@ def why_no_flash3() -> str:
 
 
 def fastest(times: Mapping[str, float]) -> str:
-    """The choice that takes least, or torch's own order if that is about as fast."""
-    best = min(times, key=times.__getitem__)
-    return best if times[best] <= LEAST_GAIN * times[OWN] else OWN
+    """The choice that takes least, or the first, which is torch's own, if that is about as fast."""
+    best, own = min(times, key=times.__getitem__), next(iter(times))
+    return best if times[best] <= LEAST_GAIN * times[own] else own
 
 
 def use(choice: str) -> None:

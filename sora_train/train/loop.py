@@ -38,6 +38,7 @@ from sora_train.train.hardware import memory_gb, peak_flops
 from sora_train.train.initial import make_model
 from sora_train.train.load_checkpoint import load_checkpoint
 from sora_train.train.metrics import Tally
+from sora_train.train.norms import choose_norms
 from sora_train.train.profile import StepProfiler
 from sora_train.train.run_dir import RunDir
 from sora_train.train.sequence_parallel import make_sequence_group, share_clips
@@ -93,6 +94,7 @@ def train(
         shared=sequence_parallel,
     )  # fmt: skip
     choose_attention(by_bucket, model_config, shards, run_dir, device, sequence_parallel)
+    choose_norms(model, by_bucket, shards, run_dir, device, compiled=compilation.on, shared=sequence_parallel)
     most = max(accumulation(own, groups) for own in by_bucket.values())
     engine = Engine(model, config, accumulation=most, device=device, weights=weights)
     del weights  # with its open files
