@@ -22,6 +22,7 @@ from sora_train.bench.core import Row, Table, interleave, log, spread
 from sora_train.codec.imports import without_torchao
 from sora_train.model.flops import forward_flops, parameter_count
 from sora_train.train.hardware import peak_flops, seconds, synchronize
+from sora_train.train.norms import fuse_norms
 from sora_train.train.profile import LISTED, Breakdown, activities, breakdown
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.1, "fp8": 0.2}
@@ -45,6 +46,8 @@ class Options(CaseOptions):
     computes in bf16."""
     compile: tuple[Literal["no", "yes"], ...] = ("no",)
     """torch.compile of each block; takes up to a minute for each shape."""
+    norms: tuple[Literal["torch", "kernels"], ...] = ("torch",)
+    """Norms, modulation and residuals of our model by torch, or by our kernels where they fit: in bf16 on a GPU."""
     checkpointing: tuple[Literal["none", "selective", "full"], ...] = ("none",)
     """Activation checkpointing; diffusers uses none for selective."""
     alone: bool = False
@@ -67,10 +70,12 @@ def cases(options: Options) -> Iterator[Case]:
 class TrainingStep:
     """A model, its AdamW and one batch. `weights` is a folder in diffusers' format; empty: random ones."""
 
-    def __init__(self, case: Case, diffusers: bool, compiled: bool, weights: str = "") -> None:
+    def __init__(self, case: Case, diffusers: bool, compiled: bool, weights: str = "", fused: bool = False) -> None:
         device, self.dtype = torch.device(case.device), DTYPES[case.dtype]
         with torch.device(device):  # random weights are then drawn there, which is faster
             model, self.run = (load_diffusers if diffusers else load_ours)(case, compiled, weights)
+        if fused:
+            fuse_norms(model)  # pyright: ignore[reportArgumentType]
         self.model = model.to(device, self.dtype).train()
         self.adam = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         self.inputs = tuple(x.to(device) for x in inputs(case))
@@ -125,7 +130,7 @@ def load_ours(case: Case, compiled: bool, weights: str) -> Network:
         use_fp8(model, torch.device(case.device))
     apply_activation_checkpointing(model, case.checkpointing)  # pyright: ignore[reportArgumentType]
     if compiled:
-        compile_blocks(model, 2)  # with and without gradients
+        compile_blocks(model, 4)  # with and without gradients, and with both norms
     return model, lambda model, x, t, text, mask: model(x, t, text, mask)
 
 
@@ -195,11 +200,12 @@ def measure(case: Case, options: Options, compare: bool) -> tuple[list[Row], lis
         if compare:
             to_diffusers(seeded(case), folder, frames=case.shape[0])
         making = {
-            name + (", compiled" if compiled == "yes" else ""): partial(
-                TrainingStep, case, name == "diffusers", compiled == "yes", folder if compare else ""
+            name + (", compiled" if compiled == "yes" else "") + (", kernels for norms" if fused else ""): partial(
+                TrainingStep, case, name == "diffusers", compiled == "yes", folder if compare else "", fused
             )
             for name in (("diffusers", "ours") if compare else ("ours",))
             for compiled in sorted(set(options.compile))
+            for fused in sorted({norms == "kernels" for norms in options.norms} if name == "ours" else {False})
         }
         made, errors = interleave(making, 1, warm_up=0)
     steps = {name: one for name, (one,) in made.items()}

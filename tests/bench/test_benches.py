@@ -25,10 +25,11 @@ def test_our_output_is_that_of_diffusers_on_the_same_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], preset: str, shape: str
 ) -> None:
     words = ["bench", "model", "--presets", preset, *TINY[2:], "--shapes", shape, "--out", str(tmp_path / "b.jsonl")]
-    assert cli.main(words) == 0
+    assert cli.main([*words, "--norms", "torch", "kernels"]) == 0
     record, said = json.loads((tmp_path / "b.jsonl").read_text()), capsys.readouterr().out
-    diffusers, ours = record["rows"]
+    diffusers, ours, fused = record["rows"]
     assert (ours["contender"], diffusers["contender"]) == ("ours", "diffusers")
+    assert (fused["contender"], fused["difference"]) == ("ours, kernels for norms", ours["difference"])
     assert 0 < ours["difference"] < 1e-5
     assert ours["step_s"]["n"] == diffusers["step_s"]["n"] == 2
     assert ours["mfu"] is None

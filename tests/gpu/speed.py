@@ -14,10 +14,12 @@ from sora_train.bench.case import Case, size_of
 from sora_train.bench.core import log, markdown
 from sora_train.bench.model import TrainingStep, profile, profile_tables, row_of
 from sora_train.errors import error_line
-from sora_train.model import ModelConfig, layers
+from sora_train.kernels.norm_modulate import why_no_norm_modulate
+from sora_train.model import ModelConfig, layers, preset
 from sora_train.recipe import Recipe, save_recipe
 from sora_train.sample import generate_each, load_run
 from sora_train.sampling import Sampling
+from sora_train.train import norms
 from sora_train.train.profile import Breakdown
 from tests.gpu import setting
 from tests.gpu.setting import apart, join, make_shards, run
@@ -41,6 +43,8 @@ class Variant:
     dtype: str = "bf16"
     kernels: bool = True
     """Our Triton kernels where they fit, else torch's attention alone."""
+    fused: bool = False
+    """Our Triton kernels for norms where they fit, too."""
     shape: str = "16x256x256"
 
     def __str__(self) -> str:
@@ -52,12 +56,14 @@ class Variant:
             self.checkpointing if self.checkpointing != "none" else "",
             self.dtype if self.dtype != "bf16" else "",
             "" if self.kernels else "without our kernels",
+            "kernels for norms" if self.fused else "",
         )
         return ", ".join(filter(None, words))
 
 
 VARIANTS = (
     Variant("latte_t2v", 4),
+    Variant("latte_t2v", 4, fused=True),
     Variant("latte_t2v", 4, "diffusers"),
     Variant("latte_t2v", 4, compiled=False),
     Variant("latte_t2v", 4, "diffusers", compiled=False),
@@ -75,9 +81,10 @@ TINY = (
     Variant("tiny", 1, compiled=False, dtype="fp32", shape="4x32x32"),
     Variant("tiny", 1, "diffusers", compiled=False, dtype="fp32", shape="4x32x32"),
     Variant("tiny", 1, compiled=False, dtype="fp32", kernels=False, shape="4x32x32"),
-    Variant("tiny", 1, compiled=False, attention="joint", heads=1, checkpointing="full", dtype="fp8", shape="4x32x32"),
-)
-PROFILED = (VARIANTS[0], VARIANTS[5], TINY[0])
+    Variant("tiny", 1, compiled=False, attention="joint", heads=1, checkpointing="full", dtype="fp8", fused=True,
+            shape="4x32x32"),
+)  # fmt: skip
+PROFILED = (VARIANTS[0], VARIANTS[1], VARIANTS[6], TINY[0])
 HEADER = "| what | batch | clip | ms a step | TFLOP/s | MFU | GB | first step, s |\n|---|---|---|---|---|---|---|---|"
 
 
@@ -120,7 +127,7 @@ def measure(variant: Variant, device: torch.device) -> tuple[dict, Breakdown | N
     fits = layers.fits_short_attention
     layers.fits_short_attention = fits if variant.kernels else lambda qkv, heads: False
     try:
-        step = TrainingStep(case, variant.whose == "diffusers", variant.compiled)
+        step = TrainingStep(case, variant.whose == "diffusers", variant.compiled, fused=variant.fused)
         first = step.turn()["step_s"]
         step.turn()
         turns = [step.turn() for _ in range(TURNS)]
@@ -161,9 +168,23 @@ def attention(device: torch.device, out: Path) -> str:
     rows = [row for each in tables for row in each.rows]
     assert max(row["difference"] for row in rows) < (3e-2 if cuda else 1e-5)
     temporal = {row["contender"]: row for row in rows if row["attention"] == "temporal"}
-    return "temporal, forward and backward: " + ", ".join(
+    return f"{norm_figures(device)}temporal, forward and backward: " + ", ".join(
         f"{name} {row['forward_ms']['median']:.3f} and {row['backward_ms']['median']:.3f} ms"
         for name, row in temporal.items()
+    )
+
+
+def norm_figures(device: torch.device) -> str:
+    """Gated residual, norm and modulation of latte_t2v alone: torch.compile and our kernels, which must be right."""
+    if device.type != "cuda":
+        return ""
+    model = preset("latte_t2v")
+    assert not (why := why_no_norm_modulate(device, model.width, torch.bfloat16)), why
+    times = norms.measure(model, 4, 16 * 256, device, compiled=True)
+    return (
+        "norms, forward and backward: "
+        + ", ".join(f"{name} {1e3 * each:.3f} ms" for name, each in times.items())
+        + "; "
     )
 
 
