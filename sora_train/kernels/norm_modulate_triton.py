@@ -1,7 +1,7 @@
-"""The Triton kernels of `norm_modulate.py`. Only modules named `*_triton.py` import Triton.
+"""The Triton kernels of `norm_modulate.py`.
 
-A program computes up to `length` of the rows that share a row of modulation, which it reads once. Rows may be strided:
-those of the residual stream (x) lie as the caller has them, those of products (y, h) in the order of their axes.
+A program computes up to `length` of the rows that share a modulation, which it reads once. The rows of x, and those of
+y and h, are where the strides say.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false
@@ -17,16 +17,17 @@ STAGES = tl.constexpr(3)
 
 @triton.jit
 @no_type_check
-def rows_of(members, chunks, length):
-    """The group of this program's rows, and the first and last + 1 of them within the group."""
+def program_of(modulation_ptr, members, chunks, length, mg, mb, ms, column):
+    """The group of this program's rows, the first and last + 1 of them within it, and where its modulation is."""
     group, first = tl.program_id(0) // chunks, tl.program_id(0) % chunks * length
-    return group, first, tl.minimum(first + length, members)
+    row_ptr = modulation_ptr + (group // mg).to(tl.int64) * mb + (group % mg).to(tl.int64) * ms + column
+    return group, first, tl.minimum(first + length, members), row_ptr
 
 
 @triton.jit
 @no_type_check
 def offset_of(row, g, s, stride_b, stride_g, stride_s):
-    """Where a row begins in a tensor of these strides, its axes b, g and s."""
+    """Where a row of the axes b, g and s begins."""
     b = (row // (g * s)).to(tl.int64)
     return b * stride_b + (row // s % g).to(tl.int64) * stride_g + (row % s).to(tl.int64) * stride_s
 
@@ -34,19 +35,19 @@ def offset_of(row, g, s, stride_b, stride_g, stride_s):
 @triton.jit
 @no_type_check
 def norm_modulate_forward(
-    x_ptr, y_ptr, gate_ptr, shift_ptr, scale_ptr, out_ptr, h_ptr, stats_ptr,
-    members, chunks, length, g, s, xb, xg, xs, hb, hg, hs, mg, mb, ms, eps,
-    D: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, y_ptr, modulation_ptr, out_ptr, h_ptr, stats_ptr,
+    members, chunks, length, g, s, xb, xg, xs, hb, hg, hs, mg, mb, ms, mk, eps,
+    D: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     WIDE: tl.constexpr = stats_ptr.dtype.element_ty
-    group, first, end = rows_of(members, chunks, length)
     column = tl.arange(0, BLOCK)
     inside = column < D
-    modulation = (group // mg).to(tl.int64) * mb + (group % mg).to(tl.int64) * ms + column
-    shift = tl.load(shift_ptr + modulation, inside, 0.0).to(WIDE)
-    scale = 1 + tl.load(scale_ptr + modulation, inside, 0.0).to(WIDE)
-    if gate_ptr is not None:
-        gate = tl.load(gate_ptr + modulation, inside, 0.0).to(WIDE)
+    group, first, end, modulation_ptr = program_of(modulation_ptr, members, chunks, length, mg, mb, ms, column)
+    if GATED:
+        gate = tl.load(modulation_ptr, inside, 0.0).to(WIDE)
+        modulation_ptr += mk
+    shift = tl.load(modulation_ptr, inside, 0.0).to(WIDE)
+    scale = 1 + tl.load(modulation_ptr + mk, inside, 0.0).to(WIDE)
     for member in tl.range(first, end, num_stages=STAGES):
         row = group * members + member
         at_x = offset_of(row, g, s, xb, xg, xs) + column
@@ -54,7 +55,7 @@ def norm_modulate_forward(
         x = tl.load(x_ptr + at_x, inside, 0.0).to(WIDE)
         if y_ptr is not None:
             y = tl.load(y_ptr + at_h, inside, 0.0).to(WIDE)
-            if gate_ptr is not None:
+            if GATED:
                 y *= gate
             out = (x + y).to(x_ptr.dtype.element_ty)
             tl.store(out_ptr + at_x, out, inside)
@@ -70,20 +71,19 @@ def norm_modulate_forward(
 @triton.jit
 @no_type_check
 def norm_modulate_backward(
-    grad_out_ptr, grad_h_ptr, x_ptr, y_ptr, gate_ptr, scale_ptr, stats_ptr, grad_x_ptr, grad_y_ptr, sums_ptr,
-    members, chunks, length, g, s, xb, xg, xs, hb, hg, hs, mg, mb, ms,
-    D: tl.constexpr, BLOCK: tl.constexpr,
+    grad_out_ptr, grad_h_ptr, x_ptr, y_ptr, modulation_ptr, stats_ptr, grad_x_ptr, grad_y_ptr, sums_ptr,
+    members, chunks, length, g, s, xb, xg, xs, hb, hg, hs, mg, mb, ms, mk,
+    D: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     WIDE: tl.constexpr = stats_ptr.dtype.element_ty
-    group, first, end = rows_of(members, chunks, length)
     column = tl.arange(0, BLOCK)
     inside = column < D
-    modulation = (group // mg).to(tl.int64) * mb + (group % mg).to(tl.int64) * ms + column
-    scale = 1 + tl.load(scale_ptr + modulation, inside, 0.0).to(WIDE)
+    group, first, end, modulation_ptr = program_of(modulation_ptr, members, chunks, length, mg, mb, ms, column)
     grad_shift, grad_scale = tl.zeros([BLOCK], WIDE), tl.zeros([BLOCK], WIDE)
-    if gate_ptr is not None:
-        gate = tl.load(gate_ptr + modulation, inside, 0.0).to(WIDE)
-        grad_gate = tl.zeros([BLOCK], WIDE)
+    if GATED:
+        gate, grad_gate = tl.load(modulation_ptr, inside, 0.0).to(WIDE), tl.zeros([BLOCK], WIDE)
+        modulation_ptr += mk
+    scale = 1 + tl.load(modulation_ptr + mk, inside, 0.0).to(WIDE)
     for member in tl.range(first, end, num_stages=STAGES):
         row = group * members + member
         at_x = offset_of(row, g, s, xb, xg, xs) + column
@@ -99,13 +99,13 @@ def norm_modulate_backward(
         along, across = tl.sum(grad_h * normed, 0) / D, tl.sum(grad_h, 0) / D
         grad += (grad_h - across - normed * along) * rstd
         tl.store(grad_x_ptr + at_x, grad.to(grad_x_ptr.dtype.element_ty), inside)
-        if gate_ptr is not None:
+        if GATED:
             y = tl.load(y_ptr + at_h, inside, 0.0).to(WIDE)
             grad_gate += grad * y
             tl.store(grad_y_ptr + at_h, (grad * gate).to(grad_y_ptr.dtype.element_ty), inside)
-    kinds = 3 if gate_ptr is not None else 2
-    at_sums = sums_ptr + tl.program_id(0).to(tl.int64) * kinds * D + column
-    tl.store(at_sums, grad_shift, inside)
-    tl.store(at_sums + D, grad_scale, inside)
-    if gate_ptr is not None:
-        tl.store(at_sums + 2 * D, grad_gate, inside)
+    sums_ptr += tl.program_id(0).to(tl.int64) * (3 if GATED else 2) * D + column
+    if GATED:
+        tl.store(sums_ptr, grad_gate, inside)
+        sums_ptr += D
+    tl.store(sums_ptr, grad_shift, inside)
+    tl.store(sums_ptr + D, grad_scale, inside)

@@ -134,22 +134,23 @@ class Block(nn.Module):
 
         `places` is a frame's number of tokens, of which x has a share if ranks share a clip of joint attention.
         """
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.table + modulation).unbind(dim=3)
-        x, h = self.modulated(self.norm1, x, shift1, scale1)
-        y, gate = self.attention(h, rope, places), gate1
+        first, second, gate2 = torch.split(self.table + modulation, [2, 3, 1], dim=3)
+        x, h = self.modulated(self.norm1, x, first)
+        y = self.attention(h, rope, places)
         if self.text_attention is not None:
-            x, gate = torch.addcmul(x, gate1, y), None
+            gate1, second = torch.split(second, [1, 2], dim=3)
+            x = torch.addcmul(x, gate1.squeeze(3), y)
             y = self.text_attention(x, text, text_mask)
-        x, h = self.modulated(self.norm2, x, shift2, scale2, y, gate)
-        return torch.addcmul(x, gate2, self.feed_forward(h))
+        x, h = self.modulated(self.norm2, x, second, y)
+        return torch.addcmul(x, gate2.squeeze(3), self.feed_forward(h))
 
     def modulated(
-        self, norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor, y: Tensor | None = None,
-        gate: Tensor | None = None,
-    ) -> tuple[Float[Tensor, "b g s d"], Float[Tensor, "b g s d"]]:  # fmt: skip
-        """x plus y, if any, times a gate, if any; and its modulated norm."""
-        if self.fused and shift.dtype == x.dtype and fits_norm_modulate(x, shift):
-            return norm_modulate(x, shift, scale, y, gate, norm.eps)
+        self, norm: nn.LayerNorm, x: Tensor, modulation: Float[Tensor, "b #g #s k d"], y: Tensor | None = None
+    ) -> tuple[Float[Tensor, "b g s d"], Float[Tensor, "b g s d"]]:
+        """x plus y, if any, and its modulated norm. The modulation is shift and scale, or y's gate, shift and scale."""
+        if self.fused and modulation.dtype == x.dtype and fits_norm_modulate(x, modulation):
+            return norm_modulate(x, modulation, y, norm.eps)
+        *gate, shift, scale = modulation.unbind(3)
         if y is not None:
-            x = x + y if gate is None else torch.addcmul(x, gate, y)
+            x = torch.addcmul(x, gate[0], y) if gate else x + y
         return x, modulate(norm(x), shift, scale)

@@ -116,30 +116,30 @@ class WanBlock(nn.Module):
         rope: Float[Tensor, "2 s r"],
     ) -> Float[Tensor, "b f n d"]:
         """`modulation` is the diffusion time's share of shift, scale and gate; `rope` is made by `embed.rope_freqs`."""
-        table = self.table.float() + modulation.float()
-        shift1, scale1, gate1, shift2, scale2, gate2 = rearrange(table, "b f six d -> six b f 1 d")
-        x, h = self.modulated(self.norm1, x, shift1, scale1)
+        table = rearrange(self.table.float() + modulation.float(), "b f six d -> six b f 1 d")
+        first, gate1, second, gate2 = torch.split(table, [2, 1, 2, 1])
+        x, h = self.modulated(self.norm1, x, first)
         x, h = self.gated(self.text_norm, x, gate1, self.attention(h, rope))
-        x, h = self.modulated(self.norm2, x, shift2, scale2, self.text_attention(h, text))
-        return torch.addcmul(x, gate2, self.feed_forward(h)).to(x.dtype)
+        x, h = self.modulated(self.norm2, x, second, self.text_attention(h, text))
+        return torch.addcmul(x, gate2[0], self.feed_forward(h)).to(x.dtype)
 
     def modulated(
-        self, norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor, y: Tensor | None = None
+        self, norm: nn.LayerNorm, x: Tensor, modulation: Float[Tensor, "two b #f 1 d"], y: Tensor | None = None
     ) -> tuple[Float[Tensor, "b f n d"], Float[Tensor, "b f n d"]]:
-        """x plus y, if any, and its modulated norm, in the tokens' dtype."""
-        if self.fused and fits_norm_modulate(x, shift):
-            return norm_modulate(x, shift, scale, y, eps=norm.eps)
+        """x plus y, if any, and its norm with shift and scale, in the tokens' dtype."""
+        if self.fused and fits_norm_modulate(x, rows := modulation.movedim(0, 3)):
+            return norm_modulate(x, rows, y, norm.eps)
         x = x if y is None else x + y
-        return x, modulate(norm(x), shift, scale).to(x.dtype)
+        return x, modulate(norm(x), *modulation).to(x.dtype)
 
     def gated(
-        self, norm: nn.LayerNorm, x: Tensor, gate: Tensor, y: Tensor
+        self, norm: nn.LayerNorm, x: Tensor, gate: Float[Tensor, "1 b #f 1 d"], y: Tensor
     ) -> tuple[Float[Tensor, "b f n d"], Float[Tensor, "b f n d"]]:
         """x plus gated y, and its norm, in the tokens' dtype. To the kernels, weight and bias are a modulation."""
-        if self.fused and fits_norm_modulate(x, gate):
-            weight, bias = (each.float().expand_as(gate) for each in (norm.weight, norm.bias))
-            return norm_modulate(x, bias, weight - 1, y, gate, norm.eps)
-        x = torch.addcmul(x, gate, y).to(x.dtype)
+        if self.fused and fits_norm_modulate(x, gate.movedim(0, 3)):
+            affine = (each.expand_as(gate) for each in (norm.bias.float(), norm.weight.float() - 1))
+            return norm_modulate(x, torch.cat([gate, *affine]).movedim(0, 3), y, norm.eps)
+        x = torch.addcmul(x, gate[0], y).to(x.dtype)
         return x, norm(x).to(x.dtype)
 
 

@@ -4,15 +4,18 @@ The kernels must give torch's results on every rank, and rank 0 measures both on
 measured alone, since between two matrix products torch.compile has nothing else to fuse them with.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from sora_train.data.shards import ShardSet
 from sora_train.errors import error_line
-from sora_train.kernels.norm_modulate import norm_modulate, passes, torch_norm_modulate, why_no_norm_modulate
+from sora_train.kernels.norm_modulate import norm_modulate, torch_norm_modulate
+from sora_train.kernels.short_attention import TOLERANCE
+from sora_train.kernels.tools import why_no_kernels
 from sora_train.log import log
 from sora_train.model import ModelConfig, Transformer
 from sora_train.schema import bucket_size
@@ -38,7 +41,7 @@ def choose_norms(
     config = next(iter(by_bucket.values()))
     if device.type != "cuda" or not config.half or not config.zero_stage:
         return
-    if why := first_reason(why_no_norm_modulate(device, model.config.width, modulation_dtype(model.config))):
+    if why := first_reason(why_no_norms(device, model.config)):
         if dist.get_rank() == 0:
             run_dir.events.write("no_kernels", 0, f"{why}. All ranks use torch's norms")
         return
@@ -47,7 +50,7 @@ def choose_norms(
         f, _, h, w = shards.manifest.vae.latent_shape(*bucket_size(name))
         sizes.append((own.micro_batch_size, tokens_of_rank(model.config, f, h, w, shared)))
     b, s = max(sizes, key=lambda size: size[0] * size[1])
-    measured = partial(measure, model.config, b, s, device, compiled=compiled)
+    measured = partial(measure, device, model.config, b, s, compiled=compiled)
     if agree("norms", [TORCH, OURS], run_dir, device, measured, "Seconds of one, forward and backward") == OURS:
         fuse_norms(model)
 
@@ -58,28 +61,60 @@ def fuse_norms(model: Transformer) -> None:
         setattr(block, "fused", True)  # noqa: B010
 
 
-def measure(model: ModelConfig, b: int, s: int, device: torch.device, *, compiled: bool) -> dict[str, float]:
-    """Seconds of both, forward and backward, for b clips of s tokens; nothing if one fails."""
-    draw = torch.Generator(device).manual_seed(0)  # not the generator that training uses
+def why_no_norms(device: torch.device, model: ModelConfig, s: int = 300) -> str:
+    """Why not to use the kernels, or an empty string: what they lack on a device, or what they do wrong.
 
-    def noise(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        return torch.randn(shape, generator=draw, device=device, dtype=dtype)
-
+    Compares them with torch in float32, on groups of `s` tokens with a modulation of a clip, a group, or a place in it.
+    """
+    if why := why_no_kernels(device):
+        return why
+    off = list[Tensor]()
     try:
-        x, y, *grads = (noise(b, 1, s, model.width) for _ in range(4))
-        shift, scale, gate = noise(b, 1, 1, 3, model.width, dtype=modulation_dtype(model)).unbind(3)
-        times = dict[str, float]()
+        for rows in ((1, 1), (3, 1), (1, s)):
+            (x, modulation, y), grads = made_up(device, model, (2, 3, s), rows)
+            ungated = modulation[..., 1:, :]
+            for inputs in ((x, ungated), (x, ungated, y), (x, modulation, y)):
+                found = passes(norm_modulate, inputs, grads)
+                exact = passes(torch_norm_modulate, [each.float() for each in inputs], [each.float() for each in grads])
+                off += [(a - b).abs().max() / b.abs().max() for a, b in zip(found, exact, strict=True)]
+    except Exception as error:  # whatever Triton, its compiler or the driver raise
+        return f"norms of width {model.width}: {error_line(error)}"
+    most = float(torch.stack(off).max())  # not a number is wrong too
+    return "" if most < TOLERANCE else f"norms of width {model.width}: {most:.2g} of the largest value off torch's norm"
+
+
+def measure(device: torch.device, model: ModelConfig, b: int, s: int, *, compiled: bool) -> dict[str, float]:
+    """Seconds of both, forward and backward, for b clips of s tokens; nothing if one fails."""
+    times = dict[str, float]()
+    try:
+        inputs, grads = made_up(device, model, (b, 1, s), (1, 1))
         for name, calculate in ((TORCH, torch_norm_modulate), (OURS, norm_modulate)):
             run = torch.compile(calculate, dynamic=False) if compiled else calculate
-            times[name] = gpu_seconds(partial(passes, run, (x, shift, scale, y, gate), grads), device)
+            times[name] = gpu_seconds(partial(passes, run, inputs, grads), device)
     except Exception as error:  # torch's are used then
         log.warning(f"norms could not be measured: {error_line(error)}")
         return {}
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
     return times
 
 
-def modulation_dtype(model: ModelConfig) -> torch.dtype:
-    """Of shift, scale and gate of a model in bfloat16."""
-    return torch.float32 if model.family == "wan" else torch.bfloat16
+def made_up(
+    device: torch.device, model: ModelConfig, tokens: tuple[int, int, int], rows: tuple[int, int]
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
+    """x, modulation and y of a block, and gradients of both outputs. Wan's modulation is in float32."""
+    draw, d = torch.Generator(device).manual_seed(0), model.width  # not the generator that training uses
+
+    def noise(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(shape, generator=draw, device=device, dtype=dtype)
+
+    x, y, *grads = (noise(*tokens, d) for _ in range(4))
+    dtype = torch.float32 if model.family == "wan" else torch.bfloat16
+    return (x, noise(tokens[0], *rows, 3, d, dtype=dtype), y), grads
+
+
+def passes(
+    calculate: Callable[..., tuple[Tensor, Tensor]], inputs: Sequence[Tensor], grads: Sequence[Tensor]
+) -> list[Tensor]:
+    """Outputs, and gradients of all inputs."""
+    inputs = [each.detach().requires_grad_() for each in inputs]
+    outputs = calculate(*inputs)
+    return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, inputs, grads)]

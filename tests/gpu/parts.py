@@ -95,7 +95,7 @@ def compiled(device: torch.device, out: Path) -> str:
 
 
 def resumed(device: torch.device, out: Path) -> str:
-    """A resume gives the losses of the run that went on. Our kernels are right, and a choice of attention was made."""
+    """A resume gives the losses of the run that went on. Our kernels are right; attention and norms were chosen."""
     join(device)
     shards = make_shards(out / "shards", size_of(device))
     settings = {"steps": 6, "checkpoint_every": 3, "precision": "bf16"}
@@ -103,15 +103,15 @@ def resumed(device: torch.device, out: Path) -> str:
     events = [(event["event"], event["reason"]) for event in Events(out / "whole").lines.read()]
     assert "no_kernels" not in dict(events), events
     (out / "rest").mkdir()
-    for event in events:  # a resume is in the same folder, and knows the choice of attention
+    for event in events:  # a resume is in the same folder, and knows the choices
         Events(out / "rest").write(event[0], 0, event[1])
     rest = run(device, shards, out / "rest", out / "whole/checkpoints/step_00000003", **settings)
-    chosen = [reason for name, reason in events if name == "attention"]
-    assert len(chosen) == (device.type == "cuda"), events
+    chosen = [f"{name}: {reason}" for name, reason in events if name in ("attention", "norms")]
+    assert len(chosen) == 2 * (device.type == "cuda"), events
     assert [line["step"] for line in rest] == [4, 5, 6]
     worst = furthest([line["loss"] for line in rest], whole[3:])
     assert worst <= (0.0 if device.type == "cpu" else 1e-3), f"a loss after the resume is {worst:.1e} off"
-    return "; attention: ".join([f"losses of steps 4 to 6 within {worst:.1e}", *chosen])
+    return "; ".join([f"losses of steps 4 to 6 within {worst:.1e}", *chosen])
 
 
 def codecs(device: torch.device, out: Path) -> str:

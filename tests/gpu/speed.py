@@ -14,7 +14,6 @@ from sora_train.bench.case import Case, size_of
 from sora_train.bench.core import log, markdown
 from sora_train.bench.model import TrainingStep, profile, profile_tables, row_of
 from sora_train.errors import error_line
-from sora_train.kernels.norm_modulate import why_no_norm_modulate
 from sora_train.model import ModelConfig, layers, preset
 from sora_train.recipe import Recipe, save_recipe
 from sora_train.sample import generate_each, load_run
@@ -179,8 +178,8 @@ def norm_figures(device: torch.device) -> str:
     if device.type != "cuda":
         return ""
     model = preset("latte_t2v")
-    assert not (why := why_no_norm_modulate(device, model.width, torch.bfloat16)), why
-    times = norms.measure(model, 4, 16 * 256, device, compiled=True)
+    assert not (why := norms.why_no_norms(device, model)), why
+    times = norms.measure(device, model, 4, 16 * 256, compiled=True)
     return (
         "norms, forward and backward: "
         + ", ".join(f"{name} {1e3 * each:.3f} ms" for name, each in times.items())

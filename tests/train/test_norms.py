@@ -26,7 +26,7 @@ def chosen(tiny_shards: Path, tmp_path: Path, monkeypatch):
         if not dist.is_initialized():
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Made Up")
-        monkeypatch.setattr(norms, "why_no_norm_modulate", lambda *_: why)
+        monkeypatch.setattr(norms, "why_no_norms", lambda *_: why)
         monkeypatch.setattr(norms, "measure", lambda *_, **__: times)
         model, shards, run_dir = build(MODEL), ShardSet(str(tiny_shards)), RunDir(tmp_path)
         config = TrainConfig(**{"precision": "bf16", "zero_stage": 1} | settings)
