@@ -178,7 +178,7 @@ def _acquire(file: OwnerFile | OwnerObject, me: dict) -> None:
         if here or waited >= STALE_S:
             file.remove(found)
             continue
-        if not waited:
+        if waited == (0 if owner else 1):  # an empty file is just being written
             log.info(f"{other}, or was killed. Waiting {STALE_S:.0f} s for its heartbeat")
         seen, waited = found, waited + 1
         time.sleep(1)

@@ -42,13 +42,16 @@ def fits_short_attention(qkv: Tensor, heads: int) -> bool:
     return fits and is_right(qkv.device, s, heads, k)
 
 
-@torch.compiler.assume_constant_result
 def is_right(device: torch.device, s: int, heads: int, k: int) -> bool:
     """Whether the kernels are right for groups of `s` tokens. Once they are not, none is used any more."""
     if not refused and (why := why_no_short_attention(device, s, heads, k)):
         refused.append(why)
         log.warning(f"attention within short groups runs without sora_train's kernels: {why}")
     return not refused
+
+
+# What `torch.compiler.assume_constant_result` sets. It imports the compiler, which would take every command 2 s.
+is_right._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

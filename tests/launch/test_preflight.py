@@ -295,7 +295,7 @@ class TestWithRay:
                 "To use CPUs alone: --cluster.gpu no --validation.resources.GPU 0. Lower",
             ),
             (VALIDATED | {"cluster__workers": 4}, "set validation.every to 0"),
-            ({"cluster__cpus_per_worker": 5}, "nodes have 4 CPU, 0 GPU. Lower"),
+            ({"cluster__cpus_per_worker": 5}, "nodes have 4 CPU and 0 GPU. Lower"),
         ],
         ids=["gpu", "both gpus", "validation", "cpus"],
     )
