@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-WIDEST = 8192
-"""Width of a row that fits in registers."""
+WIDEST = 4096
+"""Width of a row of which nothing is spilled from registers."""
 WARPS_AT_ONCE = 2048
 """Warps of the backward kernel, whose programs make sums of their own: about as many as a large GPU runs at once."""
 SHORTEST = 8

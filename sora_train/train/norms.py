@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sora_train.data.shards import ShardSet
 from sora_train.errors import error_line
-from sora_train.kernels.norm_modulate import norm_modulate, torch_norm_modulate
+from sora_train.kernels.norm_modulate import WIDEST, norm_modulate, torch_norm_modulate
 from sora_train.kernels.short_attention import TOLERANCE
 from sora_train.kernels.tools import why_no_kernels
 from sora_train.log import log
@@ -39,7 +39,7 @@ def choose_norms(
     out: it computes under autocast, with tokens in float32.
     """
     config = next(iter(by_bucket.values()))
-    if device.type != "cuda" or not config.half or not config.zero_stage:
+    if device.type != "cuda" or not config.half or not config.zero_stage or model.config.width > WIDEST:
         return
     if why := first_reason(why_no_norms(device, model.config)):
         if dist.get_rank() == 0:
