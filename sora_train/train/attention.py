@@ -34,9 +34,9 @@ OFF: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """The choices, and the backends that each switches off; `FlashAttention-3` replaces torch's flash attention."""
 LEAST_GAIN = 0.97
-"""Another choice takes at most this share of the time of torch's own."""
+"""Another choice is used if it takes at most this share of the time of torch's own."""
 MEASURED_S, LIMIT_S = 0.05, 60.0
-"""How long each is measured, at least once, and after how long no more shapes are."""
+"""Seconds for which each choice is measured, at least once. After LIMIT_S in all, no further shape is measured."""
 
 
 def choose_attention(
@@ -68,11 +68,12 @@ def try_kernels_on_all_ranks(groups: Iterable[AttentionShape], run_dir: RunDir, 
     if why := first_reason(next(filter(None, reasons), "")):
         refused.append(why)
         if dist.get_rank() == 0:
-            run_dir.events.write("no_kernels", 0, f"{why}. All ranks use torch's attention, which is slower")
+            step = run_dir.metrics.last_step()
+            run_dir.events.write("no_kernels", step, f"{why}. All ranks use torch's attention, which is slower")
 
 
 def choose_on_rank_0(weights: Mapping[AttentionShape, float], run_dir: RunDir, device: torch.device) -> str:
-    """The choice that an earlier start of the run made on such a GPU, or what is measured. Collective."""
+    """The choice of all ranks, as `agree` finds it, among those that every rank can use. Collective."""
     no_flash3 = first_reason(why_no_flash3())
     choices = [name for name in OFF if name != FLASH3 or not no_flash3]
     measured = partial(measure, weights, choices, device) if weights else dict[str, float]
@@ -97,7 +98,7 @@ def agree(
         elif times := measured():
             chosen = [fastest(times)]
             figures = ", ".join(f"{name} {taken:.3g}" for name, taken in times.items())
-            run_dir.events.write(event, 0, f"{chosen[0]} {where}. {unit}: {figures}")
+            run_dir.events.write(event, run_dir.metrics.last_step(), f"{chosen[0]} {where}. {unit}: {figures}")
     dist.broadcast_object_list(chosen, src=0)
     return chosen[0]
 

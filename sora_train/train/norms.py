@@ -45,7 +45,7 @@ def choose_norms(
         return
     if why := first_reason(why_no_norms(device, model.config)):
         if dist.get_rank() == 0:
-            run_dir.events.write("no_kernels", 0, f"{why}. All ranks use torch's norms")
+            run_dir.events.write("no_kernels", run_dir.metrics.last_step(), f"{why}. All ranks use torch's norms")
         return
     sizes = list[tuple[int, int]]()
     for name, own in by_bucket.items():

@@ -110,7 +110,7 @@ def place(
 
 
 def _nothing() -> None:
-    """What ranks read that leave it to rank 0."""
+    """Reads nothing, for the ranks other than 0."""
 
 
 def together(act: Callable[[], T], device: torch.device) -> T:

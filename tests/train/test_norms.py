@@ -57,6 +57,13 @@ def test_blocks_use_torch_if_the_kernels_are_wrong_and_an_event_says_why(chosen)
     )
 
 
+@pytest.mark.parametrize("why", ["", "norms of width 32: there is no kernel"])
+def test_the_events_of_a_resumed_run_have_its_step(chosen, why: str, tmp_path: Path):
+    RunDir(tmp_path).metrics.write({"step": 7})
+    chosen({TORCH: 2.0, OURS: 1.0}, why)
+    assert [event["step"] for event in RunDir(tmp_path).events.lines.read()] == [7]
+
+
 @pytest.mark.parametrize("setting", [{"device": "cpu"}, {"precision": "fp32"}, {"zero_stage": 0}])
 def test_nothing_is_chosen_where_the_kernels_never_fit(chosen, setting: dict):
     assert chosen({TORCH: 2.0, OURS: 1.0}, **setting) == ([False, False], [])
