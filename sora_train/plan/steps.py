@@ -67,18 +67,24 @@ def step_table(recipe: Recipe, buckets: dict[str, Sizes], world: int) -> list[st
 def idle_ranks(recipe: Recipe, buckets: dict[str, Sizes]) -> list[str]:
     """A warning for every bucket whose clips are too short or small for the ranks that share them."""
     model, shared, found = recipe.model, recipe.cluster.sequence_parallel, list[str]()
+    choices = [n for n in range(shared, 0, -1) if recipe.cluster.most % n == 0 and model.shares_clips_by(n)]
     for name, sizes in buckets.items():
         places = (sizes.h // model.patch) * (sizes.w // model.patch)
         axes = {"latent frames": sizes.f, "places": places} if model.factorised else {"places": places}
         for axis, length in axes.items():
-            busy = -(-length // -(-length // shared))  # each has as many as the first, the last fewer or none
-            if busy < shared:
+            if (busy := busy_ranks(length, shared)) < shared:
+                best = next(n for n in choices if busy_ranks(length, n) == n)
                 blocks = ("spatial" if axis == "latent frames" else "temporal") if model.factorised else "all"
                 found.append(
                     f"warning: clips of {name} have {length} {axis}, so {shared - busy} of the {shared} workers that "
-                    f"share one idle in {blocks} blocks; with cluster.sequence_parallel {busy} none would"
+                    f"share one idle in {blocks} blocks; with cluster.sequence_parallel {best} none would"
                 )
     return found
+
+
+def busy_ranks(length: int, shared: int) -> int:
+    """How many of the ranks that share an axis have a part: each as many as the first, the last fewer or none."""
+    return -(-length // -(-length // shared))
 
 
 def small_bucket_warnings(recipe: Recipe, clips: Mapping[str, int], buckets: dict[str, Sizes]) -> list[str]:
