@@ -143,13 +143,21 @@ def find_damaged(folder: str, kind: Kind) -> list[str]:
     """Paths of the pieces that can't be read completely. Reads all of them; reasons are logged."""
     (system, _), (found, damaged) = resolve(folder), _survey(folder, kind)
     for piece in found:
-        try:
-            for _ in _tables(system, kind, piece, KINDS[kind].names):
-                pass
-        except DAMAGE as error:
+        # a storage that fails for a moment must not look like damage
+        if _read_error(system, kind, piece) and (error := _read_error(system, kind, piece)):
             _report_damage(system, piece.path, error)
             damaged.append(piece.path)
     return damaged
+
+
+def _read_error(system: fs.FileSystem, kind: Kind, piece: Piece) -> Exception | None:
+    """Why a piece can't be read completely, if so."""
+    try:
+        for _ in _tables(system, kind, piece, KINDS[kind].names):
+            pass
+    except DAMAGE as error:
+        return error
+    return None
 
 
 def delete_damaged(folder: str, kind: Kind) -> None:

@@ -24,7 +24,7 @@ def check_shards(folder: str) -> None:
     `sora prep` itself deletes damaged pieces of the index, but not shards.
     """
     system, root = resolve(folder)
-    damaged = [path for kind in KINDS for path in find_damaged(folder, kind)]
+    pieces, damaged = [path for kind in KINDS for path in find_damaged(folder, kind)], list[str]()
     rows, clips = _indexed(folder)
     wrong, unknown = list[str](), list[str]()
     for file in shard_files(folder):
@@ -47,7 +47,12 @@ def check_shards(folder: str) -> None:
     if rows and unknown:
         log.info(f"inspect: the index does not describe {first_of(unknown)}; `sora prep` adds them")
     if damaged:
-        raise UserError(f"damaged: {'; '.join(damaged)}. Delete these files and run `sora prep` again", code="shards")
+        also = f". So are pieces of the index, which it restores: {'; '.join(pieces)}" if pieces else ""
+        raise UserError(
+            f"damaged: {'; '.join(damaged)}. Delete these files and run `sora prep` again{also}", code="shards"
+        )
+    if pieces:
+        raise UserError(f"damaged: {'; '.join(pieces)}. Run `sora prep` again, which restores them", code="shards")
     if wrong:
         raise UserError(
             f"the index describes {first_of(wrong)} otherwise than they are. Delete {hide_password(folder)}/{FOLDER} "

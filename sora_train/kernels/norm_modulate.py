@@ -25,7 +25,8 @@ SHORTEST = 8
 
 def fits_norm_modulate(x: Tensor, modulation: Tensor) -> bool:
     """Whether the kernels take it: on NVIDIA GPUs, in bfloat16. `train/norms.py` checks and measures them."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and x.shape[3] <= WIDEST and 1 in modulation.shape[1:3]
+    fits = x.shape[3] <= WIDEST and x.stride(3) == 1 and 1 in modulation.shape[1:3]
+    return x.is_cuda and x.dtype == torch.bfloat16 and fits
 
 
 def norm_modulate(

@@ -24,7 +24,7 @@ from sora_train.recipe import Recipe, save_recipe
 from sora_train.storage import DRAFT_PREFIX, atomic_write_text, why_not_writable
 from sora_train.train import checkpoint
 from sora_train.train.metrics import STOP_FILE, Events, JsonLines
-from sora_train.train.run_dir import RunDir
+from sora_train.train.run_dir import TRYING_FILE, RunDir
 
 START_EVENTS, END_EVENTS = ("start", "resume"), ("end", "failed", "stopped", "interrupted")
 """Events with which training starts, and those with which a command's training ends."""
@@ -48,6 +48,7 @@ RUN_FILES = (
     RAY_CHECKPOINT_LIST,
     FATAL_ERROR_FILE,
     STOP_FILE,
+    TRYING_FILE,
 )
 """Files that a run writes, next to its checkpoints and samples."""
 PACKAGES = ("sora_train", "torch", "ray", "deepspeed", "diffusers", "transformers", "pyarrow", "numpy", "wandb")
@@ -106,7 +107,7 @@ def prepare_run_folder(run: Path, recipe: Recipe, manifest: Manifest, clips: Cli
     folder = run / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     drafts = (path.name for path in run.glob(f"{DRAFT_PREFIX}*"))
-    for name in (RAY_CHECKPOINT_LIST, FATAL_ERROR_FILE, STOP_FILE, *drafts):
+    for name in (RAY_CHECKPOINT_LIST, FATAL_ERROR_FILE, STOP_FILE, TRYING_FILE, *drafts):
         (run / name).unlink(missing_ok=True)
     save_run_description(run, recipe, manifest, clips)
     record_lost_driver(run)

@@ -5,6 +5,7 @@ run's attention with some backends switched off, and all ranks use what is faste
 process, so compiled blocks and recomputed ones follow it.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -25,7 +26,7 @@ from sora_train.schema import bucket_size
 from sora_train.train.compile import first_reason
 from sora_train.train.config import TrainConfig
 from sora_train.train.hardware import seconds
-from sora_train.train.run_dir import RunDir
+from sora_train.train.run_dir import TRYING_FILE, RunDir
 
 OWN, FLASH3 = "torch's order", "FlashAttention-3"
 OFF: dict[str, tuple[str, ...]] = {
@@ -37,6 +38,27 @@ LEAST_GAIN = 0.97
 """Another choice is used if it takes at most this share of the time of torch's own."""
 MEASURED_S, LIMIT_S = 0.05, 60.0
 """Seconds for which each choice is measured, at least once. After LIMIT_S in all, no further shape is measured."""
+
+
+def may_try_kernels(run_dir: RunDir, device: torch.device) -> bool:
+    """Whether to try and measure kernels: not if an earlier start of this command ended meanwhile. Collective.
+
+    On a GPU an illegal memory access ends the process, which no check inside it can prevent.
+    """
+    if device.type != "cuda":
+        return False
+    file, ended = run_dir.run / TRYING_FILE, [False]
+    if dist.get_rank() == 0:
+        ended = [file.exists()]
+        with contextlib.suppress(OSError):  # a full disk
+            file.touch()
+    dist.broadcast_object_list(ended, src=0)
+    if ended[0]:
+        refused.append("a start ended while it tried kernels")
+        if dist.get_rank() == 0:
+            why = f"{refused[-1]}. All ranks use torch's own, until the command is run again"
+            run_dir.events.write("no_kernels", run_dir.metrics.last_step(), why)
+    return not ended[0]
 
 
 def choose_attention(

@@ -26,7 +26,7 @@ from sora_train.model import ModelConfig
 from sora_train.train import checkpoint, guard
 from sora_train.train.activation_checkpointing import apply_activation_checkpointing
 from sora_train.train.adapted import build_adapted
-from sora_train.train.attention import choose_attention
+from sora_train.train.attention import choose_attention, may_try_kernels
 from sora_train.train.balance import shard_configs
 from sora_train.train.compile import Compilation
 from sora_train.train.config import TrainConfig
@@ -40,7 +40,7 @@ from sora_train.train.load_checkpoint import load_checkpoint
 from sora_train.train.metrics import Tally
 from sora_train.train.norms import choose_norms
 from sora_train.train.profile import StepProfiler
-from sora_train.train.run_dir import RunDir
+from sora_train.train.run_dir import TRYING_FILE, RunDir
 from sora_train.train.sequence_parallel import make_sequence_group, share_clips
 from sora_train.train.skipped_blocks import add_zero_gradients
 from sora_train.train.state import State, with_clips
@@ -93,8 +93,11 @@ def train(
         config, model_config, lora, shards, frame_times=objective.conditioning.frame_times, world=groups,
         shared=sequence_parallel,
     )  # fmt: skip
-    choose_attention(by_bucket, model_config, shards, run_dir, device, sequence_parallel)
-    choose_norms(model, by_bucket, shards, run_dir, device, compiled=compilation.on, shared=sequence_parallel)
+    if may_try_kernels(run_dir, device):
+        choose_attention(by_bucket, model_config, shards, run_dir, device, sequence_parallel)
+        choose_norms(model, by_bucket, shards, run_dir, device, compiled=compilation.on, shared=sequence_parallel)
+        if rank == 0:
+            (run_dir.run / TRYING_FILE).unlink(missing_ok=True)
     most = max(accumulation(own, groups) for own in by_bucket.values())
     engine = Engine(model, config, accumulation=most, device=device, weights=weights)
     del weights  # with its open files

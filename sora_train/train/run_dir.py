@@ -16,6 +16,8 @@ import torch.distributed as dist
 from sora_train.train import checkpoint
 from sora_train.train.metrics import STOP_FILE, Events, JsonLines
 
+TRYING_FILE = "trying_kernels"
+"""In a run's folder while a start tries kernels on its GPUs."""
 POLL_STOP_FILE_S = 0.5  # a network file system answers slowly
 STEP_DELAY_S = float(os.environ.get("SORA_STEP_DELAY_S", "0"))  # for drills, which act during slow steps
 

@@ -8,12 +8,13 @@ from shutil import which
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from sora_train.data.shards import ShardSet
 from sora_train.model import ModelConfig
 from sora_train.model.attention_shapes import AttentionShape
 from sora_train.train import attention
-from sora_train.train.attention import FLASH3, OWN, choose_attention, fastest, measure, use
+from sora_train.train.attention import FLASH3, OWN, choose_attention, fastest, may_try_kernels, measure, use
 from sora_train.train.config import TrainConfig
 from sora_train.train.metrics import Events
 from sora_train.train.run_dir import RunDir
@@ -39,6 +40,17 @@ def torchs_own():
 )
 def test_the_fastest_is_chosen_if_it_is_clearly_faster(times: dict[str, float], choice: str):
     assert fastest(times) == choice
+
+
+def test_a_start_that_ended_while_it_tried_kernels_is_repeated_without(tmp_path: Path, monkeypatch):
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr(attention, "refused", refused := [])
+    run_dir, gpu = RunDir(tmp_path), torch.device("cuda")
+    assert not may_try_kernels(run_dir, CPU)
+    assert (may_try_kernels(run_dir, gpu), refused) == (True, [])
+    assert (may_try_kernels(run_dir, gpu), refused) == (False, ["a start ended while it tried kernels"])
+    assert [event["event"] for event in run_dir.events.lines.read()] == ["no_kernels"]
 
 
 def test_every_choice_is_measured():
