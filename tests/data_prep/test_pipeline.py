@@ -108,6 +108,7 @@ def clips_of(folder: Path) -> dict[str, dict]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_the_vae_gets_batches_of_its_size_from_a_long_video(
     tmp_path: Path, write, vae_folder: Path, local_ray, monkeypatch: pytest.MonkeyPatch
 ):

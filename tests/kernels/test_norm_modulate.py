@@ -112,7 +112,7 @@ def results(calculate, inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]
 
 @runs
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("b", "g", "s", "d", "per"),
@@ -281,7 +281,9 @@ def same(found: list[Tensor], expected: list[Tensor], bound: float) -> bool:
 
 @runs
 @pytest.mark.gpu
-@pytest.mark.parametrize("outcomes", MODELS, indirect=True)
+@pytest.mark.parametrize(
+    "outcomes", [MODELS[0], pytest.param(MODELS[1], marks=pytest.mark.slow), MODELS[2]], indirect=True
+)
 @pytest.mark.parametrize("t", [(3.0, 900.0), ((0.0, 3.0, 50.0), (7.0, 0.0, 900.0))])
 def test_a_model_is_the_same_with_the_kernels(outcomes, t):
     model, outcome = outcomes
@@ -293,6 +295,7 @@ def test_a_model_is_the_same_with_the_kernels(outcomes, t):
 
 @runs
 @pytest.mark.gpu
+@pytest.mark.slow
 @pytest.mark.parametrize("outcomes", MODELS[2:], indirect=True)
 def test_adapters_learn_the_same(outcomes):
     model, outcome = outcomes
@@ -317,7 +320,7 @@ def test_images_give_the_blocks_that_they_skip_gradients_of_zero(outcomes):
 @runs
 @pytest.mark.gpu
 @pytest.mark.parametrize("outcomes", MODELS[:1], indirect=True)
-@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("mode", ["selective", pytest.param("full", marks=pytest.mark.slow)])
 def test_checkpointing_changes_nothing(outcomes, mode: str):
     model, outcome = outcomes
     expected, checkpointed = outcome(model), deepcopy(model)

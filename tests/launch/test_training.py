@@ -183,6 +183,7 @@ def kill_a_worker_at(step: int, run: Path) -> threading.Thread:
     return thread
 
 
+@pytest.mark.slow
 def test_a_run_with_a_killed_worker_has_the_same_losses(
     unbroken: Path, builtin_shards: Path, tmp_path: Path, recipe_of
 ):
@@ -260,6 +261,7 @@ def test_a_run_of_another_recipe_is_refused_by_its_keys(finished: Path, builtin_
         launch_training(recipe)
 
 
+@pytest.mark.slow
 def test_new_data_keeps_step_and_optimizer_and_starts_an_epoch(
     finished: Path, builtin_shards: Path, write_noise_shards, recipe_of, tmp_path: Path, capsys
 ):
