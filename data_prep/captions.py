@@ -24,7 +24,8 @@ from data_prep.csv_records import SEPARATORS, Records
 from sora_train.data.config import DataConfig
 from sora_train.errors import RecipeError, UserError
 from sora_train.log import log
-from sora_train.storage import decode_text, decoded_lines, hint, storage_errors
+from sora_train.storage import hint, storage_errors
+from sora_train.text_files import decode_text, decoded_lines
 
 JSON_LINES, PARQUET = (".jsonl", ".ndjson", ".json"), (".parquet", ".pq")
 COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")

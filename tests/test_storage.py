@@ -1,14 +1,11 @@
 """Places, local: what is remote is tested in data_prep/test_s3.py."""
 
-import io
 import os
 import threading
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from pyarrow import fs
 from safetensors.torch import save_file
 
@@ -16,7 +13,6 @@ from sora_train.errors import UserError
 from sora_train.storage import (
     atomic_file,
     atomic_write,
-    decoded_lines,
     follow_umask,
     in_bytes,
     read_bytes,
@@ -124,27 +120,3 @@ def test_messages_never_show_a_password(monkeypatch: pytest.MonkeyPatch):
     assert "s3cret" not in str(caught.value)
     assert "is https://minio.example:9000" in str(caught.value)
     assert "s3://bucket/x can't be reached: no s3://bucket/x" in str(caught.value)
-
-
-@given(
-    text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufeff"), max_size=30),
-    encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32"]),
-    cuts=st.lists(st.integers(1, 9), max_size=40),
-)
-def test_lines_are_the_same_wherever_chunks_are_cut(text: str, encoding: str, cuts: list[int]):
-    content = text.replace("a", "\r").replace("b", "\r\n").replace("c", "\n").encode(encoding)
-    parts = [content[sum(cuts[:i]) : sum(cuts[: i + 1])] for i in range(len(cuts))]
-    whole = io.StringIO(content.decode(encoding), newline="").readlines()
-    assert list(decoded_lines(part for part in [*parts, content[sum(cuts) :]] if part)) == whole
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 100])
-def test_a_bad_byte_is_named_with_its_line_wherever_chunks_are_cut(size: int):
-    for content, says in (
-        ("ä\r\nb\rc\n".encode() + b"d\xff", r"not UTF-8 text in line 4 .byte 0xff."),
-        ("ä\nb".encode() + "é".encode()[:1], r"not UTF-8 text in line 2 .byte 0xc3."),
-        (b"ab\n\ncd\0", "NUL byte in line 3"),
-    ):
-        parts = [content[i : i + size] for i in range(0, len(content), size)]
-        with pytest.raises(ValueError, match=says):
-            list(decoded_lines(parts))

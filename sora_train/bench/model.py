@@ -265,14 +265,9 @@ def profile_tables(what: str, found: Breakdown) -> list[Table]:
 
 
 def row_of(
-    case: Case,
-    name: str,
-    each: list[dict[str, float]],
-    base: list[float],
-    difference: float | None,
-    memory: float | None,
-    first_s: float,
-) -> Row:
+    case: Case, name: str, each: list[dict[str, float]], base: list[float], difference: float | None,
+    memory: float | None, first_s: float,
+) -> Row:  # fmt: skip
     """The row of a variant: its times and the rates that follow from them."""
     (f, h, w), model = case.latents, case.model
     times: dict[str, Any] = {key: spread([turn[key] for turn in each]) for key in each[0]}

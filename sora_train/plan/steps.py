@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 
+from sora_train.codec.files import find_vae
+from sora_train.codec.hub import downloaded_folder
+from sora_train.errors import UserError
 from sora_train.plan.activations import Sizes, activations
 from sora_train.plan.estimate import step_flops
 from sora_train.recipe import Recipe
@@ -98,3 +102,18 @@ def small_bucket_warnings(recipe: Recipe, clips: Mapping[str, int], buckets: dic
         for name, count in clips.items()
         if 0 < count < own[name].batch_size
     ]
+
+
+def vae_factors(recipe: Recipe) -> tuple[tuple[int, int], str]:
+    """Pixels on a side and frames of a latent, and where they are known from. Downloads nothing."""
+    name, models = recipe.codec.vae, recipe.codec.models
+    hub = name.partition("@")[0]
+    try:
+        if name == "builtin" or os.path.isdir(name) or (models and downloaded_folder(models, hub).is_dir()):
+            vae = find_vae(name, models)
+            return (vae.factor, vae.time_factor), f"codec.vae {name}"
+    except UserError:
+        pass  # training reports what is wrong with it
+    space, time = recipe.model.vae_factors
+    kind = f"compresses time by {time}" if time > 1 else "keeps frames"
+    return (space, time), f"a VAE with factor {space} that {kind}, since {name} is not available here"

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from pydantic import Field, PositiveFloat
 
-from sora_train.codec.files import find_vae
-from sora_train.codec.hub import downloaded_folder
 from sora_train.data.config import undividable_shapes
 from sora_train.errors import RecipeError, UserError
 from sora_train.latent_shape import latent_shape
@@ -21,7 +18,7 @@ from sora_train.plan.forecast import GPUS_PER_NODE
 from sora_train.plan.forecast_table import format_forecast
 from sora_train.plan.measured import Figure
 from sora_train.plan.states import checkpoint_bytes, host_memory, parameter_counts
-from sora_train.plan.steps import configs_of, mean_step_flops, step_table
+from sora_train.plan.steps import configs_of, mean_step_flops, step_table, vae_factors
 from sora_train.recipe import Recipe
 from sora_train.schema import bucket_name
 from sora_train.storage import in_bytes
@@ -77,30 +74,13 @@ def plan_inputs(recipe: Recipe) -> tuple[dict[str, Sizes], list[int], str]:
     return sizes, clips, source
 
 
-def vae_factors(recipe: Recipe) -> tuple[tuple[int, int], str]:
-    """Pixels on a side and frames of a latent, and where they are known from. Downloads nothing."""
-    name, models = recipe.codec.vae, recipe.codec.models
-    hub = name.partition("@")[0]
-    try:
-        if name == "builtin" or os.path.isdir(name) or (models and downloaded_folder(models, hub).is_dir()):
-            vae = find_vae(name, models)
-            return (vae.factor, vae.time_factor), f"codec.vae {name}"
-    except UserError:
-        pass  # training reports what is wrong with it
-    space, time = recipe.model.vae_factors
-    kind = f"compresses time by {time}" if time > 1 else "keeps frames"
-    return (space, time), f"a VAE with factor {space} that {kind}, since {name} is not available here"
-
-
 def show_plan(recipe: Recipe, options: PlanOptions) -> None:
     """Prints the plan. UserError if the recipe does not fit the GPU."""
     print_result(format_plan(recipe, options))
     need, memory = largest_bucket(recipe, plan_inputs(recipe)[0])[-1].total, usable_memory(options)
     if need > int(memory * 1e9):
-        text = (
-            f"the recipe does not fit: it takes {in_bytes(need)}, and {memory:g} GB are usable. The plan has remedies"
-        )
-        raise UserError(text, code="memory")
+        takes = f"it takes {in_bytes(need)}, and {memory:g} GB are usable"
+        raise UserError(f"the recipe does not fit: {takes}. The plan has remedies", code="memory")
 
 
 def format_plan(recipe: Recipe, options: PlanOptions) -> str:

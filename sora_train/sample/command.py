@@ -32,7 +32,8 @@ from sora_train.sample.write import read_listing, settings_of, write_listing
 from sora_train.sampling import Sampling
 from sora_train.schema import bucket_name
 from sora_train.settings import build
-from sora_train.storage import decode_text, why_not_writable
+from sora_train.storage import why_not_writable
+from sora_train.text_files import decode_text
 from sora_train.video import contact_sheet, slug, write_gif, write_mp4
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".pq", ".xlsx", ".gz")

@@ -15,7 +15,7 @@ from data_prep.csv_records import Records
 from data_prep.sources import SourceRow
 from sora_train.data.config import DataConfig
 from sora_train.errors import RecipeError
-from sora_train.storage import decoded_lines
+from sora_train.text_files import decoded_lines
 
 
 def read_rows(data: DataConfig) -> list[SourceRow]:
