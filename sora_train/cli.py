@@ -3,7 +3,7 @@
 Each command imports what it needs when it runs, so `sora --help` is quick and `sora sample` needs no Ray. A user's
 mistake ends as one message without a traceback. Exit codes: 2 for recipes and flags, 1 for other failures (the message
 ends with the error's code), 75 for a run that was asked to stop and can be resumed (EX_TEMPFAIL of sysexits.h), 130
-after Ctrl-C.
+after Ctrl-C, 143 after SIGTERM.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -26,7 +27,7 @@ from sora_train.terminal import print_result, protect_streams
 if TYPE_CHECKING:
     from sora_train.recipe import Recipe
 
-EXIT_FAILED, EXIT_RECIPE, EXIT_RESUMABLE, EXIT_INTERRUPTED = 1, 2, 75, 130
+EXIT_FAILED, EXIT_RECIPE, EXIT_RESUMABLE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 75, 130, 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,6 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nsora {verb}: stopped. The same command continues from what is done", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except SystemExit as ended:
+        if ended.code != signal.SIGTERM:  # which Ray's handler raises
+            raise
+        print(f"sora {verb}: stopped by SIGTERM. The same command continues from what is done", file=sys.stderr)
+        return EXIT_TERMINATED
     return 0
 
 
@@ -268,7 +274,7 @@ def command() -> NoReturn:
     lock. A thread that logs then waits for ever, and the process would wait for that thread.
     """
     code = main()
-    if code in (EXIT_RESUMABLE, EXIT_INTERRUPTED):
+    if code in (EXIT_RESUMABLE, EXIT_INTERRUPTED, EXIT_TERMINATED):
         atexit._run_exitfuncs()  # Ray ends the processes that it started
         sys.stdout.flush()
         sys.stderr.flush()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
 import threading
 import time
@@ -63,6 +64,7 @@ def connect(address: str = "auto", min_cpus: int = 1) -> Iterator[bool]:
                 cpus, wait = None, f"Ray at {address} ({key}) answers, but has not accepted this process yet"
             stack.enter_context(explain_wait(wait))
             ray.init(address, num_cpus=cpus, logging_level=logging.WARNING, log_to_driver=False)
+        restore_sigterm()
     except UserError:
         raise
     except Exception as error:  # Ray raises plain exceptions, for instance for a node that starts too slowly
@@ -81,6 +83,13 @@ def connect(address: str = "auto", min_cpus: int = 1) -> Iterator[bool]:
         yield own
     finally:
         ray.shutdown()
+
+
+def restore_sigterm() -> None:
+    """Has SIGTERM raise SystemExit, by Ray's handler in Python. Ray then installs one in C++ that prints a stack."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def wait_until_reachable(address: str, key: str) -> None:

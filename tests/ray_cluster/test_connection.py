@@ -132,3 +132,23 @@ assert deaf
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "too long for Ray's sockets" in done.stdout
+
+
+@pytest.mark.ray
+def test_sigterm_ends_a_command_without_rays_stack():
+    code = """
+import os, signal, sys
+from sora_train import cli
+from sora_train.ray_cluster.connection import connect
+
+def run(verb, words):
+    with connect("local"):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+cli.run = run
+sys.argv = ["sora", "prep"]
+cli.command()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 143
+    assert done.stderr == "sora prep: stopped by SIGTERM. The same command continues from what is done\n"
