@@ -49,7 +49,7 @@ def torch_norm_modulate(
 
 
 class NormModulate(torch.autograd.Function):
-    """Returns x even where it is unchanged, so that the backward kernel adds its other gradient."""
+    """Returns x also if it is unchanged: the backward kernel then adds the gradient of the residual stream."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor | None, modulation: Tensor, eps: float) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -120,7 +120,7 @@ def laid_out_as(model: Tensor, x: Tensor) -> Tensor:
 
 
 def block_and_warps(x: Tensor) -> tuple[int, int]:
-    """Numbers of a row as Triton wants them, and warps: a thread has 8, so that none is spilled from registers."""
+    """A row's width as a power of two, and the number of warps: 8 values per thread, so no register spills."""
     block = max(16, 2 ** math.ceil(math.log2(x.shape[3])))
     return block, max(1, block // 256)
 

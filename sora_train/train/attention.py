@@ -54,10 +54,8 @@ def may_try_kernels(run_dir: RunDir, device: torch.device) -> bool:
             file.touch()
     dist.broadcast_object_list(ended, src=0)
     if ended[0]:
-        refused.append("a start ended while it tried kernels")
-        if dist.get_rank() == 0:
-            why = f"{refused[-1]}. All ranks use torch's own, until the command is run again"
-            run_dir.events.write("no_kernels", run_dir.metrics.last_step(), why)
+        refused.append(why := "a start ended while it tried kernels")
+        report_no_kernels(run_dir, f"{why}. All ranks use torch's own, until the command is run again")
     return not ended[0]
 
 
@@ -89,9 +87,13 @@ def try_kernels_on_all_ranks(groups: Iterable[AttentionShape], run_dir: RunDir, 
     reasons = (why_no_short_attention(device, *size) for size in sizes)
     if why := first_reason(next(filter(None, reasons), "")):
         refused.append(why)
-        if dist.get_rank() == 0:
-            step = run_dir.metrics.last_step()
-            run_dir.events.write("no_kernels", step, f"{why}. All ranks use torch's attention, which is slower")
+        report_no_kernels(run_dir, f"{why}. All ranks use torch's attention, which is slower")
+
+
+def report_no_kernels(run_dir: RunDir, why: str) -> None:
+    """Writes the event `no_kernels`, on rank 0."""
+    if dist.get_rank() == 0:
+        run_dir.events.write("no_kernels", run_dir.metrics.last_step(), why)
 
 
 def choose_on_rank_0(weights: Mapping[AttentionShape, float], run_dir: RunDir, device: torch.device) -> str:

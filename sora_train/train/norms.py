@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sora_train.data.shards import ShardSet
@@ -19,7 +18,7 @@ from sora_train.kernels.tools import why_no_kernels
 from sora_train.log import log
 from sora_train.model import ModelConfig, Transformer
 from sora_train.schema import bucket_size
-from sora_train.train.attention import agree
+from sora_train.train.attention import agree, report_no_kernels
 from sora_train.train.balance import tokens_of_rank
 from sora_train.train.compile import first_reason
 from sora_train.train.config import TrainConfig
@@ -44,8 +43,7 @@ def choose_norms(
     if device.type != "cuda" or not config.half or not config.zero_stage or model.config.width > WIDEST:
         return
     if why := first_reason(why_no_norms(device, model.config)):
-        if dist.get_rank() == 0:
-            run_dir.events.write("no_kernels", run_dir.metrics.last_step(), f"{why}. All ranks use torch's norms")
+        report_no_kernels(run_dir, f"{why}. All ranks use torch's norms")
         return
     sizes = list[tuple[int, int]]()
     for name, own in by_bucket.items():

@@ -82,7 +82,7 @@ def compare(done: list[Workload], rows: list[Row], wrong: list[str]) -> tuple[li
     restarts = sum(row.attempts for row in trained)
     kinds = Counter(row.fault for row in rows)
     said.append(f"- {len(rows)} faults: {', '.join(f'{kind} {number}' for kind, number in kinds.items())}")
-    said.append(f"- {restarts} times workers were started anew, after {len(trained)} faults")
+    said.append(f"- workers were restarted {restarts} times, after {len(trained)} faults")
     said += [f"- FAILED: {row.fault} of {row.phase} is not in events.jsonl: {row.describe()}" for row in unseen]
     said += [f"- FAILED: {one}" for one in wrong]
     return said, holds and not unseen

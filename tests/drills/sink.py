@@ -37,7 +37,7 @@ CLIP_BYTES = 2 * (int(np.prod(LATENTS)) + TOKENS * WIDTH)
 BLOCK_CLIPS, SHARD_BYTES = 16, 128 * 10**6
 CPU_GROUPS, PERIOD_US = Path("/sys/fs/cgroup/cpu"), 20_000
 IDLE_WORKERS = 8
-"""CPUs that Ray is told of. It ends idle workers above this number after a second."""
+"""Number of CPUs given to Ray, which ends idle workers above this number after a second."""
 
 
 @ray.remote(num_cpus=1)

@@ -3,10 +3,8 @@
 They run on a GPU or, without one, in Triton's interpreter, in a process that the first test starts.
 """
 
-import os
 import re
 import subprocess
-import sys
 from copy import deepcopy
 from dataclasses import replace
 from importlib.util import find_spec
@@ -16,7 +14,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import layer_norm
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sora_train.kernels import norm_modulate as kernels
 from sora_train.kernels.norm_modulate import fits_norm_modulate, norm_modulate
@@ -26,10 +23,9 @@ from sora_train.train.activation_checkpointing import apply_activation_checkpoin
 from sora_train.train.adapted import adapt
 from sora_train.train.norms import OURS, TORCH, fuse_norms, measure, passes, why_no_norms
 from sora_train.train.skipped_blocks import add_zero_gradients
+from tests.kernels.interpreter import DEVICE, INTERPRETED, ON_GPU, Calls, run_interpreted, same
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
-ON_GPU, INTERPRETED = torch.cuda.is_available(), os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
 runs = pytest.mark.skipif(not INTERPRETED and not ON_GPU, reason="no GPU: the first test here runs it interpreted")
 KINDS = ["norm", "added", "gated"]
 SMALL = ModelConfig(width=32, depth=2, heads=4, text_width=12, sample_size=8)
@@ -42,13 +38,7 @@ MODELS = [
 @pytest.mark.skipif(INTERPRETED, reason="it starts the process that runs the others")
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_all_of_these_hold_in_tritons_interpreter(which: str):
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    # without the checks of shapes, which can't be compiled
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib", "-m", which]
-    command = [sys.executable, "-m", "pytest", *options, __file__]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280, env=environment)
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert " passed" in done.stdout
+    run_interpreted(__file__, which)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
@@ -241,16 +231,6 @@ def test_the_kernels_are_for_bf16_on_a_gpu_and_one_modulation_axis():
     assert not any([fits("cpu"), fits(dtype=torch.float32), fits(rows=(3, 4)), fits(d=4097)])
 
 
-class Calls(TorchDispatchMode):
-    """Counts how often the forward kernel ran."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.sora_train.norm_modulate.default
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.fixture
 def outcomes(request, monkeypatch):
     """A model and its outcome: output, gradients. Under `fits`, with the kernels."""
@@ -275,10 +255,6 @@ def outcomes(request, monkeypatch):
     return model, outcome
 
 
-def same(found: list[Tensor], expected: list[Tensor], bound: float) -> bool:
-    return all((a - b).abs().max() <= bound * b.abs().max() for a, b in zip(found, expected, strict=True))
-
-
 @runs
 @pytest.mark.gpu
 @pytest.mark.parametrize(
@@ -287,7 +263,7 @@ def same(found: list[Tensor], expected: list[Tensor], bound: float) -> bool:
 @pytest.mark.parametrize("t", [(3.0, 900.0), ((0.0, 3.0, 50.0), (7.0, 0.0, 900.0))])
 def test_a_model_is_the_same_with_the_kernels(outcomes, t):
     model, outcome = outcomes
-    with Calls() as calls:
+    with Calls("norm_modulate") as calls:
         found = outcome(model, t=t)
     assert calls.count == 2 * (3 if model.config.family == "wan" else 2)
     assert same(found, outcome(model, fits=False, t=t), 1e-4)
@@ -358,7 +334,7 @@ def test_training_with_the_kernels_resumes_bit_for_bit(stage: int, monkeypatch, 
         join(device)
     shards = make_shards(tmp_path / "shards", size_of(device))
     settings = {"zero_stage": stage, "precision": "bf16", "activation_checkpointing": "selective", "steps": 4}
-    with Calls() as calls:
+    with Calls("norm_modulate") as calls:
         whole = run(device, shards, tmp_path / "whole", checkpoint_every=2, **settings)
     assert calls.count >= 2 * 2 * 2 * 4  # norms, blocks, micro-batches, steps
     rest = run(device, shards, tmp_path / "rest", tmp_path / "whole/checkpoints/step_00000002", **settings)

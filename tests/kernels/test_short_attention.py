@@ -4,7 +4,6 @@ They run on a GPU or, without one, in Triton's interpreter. The interpreter is c
 first test here runs the others in a process of their own.
 """
 
-import os
 import subprocess
 import sys
 from copy import deepcopy
@@ -16,7 +15,6 @@ import torch
 from einops import rearrange
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sora_train.bench.attention import run_tile
 from sora_train.kernels import short_attention as kernels
@@ -24,10 +22,9 @@ from sora_train.kernels.short_attention import fits_short_attention, short_atten
 from sora_train.model import Latte, ModelConfig
 from sora_train.train.activation_checkpointing import apply_activation_checkpointing
 from sora_train.train.metrics import Events
+from tests.kernels.interpreter import DEVICE, INTERPRETED, ON_GPU, Calls, run_interpreted, same
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
-ON_GPU, INTERPRETED = torch.cuda.is_available(), os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
 runs = pytest.mark.skipif(not INTERPRETED and not ON_GPU, reason="no GPU: the first test here runs it interpreted")
 SMALL = ModelConfig(width=32, depth=2, heads=4, text_width=12, sample_size=8)
 MODELS = [SMALL, replace(SMALL, positions="rotary", cross_attention_in="every")]
@@ -36,13 +33,7 @@ MODELS = [SMALL, replace(SMALL, positions="rotary", cross_attention_in="every")]
 @pytest.mark.skipif(INTERPRETED, reason="it starts the process that runs the others")
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_all_of_these_hold_in_tritons_interpreter(which: str):
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    # without the checks of shapes, which can't be compiled
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib", "-m", which]
-    command = [sys.executable, "-m", "pytest", *options, __file__]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280, env=environment)
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert " passed" in done.stdout
+    run_interpreted(__file__, which)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
@@ -195,16 +186,6 @@ def test_wrong_kernels_fail_the_check(launch, why: str, launches):
     assert why in why_no_short_attention(torch.device(DEVICE), 16, 3, 72)
 
 
-class Calls(TorchDispatchMode):
-    """Counts how often the forward kernel ran."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.sora_train.short_attention.default
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.fixture
 def outcomes(request, monkeypatch):
     """A model and its outcome on a clip: output, gradients. Under `short`, with the kernels."""
@@ -226,16 +207,12 @@ def outcomes(request, monkeypatch):
     return model, outcome
 
 
-def same(found: list[Tensor], expected: list[Tensor], bound: float) -> bool:
-    return all((a - b).abs().max() <= bound * b.abs().max() for a, b in zip(found, expected, strict=True))
-
-
 @runs
 @pytest.mark.gpu
 @pytest.mark.parametrize("outcomes", MODELS, indirect=True)
 def test_a_model_is_the_same_with_the_kernels(outcomes):
     model, outcome = outcomes
-    with Calls() as calls:
+    with Calls("short_attention") as calls:
         found = outcome(model)
     assert calls.count == 2
     assert same(found, outcome(model, short=False), 1e-4)
@@ -250,7 +227,7 @@ def test_selective_checkpointing_saves_the_kernels_output(outcomes):
     for mode, runs_of_two in (("selective", 2), ("full", 4)):
         checkpointed = deepcopy(model)
         apply_activation_checkpointing(checkpointed, mode)
-        with Calls() as calls:
+        with Calls("short_attention") as calls:
             found = outcome(checkpointed)
         assert calls.count == runs_of_two, mode
         # on a GPU, sums of torch's own kernels may have another order the second time
@@ -269,7 +246,7 @@ def test_the_first_block_checks_the_kernels_once_and_the_model_never_fails(
     if launch:
         launches(launch)
     apply_activation_checkpointing(model, "selective")  # a dispatch mode, which is not to see the check
-    with Calls() as calls:
+    with Calls("short_attention") as calls:
         found = outcome(model, short=lambda qkv, heads: kernels.is_right(qkv.device, qkv.shape[-2], heads, 8))
     assert calls.count == (0 if launch else 2)
     assert same(found, expected, 1e-4)
@@ -337,7 +314,7 @@ def test_training_with_the_kernels_resumes_bit_for_bit(stage: int, monkeypatch, 
         join(device)
     shards = make_shards(tmp_path / "shards", size_of(device))
     settings = {"zero_stage": stage, "precision": "bf16", "activation_checkpointing": "selective", "steps": 4}
-    with Calls() as calls:
+    with Calls("short_attention") as calls:
         whole = run(device, shards, tmp_path / "whole", checkpoint_every=2, **settings)
     assert calls.count == 2 * 2 * 4  # blocks, micro-batches, steps
     rest = run(device, shards, tmp_path / "rest", tmp_path / "whole/checkpoints/step_00000002", **settings)

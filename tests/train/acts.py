@@ -239,14 +239,14 @@ def begin(model: ModelConfig, out: Path, settings: dict, resume: str | None) -> 
     network, weights = made()
     engine = Engine(network, config, accumulation=1, device=cpu, weights=weights)
     masters = {name: (part.offset, part.master.detach()) for name, part in engine.slices().items() if part.owned}
-    whole, told = engine.gather_to_rank0(masters), {"reads": reads[0]}
+    whole, figures = engine.gather_to_rank0(masters), {"reads": reads[0]}
     if engine.stage == 3:
         gc.disable()  # it would free models of before
-        told["drawn"] = most(made)[0]
-        told["placed"] = min(most(placed)[0] for _ in range(3))  # gloo's threads free late, see `weigh`
+        figures["drawn"] = most(made)[0]
+        figures["placed"] = min(most(placed)[0] for _ in range(3))  # gloo's threads free late, see `weigh`
         gc.enable()
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"told_{engine.rank}.json").write_text(json.dumps(told))
+    (out / f"figures_{engine.rank}.json").write_text(json.dumps(figures))
     if engine.rank == 0:
         save_file(whole, out / "weights.safetensors")
 

@@ -193,8 +193,8 @@ def began(start, files: Path, tiny_shards: Path, tmp_path_factory: pytest.TempPa
     return root
 
 
-def told(began: Path, world: int, name: str) -> list[dict]:
-    return [json.loads((began / f"{world}_{name}/told_{rank}.json").read_text()) for rank in range(world)]
+def figures(began: Path, world: int, name: str) -> list[dict]:
+    return [json.loads((began / f"{world}_{name}/figures_{rank}.json").read_text()) for rank in range(world)]
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -216,7 +216,7 @@ def test_the_memory_for_random_weights_is_a_share_and_a_parameter_as_planned(beg
     counts, planned = parameter_counts(LARGER).trained, drawn_bytes(LARGER, world)
     number = 2 if precision == "bf16" else 4
     parted = number * (sum(counts) / world + max(counts))  # on the device, which is the CPU here
-    for each in told(began, world, f"3_{precision}_random"):
+    for each in figures(began, world, f"3_{precision}_random"):
         assert each["drawn"] == pytest.approx(planned, rel=0.05)
         assert each["placed"] == pytest.approx(planned - 4 * max(counts) + parted, abs=number * max(counts))
 
@@ -226,7 +226,7 @@ def test_the_memory_for_weights_of_files_is_a_share_and_a_parameter(began: Path,
     """Of a parameter, rank 0 also has two copies as it is in the file, and whether each number is finite."""
     counts, mapped = parameter_counts(LARGER).trained, (files / WEIGHTS).stat().st_size
     parted, late = 2 * (sum(counts) / world + max(counts)), 2 * max(counts)  # gloo may free one late
-    first, *others = (each["placed"] - mapped for each in told(began, world, "3_bf16_files"))
+    first, *others = (each["placed"] - mapped for each in figures(began, world, "3_bf16_files"))
     assert all(most == pytest.approx(parted, abs=late) for most in others)
     assert first < parted + 9 * max(counts) + late
 
@@ -234,7 +234,7 @@ def test_the_memory_for_weights_of_files_is_a_share_and_a_parameter(began: Path,
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("stage", [2, 3])
 def test_weights_are_read_once_and_by_one_rank(began: Path, files: Path, world: int, stage: int):
-    reads = [each["reads"] for each in told(began, world, f"{stage}_bf16_files")]
+    reads = [each["reads"] for each in figures(began, world, f"{stage}_bf16_files")]
     assert reads == [len(parameter_counts(LARGER).trained), *[0] * (world - 1)]
 
 
